@@ -1,0 +1,1 @@
+"""Asynchronous on-policy distillation of language models on Ray, vLLM and DeepSpeed."""

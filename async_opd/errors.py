@@ -1,0 +1,51 @@
+"""One tree of named errors. Each carries one message, so each pickles and survives a trip through Ray."""
+
+
+class AsyncOpdError(Exception):
+    """Root of every error this package raises on purpose. `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class ConfigError(AsyncOpdError):
+    """A setting is wrong. The message names the key's path, the value, and what is allowed."""
+
+    exit_status = 2
+
+
+class DataError(AsyncOpdError):
+    """A dataset, a row, a model directory or a tokenizer cannot be used. The message names which and why."""
+
+    exit_status = 2
+
+
+class WireError(AsyncOpdError):
+    """A message that crossed a process boundary breaks an invariant. The message names its id and the field."""
+
+
+class TimedOut(AsyncOpdError):
+    """A bounded wait ran out. The message names who was waited for, how long, and at which version."""
+
+
+class ActorLost(AsyncOpdError):
+    """An actor, or the engine inside it, died. The message names the role and its index."""
+
+
+class LoopEnded(AsyncOpdError):
+    """A loop that should run for the whole job returned early."""
+
+
+class SyncFailed(AsyncOpdError):
+    """A weight update did not reach every generator. The message names the version and the cause."""
+
+
+class ParityError(AsyncOpdError):
+    """Generator and learner disagree about the log-probs of the same tokens under the same version."""
+
+
+class StaleTrajectory(AsyncOpdError):
+    """A token older than `max_lag_steps` reached the learner: the lag bound is broken, which is a bug."""
+
+
+class Diverged(AsyncOpdError):
+    """A loss or gradient is not finite. Raised on every rank before the optimizer moves."""
