@@ -1,0 +1,5 @@
+import sys
+
+from async_opd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,80 @@
+"""A transformers causal LM run on packed segments: shared by the learner's student and the teacher's scorer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from async_opd.errors import ConfigError
+
+ATTENTION = "packed_segments"
+
+
+def load(path: str | Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load the causal LM at `path` (local directory or hub id) with attention that never crosses a segment.
+
+    Raises ConfigError for a model whose attention is not plain causal (sliding window, chunked, state space): the
+    packed attention would be silently wrong.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
+    ).to(device)
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
+        raise ConfigError(f"model {path}: layers {sorted(kinds)} are not supported; only full causal attention is")
+    return model
+
+
+def packed_segments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_lengths: list[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each of the segments packed along one row, as a transformers attention function.
+
+    `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L. Segments are padded
+    beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a causal mask already hides
+    the padding, which lies behind every real token. Returns ([1, L, H, d], None).
+    """
+
+    def spread(x: Tensor) -> Tensor:
+        parts = x[0].transpose(0, 1).split(segment_lengths)
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
+
+    out = nn.functional.scaled_dot_product_attention(
+        spread(query),
+        spread(key),
+        spread(value),
+        is_causal=True,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)
+    return torch.cat([row[:length] for row, length in zip(out, segment_lengths, strict=True)])[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_segments)
+
+
+def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:
+    """Last hidden states [L, D] (after the final norm, what the head reads) of segments packed in one row."""
+    positions_L = torch.cat([torch.arange(length, device=ids_L.device) for length in segment_lengths])
+    return model.base_model(
+        input_ids=ids_L[None], position_ids=positions_L[None], use_cache=False, segment_lengths=segment_lengths
+    ).last_hidden_state[0]
+
+
+def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma)."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    project = model.get_output_embeddings()
+    return project if cap is None else lambda hidden: cap * torch.tanh(project(hidden) / cap)

@@ -1,0 +1,74 @@
+"""The commands. The one place that prints an error without a trace."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from async_opd.errors import AsyncOpdError
+
+DEMO = Path(__file__).parent / "toy" / "demo.toml"
+OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except AsyncOpdError as e:
+        notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
+        print(f"async-opd: {type(e).__name__}: {e}{notes}", file=sys.stderr)
+        return e.exit_status
+    except KeyboardInterrupt:
+        print("async-opd: interrupted; the checkpoint holds the weights of the last step", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="async-opd", description="Asynchronous on-policy distillation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="distil a student as a TOML config says")
+    train.add_argument("config", type=Path)
+    train.set_defaults(run=_train)
+    demo = commands.add_parser("demo", help="train with the shipped demo: column addition, on CPU")
+    demo.set_defaults(run=_train, config=DEMO)
+    evaluation = commands.add_parser("eval", help="greedy accuracy of student.model on the config's [eval] problems")
+    evaluation.add_argument("config", type=Path)
+    evaluation.set_defaults(run=_eval)
+    for command in (train, demo, evaluation):
+        command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from async_opd.config import load
+
+    config = load(args.config, args.overrides)
+    from async_opd.run import run  # the heavy imports wait until the config is known to be right
+
+    summary = asyncio.run(run(config))
+    print()
+    if "accuracy_before" in summary:
+        teacher = summary["teacher_accuracy"]
+        print(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
+        print(f"  teacher          {teacher:8.1%}" if teacher is not None else "  teacher     not measured")
+        print(f"  student, before  {summary['accuracy_before']:8.1%}")
+        print(f"  student, after   {summary['accuracy_after']:8.1%}")
+    print(
+        f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
+        f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "
+        f"{summary['wall_s']:.0f} s; {config.run.dir}/summary.json"
+    )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from async_opd.config import load
+
+    config = load(args.config, args.overrides)
+    from async_opd.run import run_eval
+
+    found = asyncio.run(run_eval(config))
+    print(f"{config.student.model}: {found.share:.1%} of {found.problems} problems, {found.unknown} unknown")
+    return 0

@@ -1,0 +1,24 @@
+"""Hugging Face checkpoints that appear whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+
+def save(model: PreTrainedModel, source: str, folder: Path) -> None:
+    """Write weights, config, generation config and the tokenizer of `source` to `folder`, replacing it.
+
+    Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and `vllm` load it.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    model.save_pretrained(beside)
+    AutoTokenizer.from_pretrained(source).save_pretrained(beside)
+    for file in beside.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)

@@ -1,0 +1,199 @@
+"""One data-parallel rank of the learner, on DeepSpeed. A plain class: `actors.py` makes a Ray actor of it."""
+
+import math
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import get_scheduler
+
+from async_opd import causal_lm
+from async_opd.errors import Diverged
+from async_opd.learner import checkpoint
+from async_opd.learner.batch import Sample, pack
+from async_opd.learner.config import LearnerConfig
+from async_opd.learner.publish import SENDERS, metas
+from async_opd.learner.step import Student, accumulate
+from async_opd.maths.logprobs import read_logprobs
+from async_opd.objectives import Objective
+from async_opd.wire import Group, Scores, StepResult, Verdict
+
+
+class LearnerRank:
+    """Holds the live student. Every rank is called with the same methods in the same order: they are collective."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        objective: Objective,
+        *,
+        model: str,
+        temperature: float,
+        steps: int,
+        max_lag_steps: int,
+        stale: str,
+        truncated: str,
+        seed: int,
+        rank: int,
+        timeout_s: float,
+        trust_remote_code: bool = False,
+    ):
+        """Keep the settings; `start` does the work once rank 0 has an address."""
+        self._config, self._objective, self._model, self._temperature = config, objective, model, temperature
+        self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated)
+        self._steps, self._seed, self._rank, self._timeout_s = steps, seed, rank, timeout_s
+        self._trust_remote_code = trust_remote_code
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.version = 0
+
+    def start(self, rendezvous: str) -> None:
+        """Join the process group at `rendezvous` ("tcp://host:port") and load the student."""
+        config = self._config
+        os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)  # one visible device an actor
+        dist.init_process_group(
+            "nccl" if self._device.type == "cuda" else "gloo",
+            init_method=rendezvous,
+            rank=self._rank,
+            world_size=config.ranks,
+            timeout=timedelta(seconds=self._timeout_s),
+        )
+        torch.manual_seed(self._seed)
+        lm = causal_lm.load(self._model, config.dtype, self._device, trust_remote_code=self._trust_remote_code)
+        lm.train()
+        if config.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        student = Student(lm, temperature=self._temperature, chunk_rows=config.head_chunk_rows)
+        self._engine, optimizer, _, _ = deepspeed.initialize(
+            model=student,
+            model_parameters=[p for p in student.parameters() if p.requires_grad],
+            config=_deepspeed_config(config),
+            lr_scheduler=lambda opt: get_scheduler(
+                "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+                opt,
+                num_warmup_steps=config.warmup_steps,
+                num_training_steps=self._steps,
+            ),
+            dist_init_required=False,
+        )
+        self._lm = lm
+        if config.zero_stage == 0:  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
+            optimizer.register_step_pre_hook(self._clip)
+
+    def step(self, plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], *data) -> StepResult:
+        """Train one step on `plan`: per micro-batch, pairs of (index of group, sample).
+
+        `data` holds the groups, then their scores, in one order. Raises Diverged on every rank before the optimizer
+        moves if a loss or gradient is not finite anywhere.
+        """
+        groups: tuple[Group, ...] = data[: len(verdicts)]
+        scores: tuple[tuple[Scores, ...], ...] = data[len(verdicts) :]
+        micros = [
+            pack(
+                [
+                    Sample(
+                        prompt=groups[g].prompt,
+                        rollout=groups[g].rollouts[s],
+                        scores=scores[g][s],
+                        verdict=verdicts[g][s],
+                    )
+                    for g, s in pairs
+                ],
+                live=self.version,
+                device=self._device,
+                **self._bounds,
+            )
+            for pairs in plan
+        ]
+        metrics = accumulate(
+            self._engine,
+            lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
+            self._all_reduce,
+            self._objective,
+            micros,
+        )
+        if not math.isfinite(metrics["loss"]) or metrics["tokens"] == 0:
+            raise Diverged(f"step {self.version + 1}: loss {metrics['loss']} over {metrics['tokens']:.0f} tokens")
+        metrics["lr"] = self._engine.get_lr()[0]
+        self._engine.step()
+        if getattr(self._engine.optimizer, "overflow", False):
+            raise Diverged(f"step {self.version + 1}: the gradient is not finite")
+        zero = self._config.zero_stage > 0
+        metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
+        self.version += 1
+        return StepResult(version=self.version, metrics=metrics)
+
+    def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        """Log-probs float32 [T] of `response_ids` after `prompt_ids` under the live student, for the parity probe."""
+        ids_L = torch.as_tensor(np.concatenate([prompt_ids, response_ids]), dtype=torch.int64, device=self._device)
+        with torch.no_grad():
+            hidden_LD = causal_lm.hidden_states(self._lm, ids_L, [len(ids_L)])[len(prompt_ids) - 1 : -1]
+            read = read_logprobs(
+                hidden_LD,
+                causal_lm.head(self._lm),
+                ids_L[len(prompt_ids) :],
+                temperature=self._temperature,
+                chunk_rows=self._config.head_chunk_rows,
+            )
+        return read.sampled_N.cpu().numpy()
+
+    def open_group(
+        self, backend: str, host: str, rank_offsets: list[int], world: int, bucket_bytes: int, timeout_s: float
+    ) -> list[dict]:
+        """Rank 0: prepare a weight group of `world` members; returns each generator's init info."""
+        self._sender = SENDERS[backend](host, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
+        return [self._sender.init_info(offset, world) for offset in rank_offsets]
+
+    def join_group(self, world: int) -> None:
+        """Rank 0: wait for the members of the opened group."""
+        self._sender.join(world)
+
+    def update_info(self) -> dict:
+        """What an update carries: the same for every update, and for every generator."""
+        described = metas(self._lm)
+        return dict(
+            names=[m.name for m in described],
+            dtype_names=[m.dtype for m in described],
+            shapes=[list(m.shape) for m in described],
+        )
+
+    def send_weights(self) -> None:
+        """Rank 0: broadcast the live weights."""
+        self._sender.send(self._lm)
+
+    def save(self, folder: str) -> None:
+        """Rank 0 writes the Hugging Face checkpoint."""
+        if dist.get_rank() == 0:
+            checkpoint.save(self._lm, self._model, Path(folder))
+
+    def _clip(self, optimizer, args, kwargs) -> None:
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._config.grad_clip)
+        if not torch.isfinite(self._grad_norm):  # gradients are already averaged, so every rank sees the same
+            raise Diverged(f"step {self.version + 1}: gradient norm {self._grad_norm.item()}")
+
+    @staticmethod
+    def _all_reduce(tensor: Tensor, op: str) -> None:
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+
+
+def _deepspeed_config(config: LearnerConfig) -> dict:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,  # the plan decides how many micro-batches make a step
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.lr,
+                "betas": list(config.betas),
+                "weight_decay": config.weight_decay,
+                "torch_adam": True,  # DeepSpeed's own are compiled on first use, with a compiler that may be absent
+            },
+        },
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+    }
+    return settings | ({"gradient_clipping": config.grad_clip} if config.zero_stage else {})

@@ -1,0 +1,17 @@
+"""Pure functions on flat token vectors: no config, no actors, no files, no logging.
+
+Shape suffixes: `N` response tokens of a packed micro-batch, `K` candidates a position, `V` vocabulary, `D` hidden
+width, `S` trajectories, `L` packed tokens (prompts too). Log-probs are in nats.
+
+`maths.importance` and its siblings are imported when first touched: checking a config must not wait for torch.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as e:
+        raise AttributeError(name) from e

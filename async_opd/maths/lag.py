@@ -1,0 +1,24 @@
+"""The lag bound as arithmetic. Lag of a token: the learner's version at consumption - the version it was sampled under.
+
+Versions count optimizer steps; the initial weights are version 0.
+"""
+
+import numpy as np
+
+
+def slots(max_lag_steps: int, groups_per_step: int) -> int:
+    """Groups that may be outstanding: (bound + 1) × groups a step. AsyncOPD's capacity semaphore, section 6.5.
+
+    >>> slots(0, 16), slots(4, 16)
+    (16, 80)
+    """
+    return (max_lag_steps + 1) * groups_per_step
+
+
+def fresh(versions: np.ndarray, live: int, max_lag_steps: int) -> np.ndarray:
+    """Which tokens may be trained on: live - version ≤ bound. `versions` int32 [N]; returns bool [N].
+
+    >>> fresh(np.array([0, 1, 2], np.int32), live=3, max_lag_steps=2).tolist()
+    [False, True, True]
+    """
+    return live - versions <= max_lag_steps

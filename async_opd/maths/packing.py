@@ -1,0 +1,37 @@
+"""Which trajectory goes to which learner rank and micro-batch. Plain integers: the driver plans from lengths alone."""
+
+
+def plan(lengths: list[int], *, ranks: int, tokens: int) -> list[list[list[int]]]:
+    """Spread trajectories of `lengths` tokens over ranks, and each rank's share over micro-batches of ≤ `tokens`.
+
+    Returns [rank][micro-batch][index into lengths]. Every rank gets the same number of micro-batches (an empty one
+    still joins the collectives). Longest first, each to the lightest rank, then to the first micro-batch with room.
+    A trajectory longer than `tokens` has a micro-batch of its own. Deterministic in `lengths`.
+
+    >>> plan([5, 4, 3, 2], ranks=2, tokens=5)
+    [[[0], [3]], [[1], [2]]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in order:
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        shares[rank].append(i)
+        load[rank] += lengths[i]
+    packed = [_first_fit(share, lengths, tokens) for share in shares]
+    most = max(1, max(map(len, packed)))
+    return [micros + [[] for _ in range(most - len(micros))] for micros in packed]
+
+
+def _first_fit(share: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
+    micros: list[list[int]] = []
+    room: list[int] = []
+    for i in share:
+        fits = next((m for m, free in enumerate(room) if lengths[i] <= free), None)
+        if fits is None:
+            micros.append([i])
+            room.append(tokens - lengths[i])
+        else:
+            micros[fits].append(i)
+            room[fits] -= lengths[i]
+    return micros

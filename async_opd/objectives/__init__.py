@@ -1,0 +1,15 @@
+"""One file per objective, config and maths together. `all_objectives()` scans this folder: a new file is enough."""
+
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from async_opd.objectives.base import Objective
+
+
+@cache
+def all_objectives() -> dict[str, type[Objective]]:
+    """Every objective in this folder by its tag, the name it has in TOML. Imports each file, but not torch."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return {cls.__struct_config__.tag: cls for cls in Objective.__subclasses__()}

@@ -1,0 +1,71 @@
+"""What the main loop needs of each role. `actors.py` implements these over Ray; tests implement them in a few lines.
+
+A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself in a test.
+The driver passes refs on and never looks inside.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
+
+Ref = Any
+
+
+class Generator(Protocol):
+    """Samples groups under weights that are replaced in flight."""
+
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]: ...
+    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]: ...
+    async def probe(self) -> tuple[np.ndarray, Rollout]: ...
+    async def join_group(self, init_info: dict) -> None: ...
+    async def update(self, version: int, update_info: dict) -> None: ...
+    async def resume(self) -> None: ...
+    async def check_health(self) -> None: ...
+
+
+class Teacher(Protocol):
+    """Scores a group; the scores stay where they are made."""
+
+    async def score(self, group: Ref) -> Ref: ...
+    async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]: ...
+
+
+class Verifier(Protocol):
+    """Decides each response of a group."""
+
+    async def check(self, group: Ref) -> tuple[Verdict, ...]: ...
+    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict: ...
+
+
+class Learner(Protocol):
+    """Holds the live student over all its ranks."""
+
+    async def step(self, groups: list["Ready"]) -> StepResult: ...
+    async def open_group(self, generators: int) -> list[dict]: ...
+    async def join_group(self, generators: int) -> None: ...
+    async def update_info(self) -> dict: ...
+    async def send_weights(self) -> None: ...
+    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray: ...
+    async def save(self, folder: str) -> None: ...
+
+
+class Ready:
+    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on."""
+
+    __slots__ = ("group", "meta", "prompt", "samples", "scores", "ticket", "verdicts")
+
+    def __init__(
+        self,
+        ticket: int,
+        prompt: Prompt,
+        meta: GroupMeta,
+        group: Ref,
+        scores: Ref,
+        verdicts: tuple[Verdict, ...],
+        samples: tuple[int, ...],
+    ):
+        self.ticket = ticket  # order of admission; names the slot
+        self.prompt, self.meta, self.group, self.scores, self.verdicts = prompt, meta, group, scores, verdicts
+        self.samples = samples  # which rollouts of the group are trained

@@ -1,0 +1,1 @@
+"""Rollouts: prompts, and generators on vLLM whose weights are replaced in flight."""

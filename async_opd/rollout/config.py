@@ -1,0 +1,37 @@
+"""Settings of data and rollouts."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+
+class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Any dataset that `datasets` loads: a hub id, a folder, or jsonl/parquet files."""
+
+    path: str  # hub id, folder, or one file ending in .jsonl, .json or .parquet
+    split: str = "train"
+    prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
+    answer: str = "answer"  # column: the reference answer
+    id: str | None = None  # column naming the row; absent: its position
+    chat_template: bool = False  # render the prompt by the model's chat template
+    template_args: dict[str, Any] = {}  # passed to the template, such as enable_thinking
+    max_prompt_tokens: Annotated[int, Meta(ge=1)] = 1024
+    long_prompt: Literal["error", "skip"] = "error"  # a longer one stops the run, or is counted and left out
+    epochs: Annotated[int, Meta(ge=1)] | None = None  # absent: as many as the steps need
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, Meta(ge=1)] = 10_000  # rows, for streaming sets only
+
+
+class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How responses are sampled. Temperature applies to student, behaviour and teacher alike."""
+
+    max_new_tokens: Annotated[int, Meta(ge=1)]
+    generators: Annotated[int, Meta(ge=1)] = 1
+    samples_per_prompt: Annotated[int, Meta(ge=1)] = 1
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
+    truncated: Literal["train", "mask", "drop"] = "train"  # what becomes of a rollout cut by max_new_tokens
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
+    memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85

@@ -1,0 +1,178 @@
+"""A rollout generator on vLLM's AsyncLLM. A plain class: `actors.py` makes a Ray actor of it."""
+
+import asyncio
+import itertools
+import logging
+import os
+
+import numpy as np
+
+# Read by vLLM on import. One OpenMP thread and no worker process: idle vLLM must not spin on a core others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from async_opd.errors import ActorLost
+from async_opd.rollout.config import RolloutConfig
+from async_opd.wire import Group, GroupMeta, Prompt, Rollout, Span
+
+PROBE_TOKENS = 8  # sampled by the parity probe
+
+
+class RolloutGenerator:
+    """Samples groups continuously; `update` replaces the weights under running requests without draining them."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        index: int,
+        model: str,
+        eos_ids: list[int],
+        max_prompt_tokens: int,
+        vocabulary: int,
+        backend: str,
+        seed: int,
+        trust_remote_code: bool = False,
+    ):
+        """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it."""
+        self._config, self._index, self._eos_ids = config, index, eos_ids
+        self._request_ids = itertools.count()
+        self._adding = 0  # requests not yet in the engine
+        self._added = asyncio.Condition()
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)  # tied heads
+        cpu = current_platform.is_cpu()
+        if cpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.memory_gib)))
+        self._block = 128 if cpu else 16  # tokens of one prefix-cache block
+        # The probe's prompt is longer than a block and always the same, so stale prefix KV would be hit, and show.
+        self._probe_ids = np.random.default_rng(0).integers(vocabulary, size=self._block + 16, dtype=np.int32)
+        args = AsyncEngineArgs(
+            model=model,
+            dtype=config.dtype,
+            seed=seed + index,
+            max_model_len=max(max_prompt_tokens + config.max_new_tokens, len(self._probe_ids) + PROBE_TOKENS),
+            max_num_seqs=config.concurrency,
+            block_size=self._block,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            weight_transfer_config=WeightTransferConfig(backend=backend),
+            logprobs_mode="processed_logprobs",
+            skip_tokenizer_init=True,
+            trust_remote_code=trust_remote_code,
+            enforce_eager=cpu,
+            disable_log_stats=True,
+            **({"distributed_executor_backend": "uni"} if cpu else {}),
+        )
+        self._engine = AsyncLLM.from_engine_args(args)
+
+    def sampling(self, **changes) -> SamplingParams:
+        """No seed of its own for a request: on CPU a preempted seeded request kills the engine."""
+        settings = dict(
+            temperature=self._config.temperature,
+            max_tokens=self._config.max_new_tokens,
+            n=self._config.samples_per_prompt,
+            logprobs=0,
+            flat_logprobs=True,
+            stop_token_ids=self._eos_ids,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return SamplingParams(**settings | changes)
+
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
+        """Sample all responses of one prompt. Raises ActorLost when the engine died."""
+        return self._group(prompt, await self._run(prompt.ids, self.sampling()))
+
+    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
+        """The likeliest response, for evaluation: one sample at temperature 0."""
+        return self._group(prompt, await self._run(prompt.ids, self.sampling(temperature=0.0, n=1)))
+
+    async def probe(self) -> tuple[np.ndarray, Rollout]:
+        """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
+        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
+        (output,) = await self._run(self._probe_ids, sampling)
+        return self._probe_ids, self._rollout(f"parity probe of generator {self._index}", output)
+
+    async def join_group(self, init_info: dict) -> None:
+        """Join the learner's weight group; blocks until all members have."""
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def update(self, version: int, update_info: dict) -> None:
+        """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a call of its own.
+
+        Running requests are kept and their KV is rebuilt under the new weights; prefix caches of older weights are
+        cleared. If receiving fails the old version is still whole, and still the label.
+        """
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._engine.finish_weight_update(weight_version=str(version))
+
+    async def resume(self) -> None:
+        """Let the engine run on, with every request that was submitted before this call already in it."""
+        async with self._added:
+            await self._added.wait_for(lambda: not self._adding)
+        await self._engine.resume_generation()
+
+    async def check_health(self) -> None:
+        """Raise ActorLost when the engine died inside this living actor, which Ray does not notice."""
+        if self._engine.errored:
+            raise ActorLost(f"generator {self._index}: its engine died")
+
+    async def close(self) -> None:
+        """Stop the engine and its processes."""
+        self._engine.shutdown()
+
+    async def _run(self, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
+        collector = None
+        try:
+            self._adding += 1
+            try:
+                collector = await self._engine.add_request(
+                    str(next(self._request_ids)), {"prompt_token_ids": prompt_ids.tolist()}, sampling
+                )
+            finally:
+                async with self._added:
+                    self._adding -= 1
+                    self._added.notify_all()
+            output = await collector.get()
+        except EngineDeadError as e:
+            raise ActorLost(f"generator {self._index}: its engine died") from e
+        except asyncio.CancelledError:
+            if collector is not None:
+                await self._engine.abort(collector.request_id, internal=True)
+            raise
+        return sorted(output.outputs, key=lambda sample: sample.index)
+
+    def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
+        group = Group(prompt=prompt, rollouts=tuple(self._rollout(prompt.id, output) for output in outputs))
+        meta = GroupMeta(
+            id=prompt.id,
+            prompt_len=len(prompt.ids),
+            spans=tuple(r.spans for r in group.rollouts),
+            truncated=tuple(r.truncated for r in group.rollouts),
+        )
+        return meta, group
+
+    def _rollout(self, prompt_id: str, output: CompletionOutput) -> Rollout:
+        spans = (
+            Span(version=0 if s.version == "default" else int(s.version), start=s.start, end=s.end)
+            for s in output.weight_versions
+        )
+        return Rollout(
+            id=f"{prompt_id}#{output.index}",
+            ids=np.asarray(output.token_ids, np.int32),
+            behaviour_logp=np.minimum(np.asarray(output.logprobs.logprobs, np.float32), 0),
+            spans=tuple(spans),
+            truncated=output.finish_reason == "length",
+        )

@@ -1,0 +1,114 @@
+"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle per epoch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from async_opd.errors import DataError
+from async_opd.rollout.config import DataConfig
+from async_opd.wire import Prompt
+
+FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class PromptSource:
+    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch.
+
+    Raises DataError naming the row for a missing or mistyped column, for a prompt over `max_prompt_tokens` (where
+    `long_prompt` is "skip" it is counted in `skipped` instead), and when the epochs are used up.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, teacher_args: dict | None = None
+    ):
+        """`teacher_args` are the teacher's own template arguments; prompts then carry its rendering too."""
+        self._config, self._tokenizer, self._seed, self._teacher_args = config, tokenizer, seed, teacher_args
+        self._rows = _load(config)
+        self.skipped: list[str] = []  # ids of prompts that were too long
+        columns = self._rows.column_names
+        for key in ("prompt", "answer", "id"):
+            name = getattr(config, key)
+            if name is not None and columns is not None and name not in columns:
+                raise DataError(f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}")
+
+    def __len__(self) -> int:
+        """Rows of one epoch; a streaming set has no length and raises TypeError."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        epoch = 0
+        while self._config.epochs is None or epoch < self._config.epochs:
+            served = 0
+            for row in self._shuffled(epoch):
+                prompt = self.prompt(row, epoch)
+                if prompt is not None:
+                    served += 1
+                    yield prompt
+            if not served:
+                raise DataError(f"data.path = {self._config.path!r}: no usable row")
+            epoch += 1
+        raise DataError(f"data.path = {self._config.path!r}: {epoch} epochs are used up; raise data.epochs")
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first `count` prompts in file order, for evaluation."""
+        prompts = (self.prompt(row, 0) for row in self._numbered(self._rows))
+        found = [p for p, _ in zip((p for p in prompts if p is not None), range(count), strict=False)]
+        if len(found) < count:
+            raise DataError(f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems = {count}")
+        return found
+
+    def prompt(self, row: dict, epoch: int) -> Prompt | None:
+        """Render and tokenize one row."""
+        id = f"{row[self._config.id] if self._config.id else row['_position']}@{epoch}"
+        content, answer = row.get(self._config.prompt), row.get(self._config.answer)
+        if not isinstance(content, str | list) or not content:
+            raise DataError(
+                f"row {id}: {self._config.prompt!r} must be a string or a list of messages, got {content!r}"
+            )
+        if not isinstance(answer, str | int | float):
+            raise DataError(f"row {id}: {self._config.answer!r} must be a string or a number, got {answer!r}")
+        ids = self._tokens(content, self._config.template_args)
+        if len(ids) > self._config.max_prompt_tokens:
+            if self._config.long_prompt == "error":
+                raise DataError(
+                    f"row {id}: {len(ids)} prompt tokens, data.max_prompt_tokens = {self._config.max_prompt_tokens}; "
+                    f'shorten it, raise the limit, or set data.long_prompt = "skip"'
+                )
+            self.skipped.append(id)
+            return None
+        teacher_ids = self._tokens(content, self._teacher_args) if self._teacher_args else None
+        return Prompt(id=id, ids=ids, answer=str(answer), teacher_ids=teacher_ids)
+
+    def _tokens(self, content: str | list, template_args: dict) -> np.ndarray:
+        if self._config.chat_template:
+            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+            content = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **template_args
+            )
+        elif isinstance(content, list):
+            raise DataError(f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template = true")
+        special = not self._config.chat_template  # a template writes its own
+        return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
+
+    def _shuffled(self, epoch: int) -> Iterator[dict]:
+        seed = self._seed + epoch
+        if self._config.streaming:
+            return self._numbered(self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer))
+        order = np.random.default_rng(seed).permutation(len(self._rows))
+        return ({**self._rows[int(i)], "_position": int(i)} for i in order)
+
+    @staticmethod
+    def _numbered(rows) -> Iterator[dict]:
+        return ({**row, "_position": i} for i, row in enumerate(rows))
+
+
+def _load(config: DataConfig):
+    reader = FILE_READERS.get(Path(config.path).suffix)
+    where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
+    try:
+        return datasets.load_dataset(**where, split=config.split, streaming=config.streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {e}") from e

@@ -1,0 +1,85 @@
+"""Admission slots and the replay-free queue: between them the lag bound holds exactly."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from async_opd.maths import lag
+from async_opd.ports import Ready
+
+
+class Slots:
+    """The right to have a group outstanding. Charged when a prompt is first handed out; returned exactly once: when
+    the step that trained it has been published, or at its final drop. A re-issued prompt keeps its slot."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._held: set[int] = set()
+        self._next = 0
+
+    @property
+    def free(self) -> int:
+        """Slots not held."""
+        return self.count - len(self._held)
+
+    def take(self) -> int:
+        """Charge a slot; returns its ticket, increasing in order of admission."""
+        assert self.free > 0, "no slot is free"
+        self._next += 1
+        self._held.add(self._next)
+        return self._next
+
+    def give_back(self, ticket: int) -> None:
+        """Return the slot of `ticket`; a second return is a bug and raises KeyError."""
+        self._held.remove(ticket)
+
+
+class TrajectoryQueue:
+    """Hands out each group at most once, oldest first among the outstanding window that the slots allow.
+
+    A group is over age when no token of it may be trained on under the live version (policy "mask") or when any may
+    not (policy "drop"). Over-age groups never leave through `take`; `on_drop` gets them with the cause.
+    """
+
+    def __init__(self, *, groups_per_step: int, max_lag_steps: int, stale: str, on_drop: Callable[[Ready, str], None]):
+        self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
+        self._ready: list[Ready] = []
+        self._arrived = asyncio.Event()
+        self.dropped: Counter[str] = Counter()  # trajectories, by cause
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def put(self, ready: Ready) -> None:
+        """Add a scored group. Never blocks: the slots bound how many there can be."""
+        self._ready.append(ready)
+        self._arrived.set()
+
+    async def take(self, live: int) -> list[Ready]:
+        """The next step's groups under live version `live`. Waits until enough of them are within the bound;
+        producers unblock it with `put`."""
+        while True:
+            self._expel(live)
+            if len(self._ready) >= self._per_step:
+                self._ready.sort(key=lambda r: (r.meta.oldest, r.ticket))
+                batch, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
+                return sorted(batch, key=lambda r: r.ticket)
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def drop(self, ready: Ready, cause: str) -> None:
+        """Count a group that will not be trained, and hand it to `on_drop`."""
+        self.dropped[cause] += len(ready.meta.spans)
+        self._on_drop(ready, cause)
+
+    def _expel(self, live: int) -> None:
+        over_age = [r for r in self._ready if self._over_age(r, live)]
+        self._ready = [r for r in self._ready if not self._over_age(r, live)]
+        for ready in over_age:
+            self.drop(ready, "stale")
+
+    def _over_age(self, ready: Ready, live: int) -> bool:
+        if self._stale == "drop":
+            return not lag.fresh(ready.meta.oldest, live, self._bound)
+        newest = max(ready.meta.spans[s][-1].version for s in ready.samples)
+        return not lag.fresh(newest, live, self._bound)

@@ -1,0 +1,37 @@
+"""Bounded waits and watched loops."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
+
+from async_opd.errors import AsyncOpdError, TimedOut
+from async_opd.ports import Generator
+
+T = TypeVar("T")
+
+
+async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
+    """Await at most `seconds`; raises TimedOut naming who was waited for and how long."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await awaitable
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise TimedOut(f"{who}: no answer in {seconds:g} s") from None
+
+
+async def watch_health(generators: Sequence[Generator], every_s: float) -> None:
+    """Looks at each engine every `every_s` seconds, for ever; ends only by raising: an engine can die inside an
+    actor that lives, and nobody else would notice."""
+    while True:
+        await asyncio.sleep(every_s)
+        await asyncio.gather(*(g.check_health() for g in generators))
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The named error inside (nested) exception groups: what ended the run, rather than what it dragged along."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [first_cause(e) for e in error.exceptions]
+    return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])

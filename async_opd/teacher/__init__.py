@@ -1,0 +1,1 @@
+"""Teachers: score every response token of a rollout."""

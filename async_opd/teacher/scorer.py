@@ -1,0 +1,146 @@
+"""An exact teacher on transformers. A plain class: `actors.py` makes a Ray actor of it."""
+
+import asyncio
+
+import numpy as np
+import torch
+
+from async_opd import causal_lm
+from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.teacher.config import TeacherConfig
+from async_opd.wire import Group, Needs, Rollout, Scores
+
+
+class TransformersTeacher:
+    """Scores response positions in packed batches of at most `batch_tokens`; never holds [tokens, vocabulary]."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        needs: Needs,
+        *,
+        temperature: float,
+        vocabulary: int,
+        trust_remote_code: bool = False,
+    ):
+        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates."""
+        self._config, self._needs, self._temperature, self._vocabulary = config, needs, temperature, vocabulary
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = causal_lm.load(
+            config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
+        ).eval()
+        self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
+        self._arrived = asyncio.Event()
+        self._serving: asyncio.Task | None = None
+
+    async def score(self, group: Group) -> tuple[Scores, ...]:
+        """Scores of each rollout of `group`. Waits until a batch with them has been through the model."""
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
+        loop = asyncio.get_running_loop()
+        prompt = group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids
+        futures = [loop.create_future() for _ in group.rollouts]
+        self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
+        self._arrived.set()
+        return tuple(await asyncio.gather(*futures))
+
+    async def _serve(self) -> None:
+        """Waits for a request, then at most `flush_s` for company; ends only with the actor."""
+        while True:
+            await self._arrived.wait()
+            if self._config.flush_s and self._tokens_waiting() < self._config.batch_tokens:
+                await asyncio.sleep(self._config.flush_s)
+            batch = self._take()
+            try:
+                scored = await asyncio.to_thread(
+                    self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
+                )
+            except Exception as error:  # belongs to these requests: their callers get it, the next batch goes on
+                for _, _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, _, future), scores in zip(batch, scored, strict=True):
+                if not future.done():
+                    future.set_result(scores)
+
+    def _tokens_waiting(self) -> int:
+        return sum(len(prompt) + len(rollout.ids) for prompt, rollout, _ in self._waiting)
+
+    def _take(self) -> list[tuple[np.ndarray, Rollout, asyncio.Future]]:
+        """Oldest requests that fit one batch, at least one."""
+        tokens, count = 0, 0
+        for prompt, rollout, _ in self._waiting:
+            tokens += len(prompt) + len(rollout.ids)
+            if count and tokens > self._config.batch_tokens:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        if not self._waiting:
+            self._arrived.clear()
+        return batch
+
+    @torch.no_grad()
+    def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores]:
+        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach the LM head."""
+        ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
+        starts = np.cumsum([0, *map(len, ids)])
+        rows = [at + len(p) - 1 + np.arange(len(r.ids)) for at, (p, r) in zip(starts, items, strict=False)]
+
+        def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+            return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
+
+        hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
+        candidates = [r.candidate_ids for _, r in items]
+        read = read_logprobs(
+            hidden_LD[tensor(rows)],
+            causal_lm.head(self._model),
+            tensor([r.ids for _, r in items]),
+            temperature=self._temperature,
+            chunk_rows=self._config.head_chunk_rows,
+            entropy=self._needs.teacher_entropy,
+            candidate_ids_NK=None if candidates[0] is None else tensor(candidates),
+            topk=self._needs.teacher_topk,
+            topk_below=self._vocabulary,
+        )
+        return _split(read, [r for _, r in items])
+
+    def greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
+        """The teacher's own likeliest responses, int32 each, to measure its accuracy."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        self._model.set_attn_implementation("sdpa")  # generation keeps a cache and pads; packing does neither
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos_ids,
+            pad_token_id=eos_ids[0],
+        )
+        self._model.set_attn_implementation(causal_lm.ATTENTION)
+        return list(out[:, width:].cpu().numpy().astype(np.int32))
+
+
+def _split(read: Read, rollouts: list[Rollout]) -> list[Scores]:
+    lengths = [len(rollout.ids) for rollout in rollouts]
+
+    def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
+        if x is None:
+            return [None] * len(lengths)
+        return [part.numpy().astype(dtype) for part in x.cpu().split(lengths)]
+
+    columns = zip(
+        rollouts,
+        parts(read.sampled_N),
+        parts(read.topk_ids_NK, np.int32),
+        parts(read.topk_NK),
+        parts(read.entropy_N),
+        parts(read.candidates_NK),
+        strict=True,
+    )
+    return [
+        Scores(id=r.id, sampled_logp=logp, topk_ids=ids, topk_logp=top, entropy=entropy, candidate_logp=given)
+        for r, logp, ids, top, entropy, given in columns
+    ]

@@ -1,0 +1,159 @@
+"""Rebuilds the shipped weights: `python -m async_opd.toy.build`. A few minutes on two cores; seeded."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from async_opd.toy import STUDENT, TEACHER, WEIGHTS
+from async_opd.toy.task import (
+    ALPHABET,
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    Problem,
+    answer,
+    draw,
+    next_char,
+    prompt,
+)
+from async_opd.toy.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
+
+TOKENIZER = build_tokenizer()
+CONTEXT = 128  # tokens
+IGNORED = -100  # the label of positions without a target
+MAX_NOISE = 0.2  # largest share of random characters in what the teacher is trained to continue
+STUDENT_START = 0.22  # greedy accuracy at which the student's training stops
+
+
+def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
+    """Three layers, heads of 32."""
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=3,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
+    """A problem, a response in which `noise` of the characters are random, and the right character at each place.
+
+    The target answers what is really there (`next_char`), so the teacher stays a teacher on a student's mistakes.
+    """
+    problem, written, wanted = draw(rng), "", []
+    while len(wanted) < MAX_RESPONSE:
+        wanted.append(next_char(problem, written))
+        char = rng.choice(ALPHABET) if rng.random() < noise else wanted[-1]
+        if not char:
+            break
+        written += char
+    return problem, written, wanted
+
+
+def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right; labels are already shifted."""
+    ids = torch.full((rows, MAX_PROMPT + MAX_RESPONSE), PAD)
+    labels = torch.full_like(ids, IGNORED)
+    index = {"": EOS} | {token: i for i, token in enumerate(VOCABULARY)}
+    for row in range(rows):
+        problem, written, wanted = sample(rng, rng.uniform(0, max_noise))
+        question = prompt(problem)
+        text = [index[char] for char in question + written]
+        ids[row, : len(text)] = torch.tensor(text)
+        first = len(question) - 1
+        labels[row, first : first + len(wanted)] = torch.tensor([index[char] for char in wanted])
+    return ids, labels
+
+
+def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float) -> Iterator[int]:
+    """Supervised training, `rows` responses a step. Yields after each step, counted from 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    for step in range(steps):
+        model.train()
+        ids, labels = batch(rng, rows, max_noise)
+        logits = model(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step + 1
+
+
+def train_teacher() -> PreTrainedModel:
+    torch.manual_seed(1)
+    model = new_model(width=128, mlp_width=256, tied=False)
+    for step in train(model, Random("teacher"), steps=800, rows=64, rate=3e-3, max_noise=MAX_NOISE):
+        if step % 100 == 0:
+            print(f"teacher: step {step}", flush=True)
+    return model
+
+
+def train_student() -> PreTrainedModel:
+    """Stops early, by the accuracy on training problems; carried on to its last step it is as good as the teacher."""
+    torch.manual_seed(2)
+    rng = Random("student")
+    seen = dataset(heldout=False)[:512]
+    model = new_model(width=64, mlp_width=192, tied=True)
+    for step in train(model, rng, steps=800, rows=32, rate=1.5e-3, max_noise=0.0):
+        if step % 10 == 0 and accuracy(model, seen) >= STUDENT_START:
+            print(f"student: stopped at step {step}", flush=True)
+            break
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
+    """The share of problems whose greedy response ends with the right boxed answer."""
+    model.eval()
+    inputs = TOKENIZER([prompt(problem) for problem in problems], padding=True, return_tensors="pt")
+    outputs = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_RESPONSE, eos_token_id=EOS, pad_token_id=PAD)
+    texts = TOKENIZER.batch_decode(outputs, skip_special_tokens=True)
+    right = [text.endswith(f"\\boxed{{{answer(p)}}}") for text, p in zip(texts, problems, strict=True)]
+    return sum(right) / len(right)
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """A whole Hugging Face directory: config, generation config, weights and tokenizer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def write_checksums() -> None:
+    """`SHA256SUMS`, as `sha256sum -c` reads it in the weights folder."""
+    files = sorted(path for folder in (STUDENT, TEACHER) for path in folder.iterdir())
+    lines = (
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(WEIGHTS).as_posix()}" for path in files
+    )
+    (WEIGHTS / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def main() -> None:
+    heldout = dataset(heldout=True)
+    for folder, trained in ((STUDENT, train_student), (TEACHER, train_teacher)):
+        model = trained()
+        write_model(model, folder)
+        print(f"{folder.name}: {model.num_parameters():,} parameters, held-out accuracy {accuracy(model, heldout):.3f}")
+    write_checksums()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""One token per character of the toy task's alphabet."""
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from async_opd.toy.task import ALPHABET
+
+SPECIALS = ("<pad>", "<eos>", "<unk>")  # ids 0, 1 and 2
+PAD, EOS = 0, 1
+VOCABULARY = (*SPECIALS, *ALPHABET)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Pads on the left. Decoding joins the characters with nothing between them."""
+    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,152 @@
+"""The main loop, over ports: it knows nothing of Ray, vLLM or DeepSpeed."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_opd import evaluate
+from async_opd.config import Config
+from async_opd.errors import LoopEnded
+from async_opd.maths import lag
+from async_opd.metrics import Meter
+from async_opd.ports import Generator, Learner, Ready, Teacher, Verifier
+from async_opd.stream.produce import Producer
+from async_opd.stream.publish import Publisher
+from async_opd.stream.queue import Slots, TrajectoryQueue
+from async_opd.stream.supervise import first_cause, watch_health
+from async_opd.wire import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Every actor of a run, behind its port."""
+
+    generators: Sequence[Generator]
+    teachers: Sequence[Teacher]
+    verifier: Verifier
+    learner: Learner
+
+
+async def train(
+    config: Config, roles: Roles, prompts: Iterator[Prompt], held_out: list[Prompt], run_dir: Path, meter: Meter
+) -> dict[str, float | int | None]:
+    """Run the whole job; returns what `summary.json` says of it. Raises the named error that ended it.
+
+    On cancellation (Ctrl-C) the live weights are saved to `checkpoint` before it propagates.
+    """
+    publisher = Publisher(
+        roles.learner,
+        roles.generators,
+        parity_every=config.sync.parity_every_steps,
+        tolerance=config.sync.parity_tolerance,
+    )
+    loop = _Loop(config, roles, publisher, meter, run_dir)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            health = tasks.create_task(_never_ends(watch_health(roles.generators, config.timeout.health_s)))
+            await publisher.connect()
+            await publisher.publish(0, admit=lambda: None)
+            found = await _before(config, roles, held_out)
+            await loop.run(prompts, tasks)
+            if held_out:
+                after = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
+                found |= {"accuracy_after": after.share, "eval_unknown": found["eval_unknown"] + after.unknown}
+            health.cancel()
+        await roles.learner.save(str(run_dir / "checkpoint"))
+    except BaseExceptionGroup as group:
+        cause = first_cause(group)
+        cause.add_note(f"at version {loop.version}")
+        raise cause from None
+    except asyncio.CancelledError:
+        await roles.learner.save(str(run_dir / "checkpoint"))
+        raise
+    return {
+        **found,
+        **meter.summary(),
+        "scored_dropped": loop.queue.dropped.total(),
+        **{f"dropped_{cause}": count for cause, count in loop.queue.dropped.items()},
+    }
+
+
+class _Loop:
+    """Slots, queue, producer and the step loop of one run."""
+
+    def __init__(self, config: Config, roles: Roles, publisher: Publisher, meter: Meter, run_dir: Path):
+        self._config, self._roles, self._publisher, self._meter, self._dir = config, roles, publisher, meter, run_dir
+        self.version = 0
+        self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
+        self.queue = TrajectoryQueue(
+            groups_per_step=config.groups_per_step,
+            max_lag_steps=config.run.max_lag_steps,
+            stale=config.run.stale,
+            on_drop=lambda ready, cause: self._producer.dropped(ready, cause),
+        )
+
+    async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
+        """THE loop: take the oldest groups, train on them, publish the weights, give their slots back."""
+        steps = self._config.run.steps
+        self._producer = self._make_producer(prompts, tasks)
+        self._meter.start()
+        await self._publisher.publish(0, admit=self._producer.fill)
+        while self.version < steps:
+            batch = await self.queue.take(self.version)
+            result = await self._roles.learner.step(batch)
+            self.version = result.version
+            gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._trained(batch))
+            self._meter.step(
+                self.version, steps, result.metrics, **_verdicts(batch), parity_gap=gap, queue_ready=len(self.queue),
+                queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
+            )  # fmt: skip
+            if every := self._config.run.checkpoint_every_steps:
+                if self.version % every == 0:
+                    await self._roles.learner.save(str(self._dir / f"checkpoint-{self.version}"))
+
+    def _trained(self, batch: list[Ready]) -> None:
+        for ready in batch:
+            self._slots.give_back(ready.ticket)
+        self._producer.fill()
+
+    def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:
+        return Producer(
+            prompts=prompts,
+            needed=self._config.run.steps * self._config.groups_per_step,
+            generators=self._roles.generators,
+            teachers=self._roles.teachers,
+            verifier=self._roles.verifier,
+            slots=self._slots,
+            queue=self.queue,
+            tasks=tasks,
+            max_attempts=self._config.run.max_attempts,
+            drop_truncated=self._config.rollout.truncated == "drop",
+            count_tokens=self._meter.count,
+        )
+
+
+async def _before(config: Config, roles: Roles, held_out: list[Prompt]) -> dict[str, float | int | None]:
+    if not held_out:
+        return {}
+    student = evaluate.of_generators(roles.generators, roles.verifier, held_out)
+    if not config.teacher.evaluate:
+        before, teacher = await student, None
+    else:
+        before, teacher = await asyncio.gather(
+            student, evaluate.of_teacher(roles.teachers[0], roles.verifier, held_out)
+        )
+    return {
+        "accuracy_before": before.share,
+        "teacher_accuracy": teacher and teacher.share,
+        "eval_problems": before.problems,
+        "eval_unknown": before.unknown,
+    }
+
+
+def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:
+    known = [v.correct for ready in batch for v in ready.verdicts if v.correct is not None]
+    unknown = sum(v.correct is None for ready in batch for v in ready.verdicts)
+    return {"accuracy": sum(known) / len(known) if known else None, "verdicts_unknown": unknown}
+
+
+async def _never_ends(loop) -> None:
+    await loop
+    raise LoopEnded("the health watch returned, though it should run for the whole job")

@@ -1,0 +1,14 @@
+"""Settings of the verifier pool."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class VerifyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`workers` killable processes, each deciding one response at a time."""
+
+    check: str = "math"  # a module of `verify.checks`
+    workers: Annotated[int, Meta(ge=1)] = 1
+    timeout_s: Annotated[float, Meta(gt=0)] = 5.0  # from when a worker picks the response up
+    memory_gib: Annotated[float, Meta(gt=0)] = 2.0  # address space of one worker

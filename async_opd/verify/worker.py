@@ -1,0 +1,79 @@
+"""A verifier's child process: `python -m async_opd.verify.worker <parent pid> <memory, GiB> <kind>...`.
+
+Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty frame once its checks
+are imported, then one `Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from async_opd.verify.checks import load
+from async_opd.wire import Check, Verdict
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(parent: int, memory_gib: float, kinds: list[str]) -> None:
+    die_with(parent)
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    requests, replies = take_pipes()
+    checks = {kind: load(kind) for kind in kinds}
+    exit_if_large(limit)
+    replies.write(frame(b""))
+    while header := requests.read(4):
+        body = requests.read(int.from_bytes(header, "big"))
+        check = msgspec.msgpack.decode(body, type=Check)
+        verdict = judge(check, checks[check.kind])
+        exit_if_large(limit)
+        replies.write(frame(msgspec.msgpack.encode(verdict)))
+
+
+def judge(check: Check, decide: Callable[[str, str], bool]) -> Verdict:
+    try:
+        return Verdict(id=check.id, correct=decide(check.response, check.answer))
+    except Exception as error:  # foreign code met a model's text: whatever it raises, the verdict is unknown
+        return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
+
+
+def frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+def die_with(parent: int) -> None:
+    """Asks the kernel to kill this process when the thread that started it ends; exits if that happened already."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        sys.exit("the parent of this verifier worker is gone")
+
+
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """The protocol's two pipes, out of reach of a check: it reads nothing and prints to stderr."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def exit_if_large(limit: int) -> None:
+    """Exits once this process has ever mapped more than half of `limit` bytes.
+
+    Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full, for later ones.
+    """
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
+    if peak > limit / 2:
+        sys.exit(f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of {limit / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

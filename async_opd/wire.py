@@ -1,0 +1,171 @@
+"""Everything that crosses a process boundary. Nothing else does.
+
+Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one prompt.
+Log-probs are in nats, of logits divided by the sampling temperature, normalised over the whole vocabulary of the
+model that gave them. Arrays arrive read-only through Ray: they are values, never buffers to write into. Invariants
+run on construction, on decoding and on unpickling, so a bad message fails where it arrives, naming its id.
+"""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from async_opd.errors import WireError
+
+LOGP_TOLERANCE = 1e-4  # nats a log-prob may exceed 0 by rounding
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of every message: immutable, keyword-only."""
+
+
+class Prompt(Struct):
+    """One prompt handed out once. Made by `rollout.prompts`; consumed by a generator."""
+
+    id: str  # "<row id>@<epoch>", unique within a run
+    ids: np.ndarray  # int32 [P]
+    answer: str  # reference answer, for the verifier
+    teacher_ids: np.ndarray | None = None  # int32 [P'] where the teacher renders the prompt its own way
+    attempt: int = 0  # how often it was re-issued
+
+    def __post_init__(self):
+        _array(self.id, "ids", self.ids, np.int32, 1)
+        if self.teacher_ids is not None:
+            _array(self.id, "teacher_ids", self.teacher_ids, np.int32, 1)
+
+
+class Span(Struct):
+    """Tokens [start, end) of one response were sampled under `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Rollout(Struct):
+    """One sampled response. Made by a generator; consumed by teacher, verifier and learner."""
+
+    id: str  # "<prompt id>#<sample>"
+    ids: np.ndarray  # int32 [T], the end token included
+    behaviour_logp: np.ndarray  # float32 [T], under the weights that sampled each token
+    spans: tuple[Span, ...]  # cover [0, T) in order, versions increasing
+    truncated: bool  # cut by the length limit, so without an end token
+    candidate_ids: np.ndarray | None = None  # int32 [T, K], ids the student wants scored
+
+    def __post_init__(self):
+        _array(self.id, "ids", self.ids, np.int32, 1)
+        if self.candidate_ids is not None:
+            _array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
+        _logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
+        at, version = 0, -1
+        for span in self.spans:
+            if span.start != at or span.end <= span.start or span.version <= version:
+                raise WireError(f"{self.id}: spans must be contiguous with increasing versions, got {self.spans}")
+            at, version = span.end, span.version
+        if at != len(self.ids) or at == 0:
+            raise WireError(f"{self.id}: spans cover {at} tokens of {len(self.ids)}; a response has at least one")
+
+    def versions(self) -> np.ndarray:
+        """Version of each token, int32 [T]."""
+        lengths = [span.end - span.start for span in self.spans]
+        return np.repeat(np.array([span.version for span in self.spans], np.int32), lengths)
+
+
+class Group(Struct):
+    """All samples of one prompt: the unit of admission, queue and drop. Made by a generator; consumed by teacher,
+    verifier and learner, which get it by reference: the driver never reads one."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]  # G of them
+
+
+class GroupMeta(Struct):
+    """What the driver may know of a group. Made by a generator; consumed by the queue and the packing."""
+
+    id: str  # the prompt's
+    prompt_len: int
+    spans: tuple[tuple[Span, ...], ...]  # per sample
+    truncated: tuple[bool, ...]  # per sample
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Response tokens per sample."""
+        return tuple(spans[-1].end for spans in self.spans)
+
+    @property
+    def oldest(self) -> int:
+        """Version of the oldest token of the group."""
+        return min(spans[0].version for spans in self.spans)
+
+
+class Needs(Struct):
+    """What an objective wants scored. Made by the objective; consumed by the teacher and the learner."""
+
+    teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
+    teacher_entropy: bool = False  # full-vocabulary entropy, nats
+    student_entropy: bool = False
+
+
+class Scores(Struct):
+    """A teacher's view of one rollout's response positions. Made by a teacher; consumed by the learner."""
+
+    id: str  # the rollout's
+    sampled_logp: np.ndarray  # float32 [T]
+    topk_ids: np.ndarray | None = None  # int32 [T, K]
+    topk_logp: np.ndarray | None = None  # float32 [T, K]
+    entropy: np.ndarray | None = None  # float32 [T], nats
+    candidate_logp: np.ndarray | None = None  # float32 [T, K], at the rollout's candidate_ids
+
+    def __post_init__(self):
+        shape = np.shape(self.sampled_logp)
+        _logp(self.id, "sampled_logp", self.sampled_logp, shape)
+        if self.topk_ids is not None:
+            _array(self.id, "topk_ids", self.topk_ids, np.int32, 2)
+            _logp(self.id, "topk_logp", self.topk_logp, (*shape, self.topk_ids.shape[1]))
+        if self.entropy is not None:
+            _array(self.id, "entropy", self.entropy, np.float32, 1)
+        if self.candidate_logp is not None:
+            _logp(self.id, "candidate_logp", self.candidate_logp, (*shape, np.shape(self.candidate_logp)[-1]))
+
+
+class Verdict(Struct):
+    """A verifier's word on one response. Made by the verifier pool; consumed by the driver and the learner.
+
+    `correct` is None when the check timed out or crashed: unknown is not wrong.
+    """
+
+    id: str
+    correct: bool | None
+    cause: str = ""  # "timed out after 5.0 s", "worker died (signal 9)", …; empty when the check decided
+
+
+class Check(Struct):
+    """One response to check. Made by the verifier pool; consumed by one of its worker processes."""
+
+    id: str
+    kind: str  # a module of `verify.checks`
+    response: str
+    answer: str
+
+
+class StepResult(Struct):
+    """What one optimizer step did. Made by the learner, reduced over ranks; consumed by the driver."""
+
+    version: int  # of the weights after the step
+    metrics: dict[str, float]
+
+
+def _array(id: str, field: str, value: Any, dtype: type, ndim: int) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
+        got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise WireError(f"{id}: {field} must be a {ndim}-d {np.dtype(dtype)} array, got {got}")
+
+
+def _logp(id: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
+    _array(id, field, value, np.float32, len(shape))
+    if value.shape != shape:
+        raise WireError(f"{id}: {field} has shape {value.shape}, expected {shape}")
+    if value.size and not (np.isfinite(value).all() and value.max() <= LOGP_TOLERANCE):
+        at = int(np.argmax(~np.isfinite(value.ravel()) | (value.ravel() > LOGP_TOLERANCE)))
+        raise WireError(f"{id}: {field}[{at}] = {value.ravel()[at]} is not a finite log-prob <= 0")

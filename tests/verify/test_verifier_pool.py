@@ -1,0 +1,115 @@
+import asyncio
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from async_opd.errors import ActorLost, ConfigError
+from async_opd.verify.pool import VerifierPool
+from async_opd.wire import Check, Verdict
+
+PARENT = """
+import asyncio, sys
+from async_opd.verify.pool import VerifierPool
+from async_opd.wire import Check
+
+async def main():
+    pool = VerifierPool(workers=2, timeout_s=60.0)
+    await pool.start()
+    checks = [pool.check(Check(id=str(i), kind="math", response=sys.argv[1], answer="2")) for i in range(2)]
+    print("started", flush=True)
+    await asyncio.gather(*checks)
+
+asyncio.run(main())
+"""
+
+
+async def test_verdicts_are_right_or_wrong_and_carry_the_id_of_their_check(start_pool, check):
+    pool = await start_pool(workers=2, timeout_s=10.0)
+    responses = [r"\boxed{2}", r"\boxed{3}", "no idea", r"\boxed{\sqrt{4}}"] * 5
+    verdicts = await asyncio.gather(*(pool.check(check(response)) for response in responses))
+    assert [verdict.correct for verdict in verdicts] == [True, False, False, True] * 5
+    assert [verdict.id for verdict in verdicts] == [f"{i}@0#0" for i in range(20)]
+    assert {verdict.cause for verdict in verdicts} == {""}
+
+
+async def test_a_right_answer_behind_hanging_ones_is_still_right(start_pool, check, hangs):
+    pool = await start_pool(timeout_s=0.5)
+    started = time.monotonic()
+    *hung, last = await asyncio.gather(*(pool.check(check(response)) for response in [hangs, hangs, r"\boxed{2}"]))
+    assert [verdict.correct for verdict in hung] == [None, None]
+    assert last.correct is True
+    assert time.monotonic() - started > 1.0  # it waited for two deadlines of 0.5 s, and has one of its own
+
+
+async def test_a_hanging_check_is_unknown_at_its_deadline_and_its_worker_replaced(start_pool, check, workers, hangs):
+    pool = await start_pool()
+    (before,) = workers()
+    started = time.monotonic()
+    assert await pool.check(check(hangs)) == Verdict(id="0@0#0", correct=None, cause="timed out after 1.0 s")
+    assert 1.0 <= time.monotonic() - started < 2.0
+    assert not before.is_running()
+    assert (await pool.check(check())).correct is True
+    assert workers() != [before]
+
+
+async def test_a_worker_killed_mid_check_is_unknown_and_replaced(start_pool, check, workers, hangs):
+    pool = await start_pool(timeout_s=30.0)
+    pending = asyncio.create_task(pool.check(check(hangs)))
+    await asyncio.sleep(0.2)
+    workers()[0].kill()
+    assert await pending == Verdict(id="0@0#0", correct=None, cause="worker died (signal 9)")
+    assert (await pool.check(check())).correct is True
+
+
+async def test_a_worker_killed_while_idle_costs_no_check(start_pool, check, workers):
+    pool = await start_pool()
+    workers()[0].kill()
+    await asyncio.sleep(0.2)
+    assert (await pool.check(check())).correct is True
+
+
+async def test_no_worker_outlives_a_parent_killed_in_the_middle_of_checks(hangs):
+    with subprocess.Popen([sys.executable, "-c", PARENT, hangs], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "started\n"
+        busy = psutil.Process(parent.pid).children()
+        time.sleep(0.3)
+        assert len(busy) == 2
+        parent.kill()
+        killed = time.monotonic()
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in busy):
+        assert time.monotonic() - killed < 2.0
+        time.sleep(0.02)
+
+
+async def test_close_kills_busy_workers_and_fails_what_waits(start_pool, check, workers, hangs):
+    pool = await start_pool(timeout_s=30.0)
+    pending = [asyncio.create_task(pool.check(check(hangs))) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    await pool.close()
+    assert workers() == []
+    for task in pending:
+        with pytest.raises(ActorLost, match="verifier pool is closed"):
+            await task
+    with pytest.raises(ActorLost, match="verifier pool is closed"):
+        await pool.check(check())
+
+
+async def test_a_caller_that_gives_up_costs_others_nothing(start_pool, check, hangs):
+    pool = await start_pool(timeout_s=0.5)
+    abandoned = [asyncio.create_task(pool.check(check(hangs))) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    for task in abandoned:
+        task.cancel()
+    started = time.monotonic()
+    assert (await pool.check(check())).correct is True
+    assert time.monotonic() - started < 2.5  # one deadline of 0.5 s, not five: the four that still queued are skipped
+
+
+async def test_a_pool_that_is_not_started_or_does_not_run_the_kind_refuses(start_pool, check):
+    with pytest.raises(ActorLost, match="verifier pool is not started"):
+        await VerifierPool(workers=1, timeout_s=1.0).check(check())
+    with pytest.raises(ConfigError, match="check kind 'code' is none of math"):
+        await (await start_pool()).check(Check(id="a", kind="code", response="", answer=""))
