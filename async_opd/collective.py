@@ -44,9 +44,7 @@ def gloo_group(host: str, port: int, *, rank: int, world: int, timeout_s: float)
     options = ProcessGroupGloo._Options()
     options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=local)]
-    group = ProcessGroupGloo(PrefixStore("weights", store), rank, world, options)
-    group.store = store  # rank 0 serves the others as long as the group lives
-    return group
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, world, options)
 
 
 def buckets(metas: Iterable[TensorMeta], bucket_bytes: int) -> Iterator[list[TensorMeta]]:

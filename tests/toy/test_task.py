@@ -7,8 +7,8 @@ from async_opd.toy.task import answer, dataset, draw, is_heldout, next_char, pro
 
 
 def test_a_worked_response_is_literally_this():
-    assert prompt((4826, 957)) == "4826+957="
-    assert response((4826, 957)) == "\n6+7+0=13\n2+5+1=08\n8+9+0=17\n4+0+1=05\n\\boxed{5783}"
+    assert prompt((826, 957)) == "826+957="
+    assert response((826, 957)) == "\n6+7+0=13\n2+5+1=08\n8+9+0=17\n\\boxed{1783}"
     assert response((57, 68)) == "\n7+8+0=15\n5+6+1=12\n\\boxed{125}"
 
 
@@ -31,8 +31,8 @@ def test_any_text_at_all_has_a_next_character():
 def test_the_boxed_answer_verifies():
     rng = Random(0)
     problems = [draw(rng) for _ in range(100)]
-    assert all(verify(parse(answer(problem)), parse(prompt(problem) + response(problem))) for problem in problems)
-    assert not verify(parse("5784"), parse(response((4826, 957))))
+    assert all(verify(parse(answer(problem)), parse(response(problem))) for problem in problems)
+    assert not verify(parse("1784"), parse(response((826, 957))))
 
 
 def test_train_and_heldout_problems_are_disjoint():
@@ -43,15 +43,15 @@ def test_train_and_heldout_problems_are_disjoint():
 
 
 def test_prompts_and_responses_keep_their_length_limits():
-    problems = [*dataset(heldout=False), *dataset(heldout=True)]
-    assert max(len(prompt(problem)) for problem in problems) == 9
-    assert max(len(response(problem)) + 1 for problem in problems[:2000]) == 51
+    problems = dataset(heldout=False)
+    assert max(len(prompt(problem)) for problem in problems) == 8
+    assert max(len(response(problem)) + 1 for problem in problems) == 41
 
 
 def test_the_dataset_is_the_same_every_time(tmp_path):
     write_dataset(tmp_path)
-    first = (tmp_path / "heldout.jsonl").read_text().splitlines()[0]
+    heldout = (tmp_path / "heldout.jsonl").read_text().splitlines()
     train = (tmp_path / "train.jsonl").read_text().splitlines()
-    assert first == ""
-    assert len(train) == 20_480
+    assert (len(train), len(heldout)) == (20_480, 512)
+    assert heldout[0] == "HELD0"
     assert json.loads(train[-1])["id"] == "train-20479"
