@@ -10,22 +10,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.toy import STUDENT, TEACHER, WEIGHTS
-from async_opd.toy.task import (
-    ALPHABET,
-    MAX_PROMPT,
-    MAX_RESPONSE,
-    Problem,
-    answer,
-    draw,
-    next_char,
-    prompt,
-)
+from async_opd.toy.task import ALPHABET, MAX_PROMPT, MAX_RESPONSE, Problem, answer, dataset, draw, next_char, prompt
 from async_opd.toy.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 CONTEXT = 128  # tokens
 IGNORED = -100  # the label of positions without a target
-MAX_NOISE = 0.2  # largest share of random characters in what the teacher is trained to continue
 STUDENT_START = 0.22  # greedy accuracy at which the student's training stops
 
 
@@ -39,7 +29,7 @@ def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=tied,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -70,7 +60,7 @@ def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch
     labels = torch.full_like(ids, IGNORED)
     index = {"": EOS} | {token: i for i, token in enumerate(VOCABULARY)}
     for row in range(rows):
-        problem, written, wanted = sample(rng, rng.uniform(0, max_noise))
+        problem, written, wanted = sample(rng, noise=rng.uniform(0, max_noise))
         question = prompt(problem)
         text = [index[char] for char in question + written]
         ids[row, : len(text)] = torch.tensor(text)
@@ -80,7 +70,10 @@ def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch
 
 
 def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float) -> Iterator[int]:
-    """Supervised training, `rows` responses a step. Yields after each step, counted from 1."""
+    """Supervised training, `rows` responses a step, each with a share of random characters of up to `max_noise`.
+
+    Yields after each step, counted from 1.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for step in range(steps):
@@ -97,21 +90,22 @@ def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: floa
 
 
 def train_teacher() -> PreTrainedModel:
+    """Trained on twice the noise the student sees: it has to continue whatever the student writes."""
     torch.manual_seed(1)
     model = new_model(width=128, mlp_width=256, tied=False)
-    for step in train(model, Random("teacher"), steps=800, rows=64, rate=3e-3, max_noise=MAX_NOISE):
+    for step in train(model, Random("teacher"), steps=500, rows=64, rate=3e-3, max_noise=0.2):
         if step % 100 == 0:
             print(f"teacher: step {step}", flush=True)
     return model
 
 
 def train_student() -> PreTrainedModel:
-    """Stops early, by the accuracy on training problems; carried on to its last step it is as good as the teacher."""
+    """Stops early, by the greedy accuracy on training problems. Run to the last step it would know the task."""
     torch.manual_seed(2)
     rng = Random("student")
-    seen = dataset(heldout=False)[:512]
+    seen = dataset(heldout=False)[:256]
     model = new_model(width=64, mlp_width=192, tied=True)
-    for step in train(model, rng, steps=800, rows=32, rate=1.5e-3, max_noise=0.0):
+    for step in train(model, rng, steps=800, rows=32, rate=1.5e-3, max_noise=0.1):
         if step % 10 == 0 and accuracy(model, seen) >= STUDENT_START:
             print(f"student: stopped at step {step}", flush=True)
             break

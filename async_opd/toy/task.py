@@ -1,13 +1,12 @@
 r"""Column addition written out step by step.
 
-The prompt `4826+957=` is answered by one line per column, units first, each `digit+digit+carry=sum` with a
+The prompt `826+957=` is answered by one line per column, units first, each `digit+digit+carry=sum` with a
 two-digit sum, then by the boxed answer:
 
     6+7+0=13
     2+5+1=08
     8+9+0=17
-    4+0+1=05
-    \boxed{5783}
+    \boxed{1783}
 """
 
 import json
@@ -16,8 +15,8 @@ from pathlib import Path
 from random import Random
 
 ALPHABET = "0123456789+=\n\\boxed{}"
-MAX_PROMPT = 10  # characters, and so tokens
-MAX_RESPONSE = 51  # tokens: 50 characters and the end of text
+MAX_PROMPT = 8  # characters, and so tokens
+MAX_RESPONSE = 41  # tokens: 40 characters and the end of text
 TRAIN_ROWS = 20_480
 HELDOUT_ROWS = 512
 
@@ -31,9 +30,9 @@ def is_heldout(problem: Problem) -> bool:
 
 
 def draw(rng: Random, heldout: bool = False) -> Problem:
-    """One problem of the wanted split: two operands of two to four digits, each length as likely."""
+    """One problem of the wanted split: two operands of two or three digits, each length as likely."""
     while True:
-        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((2, 3, 4), k=2))
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((2, 3), k=2))
         if is_heldout((a, b)) == heldout:
             return a, b
 

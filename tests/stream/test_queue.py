@@ -1,0 +1,73 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from async_opd.ports import Ready
+from async_opd.stream.queue import Slots, TrajectoryQueue
+from async_opd.wire import GroupMeta, Prompt, Span
+
+
+def ready(ticket: int, *spans: tuple[int, int]) -> Ready:
+    """A group of one sample whose spans are (version, tokens)."""
+    at, built = 0, []
+    for version, tokens in spans:
+        built.append(Span(version=version, start=at, end=at + tokens))
+        at += tokens
+    meta = GroupMeta(id=str(ticket), prompt_len=1, spans=(tuple(built),), truncated=(False,))
+    prompt = Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer="")
+    return Ready(ticket, prompt, meta, None, None, (), (0,))
+
+
+def queue_of(*items: Ready, stale: str = "drop", bound: int = 2, per_step: int = 2):
+    dropped = []
+    queue = TrajectoryQueue(
+        groups_per_step=per_step,
+        max_lag_steps=bound,
+        stale=stale,
+        on_drop=lambda r, cause: dropped.append((r.ticket, cause)),
+    )
+    for item in items:
+        queue.put(item)
+    return queue, dropped
+
+
+async def test_the_oldest_version_leaves_first_and_a_batch_is_in_order_of_admission():
+    queue, _ = queue_of(ready(1, (5, 3)), ready(3, (4, 3)), ready(2, (5, 3)))
+    assert [r.ticket for r in await queue.take(5)] == [1, 3]  # 3 is older, 1 was admitted before 2
+
+
+async def test_drop_refuses_a_group_with_one_token_over_the_bound():
+    queue, dropped = queue_of(ready(1, (2, 1), (5, 9)), ready(2, (3, 5)), ready(3, (5, 5)))
+    assert [r.ticket for r in await queue.take(5)] == [2, 3]
+    assert dropped == [(1, "stale")]
+    assert queue.dropped == {"stale": 1}
+
+
+async def test_mask_refuses_only_a_group_with_no_token_inside_the_bound():
+    queue, dropped = queue_of(ready(1, (2, 1), (5, 9)), ready(2, (2, 5)), ready(3, (5, 5)), stale="mask")
+    assert [r.ticket for r in await queue.take(5)] == [1, 3]
+    assert dropped == [(2, "stale")]
+
+
+async def test_take_waits_until_a_whole_step_is_there():
+    queue, _ = queue_of(ready(1, (0, 1)))
+    taking = asyncio.ensure_future(queue.take(0))
+    await asyncio.sleep(0)
+    assert not taking.done()
+    queue.put(ready(2, (0, 1)))
+    assert len(await taking) == 2
+
+
+async def test_a_group_leaves_the_queue_once():
+    queue, _ = queue_of(ready(1, (0, 1)), ready(2, (0, 1)))
+    await queue.take(0)
+    assert len(queue) == 0
+
+
+def test_a_slot_returned_twice_is_an_error():
+    slots = Slots(1)
+    ticket = slots.take()
+    slots.give_back(ticket)
+    with pytest.raises(KeyError):
+        slots.give_back(ticket)
