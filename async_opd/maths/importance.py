@@ -14,7 +14,7 @@ def ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, *, truncate: float |
     tensor([1.5000, 1.0000])
     """
     log_ratio_N = (student_logp_N - behaviour_logp_N).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio_N.exp().clamp(max=truncate)
+    return log_ratio_N.exp() if truncate is None else log_ratio_N.exp().clamp(max=truncate)
 
 
 def effective_sample_size(total: float, squares: float, count: float) -> float:

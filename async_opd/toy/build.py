@@ -14,7 +14,7 @@ from async_opd.toy.task import ALPHABET, MAX_PROMPT, MAX_RESPONSE, Problem, answ
 from async_opd.toy.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
 
 TOKENIZER = build_tokenizer()
-CONTEXT = 128  # tokens
+CONTEXT = 256  # positions; a parity probe is longer than one cache block of 128
 IGNORED = -100  # the label of positions without a target
 STUDENT_START = 0.22  # greedy accuracy at which the student's training stops
 

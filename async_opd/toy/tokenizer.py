@@ -21,6 +21,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         padding_side="left",
-        model_max_length=128,
+        model_max_length=256,
         clean_up_tokenization_spaces=False,
     )

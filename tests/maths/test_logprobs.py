@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from async_opd.maths.logprobs import read_logprobs
+
+N, D, V, K = 7, 5, 11, 3
+
+
+@pytest.fixture
+def hidden_ND():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(1)
+    return torch.nn.Linear(D, V, bias=False)
+
+
+@pytest.fixture
+def ids_N():
+    return torch.tensor([0, 3, 10, 3, 7, 1, 5])
+
+
+@pytest.fixture
+def candidate_ids_NK():
+    return torch.randint(V, (N, K), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
+def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
+    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K)
+    read = read_logprobs(hidden_ND, head, ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
+    logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
+    top = logp_NV.topk(K)
+    torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])
+    torch.testing.assert_close(read.entropy_N, torch.distributions.Categorical(logits=logp_NV).entropy())
+    torch.testing.assert_close(read.candidates_NK, logp_NV.gather(1, candidate_ids_NK))
+    torch.testing.assert_close(read.topk_NK, top.values)
+    assert torch.equal(read.topk_ids_NK, top.indices)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
+    hidden_ND.requires_grad_()
+    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK)
+    read = read_logprobs(hidden_ND, head, ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
+    chunked = (read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()).double()
+    logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+    plain = (
+        logp_NV.gather(1, ids_N[:, None]).sum() + 2 * entropy_N.sum() + 3 * logp_NV.gather(1, candidate_ids_NK).sum()
+    )
+    for got, expected in zip(
+        torch.autograd.grad(chunked, [hidden_ND, head.weight]),
+        torch.autograd.grad(plain, [hidden_ND, head.weight]),
+        strict=True,
+    ):
+        assert (got - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
+
+
+def test_no_rows_give_empty_fields_that_still_join_backward(head):
+    hidden_ND = torch.zeros(0, D, requires_grad=True)
+    asked = dict(entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64))
+    read = read_logprobs(hidden_ND, head, torch.zeros(0, dtype=torch.int64), temperature=0.7, chunk_rows=4, **asked)
+    assert [tuple(field.shape) for field in read] == [(0,), (0,), (0, K), (0, K), (0, K)]
+    read.sampled_N.sum().backward()
+    assert torch.equal(head.weight.grad, torch.zeros(V, D))
+
+
+def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
+    assert read_logprobs(hidden_ND, head, ids_N, temperature=1.0, chunk_rows=2)[1:] == (None, None, None, None)
+
+
+def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()  # ids 2 and 3 are padding
+    asked = dict(topk=2, topk_below=2)
+    read = read_logprobs(
+        torch.eye(1), lambda h: logits.expand(len(h), 4), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked
+    )
+    assert read.topk_ids_NK.tolist() == [[1, 0]]
+    torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))
+    torch.testing.assert_close(read.sampled_N.exp(), torch.tensor([0.4]))
+
+
+def test_temperature_divides_the_logits():
+    read = read_logprobs(torch.tensor([[0.0, 1.0]]), lambda h: h, torch.tensor([1]), temperature=0.5, chunk_rows=1)
+    torch.testing.assert_close(read.sampled_N, torch.tensor([-0.126928]))  # -log(1 + e^-2)
+
+
+def test_at_most_one_chunk_of_logits_exists_in_forward_and_backward(hidden_ND, head, ids_N):
+    rows, waiting = [], []
+
+    def watched(hidden_CD):
+        rows.append(len(hidden_CD))
+        return head(hidden_CD)
+
+    hidden_ND.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: waiting.append(x.shape) or x, lambda x: x):
+        read = read_logprobs(hidden_ND, watched, ids_N, temperature=1.0, chunk_rows=2, entropy=True)
+    assert rows == [2, 2, 2, 1]
+    assert not [shape for shape in waiting if V in shape[1:]]  # nothing as wide as the vocabulary waits for backward
+    read.sampled_N.sum().backward()
+    assert rows[4:] == [1, 2, 2, 2]  # recomputed one by one, last to first

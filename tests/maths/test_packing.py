@@ -1,0 +1,39 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_opd.maths.packing import plan
+
+lengths = st.lists(st.integers(1, 50), max_size=40)
+
+
+@given(lengths=lengths, ranks=st.integers(1, 5), tokens=st.integers(1, 60))
+@settings(max_examples=200, deadline=None)
+def test_a_plan_uses_each_trajectory_once_within_budget_and_in_balance(lengths, ranks, tokens):
+    planned = plan(lengths, ranks=ranks, tokens=tokens)
+    assert sorted(i for rank in planned for micro in rank for i in micro) == list(range(len(lengths)))
+    assert len(planned) == ranks and len({len(rank) for rank in planned}) == 1 and planned[0]
+    for micro in (micro for rank in planned for micro in rank):
+        assert len(micro) == 1 or sum(lengths[i] for i in micro) <= tokens
+    load = [sum(lengths[i] for micro in rank for i in micro) for rank in planned]
+    assert max(load) - min(load) <= max(lengths, default=0)
+
+
+@given(lengths=lengths, ranks=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_the_plan_depends_on_the_lengths_alone(lengths, ranks):
+    assert plan(lengths, ranks=ranks, tokens=60) == plan(list(lengths), ranks=ranks, tokens=60)
+
+
+def test_longest_go_first_to_the_lightest_rank():
+    # 9 → rank 0, 8 → rank 1, 7 → rank 1 (8 < 9), 3 → rank 0 (9 < 15), 2 → rank 0 (12 < 15): loads 14 and 15
+    assert plan([3, 7, 2, 9, 8], ranks=2, tokens=12) == [[[3, 0], [2]], [[4], [1]]]
+
+
+def test_an_oversize_trajectory_is_alone_and_later_ones_fill_earlier_room():
+    # 20 > 10 alone; 6 opens a second; 5 does not fit beside it; 4 does
+    assert plan([4, 5, 6, 20], ranks=1, tokens=10) == [[[3], [2, 0], [1]]]
+
+
+def test_a_rank_without_trajectories_gets_empty_micro_batches():
+    assert plan([5, 5], ranks=3, tokens=5) == [[[0]], [[1]], [[]]]
+    assert plan([], ranks=2, tokens=5) == [[[]], [[]]]
