@@ -1,23 +1,29 @@
 """The whole run in one typed TOML file: roles composed, cross-field rules, `load()` with overrides."""
 
-import difflib
+import json
 import re
 import tomllib
+from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from async_opd import toy
 from async_opd.errors import ConfigError
 from async_opd.learner.config import LearnerConfig
+from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
 from async_opd.teacher.config import TeacherConfig
 from async_opd.verify.checks import kinds
 from async_opd.verify.config import VerifyConfig
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DATA_FILES = (".jsonl", ".json", ".parquet")
 
 
 class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +31,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     dir: str  # run directory; made new
     steps: Annotated[int, Meta(ge=1)]  # optimizer steps
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     max_lag_steps: Annotated[int, Meta(ge=0)] = 4  # 0: strictly synchronous, 1: one step off, more: asynchronous
     stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
@@ -89,25 +95,32 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.learner.trajectories_per_step // self.rollout.samples_per_prompt
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Config:
+def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) -> Config:
     """Read a TOML file, apply `key.path=value` overrides (values in TOML; a bare word is a string), check everything.
 
-    Raises ConfigError naming the key's path, the value, what is allowed and the nearest spelling.
+    `training` adds what a new run directory asks for. Raises ConfigError naming the key's path, the value, what is
+    allowed and the nearest spelling.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError(f"config {path}: no such file{beside(path)}") from e
     except OSError as e:
         raise ConfigError(f"config {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
     for override in overrides:
         _override(tree, override)
-    _check_keys(tree, Config, "")
+    refuse_mistakes(tree, Config)
     try:
         config = msgspec.convert(tree, Config)
-    except msgspec.ValidationError as e:
-        raise ConfigError(_explain(str(e), tree)) from e
-    _check_across(config)
+    except msgspec.ValidationError as e:  # an invariant of a section's own
+        raise ConfigError(str(e)) from e
+    for broken, message in _rules(config):
+        if broken:
+            raise ConfigError(message)
+    _check_files(config)
+    _check_run_dir(config, training)
     return config
 
 
@@ -127,89 +140,113 @@ def _override(tree: dict, override: str) -> None:
     tree[leaf] = value
 
 
-def _check_keys(tree: Any, kind: type, path: str) -> None:
-    """Unknown and missing keys, before types: their errors can name the nearest spelling."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a section [{path}], got {tree!r}")
-    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
-    for name in tree:
-        if name not in fields and name != kind.__struct_config__.tag_field:
-            raise ConfigError(f"{_at(path, name)}: no such setting{_nearest(name, fields)}")
-    for name, field in fields.items():
-        if name not in tree and field.required:
-            raise ConfigError(f"{_at(path, name)}: missing")
-        if name == "objective":
-            _check_keys(tree[name], _objective(tree[name]), name)
-        elif name in tree and (section := _section(field.type)):
-            _check_keys(tree[name], section, _at(path, name))
-
-
-def _objective(tree: Any) -> type:
-    known = all_objectives()
-    tag = tree.get("tag") if isinstance(tree, dict) else tree
-    if tag not in known:
-        raise ConfigError(f"objective.tag: {tag!r}{_nearest(str(tag), known)}")
-    return known[tag]
-
-
-def _section(kind: Any) -> type | None:
-    types = getattr(kind, "__args__", (kind,))
-    return next((t for t in types if isinstance(t, type) and issubclass(t, Struct)), None)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(known))}"
-
-
-def _explain(message: str, tree: dict) -> str:
-    """msgspec says "Expected …, got … - at `$.a.b`": put the key first, and the value beside it."""
-    what, _, where = message.partition(" - at `$.")
-    path = where.rstrip("`")
-    value: Any = tree
-    for name in re.findall(r"[^.\[\]]+", path):
-        value = value[int(name)] if isinstance(value, list) else value.get(name)
-    if what.startswith("Invalid enum value"):
-        what = "not allowed"
-    return f"{path} = {value!r}: {what}"
-
-
-def _at(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _check_across(c: Config) -> None:
-    """Rules that span fields. Each names both sides."""
+def _rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """Rules that span fields: whether each is broken, and a message that names both sides."""
     per_step, samples = c.learner.trajectories_per_step, c.rollout.samples_per_prompt
-    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
-    rules = [
-        (per_step % samples == 0, f"learner.trajectories_per_step = {per_step}: not a multiple of rollout.samples_per_prompt = {samples}"),
-        (c.learner.ranks <= per_step, f"learner.ranks = {c.learner.ranks}: more than learner.trajectories_per_step = {per_step}"),
-        (c.learner.micro_batch_tokens >= longest, f"learner.micro_batch_tokens = {c.learner.micro_batch_tokens}: less than data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),
-        (c.teacher.batch_tokens >= longest, f"teacher.batch_tokens = {c.teacher.batch_tokens}: less than data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),
-        (c.learner.warmup_steps < c.run.steps, f"learner.warmup_steps = {c.learner.warmup_steps}: not below run.steps = {c.run.steps}"),
-        (c.learner.dtype == "float32" or c.learner.zero_stage > 0, "learner.dtype = 'bfloat16': needs learner.zero_stage 1 or 2, whose optimizer keeps float32 weights"),
-        (c.data.epochs is None or not c.data.streaming or c.data.epochs == 1 or c.data.shuffle_buffer > 0, ""),
-        (not c.data.template_args or c.data.chat_template, "data.template_args: have no effect without data.chat_template = true"),
-        (not c.teacher.template_args or c.data.chat_template, "teacher.template_args: have no effect without data.chat_template = true"),
-        (not c.teacher.evaluate or c.eval is not None, "teacher.evaluate = true: needs an [eval] section"),
-    ]  # fmt: skip
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
-    if c.verify.check not in kinds():
-        raise ConfigError(f"verify.check = {c.verify.check!r}{_nearest(c.verify.check, kinds())}")
-    for key, path in (("student.model", c.student.model), ("teacher.model", c.teacher.model)):
-        _check_model(key, path)
+    yield (
+        per_step % samples != 0,
+        (f"learner.trajectories_per_step = {per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"),
+    )
+    yield (
+        c.learner.ranks > per_step,
+        (
+            f"learner.ranks = {c.learner.ranks}: must be <= learner.trajectories_per_step = {per_step}, "
+            "or a rank has nothing to train"
+        ),
+    )
+    for key, tokens in (
+        ("learner.micro_batch_tokens", c.learner.micro_batch_tokens),
+        ("teacher.batch_tokens", c.teacher.batch_tokens),
+    ):
+        yield (
+            tokens < _longest(c),
+            (f"{key} = {tokens}: must be >= data.max_prompt_tokens + rollout.max_new_tokens = {_longest(c)}"),
+        )
+    yield (
+        c.learner.warmup_steps >= c.run.steps,
+        (f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}"),
+    )
+    yield (
+        c.learner.dtype == "bfloat16" and c.learner.zero_stage == 0,
+        ("learner.dtype = 'bfloat16': needs learner.zero_stage = 1 or 2, whose optimizer keeps float32 weights"),
+    )
+    for key, dtype in (("learner.dtype", c.learner.dtype), ("rollout.dtype", c.rollout.dtype)):
+        yield (
+            dtype == "bfloat16" and c.sync.parity_tolerance < 0.01,
+            (
+                f"sync.parity_tolerance = {c.sync.parity_tolerance}: too tight for {key} = 'bfloat16', which needs about 0.2"
+            ),
+        )
+    yield (
+        c.verify.timeout_s >= c.timeout.score_s,
+        (
+            f"verify.timeout_s = {c.verify.timeout_s}: must be < timeout.score_s = {c.timeout.score_s}, "
+            "or one check that hangs ends the run"
+        ),
+    )
+    for key, args in (("data", c.data.template_args), ("teacher", c.teacher.template_args)):
+        yield (
+            bool(args) and not c.data.chat_template,
+            (f"{key}.template_args = {args!r}: has no effect without data.chat_template = true"),
+        )
+    yield c.teacher.evaluate and c.eval is None, "teacher.evaluate = true: needs an [eval] section"
+    yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
+
+
+def _longest(c: Config) -> int:
+    return c.data.max_prompt_tokens + c.rollout.max_new_tokens
+
+
+def _check_files(c: Config) -> None:
+    """What is named as local is there: models with a context for the longest sequence, data in a known format."""
+    for key, model in (("student.model", c.student.model), ("teacher.model", c.teacher.model)):
+        if folder := _local(key, model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
+            _check_model(key, folder, _longest(c))
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
-        if Path(path).suffix and not Path(path).exists() and not path.startswith("toy:"):
-            raise ConfigError(f"{key} = {path!r}: no such file")
+        file = _local(key, path, {"toy:train": None, "toy:heldout": None})
+        if file and file.is_file() and file.suffix not in DATA_FILES:
+            raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(DATA_FILES)}")
 
 
-def _check_model(key: str, path: str) -> None:
-    if path in ("toy:student", "toy:teacher") or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()):
-        return  # shipped, or a hub id
-    if not Path(path).is_dir():
-        raise ConfigError(f"{key} = {path!r}: no such directory, and not a hub id such as 'Qwen/Qwen3-0.6B'")
-    if not (Path(path) / "config.json").exists():
-        raise ConfigError(f"{key} = {path!r}: holds no config.json, so it is not a model directory")
+def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
+    """Where `name` lies; None for what is made by the run or may be a hub id."""
+    if name.startswith("toy:"):
+        if name not in shipped:
+            raise ConfigError(wrong(key, name, shipped))
+        return shipped[name]
+    path = Path(name)
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in DATA_FILES:
+        return None
+    hint = beside(name) or "; a hub id is owner/name, where no folder here is called like the owner"
+    raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
+
+
+def _check_model(key: str, folder: Path, longest: int) -> None:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{key} = '{folder}': holds no config.json, so it is no model directory") from e
+    except ValueError as e:
+        raise ConfigError(f"{key} = '{folder}': its config.json is not JSON: {e}") from e
+    context = settings.get("max_position_embeddings", longest)
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # a scaled one may go further
+    if rope.get("rope_type", "default") == "default" and context < longest:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: "
+            f"must be <= {context}, the context of {key} = '{folder}'"
+        )
+
+
+def _check_run_dir(c: Config, training: bool) -> None:
+    """It can be made; and where training moves an earlier one aside, nothing that the run needs moves along."""
+    place = Path(c.run.dir).resolve()
+    for folder in (place, *place.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
+    inputs = {"student.model": c.student.model, "teacher.model": c.teacher.model, "data.path": c.data.path}
+    inputs |= {"the working directory": "."} | ({"eval.path": c.eval.path} if c.eval else {})
+    for key, name in inputs.items():
+        if training and Path(name).exists() and Path(name).resolve().is_relative_to(place):
+            raise ConfigError(f"run.dir = {c.run.dir!r}: holds {key} = {name!r}, and a new run moves it aside")

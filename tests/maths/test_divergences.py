@@ -19,7 +19,10 @@ DIVERGENCES = {
 each = pytest.mark.parametrize("name", DIVERGENCES)
 
 
-def logits(seed, N=6, V=9):
+N, V = 6, 9
+
+
+def logits(seed):
     return torch.randn(N, V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
@@ -27,8 +30,8 @@ def by_loop(name, student_NK, teacher_NK):
     """Sum of the formula over candidates and rest, float64, one outcome at a time."""
     total_N = []
     for p_K, q_K in zip(student_NK.double().exp().numpy(), teacher_NK.double().exp().numpy(), strict=True):
-        outcomes = [*zip(p_K, q_K, strict=True), (1 - p_K.sum(), 1 - q_K.sum())]
-        total_N.append(sum(FORMULAS[name](p, q) for p, q in outcomes if min(p, q) > 1e-5))
+        rest = [] if len(p_K) == V else [(1 - p_K.sum(), 1 - q_K.sum())]
+        total_N.append(sum(FORMULAS[name](p, q) for p, q in [*zip(p_K, q_K, strict=True), *rest]))
     return torch.tensor(total_N)
 
 

@@ -1,0 +1,101 @@
+"""Learner and vLLM hold the same weights after every update: real actors, real gloo, tied and untied."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from async_opd.errors import AsyncOpdError
+from async_opd.ports import Ready
+from async_opd.toy import STUDENT
+from tests.ray.conftest import demo_config, running
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+FAST = ("learner.lr=5e-3", "learner.warmup_steps=0", "learner.schedule=constant", "sync.timeout_s=5")
+
+
+async def trained_step(roles, prompts, count: int):
+    """One real optimizer step on `count` freshly generated, scored and verified groups."""
+
+    async def ready(ticket: int) -> Ready:
+        prompt = next(prompts)
+        meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
+        scores, verdicts = await asyncio.gather(roles.teachers[0].score(group), roles.verifier.check(group))
+        return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
+
+    return await roles.learner.step(await asyncio.gather(*(ready(ticket) for ticket in range(count))))
+
+
+@pytest.fixture
+def untied(tmp_path):
+    """A random student with a head of its own."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=24, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(tmp_path / "untied")
+    return str(tmp_path / "untied")
+
+
+async def check_three_updates(config):
+    async with running(config) as (roles, publisher, prompts):
+        probe_ids, probe = await roles.generators[0].probe()
+        before = await roles.learner.logprobs(probe_ids, probe.ids)
+        gaps = []
+        for version in (1, 2, 3):
+            result = await trained_step(roles, prompts, 8)
+            assert result.version == version
+            gaps.append(await publisher.publish(version, admit=lambda: None))
+        after = await roles.learner.logprobs(probe_ids, probe.ids)
+        assert max(gaps) <= 1e-4  # the largest over all generators, of freshly sampled tokens
+        assert np.abs(after - before).max() > 0.05  # the weights moved by far more than the gap
+
+
+async def test_tied_student_agrees_with_vllm_after_three_updates_at_temperature_0_7(tmp_path):
+    await check_three_updates(demo_config(tmp_path, *FAST, "rollout.temperature=0.7"))
+
+
+async def test_untied_student_agrees_with_two_generators_after_three_updates(tmp_path, untied):
+    await check_three_updates(demo_config(tmp_path, *FAST, "rollout.generators=2", student=untied))
+
+
+async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_version_serving(tmp_path, untied):
+    config = demo_config(tmp_path, *FAST, "rollout.max_new_tokens=200", student=untied)
+    async with running(config) as (roles, publisher, prompts):
+        (generator,) = roles.generators
+        long = asyncio.ensure_future(generator.generate(msgspec.structs.replace(next(prompts), id="long")))
+        versions = 0
+        while not long.done() and versions < 6:
+            await trained_step(roles, prompts, 2)
+            versions += 1
+            await publisher.publish(versions, admit=lambda: None)
+        meta, ref = await long
+        (spans,) = meta.spans
+        assert len(spans) > 1  # the weights changed under a running request
+        assert spans[0].version == 0
+        group = await ref
+        rollout = group.rollouts[0]
+        if spans[-1].version == versions:  # prefix KV was rebuilt, so the last span is exact under the live weights
+            logp = await roles.learner.logprobs(group.prompt.ids, rollout.ids)
+            last = slice(spans[-1].start, spans[-1].end)
+            assert np.abs(logp[last] - rollout.behaviour_logp[last]).max() <= 1e-4
+
+        info = await roles.learner.update_info()
+        with pytest.raises((AsyncOpdError, ray.exceptions.RayTaskError)):
+            await generator.update(99, info)  # the learner sends nothing: the broadcast times out
+        await generator.resume()
+        meta, ref = await generator.generate(next(prompts))
+        assert {span.version for span in meta.spans[0]} == {versions}
+        group = await ref
+        logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
+        assert np.abs(logp - group.rollouts[0].behaviour_logp).max() <= 1e-4
+
+        await publisher.connect()  # a new group on the same engine
+        await trained_step(roles, prompts, 2)
+        assert await publisher.publish(versions + 1, admit=lambda: None) <= 1e-4
