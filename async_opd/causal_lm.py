@@ -15,8 +15,8 @@ ATTENTION = "packed_segments"
 def load(path: str | Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the causal LM at `path` (local directory or hub id) with attention that never crosses a segment.
 
-    Raises ConfigError for a model whose attention is not plain causal (sliding window, chunked, state space): the
-    packed attention would be silently wrong.
+    Raises ConfigError for a model whose attention is not plain causal (sliding window, chunked, state space, biased)
+    or that scales its logits: log-probs from packed segments would be silently wrong.
     """
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
@@ -24,7 +24,19 @@ def load(path: str | Path, dtype: str, device: torch.device, *, trust_remote_cod
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
         raise ConfigError(f"model {path}: layers {sorted(kinds)} are not supported; only full causal attention is")
+    _refuse_unless_packing_is_exact(model, path)
     return model
+
+
+@torch.no_grad()
+def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) -> None:
+    """Compare the second of two packed segments with the model's own logits of it alone, on a few tokens."""
+    ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
+    packed = head(model)(hidden_states(model, ids_L, [3, 2])[3:]).float()
+    alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
+    gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
+    if not gap <= 0.1 * largest:  # rounding in bfloat16 stays below; a missed bias, mask or scale does not
+        raise ConfigError(f"model {path}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not supported")
 
 
 def packed_segments(
@@ -37,6 +49,9 @@ def packed_segments(
     segment_lengths: list[int],
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each of the segments packed along one row, as a transformers attention function.
@@ -45,6 +60,8 @@ def packed_segments(
     beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a causal mask already hides
     the padding, which lies behind every real token. Returns ([1, L, H, d], None).
     """
+    if sliding_window or softcap or s_aux is not None:
+        raise ConfigError("attention with a sliding window, soft-capped scores or sinks is not supported")
 
     def spread(x: Tensor) -> Tensor:
         parts = x[0].transpose(0, 1).split(segment_lengths)

@@ -5,7 +5,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from async_opd.errors import AsyncOpdError
+from async_opd.errors import AsyncOpdError, ConfigError
 
 DEMO = Path(__file__).parent / "toy" / "demo.toml"
 OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except AsyncOpdError as e:
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
-        print(f"async-opd: {type(e).__name__}: {e}{notes}", file=sys.stderr)
+        print(" ".join(f"async-opd: {type(e).__name__}: {e}{notes}".splitlines()), file=sys.stderr)
         return e.exit_status
     except KeyboardInterrupt:
-        print("async-opd: interrupted; the checkpoint holds the weights of the last step", file=sys.stderr)
+        print("async-opd: interrupted; if training had begun, its last weights are in the checkpoint", file=sys.stderr)
         return 130
 
 
@@ -66,7 +66,9 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from async_opd.config import load
 
-    config = load(args.config, args.overrides)
+    config = load(args.config, args.overrides, training=False)
+    if config.eval is None:
+        raise ConfigError("eval: missing; this command needs a section [eval] with path")
     from async_opd.run import run_eval
 
     found = asyncio.run(run_eval(config))

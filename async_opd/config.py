@@ -142,53 +142,30 @@ def _override(tree: dict, override: str) -> None:
 
 def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Rules that span fields: whether each is broken, and a message that names both sides."""
-    per_step, samples = c.learner.trajectories_per_step, c.rollout.samples_per_prompt
-    yield (
-        per_step % samples != 0,
-        (f"learner.trajectories_per_step = {per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"),
-    )
-    yield (
-        c.learner.ranks > per_step,
-        (
-            f"learner.ranks = {c.learner.ranks}: must be <= learner.trajectories_per_step = {per_step}, "
-            "or a rank has nothing to train"
-        ),
-    )
-    for key, tokens in (
-        ("learner.micro_batch_tokens", c.learner.micro_batch_tokens),
-        ("teacher.batch_tokens", c.teacher.batch_tokens),
-    ):
-        yield (
-            tokens < _longest(c),
-            (f"{key} = {tokens}: must be >= data.max_prompt_tokens + rollout.max_new_tokens = {_longest(c)}"),
-        )
-    yield (
-        c.learner.warmup_steps >= c.run.steps,
-        (f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}"),
-    )
-    yield (
-        c.learner.dtype == "bfloat16" and c.learner.zero_stage == 0,
-        ("learner.dtype = 'bfloat16': needs learner.zero_stage = 1 or 2, whose optimizer keeps float32 weights"),
-    )
-    for key, dtype in (("learner.dtype", c.learner.dtype), ("rollout.dtype", c.rollout.dtype)):
-        yield (
-            dtype == "bfloat16" and c.sync.parity_tolerance < 0.01,
-            (
-                f"sync.parity_tolerance = {c.sync.parity_tolerance}: too tight for {key} = 'bfloat16', which needs about 0.2"
-            ),
-        )
-    yield (
-        c.verify.timeout_s >= c.timeout.score_s,
-        (
-            f"verify.timeout_s = {c.verify.timeout_s}: must be < timeout.score_s = {c.timeout.score_s}, "
-            "or one check that hangs ends the run"
-        ),
-    )
+    samples, learner = c.rollout.samples_per_prompt, c.learner
+    per_step = f"learner.trajectories_per_step = {learner.trajectories_per_step}"
+    longest = f"data.max_prompt_tokens + rollout.max_new_tokens = {_longest(c)}"
+    broken = learner.trajectories_per_step % samples != 0
+    yield broken, f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"
+    broken = learner.ranks > learner.trajectories_per_step
+    yield broken, f"learner.ranks = {learner.ranks}: must be <= {per_step}, or a rank has nothing to train"
+    broken = learner.micro_batch_tokens < _longest(c)
+    yield broken, f"learner.micro_batch_tokens = {learner.micro_batch_tokens}: must be >= {longest}"
+    broken = c.teacher.batch_tokens < _longest(c)
+    yield broken, f"teacher.batch_tokens = {c.teacher.batch_tokens}: must be >= {longest}"
+    broken = learner.warmup_steps >= c.run.steps
+    yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
+    broken = learner.dtype == "bfloat16" and learner.zero_stage == 0
+    yield broken, "learner.dtype = 'bfloat16': needs learner.zero_stage 1 or 2, whose optimizer keeps float32 weights"
+    dtypes, tolerance = (learner.dtype, c.rollout.dtype), c.sync.parity_tolerance
+    broken = "bfloat16" in dtypes and tolerance < 0.01
+    yield broken, f"sync.parity_tolerance = {tolerance}: learner and rollout dtypes {dtypes} need about 0.2"
+    broken = c.verify.timeout_s >= c.timeout.score_s
+    limit = f"must be < timeout.score_s = {c.timeout.score_s}, or one check that hangs ends the run"
+    yield broken, f"verify.timeout_s = {c.verify.timeout_s}: {limit}"
     for key, args in (("data", c.data.template_args), ("teacher", c.teacher.template_args)):
-        yield (
-            bool(args) and not c.data.chat_template,
-            (f"{key}.template_args = {args!r}: has no effect without data.chat_template = true"),
-        )
+        broken = bool(args) and not c.data.chat_template
+        yield broken, f"{key}.template_args = {args!r}: has no effect without data.chat_template = true"
     yield c.teacher.evaluate and c.eval is None, "teacher.evaluate = true: needs an [eval] section"
     yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
 
@@ -201,7 +178,7 @@ def _check_files(c: Config) -> None:
     """What is named as local is there: models with a context for the longest sequence, data in a known format."""
     for key, model in (("student.model", c.student.model), ("teacher.model", c.teacher.model)):
         if folder := _local(key, model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
-            _check_model(key, folder, _longest(c))
+            _check_model(f"{key} = {model!r}", folder, _longest(c))
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
         file = _local(key, path, {"toy:train": None, "toy:heldout": None})
         if file and file.is_file() and file.suffix not in DATA_FILES:
@@ -219,24 +196,22 @@ def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
         return path
     if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in DATA_FILES:
         return None
-    hint = beside(name) or "; a hub id is owner/name, where no folder here is called like the owner"
+    hint = beside(name) or "; hub ids are owner/name, and owner/ must not be a folder here"
     raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
 
 
-def _check_model(key: str, folder: Path, longest: int) -> None:
+def _check_model(setting: str, folder: Path, longest: int) -> None:
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError(f"{key} = '{folder}': holds no config.json, so it is no model directory") from e
+        raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
     except ValueError as e:
-        raise ConfigError(f"{key} = '{folder}': its config.json is not JSON: {e}") from e
-    context = settings.get("max_position_embeddings", longest)
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # a scaled one may go further
+        raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
+    context = model.get("max_position_embeddings") or longest
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}  # a scaled one may go further
     if rope.get("rope_type", "default") == "default" and context < longest:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: "
-            f"must be <= {context}, the context of {key} = '{folder}'"
-        )
+        sequence = f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
+        raise ConfigError(f"{sequence}: must be <= {context}, the context of {setting}")
 
 
 def _check_run_dir(c: Config, training: bool) -> None:

@@ -84,9 +84,10 @@ def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]
 
 def _unknown(path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]) -> str:
     """Suggests the same name in another section, and the nearest one in this section."""
-    homes = [at for at, kinds in root.items() if any(name in kind.__struct_fields__ for kind in kinds)]
+    homes = [_at(home, name) for home, kinds in root.items() if any(name in kind.__struct_fields__ for kind in kinds)]
     near = [_at(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
-    hint = _did_you_mean([_at(home, name) for home in homes] + near) or f"; allowed: {', '.join(fields)}"
+    others = [home for home in homes if home != _at(path, name)]
+    hint = _did_you_mean(others + near) or f"; allowed: {', '.join(fields)}"
     if isinstance(value, dict):
         return f"{_at(path, name)}: no such section{hint}"
     return f"{_at(path, name)} = {value!r}: no such setting{hint}"

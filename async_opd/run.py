@@ -24,7 +24,7 @@ PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datas
 async def run(config: Config) -> Row:
     """Train as `config` says; returns what is written to `summary.json`."""
     run_dir = _make_dir(Path(config.run.dir))
-    config = _resolve_toy(config, run_dir)
+    config = resolve_toy(config, run_dir)
     tokenizer = _tokenizer(config)
     _check_teacher(config, tokenizer)
     own_rendering = config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
@@ -49,7 +49,7 @@ async def run_eval(config: Config) -> evaluate.Accuracy:
     """Greedy accuracy of `config.student.model` on the [eval] problems."""
     if config.eval is None:
         raise DataError("eval: the config has no [eval] section")
-    config = _resolve_toy(config, Path(config.run.dir))
+    config = resolve_toy(config, Path(config.run.dir))
     tokenizer = _tokenizer(config)
     held_out = _held_out(config, tokenizer)
     with Cluster(config, eos_ids=_eos_ids(config), vocabulary=len(tokenizer)) as cluster:
@@ -65,7 +65,7 @@ def _make_dir(path: Path) -> Path:
     return path
 
 
-def _resolve_toy(config: Config, run_dir: Path) -> Config:
+def resolve_toy(config: Config, run_dir: Path) -> Config:
     """Replace the `toy:` names by the shipped models and by data written into the run directory."""
     replace = msgspec.structs.replace
 

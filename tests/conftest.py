@@ -1,4 +1,33 @@
 import os
+from collections.abc import Callable
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; child processes inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY = dict(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    initializer_range=0.3,  # wide, so that a random model is sure of some tokens
+)
+
+
+@pytest.fixture
+def tiny_lm() -> Callable:
+    """Makes a random causal LM of a transformers family, the same for the same seed and settings."""
+    import torch
+    import transformers
+
+    def build(family: str = "Qwen3", *, seed: int = 0, **settings) -> transformers.PreTrainedModel:
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{family}Config")(**(TINY | settings))
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    return build

@@ -1,10 +1,13 @@
 """Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle per epoch."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from async_opd.errors import DataError
@@ -17,8 +20,8 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 class PromptSource:
     """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch.
 
-    Raises DataError naming the row for a missing or mistyped column, for a prompt over `max_prompt_tokens` (where
-    `long_prompt` is "skip" it is counted in `skipped` instead), and when the epochs are used up.
+    Raises DataError naming the row for a missing or mistyped column, for a prompt over `max_prompt_tokens` in either
+    rendering (where `long_prompt` is "skip" its id goes to `skipped` instead), and when the epochs are used up.
     """
 
     def __init__(
@@ -26,6 +29,8 @@ class PromptSource:
     ):
         """`teacher_args` are the teacher's own template arguments; prompts then carry its rendering too."""
         self._config, self._tokenizer, self._seed, self._teacher_args = config, tokenizer, seed, teacher_args
+        if config.chat_template and not tokenizer.chat_template:
+            raise DataError("data.chat_template = true: the tokenizer of student.model has no chat template")
         self._rows = _load(config)
         self.skipped: list[str] = []  # ids of prompts that were too long
         columns = self._rows.column_names
@@ -33,6 +38,8 @@ class PromptSource:
             name = getattr(config, key)
             if name is not None and columns is not None and name not in columns:
                 raise DataError(f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}")
+        if config.id and not config.streaming and len(self._rows.unique(config.id)) < len(self._rows):
+            raise DataError(f"data.id = {config.id!r}: rows of {config.path} share ids")
 
     def __len__(self) -> int:
         """Rows of one epoch; a streaming set has no length and raises TypeError."""
@@ -55,7 +62,7 @@ class PromptSource:
     def first(self, count: int) -> list[Prompt]:
         """The first `count` prompts in file order, for evaluation."""
         prompts = (self.prompt(row, 0) for row in self._numbered(self._rows))
-        found = [p for p, _ in zip((p for p in prompts if p is not None), range(count), strict=False)]
+        found = list(islice((p for p in prompts if p is not None), count))
         if len(found) < count:
             raise DataError(f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems = {count}")
         return found
@@ -70,24 +77,32 @@ class PromptSource:
             )
         if not isinstance(answer, str | int | float):
             raise DataError(f"row {id}: {self._config.answer!r} must be a string or a number, got {answer!r}")
-        ids = self._tokens(content, self._config.template_args)
-        if len(ids) > self._config.max_prompt_tokens:
+        ids = self._tokens(id, content, self._config.template_args)
+        teacher_ids = self._tokens(id, content, self._teacher_args) if self._teacher_args else None
+        length = max(len(ids), 0 if teacher_ids is None else len(teacher_ids))
+        if length > self._config.max_prompt_tokens:
             if self._config.long_prompt == "error":
                 raise DataError(
-                    f"row {id}: {len(ids)} prompt tokens, data.max_prompt_tokens = {self._config.max_prompt_tokens}; "
+                    f"row {id}: {length} prompt tokens, data.max_prompt_tokens = {self._config.max_prompt_tokens}; "
                     f'shorten it, raise the limit, or set data.long_prompt = "skip"'
                 )
             self.skipped.append(id)
             return None
-        teacher_ids = self._tokens(content, self._teacher_args) if self._teacher_args else None
         return Prompt(id=id, ids=ids, answer=str(answer), teacher_ids=teacher_ids)
 
-    def _tokens(self, content: str | list, template_args: dict) -> np.ndarray:
+    def _tokens(self, id: str, content: str | list, template_args: dict) -> np.ndarray:
         if self._config.chat_template:
             messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-            content = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_args
-            )
+            if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+                raise DataError(
+                    f"row {id}: {self._config.prompt!r} holds a message without role or content: {messages!r}"
+                )
+            try:
+                content = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **template_args
+                )
+            except TemplateError as e:
+                raise DataError(f"row {id}: the chat template refuses {self._config.prompt!r}: {e}") from e
         elif isinstance(content, list):
             raise DataError(f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template = true")
         special = not self._config.chat_template  # a template writes its own
@@ -100,15 +115,25 @@ class PromptSource:
         order = np.random.default_rng(seed).permutation(len(self._rows))
         return ({**self._rows[int(i)], "_position": int(i)} for i in order)
 
-    @staticmethod
-    def _numbered(rows) -> Iterator[dict]:
-        return ({**row, "_position": i} for i, row in enumerate(rows))
+    def _numbered(self, rows) -> Iterator[dict]:
+        with _reading(self._config):
+            for position, row in enumerate(rows):
+                yield {**row, "_position": position}
 
 
-def _load(config: DataConfig):
+def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
+    datasets.disable_progress_bars()
     reader = FILE_READERS.get(Path(config.path).suffix)
     where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
-    try:
+    with _reading(config):
         return datasets.load_dataset(**where, split=config.split, streaming=config.streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {e}") from e
+
+
+@contextmanager
+def _reading(config: DataConfig) -> Iterator[None]:
+    """Names the set in what `datasets` raises, which is StopIteration for an empty file."""
+    try:
+        yield
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
+        cause = str(e.__cause__ or e) or "no rows"  # "an error occurred" has a cause that says which
+        raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e

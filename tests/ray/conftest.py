@@ -2,31 +2,26 @@
 
 from contextlib import asynccontextmanager
 
-import msgspec
+from transformers import AutoTokenizer
 
 from async_opd.actors import Cluster
 from async_opd.config import Config, load
 from async_opd.rollout.prompts import PromptSource
+from async_opd.run import resolve_toy
 from async_opd.stream.publish import Publisher
 
 
-def demo_config(tmp_path, *overrides: str, student: str | None = None) -> Config:
-    """The demo with its shipped models and its data in `tmp_path`; `student` replaces the student."""
-    from async_opd.run import _resolve_toy
-
-    config = load("configs/demo.toml", [f"run.dir={tmp_path}", *overrides])
-    config = _resolve_toy(config, tmp_path)
-    return msgspec.structs.replace(config, student=msgspec.structs.replace(config.student, model=student or config.student.model))
+def demo_config(tmp_path, *overrides: str) -> Config:
+    """The demo with its shipped models, its data in `tmp_path`, and `overrides`."""
+    return resolve_toy(load("configs/demo.toml", [f"run.dir={tmp_path}/run", *overrides]), tmp_path)
 
 
 @asynccontextmanager
-async def running(config: Config):
-    """(roles, publisher, prompts) with version 0 published."""
-    from transformers import AutoTokenizer
-
+async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
+    """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompts = iter(PromptSource(config.data, tokenizer, seed=0))
-    with Cluster(config, eos_ids=[1], vocabulary=len(tokenizer)) as cluster:
+    with Cluster(config, eos_ids=list(eos_ids), vocabulary=len(tokenizer)) as cluster:
         roles = await cluster.roles()
         publisher = Publisher(roles.learner, roles.generators, parity_every=1, tolerance=1e-4)
         await publisher.connect()

@@ -1,0 +1,227 @@
+import json
+from collections.abc import Callable
+from itertools import islice
+
+import datasets
+import msgspec
+import pytest
+from transformers import AutoTokenizer
+
+from async_opd import config
+from async_opd.errors import DataError
+from async_opd.rollout.config import DataConfig
+from async_opd.rollout.prompts import FILE_READERS, PromptSource
+from async_opd.toy import STUDENT
+
+ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "name": f"row-{n}"} for n in range(8)]
+CHAT = (  # marks turns by characters that the toy alphabet has
+    "{% for m in messages %}{{ m.role[0] }}={{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking %}{x}{% endif %}{{ hint or '' }}"
+)
+SPELLING = {char: index for index, char in enumerate("0123456789+=\n\\boxed{}", start=3)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def source(tmp_path) -> Callable[..., PromptSource]:
+    """Prompts from a file of `rows`, read with the toy tokenizer; other keywords are data settings."""
+
+    def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, teacher_args=None, **settings) -> PromptSource:
+        path = tmp_path / f"rows.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+        tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+        tokenizer.chat_template = chat
+        data = msgspec.convert({"path": str(path), "chat_template": chat is not None} | settings, DataConfig)
+        return PromptSource(data, tokenizer, seed=seed, teacher_args=teacher_args)
+
+    return make
+
+
+def spelt(text: str) -> list[int]:
+    return [SPELLING.get(char, 2) for char in text]  # 2: not in the alphabet
+
+
+def ids_of(prompts) -> list[str]:
+    return [prompt.id for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_becomes_a_prompt_of_the_toy_tokenizer_s_ids(source, kind):
+    (prompt,) = source([{"prompt": "12+9=", "answer": 21}], kind=kind).first(1)
+    assert (prompt.id, prompt.answer, prompt.teacher_ids, prompt.attempt) == ("0@0", "21", None, 0)
+    assert prompt.ids.tolist() == [4, 5, 13, 12, 14]  # "0" is 3, so "1" is 4; "+" and "=" follow "9", which is 12
+    assert prompt.ids.dtype == "int32"
+
+
+def test_columns_and_ids_are_those_the_config_names(source):
+    rows = [{"question": "1+1=", "solution": 2.5, "key": "x"}]
+    (prompt,) = source(rows, prompt="question", answer="solution", id="key").first(1)
+    assert (prompt.id, prompt.answer) == ("x@0", "2.5")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_order_repeats_for_its_seed_and_differs_for_another(source, streaming):
+    settings = dict(streaming=streaming, id="name")
+    first, again, other = (ids_of(islice(source(seed=seed, **settings), 8)) for seed in (5, 5, 6))
+    assert first == again != other
+    assert sorted(first) == sorted(other) == [f"row-{n}@0" for n in range(8)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_epoch_has_an_order_of_its_own(source, streaming):
+    found = ids_of(islice(source(streaming=streaming, id="name"), 16))
+    first, second = ([id.partition("@")[0] for id in found[at : at + 8]] for at in (0, 8))
+    assert first != second and sorted(first) == sorted(second)
+    assert len(set(found)) == 16  # the epoch is in the id
+
+
+def test_first_keeps_the_order_of_the_file_and_reads_no_further(source):
+    prompts = source([*ROWS[:2], {"prompt": 7, "answer": "8", "name": "bad"}], kind="jsonl", id="name")
+    assert ids_of(prompts.first(2)) == ["row-0@0", "row-1@0"]
+
+
+def test_first_refuses_to_measure_fewer_problems(source):
+    with pytest.raises(DataError, match=r"rows.jsonl': 8 usable rows, eval.problems = 9"):
+        source().first(9)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_used_up_epochs_are_an_error(source, streaming):
+    prompts = iter(source(epochs=2, streaming=streaming))
+    assert len(list(islice(prompts, 16))) == 16
+    with pytest.raises(DataError, match=r"2 epochs are used up; raise data.epochs"):
+        next(prompts)
+
+
+def test_a_length_is_the_rows_of_one_epoch(source):
+    assert len(source(epochs=3)) == 8
+    with pytest.raises(TypeError):
+        len(source(streaming=True))
+
+
+def test_a_too_long_prompt_is_refused_by_its_id_when_it_is_read(source):
+    rows = [ROWS[0], {"prompt": "100+100=", "answer": "200", "name": "long"}]
+    prompts = source(rows, max_prompt_tokens=7, id="name")
+    assert ids_of(prompts.first(1)) == ["row-0@0"]
+    with pytest.raises(DataError, match=r'row long@0: 8 prompt tokens, data.max_prompt_tokens = 7;.* "skip"'):
+        prompts.first(2)
+
+
+def test_a_too_long_prompt_can_be_skipped_and_is_listed(source):
+    rows = [*ROWS, {"prompt": "100+100=", "answer": "200", "name": "long"}]
+    prompts = source(rows, max_prompt_tokens=7, long_prompt="skip", id="name", epochs=2)
+    found = ids_of(islice(prompts, 16))
+    assert len(set(found)) == 16 and "long@0" not in found
+    assert prompts.skipped[0] == "long@0"
+
+
+def test_a_set_of_which_every_prompt_is_skipped_is_an_error(source):
+    with pytest.raises(DataError, match="no usable row"):
+        next(iter(source(max_prompt_tokens=1, long_prompt="skip")))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("key", ["prompt", "answer", "id"])
+def test_a_missing_column_lists_the_columns(source, key, streaming):
+    with pytest.raises(DataError, match=rf"data.{key} = 'text': .*rows.jsonl has columns prompt, answer, name"):
+        source(streaming=streaming, **{key: "text"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 7}, r"row 0@0: 'prompt' must be a string or a list of messages, got 7"),
+        ({"prompt": ""}, r"row 0@0: 'prompt' must be .*, got ''"),
+        ({"prompt": None}, r"row 0@0: 'prompt' must be .*, got None"),
+        ({"answer": None}, r"row 0@0: 'answer' must be a string or a number, got None"),
+        ({"answer": ["2"]}, r"row 0@0: 'answer' must be a string or a number, got \['2'\]"),
+        ({"prompt": [{"role": "user", "content": "1+1="}]}, "data.prompt = 'prompt' holds messages: set data.chat"),
+    ],
+)
+def test_a_column_of_the_wrong_type_names_the_row(source, row, message):
+    with pytest.raises(DataError, match=message):
+        source([ROWS[0] | row]).first(1)
+
+
+def test_ids_that_two_rows_share_are_refused(source):
+    with pytest.raises(DataError, match=r"data.id = 'name': rows of .*rows.jsonl share ids"):
+        source([*ROWS, ROWS[3]], id="name")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_messages_go_through_the_chat_template(source, kind):
+    messages = [{"role": "x", "content": "0"}, {"role": "user", "content": "1+1="}]
+    (prompt,) = source([{"prompt": messages, "answer": "2"}], kind=kind, chat=CHAT).first(1)
+    assert prompt.ids.tolist() == spelt("x=0\nu=1+1=\n")
+
+
+def test_a_plain_prompt_is_the_user_s_message(source):
+    assert source(ROWS, chat=CHAT).first(1)[0].ids.tolist() == spelt("u=0+1=\n")
+
+
+def test_template_args_reach_the_template(source):
+    (prompt,) = source(chat=CHAT, template_args={"enable_thinking": True}).first(1)
+    assert prompt.ids.tolist() == spelt("u=0+1=\n{x}")
+
+
+def test_the_teacher_may_have_a_rendering_of_its_own(source):
+    (prompt,) = source(chat=CHAT, teacher_args={"enable_thinking": True, "hint": "9"}).first(1)
+    assert prompt.ids.tolist() == spelt("u=0+1=\n")
+    assert prompt.teacher_ids.tolist() == spelt("u=0+1=\n{x}9")
+
+
+def test_the_teacher_s_rendering_is_held_to_the_same_length(source):
+    prompts = source(chat=CHAT, teacher_args={"hint": "9" * 20}, max_prompt_tokens=16)
+    with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):  # 7 + 20
+        prompts.first(1)
+
+
+@pytest.mark.parametrize(
+    ("chat", "prompt", "message"),
+    [
+        (CHAT, [{"role": "user"}], "row 0@0: 'prompt' holds a message without role or content"),
+        (CHAT, ["1+1="], "row 0@0: 'prompt' holds a message without role or content"),
+        ("{{ raise_exception('no system') }}", "1+1=", "row 0@0: the chat template refuses 'prompt': no system"),
+    ],
+)
+def test_what_a_template_cannot_render_names_the_row(source, chat, prompt, message):
+    with pytest.raises(DataError, match=message):
+        source([{"prompt": prompt, "answer": "2"}], chat=chat).first(1)
+
+
+def test_a_tokenizer_without_a_template_is_refused_at_once(source):
+    with pytest.raises(DataError, match=r"data.chat_template = true: the tokenizer of student.model has no"):
+        source(chat="")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (['{"prompt": '], {}, "JSON parse error"),
+        ([], {}, "no rows"),
+        (ROWS, {"split": "trian"}, "trian"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(source, rows, settings, message, streaming):
+    with pytest.raises(DataError, match=rf"data.path = .*rows.jsonl', split '\w+': .*{message}"):
+        source(rows, streaming=streaming, **settings)
+
+
+def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):
+    prompts = iter(source(streaming=True, shuffle_buffer=1))
+    next(prompts)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"rows.jsonl"):
+        list(islice(prompts, 16))
+
+
+def test_the_config_knows_every_kind_of_file_that_can_be_read():
+    assert tuple(FILE_READERS) == config.DATA_FILES

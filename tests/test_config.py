@@ -1,0 +1,171 @@
+"""Mistakes in a config go through the real command line, in this process; a run that would start is an ImportError."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from async_opd.cli import DEMO, main
+from async_opd.config import load
+from async_opd.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+MAX_SECONDS = 2
+
+# Overrides of the demo, or (old, new) text of its file; then what the message must say.
+MISTAKES = {
+    "misspelt setting": ("run.stpes=3", ["run.stpes = 3", "no such setting", "did you mean 'run.steps'?"]),
+    "misspelt section": ("learnr.lr=3", ["learnr: no such section", "did you mean 'learner'?"]),
+    "setting in the wrong section": ("run.lr=1e-4", ["run.lr = 0.0001", "did you mean 'learner.lr'?"]),
+    "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'?"]),
+    "nothing like it": ("sync.zzz=1", ["sync.zzz = 1", "allowed: backend, bucket_mib, timeout_s, parity_every_steps"]),
+    "setting of another objective": ("objective.tag=opd", ["objective.k = 24: no such setting", "truncate"]),
+    "misspelt objective": ("objective.tag=topkl", ["objective.tag = 'topkl'", "'opd'", "did you mean 'topk_kl'?"]),
+    "objective without a tag": (('tag = "topk_kl"', ""), ["objective.tag: missing; must be ", "'topk_kl'"]),
+    "objective as a word": ("objective=opd", ["objective = 'opd': must be a section [objective] with tag"]),
+    "missing setting": (("lr = 2e-3", ""), ["learner.lr: missing; must be a finite number > 0 and < 1"]),
+    "missing section": (('[student]\nmodel = "toy:student"', ""), ["student: missing", "section [student] with model"]),
+    "not one of the allowed": ("run.stale=maks", ["run.stale = 'maks'", "'drop' or 'mask'", "did you mean 'mask'?"]),
+    "not one of the numbers": ("learner.zero_stage=3", ["learner.zero_stage = 3: must be 0, 1 or 2"]),
+    "word for a number": ("learner.lr=fast", ["learner.lr = 'fast': must be a finite number > 0 and < 1"]),
+    "fraction for an integer": ("run.steps=1e3", ["run.steps = 1000.0: must be an integer >= 1"]),
+    "word for a switch": ("teacher.evaluate=yes", ["teacher.evaluate = 'yes': must be true or false"]),
+    "number for a text": ("run.dir=2024", ["run.dir = 2024: must be a string"]),
+    "empty text": ("data.path=", ["data.path = '': must be a string that is not empty"]),
+    "value for a section": ("eval=3", ["eval = 3: must be a section [eval] with path"]),
+    "pair that is no pair": ("learner.betas=[0.9]", ["learner.betas = [0.9]: must be [a finite number >= 0 and < 1, "]),
+    "out of bounds": ("rollout.gpu_memory_utilization=85", ["utilization = 85: must be a finite number > 0 and <= 1"]),
+    "wait without a bound": ("sync.timeout_s=inf", ["sync.timeout_s = inf: must be a finite number > 0"]),
+    "negative seed": ("run.seed=-1", ["run.seed = -1: must be an integer >= 0"]),
+    "groups that do not fill a step": ("rollout.samples_per_prompt=7", ["per_step = 96: must be a multiple", "= 7"]),
+    "more ranks than work": ("learner.ranks=97", ["learner.ranks = 97: must be <= ", "trajectories_per_step = 96"]),
+    "batch below one sequence": ("learner.micro_batch_tokens=64", ["micro_batch_tokens = 64: must be >= ", "= 80"]),
+    "teacher batch below one": ("teacher.batch_tokens=64", ["teacher.batch_tokens = 64: must be >= ", "= 80"]),
+    "beyond the model's context": ("rollout.max_new_tokens=300", ["= 316: must be <= 256", "model = 'toy:student'"]),
+    "warm-up without an end": ("run.steps=10", ["learner.warmup_steps = 10: must be < run.steps = 10"]),
+    "bfloat16 without masters": ("learner.dtype=bfloat16", ["learner.dtype = 'bfloat16'", "learner.zero_stage 1 or 2"]),
+    "tight for bfloat16": ("rollout.dtype=bfloat16", ["sync.parity_tolerance = 0.001", "bfloat16", "about 0.2"]),
+    "check outlasts the wait": (
+        "verify.timeout_s=200",
+        ["verify.timeout_s = 200.0: must be < timeout.score_s = 120.0"],
+    ),
+    "template args, no template": ("data.template_args.think=true", ["{'think': True}", "data.chat_template = true"]),
+    "teacher's, no template": ("teacher.template_args.think=true", ["teacher.template_args", "data.chat_template"]),
+    "teacher measured on nothing": (('[eval]\npath = "toy:heldout"\nproblems = 256', ""), ["an [eval] section"]),
+    "misspelt check": ("verify.check=maths", ["verify.check = 'maths'", "did you mean 'math'?"]),
+    "misspelt shipped data": ("data.path=toy:trian", ["data.path = 'toy:trian'", "did you mean 'toy:train'?"]),
+    "misspelt shipped model": ("teacher.model=toy:taecher", ["toy:taecher", "did you mean 'toy:teacher'?"]),
+    "misspelt data file": ("data.path=rows/trian.jsonl", ["rows/trian.jsonl", "did you mean 'rows/train.jsonl'?"]),
+    "misspelt eval file": ("eval.path=rows/trian.jsonl", ["eval.path", "did you mean 'rows/train.jsonl'?"]),
+    "data of another format": ("data.path=rows/train.csv", ["rows/train.csv", "ending in .jsonl, .json, .parquet"]),
+    "misspelt model folder": ("student.model=models/smal", ["models/smal", "did you mean 'models/small'?"]),
+    "no model in the folder": ("teacher.model=rows", ["teacher.model = 'rows'", "no config.json"]),
+    "broken model": ("teacher.model=models/small", ["teacher.model = 'models/small'", "config.json is not JSON"]),
+    "run.dir is a file": ("run.dir=rows/train.csv/demo", ["run.dir = 'rows/train.csv/demo'", "train.csv is a file"]),
+    "run.dir moves its data": ("run.dir=rows data.path=rows/train.jsonl", ["run.dir = 'rows'", "rows/train.jsonl"]),
+    "run.dir moves everything": ("run.dir=.", ["run.dir = '.': holds the working directory"]),
+    "override without a value": ("learner.lr", ["override 'learner.lr': write key.path=value"]),
+    "override through a value": ("run.steps.max=3", ["override 'run.steps.max=3': steps is a value"]),
+    "not TOML": (("[run]", "[run"), ["config demo.toml is not valid TOML", "line 3"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a config, rows and a model that has a broken config; no run can be started from it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "async_opd.run", None)
+    for name, text in {"rows/train.jsonl": "{}", "rows/train.csv": "", "models/small/config.json": "{"}.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    Path("demo.toml").write_text(DEMO.read_text())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("mistake", "fragments"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_refused_in_no_time_with_its_place_value_and_remedy(mistake, fragments, folder, capsys):
+    if isinstance(mistake, tuple):
+        assert mistake[0] in DEMO.read_text()
+        Path("demo.toml").write_text(DEMO.read_text().replace(*mistake))
+    start = time.perf_counter()
+    assert main(["train", "demo.toml", *(mistake.split() if isinstance(mistake, str) else ())]) == 2
+    assert time.perf_counter() - start < MAX_SECONDS
+    message = capsys.readouterr().err
+    assert message.startswith("async-opd: ConfigError: ") and message.count("\n") == 1
+    assert [fragment for fragment in fragments if fragment not in message] == []
+
+
+def test_a_mistake_costs_under_two_seconds_from_the_shell(folder):
+    start = time.perf_counter()
+    found = subprocess.run(
+        [sys.executable, "-m", "async_opd", "demo", "learner.lrr=1e-4"], capture_output=True, text=True
+    )
+    assert time.perf_counter() - start < MAX_SECONDS
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr == (
+        "async-opd: ConfigError: learner.lrr = 0.0001: no such setting; did you mean 'learner.lr'?\n"
+    )
+
+
+def test_reading_a_config_loads_nothing_heavy():
+    code = "import sys, async_opd, async_opd.config as c; c.load(c.Path(sys.argv[1])); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, DEMO], capture_output=True, text=True, check=True)
+    heavy = {"torch", "ray", "transformers", "vllm", "datasets", "deepspeed", "math_verify", "wandb"}
+    assert heavy & set(found.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_loads(path):
+    assert load(path).run.steps >= 1
+
+
+def test_defaults_fill_what_the_file_leaves_out():
+    config = load(DEMO)
+    assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", None)
+    assert (config.sync.backend, config.verify.check, config.rollout.temperature) == ("gloo", "math", 1.0)
+    assert config.learner.betas == (0.9, 0.999)
+
+
+def test_groups_per_step_are_trajectories_over_samples():
+    assert load(DEMO, ["rollout.samples_per_prompt=8"]).groups_per_step == 12  # 96 / 8
+
+
+def test_overrides_replace_nested_keys_and_the_last_one_wins():
+    config = load(DEMO, ["learner.lr=1e-4", "run.steps=3000", "run.steps=30", "learner.betas=[0.8, 0.9]"])
+    assert (config.learner.lr, config.run.steps, config.learner.betas) == (1e-4, 30, (0.8, 0.9))
+
+
+def test_overrides_make_tables_and_sections_that_the_file_has_not():
+    overrides = ["data.chat_template=true", "data.template_args.think=false", "data.template_args.lang=de"]
+    config = load(DEMO, [*overrides, "timeout.start_s=60", 'run.wandb_project="7"'])
+    assert config.data.template_args == {"think": False, "lang": "de"}
+    assert (config.timeout.start_s, config.timeout.step_s, config.run.wandb_project) == (60.0, 600.0, "7")
+
+
+def test_a_hub_id_is_not_looked_for_on_disk(folder):
+    config = load(DEMO, ["student.model=Qwen/Qwen3-0.6B", "data.path=openai/gsm8k-v1.5"])
+    assert (config.student.model, config.data.path) == ("Qwen/Qwen3-0.6B", "openai/gsm8k-v1.5")
+
+
+def test_evaluation_may_read_a_model_from_the_run_directory(folder):
+    (folder / "runs/checkpoint").mkdir(parents=True)
+    (folder / "runs/checkpoint/config.json").write_text(json.dumps({"max_position_embeddings": 80}))
+    overrides = ["run.dir=runs", "student.model=runs/checkpoint"]
+    assert load(DEMO, overrides, training=False).student.model == "runs/checkpoint"
+    with pytest.raises(ConfigError, match=r"run.dir = 'runs': holds student.model = 'runs/checkpoint'"):
+        load(DEMO, overrides)
+
+
+def test_a_stretched_context_is_not_bounded_by_the_trained_one(folder):
+    (folder / "yarn").mkdir()
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    (folder / "yarn/config.json").write_text(json.dumps({"max_position_embeddings": 40, "rope_parameters": rope}))
+    assert load(DEMO, ["student.model=yarn"]).student.model == "yarn"
+
+
+def test_a_misspelt_config_names_the_nearest_file(folder):
+    with pytest.raises(ConfigError, match=r"config dmeo.toml: no such file; did you mean 'demo.toml'\?"):
+        load("dmeo.toml")
