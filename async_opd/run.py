@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,9 @@ async def run(config: Config) -> Row:
     sinks: list[Sink] = [Jsonl(run_dir / "metrics.jsonl"), Console(config.run.steps), *observers]
     print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
     with Cluster(config, eos_ids=_eos_ids(config), vocabulary=len(tokenizer)) as cluster:
+        started = time.monotonic()
         roles = await cluster.roles()
+        print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
         summary = await train(config, roles, iter(prompts), held_out, run_dir, Meter(sinks))
     for observer in observers:
         observer.close(timeout_s=10)

@@ -19,7 +19,7 @@ TINY = dict(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_lm() -> Callable:
     """Makes a random causal LM of a transformers family, the same for the same seed and settings."""
     import torch

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from async_opd import causal_lm
 from async_opd.maths.logprobs import Read, read_logprobs
@@ -29,6 +30,7 @@ class TransformersTeacher:
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
         ).eval()
+        self._model.generation_config = GenerationConfig()  # penalties of the checkpoint's own would bend `greedy`
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Event()
         self._serving: asyncio.Task | None = None

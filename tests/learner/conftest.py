@@ -17,8 +17,8 @@ def sample() -> Callable[..., Sample]:
     """Makes a trajectory: `spans` are (version, tokens); ids and log-probs are random unless given."""
 
     def make(
-        prompt_tokens=3, spans=((0, 4),), *, id="a", seed=0, truncated=False, correct=True, behaviour=None, teacher=None,
-        topk_ids=None, topk_logp=None,
+        prompt_tokens=3, spans=((0, 4),), *, id="a", seed=0, truncated=False, correct=True, behaviour=None,
+        teacher=None, topk_ids=None, topk_logp=None,
     ) -> Sample:  # fmt: skip
         random = np.random.default_rng(seed)
         ends = np.cumsum([tokens for _, tokens in spans]).tolist()

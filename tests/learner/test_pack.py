@@ -45,7 +45,7 @@ def test_truncated_responses_leave_the_reduction_by_policy(sample, packed, polic
 def test_a_stale_token_under_the_policy_to_drop_is_an_error_that_names_its_trajectory(sample, packed):
     fresh, stale = sample(id="7@0#1", spans=[(1, 4)]), sample(id="7@0#2", spans=[(0, 1), (5, 3)])
     packed(fresh, live=5, max_lag_steps=4, stale="drop")
-    with pytest.raises(StaleTrajectory, match="7@0#2.*version 5, bound 4"):
+    with pytest.raises(StaleTrajectory, match=r"7@0#2.*version 5, bound 4"):
         packed(fresh, stale, live=5, max_lag_steps=4, stale="drop")
 
 
@@ -64,7 +64,7 @@ def test_what_belongs_to_another_trajectory_is_refused_by_name(sample, packed, p
 def test_scores_of_another_length_are_refused_by_name(sample, packed):
     one = sample(id="7@0#1", spans=[(0, 4)])
     short = msgspec.structs.replace(one.scores, sampled_logp=one.scores.sampled_logp[:3])
-    with pytest.raises(WireError, match="7@0#1.*3 scores"):
+    with pytest.raises(WireError, match=r"7@0#1.*3 scores"):
         packed(replace(one, scores=short))
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_formula_on_each_trajectory_alone(st
 def test_three_micro_batches_equal_one(student, samples, packed, bounds, cut):
     """Also where one is empty, and where one holds no kept token."""
     whole, expected = run(student, Opd(), [packed(*samples, **bounds)])
-    micros = [packed(*samples[a:b], **bounds) for a, b in zip(cut[:-1], cut[1:], strict=True)]
+    micros = [packed(*samples[a:b], **bounds) for a, b in pairwise(cut)]
     parts, gradients = run(student, Opd(), micros)
     assert parts == pytest.approx(whole, abs=1e-6)
     for got, parameter in zip(gradients, expected, strict=True):
@@ -82,7 +84,7 @@ def test_a_rank_adds_its_share_of_the_global_mean(student, samples, packed):
 
     alone, whole = run(student, Opd(), [packed(*samples)])
     both, half = run(student, Opd(), [packed(*samples)], with_a_twin)
-    assert both == pytest.approx(alone | {"tokens": 50, "weight_ess": alone["weight_ess"]})
+    assert both == pytest.approx(alone | {"tokens": 50})
     for got, expected in zip(half, whole, strict=True):
         torch.testing.assert_close(2 * got, expected, atol=1e-6, rtol=1e-5)
 

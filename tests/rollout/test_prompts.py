@@ -212,7 +212,12 @@ def test_a_tokenizer_without_a_template_is_refused_at_once(source):
 )
 def test_a_file_that_cannot_be_read_says_why(source, rows, settings, message, streaming):
     with pytest.raises(DataError, match=rf"data.path = .*rows.jsonl', split '\w+': .*{message}"):
-        source(rows, streaming=streaming, **settings)
+        source(rows, streaming=streaming, **settings).first(1)
+
+
+def test_reading_prints_no_progress(source, capfd):
+    next(iter(source()))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):

@@ -1,0 +1,84 @@
+"""The command line as a user runs it, and the processes it leaves behind."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+SMALL = (
+    "teacher.evaluate=false",
+    "eval.problems=16",
+    "learner.trajectories_per_step=16",
+    "learner.warmup_steps=0",
+    "learner.schedule=constant",
+    "learner.lr=5e-4",
+)
+RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves within two minutes
+
+
+class Job:
+    """One `async-opd` process in a session of its own, its descendants marked by an environment variable."""
+
+    def __init__(self, *args: str, folder: Path):
+        self.mark = uuid.uuid4().hex
+        self.log = folder / f"{self.mark}.log"
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "async_opd", *args],
+                env=os.environ | {"ASYNC_OPD_TEST_MARK": self.mark},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float) -> int:
+        """Exit status. Raises subprocess.TimeoutExpired."""
+        return self.process.wait(timeout_s)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def until(self, said: str, timeout_s: float = 150) -> None:
+        """Wait until the job has printed `said`; fails with its log if it ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while said not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.1)
+
+    def processes(self) -> list[psutil.Process]:
+        """Living processes of this job, Ray's own lingering agents apart."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("ASYNC_OPD_TEST_MARK") == self.mark
+                if (
+                    ours
+                    and process.status() != psutil.STATUS_ZOMBIE
+                    and " ".join(process.cmdline()).strip() not in RAYS_OWN
+                ):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def gone_within(self, seconds: float) -> list[str]:
+        """Command lines of what is still there after `seconds`: empty when all went."""
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [" ".join(p.cmdline())[:200] for p in left]
+
+    def find(self, wanted: Callable[[str], bool]) -> psutil.Process:
+        """The process whose command line satisfies `wanted`."""
+        return next(p for p in self.processes() if wanted(" ".join(p.cmdline())))
+
+
+def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
+    """The demo, small, with its run directory in `folder`."""
+    return Job("demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder)

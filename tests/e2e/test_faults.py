@@ -1,0 +1,74 @@
+"""Whatever dies, the run ends by name within seconds, and nothing of it is left."""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Job, demo
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+LONG = "run.steps=100000"
+
+
+def training(tmp_path, *overrides: str) -> Job:
+    """A job in the middle of training."""
+    job = demo(tmp_path, LONG, *overrides)
+    job.until("train tok/s")
+    time.sleep(3)
+    return job
+
+
+def generator(job: Job) -> psutil.Process:
+    return job.find(lambda line: "EngineCore" in line).parent()
+
+
+def engine(job: Job) -> psutil.Process:
+    return job.find(lambda line: "EngineCore" in line)
+
+
+def verifier(job: Job) -> psutil.Process:
+    return job.find(lambda line: "async_opd.verify.worker" in line).parent()
+
+
+def teacher_or_learner(job: Job) -> psutil.Process:
+    known = {generator(job).pid, verifier(job).pid}
+    return next(
+        p for p in job.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::_Host") and p.pid not in known
+    )
+
+
+@pytest.mark.parametrize("victim", [generator, engine, verifier, teacher_or_learner])
+def test_a_killed_role_ends_the_run_by_name_within_ten_seconds(tmp_path, victim):
+    job = training(tmp_path)
+    victim(job).kill()
+    assert job.wait(10) == 1
+    assert "async-opd: ActorLost: " in job.text()
+    assert "Traceback" not in job.text().split("async-opd: ActorLost: ")[1]
+    assert job.gone_within(10) == []
+
+
+def test_a_killed_driver_leaves_no_process(tmp_path):
+    job = training(tmp_path)
+    job.process.kill()
+    job.wait(5)
+    assert job.gone_within(20) == []
+
+
+def test_control_c_saves_a_checkpoint_and_leaves_no_process(tmp_path):
+    job = training(tmp_path)
+    os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does: to every process of the session
+    assert job.wait(30) == 130
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())["vocab_size"] == 24
+    assert job.gone_within(20) == []
+
+
+def test_a_diverging_run_stops_before_the_optimizer_moves(tmp_path):
+    job = demo(tmp_path, LONG, "learner.lr=0.9", "learner.grad_clip=1e9", "objective.divergence=forward")
+    assert job.wait(200) == 1
+    assert "async-opd: Diverged: step " in job.text() or "async-opd: ParityError" in job.text()
+    assert job.gone_within(20) == []

@@ -1,0 +1,67 @@
+"""The real stack through the command line for a few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from async_opd.toy import STUDENT
+from tests.e2e.conftest import SMALL, Job, demo
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def finished(tmp_path: Path, *overrides: str, steps: int = 4) -> Path:
+    job = demo(tmp_path, *overrides, steps=steps)
+    assert job.wait(240) == 0, job.text()
+    assert job.gone_within(20) == []
+    return tmp_path / "run"
+
+
+def test_a_synchronous_run_is_on_policy_and_repeats_itself(tmp_path):
+    settings = ("run.max_lag_steps=0", "sync.parity_every_steps=1")
+    curves = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        found = rows(finished(tmp_path / name, *settings))
+        assert [row["lag_max"] for row in found] == [0, 0, 0, 0]
+        assert max(row["log_ratio_fresh_max"] for row in found) < 1e-3  # engine mismatch alone
+        assert max(row["parity_gap"] for row in found) < 1e-4
+        assert {row["tokens_excluded"] for row in found} == {0}
+        curves.append([row["loss"] for row in found])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+    assert len(set(curves[0])) == 4  # it did learn something
+
+
+def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tmp_path):
+    run = finished(tmp_path, "run.max_lag_steps=2", "rollout.samples_per_prompt=2", steps=12)
+    found, summary = rows(run), json.loads((run / "summary.json").read_text())
+    assert 0 < max(row["lag_max"] for row in found) == summary["max_lag_seen"] <= 2
+    assert summary["steps"] == 12
+    assert summary["scored_dropped"] == 0
+    assert {"accuracy_before", "accuracy_after", "teacher_accuracy", "trained_tokens_per_s", "wall_s"} <= summary.keys()
+    assert json.loads((run / "config.json").read_text())["run"]["max_lag_steps"] == 2
+    assert json.loads((run / "environment.json").read_text())["versions"]["ray"]
+
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    start = load_file(STUDENT / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, start)
+    assert AutoTokenizer.from_pretrained(run / "checkpoint")("1+2=").input_ids
+
+    again = Job(
+        "eval",
+        "configs/demo.toml",
+        f"student.model={run}/checkpoint",
+        f"run.dir={tmp_path}/eval",
+        *SMALL,
+        folder=tmp_path,
+    )
+    assert again.wait(200) == 0, again.text()
+    assert f"{summary['accuracy_after']:.1%} of 16 problems" in again.text()  # vLLM loads what was saved

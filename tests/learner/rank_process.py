@@ -1,0 +1,76 @@
+"""One learner rank in a process of its own: trains on the same random groups in every run and saves what came of it.
+
+`python rank_process.py <json>` with the fields of `main`. Not a test: `test_engine.py` starts it.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from async_opd.errors import Diverged
+from async_opd.learner.config import LearnerConfig
+from async_opd.learner.engine import LearnerRank
+from async_opd.maths.packing import plan
+from async_opd.objectives.opd import Opd
+from async_opd.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+
+LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
+VOCABULARY = 40
+
+
+def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
+    random, tokens, id = np.random.default_rng(i), LENGTHS[i], f"{i}@0"
+    ids = random.integers(VOCABULARY, size=3 + tokens, dtype=np.int32)
+    behaviour, teacher = random.uniform(-4, -0.5, (2, tokens)).astype(np.float32)
+    spans = (Span(version=0, start=0, end=tokens),)
+    rollout = Rollout(id=f"{id}#0", ids=ids[3:], behaviour_logp=behaviour, spans=spans, truncated=False)
+    prompt = Prompt(id=id, ids=ids[:3], answer="")
+    scores, verdict = Scores(id=rollout.id, sampled_logp=teacher), Verdict(id=rollout.id, correct=True)
+    return Group(prompt=prompt, rollouts=(rollout,)), (scores,), (verdict,)
+
+
+def fail(learner: LearnerRank, step: Callable[[], object]) -> dict:
+    """Take a step that must not move the weights; says what became of it."""
+    before = [p.detach().clone() for p in learner._lm.parameters()]
+    try:
+        step()
+        error = None
+    except Diverged as raised:
+        error = str(raised)
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, learner._lm.parameters(), strict=True))
+    return dict(error=error, unmoved=unmoved, version=learner.version)
+
+
+def main(rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict) -> None:
+    config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
+    learner = LearnerRank(
+        config, Opd(truncate=5.0), model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
+        truncated="mask", seed=0, rank=rank, timeout_s=60.0,
+    )  # fmt: skip
+    learner.start(rendezvous)
+    groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
+    mine = plan([3 + n for n in LENGTHS], ranks=config.ranks, tokens=config.micro_batch_tokens)[rank]
+    pairs = [[(i, 0) for i in micro] for micro in mine]
+
+    def step() -> dict[str, float]:
+        return learner.step(pairs, list(verdicts), *groups, *scores).metrics
+
+    result = dict(micro_batches=len(pairs), metrics=[step() for _ in range(steps)])
+    learner.save(f"{out}.model")
+    result["logprobs"] = learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
+    weight, last = learner._lm.base_model.norm.weight, rank == config.ranks - 1  # only the last rank goes wrong
+    hook = weight.register_hook(lambda gradient: gradient * (float("nan") if last else 1))
+    result["gradient"] = fail(learner, step)
+    hook.remove()
+    if last:
+        weight.data[0] = float("inf")
+    result["loss"] = fail(learner, step)
+    Path(out).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,215 @@
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.scorer import TransformersTeacher
+from async_opd.wire import Group, Needs, Prompt, Rollout, Span
+
+V, REAL = 40, 33  # the model's vocabulary, and the tokenizer's: ids from 33 on are padding
+NOTHING = Needs()
+
+
+@pytest.fixture
+def model(tiny_lm, tmp_path):
+    """The teacher's weights as transformers runs them by itself; saved where `teacher` loads them."""
+    model = tiny_lm(attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.fixture
+def teacher(model, tmp_path):
+    """Makes a teacher; `forwards` collects the lengths of the segments of each forward."""
+
+    def make(needs=NOTHING, *, temperature=0.7, **settings):
+        teacher = TransformersTeacher(
+            TeacherConfig(model=str(tmp_path), **settings), needs, temperature=temperature, vocabulary=REAL
+        )
+        teacher.forwards = []
+        teacher._model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: teacher.forwards.append(kwargs.get("segment_lengths")), with_kwargs=True
+        )
+        return teacher
+
+    return make
+
+
+@pytest.fixture
+def group():
+    def make(seed=0, *, samples=2, prompt_tokens=3, tokens=(4, 2), candidates=0, teacher_ids=None):
+        random = np.random.default_rng(seed)
+        rollouts = [
+            Rollout(
+                id=f"{seed}@0#{i}",
+                ids=random.integers(REAL, size=tokens[i], dtype=np.int32),
+                behaviour_logp=np.full(tokens[i], -1, np.float32),
+                spans=(Span(version=0, start=0, end=tokens[i]),),
+                truncated=False,
+                candidate_ids=random.integers(V, size=(tokens[i], candidates), dtype=np.int32) if candidates else None,
+            )
+            for i in range(samples)
+        ]
+        ids = random.integers(REAL, size=prompt_tokens, dtype=np.int32)
+        return Group(
+            prompt=Prompt(id=f"{seed}@0", ids=ids, answer="", teacher_ids=teacher_ids), rollouts=tuple(rollouts)
+        )
+
+    return make
+
+
+@torch.no_grad()
+def plain_logp(model, prompt_ids, rollout, temperature=0.7):
+    """Log-probs [T, V] of the response positions of one rollout, one forward of it alone."""
+    ids = torch.as_tensor(np.concatenate([prompt_ids, rollout.ids])).long()
+    return torch.log_softmax(model(ids[None]).logits[0, len(prompt_ids) - 1 : -1] / temperature, dim=-1)
+
+
+def close(got, expected):
+    torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher, group, chunk):
+    scorer = teacher(Needs(teacher_topk=3, teacher_entropy=True), head_chunk_rows=chunk)
+    groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
+    answers = await asyncio.gather(*(scorer.score(one) for one in groups))
+    assert len(scorer.forwards) == 1  # three groups, two rollouts each, one forward
+    for one, scores in zip(groups, answers, strict=True):
+        for rollout, got in zip(one.rollouts, scores, strict=True):
+            logp_TV = plain_logp(model, one.prompt.ids, rollout)
+            top = logp_TV[:, :REAL].topk(3)
+            assert got.id == rollout.id
+            close(got.sampled_logp, logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0])
+            close(got.candidate_logp, logp_TV.gather(1, torch.as_tensor(rollout.candidate_ids).long()))
+            close(got.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+            close(got.topk_logp, top.values)
+            assert got.topk_ids.tolist() == top.indices.tolist()
+
+
+async def test_what_no_objective_needs_is_not_computed(teacher, group):
+    (scores, _) = await teacher().score(group())
+    assert (scores.topk_ids, scores.topk_logp, scores.entropy, scores.candidate_logp) == (None,) * 4
+
+
+async def test_only_response_positions_reach_the_head(teacher, group):
+    scorer, rows = teacher(), []
+    scorer._model.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    await scorer.score(group(prompt_tokens=7, tokens=(4, 2)))
+    assert sum(rows) == 6 and scorer.forwards == [[11, 9]]
+
+
+async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_share(model, teacher, group):
+    one = group()
+    (scores, _) = await teacher(Needs(teacher_topk=REAL)).score(one)
+    assert scores.topk_ids.max() == REAL - 1
+    padding_T = plain_logp(model, one.prompt.ids, one.rollouts[0])[:, REAL:].exp().sum(-1)
+    close(np.exp(scores.topk_logp).sum(-1), 1 - padding_T)
+    assert padding_T.min() > 1e-3
+
+
+async def test_the_temperature_of_sampling_is_applied(model, teacher, group):
+    one = group()
+    (scores, _) = await teacher(Needs(teacher_entropy=True), temperature=2.0).score(one)
+    logp_TV = plain_logp(model, one.prompt.ids, one.rollouts[0], temperature=2.0)
+    close(scores.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+
+
+async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model, teacher, group):
+    own = np.array([5, 6, 7, 8, 9], np.int32)
+    one = group(teacher_ids=own)
+    (scores, _) = await teacher().score(one)
+    logp_TV = plain_logp(model, own, one.rollouts[0])
+    close(scores.sampled_logp, logp_TV.gather(1, torch.as_tensor(one.rollouts[0].ids).long()[:, None])[:, 0])
+
+
+async def test_a_forward_takes_the_oldest_that_fit_its_budget(teacher, group):
+    scorer = teacher(batch_tokens=16)  # segments of 3 + 4 and 3 + 2 tokens, so 7, 5, 7, 5, 7, 5
+    await asyncio.gather(*(scorer.score(group(seed)) for seed in range(3)))
+    assert scorer.forwards == [[7, 5], [7, 5], [7, 5]]
+
+
+async def test_a_rollout_over_the_budget_is_scored_alone(teacher, group):
+    scorer = teacher(batch_tokens=6)
+    await scorer.score(group())
+    assert scorer.forwards == [[7], [5]]
+
+
+async def test_requests_that_come_during_a_forward_share_the_next(teacher, group):
+    scorer = teacher()
+    first = asyncio.create_task(scorer.score(group(0)))
+    while not scorer.forwards:
+        await asyncio.sleep(0)
+    await asyncio.gather(first, *(scorer.score(group(seed)) for seed in (1, 2, 3)))
+    assert [len(lengths) for lengths in scorer.forwards] in ([2, 6], [2, 2, 4])  # the first may end in between
+
+
+async def test_a_request_waits_for_company_no_longer_than_the_flush(teacher, group):
+    scorer, loop = teacher(flush_s=0.3), asyncio.get_running_loop()
+    started = loop.time()
+    first = asyncio.create_task(scorer.score(group(0)))
+    await asyncio.sleep(0.1)
+    await asyncio.gather(first, scorer.score(group(1)))
+    assert [len(lengths) for lengths in scorer.forwards] == [4]
+    assert 0.3 <= loop.time() - started < 1.5
+
+
+async def test_a_full_batch_does_not_wait_for_the_flush(teacher, group):
+    scorer = teacher(flush_s=60.0, batch_tokens=12)
+    await asyncio.wait_for(scorer.score(group()), 10)
+
+
+async def test_an_error_reaches_its_callers_and_the_next_batch_is_served(teacher, group):
+    scorer = teacher()
+    bad = group(tokens=(4, 2))
+    bad.rollouts[1].ids[0] = V  # no such row in the embedding
+    with pytest.raises(IndexError):
+        await scorer.score(bad)
+    assert [scores.id for scores in await scorer.score(group(7))] == ["7@0#0", "7@0#1"]
+
+
+async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
+    scorer = teacher()
+    impatient, patient = (asyncio.create_task(scorer.score(group(seed))) for seed in (0, 1))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert [scores.id for scores in await patient] == ["1@0#0", "1@0#1"]
+
+
+@torch.no_grad()
+def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
+    prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]
+    responses = teacher().greedy(prompts, 6, [1])
+    for prompt, got in zip(prompts, responses, strict=True):
+        ids = prompt.tolist()
+        for token in got.tolist():
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+        assert got.dtype == np.int32 and len(got) == 6
+
+
+@torch.no_grad()
+def test_greedy_stops_at_an_end_token(model, teacher):
+    prompt = np.array([5, 6, 7], np.int32)
+    free = teacher().greedy([prompt], 6, [1])[0]
+    stopped = teacher().greedy([prompt], 6, [int(free[2])])[0]
+    end = free.tolist().index(free[2]) + 1
+    assert stopped.tolist()[:end] == free.tolist()[:end] and len(stopped) == end
+
+
+@torch.no_grad()
+def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(model, teacher, tmp_path):
+    plain = teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1])
+    GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(tmp_path)
+    assert teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1])[0].tolist() == plain[0].tolist()
+
+
+async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
+    scorer = teacher()
+    (before, _) = await scorer.score(group())
+    scorer.greedy([np.array([5, 6, 7], np.int32)], 4, [1])
+    (after, _) = await scorer.score(group())
+    assert np.array_equal(before.sampled_logp, after.sampled_logp)

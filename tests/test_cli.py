@@ -1,0 +1,129 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from async_opd.cli import DEMO, main
+from async_opd.errors import ConfigError, TimedOut
+from async_opd.evaluate import Accuracy
+
+SUMMARY = dict(
+    accuracy_before=0.25, accuracy_after=0.5, teacher_accuracy=None, eval_problems=8, steps=3, max_lag_seen=2,
+    trained_tokens_per_s=1234.5, scored_dropped=1, wall_s=9.6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Makes every command that runs something end with `result`: what it returns, or raises."""
+    monkeypatch.chdir(tmp_path)
+
+    def end_with(result) -> None:
+        async def run(config):
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        monkeypatch.setitem(sys.modules, "async_opd.run", SimpleNamespace(run=run, run_eval=run))
+
+    return end_with
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([], "usage: async-opd [-h] COMMAND ..."),
+        (["train"], "usage: async-opd train [-h] config [key=value ...]"),
+        (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
+        (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
+    ],
+)
+def test_help_of_a_command_is_its_usage(command, says, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval)"),
+        ([], "the following arguments are required: COMMAND"),
+        (["train"], "the following arguments are required: config"),
+        (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
+    ],
+)
+def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval'", "train, demo, eval")
+
+
+def test_the_module_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("usage: async-opd [-h] COMMAND ...")
+
+
+def test_help_loads_nothing_but_the_command_line():
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import async_opd.__main__"
+    found = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    loaded = set(found.stdout.split("\n")[-2].split())
+    assert {name for name in loaded if name.startswith("async_opd")} == {
+        "async_opd",
+        "async_opd.cli",
+        "async_opd.errors",
+    }
+    assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_config_that_is_not_there_exits_with_two(command, capsys):
+    assert main([command, "no/such.toml"]) == 2
+    assert capsys.readouterr().err == "async-opd: ConfigError: config no/such.toml: no such file\n"
+
+
+@pytest.mark.parametrize(("kind", "status"), [(ConfigError, 2), (TimedOut, 1)])
+def test_a_named_error_is_one_line_with_its_notes_and_its_status(kind, status, runs, capsys):
+    error = kind("teacher 0, score: no answer\nafter 120 s")
+    error.add_note("at version 7")
+    runs(error)
+    assert main(["demo"]) == status
+    said = f"async-opd: {kind.__name__}: teacher 0, score: no answer after 120 s (at version 7)\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_bug_keeps_its_trace(runs):
+    runs(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["demo"])
+
+
+def test_an_interrupt_exits_with_130(runs, capsys):
+    runs(KeyboardInterrupt())
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err.startswith("async-opd: interrupted")
+
+
+def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
+    runs(SUMMARY)
+    assert main(["demo", "run.dir=here"]) == 0
+    said = capsys.readouterr().out
+    assert "student, before     25.0%\n  student, after      50.0%\n" in said and "teacher     not measured" in said
+    assert "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s; here/summary.json" in said
+
+
+def test_an_evaluation_says_its_share(runs, capsys, tmp_path):
+    runs(Accuracy(right=3, unknown=1, problems=5))
+    (tmp_path / "a.toml").write_text(DEMO.read_text())
+    assert main(["eval", "a.toml"]) == 0
+    assert capsys.readouterr().out == "toy:student: 75.0% of 5 problems, 1 unknown\n"  # 3 of 4 decided
+
+
+def test_an_evaluation_without_problems_is_refused_before_anything_starts(runs, capsys, tmp_path):
+    runs(ZeroDivisionError("started"))
+    (tmp_path / "a.toml").write_text(DEMO.read_text().replace('[eval]\npath = "toy:heldout"\nproblems = 256', ""))
+    assert main(["eval", "a.toml", "teacher.evaluate=false"]) == 2
+    assert capsys.readouterr().err == (
+        "async-opd: ConfigError: eval: missing; this command needs a section [eval] with path\n"
+    )
