@@ -84,28 +84,35 @@ class RayGenerator:
     """`ports.Generator` over an actor."""
 
     def __init__(self, actor: _Actor, config: Config):
-        self.actor, self._t, self._sync_s = actor, config.timeout, config.sync.timeout_s
+        self._actor, self._sync_s, self._generate_s = actor, config.sync.timeout_s, config.timeout.generate_s
+        self._sent = 0  # requests since the last update: what `resume` waits for
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self.actor.pair(self._t.generate_s, "call", "generate", prompt)
+        self._sent += 1
+        return await self._actor.pair(self._generate_s, "call", "generate", prompt)
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self.actor.pair(self._t.generate_s, "call", "greedy", prompt)
+        self._sent += 1
+        return await self._actor.pair(self._generate_s, "call", "greedy", prompt)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
-        return await self.actor.call(self._t.generate_s, "probe")
+        self._sent += 1
+        return await self._actor.call(self._generate_s, "probe")
 
     async def join_group(self, init_info: dict) -> None:
-        await self.actor.call(2 * self._sync_s, "join_group", init_info)
+        await self._actor.call(2 * self._sync_s, "join_group", init_info)
 
     async def update(self, version: int, update_info: dict) -> None:
-        await self.actor.call(2 * self._sync_s, "update", version, update_info)
+        try:
+            await self._actor.call(2 * self._sync_s, "update", version, update_info)
+        finally:
+            self._sent = 0
 
     async def resume(self) -> None:
-        await self.actor.call(self._sync_s, "resume")
+        await self._actor.call(self._sync_s, "resume", self._sent)
 
     async def check_health(self) -> None:
-        await self.actor.call(self._t.generate_s, "check_health")
+        await self._actor.call(self._generate_s, "check_health")
 
 
 class RayTeacher:

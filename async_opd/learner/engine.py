@@ -81,7 +81,7 @@ class LearnerRank:
             dist_init_required=False,
         )
         self._lm = lm
-        if config.zero_stage == 0:  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
+        if not _zero_stage(config):  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
             optimizer.register_step_pre_hook(self._clip)
 
     def step(self, plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], *data) -> StepResult:
@@ -122,7 +122,7 @@ class LearnerRank:
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):
             raise Diverged(f"step {self.version + 1}: the gradient is not finite")
-        zero = self._config.zero_stage > 0
+        zero = _zero_stage(self._config) > 0
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
         self.version += 1
         return StepResult(version=self.version, metrics=metrics)
@@ -180,8 +180,13 @@ class LearnerRank:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
 
 
+def _zero_stage(config: LearnerConfig) -> int:
+    """The stage that runs: bfloat16 needs one, as its wrapper without ZeRO begins with a step on zero gradients."""
+    return config.zero_stage or int(config.dtype == "bfloat16")
+
+
 def _deepspeed_config(config: LearnerConfig) -> dict:
-    settings = {
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # the plan decides how many micro-batches make a step
         "optimizer": {
@@ -193,7 +198,7 @@ def _deepspeed_config(config: LearnerConfig) -> dict:
                 "torch_adam": True,  # DeepSpeed's own are compiled on first use, with a compiler that may be absent
             },
         },
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": _zero_stage(config)},
         "bf16": {"enabled": config.dtype == "bfloat16"},
+        "gradient_clipping": config.grad_clip if _zero_stage(config) else 0.0,  # absent, it would be 1.0
     }
-    return settings | ({"gradient_clipping": config.grad_clip} if config.zero_stage else {})

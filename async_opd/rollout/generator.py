@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from async_opd.errors import ActorLost
 from async_opd.rollout.config import RolloutConfig
@@ -47,8 +48,8 @@ class RolloutGenerator:
         """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it."""
         self._config, self._index, self._eos_ids = config, index, eos_ids
         self._request_ids = itertools.count()
-        self._adding = 0  # requests not yet in the engine
-        self._added = asyncio.Condition()
+        self._held: list[tuple[str, np.ndarray, SamplingParams, asyncio.Future]] | None = None  # a list: paused
+        self._arrived = asyncio.Condition()
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)  # tied heads
         cpu = current_platform.is_cpu()
         if cpu:
@@ -91,16 +92,16 @@ class RolloutGenerator:
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """Sample all responses of one prompt. Raises ActorLost when the engine died."""
-        return self._group(prompt, await self._run(prompt.ids, self.sampling()))
+        return self._group(prompt, await self._run(prompt.id, prompt.ids, self.sampling()))
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """The likeliest response, for evaluation: one sample at temperature 0."""
-        return self._group(prompt, await self._run(prompt.ids, self.sampling(temperature=0.0, n=1)))
+        return self._group(prompt, await self._run(prompt.id, prompt.ids, self.sampling(temperature=0.0, n=1)))
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
         sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
-        (output,) = await self._run(self._probe_ids, sampling)
+        (output,) = await self._run("probe", self._probe_ids, sampling)
         return self._probe_ids, self._rollout(f"parity probe of generator {self._index}", output)
 
     async def join_group(self, init_info: dict) -> None:
@@ -113,15 +114,21 @@ class RolloutGenerator:
         Running requests are kept and their KV is rebuilt under the new weights; prefix caches of older weights are
         cleared. If receiving fails the old version is still whole, and still the label.
         """
+        self._held = []
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
         await self._engine.finish_weight_update(weight_version=str(version))
 
-    async def resume(self) -> None:
-        """Let the engine run on, with every request that was submitted before this call already in it."""
-        async with self._added:
-            await self._added.wait_for(lambda: not self._adding)
+    async def resume(self, expected: int) -> None:
+        """Run on, once the `expected` requests that were sent during the pause are here. They enter the engine in
+        the order of their ids, whatever order they arrived in, so a synchronous run repeats itself exactly."""
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: len(self._held) >= expected)
+        held, self._held = self._held, None
+        for id, prompt_ids, sampling, collector in sorted(held, key=lambda request: request[0]):
+            if not collector.done():  # cancelled meanwhile
+                collector.set_result(await self._add(id, prompt_ids, sampling))
         await self._engine.resume_generation()
 
     async def check_health(self) -> None:
@@ -133,18 +140,17 @@ class RolloutGenerator:
         """Stop the engine and its processes."""
         self._engine.shutdown()
 
-    async def _run(self, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
+    async def _run(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
         collector = None
         try:
-            self._adding += 1
-            try:
-                collector = await self._engine.add_request(
-                    str(next(self._request_ids)), {"prompt_token_ids": prompt_ids.tolist()}, sampling
-                )
-            finally:
-                async with self._added:
-                    self._adding -= 1
-                    self._added.notify_all()
+            if self._held is None:
+                collector = await self._add(id, prompt_ids, sampling)
+            else:
+                turn = asyncio.get_running_loop().create_future()
+                async with self._arrived:
+                    self._held.append((id, prompt_ids, sampling, turn))
+                    self._arrived.notify_all()
+                collector = await turn
             output = await collector.get()
         except EngineDeadError as e:
             raise ActorLost(f"generator {self._index}: its engine died") from e
@@ -153,6 +159,10 @@ class RolloutGenerator:
                 await self._engine.abort(collector.request_id, internal=True)
             raise
         return sorted(output.outputs, key=lambda sample: sample.index)
+
+    async def _add(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> RequestOutputCollector:
+        request_id = f"{id}/{next(self._request_ids)}"
+        return await self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids.tolist()}, sampling)
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(prompt=prompt, rollouts=tuple(self._rollout(prompt.id, output) for output in outputs))

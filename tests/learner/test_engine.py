@@ -13,7 +13,7 @@ from async_opd.toy.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.ray
 STEPS = 5
-SETTINGS = dict(lr=1e-3, grad_clip=0.5, warmup_steps=2, schedule="linear", micro_batch_tokens=20, weight_decay=0.1)
+SETTINGS = dict(lr=1e-3, grad_clip=2.0, warmup_steps=2, schedule="linear", micro_batch_tokens=20, weight_decay=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,10 @@ def test_a_saved_checkpoint_gives_the_log_probs_of_the_live_student(train):
     assert not list(saved.parent.glob(".*.partial"))
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_bfloat16_trains(train, stage):
+def test_bfloat16_trains_much_like_float32_and_stops_at_the_same_faults(train):
     (one,), _ = train(1, 0)
-    (half,), _ = train(1, stage, "bfloat16")
-    losses = [[metrics["loss"] for metrics in run["metrics"]] for run in (half, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    (half,), _ = train(1, 0, "bfloat16")
+    for got, expected in zip(half["metrics"], one["metrics"], strict=True):
+        assert got["kl"] == pytest.approx(expected["kl"], rel=0.05)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.15)
+    assert "gradient" in half["gradient"]["error"] and half["gradient"]["unmoved"]
