@@ -37,6 +37,20 @@ def test_packed_segments_equal_each_segment_alone(load, ids_L, family, tied):
     torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("GPT2", {}),  # learned positions, which must start anew in each segment
+        ("Granite", dict(attention_multiplier=0.7, logits_scaling=1.0)),  # scores scaled by its own number
+    ],
+)
+@torch.no_grad()
+def test_positions_and_scaling_are_those_of_the_model(load, ids_L, family, settings):
+    packed, plain = load(family, **settings)
+    alone = torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)])
+    torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @torch.no_grad()
 def test_key_value_heads_may_be_shared_by_any_number_of_query_heads(load, ids_L, heads):

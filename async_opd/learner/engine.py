@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from async_opd import causal_lm
-from async_opd.errors import Diverged
+from async_opd.errors import Diverged, SyncFailed
 from async_opd.learner import checkpoint
 from async_opd.learner.batch import Sample, pack
 from async_opd.learner.config import LearnerConfig
@@ -149,8 +149,11 @@ class LearnerRank:
         return [self._sender.init_info(offset, world) for offset in rank_offsets]
 
     def join_group(self, world: int) -> None:
-        """Rank 0: wait for the members of the opened group."""
-        self._sender.join(world)
+        """Rank 0: wait for the members of the opened group. Raises SyncFailed when one stays away."""
+        try:
+            self._sender.join(world)
+        except RuntimeError as e:
+            raise SyncFailed(f"the weight group of {world} members did not form: {e}") from e
 
     def update_info(self) -> dict:
         """What an update carries: the same for every update, and for every generator."""
@@ -162,8 +165,11 @@ class LearnerRank:
         )
 
     def send_weights(self) -> None:
-        """Rank 0: broadcast the live weights."""
-        self._sender.send(self._lm)
+        """Rank 0: broadcast the live weights. Raises SyncFailed when a member is gone or too slow."""
+        try:
+            self._sender.send(self._lm)
+        except RuntimeError as e:
+            raise SyncFailed(f"the broadcast of version {self.version} broke off: {e}") from e
 
     def save(self, folder: str) -> None:
         """Rank 0 writes the Hugging Face checkpoint."""

@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from async_opd.errors import ActorLost
+from async_opd.errors import ActorLost, SyncFailed
 from async_opd.rollout.config import RolloutConfig
 from async_opd.wire import Group, GroupMeta, Prompt, Rollout, Span
 
@@ -105,20 +107,22 @@ class RolloutGenerator:
         return self._probe_ids, self._rollout(f"parity probe of generator {self._index}", output)
 
     async def join_group(self, init_info: dict) -> None:
-        """Join the learner's weight group; blocks until all members have."""
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        """Join the learner's weight group; waits until all members have. Raises SyncFailed or ActorLost."""
+        with self._named("did not join the weight group"):
+            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def update(self, version: int, update_info: dict) -> None:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a call of its own.
 
         Running requests are kept and their KV is rebuilt under the new weights; prefix caches of older weights are
-        cleared. If receiving fails the old version is still whole, and still the label.
+        cleared. If receiving fails (SyncFailed) the old version is still whole, and still the label.
         """
         self._held = []
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
-        await self._engine.start_weight_update()
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
-        await self._engine.finish_weight_update(weight_version=str(version))
+        with self._named(f"did not take version {version}"):
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+            await self._engine.finish_weight_update(weight_version=str(version))
 
     async def resume(self, expected: int) -> None:
         """Run on, once the `expected` requests that were sent during the pause are here. They enter the engine in
@@ -139,6 +143,15 @@ class RolloutGenerator:
     async def close(self) -> None:
         """Stop the engine and its processes."""
         self._engine.shutdown()
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except EngineDeadError as e:
+            raise ActorLost(f"generator {self._index}: its engine died") from e
+        except Exception as e:  # vLLM passes on whatever its worker raised as a bare Exception
+            raise SyncFailed(f"generator {self._index} {what}: {e}") from e
 
     async def _run(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
         collector = None

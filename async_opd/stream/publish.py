@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from async_opd.errors import AsyncOpdError, ParityError, SyncFailed
+from async_opd.errors import ParityError, SyncFailed
 from async_opd.ports import Generator, Learner
 
 
@@ -33,8 +33,9 @@ class Publisher:
         updates = (g.update(version, self._update_info) for g in self._generators)
         try:
             await asyncio.gather(self._learner.send_weights(), *updates)
-        except AsyncOpdError as e:
-            raise SyncFailed(f"version {version} did not reach every generator: {e}") from e
+        except SyncFailed:
+            await asyncio.gather(*(g.check_health() for g in self._generators))  # a dead one is the better name for it
+            raise
         admit()
         probing = version % self._parity_every == 0
         probes = [asyncio.ensure_future(g.probe()) for g in self._generators] if probing else []
