@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from tokenizers import Tokenizer
 
 from async_opd.collective import free_port
 from async_opd.config import Config
@@ -16,6 +17,8 @@ from async_opd.maths.packing import plan
 from async_opd.ports import Ready, Ref
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
+from async_opd.verify.config import VerifyConfig
+from async_opd.verify.group import GroupVerifier
 from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
 
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
@@ -198,8 +201,9 @@ class Cluster:
     A context manager: on leaving, however that comes about, its actors are killed and a local cluster is stopped.
     """
 
-    def __init__(self, config: Config, *, eos_ids: list[int], vocabulary: int):
-        self._config, self._eos_ids, self._vocabulary = config, eos_ids, vocabulary
+    def __init__(self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer):
+        self._config, self._eos_ids = config, eos_ids
+        self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
         self._actors: list[_Actor] = []
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
@@ -264,7 +268,7 @@ class Cluster:
         ]
 
     def _verifier(self) -> _Actor:
-        return self._actor("verifier", "async_opd.actors:make_verifier", self._config)
+        return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
 
     def _teacher(self, at: int) -> _Actor:
         return self._actor(
@@ -299,11 +303,7 @@ class Cluster:
         )
 
 
-def make_verifier(config: Config) -> Any:
-    """Runs in the verifier's actor: the pool, with the student's tokenizer to decode by."""
-    from transformers import AutoTokenizer
-
-    from async_opd.verify.group import GroupVerifier
-
-    tokenizer = AutoTokenizer.from_pretrained(config.student.model, trust_remote_code=config.run.trust_remote_code)
-    return GroupVerifier(config.verify, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+def make_verifier(config: VerifyConfig, tokenizer: str) -> GroupVerifier:
+    """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
+    decoder = Tokenizer.from_str(tokenizer)
+    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True))

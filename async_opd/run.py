@@ -36,7 +36,7 @@ async def run(config: Config) -> Row:
     observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
     sinks: list[Sink] = [Jsonl(run_dir / "metrics.jsonl"), Console(config.run.steps), *observers]
     print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
-    with Cluster(config, eos_ids=_eos_ids(config), vocabulary=len(tokenizer)) as cluster:
+    with Cluster(config, eos_ids=_eos_ids(config), tokenizer=tokenizer.backend_tokenizer) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
         print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
@@ -55,7 +55,7 @@ async def run_eval(config: Config) -> evaluate.Accuracy:
     config = resolve_toy(config, Path(config.run.dir))
     tokenizer = _tokenizer(config)
     held_out = _held_out(config, tokenizer)
-    with Cluster(config, eos_ids=_eos_ids(config), vocabulary=len(tokenizer)) as cluster:
+    with Cluster(config, eos_ids=_eos_ids(config), tokenizer=tokenizer.backend_tokenizer) as cluster:
         return await evaluate.of_generators(*await cluster.evaluators(), held_out)
 
 

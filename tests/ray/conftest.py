@@ -21,7 +21,7 @@ async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
     """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompts = iter(PromptSource(config.data, tokenizer, seed=0))
-    with Cluster(config, eos_ids=list(eos_ids), vocabulary=len(tokenizer)) as cluster:
+    with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         publisher = Publisher(roles.learner, roles.generators, parity_every=1, tolerance=1e-4)
         await publisher.connect()
