@@ -5,7 +5,6 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
@@ -13,13 +12,12 @@ from tokenizers import Tokenizer
 from async_opd.collective import free_port
 from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
-from async_opd.maths.packing import plan
-from async_opd.ports import Ready, Ref
+from async_opd.ports import Ref
+from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
-from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
 
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
 
@@ -83,118 +81,6 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
-class RayGenerator:
-    """`ports.Generator` over an actor."""
-
-    def __init__(self, actor: _Actor, config: Config):
-        self._actor, self._sync_s, self._generate_s = actor, config.sync.timeout_s, config.timeout.generate_s
-        self._sent = 0  # requests since the last update: what `resume` waits for
-
-    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        self._sent += 1
-        return await self._actor.pair(self._generate_s, "call", "generate", prompt)
-
-    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        self._sent += 1
-        return await self._actor.pair(self._generate_s, "call", "greedy", prompt)
-
-    async def probe(self) -> tuple[np.ndarray, Rollout]:
-        self._sent += 1
-        return await self._actor.call(self._generate_s, "probe")
-
-    async def join_group(self, init_info: dict) -> None:
-        await self._actor.call(2 * self._sync_s, "join_group", init_info)
-
-    async def update(self, version: int, update_info: dict) -> None:
-        try:
-            await self._actor.call(2 * self._sync_s, "update", version, update_info)
-        finally:
-            self._sent = 0
-
-    async def resume(self) -> None:
-        await self._actor.call(self._sync_s, "resume", self._sent)
-
-    async def check_health(self) -> None:
-        await self._actor.call(self._generate_s, "check_health")
-
-
-class RayTeacher:
-    """`ports.Teacher` over an actor."""
-
-    def __init__(self, actor: _Actor, config: Config, eos_ids: list[int]):
-        self.actor, self._config, self._score_s = actor, config, config.timeout.score_s
-        self._eos_ids = eos_ids
-
-    async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        settings = self._config.rollout.max_new_tokens, self._eos_ids
-        return await self.actor.call(self._config.timeout.generate_s, "greedy", prompts, *settings)
-
-    async def score(self, group: Ref) -> Ref:
-        _, scores = await self.actor.pair(self._score_s, "keep", "score", group)
-        return scores
-
-
-class RayVerifier:
-    """`ports.Verifier` over an actor that owns the pool's processes."""
-
-    def __init__(self, actor: _Actor, config: Config):
-        self.actor, self._score_s = actor, config.timeout.score_s
-
-    async def check(self, group: Ref) -> tuple[Verdict, ...]:
-        return await self.actor.call(self._score_s, "check", group)
-
-    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
-        return await self.actor.call(self._score_s, "check_response", id, ids, answer)
-
-
-class RayLearner:
-    """`ports.Learner` over one actor a rank."""
-
-    def __init__(self, ranks: list[_Actor], address: str, config: Config):
-        self.ranks, self._address, self._config = ranks, address, config
-        self._step_s, self._sync_s = config.timeout.step_s, config.sync.timeout_s
-
-    async def step(self, groups: list[Ready]) -> StepResult:
-        index = [(g, s) for g, ready in enumerate(groups) for s in ready.samples]
-        lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
-        shares = plan(lengths, ranks=len(self.ranks), tokens=self._config.learner.micro_batch_tokens)
-        results = await asyncio.gather(
-            *(self._rank_step(rank, share, index, groups) for rank, share in zip(self.ranks, shares, strict=True))
-        )
-        return results[0]
-
-    async def _rank_step(self, rank: _Actor, share: list[list[int]], index: list, groups: list[Ready]) -> StepResult:
-        used = sorted({index[i][0] for micro in share for i in micro})
-        here = {g: at for at, g in enumerate(used)}
-        micros = [[(here[index[i][0]], index[i][1]) for i in micro] for micro in share]
-        verdicts = [groups[g].verdicts for g in used]
-        data = [groups[g].group for g in used] + [groups[g].scores for g in used]
-        return await rank.call(self._step_s, "step", micros, verdicts, *data)
-
-    async def open_group(self, generators: int) -> list[dict]:
-        size = self._config.rollout.tensor_parallel_size
-        offsets = [1 + at * size for at in range(generators)]
-        backend, bucket = self._config.sync.backend, self._config.sync.bucket_mib << 20
-        args = backend, self._address, offsets, 1 + generators * size, bucket, self._sync_s
-        return await self.ranks[0].call(self._sync_s, "open_group", *args)
-
-    async def join_group(self, generators: int) -> None:
-        world = 1 + generators * self._config.rollout.tensor_parallel_size
-        await self.ranks[0].call(2 * self._sync_s, "join_group", world)
-
-    async def update_info(self) -> dict:
-        return await self.ranks[0].call(self._sync_s, "update_info")
-
-    async def send_weights(self) -> None:
-        await self.ranks[0].call(2 * self._sync_s, "send_weights")
-
-    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        return await self.ranks[0].call(self._step_s, "logprobs", prompt_ids, response_ids)
-
-    async def save(self, folder: str) -> None:
-        await asyncio.gather(*(rank.call(self._step_s, "save", folder) for rank in self.ranks))
-
-
 class Cluster:
     """Every actor of one run, started side by side on the cluster at RAY_ADDRESS, or on a local one made for this run.
 
@@ -230,18 +116,18 @@ class Cluster:
             *(actor.address(start_s) for actor in generators + teachers),
         )
         return Roles(
-            generators=[RayGenerator(actor, config) for actor in generators],
-            teachers=[RayTeacher(actor, config, self._eos_ids) for actor in teachers],
-            verifier=RayVerifier(verifier, config),
-            learner=RayLearner(ranks, address, config),
+            generators=[GeneratorProxy(actor, config) for actor in generators],
+            teachers=[TeacherProxy(actor, config, self._eos_ids) for actor in teachers],
+            verifier=VerifierProxy(verifier, config),
+            learner=LearnerProxy(ranks, address, config),
         )
 
-    async def evaluators(self) -> tuple[list[RayGenerator], RayVerifier]:
+    async def evaluators(self) -> tuple[list[GeneratorProxy], VerifierProxy]:
         """Start only what an evaluation needs."""
         generators, verifier = self._generators(), self._verifier()
         start_s = self._config.timeout.start_s
         await asyncio.gather(verifier.call(start_s, "start"), *(actor.address(start_s) for actor in generators))
-        return [RayGenerator(actor, self._config) for actor in generators], RayVerifier(verifier, self._config)
+        return [GeneratorProxy(actor, self._config) for actor in generators], VerifierProxy(verifier, self._config)
 
     def _actor(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
         self._actors.append(_Actor(name, target, *args, gpus=gpus, **settings))

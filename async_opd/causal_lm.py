@@ -48,7 +48,6 @@ def packed_segments(
     *,
     segment_lengths: list[int],
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -73,7 +72,6 @@ def packed_segments(
         spread(value),
         is_causal=True,
         scale=scaling,
-        dropout_p=dropout,
         enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
     return torch.cat([row[:length] for row, length in zip(out, segment_lengths, strict=True)])[None], None

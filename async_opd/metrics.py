@@ -61,7 +61,7 @@ class Console:
 
 
 class Observed:
-    """Runs a sink that may block or raise on a thread of its own behind a bounded queue. `lost` counts rows it missed."""
+    """Runs a sink that may block or raise on a thread of its own behind a bounded queue; `lost` counts missed rows."""
 
     def __init__(self, make: Callable[[], Sink]):
         self._queue: queue.Queue[Row | None] = queue.Queue(OBSERVER_BACKLOG)

@@ -30,6 +30,7 @@ async def run(config: Config) -> Row:
     _check_teacher(config, tokenizer)
     own_rendering = config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
     prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, teacher_args=own_rendering)
+    _check_epochs(config, prompts)
     held_out = _held_out(config, tokenizer)
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
@@ -99,6 +100,15 @@ def _load(key: str, kind: type, model: str, trust_remote_code: bool):
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+
+
+def _check_epochs(config: Config, prompts: PromptSource) -> None:
+    """Refuse fewer rows than the steps need, where that can be known before the end of a stream."""
+    epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
+    if epochs and not config.data.streaming and epochs * len(prompts) < needed:
+        raise DataError(
+            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps = {config.run.steps} needs {needed}"
+        )
 
 
 def _check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

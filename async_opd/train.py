@@ -85,7 +85,7 @@ class _Loop:
 
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
         """THE loop: take the oldest groups, train on them, publish the weights, give their slots back."""
-        steps = self._config.run.steps
+        steps, every = self._config.run.steps, self._config.run.checkpoint_every_steps
         self._producer = self._make_producer(prompts, tasks)
         self._meter.start()
         await self._publisher.publish(0, admit=self._producer.fill)
@@ -98,9 +98,8 @@ class _Loop:
                 self.version, steps, result.metrics, **_verdicts(batch), parity_gap=gap, queue_ready=len(self.queue),
                 queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
             )  # fmt: skip
-            if every := self._config.run.checkpoint_every_steps:
-                if self.version % every == 0:
-                    await self._roles.learner.save(str(self._dir / f"checkpoint-{self.version}"))
+            if every and self.version % every == 0:
+                await self._roles.learner.save(str(self._dir / f"checkpoint-{self.version}"))
 
     def _trained(self, batch: list[Ready]) -> None:
         for ready in batch:

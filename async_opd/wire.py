@@ -30,13 +30,17 @@ class Prompt(Struct):
     attempt: int = 0  # how often it was re-issued
 
     def __post_init__(self):
-        _array(self.id, "ids", self.ids, np.int32, 1)
-        if self.teacher_ids is not None:
-            _array(self.id, "teacher_ids", self.teacher_ids, np.int32, 1)
+        for field in ("ids", "teacher_ids"):
+            value = getattr(self, field)
+            if value is not None:
+                _array(self.id, field, value, np.int32, 1)
+                if not len(value):
+                    raise WireError(f"{self.id}: {field} is empty; a prompt has at least one token")
 
 
 class Span(Struct):
-    """Tokens [start, end) of one response were sampled under `version`."""
+    """Tokens [start, end) of one response were sampled under `version`. Made by a generator; consumed by the queue and
+    the learner."""
 
     version: int
     start: int
@@ -57,6 +61,7 @@ class Rollout(Struct):
         _array(self.id, "ids", self.ids, np.int32, 1)
         if self.candidate_ids is not None:
             _array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
+            _rows(self.id, "candidate_ids", self.candidate_ids, len(self.ids))
         _logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
         at, version = 0, -1
         for span in self.spans:
@@ -118,15 +123,18 @@ class Scores(Struct):
     candidate_logp: np.ndarray | None = None  # float32 [T, K], at the rollout's candidate_ids
 
     def __post_init__(self):
-        shape = np.shape(self.sampled_logp)
-        _logp(self.id, "sampled_logp", self.sampled_logp, shape)
+        tokens = np.shape(self.sampled_logp)[:1]
+        _logp(self.id, "sampled_logp", self.sampled_logp, tokens)
         if self.topk_ids is not None:
             _array(self.id, "topk_ids", self.topk_ids, np.int32, 2)
-            _logp(self.id, "topk_logp", self.topk_logp, (*shape, self.topk_ids.shape[1]))
+            _logp(self.id, "topk_logp", self.topk_logp, (*tokens, self.topk_ids.shape[1]))
+        if self.candidate_logp is not None:
+            _logp(self.id, "candidate_logp", self.candidate_logp, (*tokens, np.shape(self.candidate_logp)[-1]))
         if self.entropy is not None:
             _array(self.id, "entropy", self.entropy, np.float32, 1)
-        if self.candidate_logp is not None:
-            _logp(self.id, "candidate_logp", self.candidate_logp, (*shape, np.shape(self.candidate_logp)[-1]))
+            _rows(self.id, "entropy", self.entropy, *tokens)
+            if not (np.isfinite(self.entropy).all() and self.entropy.min(initial=0) >= -LOGP_TOLERANCE):
+                raise WireError(f"{self.id}: entropy must be finite and >= 0")
 
 
 class Verdict(Struct):
@@ -169,3 +177,8 @@ def _logp(id: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
     if value.size and not (np.isfinite(value).all() and value.max() <= LOGP_TOLERANCE):
         at = int(np.argmax(~np.isfinite(value.ravel()) | (value.ravel() > LOGP_TOLERANCE)))
         raise WireError(f"{id}: {field}[{at}] = {value.ravel()[at]} is not a finite log-prob <= 0")
+
+
+def _rows(id: str, field: str, value: np.ndarray, rows: int) -> None:
+    if len(value) != rows:
+        raise WireError(f"{id}: {field} has {len(value)} rows for {rows} tokens")

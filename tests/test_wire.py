@@ -10,7 +10,7 @@ from async_opd.errors import WireError
 from async_opd.wire import Check, Group, GroupMeta, Needs, Prompt, Rollout, Scores, Span, StepResult, Verdict
 
 STRUCTS = [kind for kind in vars(wire).values() if inspect.isclass(kind) and issubclass(kind, wire.Struct)]
-MESSAGES = [kind for kind in STRUCTS if kind not in (wire.Struct, Span)]
+MESSAGES = [kind for kind in STRUCTS if kind is not wire.Struct]
 ERRORS = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
 NAN, INF = np.nan, np.inf
 
@@ -94,6 +94,7 @@ def test_a_bad_message_fails_where_it_arrives(kind, good, change, message):
 
 
 GOOD = [
+    Span(version=1, start=0, end=2),
     Prompt(**PROMPT),
     Rollout(**ROLLOUT),
     Scores(**SCORES),
@@ -176,3 +177,26 @@ def test_an_error_survives_the_trip_with_its_message(kind):
 def test_only_mistakes_in_what_was_asked_exit_with_two():
     assert [kind.__name__ for kind in ERRORS if kind.exit_status == 2] == ["ConfigError", "DataError"]
     assert {kind.exit_status for kind in ERRORS} == {1, 2}
+
+
+def test_entropy_must_fit_the_tokens_and_be_finite():
+    for bad in (np.ones(1, np.float32), np.array([0.5, np.nan], np.float32), np.array([0.5, -1], np.float32)):
+        with pytest.raises(WireError, match=r"^r#0: entropy"):
+            Scores(id="r#0", sampled_logp=np.zeros(2, np.float32), entropy=bad)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(WireError, match=r"^p: ids is empty"):
+        Prompt(id="p", ids=np.zeros(0, np.int32), answer="")
+
+
+def test_candidate_ids_need_a_row_for_each_token():
+    with pytest.raises(WireError, match=r"^r#0: candidate_ids has 1 rows for 2 tokens"):
+        Rollout(
+            id="r#0",
+            ids=np.zeros(2, np.int32),
+            behaviour_logp=np.zeros(2, np.float32),
+            spans=spans((0, 0, 2)),
+            truncated=False,
+            candidate_ids=np.zeros((1, 4), np.int32),
+        )

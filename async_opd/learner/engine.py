@@ -65,6 +65,9 @@ class LearnerRank:
         torch.manual_seed(self._seed)
         lm = causal_lm.load(self._model, config.dtype, self._device, trust_remote_code=self._trust_remote_code)
         lm.train()
+        for module in lm.modules():  # the network that learns must be the one that sampled
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         if config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         student = Student(lm, temperature=self._temperature, chunk_rows=config.head_chunk_rows)

@@ -9,6 +9,7 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Any dataset that `datasets` loads: a hub id, a folder, or jsonl/parquet files."""
 
     path: str  # hub id, folder, or one file ending in .jsonl, .json or .parquet
+    subset: str | None = None  # the dataset's own configuration, such as "main" of openai/gsm8k
     split: str = "train"
     prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
     answer: str = "answer"  # column: the reference answer

@@ -126,7 +126,7 @@ def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     reader = FILE_READERS.get(Path(config.path).suffix)
     where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
     with _reading(config):
-        return datasets.load_dataset(**where, split=config.split, streaming=config.streaming)
+        return datasets.load_dataset(**where, name=config.subset, split=config.split, streaming=config.streaming)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """An exact teacher on transformers. A plain class: `actors.py` makes a Ray actor of it."""
 
 import asyncio
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class TransformersTeacher:
         ).eval()
         self._model.generation_config = GenerationConfig()  # penalties of the checkpoint's own would bend `greedy`
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
-        self._arrived = asyncio.Event()
+        self._arrived = asyncio.Condition()
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -42,16 +43,19 @@ class TransformersTeacher:
         loop = asyncio.get_running_loop()
         prompt = group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids
         futures = [loop.create_future() for _ in group.rollouts]
-        self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
-        self._arrived.set()
+        async with self._arrived:
+            self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
+            self._arrived.notify_all()
         return tuple(await asyncio.gather(*futures))
 
     async def _serve(self) -> None:
-        """Waits for a request, then at most `flush_s` for company; ends only with the actor."""
+        """Waits for a request, then at most `flush_s` for a full batch; ends only with the actor."""
         while True:
-            await self._arrived.wait()
-            if self._config.flush_s and self._tokens_waiting() < self._config.batch_tokens:
-                await asyncio.sleep(self._config.flush_s)
+            async with self._arrived:
+                await self._arrived.wait_for(lambda: self._waiting)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._config.flush_s):
+                        await self._arrived.wait_for(lambda: self._tokens_waiting() >= self._config.batch_tokens)
             batch = self._take()
             try:
                 scored = await asyncio.to_thread(
@@ -78,8 +82,6 @@ class TransformersTeacher:
                 break
             count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        if not self._waiting:
-            self._arrived.clear()
         return batch
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import asyncio
 
-import msgspec
 import numpy as np
 import pytest
 import ray
@@ -36,7 +35,8 @@ def untied(tmp_path):
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=24, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
+        eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "untied")
     AutoTokenizer.from_pretrained(STUDENT).save_pretrained(tmp_path / "untied")

@@ -21,7 +21,7 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "causal_lm"],
-    ["objectives"], ROLES, ["config"], ["evaluate"], ["train"], ["actors"], ["run"], ["cli"], ["__main__"],
+    ["objectives"], ROLES, ["config"], ["evaluate"], ["train", "proxies"], ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {

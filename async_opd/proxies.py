@@ -1,0 +1,130 @@
+"""The ports over actors: which call, which timeout, which results stay references."""
+
+import asyncio
+from typing import Any, Protocol
+
+import numpy as np
+
+from async_opd.config import Config
+from async_opd.maths.packing import plan
+from async_opd.ports import Ready, Ref
+from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
+
+
+class Actor(Protocol):
+    """A role in a process of its own."""
+
+    async def call(self, timeout_s: float, method: str, *args: Any) -> Any: ...
+    async def pair(self, timeout_s: float, how: str, method: str, *args: Any) -> tuple[Any, Ref]: ...
+
+
+class GeneratorProxy:
+    """`ports.Generator` over an actor."""
+
+    def __init__(self, actor: Actor, config: Config):
+        self._actor, self._sync_s, self._generate_s = actor, config.sync.timeout_s, config.timeout.generate_s
+        self._sent = 0  # requests since the last update: what `resume` waits for
+
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        self._sent += 1
+        return await self._actor.pair(self._generate_s, "call", "generate", prompt)
+
+    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        self._sent += 1
+        return await self._actor.pair(self._generate_s, "call", "greedy", prompt)
+
+    async def probe(self) -> tuple[np.ndarray, Rollout]:
+        self._sent += 1
+        return await self._actor.call(self._generate_s, "probe")
+
+    async def join_group(self, init_info: dict) -> None:
+        await self._actor.call(2 * self._sync_s, "join_group", init_info)
+
+    async def update(self, version: int, update_info: dict) -> None:
+        try:
+            await self._actor.call(2 * self._sync_s, "update", version, update_info)
+        finally:
+            self._sent = 0
+
+    async def resume(self) -> None:
+        await self._actor.call(self._sync_s, "resume", self._sent)
+
+    async def check_health(self) -> None:
+        await self._actor.call(self._generate_s, "check_health")
+
+
+class TeacherProxy:
+    """`ports.Teacher` over an actor."""
+
+    def __init__(self, actor: Actor, config: Config, eos_ids: list[int]):
+        self._actor, self._config, self._score_s = actor, config, config.timeout.score_s
+        self._eos_ids = eos_ids
+
+    async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        settings = self._config.rollout.max_new_tokens, self._eos_ids
+        return await self._actor.call(self._config.timeout.generate_s, "greedy", prompts, *settings)
+
+    async def score(self, group: Ref) -> Ref:
+        _, scores = await self._actor.pair(self._score_s, "keep", "score", group)
+        return scores
+
+
+class VerifierProxy:
+    """`ports.Verifier` over an actor that owns the pool's processes."""
+
+    def __init__(self, actor: Actor, config: Config):
+        self._actor, self._score_s = actor, config.timeout.score_s
+
+    async def check(self, group: Ref) -> tuple[Verdict, ...]:
+        return await self._actor.call(self._score_s, "check", group)
+
+    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
+        return await self._actor.call(self._score_s, "check_response", id, ids, answer)
+
+
+class LearnerProxy:
+    """`ports.Learner` over one actor a rank."""
+
+    def __init__(self, ranks: list[Actor], address: str, config: Config):
+        self.ranks, self._address, self._config = ranks, address, config
+        self._step_s, self._sync_s = config.timeout.step_s, config.sync.timeout_s
+
+    async def step(self, groups: list[Ready]) -> StepResult:
+        index = [(g, s) for g, ready in enumerate(groups) for s in ready.samples]
+        lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
+        shares = plan(lengths, ranks=len(self.ranks), tokens=self._config.learner.micro_batch_tokens)
+        results = await asyncio.gather(
+            *(self._rank_step(rank, share, index, groups) for rank, share in zip(self.ranks, shares, strict=True))
+        )
+        return results[0]
+
+    async def _rank_step(self, rank: Actor, share: list[list[int]], index: list, groups: list[Ready]) -> StepResult:
+        used = sorted({index[i][0] for micro in share for i in micro})
+        here = {g: at for at, g in enumerate(used)}
+        micros = [[(here[index[i][0]], index[i][1]) for i in micro] for micro in share]
+        verdicts = [groups[g].verdicts for g in used]
+        data = [groups[g].group for g in used] + [groups[g].scores for g in used]
+        return await rank.call(self._step_s, "step", micros, verdicts, *data)
+
+    async def open_group(self, generators: int) -> list[dict]:
+        size = self._config.rollout.tensor_parallel_size
+        offsets = [1 + at * size for at in range(generators)]
+        backend, bucket = self._config.sync.backend, self._config.sync.bucket_mib << 20
+        args = backend, self._address, offsets, 1 + generators * size, bucket, self._sync_s
+        return await self.ranks[0].call(self._sync_s, "open_group", *args)
+
+    async def join_group(self, generators: int) -> None:
+        world = 1 + generators * self._config.rollout.tensor_parallel_size
+        await self.ranks[0].call(2 * self._sync_s, "join_group", world)
+
+    async def update_info(self) -> dict:
+        return await self.ranks[0].call(self._sync_s, "update_info")
+
+    async def send_weights(self) -> None:
+        await self.ranks[0].call(2 * self._sync_s, "send_weights")
+
+    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        return await self.ranks[0].call(self._step_s, "logprobs", prompt_ids, response_ids)
+
+    async def save(self, folder: str) -> None:
+        await asyncio.gather(*(rank.call(self._step_s, "save", folder) for rank in self.ranks))
