@@ -24,22 +24,24 @@ class Jsonl:
     def __call__(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")
 
+    def close(self) -> None:
+        self._file.close()
+
 
 class Console:
     """A line a step, at most one in `every_s` seconds; a header every 20 lines."""
 
-    COLUMNS = (
-        ("step", "step", "{:>9}"),
-        ("accuracy", "accuracy", "{:>8.1%}"),
-        ("kl", "kl", "{:>8.4f}"),
-        ("loss", "loss", "{:>8.4f}"),
-        ("lag", "lag_mean", "{:>5.1f}"),
-        ("max", "lag_max", "{:>4.0f}"),
-        ("queue", "queue_ready", "{:>6}"),
-        ("gen tok/s", "generators_tokens_per_s", "{:>10.0f}"),
-        ("teach tok/s", "teachers_tokens_per_s", "{:>12.0f}"),
-        ("train tok/s", "trained_tokens_per_s", "{:>12.0f}"),
-        ("left", "left_s", "{:>6.0f}s"),
+    COLUMNS = (  # title, key, width, format
+        ("accuracy", "accuracy", 8, ".1%"),
+        ("kl", "kl", 8, ".4f"),
+        ("loss", "loss", 8, ".4f"),
+        ("lag", "lag_mean", 5, ".1f"),
+        ("max", "lag_max", 4, ".0f"),
+        ("queue", "queue_ready", 6, "d"),
+        ("gen tok/s", "generators_tokens_per_s", 10, ".0f"),
+        ("teach tok/s", "teachers_tokens_per_s", 12, ".0f"),
+        ("train tok/s", "trained_tokens_per_s", 12, ".0f"),
+        ("left, s", "left_s", 8, ".0f"),
     )
 
     def __init__(self, steps: int, every_s: float = 2.0):
@@ -50,11 +52,11 @@ class Console:
         if now - self._last < self._every_s and row["step"] not in (1, self._steps):
             return
         self._last = now
-        cells = [fmt.format(row[key]) if row[key] is not None else "-" for _, key, fmt in self.COLUMNS]
-        cells[0] = f"{row['step']}/{self._steps}".rjust(9)
-        widths = [len(cell) for cell in cells]
+        cells = [f"{row['step']}/{self._steps}".rjust(11)]
+        for _, key, width, spec in self.COLUMNS:
+            cells.append(("-" if row[key] is None else format(row[key], spec)).rjust(width))
         if self._lines % 20 == 0:
-            print(" ".join(name.rjust(width) for (name, _, _), width in zip(self.COLUMNS, widths, strict=True)))
+            print(" ".join(["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]))
         print(" ".join(cells))
         sys.stdout.flush()
         self._lines += 1

@@ -35,13 +35,15 @@ async def run(config: Config) -> Row:
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
     observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
-    sinks: list[Sink] = [Jsonl(run_dir / "metrics.jsonl"), Console(config.run.steps), *observers]
+    jsonl = Jsonl(run_dir / "metrics.jsonl")
+    sinks: list[Sink] = [jsonl, Console(config.run.steps), *observers]
     print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
     with Cluster(config, eos_ids=_eos_ids(config), tokenizer=tokenizer.backend_tokenizer) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
         print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
         summary = await train(config, roles, iter(prompts), held_out, run_dir, Meter(sinks))
+    jsonl.close()
     for observer in observers:
         observer.close(timeout_s=10)
     summary |= {"prompts_skipped": len(prompts.skipped), "observer_rows_lost": sum(o.lost for o in observers)}

@@ -23,7 +23,9 @@ async def produced(roles, prompts, count: int) -> list[Ready]:
     async def ready(ticket: int) -> Ready:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
-        scores, verdicts = await asyncio.gather(roles.teachers[0].score(group), roles.verifier.check(group))
+        scores, verdicts = await asyncio.gather(
+            roles.teachers[ticket % len(roles.teachers)].score(group), roles.verifier.check(group)
+        )
         return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
 
     return await asyncio.gather(*(ready(ticket) for ticket in range(count)))
@@ -61,8 +63,9 @@ async def test_tied_student_agrees_with_vllm_after_three_updates_at_temperature_
     await check_three_updates(demo_config(tmp_path, *FAST, "rollout.temperature=0.7"))
 
 
-async def test_untied_student_agrees_with_two_generators_after_three_updates(tmp_path, untied):
-    await check_three_updates(demo_config(tmp_path, *FAST, "rollout.generators=2", f"student.model={untied}"))
+async def test_untied_student_on_two_ranks_agrees_with_two_generators_after_three_updates(tmp_path, untied):
+    pairs = ("rollout.generators=2", "teacher.replicas=2", "learner.ranks=2", "learner.zero_stage=2")
+    await check_three_updates(demo_config(tmp_path, *FAST, *pairs, f"student.model={untied}"))
 
 
 async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_version_serving(tmp_path, untied):

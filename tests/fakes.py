@@ -1,0 +1,83 @@
+"""The smallest ports: tokens, scores and steps are made up, versions and pauses are real."""
+
+import asyncio
+
+import numpy as np
+
+from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
+
+LOGP = np.array([-1.0, -2.0], np.float32)  # of the two tokens of every response
+
+
+class FakeGenerator:
+    """Answers every prompt with two tokens of its version."""
+
+    def __init__(self, truncated: bool = False):
+        self.version, self.paused, self.served, self.truncated = 0, False, [], truncated
+
+    async def generate(self, prompt: Prompt):
+        self.served.append(prompt)
+        await asyncio.sleep(0)
+        spans = (Span(version=self.version, start=0, end=2),)
+        return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(self.truncated,)), prompt
+
+    greedy = generate
+
+    async def probe(self):
+        spans = (Span(version=self.version, start=0, end=2),)
+        ids = np.zeros(2, np.int32)
+        return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
+
+    async def join_group(self, init_info): ...
+
+    async def update(self, version, update_info):
+        self.paused, self.version = True, version
+
+    async def resume(self):
+        self.paused = False
+
+    async def check_health(self): ...
+
+
+class FakeScorer:
+    """Teacher and verifier in one: no scores, every response right."""
+
+    async def score(self, group):
+        return None
+
+    async def check(self, group):
+        return (Verdict(id=f"{group.id}#0", correct=True),)
+
+
+class FakeLearner:
+    """Counts steps; agrees with the fake generator about log-probs."""
+
+    def __init__(self):
+        self.version, self.trained, self.saved = 0, [], []
+
+    async def step(self, groups):
+        self.trained += [ready.prompt.id for ready in groups]
+        self.version += 1
+        lags = [self.version - 1 - ready.meta.oldest for ready in groups]
+        return StepResult(version=self.version, metrics={"tokens": 2.0 * len(groups), "lag_max": max(lags)})
+
+    async def open_group(self, generators):
+        return [{}] * generators
+
+    async def join_group(self, generators): ...
+
+    async def update_info(self):
+        return {}
+
+    async def send_weights(self): ...
+
+    async def logprobs(self, prompt_ids, response_ids):
+        return LOGP
+
+    async def save(self, folder):
+        self.saved.append(folder)
+
+
+def prompts(count: int = 10**6):
+    """Prompts "0", "1", … of one token."""
+    return (Prompt(id=str(i), ids=np.zeros(1, np.int32), answer="") for i in range(count))

@@ -1,0 +1,98 @@
+import asyncio
+
+import pytest
+
+from async_opd.errors import ActorLost
+from async_opd.stream.produce import Producer
+from async_opd.stream.queue import Slots, TrajectoryQueue
+from tests.fakes import FakeGenerator, FakeScorer, prompts
+
+
+def stream(tasks, generators, *, slots: int = 2, needed: int = 10, drop_truncated: bool = False, attempts: int = 3):
+    """(producer, queue, slots) over fakes."""
+    limit = Slots(slots)
+    queue = TrajectoryQueue(
+        groups_per_step=1, max_lag_steps=0, stale="drop", on_drop=lambda ready, cause: producer.dropped(ready, cause)
+    )
+    producer = Producer(
+        prompts=prompts(),
+        needed=needed,
+        generators=generators,
+        teachers=[FakeScorer()],
+        verifier=FakeScorer(),
+        slots=limit,
+        queue=queue,
+        tasks=tasks,
+        max_attempts=attempts,
+        drop_truncated=drop_truncated,
+        count_tokens=lambda role, tokens: None,
+    )
+    return producer, queue, limit
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_no_more_groups_are_outstanding_than_slots():
+    generator = FakeGenerator()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(tasks, [generator])
+        producer.fill()
+        await settle()
+        assert [p.id for p in generator.served] == ["0", "1"]
+        slots.give_back((await queue.take(0))[0].ticket)
+        producer.fill()
+        await settle()
+    assert [p.id for p in generator.served] == ["0", "1", "2"]
+
+
+async def test_exactly_the_needed_groups_are_admitted():
+    generator = FakeGenerator()
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, [generator], slots=8, needed=3)[0].fill()
+    assert len(generator.served) == 3
+
+
+async def test_work_is_spread_over_generators():
+    generators = [FakeGenerator(), FakeGenerator()]
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, generators, slots=6, needed=6)[0].fill()
+    assert [len(g.served) for g in generators] == [3, 3]
+
+
+async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():
+    generator = FakeGenerator()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(tasks, [generator], slots=1)
+        producer.fill()
+        await settle()
+        generator.version = 1
+        (ready,) = await queue.take(1)  # version 0 is over age now
+        assert (ready.prompt.id, ready.prompt.attempt, ready.meta.oldest) == ("0", 1, 1)
+        assert slots.free == 0
+    assert queue.dropped == {"stale": 1}
+
+
+async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
+    generator = FakeGenerator(truncated=True)
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2)
+        producer.fill()
+        await settle()
+        assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]  # replaced by "1"
+        generator.truncated = False
+        assert len(await queue.take(0)) == 1
+    assert queue.dropped["truncated"] >= 2
+    assert slots.free == 0
+
+
+async def test_a_role_that_fails_ends_the_stream_with_its_own_error():
+    class Dead(FakeGenerator):
+        async def generate(self, prompt):
+            raise ActorLost("generator 0 died")
+
+    with pytest.RaisesGroup(pytest.RaisesExc(ActorLost, match="generator 0 died")):
+        async with asyncio.TaskGroup() as tasks:
+            stream(tasks, [Dead()], slots=1)[0].fill()

@@ -1,0 +1,41 @@
+import asyncio
+
+import pytest
+
+from async_opd.errors import ActorLost, TimedOut
+from async_opd.stream.supervise import bounded, first_cause, watch_health
+from tests.fakes import FakeGenerator
+
+
+async def test_a_wait_that_runs_out_says_who_was_waited_for_and_how_long():
+    with pytest.raises(TimedOut, match=r"^generator 3, resume: no answer in 0\.01 s$"):
+        await bounded(asyncio.sleep(9), 0.01, "generator 3, resume")
+
+
+async def test_a_timeout_of_the_awaited_itself_is_not_taken_for_ours():
+    async def fails():
+        raise TimeoutError("inner")
+
+    with pytest.raises(TimeoutError, match="inner"):
+        await bounded(fails(), 5, "anyone")
+
+
+async def test_the_health_watch_ends_only_by_raising():
+    class Dies(FakeGenerator):
+        looks = 0
+
+        async def check_health(self):
+            self.looks += 1
+            if self.looks == 3:
+                raise ActorLost("generator 0: its engine died")
+
+    generator = Dies()
+    with pytest.raises(ActorLost):
+        await watch_health([FakeGenerator(), generator], 0.001)
+    assert generator.looks == 3
+
+
+def test_the_named_error_is_found_inside_nested_groups():
+    named = ActorLost("teacher 1 died")
+    group = ExceptionGroup("a", [ValueError("x"), ExceptionGroup("b", [KeyError("y"), named])])
+    assert first_cause(group) is named

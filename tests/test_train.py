@@ -1,0 +1,82 @@
+"""The main loop over fakes: no Ray, no engine, no model."""
+
+import asyncio
+
+import pytest
+
+from async_opd.config import load
+from async_opd.errors import ActorLost, LoopEnded
+from async_opd.metrics import Meter
+from async_opd.train import Roles, train
+from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
+
+SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
+
+
+async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out: int = 0):
+    """(summary, learner, rows) of a whole run over fakes."""
+    config = load("configs/demo.toml", [*SMALL, *overrides])
+    learner, rows = learner or FakeLearner(), []
+    roles = Roles(
+        generators=[generator or FakeGenerator(), FakeGenerator()],
+        teachers=[FakeScorer()],
+        verifier=FakeScorer(),
+        learner=learner,
+    )
+    summary = await train(config, roles, prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
+    return summary, learner, rows
+
+
+@pytest.mark.parametrize("bound", [0, 1, 4])
+async def test_every_step_trains_its_groups_once_and_within_the_bound(tmp_path, bound):
+    summary, learner, rows = await run(tmp_path, f"run.max_lag_steps={bound}")
+    assert len(learner.trained) == len(set(learner.trained)) == 20  # 5 steps of 4
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert summary["max_lag_seen"] == max(row["lag_max"] for row in rows) <= bound
+    assert summary["scored_dropped"] == 0
+    assert learner.saved == [str(tmp_path / "checkpoint")]
+
+
+async def test_accuracy_is_measured_before_and_after(tmp_path):
+    summary, _, _ = await run(tmp_path, held_out=3)
+    assert (summary["accuracy_before"], summary["accuracy_after"], summary["eval_problems"]) == (1.0, 1.0, 3)
+
+
+async def test_checkpoints_are_saved_on_the_way(tmp_path):
+    _, learner, _ = await run(tmp_path, "run.checkpoint_every_steps=2")
+    assert [path.rsplit("/", 1)[1] for path in learner.saved] == ["checkpoint-2", "checkpoint-4", "checkpoint"]
+
+
+async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp_path):
+    class DiesLater(FakeGenerator):
+        async def generate(self, prompt):
+            if self.version == 2:
+                raise ActorLost("generator 0 died")
+            return await super().generate(prompt)
+
+    with pytest.raises(ActorLost, match="generator 0 died") as failure:
+        await run(tmp_path, "run.max_lag_steps=0", generator=DiesLater())
+    assert failure.value.__notes__ == ["at version 2"]
+
+
+async def test_a_health_watch_that_returns_ends_the_run(tmp_path, monkeypatch):
+    async def returns(*_):
+        return
+
+    monkeypatch.setattr("async_opd.train.watch_health", returns)
+    with pytest.raises(LoopEnded, match="the health watch returned"):
+        await run(tmp_path)
+
+
+async def test_cancellation_saves_the_weights_before_it_propagates(tmp_path):
+    class Slow(FakeLearner):
+        async def step(self, groups):
+            await asyncio.sleep(3600)
+
+    learner = Slow()
+    running = asyncio.ensure_future(run(tmp_path, learner=learner))
+    await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert learner.saved == [str(tmp_path / "checkpoint")]
