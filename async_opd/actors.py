@@ -9,7 +9,6 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
 
-from async_opd.collective import free_port
 from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
@@ -38,7 +37,9 @@ class _Host:
         return None, await self.call(method, *args)
 
     async def address(self) -> tuple[str, int]:
-        """This node's address and a TCP port that is free on it."""
+        """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
+        from async_opd.collective import free_port  # here, so that the driver and the verifier do without torch
+
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
