@@ -1,6 +1,7 @@
 """A transformers causal LM run on packed segments: shared by the learner's student and the teacher's scorer."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -62,9 +63,10 @@ def packed_segments(
     if sliding_window or softcap or s_aux is not None:
         raise ConfigError("attention with a sliding window, soft-capped scores or sinks is not supported")
 
+    grid_ST, place_L = _layout(tuple(segment_lengths), query.device)
+
     def spread(x: Tensor) -> Tensor:
-        parts = x[0].transpose(0, 1).split(segment_lengths)
-        return nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
+        return x[0].transpose(0, 1).index_select(0, grid_ST.flatten()).unflatten(0, grid_ST.shape).transpose(1, 2)
 
     out = nn.functional.scaled_dot_product_attention(
         spread(query),
@@ -74,7 +76,20 @@ def packed_segments(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
-    return torch.cat([row[:length] for row, length in zip(out, segment_lengths, strict=True)])[None], None
+    return out.flatten(0, 1).index_select(0, place_L)[None], None
+
+
+@lru_cache(maxsize=2)
+def _layout(segment_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed index of each place beside each other [S, T_max] (padding shows token 0), and each token's place [L].
+
+    Two gathers, because splitting and padding segment by segment costs a copy of everything per segment in backward.
+    """
+    length_S = torch.tensor(segment_lengths)
+    at_T = torch.arange(max(segment_lengths))
+    real_ST = at_T < length_S[:, None]
+    grid_ST = torch.where(real_ST, (length_S.cumsum(0) - length_S)[:, None] + at_T, 0)
+    return grid_ST.to(device), real_ST.flatten().nonzero().squeeze(1).to(device)
 
 
 AttentionInterface.register(ATTENTION, packed_segments)
