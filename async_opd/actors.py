@@ -49,9 +49,9 @@ class _Actor:
 
     def __init__(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any):
         self.name = name
-        self.handle = ray.remote(_Host).options(
-            num_cpus=0, num_gpus=gpus, max_concurrency=CALLS_AT_ONCE
-        ).remote(target, args, settings)  # fmt: skip
+        role = type(name.split()[0].capitalize(), (_Host,), {})  # what `ps` and Ray's tools call the process
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": CALLS_AT_ONCE}
+        self.handle = ray.remote(role).options(**options).remote(target, args, settings)
 
     async def call(self, timeout_s: float, method: str, *args: Any) -> Any:
         return await self.result(self.handle.call.remote(method, *args), timeout_s, method)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -74,9 +73,9 @@ class Job:
             time.sleep(0.2)
         return [" ".join(p.cmdline())[:200] for p in left]
 
-    def find(self, wanted: Callable[[str], bool]) -> psutil.Process:
-        """The process whose command line satisfies `wanted`."""
-        return next(p for p in self.processes() if wanted(" ".join(p.cmdline())))
+    def find(self, name: str) -> psutil.Process:
+        """The process whose title begins with `name`."""
+        return next(p for p in self.processes() if " ".join(p.cmdline()).startswith(name))
 
 
 def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
