@@ -26,7 +26,7 @@ MISTAKES = {
     "misspelt objective": ("objective.tag=topkl", ["objective.tag = 'topkl'", "'opd'", "did you mean 'topk_kl'?"]),
     "objective without a tag": (('tag = "topk_kl"', ""), ["objective.tag: missing; must be ", "'topk_kl'"]),
     "objective as a word": ("objective=opd", ["objective = 'opd': must be a section [objective] with tag"]),
-    "missing setting": (("lr = 2e-3", ""), ["learner.lr: missing; must be a finite number > 0 and < 1"]),
+    "missing setting": (("lr = 1e-3", ""), ["learner.lr: missing; must be a finite number > 0 and < 1"]),
     "missing section": (('[student]\nmodel = "toy:student"', ""), ["student: missing", "section [student] with model"]),
     "not one of the allowed": ("run.stale=maks", ["run.stale = 'maks'", "'drop' or 'mask'", "did you mean 'mask'?"]),
     "not one of the numbers": ("learner.zero_stage=3", ["learner.zero_stage = 3: must be 0, 1 or 2"]),

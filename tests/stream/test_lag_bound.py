@@ -31,7 +31,7 @@ class Clock:
 
     async def run(self, until: asyncio.Task) -> None:
         while not until.done():
-            for _ in range(12):  # let whatever was woken run to its next wait
+            for _ in range(6):  # let whatever was woken run to its next wait
                 await asyncio.sleep(0)
             if self._sleepers and not until.done():
                 self.now, _, woken = heapq.heappop(self._sleepers)
