@@ -82,6 +82,12 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
+def start_ray() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
 class Cluster:
     """Every actor of one run, started side by side on the cluster at RAY_ADDRESS, or on a local one made for this run.
 
@@ -95,7 +101,7 @@ class Cluster:
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
     def __enter__(self) -> "Cluster":
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_ray()
         self._gpus = 1 if ray.cluster_resources().get("GPU") else 0
         return self
 
