@@ -199,9 +199,7 @@ def main() -> None:
     )
     result["generation_vs_bare_vllm"] = median(lambda r: r["roles"]["generation"] / r["bare"]["vllm"])
     result["learner_vs_bare_deepspeed"] = median(lambda r: r["roles"]["learner"] / r["bare"]["deepspeed"])
-    print(
-        f"{'bound':>6} {'trained tok/s':>14} {'largest lag':>12} {'dropped':>8} {'driver ms/trajectory':>21}  limited by"
-    )
+    print(f"{'bound':>6} {'trained tok/s':>14} {'largest lag':>12} {'dropped':>8} {'driver ms':>10}  limited by")
     for one in (one for repetition in raw for one in repetition["runs"]):
         print(
             f"{one['bound']:>6} {one['trained_tokens_per_s']:>14.0f} {one['max_lag']:>12} {one['scored_dropped']:>8} "
