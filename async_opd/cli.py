@@ -45,10 +45,11 @@ def _train(args: argparse.Namespace) -> int:
     from async_opd.config import load
 
     config = load(args.config, args.overrides)
+    from async_opd.metrics import time_table
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
 
     summary = asyncio.run(run(config))
-    print()
+    print(f"\n{time_table(summary)}")
     if "accuracy_before" in summary:
         teacher = summary["teacher_accuracy"]
         print(f"accuracy on {summary['eval_problems']} held-out problems, greedy")

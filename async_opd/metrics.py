@@ -1,5 +1,7 @@
-"""Where numbers go: one row a step to jsonl and the console, and to observers that can never slow training."""
+"""What is measured and where it goes: one row a step to jsonl and the console, and to observers that can never slow
+training."""
 
+import itertools
 import json
 import queue
 import sys
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
+ROLES = ("generators", "teachers", "verifier", "learner")
+STATES = ("busy", "starved", "blocked", "syncing", "down")
 
 Row = dict[str, float | int | str | None]
 Sink = Callable[[Row], None]
@@ -41,6 +45,10 @@ class Console:
         ("gen tok/s", "generators_tokens_per_s", 10, ".0f"),
         ("teach tok/s", "teachers_tokens_per_s", 12, ".0f"),
         ("train tok/s", "trained_tokens_per_s", 12, ".0f"),
+        ("busy: gen", "generators_busy", 9, ".0%"),
+        ("teach", "teachers_busy", 5, ".0%"),
+        ("verify", "verifier_busy", 6, ".0%"),
+        ("learn", "learner_busy", 5, ".0%"),
         ("left, s", "left_s", 8, ".0f"),
     )
 
@@ -97,16 +105,41 @@ class Observed:
                 self.lost += 1
 
 
-class Meter:
-    """Counts tokens by role and turns step results into rows."""
+class ActorTime:
+    """The seconds one actor has spent in each of STATES. It is in one of them at any moment, so they add up to the
+    time that passed. What a state means for a role: `stream.timed`."""
 
-    def __init__(self, sinks: list[Sink]):
-        self._sinks = sinks
-        self._tokens: Counter[str] = Counter()
-        self._seen: Counter[str] = Counter()
-        self._laps: Counter[str] = Counter()
-        self._rows: list[Row] = []
-        self._started = self._last = self._lap = time.monotonic()
+    def __init__(self, clock: Callable[[], float]):
+        self._clock, self._state = clock, "starved"
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._since, self._seconds = self._clock(), dict.fromkeys(STATES, 0.0)
+
+    def enter(self, state: str) -> None:
+        """The actor is in `state` from now on."""
+        now = self._clock()
+        self._seconds[self._state] += now - self._since
+        self._state, self._since = state, now
+
+    def seconds(self, state: str, now: float) -> float:
+        """Spent in `state` from the last restart until `now`."""
+        return self._seconds[state] + (now - self._since if state == self._state else 0.0)
+
+
+class Meter:
+    """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals, never rows."""
+
+    def __init__(self, sinks: list[Sink], clock: Callable[[], float] = time.monotonic):
+        self._sinks, self._clock = sinks, clock
+        self._actors: dict[str, list[ActorTime]] = {role: [] for role in ROLES}
+        self.start()
+
+    def actor(self, role: str) -> ActorTime:
+        """Account for one more actor of `role`."""
+        self._actors[role].append(ActorTime(self._clock))
+        return self._actors[role][-1]
 
     def count(self, role: str, tokens: int) -> None:
         """`tokens` more have been through `role`."""
@@ -114,38 +147,55 @@ class Meter:
 
     def start(self) -> None:
         """Training starts now: what comes before is start-up."""
-        self._started = self._last = self._lap = time.monotonic()
-
-    def lap(self, what: str) -> None:
-        """The loop spent the time since the last lap on `what`; shows as `loop_<what>_s` of the step."""
-        now = time.monotonic()
-        self._laps[f"loop_{what}_s"] += now - self._lap
-        self._lap = now
+        self._started = self._last = self._clock()
+        self._steps, self._max_lag = 0, 0
+        self._tokens: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
+        self._seconds = dict.fromkeys((f"{role}_{state}" for role in ROLES for state in STATES), 0.0)
+        for actor in itertools.chain(*self._actors.values()):
+            actor.restart()
 
     def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
-        """One row: `metrics` of the learner, rates since the last row, and `more`."""
-        now = time.monotonic()
+        """One row: `metrics` of the learner, rates and shares of time since the last row, and `more`."""
+        now = self._clock()
+        passed, elapsed = now - self._last, now - self._started
+        self._steps, self._max_lag = self._steps + 1, max(self._max_lag, int(metrics["lag_max"]))
         self._tokens["trained"] += int(metrics["tokens"])
         rates = {
-            f"{role}_tokens_per_s": (self._tokens[role] - self._seen[role]) / (now - self._last)
+            f"{role}_tokens_per_s": (self._tokens[role] - self._seen[role]) / passed
             for role in ("generators", "teachers", "trained")
         }
-        self._seen, self._last = self._tokens.copy(), now
-        elapsed = now - self._started
-        row = {"step": step, "elapsed_s": elapsed, "left_s": elapsed / step * (steps - step)} | metrics | rates | more
-        row |= self._laps
-        self._laps.clear()
-        self._rows.append(row)
+        seconds = self._mean_seconds(now)
+        shares = {key: (seconds[key] - self._seconds[key]) / passed for key in seconds}
+        self._seen, self._seconds, self._last = self._tokens.copy(), seconds, now
+        row = {"step": step, "elapsed_s": elapsed, "left_s": elapsed / step * (steps - step)} | metrics | rates
+        row |= shares | more
         for sink in self._sinks:
             sink(row)
 
     def summary(self) -> Row:
-        """Totals of the run so far."""
+        """Totals from the start of training to the last row; shares of time are means over it."""
         elapsed = self._last - self._started
         return {
-            "steps": len(self._rows),
+            "steps": self._steps,
             "trained_tokens": self._tokens["trained"],
-            "trained_tokens_per_s": self._tokens["trained"] / elapsed if self._rows else 0.0,
-            "max_lag_seen": int(max((row["lag_max"] for row in self._rows), default=0)),
+            "trained_tokens_per_s": self._tokens["trained"] / elapsed if self._steps else 0.0,
+            "max_lag_seen": self._max_lag,
             "wall_s": elapsed,
+            **{key: seconds / elapsed if self._steps else 0.0 for key, seconds in self._seconds.items()},
         }
+
+    def _mean_seconds(self, now: float) -> dict[str, float]:
+        """Seconds from the start until `now` by role and state, averaged over the role's actors."""
+        return {
+            f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors) / max(len(actors), 1)
+            for role, actors in self._actors.items()
+            for state in STATES
+        }
+
+
+def time_table(summary: Row) -> str:
+    """Where each role's time went, a line a role."""
+    lines = ["share of time".ljust(13) + "".join(state.rjust(9) for state in STATES)]
+    lines += [role.ljust(13) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in ROLES]
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from async_opd.stream.produce import Producer
 from async_opd.stream.publish import Publisher
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.supervise import first_cause, watch_health
+from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 from async_opd.wire import Prompt
 
 
@@ -36,6 +37,7 @@ async def train(
 
     On cancellation (Ctrl-C) the live weights are saved to `checkpoint` before it propagates.
     """
+    roles = _timed(roles, meter)
     publisher = Publisher(
         roles.learner,
         roles.generators,
@@ -73,6 +75,7 @@ class _Loop:
 
     def __init__(self, config: Config, roles: Roles, publisher: Publisher, meter: Meter, run_dir: Path):
         self._config, self._roles, self._publisher, self._meter, self._dir = config, roles, publisher, meter, run_dir
+        self._learner_time = meter.actor("learner")
         self.version = 0
         self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
@@ -85,17 +88,19 @@ class _Loop:
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
         """THE loop: take the oldest groups, train on them, publish the weights, give their slots back."""
         steps, every = self._config.run.steps, self._config.run.checkpoint_every_steps
-        self._producer = self._make_producer(prompts, tasks)
+        self._producer, learner_is = self._make_producer(prompts, tasks), self._learner_time.enter
+        learner_is("syncing")
         self._meter.start()
-        await self._publisher.publish(0, admit=self._producer.fill)
+        await self._publisher.publish(0, admit=lambda: self._admit([]))
         while self.version < steps:
+            learner_is("starved")
             batch = await self.queue.take(self.version)
-            self._meter.lap("starved")
+            learner_is("busy")
             result = await self._roles.learner.step(batch)
-            self._meter.lap("training")
             self.version = result.version
-            gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._trained(batch))
-            self._meter.lap("syncing")
+            learner_is("syncing")
+            gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
+            learner_is("blocked")
             self._meter.step(
                 self.version, steps, result.metrics, **_verdicts(batch), parity_gap=gap, queue_ready=len(self.queue),
                 queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
@@ -103,10 +108,14 @@ class _Loop:
             if every and self.version % every == 0:
                 await self._roles.learner.save(str(self._dir / f"checkpoint-{self.version}"))
 
-    def _trained(self, batch: list[Ready]) -> None:
-        for ready in batch:
+    def _admit(self, trained: list[Ready]) -> None:
+        """Give the slots of the groups that were `trained` to the next prompts."""
+        for ready in trained:
             self._slots.give_back(ready.ticket)
         self._producer.fill()
+        if not self._producer.needed:
+            for generator in self._roles.generators:
+                generator.no_prompt_is_left()
 
     def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:
         return Producer(
@@ -122,6 +131,15 @@ class _Loop:
             drop_truncated=self._config.rollout.truncated == "drop",
             count_tokens=self._meter.count,
         )
+
+
+def _timed(roles: Roles, meter: Meter) -> Roles:
+    return Roles(
+        generators=[TimedGenerator(g, meter.actor("generators")) for g in roles.generators],
+        teachers=[TimedTeacher(t, meter.actor("teachers")) for t in roles.teachers],
+        verifier=TimedVerifier(roles.verifier, meter.actor("verifier")),
+        learner=roles.learner,
+    )
 
 
 async def _evaluated(config: Config, roles: Roles, held_out: list[Prompt], before: Accuracy) -> Row:

@@ -7,11 +7,12 @@ import pytest
 from async_opd.cli import DEMO, main
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.evaluate import Accuracy
+from async_opd.metrics import ROLES, STATES
 
 SUMMARY = dict(
     accuracy_before=0.25, accuracy_after=0.5, teacher_accuracy=None, eval_problems=8, steps=3, max_lag_seen=2,
     trained_tokens_per_s=1234.5, scored_dropped=1, wall_s=9.6,
-)  # fmt: skip
+) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}  # fmt: skip
 
 
 @pytest.fixture
@@ -109,6 +110,7 @@ def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
     runs(SUMMARY)
     assert main(["demo", "run.dir=here"]) == 0
     said = capsys.readouterr().out
+    assert "\nlearner          20.0%    20.0%    20.0%    20.0%    20.0%\n" in said
     assert "student, before     25.0%\n  student, after      50.0%\n" in said and "teacher     not measured" in said
     assert "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s; here/summary.json" in said
 

@@ -3,24 +3,65 @@ import threading
 
 import pytest
 
-from async_opd.metrics import OBSERVER_BACKLOG, Console, Jsonl, Meter, Observed
+from async_opd.metrics import OBSERVER_BACKLOG, ROLES, STATES, Console, Jsonl, Meter, Observed, time_table
 
 STEP = {"tokens": 100.0, "lag_max": 2.0, "lag_mean": 1.0, "loss": 0.5, "kl": 0.25}
 
 
-def test_a_row_holds_the_learners_metrics_and_the_rates(monkeypatch):
-    rows, now = [], iter([0.0, 10.0, 12.0])
-    monkeypatch.setattr("async_opd.metrics.time.monotonic", lambda: next(now))
-    meter = Meter([rows.append])
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_row_holds_the_learners_metrics_and_the_rates():
+    rows, clock = [], Clock()
+    meter = Meter([rows.append], clock)
+    clock.now = 10.0
     meter.start()
     meter.count("generators", 300)
+    clock.now = 12.0
     meter.step(1, 4, STEP, queue_ready=7)
     (row,) = rows
     assert (row["trained_tokens_per_s"], row["generators_tokens_per_s"]) == (50.0, 150.0)  # over 2 s
     assert (row["elapsed_s"], row["left_s"], row["queue_ready"]) == (2.0, 6.0, 7)
-    assert meter.summary() == {
-        "steps": 1, "trained_tokens": 100, "trained_tokens_per_s": 50.0, "max_lag_seen": 2, "wall_s": 2.0
-    }  # fmt: skip
+    totals = {"steps": 1, "trained_tokens": 100, "trained_tokens_per_s": 50.0, "max_lag_seen": 2, "wall_s": 2.0}
+    assert meter.summary().items() >= totals.items()
+
+
+def test_shares_of_time_are_means_over_a_roles_actors_since_the_last_row_and_over_the_run():
+    rows, clock = [], Clock()
+    meter = Meter([rows.append], clock)
+    first, second = meter.actor("generators"), meter.actor("generators")
+    first.enter("busy")
+    clock.now = 100.0
+    meter.start()  # what came before does not count
+    clock.now = 101.0
+    second.enter("syncing")  # starved until now
+    clock.now = 104.0
+    first.enter("blocked")
+    meter.step(1, 2, STEP)
+    clock.now = 106.0
+    meter.step(2, 2, STEP)
+
+    def shares(row):
+        return {state: row[f"generators_{state}"] for state in STATES}
+
+    assert shares(rows[0]) == dict(busy=0.5, starved=0.125, blocked=0.0, syncing=0.375, down=0.0)  # of 2 x 4 s
+    assert shares(rows[1]) == dict(busy=0.0, starved=0.0, blocked=0.5, syncing=0.5, down=0.0)  # of 2 x 2 s
+    clock.now = 200.0  # what comes after the last row does not count either
+    assert shares(meter.summary()) == pytest.approx(
+        dict(busy=4 / 12, starved=1 / 12, blocked=2 / 12, syncing=5 / 12, down=0)
+    )
+
+
+def test_the_table_of_times_has_a_line_a_role():
+    summary = {f"{role}_{state}": 0.0 for role in ROLES for state in STATES}
+    lines = time_table(summary | {"teachers_busy": 0.25, "teachers_starved": 0.75}).splitlines()
+    assert lines[0].split() == ["share", "of", "time", "busy", "starved", "blocked", "syncing", "down"]
+    assert lines[2].split() == ["teachers", "25.0%", "75.0%", "0.0%", "0.0%", "0.0%"]
+    assert {len(line) for line in lines} == {len(lines[0])}
 
 
 def test_jsonl_rows_are_on_disk_at_once(tmp_path):
@@ -33,6 +74,7 @@ def test_jsonl_rows_are_on_disk_at_once(tmp_path):
 def test_the_console_prints_what_the_reader_needs(capsys):
     row = STEP | {"step": 1, "accuracy": None, "queue_ready": 3, "left_s": 9.0}
     row |= {f"{role}_tokens_per_s": 10.0 for role in ("generators", "teachers", "trained")}
+    row |= {f"{role}_busy": 0.5 for role in ROLES}
     Console(steps=5)(row)
     header, line = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["step", "accuracy", "kl", "loss"]

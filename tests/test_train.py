@@ -1,12 +1,14 @@
 """The main loop over fakes: no Ray, no engine, no model."""
 
 import asyncio
+import gc
+import tracemalloc
 
 import pytest
 
 from async_opd.config import load
 from async_opd.errors import ActorLost, LoopEnded
-from async_opd.metrics import Meter
+from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.train import Roles, train
 from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
 
@@ -45,6 +47,52 @@ async def test_accuracy_is_measured_before_and_after(tmp_path):
 async def test_checkpoints_are_saved_on_the_way(tmp_path):
     _, learner, _ = await run(tmp_path, "run.checkpoint_every_steps=2")
     assert [path.rsplit("/", 1)[1] for path in learner.saved] == ["checkpoint-2", "checkpoint-4", "checkpoint"]
+
+
+async def test_a_checkpoint_blocks_the_learner(tmp_path):
+    class SlowDisk(FakeLearner):
+        async def save(self, folder):
+            await asyncio.sleep(0.05)
+
+    summary, _, rows = await run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk())
+    assert summary["learner_blocked"] > 0.5  # 4 x 0.05 s before the last row; nothing else takes time
+    assert rows[0]["learner_blocked"] < 0.5  # the first row comes before the first checkpoint
+    for row in (*rows, summary):
+        for role in ROLES:
+            assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
+
+
+async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
+    class Forgetful(FakeGenerator, FakeLearner):
+        """Generator or learner that keeps no list of what it did."""
+
+        def __init__(self):
+            FakeLearner.__init__(self)
+            FakeGenerator.__init__(self)
+
+        async def generate(self, prompt):
+            self.served.clear()
+            return await super().generate(prompt)
+
+        async def step(self, groups):
+            self.trained.clear()
+            return await super().step(groups)
+
+    held = {}
+
+    def look(row):
+        if row["step"] in (100, 500):
+            gc.collect()
+            held[row["step"]] = tracemalloc.get_traced_memory()[0]
+
+    config = load("configs/demo.toml", [*SMALL, "run.steps=500"])
+    roles = Roles(generators=[Forgetful()], teachers=[FakeScorer()], verifier=FakeScorer(), learner=Forgetful())
+    tracemalloc.start()
+    try:
+        await train(config, roles, prompts(), [], tmp_path, Meter([look]))
+    finally:
+        tracemalloc.stop()
+    assert held[500] - held[100] < 20_000  # bytes, in 400 steps of 4 groups; a row alone is 3,000
 
 
 async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp_path):

@@ -73,6 +73,7 @@ class RolloutGenerator:
             gpu_memory_utilization=config.gpu_memory_utilization,
             weight_transfer_config=WeightTransferConfig(backend=backend),
             logprobs_mode="processed_logprobs",
+            scheduling_policy="priority",  # in order of arrival, but for the probe
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
             enforce_eager=config.enforce_eager,
@@ -179,7 +180,9 @@ class RolloutGenerator:
 
     async def _add(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> RequestOutputCollector:
         request_id = f"{id}/{next(self._request_ids)}"
-        return await self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids.tolist()}, sampling)
+        prompt = {"prompt_token_ids": prompt_ids.tolist()}
+        # The learner waits for the probe; an update has put every running request back in the engine's queue.
+        return await self._engine.add_request(request_id, prompt, sampling, priority=-1 if id == "probe" else 0)
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(prompt=prompt, rollouts=tuple(self._rollout(prompt.id, output) for output in outputs))

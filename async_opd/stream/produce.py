@@ -1,6 +1,7 @@
 """From prompts to scored groups in the queue."""
 
 import asyncio
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,24 @@ import msgspec
 from async_opd.ports import Generator, Ready, Teacher, Verifier
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import Prompt
+
+
+class Loads:
+    """Groups in flight of each generator, kept in order: a choice among hundreds must not look at each of them."""
+
+    def __init__(self, generators: int):
+        self._of = [0] * generators
+        self._order = [(0, at) for at in range(generators)]
+
+    def least(self) -> int:
+        """The generator with the fewest groups, the first of several."""
+        return self._order[0][1]
+
+    def add(self, at: int, groups: int) -> None:
+        """`groups` more, or fewer, are in flight at generator `at`."""
+        del self._order[bisect_left(self._order, (self._of[at], at))]
+        self._of[at] += groups
+        insort(self._order, (self._of[at], at))
 
 
 class Producer:
@@ -31,20 +50,21 @@ class Producer:
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally dropped one is
         replaced. `count_tokens(role, tokens)` is told of finished work."""
-        self._prompts, self._needed, self._slots, self._queue, self._tasks = prompts, needed, slots, queue, tasks
+        self._prompts, self._slots, self._queue, self._tasks = prompts, slots, queue, tasks
+        self.needed = needed  # groups still to be admitted
         self._generators, self._teachers, self._verifier = generators, teachers, verifier
         self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
         self._again: deque[tuple[int, Prompt]] = deque()
-        self._load: Counter[int] = Counter()  # groups in flight per generator
+        self._loads = Loads(len(generators))
         self._scoring: Counter[int] = Counter()  # groups in flight per teacher
 
     def fill(self) -> None:
         """Hand out prompts while slots are free, re-issued ones first."""
         while self._again:
             self._start(*self._again.popleft())
-        while self._needed and self._slots.free:
+        while self.needed and self._slots.free:
             prompt = next(self._prompts)
-            self._needed -= 1
+            self.needed -= 1
             self._start(self._slots.take(), prompt)
 
     def dropped(self, ready: Ready, cause: str) -> None:
@@ -55,7 +75,7 @@ class Producer:
             self._again.append((ready.ticket, again))
         else:
             self._slots.give_back(ready.ticket)
-            self._needed += 1
+            self.needed += 1
         self.fill()
 
     def _start(self, ticket: int, prompt: Prompt) -> None:
@@ -63,12 +83,12 @@ class Producer:
 
     async def _produce(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the generator, then for teacher and verifier together; `queue.put` unblocks the learner."""
-        at = min(range(len(self._generators)), key=lambda i: (self._load[i], i))
-        self._load[at] += 1
+        at = self._loads.least()
+        self._loads.add(at, 1)
         try:
             meta, group = await self._generators[at].generate(prompt)
         finally:
-            self._load[at] -= 1
+            self._loads.add(at, -1)
         tokens = sum(meta.lengths)
         self._count_tokens("generators", tokens)
         scores, verdicts = await asyncio.gather(self._score(group), self._verifier.check(group))

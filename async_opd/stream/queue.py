@@ -43,8 +43,9 @@ class TrajectoryQueue:
 
     def __init__(self, *, groups_per_step: int, max_lag_steps: int, stale: str, on_drop: Callable[[Ready, str], None]):
         self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
-        self._ready: list[Ready] = []
-        self._arrived = asyncio.Event()
+        self._ready: list[Ready] = []  # none over age at `_live`
+        self._live = 0  # version of the last `take`
+        self._enough = asyncio.Event()
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
 
     def __len__(self) -> int:
@@ -52,34 +53,37 @@ class TrajectoryQueue:
 
     def put(self, ready: Ready) -> None:
         """Add a scored group. Never blocks: the slots bound how many there can be."""
+        if self._over_age(ready):
+            self.drop(ready, "stale")
+            return
         self._ready.append(ready)
-        self._arrived.set()
+        if len(self._ready) >= self._per_step:
+            self._enough.set()
 
     async def take(self, live: int) -> list[Ready]:
         """The next step's groups under live version `live`. Waits until enough of them are within the bound;
-        producers unblock it with `put`."""
-        while True:
-            self._expel(live)
-            if len(self._ready) >= self._per_step:
-                self._ready.sort(key=lambda r: (r.meta.oldest, r.ticket))
-                batch, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
-                return sorted(batch, key=lambda r: r.ticket)
-            self._arrived.clear()
-            await self._arrived.wait()
+        producers unblock it with `put`. Each waiting group is looked at once a step, however many arrive."""
+        self._live = live
+        self._expel()
+        while len(self._ready) < self._per_step:
+            self._enough.clear()
+            await self._enough.wait()
+        self._ready.sort(key=lambda r: (r.meta.oldest, r.ticket))
+        batch, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
+        return sorted(batch, key=lambda r: r.ticket)
 
     def drop(self, ready: Ready, cause: str) -> None:
         """Count a group that will not be trained, and hand it to `on_drop`."""
         self.dropped[cause] += len(ready.meta.spans)
         self._on_drop(ready, cause)
 
-    def _expel(self, live: int) -> None:
-        over_age = [r for r in self._ready if self._over_age(r, live)]
-        self._ready = [r for r in self._ready if not self._over_age(r, live)]
-        for ready in over_age:
-            self.drop(ready, "stale")
+    def _expel(self) -> None:
+        waiting, self._ready = self._ready, []
+        for ready in waiting:
+            self.put(ready)
 
-    def _over_age(self, ready: Ready, live: int) -> bool:
+    def _over_age(self, ready: Ready) -> bool:
         if self._stale == "drop":
-            return not lag.fresh(ready.meta.oldest, live, self._bound)
+            return not lag.fresh(ready.meta.oldest, self._live, self._bound)
         newest = max(ready.meta.spans[s][-1].version for s in ready.samples)
-        return not lag.fresh(newest, live, self._bound)
+        return not lag.fresh(newest, self._live, self._bound)

@@ -69,7 +69,8 @@ async def test_untied_student_on_two_ranks_agrees_with_two_generators_after_thre
 
 
 async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_version_serving(tmp_path, untied):
-    config = demo_config(tmp_path, *FAST, "rollout.max_new_tokens=230", f"student.model={untied}")
+    lengths = ("rollout.max_new_tokens=230", "rollout.concurrency=2")
+    config = demo_config(tmp_path, *FAST, *lengths, f"student.model={untied}")
     async with running(config, eos_ids=()) as (roles, publisher, prompts):
         (generator,) = roles.generators
         data = await produced(roles, prompts, 2)
@@ -100,5 +101,8 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         assert np.abs(logp - group.rollouts[0].behaviour_logp).max() <= 1e-4
 
         await publisher.connect()  # a new group on the same engine
+        queued = [asyncio.ensure_future(generator.generate(next(prompts))) for _ in range(4)]
         await roles.learner.step(data)
         assert await publisher.publish(versions + 1, admit=lambda: None) <= 1e-4
+        assert not any(request.done() for request in queued)  # the probe waited for none of them
+        await asyncio.gather(*queued)

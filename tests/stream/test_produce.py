@@ -1,9 +1,10 @@
 import asyncio
+import random
 
 import pytest
 
 from async_opd.errors import ActorLost
-from async_opd.stream.produce import Producer
+from async_opd.stream.produce import Loads, Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
@@ -60,6 +61,18 @@ async def test_work_is_spread_over_generators():
     async with asyncio.TaskGroup() as tasks:
         stream(tasks, generators, slots=6, needed=6)[0].fill()
     assert [len(g.served) for g in generators] == [3, 3]
+
+
+def test_the_generator_with_the_fewest_groups_is_found_whatever_came_and_went():
+    draw, loads, naive = random.Random(0), Loads(7), [0] * 7
+    for _ in range(500):
+        at = naive.index(min(naive))  # the first of several
+        assert loads.least() == at
+        groups = +1
+        if draw.random() < 0.5 and any(naive):
+            at, groups = draw.choice([i for i in range(7) if naive[i]]), -1
+        naive[at] += groups
+        loads.add(at, groups)
 
 
 async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():

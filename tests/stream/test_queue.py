@@ -59,6 +59,39 @@ async def test_take_waits_until_a_whole_step_is_there():
     assert len(await taking) == 2
 
 
+async def test_a_group_that_arrives_over_age_is_dropped_at_once_while_take_waits():
+    queue, dropped = queue_of(ready(1, (5, 3)))
+    taking = asyncio.ensure_future(queue.take(5))
+    await asyncio.sleep(0)
+    queue.put(ready(2, (2, 3)))
+    assert dropped == [(2, "stale")]
+    queue.put(ready(3, (3, 3)))
+    assert [r.ticket for r in await taking] == [1, 3]
+
+
+async def test_a_group_that_ages_in_the_queue_is_dropped_by_the_next_take():
+    queue, dropped = queue_of(ready(1, (0, 3)), ready(2, (3, 3)), ready(3, (3, 3)))
+    assert [r.ticket for r in await queue.take(3)] == [2, 3]
+    assert dropped == [(1, "stale")]
+
+
+async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_one():
+    class Counting(TrajectoryQueue):
+        looks = 0
+
+        def _over_age(self, ready):
+            self.looks += 1
+            return super()._over_age(ready)
+
+    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", on_drop=lambda ready, cause: None)
+    taking = asyncio.ensure_future(queue.take(0))
+    for ticket in range(500):
+        await asyncio.sleep(0)  # so that each could wake the waiting take
+        queue.put(ready(ticket, (0, 1)))
+    assert len(await taking) == 500
+    assert queue.looks == 500
+
+
 async def test_a_group_leaves_the_queue_once():
     queue, _ = queue_of(ready(1, (0, 1)), ready(2, (0, 1)))
     await queue.take(0)

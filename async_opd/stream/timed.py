@@ -1,0 +1,123 @@
+"""Ports that account for an actor's time as the driver sees it, from the start of a call to its answer.
+
+busy      generator: it has a request and is not syncing; teacher, verifier: it has a group; learner: in `step`
+starved   lacks input. Generator: it has no request and no prompt is left to hand out; teacher, verifier: no group has
+          come; learner: the queue holds less than a step
+blocked   held back from behind. Generator: it has no request, prompts are left, and every slot is held by a group that
+          is with a teacher, the verifier, the queue, the learner or another generator; learner: the driver or a
+          checkpoint has it wait. Teacher, verifier: never, nothing behind them makes them wait
+syncing   generator: from the start of `update` to the end of `resume`; learner: in `Publisher.publish`
+down      generator: from a call that finds it lost to a look at its health that finds it well
+
+The learner's states are set by the main loop. What an actor does inside a call (a rank that waits for another, a
+request that waits for a place in the engine) the driver cannot see.
+"""
+
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import numpy as np
+
+from async_opd.errors import ActorLost
+from async_opd.metrics import ActorTime
+from async_opd.ports import Generator, Ref, Teacher, Verifier
+from async_opd.wire import GroupMeta, Prompt, Rollout, Verdict
+
+T = TypeVar("T")
+
+
+class _Timed:
+    """Enters the state that follows from the calls that are out; with none, the actor is `idle`."""
+
+    def __init__(self, time: ActorTime, idle: str):
+        self._time, self._idle = time, idle
+        self._out, self._syncing, self._down = 0, False, False
+        self._tell()
+
+    def _tell(self) -> None:
+        at_work = "busy" if self._out else self._idle
+        self._time.enter("down" if self._down else "syncing" if self._syncing else at_work)
+
+    async def _work(self, call: Awaitable[T]) -> T:
+        self._out += 1
+        self._tell()
+        try:
+            return await call
+        except ActorLost:
+            self._down = True
+            raise
+        finally:
+            self._out -= 1
+            self._tell()
+
+
+class TimedGenerator(_Timed):
+    """`ports.Generator` that accounts for its time: idle, it is blocked until no prompt is left."""
+
+    def __init__(self, port: Generator, time: ActorTime):
+        super().__init__(time, "blocked")
+        self._port = port
+
+    def no_prompt_is_left(self) -> None:
+        """From now on it idles because there is nothing to hand out."""
+        self._idle = "starved"
+        self._tell()
+
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        return await self._work(self._port.generate(prompt))
+
+    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        return await self._work(self._port.greedy(prompt))
+
+    async def probe(self) -> tuple[np.ndarray, Rollout]:
+        return await self._work(self._port.probe())
+
+    async def join_group(self, init_info: dict) -> None:
+        await self._port.join_group(init_info)
+
+    async def update(self, version: int, update_info: dict) -> None:
+        self._syncing = True
+        await self._work(self._port.update(version, update_info))
+
+    async def resume(self) -> None:
+        await self._work(self._port.resume())
+        self._syncing = False
+        self._tell()
+
+    async def check_health(self) -> None:
+        try:
+            await self._port.check_health()
+            self._down = False
+        except ActorLost:
+            self._down = True
+            raise
+        finally:
+            self._tell()
+
+
+class TimedTeacher(_Timed):
+    """`ports.Teacher` that accounts for its time."""
+
+    def __init__(self, port: Teacher, time: ActorTime):
+        super().__init__(time, "starved")
+        self._port = port
+
+    async def score(self, group: Ref) -> Ref:
+        return await self._work(self._port.score(group))
+
+    async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        return await self._work(self._port.greedy(prompts))
+
+
+class TimedVerifier(_Timed):
+    """`ports.Verifier` that accounts for its time."""
+
+    def __init__(self, port: Verifier, time: ActorTime):
+        super().__init__(time, "starved")
+        self._port = port
+
+    async def check(self, group: Ref) -> tuple[Verdict, ...]:
+        return await self._work(self._port.check(group))
+
+    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
+        return await self._work(self._port.check_response(id, ids, answer))

@@ -1,0 +1,24 @@
+"""What `benchmarks/paced.py` measures, in virtual time: the loop's own waits, without the machine's."""
+
+import pytest
+
+from benchmarks.paced import REGIMES, Pace, measure
+from tests.fakes import virtual
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_run_takes_little_longer_than_its_longest_role_alone(regime, lengths):
+    pace = Pace.of(*REGIMES[regime], heavy_tail=lengths == "heavy-tailed")
+    found = virtual(measure(pace, bound=4))
+    assert found["of_longest"] >= 0.95
+    assert found["max_lag_seen"] <= 4
+    assert found["scored_dropped"] == 0
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
+def test_asynchronous_is_nearly_twice_as_fast_when_generation_and_learning_cost_the_same(lengths):
+    pace = Pace.of(1, 1, heavy_tail=lengths == "heavy-tailed")
+    together, in_turn = virtual(measure(pace, bound=4)), virtual(measure(pace, bound=0))
+    assert together["trajectories_per_s"] / in_turn["trajectories_per_s"] >= 1.8
+    assert in_turn["max_lag_seen"] == 0
