@@ -1,6 +1,5 @@
 """A transformers causal LM run on packed segments: shared by the learner's student and the teacher's scorer."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from async_opd.errors import ConfigError
+from async_opd.maths.logprobs import Head
 
 ATTENTION = "packed_segments"
 
@@ -33,7 +33,7 @@ def load(path: str | Path, dtype: str, device: torch.device, *, trust_remote_cod
 def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) -> None:
     """Compare the second of two packed segments with the model's own logits of it alone, on a few tokens."""
     ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
-    packed = head(model)(hidden_states(model, ids_L, [3, 2])[3:]).float()
+    packed = head(model).logits(hidden_states(model, ids_L, [3, 2])[3:])
     alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
     gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
     if not gap <= 0.1 * largest:  # rounding in bfloat16 stays below; a missed bias, mask or scale does not
@@ -103,8 +103,7 @@ def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[i
     ).last_hidden_state[0]
 
 
-def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def head(model: PreTrainedModel) -> Head:
     """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma)."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
     project = model.get_output_embeddings()
-    return project if cap is None else lambda hidden: cap * torch.tanh(project(hidden) / cap)
+    return Head(project.weight, project.bias, getattr(model.config, "final_logit_softcapping", None))

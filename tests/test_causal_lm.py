@@ -25,7 +25,7 @@ def ids_L():
 
 
 def packed_logits(model, ids_L):
-    return causal_lm.head(model)(causal_lm.hidden_states(model, ids_L, LENGTHS))
+    return causal_lm.head(model).logits(causal_lm.hidden_states(model, ids_L, LENGTHS))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -101,5 +101,5 @@ def test_the_head_soft_caps_logits_where_the_model_does(tiny_lm, ids_L):
     model = tiny_lm("Gemma2", final_logit_softcapping=2.0).eval()
     hidden = model.base_model(ids_L[None]).last_hidden_state
     logits = model(ids_L[None]).logits
-    torch.testing.assert_close(causal_lm.head(model)(hidden), logits)
+    torch.testing.assert_close(causal_lm.head(model).logits(hidden), logits)
     assert 1 < logits.abs().max() < 2

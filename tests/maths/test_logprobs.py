@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from async_opd.maths.logprobs import read_logprobs
+from async_opd.maths import logprobs
+from async_opd.maths.logprobs import Head, read_logprobs
 
 N, D, V, K = 7, 5, 11, 3
 
@@ -14,7 +18,17 @@ def hidden_ND():
 @pytest.fixture
 def head():
     torch.manual_seed(1)
-    return torch.nn.Linear(D, V, bias=False)
+    return torch.nn.Linear(D, V)
+
+
+@pytest.fixture(autouse=True, params=[1, 4, V, 100])
+def block_ids(request, monkeypatch):
+    """Ids of the vocabulary in one block of logits."""
+    monkeypatch.setattr(logprobs, "BLOCK_IDS", request.param)
+
+
+def of(linear: torch.nn.Linear) -> Head:
+    return Head(linear.weight, linear.bias)
 
 
 @pytest.fixture
@@ -30,7 +44,7 @@ def candidate_ids_NK():
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
 def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K)
-    read = read_logprobs(hidden_ND, head, ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
+    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     top = logp_NV.topk(K)
     torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])
@@ -44,7 +58,7 @@ def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids
 def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     hidden_ND.requires_grad_()
     asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK)
-    read = read_logprobs(hidden_ND, head, ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
+    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
     chunked = (read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()).double()
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -52,8 +66,8 @@ def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK
         logp_NV.gather(1, ids_N[:, None]).sum() + 2 * entropy_N.sum() + 3 * logp_NV.gather(1, candidate_ids_NK).sum()
     )
     for got, expected in zip(
-        torch.autograd.grad(chunked, [hidden_ND, head.weight]),
-        torch.autograd.grad(plain, [hidden_ND, head.weight]),
+        torch.autograd.grad(chunked, [hidden_ND, head.weight, head.bias]),
+        torch.autograd.grad(plain, [hidden_ND, head.weight, head.bias]),
         strict=True,
     ):
         assert (got - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
@@ -62,43 +76,95 @@ def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK
 def test_no_rows_give_empty_fields_that_still_join_backward(head):
     hidden_ND = torch.zeros(0, D, requires_grad=True)
     asked = dict(entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64))
-    read = read_logprobs(hidden_ND, head, torch.zeros(0, dtype=torch.int64), temperature=0.7, chunk_rows=4, **asked)
+    read = read_logprobs(
+        hidden_ND,
+        of(head),
+        torch.zeros(0, dtype=torch.int64),
+        temperature=0.7,
+        chunk_rows=4,
+        **asked,
+    )
     assert [tuple(field.shape) for field in read] == [(0,), (0,), (0, K), (0, K), (0, K)]
     read.sampled_N.sum().backward()
     assert torch.equal(head.weight.grad, torch.zeros(V, D))
 
 
 def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
-    assert read_logprobs(hidden_ND, head, ids_N, temperature=1.0, chunk_rows=2)[1:] == (None, None, None, None)
+    assert read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()  # ids 2 and 3 are padding
+    logits = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).log()  # ids 2 and 3 are padding
     asked = dict(topk=2, topk_below=2)
-    read = read_logprobs(
-        torch.eye(1), lambda h: logits.expand(len(h), 4), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked
-    )
+    read = read_logprobs(torch.ones(1, 1), Head(logits), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked)
     assert read.topk_ids_NK.tolist() == [[1, 0]]
     torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))
     torch.testing.assert_close(read.sampled_N.exp(), torch.tensor([0.4]))
 
 
 def test_temperature_divides_the_logits():
-    read = read_logprobs(torch.tensor([[0.0, 1.0]]), lambda h: h, torch.tensor([1]), temperature=0.5, chunk_rows=1)
+    head = Head(torch.eye(2))
+    read = read_logprobs(torch.tensor([[0.0, 1.0]]), head, torch.tensor([1]), temperature=0.5, chunk_rows=1)
     torch.testing.assert_close(read.sampled_N, torch.tensor([-0.126928]))  # -log(1 + e^-2)
 
 
-def test_at_most_one_chunk_of_logits_exists_in_forward_and_backward(hidden_ND, head, ids_N):
-    rows, waiting = [], []
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, ids_N, candidate_ids_NK, cap, entropy):
+    asked = dict(temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK)
 
-    def watched(hidden_CD):
-        rows.append(len(hidden_CD))
-        return head(hidden_CD)
+    def read(hidden, weight, bias):
+        return tuple(x for x in read_logprobs(hidden, Head(weight, bias, cap), ids_N, **asked) if x is not None)
 
+    inputs = [x.detach().double().requires_grad_() for x in (hidden_ND, head.weight, head.bias)]
+    assert torch.autograd.gradcheck(read, inputs)
+
+
+def test_logits_far_from_zero_lose_nothing():
+    """z = 1000, 999: a block sum of exp z would overflow."""
+    read = read_logprobs(
+        torch.ones(1, 1), Head(torch.tensor([[999.0], [1000.0]])), torch.tensor([0]), temperature=1.0, chunk_rows=1,
+        entropy=True,
+    )  # fmt: skip
+    torch.testing.assert_close(read.sampled_N, torch.tensor([-1.313262]))  # -1 - log(1 + e^-1)
+    torch.testing.assert_close(read.entropy_N, torch.tensor([0.582203]))  # log(1 + e^-1) + 1 / (1 + e)
+
+
+def test_nothing_as_wide_as_the_vocabulary_waits_for_the_backward_pass(hidden_ND, head, ids_N):
+    waiting = []
     hidden_ND.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: waiting.append(x.shape) or x, lambda x: x):
-        read = read_logprobs(hidden_ND, watched, ids_N, temperature=1.0, chunk_rows=2, entropy=True)
-    assert rows == [2, 2, 2, 1]
-    assert not [shape for shape in waiting if V in shape[1:]]  # nothing as wide as the vocabulary waits for backward
-    read.sampled_N.sum().backward()
-    assert rows[4:] == [1, 2, 2, 2]  # recomputed one by one, last to first
+        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2, entropy=True)
+    assert waiting and not [shape for shape in waiting if V in shape[1:]]
+
+
+PEAK = """
+import sys, torch
+from async_opd.maths.logprobs import Head, read_logprobs
+
+def peak():  # bytes, the most this process ever held
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+rows, width, vocabulary = map(int, sys.argv[1:])
+hidden = torch.randn(rows, width, requires_grad=True)
+weight = torch.randn(vocabulary, width, requires_grad=True)
+hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
+before = peak()
+ids = torch.zeros(rows, dtype=torch.int64)
+read = read_logprobs(hidden, Head(weight), ids, temperature=1.0, chunk_rows=1024, entropy=True)
+(read.sampled_N.sum() + read.entropy_N.sum()).backward()
+print(peak() - before - weight.nbytes)  # the new gradient, before it is added to the old one
+"""
+
+
+def test_reading_adds_at_most_an_eighth_of_the_logits_to_memory():
+    rows, width, vocabulary = 4096, 16, 50_000  # logits of 819 MB; `benchmarks/loss_memory.py` has the large case
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(rows), str(width), str(vocabulary)], capture_output=True, check=True
+    )
+    assert int(out.stdout) <= rows * vocabulary * 4 / 8
