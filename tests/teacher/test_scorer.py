@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from async_opd.maths.logprobs import Head
 from async_opd.teacher.config import TeacherConfig
 from async_opd.teacher.scorer import TransformersTeacher
 from async_opd.wire import Group, Needs, Prompt, Rollout, Span
@@ -95,9 +96,11 @@ async def test_what_no_objective_needs_is_not_computed(teacher, group):
     assert (scores.topk_ids, scores.topk_logp, scores.entropy, scores.candidate_logp) == (None,) * 4
 
 
-async def test_only_response_positions_reach_the_head(teacher, group):
-    scorer, rows = teacher(), []
-    scorer._model.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+async def test_only_response_positions_reach_the_head(teacher, group, monkeypatch):
+    scorer, rows, logits = teacher(), [], Head.logits
+    monkeypatch.setattr(
+        Head, "logits", lambda head, hidden, *ids: rows.append(len(hidden)) or logits(head, hidden, *ids)
+    )
     await scorer.score(group(prompt_tokens=7, tokens=(4, 2)))
     assert sum(rows) == 6 and scorer.forwards == [[11, 9]]
 
