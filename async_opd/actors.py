@@ -1,6 +1,7 @@
 """Plain role classes as Ray actors, behind the ports. The one file of the library that imports ray."""
 
 import asyncio
+import gc
 import inspect
 from importlib import import_module
 from typing import Any
@@ -27,6 +28,8 @@ class _Host:
     def __init__(self, target: str, args: tuple, settings: dict):
         module, name = target.split(":")
         self._role = getattr(import_module(module), name)(*args, **settings)
+        gc.collect()
+        gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it
 
     async def call(self, method: str, *args: Any) -> Any:
         result = getattr(self._role, method)(*args)

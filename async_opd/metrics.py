@@ -111,11 +111,11 @@ class ActorTime:
 
     def __init__(self, clock: Callable[[], float]):
         self._clock, self._state = clock, "starved"
-        self.restart()
+        self.restart(clock())
 
-    def restart(self) -> None:
-        """Count from now on."""
-        self._since, self._seconds = self._clock(), dict.fromkeys(STATES, 0.0)
+    def restart(self, now: float) -> None:
+        """Count from `now` on."""
+        self._since, self._seconds = now, dict.fromkeys(STATES, 0.0)
 
     def enter(self, state: str) -> None:
         """The actor is in `state` from now on."""
@@ -153,7 +153,7 @@ class Meter:
         self._seen: Counter[str] = Counter()
         self._seconds = dict.fromkeys((f"{role}_{state}" for role in ROLES for state in STATES), 0.0)
         for actor in itertools.chain(*self._actors.values()):
-            actor.restart()
+            actor.restart(self._started)
 
     def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
         """One row: `metrics` of the learner, rates and shares of time since the last row, and `more`."""

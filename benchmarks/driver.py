@@ -126,6 +126,8 @@ def main() -> None:
     raw: dict[int, list] = {generators: [] for generators in GENERATORS}
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(measure(1, 1_000, Path(folder)))  # imports and first calls are nobody's
+        gc.collect()
+        gc.freeze()  # as `async_opd.run` does before training
         for _ in range(args.repeat):
             for generators in GENERATORS:
                 raw[generators].append(asyncio.run(measure(generators, LOOKS[-1], Path(folder))))

@@ -1,5 +1,6 @@
 """The real stack through the command line for a few steps."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from async_opd.metrics import ROLES, STATES
 from async_opd.toy import STUDENT
 from tests.e2e.conftest import SMALL, Job, demo
 
@@ -44,6 +46,10 @@ def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tm
     run = finished(tmp_path, "run.max_lag_steps=2", "rollout.samples_per_prompt=2", steps=12)
     found, summary = rows(run), json.loads((run / "summary.json").read_text())
     assert 0 < max(row["lag_max"] for row in found) == summary["max_lag_seen"] <= 2
+    for role, row in itertools.product(ROLES, [*found, summary]):
+        assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
+    assert all(summary[f"{role}_busy"] > 0 for role in ROLES)
+    assert summary["generators_syncing"] > 0 and summary["learner_syncing"] > 0
     assert summary["steps"] == 12
     assert summary["scored_dropped"] == 0
     assert {"accuracy_before", "accuracy_after", "teacher_accuracy", "trained_tokens_per_s", "wall_s"} <= summary.keys()

@@ -18,7 +18,7 @@ warm = torch.ones(2, width, requires_grad=True)
 read_logprobs(warm, Head(weight[:9]), torch.zeros(2).long(), temperature=1.0, chunk_rows=1).sampled_N.sum().backward()
 before = peak()
 ids = torch.zeros(rows, dtype=torch.int64)
-read = read_logprobs(hidden, Head(weight), ids, temperature=1.0, chunk_rows=1024, entropy=True)
+read = read_logprobs(hidden, Head(weight), ids, temperature=1.0, chunk_rows=512, entropy=True)
 (read.sampled_N.sum() + read.entropy_N.sum()).backward()
 print(peak() - before - weight.nbytes)  # the new gradient, before it is added to the old one
 """
