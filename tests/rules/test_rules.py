@@ -1,8 +1,8 @@
 """Rules of the package, read from its source by `ast`.
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
-causal_lm → objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → evaluate → train →
-actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` belongs to its role.
+causal_lm, cpu_engine → objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → evaluate →
+train → actors → run → cli → __main__. Units of one rank never import each other; a `config.py` belongs to its role.
 """
 
 import ast
@@ -20,14 +20,15 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "causal_lm"],
+    ["__init__", "errors"], ["wire", "metrics", "mistakes"],
+    ["ports", "collective", "maths", "causal_lm", "cpu_engine"],
     ["objectives"], ROLES, ["config"], ["evaluate"], ["train", "proxies"], ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
     "ray": {"actors.py"},
     "deepspeed": {"learner/engine.py"},
-    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py"},  # at most four
+    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {"errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "train", "cli"}
 
