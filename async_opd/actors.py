@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
 
-from async_opd.config import Config
+from async_opd.config import Config, refuse_without_gpus
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
@@ -35,9 +35,9 @@ class _Host:
         result = getattr(self._role, method)(*args)
         return await result if inspect.isawaitable(result) else result
 
-    async def keep(self, method: str, *args: Any) -> tuple[Any, ...]:
-        """As `call`, for several results that stay references: the caller awaits the None before them."""
-        return None, *await self.call(method, *args)
+    async def each(self, method: str, *args: Any) -> tuple[Any, ...]:
+        """`call` for each of `args`, whose results stay references: the caller awaits the None before them."""
+        return None, *await asyncio.gather(*(self.call(method, arg) for arg in args))
 
     async def address(self) -> tuple[str, int]:
         """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
@@ -116,6 +116,8 @@ class Cluster:
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`."""
         config, start_s = self._config, self._config.timeout.start_s
+        if not self._gpus:
+            refuse_without_gpus(config)
         generators, verifier = self._generators(), self._verifier()
         teachers = [self._teacher(at) for at in range(config.teacher.replicas)]
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
@@ -167,14 +169,21 @@ class Cluster:
         return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
 
     def _teacher(self, at: int) -> _Actor:
+        config = self._config
+        if config.teacher.backend == "vllm":
+            target = "async_opd.teacher.vllm:VllmTeacher"
+            own = {"index": at, "longest": config.data.max_prompt_tokens + config.rollout.max_new_tokens}
+        else:
+            target = "async_opd.teacher.scorer:TransformersTeacher"
+            own = {"temperature": config.rollout.temperature}
         return self._actor(
             f"teacher {at}",
-            "async_opd.teacher.scorer:TransformersTeacher",
-            self._config.teacher,
-            self._config.objective.needs(),
-            temperature=self._config.rollout.temperature,
+            target,
+            config.teacher,
+            config.objective.needs(),
             vocabulary=self._vocabulary,
-            gpus=self._gpus,
+            gpus=self._gpus * config.teacher.tensor_parallel_size,
+            **own,
             **self._remote_code,
         )
 

@@ -151,8 +151,9 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield broken, f"learner.ranks = {learner.ranks}: must be <= {per_step}, or a rank has nothing to train"
     broken = learner.micro_batch_tokens < _longest(c)
     yield broken, f"learner.micro_batch_tokens = {learner.micro_batch_tokens}: must be >= {longest}"
-    broken = c.teacher.batch_tokens < _longest(c)
+    broken = c.teacher.backend == "transformers" and c.teacher.batch_tokens < _longest(c)  # vLLM takes it in pieces
     yield broken, f"teacher.batch_tokens = {c.teacher.batch_tokens}: must be >= {longest}"
+    yield from _teacher_rules(c)
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0
@@ -170,15 +171,42 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
 
 
+def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """What each backend of the teacher cannot do."""
+    vllm, size = c.teacher.backend == "vllm", c.teacher.tensor_parallel_size
+    broken = vllm and c.rollout.temperature != 1
+    limit = "must be 1 with teacher.backend = 'vllm', whose log-probs of a prompt ignore it"
+    yield broken, f"rollout.temperature = {c.rollout.temperature}: {limit}"
+    broken = vllm and c.objective.needs().teacher_entropy
+    yield broken, f"teacher.backend = 'vllm': must be 'transformers' for {_tag(c)}, which needs the exact entropy"
+    broken = not vllm and size > 1
+    yield broken, f"teacher.tensor_parallel_size = {size}: must be 1 with teacher.backend = 'transformers'"
+
+
+def refuse_without_gpus(c: Config) -> None:
+    """Raise ConfigError for what needs GPUs. Called on a cluster that has none, which only the cluster can tell."""
+    if c.teacher.backend == "vllm" and c.objective.needs().teacher_at_student_ids:
+        needs = f"for {_tag(c)}, which has given ids scored: without GPUs vLLM cannot"
+        raise ConfigError(f"teacher.backend = 'vllm': must be 'transformers' {needs}")
+    for key, size in (("rollout", c.rollout.tensor_parallel_size), ("teacher", c.teacher.tensor_parallel_size)):
+        if size > 1:
+            raise ConfigError(f"{key}.tensor_parallel_size = {size}: must be 1 on a cluster without GPUs")
+
+
+def _tag(c: Config) -> str:
+    return f"objective.tag = {type(c.objective).__struct_config__.tag!r}"
+
+
 def _longest(c: Config) -> int:
     return c.data.max_prompt_tokens + c.rollout.max_new_tokens
 
 
 def _check_files(c: Config) -> None:
     """What is named as local is there: models with a context for the longest sequence, data in a known format."""
-    for key, model in (("student.model", c.student.model), ("teacher.model", c.teacher.model)):
+    spare = 1 if c.teacher.backend == "vllm" else 0  # it samples a token behind what it scores
+    for key, model, more in (("student.model", c.student.model, 0), ("teacher.model", c.teacher.model, spare)):
         if folder := _local(key, model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
-            _check_model(f"{key} = {model!r}", folder, _longest(c))
+            _check_model(f"{key} = {model!r}", folder, _longest(c), more)
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
         file = _local(key, path, {"toy:train": None, "toy:heldout": None})
         if file and file.is_file() and file.suffix not in DATA_FILES:
@@ -200,18 +228,19 @@ def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
     raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
 
 
-def _check_model(setting: str, folder: Path, longest: int) -> None:
+def _check_model(setting: str, folder: Path, longest: int, spare: int) -> None:
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
     except ValueError as e:
         raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
-    context = model.get("max_position_embeddings") or longest
+    context = model.get("max_position_embeddings") or longest + spare
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}  # a scaled one may go further
-    if rope.get("rope_type", "default") == "default" and context < longest:
+    if rope.get("rope_type", "default") == "default" and context < longest + spare:
         sequence = f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
-        raise ConfigError(f"{sequence}: must be <= {context}, the context of {setting}")
+        behind = f" less the {spare} that teacher.backend = 'vllm' samples" if spare else ""
+        raise ConfigError(f"{sequence}: must be <= {context - spare}, the context of {setting}{behind}")
 
 
 def _check_run_dir(c: Config, training: bool) -> None:

@@ -96,7 +96,7 @@ class TeacherProxy:
         return await self._actor.call(self._config.timeout.generate_s, "greedy", prompts, *settings)
 
     async def _score_all(self, groups: list[Ref]) -> list[Ref]:
-        _, scores = await self._actor.spread(self._score_s, len(groups), "keep", "score_all", *groups)
+        _, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
         return scores
 
 

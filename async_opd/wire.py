@@ -3,9 +3,10 @@
 Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one prompt.
 Log-probs are in nats, of logits divided by the sampling temperature, normalised over the whole vocabulary of the
 model that gave them. Arrays arrive read-only through Ray: they are values, never buffers to write into. Invariants
-run on construction, on decoding and on unpickling, so a bad message fails where it arrives, naming its id.
+run on construction and on arrival, so a bad message fails where it arrives, naming its id.
 """
 
+from pickle import PickleBuffer
 from typing import Any
 
 import msgspec
@@ -16,8 +17,36 @@ from async_opd.errors import WireError
 LOGP_TOLERANCE = 1e-4  # nats a log-prob may exceed 0 by rounding
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of every message: immutable, keyword-only."""
+class Struct(msgspec.Struct, frozen=True, array_like=True):
+    """Base of every message: immutable, pickled (protocol 5) as msgpack without field names, its arrays out of band."""
+
+    def __reduce__(self):
+        buffers = []
+
+        def out_of_band(array: np.ndarray) -> tuple[str, tuple[int, ...]]:
+            buffers.append(PickleBuffer(np.ascontiguousarray(array)))
+            return array.dtype.str, array.shape
+
+        return _arrive, (type(self), msgspec.msgpack.encode(self, enc_hook=out_of_band), *buffers)
+
+
+def _arrive(kind: type[Struct], sent: bytes, *buffers: Any) -> Struct:
+    """A message of `kind` as `Struct.__reduce__` sent it. Raises WireError where a field has another type."""
+    left = iter(buffers)
+
+    def array(_: type, form: Any) -> Any:
+        match form:
+            case [str(dtype), [*shape]]:
+                return np.frombuffer(next(left), dtype).reshape(shape)
+        return form  # of another type, which the decoder refuses
+
+    try:
+        return msgspec.msgpack.decode(sent, type=kind, dec_hook=array)
+    except msgspec.ValidationError as e:
+        id = msgspec.msgpack.decode(sent)
+        while isinstance(id, list):  # a message begins with its id, or with a message that does
+            id = id[0]
+        raise WireError(f"{id}: {kind.__name__}: {e}") from e
 
 
 class Prompt(Struct):
@@ -99,6 +128,11 @@ class GroupMeta(Struct):
         return tuple(spans[-1].end for spans in self.spans)
 
     @property
+    def tokens(self) -> int:
+        """What there is to score: prompt and response of every sample."""
+        return self.prompt_len * len(self.spans) + sum(self.lengths)
+
+    @property
     def oldest(self) -> int:
         """Version of the oldest token of the group."""
         return min(spans[0].version for spans in self.spans)
@@ -108,6 +142,7 @@ class Needs(Struct):
     """What an objective wants scored. Made by the objective; consumed by the teacher and the learner."""
 
     teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
+    teacher_at_student_ids: int = 0  # K: the teacher's log-probs at the rollout's own `candidate_ids`
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
     student_entropy: bool = False
 

@@ -9,12 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-
-# Read by vLLM on import. One OpenMP thread and no worker process: idle vLLM must not spin on a core others need.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -25,6 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost, ConfigError, SyncFailed
 from async_opd.rollout.config import RolloutConfig
 from async_opd.wire import Group, GroupMeta, Prompt, Rollout, Span
@@ -57,8 +52,6 @@ class RolloutGenerator:
         cpu = current_platform.is_cpu()
         if cpu and not config.enforce_eager and not shutil.which(os.environ.get("CXX", "g++")):
             raise ConfigError("rollout.enforce_eager = false: compiling on CPU needs a C++ compiler; set it to true")
-        if cpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.memory_gib)))
         self._block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be hit, and show.
         self._probe_ids = np.random.default_rng(0).integers(vocabulary, size=self._block + 16, dtype=np.int32)
@@ -78,7 +71,7 @@ class RolloutGenerator:
             trust_remote_code=trust_remote_code,
             enforce_eager=config.enforce_eager,
             disable_log_stats=True,
-            **({"distributed_executor_backend": "uni"} if cpu else {}),
+            **(cpu_engine(config.memory_gib) if cpu else {}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
 

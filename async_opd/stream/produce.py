@@ -56,7 +56,7 @@ class Producer:
         self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
         self._again: deque[tuple[int, Prompt]] = deque()
         self._loads = Loads(len(generators))
-        self._scoring: Counter[int] = Counter()  # groups in flight per teacher
+        self._scoring: Counter[int] = Counter()  # tokens in flight per teacher: one group may be many times another
 
     def fill(self) -> None:
         """Hand out prompts while slots are free, re-issued ones first."""
@@ -91,7 +91,7 @@ class Producer:
             self._loads.add(at, -1)
         tokens = sum(meta.lengths)
         self._count_tokens("generators", tokens)
-        scores, verdicts = await asyncio.gather(self._score(group), self._verifier.check(group))
+        scores, verdicts = await asyncio.gather(self._score(group, meta.tokens), self._verifier.check(group))
         self._count_tokens("teachers", tokens)
         samples = tuple(i for i, cut in enumerate(meta.truncated) if not (cut and self._drop_truncated))
         ready = Ready(ticket, prompt, meta, group, scores, verdicts, samples)
@@ -100,10 +100,10 @@ class Producer:
         else:
             self._queue.drop(ready, "truncated")
 
-    async def _score(self, group: object) -> object:
+    async def _score(self, group: object, tokens: int) -> object:
         at = min(range(len(self._teachers)), key=lambda i: (self._scoring[i], i))
-        self._scoring[at] += 1
+        self._scoring[at] += tokens
         try:
             return await self._teachers[at].score(group)
         finally:
-            self._scoring[at] -= 1
+            self._scoring[at] -= tokens

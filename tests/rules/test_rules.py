@@ -1,8 +1,8 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths →
-causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → inputs, evaluate →
-train → actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` is its own.
+Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
+cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → inputs,
+evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` is its own.
 """
 
 import ast
@@ -20,7 +20,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths"],
+    ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["config"], ["inputs", "evaluate"], ["train", "proxies"], ["actors"], ["run"],
     ["cli"], ["__main__"],
 ]  # fmt: skip
@@ -28,7 +28,7 @@ RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
     "ray": {"actors.py"},
     "deepspeed": {"learner/engine.py"},
-    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py"},  # at most four
+    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {"errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "train", "cli"}
 

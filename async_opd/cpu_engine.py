@@ -1,0 +1,15 @@
+"""How a vLLM engine is started without a GPU, for generators and teachers alike. This file itself does without vLLM."""
+
+import os
+from typing import Any
+
+
+def cpu_engine(memory_gib: float) -> dict[str, Any]:
+    """Engine arguments for CPU. Sets what the engine's process reads from the environment it inherits: one OpenMP
+    thread, not bound to a core, no worker process of its own (idle vLLM must not spin on a core that others need),
+    and whole GiB of KV cache."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(memory_gib)))
+    return {"enforce_eager": True, "distributed_executor_backend": "uni"}

@@ -1,0 +1,102 @@
+"""Every backend scores as a plain forward of the model does, one rollout at a time: one check that all of them pass."""
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from async_opd.errors import ActorLost
+from async_opd.ports import Ready
+from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.scorer import TransformersTeacher
+from async_opd.wire import Group, Needs, Prompt, Rollout, Span
+from tests.ray.conftest import demo_config, running
+
+REAL, PADDED, K = 24, 32, 5  # the tokenizer's vocabulary, the model's, and the candidates a position
+SHAPES = [(3, (4, 1)), (1, (1,)), (150, (60, 1, 7))]  # prompt tokens (a block of vLLM's cache is 128) and responses
+
+
+@pytest.fixture
+def model(tiny_lm, tmp_path):
+    """A random teacher with a padded vocabulary, saved in `tmp_path`/teacher as well."""
+    model = tiny_lm(vocab_size=PADDED, hidden_size=64, head_dim=32, max_position_embeddings=256).eval()
+    model.save_pretrained(tmp_path / "teacher")
+    return model
+
+
+def groups() -> list[Group]:
+    random = np.random.default_rng(0)
+
+    def rollout(id: str, tokens: int) -> Rollout:
+        return Rollout(
+            id=id,
+            ids=random.integers(REAL, size=tokens, dtype=np.int32),
+            behaviour_logp=np.full(tokens, -1, np.float32),
+            spans=(Span(version=0, start=0, end=tokens),),
+            truncated=False,
+        )
+
+    return [
+        Group(
+            prompt=Prompt(id=f"{at}", ids=random.integers(REAL, size=prompt_tokens, dtype=np.int32), answer=""),
+            rollouts=tuple(rollout(f"{at}#{i}", tokens) for i, tokens in enumerate(lengths)),
+        )
+        for at, (prompt_tokens, lengths) in enumerate(SHAPES)
+    ]
+
+
+@torch.no_grad()
+def check(model, group: Group, scores) -> None:
+    """Sampled and top-k log-probs against the model's own logits, to 1e-4 nats; no candidate is padding."""
+    for rollout, got in zip(group.rollouts, scores, strict=True):
+        ids = torch.tensor([[*group.prompt.ids.tolist(), *rollout.ids.tolist()]])
+        logp_TV = model(input_ids=ids).logits[0].log_softmax(-1)[len(group.prompt.ids) - 1 : -1]
+        sampled_T = [logp_TV[t, token].item() for t, token in enumerate(rollout.ids.tolist())]
+        assert got.id == rollout.id
+        assert got.sampled_logp == pytest.approx(sampled_T, abs=1e-4)
+        np.testing.assert_allclose(got.topk_logp, logp_TV[:, :REAL].topk(K).values, atol=1e-4)
+        np.testing.assert_allclose(got.topk_logp, logp_TV.gather(1, torch.tensor(got.topk_ids).long()), atol=1e-4)
+        assert got.topk_ids.max() < REAL
+
+
+async def test_the_transformers_teacher_equals_a_plain_forward(model, tmp_path):
+    config = TeacherConfig(model=str(tmp_path / "teacher"))
+    teacher = TransformersTeacher(config, Needs(teacher_topk=K), temperature=1.0, vocabulary=REAL)
+    for group in groups():
+        check(model, group, await teacher.score(group))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_by_name(model, tmp_path):
+    settings = ("teacher.backend=vllm", f"teacher.model={tmp_path}/teacher", f"objective.k={K}", "sync.timeout_s=10")
+    config = demo_config(tmp_path, *settings, "data.max_prompt_tokens=150", "rollout.max_new_tokens=60")
+    async with running(config) as (roles, _, prompts):
+        (teacher,), (generator,) = roles.teachers, roles.generators
+        for group in groups():
+            check(model, group, await (await teacher.score(group)))
+
+        prompt = next(prompts)
+        meta, group = await generator.generate(prompt)
+        scores, verdicts = await teacher.score(group), await roles.verifier.check(group)
+        check(model, await group, await scores)
+        result = await roles.learner.step([Ready(1, prompt, meta, group, scores, verdicts, (0,))])
+        assert result.version == 1 and result.metrics["tokens"] == meta.lengths[0]
+
+        (response,) = await teacher.greedy([prompt.ids])
+        ids = torch.tensor([[*prompt.ids.tolist(), *response.tolist()]])
+        assert response.tolist() == model(input_ids=ids).logits[0, len(prompt.ids) - 1 : -1].argmax(-1).tolist()
+
+        engine_of("ray::Teacher").kill()
+        with pytest.raises(ActorLost, match="teacher 0: its engine died"):
+            await teacher.score(groups()[0])
+
+
+def engine_of(actor: str) -> psutil.Process:
+    """The engine's process under an actor of this test's own cluster."""
+    return next(
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "EngineCore" in process.name() + " ".join(process.cmdline())
+        and actor in " ".join(process.parent().cmdline())
+    )
