@@ -12,4 +12,4 @@ def cpu_engine(memory_gib: float) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(memory_gib)))
-    return {"enforce_eager": True, "distributed_executor_backend": "uni"}
+    return {"distributed_executor_backend": "uni"}

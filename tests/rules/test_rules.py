@@ -2,7 +2,7 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
 cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → inputs,
-evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` is its own.
+evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
