@@ -11,6 +11,8 @@ import pytest
 from async_opd.cli import DEMO, main
 from async_opd.config import load
 from async_opd.errors import ConfigError
+from async_opd.objectives.topk_kl import TopkKl
+from async_opd.wire import Needs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 MAX_SECONDS = 2
@@ -44,6 +46,19 @@ MISTAKES = {
     "more ranks than work": ("learner.ranks=97", ["learner.ranks = 97: must be <= ", "trajectories_per_step = 96"]),
     "batch below one sequence": ("learner.micro_batch_tokens=64", ["micro_batch_tokens = 64: must be >= ", "= 80"]),
     "teacher batch below one": ("teacher.batch_tokens=64", ["teacher.batch_tokens = 64: must be >= ", "= 80"]),
+    "no such teacher": ("teacher.backend=vlm", ["teacher.backend = 'vlm'", "did you mean 'vllm'?"]),
+    "vLLM teacher at a temperature": (
+        "teacher.backend=vllm rollout.temperature=0.7",
+        ["rollout.temperature = 0.7: must be 1 with teacher.backend = 'vllm'"],
+    ),
+    "split teacher on transformers": (
+        "teacher.tensor_parallel_size=2",
+        ["teacher.tensor_parallel_size = 2: must be 1 with teacher.backend = 'transformers'"],
+    ),
+    "no room for vLLM's own token": (
+        "teacher.backend=vllm rollout.max_new_tokens=240",
+        ["= 256: must be <= 255, the context of teacher.model = 'toy:teacher'", "teacher.backend = 'vllm' samples"],
+    ),
     "beyond the model's context": ("rollout.max_new_tokens=300", ["= 316: must be <= 256", "model = 'toy:student'"]),
     "warm-up without an end": ("run.steps=10", ["learner.warmup_steps = 10: must be < run.steps = 10"]),
     "bfloat16 without masters": ("learner.dtype=bfloat16", ["learner.dtype = 'bfloat16'", "learner.zero_stage 1 or 2"]),
@@ -115,6 +130,17 @@ def test_reading_a_config_loads_nothing_heavy():
     found = subprocess.run([sys.executable, "-c", code, DEMO], capture_output=True, text=True, check=True)
     heavy = {"torch", "ray", "transformers", "vllm", "datasets", "deepspeed", "math_verify", "wandb"}
     assert heavy & set(found.stdout.split()) == set()
+
+
+def test_a_vllm_teacher_is_refused_where_the_objective_needs_exact_entropy(monkeypatch):
+    monkeypatch.setattr(TopkKl, "needs", lambda self: Needs(teacher_entropy=True))
+    assert load(DEMO).teacher.backend == "transformers"
+    with pytest.raises(ConfigError, match=r"^teacher.backend = 'vllm': must be 'transformers' for objective.tag"):
+        load(DEMO, ["teacher.backend=vllm"])
+
+
+def test_a_vllm_teacher_takes_a_sequence_in_pieces():
+    assert load(DEMO, ["teacher.backend=vllm", "teacher.batch_tokens=64"]).teacher.batch_tokens == 64  # of up to 80
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

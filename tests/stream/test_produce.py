@@ -1,15 +1,17 @@
 import asyncio
 import random
 
+import msgspec
 import pytest
 
 from async_opd.errors import ActorLost
 from async_opd.stream.produce import Loads, Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
+from async_opd.wire import Span
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
 
-def stream(tasks, generators, *, slots: int = 2, needed: int = 10, drop_truncated: bool = False, attempts: int = 3):
+def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None):
     """(producer, queue, slots) over fakes."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
@@ -19,7 +21,7 @@ def stream(tasks, generators, *, slots: int = 2, needed: int = 10, drop_truncate
         prompts=prompts(),
         needed=needed,
         generators=generators,
-        teachers=[FakeScorer()],
+        teachers=teachers or [FakeScorer()],
         verifier=FakeScorer(),
         slots=limit,
         queue=queue,
@@ -109,3 +111,29 @@ async def test_a_role_that_fails_ends_the_stream_with_its_own_error():
     with pytest.RaisesGroup(pytest.RaisesExc(ActorLost, match="generator 0 died")):
         async with asyncio.TaskGroup() as tasks:
             stream(tasks, [Dead()], slots=1)[0].fill()
+
+
+async def test_teachers_are_balanced_by_tokens_not_by_groups():
+    # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 = 1413 against 512.
+    lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
+
+    class HeavyTail(FakeGenerator):
+        async def generate(self, prompt):
+            meta, _ = await super().generate(prompt)
+            spans = ((Span(version=0, start=0, end=next(lengths)),),)
+            return msgspec.structs.replace(meta, spans=spans), prompt
+
+    class Slow(FakeScorer):
+        def __init__(self):
+            self.asked = []
+
+        async def score(self, group):
+            self.asked.append(group.id)
+            await scored.wait()
+
+    teachers = [Slow(), Slow()]
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers=teachers)[0].fill()
+        await settle()
+        assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
+        scored.set()

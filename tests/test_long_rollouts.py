@@ -1,0 +1,177 @@
+"""Responses of 16 thousand tokens: what they cost on the wire, and that no Python runs for each of their tokens."""
+
+import gc
+import itertools
+import pickle
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+
+from async_opd.learner.batch import Sample, pack
+from async_opd.maths.packing import plan
+from async_opd.objectives import all_objectives
+from async_opd.ports import Ready
+from async_opd.stream.queue import TrajectoryQueue
+from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.scorer import TransformersTeacher
+from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
+from tests.objectives.test_contract import CASES
+
+LONG, P = 16_384, 700  # tokens of the response and of the prompt
+VERSIONS = 5  # under which a response is sampled: a lag bound of 4 trains on no more
+
+
+def response(tokens: int) -> Rollout:
+    ends = [tokens * part // VERSIONS for part in range(VERSIONS + 1)]
+    return Rollout(
+        id="train-123456@0#0",
+        ids=np.arange(tokens, dtype=np.int32) % 32,
+        behaviour_logp=np.full(tokens, -1, np.float32),
+        spans=tuple(Span(version=100 + at, start=ends[at], end=ends[at + 1]) for at in range(VERSIONS)),
+        truncated=False,
+    )
+
+
+@pytest.fixture
+def teacher(tiny_lm, tmp_path):
+    """Makes a teacher of one small layer for the needs of an objective."""
+    tiny_lm(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1).save_pretrained(tmp_path)
+    config = TeacherConfig(model=str(tmp_path), head_chunk_rows=LONG)
+    return lambda needs: TransformersTeacher(config, needs, temperature=1.0, vocabulary=40)
+
+
+def messages(teacher: TransformersTeacher, tokens: int):
+    """All that is made of one trajectory and sent: by generator (twice), teacher and verifier."""
+    rollout = response(tokens)
+    prompt = Prompt(id="train-123456@0", ids=np.zeros(P, np.int32), answer="12345")
+    meta = GroupMeta(id=prompt.id, prompt_len=P, spans=(rollout.spans,), truncated=(False,))
+    scores = teacher.score_rollouts([(prompt.ids, rollout)])
+    return meta, Group(prompt=prompt, rollouts=(rollout,)), scores, (Verdict(id=rollout.id, correct=True),)
+
+
+def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """What Ray makes of a message: a pickle of protocol 5, and buffers beside it."""
+    buffers = []
+    return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
+
+
+@pytest.mark.parametrize("objective", CASES, ids=str)
+def test_a_token_costs_no_more_than_its_declared_numbers(objective, teacher):
+    """Every message counts once, as Ray serialises it, however often it is then fetched: GroupMeta (to the driver),
+    Group (to teacher, verifier, learner), Scores and Verdict (to the learner). Ray's own frame around it does not.
+
+    Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which every objective gets;
+    the teacher's entropy and, per id of the student's own, id and log-prob, where declared. 8 bytes for each of the
+    teacher's top k. Nothing else grows with the response. One sample a prompt: the dearest case for the rest.
+    """
+    needs = objective.needs()
+    numbers = 3 + needs.teacher_entropy + 2 * needs.teacher_at_student_ids
+    total = 0
+    for message in messages(teacher(needs), LONG):
+        data, buffers = sent(message)
+        total += len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+    assert LONG * 4 * numbers < total <= LONG * (4 * numbers + 8 * needs.teacher_topk) + 512 + 4 * P
+
+
+def test_every_objective_is_priced():
+    assert {type(case) for case in CASES} == set(all_objectives().values())
+
+
+def way(teacher: TransformersTeacher, tokens: int) -> None:
+    """A response's way from the teacher's forward over wire and queue into the learner's batch."""
+    meta, group, scores, verdicts = (
+        pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, tokens))
+    )
+    queue = TrajectoryQueue(groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ready, cause: None)
+    queue.put(Ready(1, group.prompt, meta, group, scores, verdicts, (0,)))
+    (ready,) = result(queue.take(104))
+    assert plan([meta.tokens], ranks=1, tokens=P + LONG) == [[[0]]]
+    sample = Sample(prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdict=verdicts[0])
+    micro = pack([sample], live=104, max_lag_steps=4, stale="mask", truncated="train", device=torch.device("cpu"))
+    assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
+
+
+def result(coroutine):
+    """Of a coroutine that has nothing to wait for."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+def steps(call, *args) -> int:
+    """Bytecode instructions of Python that `call` runs, those of everything it calls included."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    gc.disable()  # a finalizer in between would count too
+    sys.settrace(trace)
+    try:
+        call(*args)
+    finally:
+        sys.settrace(before)
+        gc.enable()
+    return count
+
+
+def test_no_python_runs_for_each_token_from_teacher_to_learner(teacher):
+    scorer = teacher(Needs(teacher_topk=4, teacher_entropy=True))
+    for tokens in (1_000, LONG):
+        way(scorer, tokens)  # what runs once only: imports, and the layout cached by lengths
+    assert steps(way, scorer, 1_000) == steps(way, scorer, LONG) > 1_000
+
+
+def test_one_comprehension_over_tokens_would_show():
+    def loop(rollout: Rollout) -> None:
+        np.array([id for id in rollout.ids], np.int32)
+
+    more = LONG - 1_000
+    assert steps(loop, response(LONG)) - steps(loop, response(1_000)) >= more
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_no_python_of_ours_runs_for_each_token_around_vllm():
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput, WeightVersionSpan
+
+    from async_opd.rollout.generator import RolloutGenerator
+    from async_opd.teacher.vllm import VllmTeacher
+
+    def flat(rows: int, width: int) -> FlatLogprobs:
+        return FlatLogprobs(token_ids=list(range(width)) * rows, logprobs=[-1.0] * width * rows)
+
+    async def engine_takes(id: str, prompt: dict, sampling: None) -> None:
+        assert type(prompt["prompt_token_ids"]) is list
+
+    async def engine_scores(ids: np.ndarray, *, prompt_logprobs: int, **_) -> SimpleNamespace:
+        return SimpleNamespace(prompt_logprobs=flat(len(ids) - 1, 1 + prompt_logprobs), prompt_token_id_logprobs=None)
+
+    generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
+    generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
+    teacher._run, teacher._topk, teacher._padding = engine_scores, 4, 3
+
+    def around(prompt: Prompt, output: CompletionOutput) -> None:
+        result(generator._add(prompt.id, prompt.ids, None))
+        meta, group = generator._group(prompt, [output])
+        for teacher._vocabulary in (8, 2):  # without and with padding among the likeliest
+            scores = result(teacher._score(prompt.ids, group.rollouts[0]))
+            assert scores.topk_ids.shape == (*meta.lengths, 4)
+
+    def count(tokens: int) -> int:
+        prompt = Prompt(id="a", ids=np.zeros(tokens, np.int32), answer="")
+        output = CompletionOutput(0, "", [5] * tokens, None, flat(tokens, 1), finish_reason="stop")
+        output.weight_versions = [WeightVersionSpan("3", 0, tokens)]
+        return steps(around, prompt, output)
+
+    count(1_000)
+    assert count(1_000) == count(LONG) > 100
