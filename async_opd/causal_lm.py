@@ -104,7 +104,11 @@ def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[i
 
 
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma)."""
+    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma).
+
+    The head's `forward`, not the module: ZeRO-3 gathers at every call of a module, and it must not gather at every
+    chunk, of which each rank has its own number. Read like this, the weight counts as the calling module's own.
+    """
     cap = getattr(model.config, "final_logit_softcapping", None)
-    project = model.get_output_embeddings()
+    project = model.get_output_embeddings().forward
     return project if cap is None else lambda hidden: cap * torch.tanh(project(hidden) / cap)

@@ -1,5 +1,6 @@
 """vLLM's side of a weight update by gloo: a weight-transfer engine registered through vLLM's plugin entry point."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
     def receive_weights(self, update_info: GlooUpdate) -> None:
         """Receive all weights into host memory, then load them layer by layer."""
         columns = zip(update_info.names, update_info.dtype_names, map(tuple, update_info.shapes), strict=True)
-        received = []
+        arriving = []
         for bucket in buckets((TensorMeta(*column) for column in columns), self._init.bucket_bytes):
-            elements = [meta.nbytes // getattr(torch, meta.dtype).itemsize for meta in bucket]
+            elements = [math.prod(meta.shape) for meta in bucket]
             flat = torch.empty(sum(elements), dtype=getattr(torch, bucket[0].dtype))
-            broadcast(self._group, flat)
-            parts = flat.split(elements)
+            arriving.append((bucket, flat.split(elements), broadcast(self._group, flat)))  # all wait for the sender
+        received = []
+        for bucket, parts, work in arriving:
+            work.wait()
             received += [(meta.name, part.view(meta.shape)) for meta, part in zip(bucket, parts, strict=True)]
         initialize_layerwise_reload(self.model)
         self.model.load_weights((name, weight.to(self.device)) for name, weight in received)
