@@ -110,6 +110,8 @@ class Needs(Struct):
     teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
     student_entropy: bool = False
+    sums: tuple[str, ...] = ()  # statistics over the kept tokens of the whole step, from `Objective.statistics`,
+    maxima: tuple[str, ...] = ()  # at the price of one more forward of everything
 
 
 class Scores(Struct):

@@ -73,7 +73,7 @@ class LearnerRank:
         sharded = config.zero_stage == 3
         host = torch.device("cpu") if sharded else self._device
         lm = causal_lm.load(self._model, config.dtype, host, trust_remote_code=self._trust_remote_code)
-        self._pieces = export.pieces(lm)
+        self._pieces, self._width = export.pieces(lm), lm.config.get_text_config().hidden_size
         lm.train()
         for module in lm.modules():  # the network that learns must be the one that sampled
             if isinstance(module, torch.nn.Dropout):
@@ -81,7 +81,7 @@ class LearnerRank:
         if config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         student = Student(lm, temperature=self._temperature, chunk_rows=config.head_chunk_rows)
-        settings = _deepspeed_config(config, lm.config.get_text_config().hidden_size)
+        settings = _deepspeed_config(config, self._width)
         if sharded:  # weight by weight from host memory, so that no device ever holds the whole model
             deepspeed.zero.Init(module=student, config_dict_or_path=settings)
             student.to(self._device)  # what is left are buffers
@@ -100,6 +100,10 @@ class LearnerRank:
         self._lm, self._parameters = lm, dict(lm.named_parameters())
         if not _zero_stage(config):  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
             optimizer.register_step_pre_hook(self._clip)
+
+    def width(self) -> int:
+        """Hidden size of the student, for the plan."""
+        return self._width
 
     def step(self, plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], *data) -> StepResult:
         """Train one step on `plan`: per micro-batch, pairs of (index of group, sample).
@@ -153,9 +157,7 @@ class LearnerRank:
         with torch.no_grad():
             return self._engine(micro).sampled_N.cpu().numpy()
 
-    def open_group(
-        self, backend: str, host: str, rank_offsets: list[int], world: int, timeout_s: float
-    ) -> list[dict]:
+    def open_group(self, backend: str, host: str, rank_offsets: list[int], world: int, timeout_s: float) -> list[dict]:
         """Rank 0: prepare a weight group of `world` members; returns each generator's init info."""
         self._sender = SENDERS[backend](host, bucket_bytes=self._bucket_bytes, timeout_s=timeout_s)
         return [self._sender.init_info(offset, world) for offset in rank_offsets]

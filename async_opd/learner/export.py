@@ -37,16 +37,16 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
     together: dict[str, list[str]] = {}  # name of the first tensor they become: the parameters
     for name, parameter in empty.items():
         together.setdefault(min(_revert(model, {name: parameter})), []).append(name)
-    whole = _revert(model, empty)
+    whole = dict(_revert(model, empty))
     found = []
     for names in together.values():
-        tensors = _revert(model, {name: empty[name] for name in names})
-        for name, tensor in tensors.items():
+        become = _revert(model, {name: empty[name] for name in names})
+        for name, tensor in become.items():
             if name not in whole or whole.pop(name).shape != tensor.shape:
                 raise DataError(f"student.model: {', '.join(names)} cannot be sent alone: {name} needs other weights")
-        if sum(tensor.numel() for tensor in tensors.values()) != sum(empty[name].numel() for name in names):
-            raise DataError(f"student.model: {', '.join(names)} does not come back whole as {', '.join(tensors)}")
-        found.append(Piece(tuple(names), tuple(_meta(name, tensor) for name, tensor in tensors.items())))
+        if sum(tensor.numel() for tensor in become.values()) != sum(empty[name].numel() for name in names):
+            raise DataError(f"student.model: {', '.join(names)} does not come back whole as {', '.join(become)}")
+        found.append(Piece(tuple(names), tuple(_meta(name, tensor) for name, tensor in become.items())))
     return found
 
 
@@ -65,7 +65,7 @@ def _revert(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, 
     try:
         return revert_weight_conversion(model, parameters)
     except (NotImplementedError, RuntimeError, ValueError) as e:  # what operations without a reverse raise
-        raise DataError(f"student.model: {', '.join(parameters)} has no way back to a checkpoint: {e}") from e
+        raise DataError(f"student.model: no way back to a checkpoint for {', '.join(parameters)}: {e!r}") from e
 
 
 def _meta(name: str, tensor: Tensor) -> TensorMeta:

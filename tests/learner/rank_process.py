@@ -68,7 +68,7 @@ def main(rank: int, rendezvous: str, model: str, out: str, steps: int, settings:
     learner.start(rendezvous)
     held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
-    mine = plan([3 + n for n in LENGTHS], ranks=config.ranks, tokens=config.micro_batch_tokens)[rank]
+    mine = plan([3 + n for n in LENGTHS], ranks=config.ranks, tokens=config.micro_batch_tokens, width=32)[rank]
     pairs = [[(i, 0) for i in micro] for micro in mine]
 
     def logprobs() -> list[float]:
