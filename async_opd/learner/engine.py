@@ -98,7 +98,7 @@ class LearnerRank:
             dist_init_required=False,
         )
         self._lm, self._parameters = lm, dict(lm.named_parameters())
-        if not _zero_stage(config):  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
+        if config.zero_stage == 0:  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
             optimizer.register_step_pre_hook(self._clip)
 
     def width(self) -> int:
@@ -143,7 +143,7 @@ class LearnerRank:
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):
             raise Diverged(f"step {self.version + 1}: the gradient is not finite")
-        zero = _zero_stage(self._config) > 0
+        zero = self._config.zero_stage > 0
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
         self.version += 1
         return StepResult(version=self.version, metrics=metrics)
@@ -220,13 +220,8 @@ class LearnerRank:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
 
 
-def _zero_stage(config: LearnerConfig) -> int:
-    """The stage that runs: bfloat16 needs one, as its wrapper without ZeRO begins with a step on zero gradients."""
-    return config.zero_stage or int(config.dtype == "bfloat16")
-
-
 def _deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict:
-    zero = {"stage": _zero_stage(config), "stage3_param_persistence_threshold": 10 * hidden_size}  # norms and biases
+    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 10 * hidden_size}  # norms and biases
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -244,5 +239,5 @@ def _deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict:
         "zero_optimization": zero,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},  # over micro-batches, whatever the weights are
-        "gradient_clipping": config.grad_clip if _zero_stage(config) else 0.0,  # absent, it would be 1.0
+        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,  # absent, it would be 1.0
     }

@@ -10,6 +10,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -68,6 +69,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         for bucket, parts, work in arriving:
             work.wait()
             received += [(meta.name, part.view(meta.shape)) for meta, part in zip(bucket, parts, strict=True)]
+        if self.device.type == "cpu":
+            self._rebuild_experts()
         initialize_layerwise_reload(self.model)
         self.model.load_weights((name, weight.to(self.device)) for name, weight in received)
 
@@ -78,6 +81,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+
+    def _rebuild_experts(self) -> None:
+        """Let the reload build the experts' kernels anew: it keeps one that is there, and on CPUs it then leaves out
+        to pack the weights, so that the logits are silently wrong (by 8 nats on a random model)."""
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
 
     def shutdown(self) -> None:
         """Leave the group."""

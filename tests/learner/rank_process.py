@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from centred import Centred
 
 from async_opd.errors import Diverged
 from async_opd.learner.config import LearnerConfig
@@ -59,16 +60,24 @@ def poison_gradient(module, args, out):
         out.register_hook(lambda gradient: gradient * float("nan"))
 
 
-def main(rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict) -> None:
+OBJECTIVES = dict(opd=Opd(truncate=5.0), centred=Centred())
+
+
+def main(
+    rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict, objective: str, lopsided: bool
+) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
-        config, Opd(truncate=5.0), model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
+        config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
         truncated="mask", seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096,
     )  # fmt: skip
     learner.start(rendezvous)
     held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
-    mine = plan([3 + n for n in LENGTHS], ranks=config.ranks, tokens=config.micro_batch_tokens, width=32)[rank]
+    lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
+    mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[0 if lopsided else rank]
+    if lopsided and rank:  # everything is rank 0's, and the others only join in
+        mine = [[] for _ in mine]
     pairs = [[(i, 0) for i in micro] for micro in mine]
 
     def logprobs() -> list[float]:
@@ -81,6 +90,12 @@ def main(rank: int, rendezvous: str, model: str, out: str, steps: int, settings:
         return metrics
 
     result = dict(held=held, micro_batches=len(pairs), before=logprobs(), metrics=[step() for _ in range(steps)])
+    if config.dtype == "bfloat16":
+        optimizer = learner._engine.optimizer
+        sums = (
+            optimizer.grad_partitions_flat_buffer if config.zero_stage == 3 else optimizer.fp32_groups_gradients_flat[0]
+        )
+        result["accumulates"] = str(sums.dtype)
     learner.save(f"{out}.model")
     result["logprobs"] = logprobs()
     norm, last = learner._lm.base_model.norm, rank == config.ranks - 1  # only the last rank goes wrong

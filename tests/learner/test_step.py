@@ -4,13 +4,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from centred import Centred
 
 from async_opd.learner.step import accumulate, batch_statistics
 from async_opd.maths.logprobs import Read
-from async_opd.objectives.base import TokenLoss
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.wire import Needs
 
 
 def run(module, objective, micros, all_reduce=lambda tensor, op: None):
@@ -73,23 +72,6 @@ def test_three_micro_batches_equal_one(student, samples, packed, bounds, cut):
     assert parts == pytest.approx(whole, abs=1e-6)
     for got, parameter in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
-
-
-class Centred(Opd, tag="centred"):
-    """Reverse KL against the mean advantage of the whole batch, in units of the largest one."""
-
-    def needs(self):
-        return Needs(sums=("advantage", "tokens"), maxima=("largest",))
-
-    def statistics(self, batch):
-        advantage_N = batch.teacher_logp_N - batch.student_logp_N
-        return dict(advantage=advantage_N, tokens=torch.ones_like(advantage_N), largest=advantage_N)
-
-    def loss(self, batch):
-        found = batch.statistics
-        mean = found["advantage"] / found["tokens"]
-        advantage_N = (batch.teacher_logp_N - batch.student_logp_N).detach()
-        return TokenLoss(-(advantage_N - mean) / (found["largest"] - mean) * batch.student_logp_N, advantage_N)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Bare vLLM engines, one after another in one process that `test_families.py` starts: a tiny one is up in a second or
-two, where an actor with an engine of its own takes twenty."""
+"""A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny one is up in a second
+or two, where an actor with an engine of its own takes twenty."""
 
-from concurrent.futures import ThreadPoolExecutor
+import os
 
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 from async_opd.rollout.generator import RequestOutputKind, SamplingParams  # sets what vLLM reads when it is imported
 
 from vllm import LLM  # isort: skip
@@ -12,47 +13,37 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 _engines: list[LLM] = []
 
 
-def start(model: str, count: int) -> None:
-    """Replace the engines by `count` new ones with the weights of `model`."""
+def start(model: str) -> None:
+    """Replace the engine by a new one with the weights of `model`."""
     for engine in _engines:
         engine.llm_engine.engine_core.shutdown()
     _engines[:] = [
         LLM(
             model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, block_size=128,
-            max_num_seqs=8, logprobs_mode="processed_logprobs", disable_log_stats=True, seed=seed,
+            max_num_seqs=8, logprobs_mode="processed_logprobs", disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend="gloo"),
         )
-        for seed in range(count)
     ]  # fmt: skip
 
 
-def join(infos: list[dict]) -> None:
+def join(info: dict) -> None:
     """Join the weight group."""
-    _each(lambda engine, info: engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)), infos)
+    _engines[0].init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
 
 def update(info: dict) -> None:
     """Take one update."""
-
-    def take(engine: LLM) -> None:
-        engine.start_weight_update()
-        engine.update_weights(WeightTransferUpdateRequest(update_info=info))
-        engine.finish_weight_update()
-        engine.reset_prefix_cache()
-
-    _each(take)
+    _engines[0].start_weight_update()
+    _engines[0].update_weights(WeightTransferUpdateRequest(update_info=info))
+    _engines[0].finish_weight_update()
+    _engines[0].reset_prefix_cache()
 
 
-def sample(prompt_ids: list[int], tokens: int) -> list[tuple[list[int], list[float]]]:
-    """Each engine's fresh sample after the prompt, with its log-probs."""
+def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
+    """A fresh sample after the prompt, with its log-probs."""
     sampling = SamplingParams(
         max_tokens=tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
-    outputs = [e.generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0].outputs[0] for e in _engines]
-    return [(list(output.token_ids), list(output.logprobs.logprobs)) for output in outputs]
-
-
-def _each(call, *columns) -> None:
-    with ThreadPoolExecutor(len(_engines)) as pool:
-        list(pool.map(call, _engines, *columns))
+    output = _engines[0].generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0].outputs[0]
+    return list(output.token_ids), list(output.logprobs.logprobs)
