@@ -203,6 +203,7 @@ class Cluster:
             seed=run.seed,
             rank=rank,
             timeout_s=self._config.timeout.step_s,
+            bucket_bytes=self._config.sync.bucket_mib << 20,
             gpus=self._gpus,
             **self._remote_code,
         )

@@ -1,11 +1,13 @@
 """A transformers causal LM run on packed segments: shared by the learner's student and the teacher's scorer."""
 
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from async_opd.errors import ConfigError
 from async_opd.maths.logprobs import Head
@@ -56,12 +58,15 @@ def packed_segments(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each of the segments packed along one row, as a transformers attention function.
 
-    `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L. Segments are padded
-    beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a causal mask already hides
-    the padding, which lies behind every real token. Returns ([1, L, H, d], None).
+    `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L. FlashAttention takes them
+    as they lie, where it is installed and can. Otherwise segments are padded beside each other to [S, H, T_max, d]
+    for one fused call, so no [L, L] mask exists: a causal mask already hides the padding, which lies behind every
+    real token. Returns ([1, L, H, d], None).
     """
     if sliding_window or softcap or s_aux is not None:
         raise ConfigError("attention with a sliding window, soft-capped scores or sinks is not supported")
+    if flash_can(query):
+        return _flash(query, key, value, tuple(segment_lengths), scaling), None
 
     grid_ST, place_L = _layout(tuple(segment_lengths), query.device)
 
@@ -77,6 +82,29 @@ def packed_segments(
         enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
     return out.flatten(0, 1).index_select(0, place_L)[None], None
+
+
+def flash_can(query: Tensor) -> bool:
+    """Whether FlashAttention is installed and takes such heads, [..., d]."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] <= 256 and is_flash_attn_2_available()
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, segment_lengths: tuple[int, ...], scaling: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # of a GPU environment
+
+    ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
+    tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
+    bounds = dict(cu_seqlens_q=ends_S1, cu_seqlens_k=ends_S1, max_seqlen_q=longest, max_seqlen_k=longest)
+    return flash_attn_varlen_func(*tokens_first, **bounds, softmax_scale=scaling, causal=True)[None]
+
+
+@lru_cache(maxsize=2)
+def _bounds(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment begins and the last ends, int32 [S + 1]."""
+    return torch.tensor([0, *itertools.accumulate(segment_lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=2)
@@ -104,6 +132,10 @@ def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[i
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma)."""
+    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that (Gemma).
+
+    The weight, not the module: ZeRO-3 gathers at every call of a module, and it must not gather at every chunk, of
+    which each rank has its own number. Read like this, the weight counts as the calling module's own.
+    """
     project = model.get_output_embeddings()
     return Head(project.weight, project.bias, getattr(model.config, "final_logit_softcapping", None))

@@ -5,10 +5,11 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class TensorMeta:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+
+class Sized(Protocol):
+    """What fills a bucket."""
+
+    dtype: str
+    nbytes: int
+
+
+Item = TypeVar("Item", bound=Sized)
 
 
 def free_port(host: str) -> int:
@@ -47,19 +58,23 @@ def gloo_group(host: str, port: int, *, rank: int, world: int, timeout_s: float)
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world, options)
 
 
-def buckets(metas: Iterable[TensorMeta], bucket_bytes: int) -> Iterator[list[TensorMeta]]:
+def buckets(items: Iterable[Item], bucket_bytes: int) -> Iterator[list[Item]]:
     """Split weights, in order, into runs of one dtype and at most `bucket_bytes` (one larger weight goes alone)."""
-    bucket: list[TensorMeta] = []
-    for meta in metas:
-        size = sum(m.nbytes for m in bucket)
-        if bucket and (size + meta.nbytes > bucket_bytes or meta.dtype != bucket[0].dtype):
+    bucket: list[Item] = []
+    size = 0
+    for item in items:
+        if bucket and (size + item.nbytes > bucket_bytes or item.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
-        bucket.append(meta)
+            bucket, size = [], 0
+        bucket.append(item)
+        size += item.nbytes
     if bucket:
         yield bucket
 
 
-def broadcast(group: ProcessGroupGloo, flat: Tensor) -> None:
-    """Broadcast a flat CPU tensor from rank 0 in place, waiting at most the group's timeout."""
-    group.broadcast([flat], torch.distributed.BroadcastOptions()).wait()
+def broadcast(group: ProcessGroupGloo, flat: Tensor) -> Work:
+    """Start to broadcast a flat CPU tensor from rank 0 in place; `wait()` takes at most the group's timeout.
+
+    Works of one group run in the order in which they were started, a few at a time.
+    """
+    return group.broadcast([flat], torch.distributed.BroadcastOptions())

@@ -124,11 +124,14 @@ class LearnerProxy:
     def __init__(self, ranks: list[Actor], address: str, config: Config):
         self.ranks, self._address, self._config = ranks, address, config
         self._step_s, self._sync_s = config.timeout.step_s, config.sync.timeout_s
+        self._width: int | None = None  # hidden size of the student, once it is known
 
     async def step(self, groups: list[Ready]) -> StepResult:
         index = [(g, s) for g, ready in enumerate(groups) for s in ready.samples]
         lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
-        shares = plan(lengths, ranks=len(self.ranks), tokens=self._config.learner.micro_batch_tokens)
+        self._width = self._width or await self.ranks[0].call(self._step_s, "width")
+        tokens = self._config.learner.micro_batch_tokens
+        shares = plan(lengths, ranks=len(self.ranks), tokens=tokens, width=self._width)
         results = await asyncio.gather(
             *(self._rank_step(rank, share, index, groups) for rank, share in zip(self.ranks, shares, strict=True))
         )
@@ -145,8 +148,7 @@ class LearnerProxy:
     async def open_group(self, generators: int) -> list[dict]:
         size = self._config.rollout.tensor_parallel_size
         offsets = [1 + at * size for at in range(generators)]
-        backend, bucket = self._config.sync.backend, self._config.sync.bucket_mib << 20
-        args = backend, self._address, offsets, 1 + generators * size, bucket, self._sync_s
+        args = self._config.sync.backend, self._address, offsets, 1 + generators * size, self._sync_s
         return await self.ranks[0].call(self._sync_s, "open_group", *args)
 
     async def join_group(self, generators: int) -> None:
@@ -157,10 +159,14 @@ class LearnerProxy:
         return await self.ranks[0].call(self._sync_s, "update_info")
 
     async def send_weights(self) -> None:
-        await self.ranks[0].call(2 * self._sync_s, "send_weights")
+        await self._collective(2 * self._sync_s, "send_weights")
 
     async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        return await self.ranks[0].call(self._step_s, "logprobs", prompt_ids, response_ids)
+        return await self._collective(self._step_s, "logprobs", prompt_ids, response_ids)
 
     async def save(self, folder: str) -> None:
-        await asyncio.gather(*(rank.call(self._step_s, "save", folder) for rank in self.ranks))
+        await self._collective(self._step_s, "save", folder)
+
+    async def _collective(self, timeout_s: float, method: str, *args: Any) -> Any:
+        """Call every rank, as ZeRO-3 needs; rank 0's result."""
+        return (await asyncio.gather(*(rank.call(timeout_s, method, *args) for rank in self.ranks)))[0]

@@ -145,6 +145,8 @@ class Needs(Struct):
     teacher_at_student_ids: int = 0  # K: the teacher's log-probs at the rollout's own `candidate_ids`
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
     student_entropy: bool = False
+    sums: tuple[str, ...] = ()  # statistics over the kept tokens of the whole step, from `Objective.statistics`,
+    maxima: tuple[str, ...] = ()  # at the price of one more forward of everything
 
 
 class Scores(Struct):

@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -29,7 +32,7 @@ def packed_logits(model, ids_L):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma", "Mixtral"])
 @torch.no_grad()
 def test_packed_segments_equal_each_segment_alone(load, ids_L, family, tied):
     packed, plain = load(family, tie_word_embeddings=tied)
@@ -49,6 +52,49 @@ def test_positions_and_scaling_are_those_of_the_model(load, ids_L, family, setti
     packed, plain = load(family, **settings)
     alone = torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)])
     torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_gpu", "dtype", "width", "chosen"),
+    [
+        (True, True, torch.bfloat16, 128, True),
+        (True, True, torch.float16, 256, True),
+        (False, True, torch.bfloat16, 128, False),
+        (True, False, torch.bfloat16, 128, False),
+        (True, True, torch.float32, 128, False),
+        (True, True, torch.bfloat16, 512, False),
+    ],
+)
+def test_flash_attention_is_chosen_on_gpus_that_have_it_for_half_precision(
+    monkeypatch, installed, on_gpu, dtype, width, chosen
+):
+    monkeypatch.setattr(causal_lm, "is_flash_attn_2_available", lambda: installed)
+    query = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, shape=(1, 4, 14, width))
+    assert causal_lm.flash_can(query) is chosen
+
+
+@torch.no_grad()
+def test_flash_attention_is_given_the_segments_as_they_lie(load, ids_L, monkeypatch):
+    """A stand-in as `flash_attn_varlen_func` documents itself: the real one was never run, for want of a GPU."""
+    calls = []
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal):
+        calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal))
+        parts = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
+        alone = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in part), is_causal=True, scale=softmax_scale, enable_gqa=True
+            ).transpose(0, 1)
+            for part in parts
+        ]
+        return torch.cat(alone)
+
+    packed, _ = load()
+    expected = packed_logits(packed, ids_L)
+    monkeypatch.setattr(causal_lm, "flash_can", lambda query: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    torch.testing.assert_close(packed_logits(packed, ids_L), expected, atol=1e-5, rtol=1e-5)
+    assert calls == [([0, 9, 10, 14], torch.int32, 9, 9, True)] * 2  # layers
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -40,7 +40,7 @@ def test_a_broadcast_delivers_to_every_member(dtype):
     def member(rank):
         group = gloo_group(HOST, port, rank=rank, world=3, timeout_s=10.0)
         flat = weights.clone() if rank == 0 else torch.zeros_like(weights)
-        broadcast(group, flat)
+        broadcast(group, flat).wait()
         return flat
 
     with ThreadPoolExecutor(3) as pool:
@@ -61,7 +61,7 @@ def test_a_member_that_stops_taking_part_is_an_error_soon_after_the_timeout():
         groups = list(pool.map(lambda r: gloo_group(HOST, port, rank=r, world=2, timeout_s=2.0), range(2)))
     started = time.monotonic()
     with pytest.raises(RuntimeError):
-        broadcast(groups[1], torch.zeros(5))  # rank 0 sends nothing
+        broadcast(groups[1], torch.zeros(5)).wait()  # rank 0 sends nothing
     assert time.monotonic() - started < 8
 
 

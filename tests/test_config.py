@@ -31,7 +31,7 @@ MISTAKES = {
     "missing setting": (("lr = 1e-3", ""), ["learner.lr: missing; must be a finite number > 0 and < 1"]),
     "missing section": (('[student]\nmodel = "toy:student"', ""), ["student: missing", "section [student] with model"]),
     "not one of the allowed": ("run.stale=maks", ["run.stale = 'maks'", "'drop' or 'mask'", "did you mean 'mask'?"]),
-    "not one of the numbers": ("learner.zero_stage=3", ["learner.zero_stage = 3: must be 0, 1 or 2"]),
+    "not one of the numbers": ("learner.zero_stage=4", ["learner.zero_stage = 4: must be 0, 1, 2 or 3"]),
     "word for a number": ("learner.lr=fast", ["learner.lr = 'fast': must be a finite number > 0 and < 1"]),
     "fraction for an integer": ("run.steps=1e3", ["run.steps = 1000.0: must be an integer >= 1"]),
     "word for a switch": ("teacher.evaluate=yes", ["teacher.evaluate = 'yes': must be true or false"]),
@@ -61,7 +61,11 @@ MISTAKES = {
     ),
     "beyond the model's context": ("rollout.max_new_tokens=300", ["= 316: must be <= 256", "model = 'toy:student'"]),
     "warm-up without an end": ("run.steps=10", ["learner.warmup_steps = 10: must be < run.steps = 10"]),
-    "bfloat16 without masters": ("learner.dtype=bfloat16", ["learner.dtype = 'bfloat16'", "learner.zero_stage 1 or 2"]),
+    "bfloat16 without masters": ("learner.dtype=bfloat16", ["learner.dtype = 'bfloat16'", "zero_stage 1, 2 or 3"]),
+    "offload of what is whole": (
+        "learner.offload_optimizer=true",
+        ["learner.offload_optimizer = true: needs learner.zero_stage 1, 2 or 3"],
+    ),
     "tight for bfloat16": ("rollout.dtype=bfloat16", ["sync.parity_tolerance = 0.001", "bfloat16", "about 0.2"]),
     "check outlasts the wait": (
         "verify.timeout_s=200",

@@ -4,18 +4,22 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 
-def save(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Write weights, config, generation config and the tokenizer of `source` to `folder`, replacing it.
+def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder: Path) -> None:
+    """Write `weights`, config, generation config and the tokenizer of `source` to `folder`, replacing it.
 
+    `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself.
     Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and `vllm` load it.
     """
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    model.save_pretrained(beside)
+    kept = model.state_dict(keep_vars=True).items()
+    buffers = {name: tensor for name, tensor in kept if not isinstance(tensor, nn.Parameter)}
+    model.save_pretrained(beside, state_dict=weights | buffers)
     AutoTokenizer.from_pretrained(source).save_pretrained(beside)
     for file in beside.iterdir():
         with file.open("rb") as handle:

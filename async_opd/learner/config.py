@@ -11,7 +11,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     trajectories_per_step: Annotated[int, Meta(ge=1)]
     lr: Annotated[float, Meta(gt=0, lt=1)]
     ranks: Annotated[int, Meta(ge=1)] = 1
-    zero_stage: Literal[0, 1, 2] = 0  # bfloat16 runs 0 as 1
+    zero_stage: Literal[0, 1, 2, 3] = 0  # 1, 2, 3: optimizer, gradients, weights sharded over ranks
+    offload_optimizer: bool = False  # its state and step on the host; ZeRO 1 to 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0

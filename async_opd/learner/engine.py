@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,13 +15,13 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from async_opd import causal_lm
+from async_opd.collective import TensorMeta, buckets
 from async_opd.errors import Diverged, SyncFailed
-from async_opd.learner import checkpoint
+from async_opd.learner import checkpoint, export
 from async_opd.learner.batch import Sample, pack
 from async_opd.learner.config import LearnerConfig
-from async_opd.learner.publish import SENDERS, metas
+from async_opd.learner.publish import SENDERS
 from async_opd.learner.step import Student, accumulate
-from async_opd.maths.logprobs import read_logprobs
 from async_opd.objectives import Objective
 from async_opd.wire import Group, Scores, StepResult, Verdict
 
@@ -41,13 +43,17 @@ class LearnerRank:
         seed: int,
         rank: int,
         timeout_s: float,
+        bucket_bytes: int,
         trust_remote_code: bool = False,
     ):
-        """Keep the settings; `start` does the work once rank 0 has an address."""
+        """Keep the settings; `start` does the work once rank 0 has an address.
+
+        `bucket_bytes` of weights are gathered and sent at once.
+        """
         self._config, self._objective, self._model, self._temperature = config, objective, model, temperature
         self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated)
         self._steps, self._seed, self._rank, self._timeout_s = steps, seed, rank, timeout_s
-        self._trust_remote_code = trust_remote_code
+        self._bucket_bytes, self._trust_remote_code = bucket_bytes, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.version = 0
 
@@ -55,6 +61,7 @@ class LearnerRank:
         """Join the process group at `rendezvous` ("tcp://host:port") and load the student."""
         config = self._config
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)  # one visible device an actor
+        deepspeed.ops.__compatible_ops__ = {}  # or it compiles, for half a minute, an all-reduce for inference alone
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             init_method=rendezvous,
@@ -63,7 +70,10 @@ class LearnerRank:
             timeout=timedelta(seconds=self._timeout_s),
         )
         torch.manual_seed(self._seed)
-        lm = causal_lm.load(self._model, config.dtype, self._device, trust_remote_code=self._trust_remote_code)
+        sharded = config.zero_stage == 3
+        host = torch.device("cpu") if sharded else self._device
+        lm = causal_lm.load(self._model, config.dtype, host, trust_remote_code=self._trust_remote_code)
+        self._pieces, self._width = export.pieces(lm), lm.config.get_text_config().hidden_size
         lm.train()
         for module in lm.modules():  # the network that learns must be the one that sampled
             if isinstance(module, torch.nn.Dropout):
@@ -71,10 +81,14 @@ class LearnerRank:
         if config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         student = Student(lm, temperature=self._temperature, chunk_rows=config.head_chunk_rows)
+        settings = _deepspeed_config(config, self._width)
+        if sharded:  # weight by weight from host memory, so that no device ever holds the whole model
+            deepspeed.zero.Init(module=student, config_dict_or_path=settings)
+            student.to(self._device)  # what is left are buffers
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=student,
             model_parameters=[p for p in student.parameters() if p.requires_grad],
-            config=_deepspeed_config(config),
+            config=settings,
             lr_scheduler=lambda opt: get_scheduler(
                 "constant_with_warmup" if config.schedule == "constant" else config.schedule,
                 opt,
@@ -83,9 +97,13 @@ class LearnerRank:
             ),
             dist_init_required=False,
         )
-        self._lm = lm
-        if not _zero_stage(config):  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
+        self._lm, self._parameters = lm, dict(lm.named_parameters())
+        if config.zero_stage == 0:  # the ZeRO optimizers clip and refuse non-finite gradients by themselves
             optimizer.register_step_pre_hook(self._clip)
+
+    def width(self) -> int:
+        """Hidden size of the student, for the plan."""
+        return self._width
 
     def step(self, plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], *data) -> StepResult:
         """Train one step on `plan`: per micro-batch, pairs of (index of group, sample).
@@ -125,7 +143,7 @@ class LearnerRank:
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):
             raise Diverged(f"step {self.version + 1}: the gradient is not finite")
-        zero = _zero_stage(self._config) > 0
+        zero = self._config.zero_stage > 0
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
         self.version += 1
         return StepResult(version=self.version, metrics=metrics)
@@ -133,22 +151,15 @@ class LearnerRank:
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         """Log-probs float32 [T] of `response_ids` after `prompt_ids` under the live student, for the parity probe."""
         ids_L = torch.as_tensor(np.concatenate([prompt_ids, response_ids]), dtype=torch.int64, device=self._device)
+        empty = pack([], live=self.version, device=self._device, **self._bounds)
+        rows_N = torch.arange(len(prompt_ids) - 1, len(ids_L) - 1, device=self._device)
+        micro = replace(empty, ids_L=ids_L, segment_lengths=[len(ids_L)], rows_N=rows_N, targets_N=ids_L[rows_N + 1])
         with torch.no_grad():
-            hidden_LD = causal_lm.hidden_states(self._lm, ids_L, [len(ids_L)])[len(prompt_ids) - 1 : -1]
-            read = read_logprobs(
-                hidden_LD,
-                causal_lm.head(self._lm),
-                ids_L[len(prompt_ids) :],
-                temperature=self._temperature,
-                chunk_rows=self._config.head_chunk_rows,
-            )
-        return read.sampled_N.cpu().numpy()
+            return self._engine(micro).sampled_N.cpu().numpy()
 
-    def open_group(
-        self, backend: str, host: str, rank_offsets: list[int], world: int, bucket_bytes: int, timeout_s: float
-    ) -> list[dict]:
+    def open_group(self, backend: str, host: str, rank_offsets: list[int], world: int, timeout_s: float) -> list[dict]:
         """Rank 0: prepare a weight group of `world` members; returns each generator's init info."""
-        self._sender = SENDERS[backend](host, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
+        self._sender = SENDERS[backend](host, bucket_bytes=self._bucket_bytes, timeout_s=timeout_s)
         return [self._sender.init_info(offset, world) for offset in rank_offsets]
 
     def join_group(self, world: int) -> None:
@@ -159,25 +170,45 @@ class LearnerRank:
             raise SyncFailed(f"the weight group of {world} members did not form: {e}") from e
 
     def update_info(self) -> dict:
-        """What an update carries: the same for every update, and for every generator."""
-        described = metas(self._lm)
+        """What an update carries, in checkpoint names: the same for every update, and for every generator."""
+        described = self._described()
         return dict(
-            names=[m.name for m in described],
-            dtype_names=[m.dtype for m in described],
-            shapes=[list(m.shape) for m in described],
+            names=[meta.name for meta in described],
+            dtype_names=[meta.dtype for meta in described],
+            shapes=[list(meta.shape) for meta in described],
         )
 
     def send_weights(self) -> None:
-        """Rank 0: broadcast the live weights. Raises SyncFailed when a member is gone or too slow."""
+        """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or too slow."""
+        weights = (w for bucket in self._gathered() for w in export.tensors(self._lm, bucket, self._parameters))
         try:
-            self._sender.send(self._lm)
+            if self._rank == 0:
+                self._sender.send(self._described(), weights)
         except RuntimeError as e:
             raise SyncFailed(f"the broadcast of version {self.version} broke off: {e}") from e
+        finally:
+            for _ in weights:  # every rank gathers to the end, also where the broadcast broke off
+                pass
 
     def save(self, folder: str) -> None:
-        """Rank 0 writes the Hugging Face checkpoint."""
-        if dist.get_rank() == 0:
-            checkpoint.save(self._lm, self._model, Path(folder))
+        """Rank 0 writes the Hugging Face checkpoint; a whole copy of the weights is in its host memory meanwhile."""
+        weights = {}
+        for bucket in self._gathered():
+            if self._rank == 0:
+                names = (name for piece in bucket for name in piece.parameters)
+                weights |= {name: self._parameters[name].detach().cpu() for name in names}
+        if self._rank == 0:
+            checkpoint.save(self._lm, weights, self._model, Path(folder))
+
+    def _gathered(self) -> Iterator[list[export.Piece]]:
+        """Collective: all weights, a bucket at a time; only those of the bucket in hand are whole under ZeRO-3."""
+        for bucket in buckets(self._pieces, self._bucket_bytes):
+            names = (name for piece in bucket for name in piece.parameters)
+            with deepspeed.zero.GatheredParameters([self._parameters[name] for name in names]):
+                yield bucket
+
+    def _described(self) -> list[TensorMeta]:
+        return [meta for piece in self._pieces for meta in piece.tensors]
 
     def _clip(self, optimizer, args, kwargs) -> None:
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._config.grad_clip)
@@ -189,12 +220,10 @@ class LearnerRank:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
 
 
-def _zero_stage(config: LearnerConfig) -> int:
-    """The stage that runs: bfloat16 needs one, as its wrapper without ZeRO begins with a step on zero gradients."""
-    return config.zero_stage or int(config.dtype == "bfloat16")
-
-
-def _deepspeed_config(config: LearnerConfig) -> dict:
+def _deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict:
+    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 10 * hidden_size}  # norms and biases
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # the plan decides how many micro-batches make a step
@@ -207,7 +236,8 @@ def _deepspeed_config(config: LearnerConfig) -> dict:
                 "torch_adam": True,  # DeepSpeed's own are compiled on first use, with a compiler that may be absent
             },
         },
-        "zero_optimization": {"stage": _zero_stage(config)},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "gradient_clipping": config.grad_clip if _zero_stage(config) else 0.0,  # absent, it would be 1.0
+        "data_types": {"grad_accum_dtype": "fp32"},  # over micro-batches, whatever the weights are
+        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,  # absent, it would be 1.0
     }

@@ -1,16 +1,13 @@
 """The learner's side of a weight update: rank 0 of one group over all generators' workers."""
 
+import math
+from collections import deque
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor
 
 from async_opd.collective import TensorMeta, broadcast, buckets, free_port, gloo_group
-
-
-def metas(module: nn.Module) -> list[TensorMeta]:
-    """What an update carries, in order. Tied weights appear once, under the name of the first."""
-    return [
-        TensorMeta(name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in module.named_parameters()
-    ]
 
 
 class GlooSender:
@@ -19,6 +16,7 @@ class GlooSender:
     def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
         self.host, self.port = host, free_port(host)
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._flats: list[Tensor] = []
 
     def init_info(self, rank_offset: int, world: int) -> dict:
         """What vLLM's `init_weight_transfer_engine` gets on one generator."""
@@ -35,12 +33,25 @@ class GlooSender:
         """Wait until every worker has joined, at most the timeout."""
         self._group = gloo_group(self.host, self.port, rank=0, world=world, timeout_s=self._timeout_s)
 
-    def send(self, module: nn.Module) -> None:
-        """Broadcast every weight, one bucket at a time: one bucket is all the memory it adds."""
-        params = dict(module.named_parameters())
-        for bucket in buckets(metas(module), self._bucket_bytes):
-            flat = torch.cat([params[meta.name].detach().flatten() for meta in bucket]).cpu()
-            broadcast(self._group, flat)
+    def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
+        """Broadcast `weights`, which are `described`: one bucket travels while the next is gathered and copied.
+
+        Two buckets of host memory, made at the first call, are all the memory it adds.
+        """
+        weights, travelling = iter(weights), deque()
+        planned = list(buckets(described, self._bucket_bytes))
+        if not self._flats:
+            largest = max(sum(meta.nbytes for meta in bucket) for bucket in planned)
+            self._flats = [torch.empty(largest, dtype=torch.uint8) for _ in planned[:2]]
+        for at, bucket in enumerate(planned):
+            if len(travelling) == 2:
+                travelling.popleft().wait()
+            flat = self._flats[at % 2][: sum(meta.nbytes for meta in bucket)].view(getattr(torch, bucket[0].dtype))
+            for part in flat.split([math.prod(meta.shape) for meta in bucket]):
+                part.copy_(next(weights).flatten())
+            travelling.append(broadcast(self._group, flat))
+        for work in travelling:
+            work.wait()
 
 
 class NcclSender:
@@ -67,12 +78,12 @@ class NcclSender:
 
         self._group = trainer_init(dict(master_address=self.host, master_port=self.port, world_size=world))
 
-    def send(self, module: nn.Module) -> None:
-        """Broadcast every weight in vLLM's packed chunks."""
+    def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
+        """Broadcast `weights`, which are `described`, in vLLM's packed chunks."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         packed_nccl_broadcast_producer(
-            iterator=((name, p.detach()) for name, p in module.named_parameters()),
+            iterator=zip((meta.name for meta in described), weights, strict=True),
             group=self._group,
             src=0,
             post_iter_func=lambda item: item[1],

@@ -1,6 +1,7 @@
 """One optimizer step on one rank: forward, objective, the one reduction, backward."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +36,56 @@ class Student(nn.Module):
         )
 
 
-def token_loss(objective: Objective, micro: MicroBatch, read: Read) -> TokenLoss:
+def token_batch(micro: MicroBatch, read: Read) -> TokenBatch:
+    """What an objective sees of one micro-batch."""
+    return TokenBatch(
+        student_logp_N=read.sampled_N,
+        behaviour_logp_N=micro.behaviour_logp_N,
+        teacher_logp_N=micro.teacher_logp_N,
+        segment_N=micro.segment_N,
+        reward_S=micro.reward_S,
+        student_logp_NK=read.candidates_NK,
+        teacher_logp_NK=micro.teacher_logp_NK,
+        student_entropy_N=read.entropy_N,
+        teacher_entropy_N=micro.teacher_entropy_N,
+    )
+
+
+def token_loss(objective: Objective, micro: MicroBatch, read: Read, statistics: dict[str, Tensor]) -> TokenLoss:
     """The objective's unreduced loss [N] of one micro-batch; an empty one gives an empty loss that joins backward."""
     if not len(micro.targets_N):
         return TokenLoss(read.sampled_N, read.sampled_N.detach())
-    return objective.loss(
-        TokenBatch(
-            student_logp_N=read.sampled_N,
-            behaviour_logp_N=micro.behaviour_logp_N,
-            teacher_logp_N=micro.teacher_logp_N,
-            segment_N=micro.segment_N,
-            reward_S=micro.reward_S,
-            student_logp_NK=read.candidates_NK,
-            teacher_logp_NK=micro.teacher_logp_NK,
-            student_entropy_N=read.entropy_N,
-            teacher_entropy_N=micro.teacher_entropy_N,
-        )
-    )
+    return objective.loss(replace(token_batch(micro, read), statistics=statistics))
+
+
+@torch.no_grad()
+def batch_statistics(
+    module: Callable[..., Read],
+    all_reduce: Callable[[Tensor, str], None],
+    objective: Objective,
+    micros: list[MicroBatch],
+) -> dict[str, Tensor]:
+    """The sums and maxima that `objective` declares, over the kept tokens of every micro-batch and rank, 0-d float32.
+
+    One forward of each micro-batch, and none where nothing is declared. A maximum over no token is -inf.
+    """
+    needs = objective.needs()
+    start = dict.fromkeys(needs.sums, 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
+    if not start:
+        return {}
+    device = micros[0].ids_L.device
+    found = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in start.items()}
+    for micro in micros:
+        read = module(micro, entropy=needs.student_entropy)
+        if micro.keep_N.any():
+            value_N = objective.statistics(token_batch(micro, read))
+            for name in needs.sums:
+                found[name] += value_N[name][micro.keep_N].sum(dtype=torch.float64)
+            for name in needs.maxima:
+                found[name] = torch.maximum(found[name], value_N[name][micro.keep_N].max().double())
+    for name, value in found.items():
+        all_reduce(value, "sum" if name in needs.sums else "max")
+    return {name: value.float() for name, value in found.items()}
 
 
 def accumulate(
@@ -69,11 +103,12 @@ def accumulate(
     """
     count = torch.stack([micro.keep_N.sum() for micro in micros]).sum().double()
     all_reduce(count, "sum")
+    statistics = batch_statistics(module, all_reduce, objective, micros)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=count.device)
     maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=count.device)
     for micro in micros:
         read = module(micro, entropy=objective.needs().student_entropy)
-        result = token_loss(objective, micro, read)
+        result = token_loss(objective, micro, read, statistics)
         loss = result.loss_N[micro.keep_N].sum() / count.clamp(min=1)
         backward(loss.float())
         _measure(micro, read, result, sums, maxima)

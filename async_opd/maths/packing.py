@@ -1,14 +1,17 @@
 """Which trajectory goes to which learner rank and micro-batch. Plain integers: the driver plans from lengths alone."""
 
 
-def plan(lengths: list[int], *, ranks: int, tokens: int) -> list[list[list[int]]]:
+def plan(lengths: list[int], *, ranks: int, tokens: int, width: int) -> list[list[list[int]]]:
     """Spread trajectories of `lengths` tokens over ranks, and each rank's share over micro-batches of ≤ `tokens`.
 
     Returns [rank][micro-batch][index into lengths]. Every rank gets the same number of micro-batches (an empty one
-    still joins the collectives). Longest first, each to the lightest rank, then to the first micro-batch with room.
-    A trajectory longer than `tokens` has a micro-batch of its own. Deterministic in `lengths`.
+    still joins the collectives). Longest first, each to the rank with the least cost, then to the first micro-batch
+    with room. A trajectory longer than `tokens` has a micro-batch of its own. Deterministic in `lengths`.
 
-    >>> plan([5, 4, 3, 2], ranks=2, tokens=5)
+    cost = n · (12 · width + n): a layer of hidden size `width` does about 12 · width² multiplications for each of n
+    tokens in its matrices (4 in attention, 8 in the MLP), and n · width for it in causal attention (n / 2 keys, twice).
+
+    >>> plan([5, 4, 3, 2], ranks=2, tokens=5, width=64)
     [[[0], [3]], [[1], [2]]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -17,7 +20,7 @@ def plan(lengths: list[int], *, ranks: int, tokens: int) -> list[list[list[int]]
     for i in order:
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(i)
-        load[rank] += lengths[i]
+        load[rank] += lengths[i] * (12 * width + lengths[i])
     packed = [_first_fit(share, lengths, tokens) for share in shares]
     most = max(1, max(map(len, packed)))
     return [micros + [[] for _ in range(most - len(micros))] for micros in packed]

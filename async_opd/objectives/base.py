@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,6 +27,7 @@ class TokenBatch:
     teacher_logp_NK: Tensor | None = None  # at the same candidates
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # 0-d float32, by the names `needs` declares
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def needs(self) -> Needs:
         """What the teacher and the learner must compute, score and ship for this objective."""
         return Needs()
+
+    def statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What each declared sum or maximum is taken of, [N] by name; the learner reduces it over the kept tokens of
+        every micro-batch and rank, without gradient, before any `loss` is asked for. A sum of ones counts them."""
+        raise NotImplementedError
 
     def loss(self, batch: TokenBatch) -> TokenLoss:
         """Loss of each response token, [N], to be minimised. Sees all tokens; exclusion comes in the reduction."""

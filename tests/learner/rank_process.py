@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from centred import Centred
 
 from async_opd.errors import Diverged
 from async_opd.learner.config import LearnerConfig
@@ -33,41 +34,75 @@ def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
     return Group(prompt=prompt, rollouts=(rollout,)), (scores,), (verdict,)
 
 
+def weights(learner: LearnerRank) -> list[torch.Tensor]:
+    """A copy of every weight, gathered from all ranks."""
+    copies = []
+    for bucket in learner._gathered():
+        copies += [learner._parameters[name].detach().clone() for piece in bucket for name in piece.parameters]
+    return copies
+
+
 def fail(learner: LearnerRank, step: Callable[[], object]) -> dict:
     """Take a step that must not move the weights; says what became of it."""
-    before = [p.detach().clone() for p in learner._lm.parameters()]
+    before = weights(learner)
     try:
         step()
         error = None
     except Diverged as raised:
         error = str(raised)
-    unmoved = all(torch.equal(a, b) for a, b in zip(before, learner._lm.parameters(), strict=True))
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
     return dict(error=error, unmoved=unmoved, version=learner.version)
 
 
-def main(rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict) -> None:
+def poison_gradient(module, args, out):
+    """A forward hook: the gradient of the last hidden states is not a number."""
+    if out.requires_grad:
+        out.register_hook(lambda gradient: gradient * float("nan"))
+
+
+OBJECTIVES = dict(opd=Opd(truncate=5.0), centred=Centred())
+
+
+def main(
+    rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict, objective: str, lopsided: bool
+) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
-        config, Opd(truncate=5.0), model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
-        truncated="mask", seed=0, rank=rank, timeout_s=60.0,
+        config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
+        truncated="mask", seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096,
     )  # fmt: skip
     learner.start(rendezvous)
+    held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
-    mine = plan([3 + n for n in LENGTHS], ranks=config.ranks, tokens=config.micro_batch_tokens)[rank]
+    lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
+    mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[0 if lopsided else rank]
+    if lopsided and rank:  # everything is rank 0's, and the others only join in
+        mine = [[] for _ in mine]
     pairs = [[(i, 0) for i in micro] for micro in mine]
 
-    def step() -> dict[str, float]:
-        return learner.step(pairs, list(verdicts), *groups, *scores).metrics
+    def logprobs() -> list[float]:
+        return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
 
-    result = dict(micro_batches=len(pairs), metrics=[step() for _ in range(steps)])
+    def step() -> dict[str, float]:
+        metrics = learner.step(pairs, list(verdicts), *groups, *scores).metrics
+        moved = weights(learner)  # as an update does, between any two steps
+        assert all(w.isfinite().all() for w in moved)
+        return metrics
+
+    result = dict(held=held, micro_batches=len(pairs), before=logprobs(), metrics=[step() for _ in range(steps)])
+    if config.dtype == "bfloat16":
+        optimizer = learner._engine.optimizer
+        sums = (
+            optimizer.grad_partitions_flat_buffer if config.zero_stage == 3 else optimizer.fp32_groups_gradients_flat[0]
+        )
+        result["accumulates"] = str(sums.dtype)
     learner.save(f"{out}.model")
-    result["logprobs"] = learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
-    weight, last = learner._lm.base_model.norm.weight, rank == config.ranks - 1  # only the last rank goes wrong
-    hook = weight.register_hook(lambda gradient: gradient * (float("nan") if last else 1))
+    result["logprobs"] = logprobs()
+    norm, last = learner._lm.base_model.norm, rank == config.ranks - 1  # only the last rank goes wrong
+    hook = norm.register_forward_hook(poison_gradient if last else lambda *_: None)
     result["gradient"] = fail(learner, step)
     hook.remove()
-    if last:
-        weight.data[0] = float("inf")
+    norm.register_forward_hook(lambda module, args, out: out * (float("inf") if last else 1))
     result["loss"] = fail(learner, step)
     Path(out).write_text(json.dumps(result))
 

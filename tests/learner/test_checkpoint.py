@@ -15,10 +15,14 @@ def source(tmp_path):
     return str(tmp_path / "source")
 
 
+def save(model, source, folder):
+    checkpoint.save(model, dict(model.named_parameters()), source, folder)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_loads_with_equal_weights_and_its_tokenizer(tiny_lm, source, tmp_path, tied):
     model = tiny_lm(tie_word_embeddings=tied, attn_implementation=causal_lm.ATTENTION)
-    checkpoint.save(model, source, tmp_path / "deep" / "out")
+    save(model, source, tmp_path / "deep" / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "deep" / "out").get_vocab() == build_tokenizer().get_vocab()
@@ -26,9 +30,9 @@ def test_a_checkpoint_loads_with_equal_weights_and_its_tokenizer(tiny_lm, source
 
 
 def test_a_checkpoint_replaces_an_older_one_whole(tiny_lm, source, tmp_path):
-    checkpoint.save(tiny_lm(seed=0), source, tmp_path / "out")
+    save(tiny_lm(seed=0), source, tmp_path / "out")
     (tmp_path / "out" / "left_over").touch()
-    checkpoint.save(tiny_lm(seed=1), source, tmp_path / "out")
+    save(tiny_lm(seed=1), source, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.lm_head.weight, tiny_lm(seed=1).lm_head.weight)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
@@ -36,9 +40,9 @@ def test_a_checkpoint_replaces_an_older_one_whole(tiny_lm, source, tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint(tiny_lm, source, tmp_path):
-    checkpoint.save(tiny_lm(seed=0), source, tmp_path / "out")
+    save(tiny_lm(seed=0), source, tmp_path / "out")
     with pytest.raises(OSError):
-        checkpoint.save(tiny_lm(seed=1), str(tmp_path / "nothing here"), tmp_path / "out")
+        save(tiny_lm(seed=1), str(tmp_path / "nothing here"), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.lm_head.weight, tiny_lm(seed=0).lm_head.weight)
 
@@ -46,5 +50,5 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(tiny_lm, source, tmp_path
 def test_what_an_interrupted_save_left_behind_is_no_hindrance(tiny_lm, source, tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "half").touch()
-    checkpoint.save(tiny_lm(), source, tmp_path / "out")
+    save(tiny_lm(), source, tmp_path / "out")
     assert not (tmp_path / "out" / "half").exists() and not (tmp_path / ".out.partial").exists()

@@ -16,21 +16,31 @@ STEPS = 5
 SETTINGS = dict(lr=1e-3, grad_clip=2.0, warmup_steps=2, schedule="linear", micro_batch_tokens=20, weight_decay=0.1)
 
 
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=True)
+
+
 @pytest.fixture(scope="module")
 def train(tiny_lm, tmp_path_factory):
     """Trains the same student on the same data, each rank in its own process, once for the same settings."""
     folder = tmp_path_factory.mktemp("ranks")
-    model = folder / "student"
-    tiny_lm().save_pretrained(model)
-    build_tokenizer().save_pretrained(model)
 
     @cache
-    def train(ranks, zero_stage, dtype="float32") -> tuple[list[dict], Path]:
+    def student(family):
+        model = folder / family
+        tiny_lm(family, **(EXPERTS if family == "Qwen3Moe" else {})).save_pretrained(model)
+        build_tokenizer().save_pretrained(model)
+        return str(model)
+
+    @cache
+    def train(
+        ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, **settings
+    ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
-        job = dict(rendezvous=f"tcp://127.0.0.1:{free_port('127.0.0.1')}", model=str(model), steps=STEPS)
-        settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype)
-        outs = [folder / f"{ranks}-{zero_stage}-{dtype}.{rank}" for rank in range(ranks)]
-        jobs = [json.dumps(job | dict(settings=settings, rank=rank, out=str(out))) for rank, out in enumerate(outs)]
+        job = dict(rendezvous=f"tcp://127.0.0.1:{free_port('127.0.0.1')}", model=student(family), steps=STEPS)
+        settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype) | settings
+        job |= dict(settings=settings, objective=objective, lopsided=lopsided)
+        outs = [folder / f"{ranks}-{zero_stage}-{dtype}-{family}.{rank}" for rank in range(ranks)]
+        jobs = [json.dumps(job | dict(rank=rank, out=str(out))) for rank, out in enumerate(outs)]
         script = Path(__file__).with_name("rank_process.py")
         processes = [subprocess.Popen([sys.executable, script, job]) for job in jobs]
         try:
@@ -47,12 +57,11 @@ def weights(path):
     return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_two_ranks_of_any_zero_stage_train_like_one(train, stage):
-    (one,), expected = train(1, 0)
-    both, saved = train(2, stage)
-    assert one["micro_batches"] == 3 and [rank["micro_batches"] for rank in both] == [2, 2]
+def check_equal(alone, sharded):
+    """Metrics, log-probs and checkpoint of two ranks are those of one."""
+    ((one,), expected), (both, saved) = alone, sharded
     for rank in both:
+        assert rank["before"] == pytest.approx(one["before"], abs=1e-5)
         for got, step in zip(rank["metrics"], one["metrics"], strict=True):
             assert got == pytest.approx(step, rel=1e-4, abs=1e-5)
         assert rank["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
@@ -61,14 +70,29 @@ def test_two_ranks_of_any_zero_stage_train_like_one(train, stage):
         torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_of_any_zero_stage_train_like_one(train, stage):
+    check_equal(train(1, 0), train(2, stage))
+    (one,), (both, _) = train(1, 0)[0], train(2, stage)
+    assert one["micro_batches"] == 3 and [rank["micro_batches"] for rank in both] == [2, 2]
+    assert [rank["held"] for rank in both] == [0 if stage == 3 else one["held"]] * 2
+
+
+def test_experts_shared_embeddings_statistics_and_a_rank_with_nothing_to_do_are_no_trouble_to_zero_3(train):
+    """Nor are the optimizer on the host, activation checkpointing and a head that is read in chunks."""
+    common = dict(family="Qwen3Moe", objective="centred")
+    frugal = dict(lopsided=True, offload_optimizer=True, gradient_checkpointing=True, head_chunk_rows=3)
+    check_equal(train(1, 0, **common), train(2, 3, **common, **frugal))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_weights_move(train, stage):
     for rank in train(2, stage)[0]:
         assert "gradient" in rank["gradient"]["error"]
         assert rank["gradient"]["unmoved"] and rank["gradient"]["version"] == STEPS
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_the_weights_move(train, stage):
     for rank in train(2, stage)[0]:
         assert rank["loss"] == dict(error="step 6: loss nan over 34 tokens", unmoved=True, version=STEPS)
@@ -96,10 +120,12 @@ def test_a_saved_checkpoint_gives_the_log_probs_of_the_live_student(train):
     assert not list(saved.parent.glob(".*.partial"))
 
 
-def test_bfloat16_trains_much_like_float32_and_stops_at_the_same_faults(train):
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_bfloat16_trains_much_like_float32_and_stops_at_the_same_faults(train, ranks, stage):
     (one,), _ = train(1, 0)
-    (half,), _ = train(1, 0, "bfloat16")
+    half, *_ = train(ranks, stage, "bfloat16")[0]
     for got, expected in zip(half["metrics"], one["metrics"], strict=True):
         assert got["kl"] == pytest.approx(expected["kl"], rel=0.05)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.15)
     assert "gradient" in half["gradient"]["error"] and half["gradient"]["unmoved"]
+    assert half["accumulates"] == "torch.float32"

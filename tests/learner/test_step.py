@@ -1,10 +1,12 @@
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from centred import Centred
 
-from async_opd.learner.step import accumulate
+from async_opd.learner.step import accumulate, batch_statistics
 from async_opd.maths.logprobs import Read
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.topk_kl import TopkKl
@@ -68,6 +70,58 @@ def test_three_micro_batches_equal_one(student, samples, packed, bounds, cut):
     micros = [packed(*samples[a:b], **bounds) for a, b in pairwise(cut)]
     parts, gradients = run(student, Opd(), micros)
     assert parts == pytest.approx(whole, abs=1e-6)
+    for got, parameter in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def counted(student):
+    """The student, and the number of its forwards with and without gradient."""
+    forwards = Counter()
+    student.register_forward_hook(lambda *_: forwards.update([torch.is_grad_enabled()]))
+    return student, forwards
+
+
+def test_statistics_are_those_of_the_kept_tokens_of_the_formula(student, samples, packed, bounds):
+    micros = [packed(*samples[:2], **bounds), packed(), packed(*samples[2:], **bounds)]
+    found = batch_statistics(student, lambda tensor, op: None, Centred(), micros)
+    advantages = []
+    for s, kept in zip(samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True):
+        logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
+        advantages.append((torch.as_tensor(s.scores.sampled_logp) - logp_T)[torch.tensor(kept).bool()])
+    kept_N = torch.cat(advantages).detach()
+    expected = dict(advantage=kept_N.sum(), tokens=torch.tensor(15.0), largest=kept_N.max())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [[0, 2, 3, 6], [0, 1, 1, 6], [0, 4, 5, 6]])
+def test_gradients_by_statistics_of_the_batch_do_not_depend_on_its_split(student, samples, packed, bounds, cut):
+    whole, expected = run(student, Centred(), [packed(*samples, **bounds)])
+    parts, gradients = run(student, Centred(), [packed(*samples[a:b], **bounds) for a, b in pairwise(cut)])
+    assert parts == pytest.approx(whole, abs=1e-6)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected)
+    for got, parameter in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
+
+
+def test_statistics_cost_a_forward_without_gradient_and_none_is_paid_where_none_are_declared(counted, samples, packed):
+    student, forwards = counted
+    micros = [packed(*samples[:3]), packed(*samples[3:])]
+    run(student, Opd(), micros)
+    assert forwards == {True: 2}
+    forwards.clear()
+    run(student, Centred(), micros)
+    assert forwards == {False: 2, True: 2}
+
+
+def test_gradients_are_the_same_with_activation_checkpointing(student, samples, packed):
+    metrics, expected = run(student, Opd(), [packed(*samples)])
+    student.lm.train().gradient_checkpointing_enable({"use_reentrant": False})
+    calls = Counter()
+    student.lm.base_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.update(["forward"]))
+    again, gradients = run(student, Opd(), [packed(*samples)])
+    assert calls["forward"] == 2  # recomputed in backward: it was at work
+    assert again == pytest.approx(metrics, abs=1e-6)
     for got, parameter in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
 

@@ -63,8 +63,8 @@ async def test_tied_student_agrees_with_vllm_after_three_updates_at_temperature_
     await check_three_updates(demo_config(tmp_path, *FAST, "rollout.temperature=0.7"))
 
 
-async def test_untied_student_on_two_ranks_agrees_with_two_generators_after_three_updates(tmp_path, untied):
-    pairs = ("rollout.generators=2", "teacher.replicas=2", "learner.ranks=2", "learner.zero_stage=2")
+async def test_untied_student_sharded_over_two_ranks_agrees_with_two_generators_after_three_updates(tmp_path, untied):
+    pairs = ("rollout.generators=2", "teacher.replicas=2", "learner.ranks=2", "learner.zero_stage=3")
     await check_three_updates(demo_config(tmp_path, *FAST, *pairs, f"student.model={untied}"))
 
 

@@ -1,0 +1,49 @@
+"""A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny one is up in a second
+or two, where an actor with an engine of its own takes twenty."""
+
+import os
+
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+from async_opd.rollout.generator import RequestOutputKind, SamplingParams  # sets what vLLM reads when it is imported
+
+from vllm import LLM  # isort: skip
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+_engines: list[LLM] = []
+
+
+def start(model: str) -> None:
+    """Replace the engine by a new one with the weights of `model`."""
+    for engine in _engines:
+        engine.llm_engine.engine_core.shutdown()
+    _engines[:] = [
+        LLM(
+            model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, block_size=128,
+            max_num_seqs=8, logprobs_mode="processed_logprobs", disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend="gloo"),
+        )
+    ]  # fmt: skip
+
+
+def join(info: dict) -> None:
+    """Join the weight group."""
+    _engines[0].init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+
+def update(info: dict) -> None:
+    """Take one update."""
+    _engines[0].start_weight_update()
+    _engines[0].update_weights(WeightTransferUpdateRequest(update_info=info))
+    _engines[0].finish_weight_update()
+    _engines[0].reset_prefix_cache()
+
+
+def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
+    """A fresh sample after the prompt, with its log-probs."""
+    sampling = SamplingParams(
+        max_tokens=tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+    output = _engines[0].generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0].outputs[0]
+    return list(output.token_ids), list(output.logprobs.logprobs)
