@@ -32,9 +32,9 @@ class _Host:
         result = getattr(self._role, method)(*args)
         return await result if inspect.isawaitable(result) else result
 
-    async def keep(self, method: str, *args: Any) -> tuple[None, Any]:
-        """As `call`, for a result that stays a reference: the caller awaits the None beside it."""
-        return None, await self.call(method, *args)
+    async def keep(self, method: str, *args: Any) -> tuple[Any, ...]:
+        """As `call`, for several results that stay references: the caller awaits the None before them."""
+        return None, *await self.call(method, *args)
 
     async def address(self) -> tuple[str, int]:
         """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
@@ -56,10 +56,10 @@ class _Actor:
     async def call(self, timeout_s: float, method: str, *args: Any) -> Any:
         return await self.result(self.handle.call.remote(method, *args), timeout_s, method)
 
-    async def pair(self, timeout_s: float, how: str, method: str, *args: Any) -> tuple[Any, Ref]:
-        """A call with two results: the first awaited, the second left where it is."""
-        first, second = getattr(self.handle, how).options(num_returns=2).remote(method, *args)
-        return await self.result(first, timeout_s, method), second
+    async def spread(self, timeout_s: float, count: int, how: str, method: str, *args: Any) -> tuple[Any, list[Ref]]:
+        """A call with 1 + `count` results: the first awaited, the others left where they are."""
+        first, *rest = getattr(self.handle, how).options(num_returns=1 + count).remote(method, *args)
+        return await self.result(first, timeout_s, method), rest
 
     async def address(self, timeout_s: float) -> tuple[str, int]:
         """Where the actor runs; answered once its role is built."""
@@ -82,6 +82,12 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
+def start_ray() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
 class Cluster:
     """Every actor of one run, started side by side on the cluster at RAY_ADDRESS, or on a local one made for this run.
 
@@ -95,7 +101,7 @@ class Cluster:
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
     def __enter__(self) -> "Cluster":
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_ray()
         self._gpus = 1 if ray.cluster_resources().get("GPU") else 0
         return self
 

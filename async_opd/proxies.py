@@ -1,6 +1,7 @@
 """The ports over actors: which call, which timeout, which results stay references."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,33 @@ class Actor(Protocol):
     """A role in a process of its own."""
 
     async def call(self, timeout_s: float, method: str, *args: Any) -> Any: ...
-    async def pair(self, timeout_s: float, how: str, method: str, *args: Any) -> tuple[Any, Ref]: ...
+    async def spread(
+        self, timeout_s: float, count: int, how: str, method: str, *args: Any
+    ) -> tuple[Any, list[Ref]]: ...
+
+
+class Together:
+    """Requests of the same few milliseconds travel in one remote call, which costs the driver the same for one group
+    as for many: prompts that were handed out together tend to finish together."""
+
+    LINGER_S = 0.005
+
+    def __init__(self, send: Callable[[list[Ref]], Awaitable[list[Any]]]):
+        self._send = send
+        self._batch: list[Ref] = []
+
+    async def __call__(self, item: Ref) -> Any:
+        """The result of `item`; an error of the call is every item's."""
+        if not self._batch:
+            self._sent = asyncio.create_task(self._flush())
+        self._batch.append(item)
+        at, sent = len(self._batch) - 1, self._sent
+        return (await asyncio.shield(sent))[at]
+
+    async def _flush(self) -> list[Any]:
+        await asyncio.sleep(self.LINGER_S)
+        batch, self._batch = self._batch, []
+        return await self._send(batch)
 
 
 class GeneratorProxy:
@@ -26,12 +53,10 @@ class GeneratorProxy:
         self._sent = 0  # requests since the last update: what `resume` waits for
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        self._sent += 1
-        return await self._actor.pair(self._generate_s, "call", "generate", prompt)
+        return await self._group("generate", prompt)
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        self._sent += 1
-        return await self._actor.pair(self._generate_s, "call", "greedy", prompt)
+        return await self._group("greedy", prompt)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         self._sent += 1
@@ -52,6 +77,11 @@ class GeneratorProxy:
     async def check_health(self) -> None:
         await self._actor.call(self._generate_s, "check_health")
 
+    async def _group(self, method: str, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        self._sent += 1
+        meta, (group,) = await self._actor.spread(self._generate_s, 1, "call", method, prompt)
+        return meta, group
+
 
 class TeacherProxy:
     """`ports.Teacher` over an actor."""
@@ -59,13 +89,14 @@ class TeacherProxy:
     def __init__(self, actor: Actor, config: Config, eos_ids: list[int]):
         self._actor, self._config, self._score_s = actor, config, config.timeout.score_s
         self._eos_ids = eos_ids
+        self.score = Together(self._score_all)
 
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
         settings = self._config.rollout.max_new_tokens, self._eos_ids
         return await self._actor.call(self._config.timeout.generate_s, "greedy", prompts, *settings)
 
-    async def score(self, group: Ref) -> Ref:
-        _, scores = await self._actor.pair(self._score_s, "keep", "score", group)
+    async def _score_all(self, groups: list[Ref]) -> list[Ref]:
+        _, scores = await self._actor.spread(self._score_s, len(groups), "keep", "score_all", *groups)
         return scores
 
 
@@ -74,9 +105,14 @@ class VerifierProxy:
 
     def __init__(self, actor: Actor, config: Config):
         self._actor, self._score_s = actor, config.timeout.score_s
+        self._together = Together(self._check_all)
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:
-        return await self._actor.call(self._score_s, "check", group)
+        verdicts = await self._together(group)
+        return await self._actor.call(self._score_s, "late", verdicts) if isinstance(verdicts, str) else verdicts
+
+    async def _check_all(self, groups: list[Ref]) -> list[tuple[Verdict, ...] | str]:
+        return await self._actor.call(self._score_s, "check_all", *groups)
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         return await self._actor.call(self._score_s, "check_response", id, ids, answer)

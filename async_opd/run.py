@@ -1,5 +1,6 @@
 """One run from its config to its run directory."""
 
+import asyncio
 import gc
 import json
 import subprocess
@@ -8,17 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from async_opd import evaluate, toy
-from async_opd.actors import Cluster
+from async_opd.actors import Cluster, start_ray
 from async_opd.config import Config
 from async_opd.errors import DataError
 from async_opd.metrics import Console, Jsonl, Meter, Observed, Row, Sink
-from async_opd.rollout.prompts import PromptSource
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
-from async_opd.wire import Prompt
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
 
@@ -27,29 +25,25 @@ async def run(config: Config) -> Row:
     """Train as `config` says; returns what is written to `summary.json`."""
     run_dir = _make_dir(Path(config.run.dir))
     config = resolve_toy(config, run_dir)
-    tokenizer = _tokenizer(config)
-    _check_teacher(config, tokenizer)
-    own_rendering = config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
-    prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, teacher_args=own_rendering)
-    _check_epochs(config, prompts)
-    held_out = _held_out(config, tokenizer)
+    inputs = await _inputs(config, training=True)
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
     jsonl = Jsonl(run_dir / "metrics.jsonl")
     sinks: list[Sink] = [jsonl, Console(config.run.steps), *observers]
     print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
-    with Cluster(config, eos_ids=_eos_ids(config), tokenizer=tokenizer.backend_tokenizer) as cluster:
+    with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
         print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
         gc.collect()
-        gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        summary = await train(config, roles, iter(prompts), held_out, run_dir, Meter(sinks))
+        gc.freeze()  # or each full collection looks through all that was imported, holding the loop for 0.2 s
+        summary = await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, Meter(sinks))
     jsonl.close()
     for observer in observers:
         observer.close(timeout_s=10)
-    summary |= {"prompts_skipped": len(prompts.skipped), "observer_rows_lost": sum(o.lost for o in observers)}
+    skipped = len(inputs.prompts.skipped)
+    summary |= {"prompts_skipped": skipped, "observer_rows_lost": sum(o.lost for o in observers)}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
@@ -59,10 +53,23 @@ async def run_eval(config: Config) -> evaluate.Accuracy:
     if config.eval is None:
         raise DataError("eval: the config has no [eval] section")
     config = resolve_toy(config, Path(config.run.dir))
-    tokenizer = _tokenizer(config)
-    held_out = _held_out(config, tokenizer)
-    with Cluster(config, eos_ids=_eos_ids(config), tokenizer=tokenizer.backend_tokenizer) as cluster:
-        return await evaluate.of_generators(*await cluster.evaluators(), held_out)
+    inputs = await _inputs(config, training=False)
+    with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
+        return await evaluate.of_generators(*await cluster.evaluators(), inputs.held_out)
+
+
+async def _inputs(config: Config, *, training: bool):
+    """Tokenizer and data. Their libraries take seconds to import, and so does a cluster to start: side by side."""
+
+    def read():
+        from async_opd import inputs
+
+        return inputs.read(config, training=training)
+
+    reading = asyncio.create_task(asyncio.to_thread(read))
+    await asyncio.sleep(0)  # off to its thread, before Ray blocks this one
+    start_ray()
+    return await reading
 
 
 def _make_dir(path: Path) -> Path:
@@ -94,63 +101,6 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
         data=replace(config.data, path=resolve(config.data.path)),
         eval=config.eval and replace(config.eval, path=resolve(config.eval.path)),
     )
-
-
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    return _load("student.model", AutoTokenizer, config.student.model, config.run.trust_remote_code)
-
-
-def _load(key: str, kind: type, model: str, trust_remote_code: bool):
-    try:
-        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
-
-
-def _check_epochs(config: Config, prompts: PromptSource) -> None:
-    """Refuse fewer rows than the steps need, where that can be known before the end of a stream."""
-    epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
-    if epochs and not config.data.streaming and epochs * len(prompts) < needed:
-        raise DataError(
-            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps = {config.run.steps} needs {needed}"
-        )
-
-
-def _check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose tokens mean something else, or cannot all be scored."""
-    args = config.teacher.model, config.run.trust_remote_code
-    theirs = _load("teacher.model", AutoTokenizer, *args).get_vocab()
-    ours = tokenizer.get_vocab()
-    if ours != theirs:
-        differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        raise DataError(
-            f"teacher.model = {config.teacher.model!r}: its tokenizer disagrees with the student's on {len(differ)} "
-            f"tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, teacher {theirs.get(differ[0])})"
-        )
-    size = _load("teacher.model", AutoConfig, *args).vocab_size
-    if size < len(tokenizer):
-        raise DataError(f"teacher.model = {config.teacher.model!r}: {size} logits for {len(tokenizer)} tokens")
-    if config.objective.needs().teacher_topk > len(tokenizer):
-        raise DataError(f"objective.k = {config.objective.needs().teacher_topk}: the vocabulary has {len(tokenizer)}")
-
-
-def _eos_ids(config: Config) -> list[int]:
-    """Ids that end a response, from the generation config (its text models hold one id or several)."""
-    try:
-        eos = GenerationConfig.from_pretrained(config.student.model).eos_token_id
-    except OSError:
-        eos = _load("student.model", AutoConfig, config.student.model, config.run.trust_remote_code).eos_token_id
-    if eos is None:
-        raise DataError(f"student.model = {config.student.model!r}: no eos_token_id in its generation config or config")
-    return [eos] if isinstance(eos, int) else list(eos)
-
-
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    if config.eval is None:
-        return []
-    data = msgspec.structs.replace(config.data, path=config.eval.path, split=config.eval.split, streaming=False)
-    own_rendering = config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
-    return PromptSource(data, tokenizer, seed=0, teacher_args=own_rendering).first(config.eval.problems)
 
 
 def environment() -> dict:

@@ -8,8 +8,9 @@ from pathlib import Path
 from async_opd import evaluate
 from async_opd.config import Config
 from async_opd.errors import LoopEnded
+from async_opd.evaluate import Accuracy
 from async_opd.maths import lag
-from async_opd.metrics import Meter
+from async_opd.metrics import Meter, Row
 from async_opd.ports import Generator, Learner, Ready, Teacher, Verifier
 from async_opd.stream.produce import Producer
 from async_opd.stream.publish import Publisher
@@ -49,11 +50,9 @@ async def train(
             health = tasks.create_task(_never_ends(watch_health(roles.generators, config.timeout.health_s)))
             await publisher.connect()
             await publisher.publish(0, admit=lambda: None)
-            found = await _before(config, roles, held_out)
+            before = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
             await loop.run(prompts, tasks)
-            if held_out:
-                after = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
-                found |= {"accuracy_after": after.share, "eval_unknown": found["eval_unknown"] + after.unknown}
+            found = await _evaluated(config, roles, held_out, before) if held_out else {}
             health.cancel()
         await roles.learner.save(str(run_dir / "checkpoint"))
     except BaseExceptionGroup as group:
@@ -143,21 +142,18 @@ def _timed(roles: Roles, meter: Meter) -> Roles:
     )
 
 
-async def _before(config: Config, roles: Roles, held_out: list[Prompt]) -> dict[str, float | int | None]:
-    if not held_out:
-        return {}
-    student = evaluate.of_generators(roles.generators, roles.verifier, held_out)
-    if not config.teacher.evaluate:
-        before, teacher = await student, None
-    else:
-        before, teacher = await asyncio.gather(
-            student, evaluate.of_teacher(roles.teachers[0], roles.verifier, held_out)
-        )
+async def _evaluated(config: Config, roles: Roles, held_out: list[Prompt], before: Accuracy) -> Row:
+    """Accuracies for the summary. The teacher's comes last: nobody waits for it, and its replica is idle now."""
+    after = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
+    teacher = None
+    if config.teacher.evaluate:
+        teacher = await evaluate.of_teacher(roles.teachers[0], roles.verifier, held_out)
     return {
         "accuracy_before": before.share,
+        "accuracy_after": after.share,
         "teacher_accuracy": teacher and teacher.share,
         "eval_problems": before.problems,
-        "eval_unknown": before.unknown,
+        "eval_unknown": before.unknown + after.unknown,
     }
 
 

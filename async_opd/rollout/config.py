@@ -33,6 +33,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
     truncated: Literal["train", "mask", "drop"] = "train"  # what becomes of a rollout cut by max_new_tokens
     dtype: Literal["float32", "bfloat16"] = "float32"
+    enforce_eager: bool = False  # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85

@@ -48,6 +48,10 @@ class TransformersTeacher:
             self._arrived.notify_all()
         return tuple(await asyncio.gather(*futures))
 
+    async def score_all(self, *groups: Group) -> list[tuple[Scores, ...]]:
+        """Scores of several groups."""
+        return await asyncio.gather(*map(self.score, groups))
+
     async def _serve(self) -> None:
         """Waits for a request, then at most `flush_s` for a full batch; ends only with the actor."""
         while True:

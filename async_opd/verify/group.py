@@ -9,6 +9,8 @@ from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check, Group, Verdict
 
+PATIENCE_S = 0.5  # the longest a quick check waits for a slow one beside it
+
 
 class GroupVerifier:
     """Decodes responses and has each checked against its prompt's reference answer."""
@@ -16,6 +18,7 @@ class GroupVerifier:
     def __init__(self, config: VerifyConfig, decode: Callable[[np.ndarray], str]):
         self._config, self._decode = config, decode
         self._pool = VerifierPool(config.workers, config.timeout_s, config.memory_gib)
+        self._late: dict[str, asyncio.Task] = {}
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
@@ -28,6 +31,17 @@ class GroupVerifier:
             for r in group.rollouts
         )
         return tuple(await asyncio.gather(*map(self._pool.check, checks)))
+
+    async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
+        """The verdicts of each group; for one that is not decided in PATIENCE_S its id, to be asked for by `late`."""
+        checks = {group.prompt.id: asyncio.create_task(self.check(group)) for group in groups}
+        await asyncio.wait(checks.values(), timeout=PATIENCE_S)
+        self._late |= {id: check for id, check in checks.items() if not check.done()}
+        return [check.result() if check.done() else id for id, check in checks.items()]
+
+    async def late(self, id: str) -> tuple[Verdict, ...]:
+        """The verdicts of a group that was slow."""
+        return await self._late.pop(id)
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         """A verdict for one response that is no rollout, such as the teacher's own."""

@@ -1,8 +1,8 @@
 """Rules of the package, read from its source by `ast`.
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
-causal_lm → objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → evaluate → train →
-actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` belongs to its role.
+causal_lm → objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → inputs, evaluate →
+train → actors → run → cli → __main__. Units of one rank never import each other; a role's `config.py` is its own.
 """
 
 import ast
@@ -21,7 +21,8 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "causal_lm"],
-    ["objectives"], ROLES, ["config"], ["evaluate"], ["train", "proxies"], ["actors"], ["run"], ["cli"], ["__main__"],
+    ["objectives"], ROLES, ["config"], ["inputs", "evaluate"], ["train", "proxies"], ["actors"], ["run"], ["cli"],
+    ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {

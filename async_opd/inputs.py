@@ -1,0 +1,92 @@
+"""What a run reads before its actors start: tokenizer, prompts and held-out problems, all checked.
+
+Importing this takes seconds (transformers, datasets): `run` does it beside the start of the cluster.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from async_opd.config import Config
+from async_opd.errors import DataError
+from async_opd.rollout.prompts import PromptSource
+from async_opd.wire import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The student's tokenizer, the ids that end a response, and the data."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: list[int]
+    prompts: PromptSource | None  # None: only for an evaluation
+    held_out: list[Prompt]
+
+
+def read(config: Config, *, training: bool = True) -> Inputs:
+    """Read and check what `config` names. Raises DataError naming the key."""
+    tokenizer = _load("student.model", AutoTokenizer, config.student.model, config.run.trust_remote_code)
+    prompts = None
+    if training:
+        check_teacher(config, tokenizer)
+        prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, teacher_args=_own_rendering(config))
+        check_epochs(config, prompts)
+    return Inputs(tokenizer=tokenizer, eos_ids=eos_ids(config), prompts=prompts, held_out=_held_out(config, tokenizer))
+
+
+def _own_rendering(config: Config) -> dict | None:
+    """Template arguments of the teacher's rendering of a prompt; None where it is the student's."""
+    return config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
+
+
+def _load(key: str, kind: type, model: str, trust_remote_code: bool):
+    try:
+        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+
+
+def check_epochs(config: Config, prompts: PromptSource) -> None:
+    """Refuse fewer rows than the steps need, where that can be known before the end of a stream."""
+    epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
+    if epochs and not config.data.streaming and epochs * len(prompts) < needed:
+        raise DataError(
+            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps = {config.run.steps} needs {needed}"
+        )
+
+
+def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose tokens mean something else, or cannot all be scored."""
+    args = config.teacher.model, config.run.trust_remote_code
+    theirs = _load("teacher.model", AutoTokenizer, *args).get_vocab()
+    ours = tokenizer.get_vocab()
+    if ours != theirs:
+        differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise DataError(
+            f"teacher.model = {config.teacher.model!r}: its tokenizer disagrees with the student's on {len(differ)} "
+            f"tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, teacher {theirs.get(differ[0])})"
+        )
+    size = _load("teacher.model", AutoConfig, *args).vocab_size
+    if size < len(tokenizer):
+        raise DataError(f"teacher.model = {config.teacher.model!r}: {size} logits for {len(tokenizer)} tokens")
+    if config.objective.needs().teacher_topk > len(tokenizer):
+        raise DataError(f"objective.k = {config.objective.needs().teacher_topk}: the vocabulary has {len(tokenizer)}")
+
+
+def eos_ids(config: Config) -> list[int]:
+    """Ids that end a response, from the generation config (its text models hold one id or several)."""
+    try:
+        eos = GenerationConfig.from_pretrained(config.student.model).eos_token_id
+    except OSError:
+        eos = _load("student.model", AutoConfig, config.student.model, config.run.trust_remote_code).eos_token_id
+    if eos is None:
+        raise DataError(f"student.model = {config.student.model!r}: no eos_token_id in its generation config or config")
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    if config.eval is None:
+        return []
+    data = msgspec.structs.replace(config.data, path=config.eval.path, split=config.eval.split, streaming=False)
+    return PromptSource(data, tokenizer, seed=0, teacher_args=_own_rendering(config)).first(config.eval.problems)

@@ -1,0 +1,63 @@
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from async_opd.config import load
+from async_opd.errors import DataError
+from async_opd.inputs import check_epochs, check_teacher, eos_ids
+from async_opd.rollout.prompts import PromptSource
+from async_opd.run import resolve_toy
+from async_opd.toy import STUDENT
+
+
+def demo(tmp_path, *overrides: str):
+    return resolve_toy(load("configs/demo.toml", [f"run.dir={tmp_path}/run", *overrides]), tmp_path)
+
+
+def edited(folder, file: str, **changes) -> str:
+    """A copy of the shipped student with `changes` made to one of its JSON files."""
+    shutil.copytree(STUDENT, folder)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+def test_a_teacher_whose_tokens_mean_something_else_is_refused(tmp_path):
+    shutil.copytree(STUDENT, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["3"], vocabulary["7"] = vocabulary["7"], vocabulary["3"]
+    file.write_text(json.dumps(tokenizer))
+    config = demo(tmp_path, f"teacher.model={tmp_path}/other")
+    with pytest.raises(DataError, match="disagrees with the student's on 2 tokens, such as '3'"):
+        check_teacher(config, AutoTokenizer.from_pretrained(STUDENT))
+
+
+def test_a_teacher_with_a_padded_vocabulary_is_accepted_and_a_smaller_one_is_not(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    padded = edited(tmp_path / "padded", "config.json", vocab_size=32)
+    check_teacher(demo(tmp_path, f"teacher.model={padded}"), tokenizer)
+    small = edited(tmp_path / "small", "config.json", vocab_size=20)
+    with pytest.raises(DataError, match="20 logits for 24 tokens"):
+        check_teacher(demo(tmp_path, f"teacher.model={small}"), tokenizer)
+
+
+def test_more_candidates_than_tokens_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"objective\.k = 25: the vocabulary has 24"):
+        check_teacher(demo(tmp_path, "objective.k=25"), AutoTokenizer.from_pretrained(STUDENT))
+
+
+def test_end_ids_come_from_the_generation_config(tmp_path):
+    assert eos_ids(demo(tmp_path)) == [1]
+    several = edited(tmp_path / "several", "generation_config.json", eos_token_id=[1, 5])
+    assert eos_ids(demo(tmp_path, f"student.model={several}")) == [1, 5]
+
+
+def test_too_few_rows_for_the_steps_are_refused_before_anything_starts(tmp_path):
+    config = demo(tmp_path, "data.epochs=1", "run.steps=300")
+    source = PromptSource(config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0)
+    with pytest.raises(DataError, match=r"data\.epochs = 1: 1 x 20480 rows, but run.steps = 300 needs 28800"):
+        check_epochs(config, source)
