@@ -21,8 +21,8 @@ test: setup lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: setup
-	$(BIN)/ruff check async_opd tests
-	$(BIN)/ruff format --check async_opd tests
+	$(BIN)/ruff check async_opd tests benchmarks
+	$(BIN)/ruff format --check async_opd tests benchmarks
 
 clean:
 	rm -rf .venv runs

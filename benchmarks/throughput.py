@@ -12,6 +12,7 @@ CPU-second of each role's processes. In the running loop they also update weight
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -101,7 +102,10 @@ async def run(config: Config, folder: Path) -> dict:
             marks[row["step"]] = (time.monotonic(), cpu_seconds())
 
     with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
-        summary = await train(config, await cluster.roles(), iter(prompts), [], folder, Meter([mark]))
+        roles = await cluster.roles()
+        gc.collect()
+        gc.freeze()  # as `async_opd.run` does
+        summary = await train(config, roles, iter(prompts), [], folder, Meter([mark]))
     (began, cpu_before), (ended, cpu_after) = marks[WARM_UP], marks[STEPS]
     wall, cpu = ended - began, {process: cpu_after[process] - cpu_before[process] for process in cpu_after}
     trained = sum(row["tokens"] for row in rows[WARM_UP:])
