@@ -150,7 +150,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm():
     def flat(rows: int, width: int) -> FlatLogprobs:
         return FlatLogprobs(token_ids=list(range(width)) * rows, logprobs=[-1.0] * width * rows)
 
-    async def engine_takes(id: str, prompt: dict, sampling: None) -> None:
+    async def engine_takes(id: str, prompt: dict, sampling: None, *, priority: int) -> None:
         assert type(prompt["prompt_token_ids"]) is list
 
     async def engine_scores(ids: np.ndarray, *, prompt_logprobs: int, **_) -> SimpleNamespace:
