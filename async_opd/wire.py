@@ -7,7 +7,7 @@ run on construction and on arrival, so a bad message fails where it arrives, nam
 """
 
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -57,6 +57,8 @@ class Prompt(Struct):
     answer: str  # reference answer, for the verifier
     teacher_ids: np.ndarray | None = None  # int32 [P'] where the teacher renders the prompt its own way
     attempt: int = 0  # how often it was re-issued
+    teacher: str = ""  # name of the teacher that scores it, where there are several
+    taught: bool = False  # the teacher itself is to answer it
 
     def __post_init__(self):
         for field in ("ids", "teacher_ids"):
@@ -84,13 +86,16 @@ class Rollout(Struct):
     behaviour_logp: np.ndarray  # float32 [T], under the weights that sampled each token
     spans: tuple[Span, ...]  # cover [0, T) in order, versions increasing
     truncated: bool  # cut by the length limit, so without an end token
-    candidate_ids: np.ndarray | None = None  # int32 [T, K], ids the student wants scored
+    candidate_ids: np.ndarray | None = None  # int32 [T, K], ids of the behaviour policy that the teacher scores too
+    candidate_logp: np.ndarray | None = None  # float32 [T, K], under the behaviour policy, where they are samples of it
 
     def __post_init__(self):
         _array(self.id, "ids", self.ids, np.int32, 1)
         if self.candidate_ids is not None:
             _array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
             _rows(self.id, "candidate_ids", self.candidate_ids, len(self.ids))
+        if self.candidate_logp is not None:
+            _logp(self.id, "candidate_logp", self.candidate_logp, np.shape(self.candidate_ids))
         _logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
         at, version = 0, -1
         for span in self.spans:
@@ -139,14 +144,19 @@ class GroupMeta(Struct):
 
 
 class Needs(Struct):
-    """What an objective wants scored. Made by the objective; consumed by the teacher and the learner."""
+    """What an objective wants supplied. Made by the objective; consumed by generator, teacher and learner."""
 
     teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
-    teacher_at_student_ids: int = 0  # K: the teacher's log-probs at the rollout's own `candidate_ids`
+    teacher_at_student_ids: int = 0  # K: the teacher's log-probs at the rollout's own `candidate_ids`, which are
+    student_ids: Literal["likeliest", "sampled"] = "likeliest"  # these of the behaviour policy at each position
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
+    reference: bool = False  # log-prob of the sampled token under the reference
     student_entropy: bool = False
-    sums: tuple[str, ...] = ()  # statistics over the kept tokens of the whole step, from `Objective.statistics`,
-    maxima: tuple[str, ...] = ()  # at the price of one more forward of everything
+    hidden_state: bool = False  # of the student, what its head reads
+    sums: tuple[str, ...] = ()  # statistics over the kept tokens of the whole step, from `Objective.statistics`
+    maxima: tuple[str, ...] = ()
+    first_pass: bool = False  # they read the live student, at the price of one more forward of everything
+    running: tuple[str, ...] = ()  # moments over the trajectories of all past steps, from `Objective.episode`
 
 
 class Scores(Struct):
