@@ -200,6 +200,7 @@ class Cluster:
             max_lag_steps=run.max_lag_steps,
             stale=run.stale,
             truncated=self._config.rollout.truncated,
+            cap=self._config.rollout.max_new_tokens,
             seed=run.seed,
             rank=rank,
             timeout_s=self._config.timeout.step_s,

@@ -24,7 +24,7 @@ MISTAKES = {
     "setting in the wrong section": ("run.lr=1e-4", ["run.lr = 0.0001", "did you mean 'learner.lr'?"]),
     "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'?"]),
     "nothing like it": ("sync.zzz=1", ["sync.zzz = 1", "allowed: backend, bucket_mib, timeout_s, parity_every_steps"]),
-    "setting of another objective": ("objective.tag=opd", ["objective.k = 24: no such setting", "truncate"]),
+    "setting of another objective": ("objective.tag=opd", ["objective.k = 24: no such setting", "correction"]),
     "misspelt objective": ("objective.tag=topkl", ["objective.tag = 'topkl'", "'opd'", "did you mean 'topk_kl'?"]),
     "objective without a tag": (('tag = "topk_kl"', ""), ["objective.tag: missing; must be ", "'topk_kl'"]),
     "objective as a word": ("objective=opd", ["objective = 'opd': must be a section [objective] with tag"]),

@@ -90,8 +90,9 @@ def way(teacher: TransformersTeacher, tokens: int) -> None:
     queue.put(Ready(1, group.prompt, meta, group, scores, verdicts, (0,)))
     (ready,) = result(queue.take(104))
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
-    sample = Sample(prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdict=verdicts[0])
-    micro = pack([sample], live=104, max_lag_steps=4, stale="mask", truncated="train", device=torch.device("cpu"))
+    sample = Sample(prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts)
+    bounds = dict(live=104, max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
+    micro = pack([sample], **bounds, device=torch.device("cpu"))
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
 
 

@@ -1,5 +1,6 @@
 """From groups and scores to packed micro-batches of tensors."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ class Sample:
 
     prompt: Prompt
     rollout: Rollout
-    scores: Scores
-    verdict: Verdict
+    scores: Scores | None  # None: the teacher's own answer
+    verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
+    reference: Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +36,37 @@ class MicroBatch:
     segment_N: Tensor  # int64
     behaviour_logp_N: Tensor
     teacher_logp_N: Tensor
+    key_S: Tensor  # int64, names the trajectory
     reward_S: Tensor  # NaN: unknown
+    group_reward_SG: Tensor  # of all samples of the prompt
+    cap_S: Tensor  # most tokens a response may have
     candidate_ids_NK: Tensor | None
+    behaviour_logp_NK: Tensor | None
     teacher_logp_NK: Tensor | None
     teacher_entropy_N: Tensor | None
+    reference_logp_N: Tensor | None
+    taught: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
 
 
 def pack(
-    samples: list[Sample], *, live: int, max_lag_steps: int, stale: str, truncated: str, device: torch.device
+    samples: list[Sample], *, live: int, max_lag_steps: int, stale: str, truncated: str, cap: int, device: torch.device
 ) -> MicroBatch:
     """Pack `samples` (possibly none: such a micro-batch still joins every collective) under live version `live`.
 
     `stale` and `truncated` say "mask" where such tokens stay visible to the objective but leave the reduction.
     Raises StaleTrajectory for a token over the bound where the policy is "drop": the queue must not have let it by.
-    Raises WireError where scores and rollout do not belong together.
+    Raises WireError where scores and rollout do not belong together, or answers of teacher and student come together.
     """
-    for s in samples:
-        found = {s.scores.id, s.verdict.id}
-        if found != {s.rollout.id} or len(s.scores.sampled_logp) != len(s.rollout.ids):
-            raise WireError(f"{s.rollout.id}: paired with {found}, {len(s.scores.sampled_logp)} scores")
-    versions = [s.rollout.versions() for s in samples]
+    taught = any(s.prompt.taught for s in samples)
+    scores = [_scores(s) for s in samples]
+    for s, given in zip(samples, scores, strict=True):
+        found = {given.id, *([s.reference.id] if s.reference else [])}
+        decided = {v.id for v in s.verdicts}
+        if found != {s.rollout.id} or s.rollout.id not in decided or len(given.sampled_logp) != len(s.rollout.ids):
+            raise WireError(f"{s.rollout.id}: paired with {found | decided}, {len(given.sampled_logp)} scores")
+        if s.prompt.taught != taught:
+            raise WireError(f"{s.rollout.id}: packed with answers of {'the teacher' if taught else 'the student'}")
+    versions = [np.full(len(s.rollout.ids), live) if taught else s.rollout.versions() for s in samples]
     fresh = [lag.fresh(v, live, max_lag_steps) for v in versions]
     if stale == "drop":
         for s, ok in zip(samples, fresh, strict=True):
@@ -70,7 +83,9 @@ def pack(
     def optional(parts: list[np.ndarray | None], dtype: torch.dtype) -> Tensor | None:
         return None if not parts or parts[0] is None else flat(parts, dtype)
 
-    scores = [s.scores for s in samples]
+    own = not samples or scores[0].topk_ids is None
+    candidates = [s.rollout.candidate_ids for s in samples] if own else [s.topk_ids for s in scores]
+    rewards = [[_reward(v) for v in s.verdicts] for s in samples]
     return MicroBatch(
         ids_L=flat(ids, torch.int64),
         segment_lengths=[len(part) for part in ids],
@@ -81,10 +96,25 @@ def pack(
         segment_N=flat([np.full(len(s.rollout.ids), i) for i, s in enumerate(samples)], torch.int64),
         behaviour_logp_N=flat([s.rollout.behaviour_logp for s in samples], torch.float32),
         teacher_logp_N=flat([s.sampled_logp for s in scores], torch.float32),
-        reward_S=torch.tensor(
-            [float("nan") if s.verdict.correct is None else float(s.verdict.correct) for s in samples], device=device
-        ),
-        candidate_ids_NK=optional([s.topk_ids for s in scores], torch.int64),
-        teacher_logp_NK=optional([s.topk_logp for s in scores], torch.float32),
+        key_S=torch.tensor([zlib.crc32(s.rollout.id.encode()) for s in samples], dtype=torch.int64, device=device),
+        reward_S=torch.tensor([_reward(v) for s in samples for v in s.verdicts if v.id == s.rollout.id], device=device),
+        group_reward_SG=torch.tensor(rewards, device=device).reshape(len(samples), -1 if samples else 0),
+        cap_S=torch.full((len(samples),), float(cap), device=device),
+        candidate_ids_NK=optional(candidates, torch.int64),
+        behaviour_logp_NK=optional([s.rollout.candidate_logp for s in samples], torch.float32),
+        teacher_logp_NK=optional([s.candidate_logp if own else s.topk_logp for s in scores], torch.float32),
         teacher_entropy_N=optional([s.entropy for s in scores], torch.float32),
+        reference_logp_N=optional([s.reference and s.reference.sampled_logp for s in samples], torch.float32),
+        taught=taught,
     )
+
+
+def _scores(sample: Sample) -> Scores:
+    """The teacher's scores; of its own answer, what it was sampled with."""
+    if sample.scores is not None:
+        return sample.scores
+    return Scores(id=sample.rollout.id, sampled_logp=sample.rollout.behaviour_logp)
+
+
+def _reward(verdict: Verdict) -> float:
+    return float("nan") if verdict.correct is None else float(verdict.correct)

@@ -21,7 +21,8 @@ from async_opd.learner import checkpoint, export
 from async_opd.learner.batch import Sample, pack
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.publish import SENDERS
-from async_opd.learner.step import Student, accumulate
+from async_opd.learner.step import Moment, Student, accumulate
+from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.wire import Group, Scores, StepResult, Verdict
 
@@ -40,6 +41,7 @@ class LearnerRank:
         max_lag_steps: int,
         stale: str,
         truncated: str,
+        cap: int,
         seed: int,
         rank: int,
         timeout_s: float,
@@ -48,13 +50,14 @@ class LearnerRank:
     ):
         """Keep the settings; `start` does the work once rank 0 has an address.
 
-        `bucket_bytes` of weights are gathered and sent at once.
+        `cap` is the most tokens a response may have. `bucket_bytes` of weights are gathered and sent at once.
         """
         self._config, self._objective, self._model, self._temperature = config, objective, model, temperature
-        self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated)
+        self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap)
         self._steps, self._seed, self._rank, self._timeout_s = steps, seed, rank, timeout_s
         self._bucket_bytes, self._trust_remote_code = bucket_bytes, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._running = {name: Moments() for name in objective.needs().running}
         self.version = 0
 
     def start(self, rendezvous: str) -> None:
@@ -108,19 +111,23 @@ class LearnerRank:
     def step(self, plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], *data) -> StepResult:
         """Train one step on `plan`: per micro-batch, pairs of (index of group, sample).
 
-        `data` holds the groups, then their scores, in one order. Raises Diverged on every rank before the optimizer
-        moves if a loss or gradient is not finite anywhere.
+        `data` holds the groups, then their scores (None for the teacher's own answers), then, where there is a
+        reference, its scores, in one order. Raises Diverged on every rank before the optimizer moves if a loss or
+        gradient is not finite anywhere.
         """
-        groups: tuple[Group, ...] = data[: len(verdicts)]
-        scores: tuple[tuple[Scores, ...], ...] = data[len(verdicts) :]
+        count = len(verdicts)
+        groups: tuple[Group, ...] = data[:count]
+        scores: tuple[tuple[Scores, ...] | None, ...] = data[count : 2 * count]
+        references: tuple[tuple[Scores, ...] | None, ...] = data[2 * count :] or (None,) * count
         micros = [
             pack(
                 [
                     Sample(
                         prompt=groups[g].prompt,
                         rollout=groups[g].rollouts[s],
-                        scores=scores[g][s],
-                        verdict=verdicts[g][s],
+                        scores=scores[g] and scores[g][s],
+                        verdicts=verdicts[g],
+                        reference=references[g] and references[g][s],
                     )
                     for g, s in pairs
                 ],
@@ -130,12 +137,13 @@ class LearnerRank:
             )
             for pairs in plan
         ]
-        metrics = accumulate(
+        metrics, running = accumulate(
             self._engine,
             lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
             self._all_reduce,
             self._objective,
             micros,
+            Moment(step=self.version + 1, running=self._running),
         )
         if not math.isfinite(metrics["loss"]) or metrics["tokens"] == 0:
             raise Diverged(f"step {self.version + 1}: loss {metrics['loss']} over {metrics['tokens']:.0f} tokens")
@@ -145,7 +153,7 @@ class LearnerRank:
             raise Diverged(f"step {self.version + 1}: the gradient is not finite")
         zero = self._config.zero_stage > 0
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
-        self.version += 1
+        self.version, self._running = self.version + 1, running
         return StepResult(version=self.version, metrics=metrics)
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
@@ -198,7 +206,8 @@ class LearnerRank:
                 names = (name for piece in bucket for name in piece.parameters)
                 weights |= {name: self._parameters[name].detach().cpu() for name in names}
         if self._rank == 0:
-            checkpoint.save(self._lm, weights, self._model, Path(folder))
+            state = {"version": self.version, "running": {name: m._asdict() for name, m in self._running.items()}}
+            checkpoint.save(self._lm, weights, self._model, state, Path(folder))
 
     def _gathered(self) -> Iterator[list[export.Piece]]:
         """Collective: all weights, a bucket at a time; only those of the bucket in hand are whole under ZeRO-3."""

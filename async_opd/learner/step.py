@@ -1,7 +1,7 @@
 """One optimizer step on one rank: forward, objective, the one reduction, backward."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,16 @@ from transformers import PreTrainedModel
 
 from async_opd import causal_lm
 from async_opd.learner.batch import MicroBatch
-from async_opd.maths.importance import effective_sample_size
+from async_opd.learner.measure import Measured
+from async_opd.maths import segments
+from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Read, read_logprobs
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch, TokenLoss
+from async_opd.objectives.base import TokenBatch
+from async_opd.wire import Needs
+
+COUNTS = ("tokens", "sequences", "taught")
+Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
 
 
 class Student(nn.Module):
@@ -22,142 +28,128 @@ class Student(nn.Module):
         super().__init__()
         self.lm, self.temperature, self.chunk_rows = lm, temperature, chunk_rows
 
-    def forward(self, micro: MicroBatch, entropy: bool = False) -> Read:
-        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and entropies if asked."""
+    def forward(self, micro: MicroBatch, needs: Needs = Needs()) -> Read:  # noqa: B008, it is immutable
+        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and what `needs` asks for."""
         hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)
-        return read_logprobs(
-            hidden_LD[micro.rows_N],
+        hidden_ND = hidden_LD[micro.rows_N]
+        read = read_logprobs(
+            hidden_ND,
             causal_lm.head(self.lm),
             micro.targets_N,
             temperature=self.temperature,
             chunk_rows=self.chunk_rows,
-            entropy=entropy,
+            entropy=needs.student_entropy,
             candidate_ids_NK=micro.candidate_ids_NK,
         )
+        return read._replace(hidden_ND=hidden_ND.detach()) if needs.hidden_state else read
 
 
-def token_batch(micro: MicroBatch, read: Read) -> TokenBatch:
-    """What an objective sees of one micro-batch."""
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a step is made with besides its micro-batches, the same on every rank."""
+
+    step: int = 1  # the one that is being made, from 1
+    running: dict[str, Moments] = field(default_factory=dict)  # over the trajectories of all past steps
+    taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
+
+
+def token_batch(
+    micro: MicroBatch, read: Read | None, moment: Moment, statistics: dict[str, Tensor] | None = None
+) -> TokenBatch:
+    """What an objective sees of one micro-batch; without `read`, nothing of the live student."""
+    read = read or Read(*[None] * 5)
     return TokenBatch(
         student_logp_N=read.sampled_N,
         behaviour_logp_N=micro.behaviour_logp_N,
         teacher_logp_N=micro.teacher_logp_N,
         segment_N=micro.segment_N,
+        key_S=micro.key_S,
         reward_S=micro.reward_S,
+        group_reward_SG=micro.group_reward_SG,
+        cap_S=micro.cap_S,
+        step=moment.step,
+        reference_logp_N=micro.reference_logp_N,
         student_logp_NK=read.candidates_NK,
+        behaviour_logp_NK=micro.behaviour_logp_NK,
         teacher_logp_NK=micro.teacher_logp_NK,
         student_entropy_N=read.entropy_N,
         teacher_entropy_N=micro.teacher_entropy_N,
+        hidden_ND=read.hidden_ND,
+        statistics=statistics or {},
+        running=moment.running,
     )
-
-
-def token_loss(objective: Objective, micro: MicroBatch, read: Read, statistics: dict[str, Tensor]) -> TokenLoss:
-    """The objective's unreduced loss [N] of one micro-batch; an empty one gives an empty loss that joins backward."""
-    if not len(micro.targets_N):
-        return TokenLoss(read.sampled_N, read.sampled_N.detach())
-    return objective.loss(replace(token_batch(micro, read), statistics=statistics))
 
 
 @torch.no_grad()
 def batch_statistics(
     module: Callable[..., Read],
-    all_reduce: Callable[[Tensor, str], None],
+    all_reduce: Reduce,
     objective: Objective,
     micros: list[MicroBatch],
+    moment: Moment,
 ) -> dict[str, Tensor]:
-    """The sums and maxima that `objective` declares, over the kept tokens of every micro-batch and rank, 0-d float32.
+    """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own answers (`taught`), and
+    the sums and maxima that `objective` declares over the kept tokens; of every micro-batch and rank, 0-d float64.
 
-    One forward of each micro-batch, and none where nothing is declared. A maximum over no token is -inf.
+    One forward of each micro-batch where the objective reads the live student for them. A maximum over no token is
+    -inf.
     """
     needs = objective.needs()
-    start = dict.fromkeys(needs.sums, 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
-    if not start:
-        return {}
+    start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
     device = micros[0].ids_L.device
     found = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in start.items()}
     for micro in micros:
-        read = module(micro, entropy=needs.student_entropy)
-        if micro.keep_N.any():
-            value_N = objective.statistics(token_batch(micro, read))
+        read = module(micro, needs) if needs.first_pass else None
+        found["taught" if micro.taught else "tokens"] += micro.keep_N.sum()
+        if micro.keep_N.any() and not micro.taught:
+            found["sequences"] += len(micro.segment_N[micro.keep_N].unique())
+            value_N = objective.statistics(token_batch(micro, read, moment))
             for name in needs.sums:
                 found[name] += value_N[name][micro.keep_N].sum(dtype=torch.float64)
             for name in needs.maxima:
                 found[name] = torch.maximum(found[name], value_N[name][micro.keep_N].max().double())
     for name, value in found.items():
-        all_reduce(value, "sum" if name in needs.sums else "max")
-    return {name: value.float() for name, value in found.items()}
+        all_reduce(value, "max" if name in needs.maxima else "sum")
+    return found
 
 
 def accumulate(
     module: Callable[..., Read],
     backward: Callable[[Tensor], None],
-    all_reduce: Callable[[Tensor, str], None],
+    all_reduce: Reduce,
     objective: Objective,
     micros: list[MicroBatch],
-) -> dict[str, float]:
+    moment: Moment,
+) -> tuple[dict[str, float], dict[str, Moments]]:
     """Forward and backward over this rank's micro-batches; gradients add up to those of one big batch.
 
-    loss = Σ over kept tokens of every rank ÷ their number, all-reduced before the first backward. `backward` takes
-    this rank's share of it. `all_reduce(tensor, "sum" | "max")` works in place. Returns metrics equal on all ranks.
+    loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says), all-reduced before the
+    first backward, + α · mean cross-entropy of the teacher's own answers. `backward` takes this rank's share of it.
+    Returns metrics, and the running moments with this step's trajectories; both are equal on all ranks.
     Non-finite losses show in `loss`: the caller must look before the optimizer moves.
     """
-    count = torch.stack([micro.keep_N.sum() for micro in micros]).sum().double()
-    all_reduce(count, "sum")
-    statistics = batch_statistics(module, all_reduce, objective, micros)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=count.device)
-    maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=count.device)
+    statistics = batch_statistics(module, all_reduce, objective, micros, moment)
+    needs, measured = objective.needs(), Measured(objective, micros[0].ids_L.device)
     for micro in micros:
-        read = module(micro, entropy=objective.needs().student_entropy)
-        result = token_loss(objective, micro, read, statistics)
-        loss = result.loss_N[micro.keep_N].sum() / count.clamp(min=1)
-        backward(loss.float())
-        _measure(micro, read, result, sums, maxima)
-    all_reduce(sums, "sum")
-    all_reduce(maxima, "max")
-    return _metrics(
-        count.item(), dict(zip(SUMS, sums.tolist(), strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True))
-    )
+        read = module(micro, Needs() if micro.taught else needs)
+        if not len(micro.targets_N):  # joins backward
+            backward(read.sampled_N.sum())
+        elif micro.taught:
+            share = -read.sampled_N[micro.keep_N].sum() / statistics["taught"].clamp(min=1)
+            backward((moment.taught_weight * share).float())
+            measured.taught(moment.taught_weight, share)
+        else:
+            batch = token_batch(micro, read, moment, statistics)
+            result = objective.loss(batch)
+            loss_N = result.loss_N * shares(objective, micro, statistics)
+            backward(loss_N[micro.keep_N].sum().float())
+            measured.add(micro, batch, result, loss_N)
+    return measured.reduced(all_reduce, statistics), measured.merged(moment.running)
 
 
-SUMS = ("loss", "kl", "weight", "weight_squared", "stale_log_ratio", "stale", "lag", "excluded")
-MAXIMA = ("weight", "mismatch", "lag")
-
-
-@torch.no_grad()
-def _measure(micro: MicroBatch, read: Read, result: TokenLoss, sums: Tensor, maxima: Tensor) -> None:
-    keep, lag_N = micro.keep_N, micro.lag_N
-    gap_N = (read.sampled_N - micro.behaviour_logp_N).abs()
-    fresh, stale = keep & (lag_N == 0), keep & (lag_N > 0)
-    weight_N = result.weight_N[keep].double()
-    sums += torch.stack(
-        [
-            result.loss_N[keep].double().sum(),
-            (read.sampled_N - micro.teacher_logp_N)[keep].double().sum(),
-            weight_N.sum(),
-            weight_N.square().sum(),
-            gap_N[stale].double().sum(),
-            stale.sum().double(),
-            lag_N[keep].double().sum(),
-            (~keep).sum().double(),
-        ]
-    )
-    for at, values in enumerate((weight_N, gap_N[fresh].double(), lag_N[keep].double())):
-        if len(values):
-            maxima[at] = torch.maximum(maxima[at], values.max())
-
-
-def _metrics(count: float, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
-    mean = {name: total / max(count, 1) for name, total in sums.items()}
-    return {
-        "tokens": count,
-        "tokens_excluded": sums["excluded"],
-        "loss": mean["loss"],
-        "kl": mean["kl"],  # nats a token: mean log π_student - log π_teacher of the sampled tokens
-        "weight_mean": mean["weight"],
-        "weight_max": maxima["weight"],
-        "weight_ess": effective_sample_size(sums["weight"], sums["weight_squared"], count),
-        "log_ratio_stale": sums["stale_log_ratio"] / max(sums["stale"], 1),  # nats, mean |student - behaviour|, lag > 0
-        "log_ratio_fresh_max": maxima["mismatch"],  # nats, max |student - behaviour| at lag 0: engine mismatch alone
-        "lag_mean": mean["lag"],
-        "lag_max": maxima["lag"],
-    }
+def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:
+    """What each kept token's loss is multiplied by in the one reduction, [N]."""
+    if objective.mean_over != "sequences":
+        return (1 / statistics[objective.mean_over].clamp(min=1)).expand(len(micro.segment_N))
+    kept_S = segments.sums(micro.keep_N.float(), micro.segment_N, len(micro.reward_S))
+    return 1 / (kept_S.clamp(min=1)[micro.segment_N] * statistics["sequences"].clamp(min=1))

@@ -16,6 +16,16 @@ def with_tail(logp_NK: Tensor) -> Tensor:
     return torch.cat([logp_NK, tail_N.log()[:, None]], dim=-1)
 
 
+def outcomes(logp_NK: Tensor, *, rest: str) -> Tensor:
+    """Log-probs that a divergence over K candidates is taken of: with a "bucket" for the rest ([N, K+1]), or with the
+    rest left out, which is to "renormalise" (a distribution over the K) or to "drop" (as they are).
+
+    >>> outcomes(torch.tensor([[0.5, 0.25]]).log(), rest="renormalise").exp()
+    tensor([[0.6667, 0.3333]])
+    """
+    return {"bucket": with_tail, "renormalise": lambda x: x.log_softmax(-1), "drop": lambda x: x}[rest](logp_NK)
+
+
 def kl(p_logp_NK: Tensor, q_logp_NK: Tensor) -> Tensor:
     """KL(p‖q) = Σ_k p_k (log p_k - log q_k), over the last axis as given. Returns [N], nats.
 
@@ -25,23 +35,13 @@ def kl(p_logp_NK: Tensor, q_logp_NK: Tensor) -> Tensor:
     return (p_logp_NK.exp() * (p_logp_NK - q_logp_NK)).sum(-1)
 
 
-def forward_kl(student_logp_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
-    """KL(teacher‖student) over candidates and tail. Returns [N], nats. Zero where they agree; exact when K = V."""
-    return kl(with_tail(teacher_logp_NK), with_tail(student_logp_NK))
+def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
+    """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β < 1, over the last
+    axis as given. Returns [N], nats.
 
-
-def reverse_kl(student_logp_NK: Tensor, teacher_logp_NK: Tensor) -> Tensor:
-    """KL(student‖teacher) over candidates and tail. Returns [N], nats. Zero where they agree; exact when K = V."""
-    return kl(with_tail(student_logp_NK), with_tail(teacher_logp_NK))
-
-
-def jensen_shannon(student_logp_NK: Tensor, teacher_logp_NK: Tensor, *, beta: float) -> Tensor:
-    """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β < 1. Returns [N].
-
-    >>> round(jensen_shannon(torch.tensor([[1.0]]).log(), torch.tensor([[1e-9]]).log(), beta=0.5).item(), 3)
+    >>> round(jensen_shannon(torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9, 1.0]]).log(), beta=0.5).item(), 3)
     0.693
     """
-    student, teacher = with_tail(student_logp_NK), with_tail(teacher_logp_NK)
     beta = torch.as_tensor(beta, dtype=student.dtype, device=student.device)
     mixed = torch.logaddexp(teacher + beta.log(), student + torch.log1p(-beta))
     return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)

@@ -1,20 +1,74 @@
-"""Importance ratios of the live student to the behaviour policy: detached multipliers that correct staleness."""
+"""Importance ratios of the live student to the behaviour policy: what corrects staleness.
 
+Log-ratios are clamped to ±20 nats, as the G-OPD code does (arXiv:2602.12125).
+"""
+
+import torch
 from torch import Tensor
+
+from async_opd.maths import segments
 
 LOG_RATIO_LIMIT = 20.0  # nats; e^20 is already far outside any bound, and fp32 stays finite
 
 
-def ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, *, truncate: float | None = None) -> Tensor:
-    """ρ = sg[π_student / π_behaviour] per token, or min(ρ, c) when `truncate` = c is given. Returns [N], detached.
+def ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor) -> Tensor:
+    """ρ = π_student / π_behaviour of each token, of any shape; carries gradient.
 
-    Log-ratios are clamped to ±20 nats, as the G-OPD code does (arXiv:2602.12125).
-
-    >>> ratio(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.9]).log(), truncate=1.5)
-    tensor([1.5000, 1.0000])
+    >>> ratio(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.9]).log())
+    tensor([2., 1.])
     """
-    log_ratio_N = (student_logp_N - behaviour_logp_N).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio_N.exp() if truncate is None else log_ratio_N.exp().clamp(max=truncate)
+    return _exp(student_logp_N - behaviour_logp_N)
+
+
+def sequence_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
+    """Π_t ρ_t over the token's trajectory, [N].
+
+    >>> sequence_ratio(torch.tensor([0.5, 0.3]).log(), torch.tensor([0.25, 0.2]).log(), torch.tensor([0, 0]), 1)
+    tensor([3., 3.])
+    """
+    return _exp(segments.sums(student_logp_N - behaviour_logp_N, segment_N, count)[segment_N])
+
+
+def geometric_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
+    """(Π_t ρ_t)^(1/T) over the token's trajectory of T tokens, [N].
+
+    >>> geometric_ratio(torch.tensor([0.5, 0.4]).log(), torch.tensor([0.25, 0.2]).log(), torch.tensor([0, 0]), 1)
+    tensor([2., 2.])
+    """
+    total_S = segments.sums(student_logp_N - behaviour_logp_N, segment_N, count)
+    return _exp((total_S / segments.lengths(segment_N, count).clamp(min=1))[segment_N])
+
+
+def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor) -> Tensor:
+    """Π_{k<t} ρ_k: of the tokens before t, the state that a dense term at t is taken in. Returns [N].
+
+    >>> prefix_ratio(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.1]).log(), torch.tensor([0, 0]))
+    tensor([1., 2.])
+    """
+    return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
+
+
+def bounded(ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None) -> Tensor:
+    """min(ρ, c), then ρ · 1[a ≤ ρ ≤ b], each where it is given. Any shape.
+
+    >>> bounded(torch.tensor([0.1, 1.0, 3.0]), at_most=2.0, between=(0.5, 5.0))
+    tensor([0., 1., 2.])
+    """
+    inside = 1.0 if between is None else (ratio >= between[0]) & (ratio <= between[1])
+    return (ratio if at_most is None else ratio.clamp(max=at_most)) * inside
+
+
+def clipped(ratio: Tensor, advantage: Tensor, *, clip: float, dual_clip: float | None) -> Tensor:
+    """The factor f for which PPO's surrogate is f · A; gradient flows in ρ where it is not clipped. Any shape.
+
+    min(ρA, clip(ρ, 1-ε, 1+ε)A) = A · min(ρ, 1+ε) where A ≥ 0, else A · max(ρ, 1-ε); a dual clip c > 1 makes the
+    latter A · min(max(ρ, 1-ε), c) (arXiv:1912.09729 Eq. 5).
+
+    >>> clipped(torch.tensor([1.5, 1.5, 9.0]), torch.tensor([1.0, -1.0, -1.0]), clip=0.2, dual_clip=3.0)
+    tensor([1.2000, 1.5000, 3.0000])
+    """
+    worse = ratio.clamp(min=1 - clip, max=dual_clip)
+    return torch.where(advantage >= 0, ratio.clamp(max=1 + clip), worse)
 
 
 def effective_sample_size(total: float, squares: float, count: float) -> float:
@@ -24,3 +78,7 @@ def effective_sample_size(total: float, squares: float, count: float) -> float:
     0.25
     """
     return total * total / (count * squares) if squares else 0.0
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

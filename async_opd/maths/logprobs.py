@@ -36,6 +36,7 @@ class Read(NamedTuple):
     candidates_NK: Tensor | None  # log-probs of `candidate_ids_NK`
     topk_ids_NK: Tensor | None  # int64
     topk_NK: Tensor | None  # log-probs, largest first; without gradient
+    hidden_ND: Tensor | None = None  # what it was read from, detached, where the caller adds it
 
 
 def read_logprobs(

@@ -12,4 +12,10 @@ def all_objectives() -> dict[str, type[Objective]]:
     """Every objective in this folder by its tag, the name it has in TOML. Imports each file, but not torch."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
-    return {cls.__struct_config__.tag: cls for cls in Objective.__subclasses__()}
+    return {cls.__struct_config__.tag: cls for cls in _below(Objective) if cls.__module__.startswith(__name__)}
+
+
+def _below(cls: type[Objective]) -> list[type[Objective]]:
+    """Subclasses at any depth that have a tag of their own, as in TOML."""
+    found = [below for child in cls.__subclasses__() for below in (child, *_below(child))]
+    return [child for child in found if child.__struct_config__.tag != child.__name__]

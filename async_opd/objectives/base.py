@@ -3,53 +3,146 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
+from msgspec import Meta
 
+from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
 from async_opd.wire import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from async_opd.maths.advantages import Moments
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """All response tokens of a packed micro-batch, prompts and padding already left out. Log-probs in nats, of logits
-    divided by the sampling temperature. Only `student_*` carry gradient. A field no need declares is None."""
+    """All response tokens of a packed micro-batch, prompts and padding already left out, the tokens of a trajectory
+    together and in order. Log-probs in nats, of logits divided by the sampling temperature. Only `student_*` log-probs
+    and entropies carry gradient. A field that no need declares is None, and in a first pass that does not read the
+    student its fields are too."""
 
-    student_logp_N: Tensor  # live student
+    student_logp_N: Tensor | None  # live student
     behaviour_logp_N: Tensor  # the weights that sampled each token
     teacher_logp_N: Tensor
     segment_N: Tensor  # int64, index of the token's trajectory in the micro-batch
+    key_S: Tensor  # int64, names the trajectory, whatever batch it is in
     reward_S: Tensor  # 1 right, 0 wrong, NaN unknown
+    group_reward_SG: Tensor  # rewards of all samples of the same prompt
+    cap_S: Tensor  # most tokens a response may have
+    step: int = 1  # the optimizer step that is being made, from 1
+    reference_logp_N: Tensor | None = None
+    proximal_logp_N: Tensor | None = None  # student before its step; None: the live one, as one step a batch has it
     student_logp_NK: Tensor | None = None  # at the candidates
-    teacher_logp_NK: Tensor | None = None  # at the same candidates
+    behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
+    teacher_logp_NK: Tensor | None = None
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # 0-d float32, by the names `needs` declares
+    hidden_ND: Tensor | None = None  # what the student's head reads, detached
+    statistics: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # 0-d float64, by the names `needs` declares, and `tokens`
+    running: dict[str, Moments] = field(default_factory=dict)  # of all past steps, by the names `needs` declares
+
+    @property
+    def trajectories(self) -> int:
+        """S."""
+        return len(self.reward_S)
 
 
-@dataclass(frozen=True)
-class TokenLoss:
-    """Unreduced result: the one reduction happens in the learner."""
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a method says of each token, before weights that compose with it; [N, M] where a position has M samples."""
 
-    loss_N: Tensor
-    weight_N: Tensor  # the detached importance weight each token's signal was multiplied by; for metrics
+    loss_N: Tensor  # unreduced, by the method's own weight
+    weight_N: Tensor  # the method's own, detached; 1 where it has none
+    advantage: Tensor | None = None  # detached; None for a divergence, which has none
+    ratio: Tensor | None = None  # detached factor for staleness; None: none is applied
+    shown: dict[str, Tensor] = field(default_factory=dict)  # [N] by name: their means over kept tokens are metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss(Terms):
+    """`Terms` with the composed weights multiplied in; exactly 0 outside `selected_N`. The one reduction is the
+    learner's."""
+
+    selected_N: Tensor  # bool
 
 
 class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="tag"):
-    """Settings of one objective and its maths. Subclasses set `tag` and say what they need."""
+    """Settings of one objective and its maths. A subclass sets `tag` and implements `wants` and `terms`; `selection`,
+    `measures` and `episode` where it has such. What follows composes with every objective."""
+
+    drift_gate: DriftGate | None = None
+    position: Position | None = None
+    random: RandomShare | None = None
+    constant: Annotated[float, Meta(gt=0)] = 1.0  # a control: weight of every token
+    mean_over: Literal["tokens", "selected", "sequences"] = "tokens"  # kept tokens; the selected of them; first over
+    # each trajectory's, then over trajectories
+
+    learns_from_agreement: ClassVar[bool] = False  # whether there is a signal where student and teacher agree
+    mean_one: ClassVar[bool] = False  # whether the method's own weight has mean one over the kept tokens
+    shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
+
+    def wants(self) -> Needs:
+        """What this method must be supplied with."""
+        return Needs()
+
+    def terms(self, batch: TokenBatch) -> Terms:
+        """Loss of each response token, to be minimised. Sees all tokens; exclusion comes in the reduction."""
+        raise NotImplementedError
+
+    def selection(self, batch: TokenBatch) -> Tensor | None:
+        """Which tokens the method trains on, bool [N]; None: all."""
+        return None
+
+    def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What each sum or maximum that the method declares is taken of, [N] by name."""
+        return {}
+
+    def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What the running moments that the method declares are taken of, [S] by name; NaN is left out."""
+        return {}
 
     def needs(self) -> Needs:
-        """What the teacher and the learner must compute, score and ship for this objective."""
-        return Needs()
+        """What the generator, the teachers and the learner must compute and ship: the method's, and what composes."""
+        own = self.wants()
+        gate = ("drift_gate",) if self.drift_gate else ()
+        chosen = ("selected",) if self.mean_over == "selected" else ()
+        live = own.first_pass or bool(gate or chosen)
+        return msgspec.structs.replace(own, sums=(*own.sums, *gate, *chosen), first_pass=live)
 
     def statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """What each declared sum or maximum is taken of, [N] by name; the learner reduces it over the kept tokens of
-        every micro-batch and rank, without gradient, before any `loss` is asked for. A sum of ones counts them."""
-        raise NotImplementedError
+        every micro-batch and rank, without gradient, before any `loss` is asked for. It adds `tokens`, their number."""
+        found = self.measures(batch)
+        if self.drift_gate:
+            found["drift_gate"] = self.drift_gate.gate(batch)
+        if self.mean_over == "selected":
+            found["selected"] = self._selected(batch).float()
+        return found
 
     def loss(self, batch: TokenBatch) -> TokenLoss:
-        """Loss of each response token, [N], to be minimised. Sees all tokens; exclusion comes in the reduction."""
-        raise NotImplementedError
+        """The method's terms times the weights that compose with it, on what it and they select."""
+        terms, selected_N = self.terms(batch), self._selected(batch)
+        factor_N = batch.behaviour_logp_N.new_full(selected_N.shape, self.constant)
+        if self.drift_gate:
+            factor_N = factor_N * self.drift_gate.weight(batch)
+        return TokenLoss(
+            loss_N=(terms.loss_N * factor_N).where(selected_N, 0),
+            weight_N=terms.weight_N * factor_N,
+            advantage=terms.advantage,
+            ratio=terms.ratio,
+            shown=terms.shown,
+            selected_N=selected_N,
+        )
+
+    def _selected(self, batch: TokenBatch) -> Tensor:
+        parts = [self.selection(batch)]
+        parts += [chooser.chosen(batch) for chooser in (self.position, self.random) if chooser]
+        selected_N = batch.behaviour_logp_N.new_ones(len(batch.segment_N), dtype=bool)
+        for part_N in parts:
+            selected_N = selected_N if part_N is None else selected_N & part_N
+        return selected_N

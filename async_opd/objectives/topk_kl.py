@@ -1,34 +1,51 @@
-"""Divergence from the teacher over its K likeliest tokens and one bucket for the rest (GKD, arXiv:2306.13649)."""
+"""Divergence from the teacher over K candidates a position (GKD, arXiv:2306.13649; AsyncOPD 6.1, arXiv:2606.24143)."""
+
+from __future__ import annotations
 
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from async_opd import maths
-from async_opd.objectives.base import Objective, TokenBatch, TokenLoss
+from async_opd.objectives.base import Objective, Terms, TokenBatch
+from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.wire import Needs
 
 
 class TopkKl(Objective, tag="topk_kl"):
-    """ℓ = D(π_T, π) over K + 1 outcomes; the tail bucket makes it a divergence, and K = V makes it the exact one.
+    """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each position.
 
-    Dense over the vocabulary, so the token's own ratio ρ would only add variance: none is applied.
+    By default the rest of the vocabulary is one more outcome, which makes it a divergence, and K = V makes it the exact
+    one. AsyncOPD's paper renormalises over the K; its code drops the rest, so that agreement is no minimum.
+    Dense over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or none.
     """
 
-    k: Annotated[int, Meta(ge=1)]  # candidates a position, the teacher's likeliest
+    k: Annotated[int, Meta(ge=1)]  # candidates a position
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
     beta: Annotated[float, Meta(gt=0, lt=1)] = 0.5  # teacher's share of the mixture, jensen_shannon only
+    support: Literal["teacher", "student"] = "teacher"  # whose likeliest tokens
+    rest: Literal["bucket", "renormalise", "drop"] = "bucket"  # what becomes of the tokens outside
+    prefix: PrefixRatio | None = None
 
-    def needs(self) -> Needs:
-        return Needs(teacher_topk=self.k)
+    @property
+    def learns_from_agreement(self) -> bool:
+        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0."""
+        return self.rest == "drop"
 
-    def loss(self, batch: TokenBatch) -> TokenLoss:
-        """Loss [N], nats, ≥ 0, zero where student = teacher."""
-        student, teacher = batch.student_logp_NK, batch.teacher_logp_NK
+    def wants(self) -> Needs:
+        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's."""
+        return Needs(teacher_topk=self.k) if self.support == "teacher" else Needs(teacher_at_student_ids=self.k)
+
+    def terms(self, batch: TokenBatch) -> Terms:
+        """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
+        student = maths.divergences.outcomes(batch.student_logp_NK, rest=self.rest)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
         if self.divergence == "forward":
-            loss_N = maths.divergences.forward_kl(student, teacher)
+            loss_N = maths.divergences.kl(teacher, student)
         elif self.divergence == "reverse":
-            loss_N = maths.divergences.reverse_kl(student, teacher)
+            loss_N = maths.divergences.kl(student, teacher)
         else:
             loss_N = maths.divergences.jensen_shannon(student, teacher, beta=self.beta)
-        return TokenLoss(loss_N, batch.behaviour_logp_N.new_ones(len(loss_N)))
+        ratio_N = self.prefix.factor(batch) if self.prefix else None
+        one_N = batch.behaviour_logp_N.new_ones(len(loss_N))
+        return Terms(loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N)

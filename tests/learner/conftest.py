@@ -33,7 +33,7 @@ def sample() -> Callable[..., Sample]:
         )
         scores = Scores(id=id, sampled_logp=np.asarray(logp[1], np.float32), topk_ids=topk_ids, topk_logp=topk_logp)
         prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="")
-        return Sample(prompt=prompt, rollout=rollout, scores=scores, verdict=Verdict(id=id, correct=correct))
+        return Sample(prompt=prompt, rollout=rollout, scores=scores, verdicts=(Verdict(id=id, correct=correct),))
 
     return make
 
@@ -42,8 +42,8 @@ def sample() -> Callable[..., Sample]:
 def packed() -> Callable[..., MicroBatch]:
     """Packs trajectories at live version 0 with bound 4 unless told otherwise."""
 
-    def make(*samples: Sample, live=0, max_lag_steps=4, stale="mask", truncated="keep") -> MicroBatch:
-        bounds = dict(live=live, max_lag_steps=max_lag_steps, stale=stale, truncated=truncated)
+    def make(*samples: Sample, live=0, max_lag_steps=4, stale="mask", truncated="keep", cap=64) -> MicroBatch:
+        bounds = dict(live=live, max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap)
         return pack(list(samples), device=torch.device("cpu"), **bounds)
 
     return make

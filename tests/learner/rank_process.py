@@ -17,6 +17,7 @@ from async_opd.learner.config import LearnerConfig
 from async_opd.learner.engine import LearnerRank
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
+from async_opd.objectives.sampled import Importance
 from async_opd.wire import Group, Prompt, Rollout, Scores, Span, Verdict
 
 LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
@@ -60,7 +61,7 @@ def poison_gradient(module, args, out):
         out.register_hook(lambda gradient: gradient * float("nan"))
 
 
-OBJECTIVES = dict(opd=Opd(truncate=5.0), centred=Centred())
+OBJECTIVES = dict(opd=Opd(correction=Importance(at_most=5.0)), centred=Centred())
 
 
 def main(
@@ -69,7 +70,7 @@ def main(
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
         config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
-        truncated="mask", seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096,
+        truncated="mask", cap=64, seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096,
     )  # fmt: skip
     learner.start(rendezvous)
     held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole

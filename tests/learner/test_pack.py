@@ -54,7 +54,7 @@ def test_an_unknown_verdict_is_not_a_wrong_one(sample, packed):
     assert micro.reward_S.nan_to_num(-1).tolist() == [1, 0, -1]
 
 
-@pytest.mark.parametrize("part", ["scores", "verdict"])
+@pytest.mark.parametrize("part", ["scores", "verdicts"])
 def test_what_belongs_to_another_trajectory_is_refused_by_name(sample, packed, part):
     mixed = replace(sample(id="7@0#1"), **{part: getattr(sample(id="8@0#0"), part)})
     with pytest.raises(WireError, match=r"^7@0#1: .*8@0#0"):

@@ -6,15 +6,16 @@ import pytest
 import torch
 from centred import Centred
 
-from async_opd.learner.step import accumulate, batch_statistics
+from async_opd.learner.step import Moment, accumulate, batch_statistics
 from async_opd.maths.logprobs import Read
 from async_opd.objectives.opd import Opd
+from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
 
 
 def run(module, objective, micros, all_reduce=lambda tensor, op: None):
     """One accumulation on one rank; returns its metrics and, where there is a model, its gradients."""
-    metrics = accumulate(module, lambda loss: loss.backward(), all_reduce, objective, micros)
+    metrics, _ = accumulate(module, lambda loss: loss.backward(), all_reduce, objective, micros, Moment())
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
     for parameter in parameters:
@@ -50,7 +51,7 @@ def test_packed_log_probs_equal_those_of_each_trajectory_alone(student, samples,
 
 
 def test_loss_and_gradients_are_those_of_the_formula_on_each_trajectory_alone(student, samples, packed, bounds):
-    metrics, gradients = run(student, Opd(truncate=2.0), [packed(*samples, **bounds)])
+    metrics, gradients = run(student, Opd(correction=Importance(at_most=2.0)), [packed(*samples, **bounds)])
     total = 0
     for s, kept in zip(samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True):
         logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
@@ -84,14 +85,14 @@ def counted(student):
 
 def test_statistics_are_those_of_the_kept_tokens_of_the_formula(student, samples, packed, bounds):
     micros = [packed(*samples[:2], **bounds), packed(), packed(*samples[2:], **bounds)]
-    found = batch_statistics(student, lambda tensor, op: None, Centred(), micros)
+    found = batch_statistics(student, lambda tensor, op: None, Centred(), micros, Moment())
     advantages = []
     for s, kept in zip(samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True):
         logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
         advantages.append((torch.as_tensor(s.scores.sampled_logp) - logp_T)[torch.tensor(kept).bool()])
     kept_N = torch.cat(advantages).detach()
-    expected = dict(advantage=kept_N.sum(), tokens=torch.tensor(15.0), largest=kept_N.max())
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    expected = dict(tokens=15.0, sequences=4.0, taught=0.0, advantage=kept_N.sum().item(), largest=kept_N.max().item())
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("cut", [[0, 2, 3, 6], [0, 1, 1, 6], [0, 4, 5, 6]])
@@ -186,18 +187,25 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
         packed(sample(spans=[(4, 1)], behaviour=[-2 + ln2], teacher=[-2.0]), live=5),  # ratio 0.5
     ]
     students = iter([torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-2.0])])
-    metrics, _ = run(
-        lambda micro, entropy: Read(next(students).requires_grad_(), None, None, None, None), Opd(), micros
-    )
+    metrics, _ = run(lambda micro, needs: Read(next(students).requires_grad_(), *[None] * 4), Opd(), micros)
     assert metrics == pytest.approx(
         {
             "tokens": 3,
             "tokens_excluded": 1,
             "loss": -0.1,  # (-2 · .3 · -1, -1.5 · -.6 · -1, 0): (.6 - .9 + 0) / 3
             "kl": 0.1,  # (-.3 + .6 + 0) / 3
-            "weight_mean": 4 / 3,
-            "weight_max": 2,
-            "weight_ess": 16 / 19.5,  # 4² / (3 · (4 + 2.25 + .25))
+            "tokens_taught": 0,
+            "loss_taught": 0,
+            "selected": 1,
+            "weight_mean": 0.5,  # 2 · .3, 1.5 · .6, .5 · 0
+            "weight_max": 0.9,
+            "weight_ess": 2.25 / 3.51,  # 1.5² / (3 · (.36 + .81))
+            "weight_by_method": 0,
+            "weight_by_ratio": np.log(1.5 / 2) / np.log(0.9 / 0.6),  # of two tokens: the differences of logarithms
+            "weight_by_advantage": np.log(0.6 / 0.3) / np.log(0.9 / 0.6),
+            "ratio_mean": 4 / 3,
+            "ratio_max": 2,
+            "ratio_ess": 16 / 19.5,  # 4² / (3 · (4 + 2.25 + .25))
             "log_ratio_stale": ln2,  # (ln 2 + |-ln 2|) / 2
             "log_ratio_fresh_max": ln1_5,
             "lag_mean": 1,  # (2 + 0 + 1) / 3

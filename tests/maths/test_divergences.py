@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from async_opd.maths.divergences import forward_kl, jensen_shannon, kl, reverse_kl, with_tail
+from async_opd.maths.divergences import jensen_shannon, kl, outcomes, with_tail
 
 FORMULAS = {  # of two probabilities of one outcome, student p and teacher q
     "forward": lambda p, q: q * np.log(q / p),
@@ -12,9 +12,9 @@ FORMULAS = {  # of two probabilities of one outcome, student p and teacher q
     ),
 }
 DIVERGENCES = {
-    "forward": forward_kl,
-    "reverse": reverse_kl,
-    "jensen_shannon": lambda student, teacher: jensen_shannon(student, teacher, beta=0.3),
+    "forward": lambda student, teacher: kl(with_tail(teacher), with_tail(student)),
+    "reverse": lambda student, teacher: kl(with_tail(student), with_tail(teacher)),
+    "jensen_shannon": lambda student, teacher: jensen_shannon(with_tail(student), with_tail(teacher), beta=0.3),
 }
 each = pytest.mark.parametrize("name", DIVERGENCES)
 
@@ -102,13 +102,24 @@ def test_kl_of_a_fair_and_a_loaded_coin():
 
 def test_forward_weighs_by_the_teacher_and_reverse_by_the_student():
     student, teacher = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
-    torch.testing.assert_close(forward_kl(student, teacher), torch.tensor([0.130812]))  # .25 log 1/2 + .75 log 3/2
-    torch.testing.assert_close(reverse_kl(student, teacher), torch.tensor([0.143841]))  # .5 log 2 + .5 log 2/3
+    torch.testing.assert_close(
+        DIVERGENCES["forward"](student, teacher), torch.tensor([0.130812])
+    )  # .25 log 1/2 + .75 log 3/2
+    torch.testing.assert_close(
+        DIVERGENCES["reverse"](student, teacher), torch.tensor([0.143841])
+    )  # .5 log 2 + .5 log 2/3
 
 
 def test_beta_is_the_share_of_the_teacher_in_the_mixture():
-    student, teacher = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
+    student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     near_student = jensen_shannon(student, teacher, beta=1e-4) / 1e-4  # towards KL(teacher‖student)
     near_teacher = jensen_shannon(student, teacher, beta=1 - 1e-4) / 1e-4  # towards KL(student‖teacher)
-    torch.testing.assert_close(near_student, forward_kl(student, teacher), atol=2e-3, rtol=0)
-    torch.testing.assert_close(near_teacher, reverse_kl(student, teacher), atol=2e-3, rtol=0)
+    torch.testing.assert_close(near_student, kl(teacher, student), atol=2e-3, rtol=0)
+    torch.testing.assert_close(near_teacher, kl(student, teacher), atol=2e-3, rtol=0)
+
+
+def test_what_is_outside_is_a_bucket_or_left_out():
+    half = torch.tensor([[0.5, 0.125]]).log()
+    torch.testing.assert_close(outcomes(half, rest="bucket").exp(), torch.tensor([[0.5, 0.125, 0.375]]))
+    torch.testing.assert_close(outcomes(half, rest="renormalise").exp(), torch.tensor([[0.8, 0.2]]))
+    torch.testing.assert_close(outcomes(half, rest="drop"), half)

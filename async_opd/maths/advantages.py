@@ -1,0 +1,97 @@
+"""What a token or a trajectory is worth. Positive: to be made likelier. Unknown rewards are NaN."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STD_FLOOR = 1e-6  # added to a standard deviation that is divided by
+
+
+def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """A = log π_T - log π (IW-OPD Eq. 4-6, arXiv:2606.22600; EXACT). Any shape.
+
+    >>> reverse_kl(torch.tensor([-1.0]), torch.tensor([-0.5]))
+    tensor([0.5000])
+    """
+    return teacher_logp - student_logp
+
+
+def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor, *, lam: float) -> Tensor:
+    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref) (G-OPD Eq. 14, arXiv:2602.12125; EXACT, REPAIRED: printed
+    is the cost, its negative). Any shape.
+
+    >>> extrapolated(torch.tensor([-1.2]), torch.tensor([-0.7]), torch.tensor([-1.1]), lam=1.25)
+    tensor([0.6000])
+    """
+    return reverse_kl(student_logp, teacher_logp) + (lam - 1) * (teacher_logp - reference_logp)
+
+
+def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
+    """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is unknown. [S].
+
+    Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304; EXACT but for the
+    floor of σ, which the paper does not give.)
+
+    >>> within_group(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([ 1.0000, -1.0000])
+    """
+    known_SG = ~group_reward_SG.isnan()
+    count_S = known_SG.sum(1).clamp(min=1)
+    mean_S = group_reward_SG.nan_to_num(0).sum(1) / count_S
+    apart_SG = torch.where(known_SG, group_reward_SG - mean_S[:, None], 0)
+    std_S = (apart_SG.square().sum(1) / count_S).sqrt()
+    return torch.where(reward_S.isnan(), 0, (reward_S - mean_S) / (std_S + STD_FLOOR))
+
+
+def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: float) -> Tensor:
+    """r = 1[right] · (1 + β(1 - |y|/L_max)) (EGRSD Eq. 2, arXiv:2605.13255; EXACT); NaN where unknown. [S].
+
+    >>> length_aware(torch.tensor([1.0, 0.0]), torch.tensor([5, 5]), torch.tensor([10, 10]), bonus=0.5)
+    tensor([1.2500, 0.0000])
+    """
+    return reward_S * (1 + bonus * (1 - length_S / cap_S))
+
+
+class Moments(NamedTuple):
+    """Count, mean and Σ(x - mean)² of all values so far (Welford)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def with_sums(self, count: float, total: float, squares: float) -> "Moments":
+        """After `count` more values of sum `total` and sum of squares `squares` (Chan's merge).
+
+        >>> Moments().with_sums(2, 4.0, 10.0).with_sums(1, 5.0, 25.0)  # 1, 3, then 5
+        Moments(count=3.0, mean=3.0, squares=8.0)
+        """
+        if not count:
+            return self
+        both, mean = self.count + count, total / count
+        apart = mean - self.mean
+        own = max(squares - total * mean, 0.0)
+        return Moments(
+            both, self.mean + apart * count / both, self.squares + own + apart * apart * self.count * count / both
+        )
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 0 of nothing.
+
+        >>> Moments(2, 2.0, 2.0).std
+        1.0
+        """
+        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+
+
+def whitened(value_S: Tensor, past: Moments, *, step: int, warmup_steps: int, warmup_mean: float) -> Tensor:
+    """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step `warmup_steps`; 0 where
+    unknown. [S]. (EGRSD Eq. 3; EXACT but for the floor of σ.)
+
+    >>> whitened(torch.tensor([1.0, float("nan")]), Moments(), step=1, warmup_steps=10, warmup_mean=0.5)
+    tensor([0.5000, 0.0000])
+    """
+    warm = step > warmup_steps
+    advantage_S = (value_S - past.mean) / (past.std + STD_FLOOR) if warm else value_S - warmup_mean
+    return advantage_S.nan_to_num(0.0)

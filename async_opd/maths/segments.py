@@ -1,0 +1,64 @@
+"""Sums, minima and places inside each of the S trajectories that N response tokens belong to.
+
+`segment_N` holds the trajectory of each token, int64 in [0, S); the tokens of one stand together and in order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def lengths(segment_N: Tensor, segments: int) -> Tensor:
+    """Tokens of each trajectory, int64 [S].
+
+    >>> lengths(torch.tensor([0, 0, 2]), 3)
+    tensor([2, 0, 1])
+    """
+    return torch.bincount(segment_N, minlength=segments)
+
+
+def places(segment_N: Tensor) -> Tensor:
+    """Place of each token in its trajectory, from 0, int64 [N].
+
+    >>> places(torch.tensor([0, 0, 2, 2, 2]))
+    tensor([0, 1, 0, 1, 2])
+    """
+    at_N = torch.arange(len(segment_N), device=segment_N.device)
+    return at_N - _first(segment_N)
+
+
+def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
+    """Σ over each trajectory, [S]; 0 for one without tokens.
+
+    >>> sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
+    tensor([3., 4.])
+    """
+    return value_N.new_zeros(segments).index_add_(0, segment_N, value_N)
+
+
+def before(value_N: Tensor, segment_N: Tensor) -> Tensor:
+    """Σ_{k<t} over the tokens of the same trajectory, [N]; summed in float64.
+
+    >>> before(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]))
+    tensor([0., 1., 0.])
+    """
+    through_N = value_N.double().cumsum(0)
+    ahead_N = through_N - value_N
+    return (ahead_N - ahead_N[_first(segment_N)]).to(value_N.dtype)
+
+
+def lookahead_minimum(value_N: Tensor, segment_N: Tensor, window: int) -> Tensor:
+    """min of v_t … v_{t+window}, as far as the trajectory goes, [N].
+
+    >>> lookahead_minimum(torch.tensor([3.0, 2.0, 5.0, 1.0]), torch.tensor([0, 0, 0, 1]), 1)
+    tensor([2., 2., 5., 1.])
+    """
+    least_N = value_N.clone()
+    for ahead in range(1, min(window, len(value_N) - 1) + 1):
+        same = segment_N[ahead:] == segment_N[:-ahead]
+        least_N[:-ahead] = torch.where(same, torch.minimum(least_N[:-ahead], value_N[ahead:]), least_N[:-ahead])
+    return least_N
+
+
+def _first(segment_N: Tensor) -> Tensor:
+    """Index in N of the first token of each token's trajectory."""
+    return torch.searchsorted(segment_N.contiguous(), segment_N.contiguous())

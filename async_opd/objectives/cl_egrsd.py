@@ -1,0 +1,28 @@
+"""EGRSD whose entropy gate looks ahead (CL-EGRSD, arXiv:2605.13255 Eq. 8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.egrsd import Egrsd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ClEgrsd(Egrsd, tag="cl_egrsd"):
+    """ω reads min H_T over [t, t + W] inside the response, over the same largest entropy as EGRSD (EXACT by Eq. 8; the
+    paper's Algorithm 1 takes the largest of the minima instead). W = 0 is EGRSD.
+
+    The paper: γ = 0.3, W = 3 at 4B; γ = 1, W = 5 at 8B.
+    """
+
+    window: Annotated[int, Meta(ge=0)] = 3  # tokens ahead
+
+    def gated_entropy(self, batch: TokenBatch) -> Tensor:
+        """The least entropy from the token on, [N]."""
+        return maths.segments.lookahead_minimum(batch.teacher_entropy_N, batch.segment_N, self.window)

@@ -1,0 +1,52 @@
+"""OPD on decision tokens and the evidence for them (DEAR, arXiv:2606.22830)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.sampled import Sampled
+from async_opd.wire import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class Dear(Sampled, tag="dear"):
+    """OPD on D ∪ E: the share p of a response where the student's entropy is largest, and the share q of the rest that
+    scores highest by cosine to a decision times 1 + divergence (Eq. 1-8, Algorithm 1; EXACT, Eq. 2 REPAIRED: its
+    leading sg(A) would square the advantage).
+
+    RECONSTRUCTION, as the paper leaves open: the mean is over the selected tokens (`mean_over = "tokens"` is 1/T), the
+    range of min-max is the tokens that are no decisions, and hidden states are those after the final norm, at the
+    position that predicts the token. Entropy and hidden states are always the live student's.
+    """
+
+    p: Share = 0.2
+    q: Share = 0.2
+    mean_over: Literal["tokens", "selected", "sequences"] = "selected"
+
+    def wants(self) -> Needs:
+        """The student's own entropy and hidden states."""
+        return Needs(student_entropy=True, hidden_state=True)
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """log π_T - log π, [N]."""
+        return self.teacher_minus_student(batch)
+
+    def selection(self, batch: TokenBatch) -> Tensor:
+        """D ∪ E, bool [N]."""
+        return maths.selection.decisions_and_evidence(
+            batch.student_entropy_N.detach(),
+            self.teacher_minus_student(batch).abs(),
+            batch.hidden_ND,
+            batch.segment_N,
+            batch.trajectories,
+            p=self.p,
+            q=self.q,
+        )

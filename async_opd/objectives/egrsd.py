@@ -1,0 +1,78 @@
+"""Self-distillation in the direction of the verdict, gated by the teacher's entropy (EGRSD, arXiv:2605.13255)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.sampled import Sampled
+from async_opd.wire import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WARMUP_STEPS, WARMUP_MEAN = 10, 0.5  # Algorithm 1: A = r - 0.5 until the running moments mean something
+
+
+class Egrsd(Sampled, tag="egrsd"):
+    """A the trajectory's whitened reward, W = w · ω: w = clip(exp(sign(A) · (log π_T - log π)), 1 ± ε) the direction,
+    ω = clip(1 - γ · H_T/max(max H_T, 1 nat), floor, 1) the teacher's certainty (Eq. 2-9, Algorithm 1; EXACT).
+
+    γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a reference solution
+    in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is over all ranks, and stale tokens get ρ̃, as
+    the paper is on-policy. An unknown verdict gives no reward term, so no loss.
+    """
+
+    learns_from_agreement = True
+    shown = ("direction", "certainty")
+
+    gamma: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    length_bonus: Annotated[float, Meta(ge=0)] = 0.5  # β_L: a right answer of no length is worth 1 + β_L
+
+    def wants(self) -> Needs:
+        """The teacher's exact entropy, its maximum over the step, and the running moments of rewards."""
+        return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
+
+    def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """H_T."""
+        return {"teacher_entropy": batch.teacher_entropy_N}
+
+    def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """The length-aware reward."""
+        length_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
+        return {"reward": maths.advantages.length_aware(batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus)}
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """The trajectory's, [N]."""
+        return maths.advantages.whitened(
+            self.episode(batch)["reward"],
+            batch.running["reward"],
+            step=batch.step,
+            warmup_steps=WARMUP_STEPS,
+            warmup_mean=WARMUP_MEAN,
+        )[batch.segment_N]
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """w · ω [N]."""
+        return self._direction(batch) * self._certainty(batch)
+
+    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """w and ω."""
+        return {"direction": self._direction(batch), "certainty": self._certainty(batch)}
+
+    def gated_entropy(self, batch: TokenBatch) -> Tensor:
+        """What the gate reads: H_T [N]."""
+        return batch.teacher_entropy_N
+
+    def _direction(self, batch: TokenBatch) -> Tensor:
+        sign_N = self.advantage(batch).sign()
+        return maths.gates.direction(self.teacher_minus_student(batch), sign_N, clip=self.clip)
+
+    def _certainty(self, batch: TokenBatch) -> Tensor:
+        largest = batch.statistics["teacher_entropy"]
+        return maths.gates.certainty(self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor)

@@ -1,0 +1,55 @@
+"""OPD plus forward KL where the teacher is uncertain (EOPD, arXiv:2603.07079)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
+
+from async_opd import maths
+from async_opd.objectives.base import Terms, TokenBatch
+from async_opd.objectives.modifiers import PrefixRatio
+from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.wire import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Eopd(Sampled, tag="eopd"):
+    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; SECOND-HAND: by
+    notes on the paper, which disagree on whether π_T is renormalised over the k). It adds, and switches nothing off.
+    """
+
+    shown = ("uncertain",)
+
+    correction: Importance | Ppo | Decoupled = Ppo()
+    tau: Annotated[float, Meta(ge=0)] = 0.8  # nats
+    k: Annotated[int, Meta(ge=1)] = 16
+    alpha: Annotated[float, Meta(ge=0)] = 1.0
+    rest: Literal["bucket", "renormalise", "drop"] = "renormalise"
+    prefix: PrefixRatio | None = None  # of the added term
+
+    @property
+    def learns_from_agreement(self) -> bool:
+        """As for `topk_kl`."""
+        return self.rest == "drop"
+
+    def wants(self) -> Needs:
+        """The teacher's k likeliest tokens and its exact entropy."""
+        return Needs(teacher_topk=self.k, teacher_entropy=True)
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """log π_T - log π of the sampled token, [N]."""
+        return self.teacher_minus_student(batch)
+
+    def terms(self, batch: TokenBatch) -> Terms:
+        sampled = super().terms(batch)
+        student = maths.divergences.outcomes(batch.student_logp_NK, rest=self.rest)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
+        uncertain_N = (batch.teacher_entropy_N >= self.tau).to(student.dtype)
+        more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)
+        if self.prefix:
+            more_N = self.prefix.factor(batch) * more_N
+        return replace(sampled, loss_N=sampled.loss_N + more_N, shown={"uncertain": uncertain_N})

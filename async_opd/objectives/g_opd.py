@@ -1,0 +1,41 @@
+"""Generalised OPD: the teacher's step away from a reference, extrapolated (G-OPD / ExOPD, arXiv:2602.12125)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta, field
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.sampled import Sampled
+from async_opd.wire import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GOpd(Sampled, tag="g_opd"):
+    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref); Eq. 14 as REPAIRED: printed is the cost, its negative.
+
+    λ = 1 is OPD, below it interpolates, above it extrapolates (ExOPD, 1.25 there; 1.5 already unstable).
+    """
+
+    lam: Annotated[float, Meta(gt=0)] = field(default=1.25, name="lambda")
+
+    @property
+    def learns_from_agreement(self) -> bool:
+        """Where the teacher is not the reference, unless λ = 1."""
+        return self.lam != 1
+
+    def wants(self) -> Needs:
+        """Log-probs of the reference, unless λ = 1."""
+        return Needs(reference=self.lam != 1)
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """A(λ) [N]."""
+        if self.lam == 1:
+            return self.teacher_minus_student(batch)
+        return maths.advantages.extrapolated(
+            self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=self.lam
+        )

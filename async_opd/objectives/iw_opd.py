@@ -1,0 +1,36 @@
+"""OPD weighted by accumulated discrepancy: early tokens count more (IW-OPD, arXiv:2606.22600)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta, field
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.g_opd import GOpd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class IwOpd(GOpd, tag="iw_opd"):
+    """W_t = 1 + γ(1 - Σ_{k<t}|A_k| / Σ_k|A_k|), A = log π_T - log π (Eq. 14-17, 68; EXACT); W in [1, 1 + γ].
+
+    Not mean-one: its mean, about 1 + γ/2, raises the step; `opd` with `constant` is the control. With λ ≠ 1 it weighs
+    A(λ) of `g_opd` (IW-ExOPD; RECONSTRUCTION: r_t · A(λ), the paper has no formula).
+    """
+
+    gamma: Annotated[float, Meta(ge=0)] = 0.5
+    lam: Annotated[float, Meta(gt=0)] = field(default=1.0, name="lambda")
+    total: Literal["all", "before_last"] = "all"  # tokens in the sum below: the code's, or the paper's
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """W [N]."""
+        return maths.gates.prefix_discrepancy(
+            self.teacher_minus_student(batch),
+            batch.segment_N,
+            batch.trajectories,
+            gamma=self.gamma,
+            through_last=self.total == "all",
+        )

@@ -1,0 +1,74 @@
+"""Weights and masks that compose with every objective. Each is a section of `[objective]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from msgspec import Meta, Struct
+
+from async_opd import maths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from async_opd.objectives.base import TokenBatch
+
+Bound = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weight g/ḡ, g = exp(-τ|mean of log π - log π_behaviour over a block|), mean one over the kept tokens (blockwise
+    policy-drift gate, arXiv:2606.24084; EXACT). Its π_old is the behaviour policy here, so it weighs staleness."""
+
+    mean_one: ClassVar[bool] = True
+
+    block: Annotated[int, Meta(ge=1)] = 64  # tokens
+    tau: Annotated[float, Meta(gt=0)] = 1.0  # per nat
+
+    def gate(self, batch: TokenBatch) -> Tensor:
+        """g [N]."""
+        student_logp_N = batch.student_logp_N.detach()
+        return maths.gates.drift(
+            student_logp_N, batch.behaviour_logp_N, batch.segment_N, block=self.block, tau=self.tau
+        )
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """g/ḡ [N], ḡ over the kept tokens of the whole step."""
+        mean = batch.statistics["drift_gate"] / batch.statistics["tokens"]
+        return self.gate(batch) / (mean + 1e-6)
+
+
+class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Trains on the first or the last share of each response: an ablation (IW-OPD fig. 1a)."""
+
+    share: Share
+    part: Literal["prefix", "suffix"] = "prefix"
+
+    def chosen(self, batch: TokenBatch) -> Tensor:
+        """bool [N]; at least one token of each trajectory."""
+        count_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
+        return maths.selection.part(batch.segment_N, count_S, share=self.share, end=self.part == "suffix")
+
+
+class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Trains on tokens chosen by chance, the same whatever batch they are in: a control at a method's keep rate."""
+
+    share: Share
+
+    def chosen(self, batch: TokenBatch) -> Tensor:
+        """bool [N]: `share` of each response, at least one token of it."""
+        return maths.selection.at_random(batch.segment_N, batch.key_S, share=self.share)
+
+
+class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k<t} ρ_k, then bounded."""
+
+    at_most: Bound | None = None  # min(ρ, c)
+    between: tuple[Bound, Bound] | None = None  # ρ · 1[a ≤ ρ ≤ b]
+
+    def factor(self, batch: TokenBatch) -> Tensor:
+        """Detached, [N]."""
+        student_logp_N = batch.student_logp_N.detach()
+        ratio_N = maths.importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
+        return maths.importance.bounded(ratio_N, at_most=self.at_most, between=self.between)

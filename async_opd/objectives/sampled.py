@@ -1,0 +1,108 @@
+"""What objectives of the sampled token share: ℓ = -sg[W · ρ̃ · A] · log π, and the ratios ρ̃ that correct staleness."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from async_opd import maths
+from async_opd.objectives.base import Objective, Terms, TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bound = Annotated[float, Meta(gt=0)]
+
+
+class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="importance", tag_field="tag"):
+    """ρ̃ detached: ρ of the token, of its sequence, or of its sequence's geometric mean, or 1; then bounded."""
+
+    ratio: Literal["token", "sequence", "geometric", "none"] = "token"
+    at_most: Bound | None = None  # min(ρ, c)
+    between: tuple[Bound, Bound] | None = None  # ρ · 1[a ≤ ρ ≤ b]
+
+    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""
+        factor = maths.importance.bounded(
+            self._ratio(batch, logp.detach(), behaviour_logp), at_most=self.at_most, between=self.between
+        )
+        return -factor * signal * logp, factor
+
+    def _ratio(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor) -> Tensor:
+        if self.ratio == "none":
+            return logp.new_ones(logp.shape)
+        if self.ratio == "token":
+            return maths.importance.ratio(logp, behaviour_logp)
+        of_sequence = dict(sequence=maths.importance.sequence_ratio, geometric=maths.importance.geometric_ratio)[
+            self.ratio
+        ]
+        sampled_N = of_sequence(
+            batch.student_logp_N.detach(), batch.behaviour_logp_N, batch.segment_N, batch.trajectories
+        )
+        return sampled_N if logp.ndim == 1 else sampled_N[:, None].expand(logp.shape)
+
+
+class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"):
+    """-min(ρ · A, clip(ρ, 1-ε, 1+ε) · A), gradient through ρ; for A < 0 no more than c · |A| by the dual clip."""
+
+    clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    dual_clip: Annotated[float, Meta(gt=1)] | None = None  # verl: 3.0
+
+    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """(the clipped surrogate's negative, its factor detached)."""
+        ratio = maths.importance.ratio(logp, behaviour_logp)
+        factor = maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
+        return -factor * signal, factor.detach()
+
+
+class Decoupled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="decoupled", tag_field="tag"):
+    """sg[min(π_prox/π_behaviour, c)] · PPO(π/π_prox) (AsyncOPD 6.2; arXiv:2505.24298 Eq. 5). π_prox is the student
+    before its step: with one step a batch the live one, so that nothing is clipped."""
+
+    clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    dual_clip: Annotated[float, Meta(gt=1)] | None = None
+    at_most: Bound = 5.0
+
+    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """(the surrogate's negative, both its factors multiplied and detached)."""
+        given = batch.proximal_logp_N if logp.ndim == 1 else None
+        proximal_logp = logp.detach() if given is None else given
+        stale = maths.importance.ratio(proximal_logp, behaviour_logp).clamp(max=self.at_most)
+        ratio = maths.importance.ratio(logp, proximal_logp)
+        factor = stale * maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
+        return -factor * signal, factor.detach()
+
+
+class Sampled(Objective, frozen=True, kw_only=True):
+    """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has one."""
+
+    correction: Importance | Ppo | Decoupled = Importance()
+    student_signal: Literal["live", "cached"] = "live"  # cached: the signal takes the behaviour policy's log-prob
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """A [N], detached: positive makes the token likelier."""
+        raise NotImplementedError
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """The method's own W [N], detached."""
+        return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
+
+    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What `shown` names, [N]."""
+        return {}
+
+    def terms(self, batch: TokenBatch) -> Terms:
+        advantage_N, weight_N = self.advantage(batch), self.weight(batch)
+        loss_N, ratio_N = self.correction.apply(
+            batch, batch.student_logp_N, batch.behaviour_logp_N, weight_N * advantage_N
+        )
+        return Terms(loss_N=loss_N, weight_N=weight_N, advantage=advantage_N, ratio=ratio_N, shown=self.show(batch))
+
+    def signal_logp(self, batch: TokenBatch) -> Tensor:
+        """The student's log-probs that the signal takes, [N], detached."""
+        return batch.behaviour_logp_N if self.student_signal == "cached" else batch.student_logp_N.detach()
+
+    def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
+        """log π_T - log π [N], detached."""
+        return maths.advantages.reverse_kl(self.signal_logp(batch), batch.teacher_logp_N)

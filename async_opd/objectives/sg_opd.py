@@ -1,0 +1,79 @@
+"""Extrapolation gated by agreement with the verifier's sign (SG-OPD, arXiv:2606.09304).
+
+Its phased teacher sampling is the section `[teacher_sampling]`, which any objective can take.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
+
+from async_opd import maths
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.sampled import Sampled
+from async_opd.wire import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SgOpd(Sampled, tag="sg_opd"):
+    """A = g · A(λ_high) + (1-g) · fallback, g = 1[a₁ · a₂ > 0], times φ = min(1, τ/|a₂|) of mean one (Eq. 4-10).
+
+    a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; a₂ = log π_T - log π
+    (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT). RECONSTRUCTION, as the paper
+    names but does not give them: `preserve` = A(λ_base), `grpo` = a₁, τ, and which tokens φ's mean is over.
+    """
+
+    mean_one = True
+    shown = ("agree", "disagree", "no_sign")
+
+    lambda_high: Annotated[float, Meta(ge=1)] = 1.8
+    lambda_base: Annotated[float, Meta(gt=0)] = 1.0  # of `preserve`
+    fallback: Literal["interp", "preserve", "grpo"] = "interp"
+    beta: Annotated[float, Meta(ge=0, le=1)] = 1.0  # of `interp`: 1 is plain OPD, 0 drops the token
+    tau: Annotated[float, Meta(gt=0)] = 1.0  # nats
+    mean_over: Literal["tokens", "selected", "sequences"] = "sequences"
+
+    @property
+    def learns_from_agreement(self) -> bool:
+        """Only by a fallback other than the plain signal."""
+        return self.fallback == "grpo" or (self.fallback == "preserve" and self.lambda_base != 1)
+
+    def wants(self) -> Needs:
+        """Log-probs of the reference; the mean of φ under the live student."""
+        return Needs(reference=True, sums=("phi",), first_pass=self.student_signal == "live")
+
+    def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """φ before its mean is divided out."""
+        return {"phi": maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau)}
+
+    def advantage(self, batch: TokenBatch) -> Tensor:
+        """A [N], before φ."""
+        trust_N, gap_N = self._trust(batch), self.teacher_minus_student(batch)
+        if self.fallback == "interp":
+            conflict_N = self.beta * gap_N
+        elif self.fallback == "preserve":
+            conflict_N = self._extrapolated(batch, self.lambda_base)
+        else:
+            conflict_N = trust_N
+        return self._extrapolated(batch, self.lambda_high).where(maths.gates.agreement(trust_N, gap_N), conflict_N)
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
+        mean = batch.statistics["phi"] / batch.statistics["tokens"]
+        return maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(min=1e-6)
+
+    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Shares of tokens where the teacher's sign is the verifier's, is not, or where one of them has none."""
+        sign_N = (self._trust(batch) * self.teacher_minus_student(batch)).sign()
+        return {"agree": sign_N > 0, "disagree": sign_N < 0, "no_sign": sign_N == 0}
+
+    def _trust(self, batch: TokenBatch) -> Tensor:
+        return maths.advantages.within_group(batch.reward_S, batch.group_reward_SG)[batch.segment_N]
+
+    def _extrapolated(self, batch: TokenBatch, lam: float) -> Tensor:
+        return maths.advantages.extrapolated(
+            self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=lam
+        )
