@@ -34,7 +34,7 @@ def beside(path: str | Path) -> str:
 def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} = {tree!r}: must be {_a_section(path, [kind])}")
-    fields = {f.name: f for f in msgspec.structs.fields(kind)}
+    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
     for name, value in tree.items():
         if name not in fields and name != kind.__struct_config__.tag_field:
             raise ConfigError(_unknown(path, name, value, fields, root))
@@ -84,7 +84,9 @@ def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]
 
 def _unknown(path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]) -> str:
     """Suggests the same name in another section, and the nearest one in this section."""
-    homes = [_at(home, name) for home, kinds in root.items() if any(name in kind.__struct_fields__ for kind in kinds)]
+    homes = [
+        _at(home, name) for home, kinds in root.items() if any(name in kind.__struct_encode_fields__ for kind in kinds)
+    ]
     near = [_at(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
     others = [home for home in homes if home != _at(path, name)]
     hint = _did_you_mean(others + near) or f"; allowed: {', '.join(fields)}"
@@ -96,7 +98,7 @@ def _unknown(path: str, name: str, value: Any, fields: Iterable[str], root: dict
 def _a_section(path: str, sections: list[type[Struct]]) -> str:
     fields = msgspec.structs.fields(sections[0])
     tag = sections[0].__struct_config__.tag_field
-    needed = [tag] if tag else [field.name for field in fields if field.required]
+    needed = [tag] if tag else [field.encode_name for field in fields if field.required]
     return f"a section [{path}] with {', '.join(needed)}" if needed else f"a section [{path}]"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from async_opd.objectives.base import TokenBatch
 
 Bound = Annotated[float, Meta(gt=0)]
+Range = tuple[Bound, Bound]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
 
@@ -65,10 +66,19 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k<t} ρ_k, then bounded."""
 
     at_most: Bound | None = None  # min(ρ, c)
-    between: tuple[Bound, Bound] | None = None  # ρ · 1[a ≤ ρ ≤ b]
+    between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
+
+    def __post_init__(self):
+        refuse_empty(self.between)
 
     def factor(self, batch: TokenBatch) -> Tensor:
         """Detached, [N]."""
         student_logp_N = batch.student_logp_N.detach()
         ratio_N = maths.importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
         return maths.importance.bounded(ratio_N, at_most=self.at_most, between=self.between)
+
+
+def refuse_empty(between: Range | None) -> None:
+    """Raise ValueError for a range that holds nothing."""
+    if between and between[0] > between[1]:
+        raise ValueError(f"between = {list(between)}: must be [least, most]")

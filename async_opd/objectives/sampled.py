@@ -8,11 +8,10 @@ from msgspec import Meta, Struct
 
 from async_opd import maths
 from async_opd.objectives.base import Objective, Terms, TokenBatch
+from async_opd.objectives.modifiers import Bound, Range, refuse_empty
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Bound = Annotated[float, Meta(gt=0)]
 
 
 class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="importance", tag_field="tag"):
@@ -20,7 +19,10 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
     ratio: Literal["token", "sequence", "geometric", "none"] = "token"
     at_most: Bound | None = None  # min(ρ, c)
-    between: tuple[Bound, Bound] | None = None  # ρ · 1[a ≤ ρ ≤ b]
+    between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
+
+    def __post_init__(self):
+        refuse_empty(self.between)
 
     def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""

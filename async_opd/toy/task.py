@@ -92,11 +92,16 @@ def dataset(heldout: bool) -> list[Problem]:
 
 
 def write_dataset(folder: Path) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt and answer, always the same bytes."""
+    """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "heldout"):
         rows = (
-            {"id": f"{name}-{index:05d}", "prompt": prompt(problem), "answer": answer(problem)}
+            {
+                "id": f"{name}-{index:05d}",
+                "prompt": prompt(problem),
+                "answer": answer(problem),
+                "solution": response(problem),
+            }
             for index, problem in enumerate(dataset(heldout=name == "heldout"))
         )
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
