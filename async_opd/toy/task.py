@@ -46,11 +46,15 @@ def answer(problem: Problem) -> str:
 
 
 def response(problem: Problem) -> str:
-    """The worked response, without the end of text."""
-    written = ""
-    while char := next_char(problem, written):
-        written += char
-    return written
+    """The worked response, without the end of text: what `next_char` says, a character at a time."""
+    a, b = (str(operand)[::-1] for operand in problem)
+    lines, carry = [], 0
+    for place in range(max(len(a), len(b))):
+        first, second = _digit(a, place), _digit(b, place)
+        total = int(first) + int(second) + carry
+        lines.append(f"{first}+{second}+{carry}={total:02d}")
+        carry = total // 10
+    return "\n".join(["", *lines, f"\\boxed{{{sum(problem)}}}"])
 
 
 def next_char(problem: Problem, written: str) -> str:

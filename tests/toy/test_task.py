@@ -12,6 +12,14 @@ def test_a_worked_response_is_literally_this():
     assert response((57, 68)) == "\n7+8+0=15\n5+6+1=12\n\\boxed{125}"
 
 
+def test_a_character_at_a_time_gives_the_worked_response():
+    for problem in dataset(heldout=True)[:100]:
+        written = ""
+        while char := next_char(problem, written):
+            written += char
+        assert written == response(problem)
+
+
 def test_what_belongs_after_a_slip_follows_what_is_written():
     slip = "\n7+8+0=25"  # 7+8 is 15: the carry becomes 2
     assert next_char((57, 68), slip) == "\n"
@@ -53,5 +61,10 @@ def test_the_dataset_is_the_same_every_time(tmp_path):
     heldout = (tmp_path / "heldout.jsonl").read_text().splitlines()
     train = (tmp_path / "train.jsonl").read_text().splitlines()
     assert (len(train), len(heldout)) == (20_480, 512)
-    assert heldout[0] == '{"id": "heldout-00000", "prompt": "136+99=", "answer": "235"}'
+    assert json.loads(heldout[0]) == {
+        "id": "heldout-00000",
+        "prompt": "136+99=",
+        "answer": "235",
+        "solution": "\n6+9+0=15\n3+9+1=13\n1+0+1=02\n\\boxed{235}",
+    }
     assert json.loads(train[-1])["id"] == "train-20479"
