@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves
 class Job:
     """One `async-opd` process in a session of its own, its descendants marked by an environment variable."""
 
-    started: list["Job"] = []
+    started: ClassVar[list["Job"]] = []
 
     def __init__(self, *args: str, folder: Path):
         self.started.append(self)
