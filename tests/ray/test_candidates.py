@@ -78,13 +78,18 @@ async def test_samples_are_independent_draws_of_the_policy_with_its_log_probs(ge
     logp = [forward(model, *each) for each in sampled]
     assert max(gaps(logp_TV, rollout).max() for logp_TV, (_, rollout) in zip(logp, sampled, strict=True)) <= 1e-4
 
-    p_NV = np.exp(np.concatenate(logp), dtype=np.float64)
+    logp_NV = np.concatenate(logp).astype(np.float64)
+    p_NV = np.exp(logp_NV)
     ids_NK = np.concatenate([rollout.candidate_ids for _, rollout in sampled])
     token_N = np.concatenate([rollout.ids for _, rollout in sampled])
-    # How often each id was drawn, over 6,400 positions, and how often two draws of one position were the same id, in
-    # standard deviations from what independent draws give: each is beyond 5.5 of them once in 26 million times.
+    # How often each id was drawn, over 6,400 positions, how likely the drawn ones were, and how often two draws of one
+    # position were the same id, in standard deviations from what independent draws give: each of the 44 is beyond 5.5
+    # of them once in 26 million times.
     draws = np.bincount(ids_NK.ravel(), minlength=V)
     z = [(draws - K * p_NV.sum(0)) / np.sqrt(K * (p_NV * (1 - p_NV)).sum(0))]
+    mean_N = (p_NV * logp_NV).sum(1)
+    spread = K * ((p_NV * logp_NV**2).sum(1) - mean_N**2).sum()
+    z.append([(np.take_along_axis(logp_NV, ids_NK, 1).sum() - K * mean_N.sum()) / np.sqrt(spread)])
     same_N = (p_NV**2).sum(1)
     for one, other in [(ids_NK[:, 0], ids_NK[:, 1]), (ids_NK[:, 2], ids_NK[:, 3]), (ids_NK[:, 0], token_N)]:
         z.append([((one == other).sum() - same_N.sum()) / np.sqrt((same_N * (1 - same_N)).sum())])
