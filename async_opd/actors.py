@@ -125,7 +125,8 @@ class Cluster:
         await asyncio.gather(
             verifier.call(start_s, "start"),
             *(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks),
-            *(actor.address(start_s) for actor in generators + teachers),
+            *(generator.call(start_s, "start") for generator in generators),
+            *(teacher.address(start_s) for teacher in teachers),
         )
         return Roles(
             generators=[GeneratorProxy(actor, config) for actor in generators],
@@ -152,6 +153,7 @@ class Cluster:
                 f"generator {at}",
                 "async_opd.rollout.generator:RolloutGenerator",
                 config.rollout,
+                config.objective.needs(),
                 index=at,
                 model=config.student.model,
                 eos_ids=self._eos_ids,

@@ -70,8 +70,10 @@ def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     size = _load("teacher.model", AutoConfig, *args).vocab_size
     if size < len(tokenizer):
         raise DataError(f"teacher.model = {config.teacher.model!r}: {size} logits for {len(tokenizer)} tokens")
-    if config.objective.needs().teacher_topk > len(tokenizer):
-        raise DataError(f"objective.k = {config.objective.needs().teacher_topk}: the vocabulary has {len(tokenizer)}")
+    needs = config.objective.needs()
+    likeliest = max(needs.teacher_topk, needs.teacher_at_student_ids if needs.student_ids == "likeliest" else 0)
+    if likeliest > len(tokenizer):
+        raise DataError(f"objective.k = {likeliest}: the vocabulary has {len(tokenizer)}")
 
 
 def eos_ids(config: Config) -> list[int]:
