@@ -22,7 +22,7 @@ MISTAKES = {
     "misspelt setting": ("run.stpes=3", ["run.stpes = 3", "no such setting", "did you mean 'run.steps'?"]),
     "misspelt section": ("learnr.lr=3", ["learnr: no such section", "did you mean 'learner'?"]),
     "setting in the wrong section": ("run.lr=1e-4", ["run.lr = 0.0001", "did you mean 'learner.lr'?"]),
-    "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'?"]),
+    "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'"]),
     "nothing like it": ("sync.zzz=1", ["sync.zzz = 1", "allowed: backend, bucket_mib, timeout_s, parity_every_steps"]),
     "setting of another objective": ("objective.tag=opd", ["objective.k = 24: no such setting", "truncate"]),
     "misspelt objective": ("objective.tag=topkl", ["objective.tag = 'topkl'", "'opd'", "did you mean 'topk_kl'?"]),

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from async_opd.config import load
 from async_opd.errors import DataError
-from async_opd.inputs import check_epochs, check_teacher, eos_ids
+from async_opd.inputs import check_epochs, check_scorers, eos_ids
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import resolve_toy
 from async_opd.toy import STUDENT
@@ -33,21 +33,21 @@ def test_a_teacher_whose_tokens_mean_something_else_is_refused(tmp_path):
     file.write_text(json.dumps(tokenizer))
     config = demo(tmp_path, f"teacher.model={tmp_path}/other")
     with pytest.raises(DataError, match="disagrees with the student's on 2 tokens, such as '3'"):
-        check_teacher(config, AutoTokenizer.from_pretrained(STUDENT))
+        check_scorers(config, AutoTokenizer.from_pretrained(STUDENT))
 
 
 def test_a_teacher_with_a_padded_vocabulary_is_accepted_and_a_smaller_one_is_not(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
     padded = edited(tmp_path / "padded", "config.json", vocab_size=32)
-    check_teacher(demo(tmp_path, f"teacher.model={padded}"), tokenizer)
+    check_scorers(demo(tmp_path, f"teacher.model={padded}"), tokenizer)
     small = edited(tmp_path / "small", "config.json", vocab_size=20)
     with pytest.raises(DataError, match="20 logits for 24 tokens"):
-        check_teacher(demo(tmp_path, f"teacher.model={small}"), tokenizer)
+        check_scorers(demo(tmp_path, f"teacher.model={small}"), tokenizer)
 
 
 def test_more_candidates_than_tokens_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"objective\.k = 25: the vocabulary has 24"):
-        check_teacher(demo(tmp_path, "objective.k=25"), AutoTokenizer.from_pretrained(STUDENT))
+        check_scorers(demo(tmp_path, "objective.k=25"), AutoTokenizer.from_pretrained(STUDENT))
 
 
 def test_end_ids_come_from_the_generation_config(tmp_path):

@@ -158,7 +158,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm():
 
     generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
     generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
-    teacher._run, teacher._topk, teacher._padding = engine_scores, 4, 3
+    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, False
 
     def around(prompt: Prompt, output: CompletionOutput) -> None:
         result(generator._add(prompt.id, prompt.ids, None))

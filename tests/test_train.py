@@ -21,7 +21,7 @@ async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out:
     learner, rows = learner or FakeLearner(), []
     roles = Roles(
         generators=[generator or FakeGenerator(), FakeGenerator()],
-        teachers=[FakeScorer()],
+        teachers={"": [FakeScorer()]},
         verifier=FakeScorer(),
         learner=learner,
     )
@@ -86,7 +86,7 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
             held[row["step"]] = tracemalloc.get_traced_memory()[0]
 
     config = load("configs/demo.toml", [*SMALL, "run.steps=300"])
-    roles = Roles(generators=[Forgetful()], teachers=[FakeScorer()], verifier=FakeScorer(), learner=Forgetful())
+    roles = Roles(generators=[Forgetful()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Forgetful())
     tracemalloc.start()
     try:
         await train(config, roles, prompts(), [], tmp_path, Meter([look]))

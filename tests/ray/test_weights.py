@@ -24,7 +24,7 @@ async def produced(roles, prompts, count: int) -> list[Ready]:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
         scores, verdicts = await asyncio.gather(
-            roles.teachers[ticket % len(roles.teachers)].score(group), roles.verifier.check(group)
+            roles.teachers[""][ticket % len(roles.teachers[""])].score(group), roles.verifier.check(group)
         )
         return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from async_opd import config
 from async_opd.errors import DataError
 from async_opd.rollout.config import DataConfig
+from async_opd.rollout.privileged import TeacherView
 from async_opd.rollout.prompts import FILE_READERS, PromptSource
 from async_opd.toy import STUDENT
 
@@ -30,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 def source(tmp_path) -> Callable[..., PromptSource]:
     """Prompts from a file of `rows`, read with the toy tokenizer; other keywords are data settings."""
 
-    def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, teacher_args=None, **settings) -> PromptSource:
+    def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, views=None, **settings) -> PromptSource:
         path = tmp_path / f"rows.{kind}"
         if kind == "parquet":
             datasets.Dataset.from_list(rows).to_parquet(path)
@@ -39,7 +40,7 @@ def source(tmp_path) -> Callable[..., PromptSource]:
         tokenizer = AutoTokenizer.from_pretrained(STUDENT)
         tokenizer.chat_template = chat
         data = msgspec.convert({"path": str(path), "chat_template": chat is not None} | settings, DataConfig)
-        return PromptSource(data, tokenizer, seed=seed, teacher_args=teacher_args)
+        return PromptSource(data, tokenizer, seed=seed, views=views)
 
     return make
 
@@ -172,13 +173,15 @@ def test_template_args_reach_the_template(source):
 
 
 def test_the_teacher_may_have_a_rendering_of_its_own(source):
-    (prompt,) = source(chat=CHAT, teacher_args={"enable_thinking": True, "hint": "9"}).first(1)
+    views = {"": TeacherView(template_args={"enable_thinking": True, "hint": "9"})}
+    (prompt,) = source(chat=CHAT, views=views).first(1)
     assert prompt.ids.tolist() == spelt("u=0+1=\n")
     assert prompt.teacher_ids.tolist() == spelt("u=0+1=\n{x}9")
 
 
 def test_the_teacher_s_rendering_is_held_to_the_same_length(source):
-    prompts = source(chat=CHAT, teacher_args={"hint": "9" * 20}, max_prompt_tokens=16)
+    views = {"": TeacherView(template_args={"hint": "9" * 20})}
+    prompts = source(chat=CHAT, views=views, max_prompt_tokens=16)
     with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):  # 7 + 20
         prompts.first(1)
 

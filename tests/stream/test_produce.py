@@ -11,7 +11,7 @@ from async_opd.wire import Span
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
 
-def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None):
+def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=()):
     """(producer, queue, slots) over fakes."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
@@ -21,7 +21,8 @@ def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attem
         prompts=prompts(),
         needed=needed,
         generators=generators,
-        teachers=teachers or [FakeScorer()],
+        teachers=teachers or {"": [FakeScorer()]},
+        references=references,
         verifier=FakeScorer(),
         slots=limit,
         queue=queue,
@@ -133,7 +134,7 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers=teachers)[0].fill()
+        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
         await settle()
         assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
         scored.set()

@@ -72,7 +72,7 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
     settings = ("teacher.backend=vllm", f"teacher.model={tmp_path}/teacher", f"objective.k={K}", "sync.timeout_s=10")
     config = demo_config(tmp_path, *settings, "data.max_prompt_tokens=150", "rollout.max_new_tokens=60")
     async with running(config) as (roles, _, prompts):
-        (teacher,), (generator,) = roles.teachers, roles.generators
+        (teacher,), (generator,) = roles.teachers[""], roles.generators
         for group in groups():
             check(model, group, await (await teacher.score(group)))
 

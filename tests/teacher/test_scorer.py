@@ -75,7 +75,8 @@ def close(got, expected):
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher, group, chunk):
-    scorer = teacher(Needs(teacher_topk=3, teacher_entropy=True), head_chunk_rows=chunk)
+    needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2)
+    scorer = teacher(needs, head_chunk_rows=chunk)
     groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
     answers = await asyncio.gather(*(scorer.score(one) for one in groups))
     assert len(scorer.forwards) == 1  # three groups, two rollouts each, one forward
