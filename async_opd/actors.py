@@ -173,32 +173,28 @@ class Cluster:
     def _verifier(self) -> _Actor:
         return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
 
-    def _scorer(self, section: str) -> list[_Actor]:
-        """The replicas of a teacher or of the reference."""
-        config, scorer = self._config, self._config.scorers[section]
-        reference = section == "reference"
-        names = [f"{section.replace('teachers.', 'teacher ')} {at}" for at in range(scorer.replicas)]
-        if scorer.backend == "vllm":
-            target = "async_opd.teacher.vllm:VllmTeacher"
-            _, longest = longest_sequence(section, scorer, config.data, config.rollout)
-            own = [{"name": name, "longest": longest} for name in names]
-        else:
-            target = "async_opd.teacher.scorer:TransformersTeacher"
-            own = [{"temperature": config.rollout.temperature}] * len(names)
-        return [
-            self._actor(
+    def _scorer(self, at: str) -> list[_Actor]:
+        """The replicas of the teacher, or of the reference, in section `at`."""
+        config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
+        vllm = scorer.backend == "vllm"
+        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
+        found = []
+        for replica in range(scorer.replicas):
+            name = f"{at.replace('teachers.', 'teacher ')} {replica}"
+            own = {"name": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
+            actor = self._actor(
                 name,
-                target,
+                "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
                 scorer,
                 Needs() if reference else config.objective.needs(),
                 vocabulary=self._vocabulary,
                 as_student=reference,
                 gpus=self._gpus * scorer.tensor_parallel_size,
-                **settings,
+                **own,
                 **self._remote_code,
             )
-            for name, settings in zip(names, own, strict=True)
-        ]
+            found.append(actor)
+        return found
 
     def _learner_rank(self, rank: int) -> _Actor:
         run = self._config.run

@@ -99,15 +99,12 @@ class PromptSource:
             shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
             teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)
             lengths.append((len(teacher_ids), *(view.longest or bound)))
-        for length, key, limit in lengths:
-            if length > limit:
-                if self._config.long_prompt == "error":
-                    raise DataError(
-                        f"row {id}: {length} prompt tokens, {key} = {limit}; "
-                        f'shorten it, raise the limit, or set data.long_prompt = "skip"'
-                    )
-                self.skipped.append(id)
-                return None
+        over = [f"{length} prompt tokens, {key} = {limit}" for length, key, limit in lengths if length > limit]
+        if over and self._config.long_prompt == "error":
+            raise DataError(f'row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt = "skip"')
+        if over:
+            self.skipped.append(id)
+            return None
         return Prompt(id=id, ids=ids, answer=str(answer), teacher_ids=teacher_ids, teacher=teacher)
 
     def _id(self, row: dict) -> str:
