@@ -177,7 +177,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs):
     generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
     generator._needs = needs
     generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
-    teacher._run, teacher._topk, teacher._padding = engine_scores, 4, 3
+    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, False
 
     def around(prompt: Prompt, output: CompletionOutput) -> None:
         result(generator._add(prompt.id, prompt.ids, None))
