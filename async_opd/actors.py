@@ -6,6 +6,7 @@ import inspect
 from importlib import import_module
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
@@ -14,6 +15,7 @@ from async_opd.config import Config, refuse_without_gpus
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
+from async_opd.rollout.config import RolloutConfig
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
@@ -119,16 +121,18 @@ class Cluster:
         if not self._gpus:
             refuse_without_gpus(config)
         generators, verifier = self._generators(), self._verifier()
+        teacher_generators = self._teacher_generators()
         teachers = [self._teacher(at) for at in range(config.teacher.replicas)]
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
         address, port = await ranks[0].address(start_s)
         await asyncio.gather(
             verifier.call(start_s, "start"),
             *(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks),
-            *(actor.address(start_s) for actor in generators + teachers),
+            *(actor.address(start_s) for actor in generators + teacher_generators + teachers),
         )
         return Roles(
             generators=[GeneratorProxy(actor, config) for actor in generators],
+            teacher_generators=[GeneratorProxy(actor, config) for actor in teacher_generators],
             teachers=[TeacherProxy(actor, config, self._eos_ids) for actor in teachers],
             verifier=VerifierProxy(verifier, config),
             learner=LearnerProxy(ranks, address, config),
@@ -148,22 +152,47 @@ class Cluster:
     def _generators(self) -> list[_Actor]:
         config = self._config
         return [
-            self._actor(
-                f"generator {at}",
-                "async_opd.rollout.generator:RolloutGenerator",
-                config.rollout,
-                index=at,
-                model=config.student.model,
-                eos_ids=self._eos_ids,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                vocabulary=self._vocabulary,
-                backend=config.sync.backend,
-                seed=config.run.seed,
-                gpus=self._gpus * config.rollout.tensor_parallel_size,
-                **self._remote_code,
-            )
+            self._generator(f"generator {at}", config.rollout, config.student.model, config.run.seed + at)
             for at in range(config.rollout.generators)
         ]
+
+    def _teacher_generators(self) -> list[_Actor]:
+        """Engines that hold the teacher and sample as the student's do, once a prompt; none without
+        [teacher_sampling]. Seeds go on behind those of the student's."""
+        config, teacher, sampling = self._config, self._config.teacher, self._config.teacher_sampling
+        if sampling is None:
+            return []
+        rollout = msgspec.structs.replace(
+            config.rollout,
+            samples_per_prompt=1,
+            max_new_tokens=sampling.max_new_tokens or config.rollout.max_new_tokens,
+            concurrency=sampling.concurrency,
+            dtype=teacher.dtype,
+            tensor_parallel_size=teacher.tensor_parallel_size,
+            memory_gib=teacher.memory_gib,
+            gpu_memory_utilization=teacher.gpu_memory_utilization,
+        )
+        seed = config.run.seed + config.rollout.generators
+        return [
+            self._generator(f"teacher-generator {at}", rollout, teacher.model, seed + at)
+            for at in range(sampling.generators)
+        ]
+
+    def _generator(self, name: str, rollout: RolloutConfig, model: str, seed: int) -> _Actor:
+        return self._actor(
+            name,
+            "async_opd.rollout.generator:RolloutGenerator",
+            rollout,
+            name=name,
+            model=model,
+            eos_ids=self._eos_ids,
+            max_prompt_tokens=self._config.data.max_prompt_tokens,
+            vocabulary=self._vocabulary,
+            backend=self._config.sync.backend,
+            seed=seed,
+            gpus=self._gpus * rollout.tensor_parallel_size,
+            **self._remote_code,
+        )
 
     def _verifier(self) -> _Actor:
         return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
@@ -205,6 +234,7 @@ class Cluster:
             rank=rank,
             timeout_s=self._config.timeout.step_s,
             bucket_bytes=self._config.sync.bucket_mib << 20,
+            teacher_sampling=self._config.teacher_sampling,
             gpus=self._gpus,
             **self._remote_code,
         )

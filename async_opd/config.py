@@ -18,7 +18,7 @@ from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
-from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.config import TeacherConfig, TeacherSamplingConfig
 from async_opd.verify.checks import kinds
 from async_opd.verify.config import VerifyConfig
 
@@ -88,6 +88,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sync: SyncConfig = msgspec.field(default_factory=SyncConfig)
     timeout: TimeoutConfig = msgspec.field(default_factory=TimeoutConfig)
     eval: EvalConfig | None = None
+    teacher_sampling: TeacherSamplingConfig | None = None
 
     @property
     def groups_per_step(self) -> int:
@@ -154,6 +155,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = c.teacher.backend == "transformers" and c.teacher.batch_tokens < _longest(c)  # vLLM takes it in pieces
     yield broken, f"teacher.batch_tokens = {c.teacher.batch_tokens}: must be >= {longest}"
     yield from _teacher_rules(c)
+    if c.teacher_sampling:
+        yield from _sampling_rules(c, c.teacher_sampling)
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0
@@ -186,6 +189,16 @@ def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield broken, f"teacher.backend = 'vllm': must be 'transformers' for {_tag(c)}, which needs the exact entropy"
     broken = not vllm and size > 1
     yield broken, f"teacher.tensor_parallel_size = {size}: must be 1 with teacher.backend = 'transformers'"
+
+
+def _sampling_rules(c: Config, sampling: TeacherSamplingConfig) -> Iterator[tuple[bool, str]]:
+    """Phased teacher sampling within what is checked of the run."""
+    first, last = sampling.full_until_step, sampling.until_step
+    broken = last < first
+    yield broken, f"teacher_sampling.until_step = {last}: must be >= teacher_sampling.full_until_step = {first}"
+    tokens, longest = sampling.max_new_tokens or 0, c.rollout.max_new_tokens
+    broken = tokens > longest
+    yield broken, f"teacher_sampling.max_new_tokens = {tokens}: must be <= rollout.max_new_tokens = {longest}"
 
 
 def refuse_without_gpus(c: Config) -> None:

@@ -112,9 +112,11 @@ def environment() -> dict:
 
 
 def _roster(config: Config) -> str:
+    sampling = config.teacher_sampling
     return (
         f"{config.rollout.generators} generator(s), {config.teacher.replicas} teacher(s), "
-        f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
+        + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
+        + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
     )
 
 

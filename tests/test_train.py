@@ -15,7 +15,7 @@ from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
 
-async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out: int = 0):
+async def run(tmp_path, *overrides: str, generator=None, learner=None, teacher_generators=(), held_out: int = 0):
     """(summary, learner, rows) of a whole run over fakes."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or FakeLearner(), []
@@ -24,6 +24,7 @@ async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out:
         teachers=[FakeScorer()],
         verifier=FakeScorer(),
         learner=learner,
+        teacher_generators=teacher_generators,
     )
     summary = await train(config, roles, prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
     return summary, learner, rows
@@ -105,6 +106,21 @@ async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp
     with pytest.raises(ActorLost, match="generator 0 died") as failure:
         await run(tmp_path, "run.max_lag_steps=0", generator=DiesLater())
     assert failure.value.__notes__ == ["at version 2"]
+
+
+async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
+    class Dead(FakeGenerator):
+        async def check_health(self):
+            raise ActorLost("teacher-generator 0: its engine died")
+
+    class Slow(FakeLearner):
+        async def step(self, groups):
+            await asyncio.sleep(3600)
+
+    sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
+    settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
+    with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
+        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()], learner=Slow())
 
 
 async def test_a_health_watch_that_returns_ends_the_run(tmp_path, monkeypatch):
