@@ -52,7 +52,7 @@ class _Host:
 class _Actor:
     """A handle with a name and bounded calls."""
 
-    def __init__(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any):
+    def __init__(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any):
         self.name = name
         role = type(name.split()[0].capitalize(), (_Host,), {})  # what `ps` and Ray's tools call the process
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": CALLS_AT_ONCE}
@@ -145,7 +145,7 @@ class Cluster:
         await asyncio.gather(verifier.call(start_s, "start"), *(actor.address(start_s) for actor in generators))
         return [GeneratorProxy(actor, self._config) for actor in generators], VerifierProxy(verifier, self._config)
 
-    def _actor(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
+    def _actor(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
         self._actors.append(_Actor(name, target, *args, gpus=gpus, **settings))
         return self._actors[-1]
 
@@ -217,7 +217,7 @@ class Cluster:
         )
 
     def _learner_rank(self, rank: int) -> _Actor:
-        run = self._config.run
+        run, sampling = self._config.run, self._config.teacher_sampling
         return self._actor(
             f"learner rank {rank}",
             "async_opd.learner.engine:LearnerRank",
@@ -234,7 +234,7 @@ class Cluster:
             rank=rank,
             timeout_s=self._config.timeout.step_s,
             bucket_bytes=self._config.sync.bucket_mib << 20,
-            teacher_sampling=self._config.teacher_sampling,
+            taught_weight=sampling and sampling.weight,
             gpus=self._gpus,
             **self._remote_code,
         )

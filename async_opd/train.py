@@ -52,7 +52,9 @@ async def train(
             health = tasks.create_task(_never_ends(watch_health(engines, config.timeout.health_s)))
             await publisher.connect()
             await publisher.publish(0, admit=lambda: None)
-            before = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
+            # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
+            warm = (generator.probe() for generator in roles.teacher_generators)
+            before, *_ = await asyncio.gather(evaluate.of_generators(roles.generators, roles.verifier, held_out), *warm)
             await loop.run(prompts, tasks)
             found = await _evaluated(config, roles, held_out, before) if held_out else {}
             health.cancel()

@@ -22,16 +22,21 @@ SLOW = replace(PACE, token_s=PACE.token_s * 3)
 
 
 class Asked(PacedGenerator):
-    """The teacher's own generator; keeps (live version, prompt) of each request. It is never updated."""
+    """The teacher's own generator; keeps (live version, prompt) of each request. It has sampled before training starts,
+    and is never updated."""
 
     def __init__(self, pace: Pace, learner: PacedLearner):
         super().__init__(pace, seed=1)
-        self._learner, self.asked = learner, []
+        self._learner, self.asked, self.warm = learner, [], False
 
     async def generate(self, prompt):
-        assert prompt.taught
+        assert prompt.taught and self.warm
         self.asked.append((self._learner.version, int(prompt.id)))
         return await super().generate(prompt)
+
+    async def probe(self):
+        self.warm = not self.asked
+        return await super().probe()
 
     async def update(self, version, update_info):
         raise AssertionError("the teacher takes no weights")
