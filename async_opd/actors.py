@@ -216,7 +216,7 @@ class Cluster:
         found = []
         for replica in range(scorer.replicas):
             name = f"{at.replace('teachers.', 'teacher ')} {replica}"
-            own = {"name": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
+            own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
             actor = self._actor(
                 name,
                 "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
