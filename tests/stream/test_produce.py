@@ -256,7 +256,7 @@ async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_for_go
         await settle()
         served = [p.id for p in own.served]
         assert len(served) == len(set(served)) >= 1  # none is asked twice
-        kept = [(await queue.take(0))[0] for _ in range(2)]
+        kept = [(await asyncio.wait_for(queue.take(0), 5))[0] for _ in range(2)]
         assert [g.prompt.taught for g in kept] == [False, cause is None]
         assert queue.dropped == ({cause: len(served)} if cause else {})
         assert slots.free == 0

@@ -113,7 +113,8 @@ def run(tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pa
 
     async def main():
         meter = Meter([rows.append], asyncio.get_running_loop().time)
-        return await train(config, roles, prompts(), [], tmp_path, meter)
+        async with asyncio.timeout(3600):  # virtual; a run that lost a slot never ends
+            return await train(config, roles, prompts(), [], tmp_path, meter)
 
     summary = virtual(main())
     assert all(engine.asked for engine in pool)
