@@ -1,0 +1,74 @@
+"""The effect of an objective for the eye: a row a token."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from msgspec import UNSET
+
+from async_opd.explain.given import Rollouts, Trajectory
+
+GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
+LOGPS = ("student", "behaviour", "teacher", "reference")
+WIDTHS = {name: 10 for name in (*LOGPS, "advantage", "weight", "selected", "ratio")} | {"coefficient": 12}
+Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a dash, "" as nothing
+
+
+def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
+    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with a row below it for each of
+    its candidates. With `colour`, what becomes likelier is green, and what becomes less likely red."""
+    for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
+        prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
+        reward = "" if t.reward is UNSET else f"reward {'unknown' if t.reward is None else t.reward}, "
+        yield f"{chr(10) if number else ''}trajectory {number}: {prompt}{reward}{t.length} tokens"
+        yield f"{'place':>5}  {'token':<16}" + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
+        for place in range(t.length):
+            for row in _rows(t, effect, place):
+                change = row[2][-1] or 0
+                paint = GREEN if change > 0 else RED if change < 0 else ""
+                yield f"{paint}{_line(*row)}{RESET}" if colour and paint else _line(*row)
+
+
+def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
+    """One for the generated token, and one for each of its candidates."""
+    of_candidates = "candidate_coefficient" in effect or isinstance(effect["coefficient"][place], list)
+    candidates = t.candidates[place] if of_candidates else []
+
+    def spread(name: str) -> list[Any]:
+        """A value for each row: given for the token, for the candidates, or for both."""
+        value = effect[name] and effect[name][place]
+        if isinstance(value, list):
+            return [None] * (1 + len(candidates) - len(value)) + value
+        return [value] + [None] * len(candidates)
+
+    coefficients = spread("coefficient")
+    if "candidate_coefficient" in effect:
+        coefficients[1:] = effect["candidate_coefficient"][place]
+    effects = zip(spread("advantage"), spread("weight"), spread("selected"), spread("ratio"), coefficients, strict=True)
+    token = "" if t.tokens is UNSET else t.tokens[place]
+    logps = [t.per_token[field][place] if (field := f"{name}_logp") in t.per_token else None for name in LOGPS]
+    yield place, token, logps + list(next(effects))
+    for candidate, numbers in zip(candidates, effects, strict=True):
+        behaviour = None if candidate.behaviour_logp is UNSET else candidate.behaviour_logp
+        advantage, _, _, ratio, coefficient = numbers
+        logps = [candidate.student_logp, behaviour, candidate.teacher_logp, None]
+        yield "", f"· {_shown(candidate.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]
+
+
+def _line(place: Any, token: Any, numbers: list[Any]) -> str:
+    cells = [f"{_number(x):>{width}}" for x, width in zip(numbers, WIDTHS.values(), strict=True)]
+    return f"{place:>5}  {_shown(token, 16):<16}{''.join(cells)}"
+
+
+def _number(x: Any) -> str:
+    if x is None:
+        return "-"
+    if isinstance(x, float):
+        return f"{x:.4f}" if abs(x) < 1000 else f"{x:.2e}"
+    return str(x)
+
+
+def _shown(token: str | int, width: int) -> str:
+    """On one line, with its spaces."""
+    text = repr(token)[1:-1] if isinstance(token, str) else str(token)
+    return text if len(text) <= width else text[: width - 1] + "…"
