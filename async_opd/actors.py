@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import itertools
 from importlib import import_module
 from typing import Any
 
@@ -10,14 +11,16 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
 
-from async_opd.config import Config, refuse_without_gpus
+from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
+from async_opd.scoring import longest_sequence, refuse_without_gpus, section
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
+from async_opd.wire import Needs
 
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
 
@@ -117,19 +120,22 @@ class Cluster:
         """Start the roles of a training run; at most `timeout.start_s`."""
         config, start_s = self._config, self._config.timeout.start_s
         if not self._gpus:
-            refuse_without_gpus(config)
+            refuse_without_gpus(config.scorers, config.rollout, config.objective)
         generators, verifier = self._generators(), self._verifier()
-        teachers = [self._teacher(at) for at in range(config.teacher.replicas)]
+        scorers = {at: self._scorer(at) for at in config.scorers}
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
         address, port = await ranks[0].address(start_s)
         await asyncio.gather(
             verifier.call(start_s, "start"),
             *(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks),
-            *(actor.address(start_s) for actor in generators + teachers),
+            *(generator.call(start_s, "start") for generator in generators),
+            *(actor.address(start_s) for actor in itertools.chain(*scorers.values())),
         )
+        pools = {at: [TeacherProxy(actor, config, self._eos_ids) for actor in pool] for at, pool in scorers.items()}
         return Roles(
             generators=[GeneratorProxy(actor, config) for actor in generators],
-            teachers=[TeacherProxy(actor, config, self._eos_ids) for actor in teachers],
+            teachers={name: pools[section(name)] for name in config.named_teachers},
+            references=pools.get("reference", ()),
             verifier=VerifierProxy(verifier, config),
             learner=LearnerProxy(ranks, address, config),
         )
@@ -152,6 +158,7 @@ class Cluster:
                 f"generator {at}",
                 "async_opd.rollout.generator:RolloutGenerator",
                 config.rollout,
+                config.objective.needs(),
                 index=at,
                 model=config.student.model,
                 eos_ids=self._eos_ids,
@@ -168,24 +175,28 @@ class Cluster:
     def _verifier(self) -> _Actor:
         return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
 
-    def _teacher(self, at: int) -> _Actor:
-        config = self._config
-        if config.teacher.backend == "vllm":
-            target = "async_opd.teacher.vllm:VllmTeacher"
-            own = {"index": at, "longest": config.data.max_prompt_tokens + config.rollout.max_new_tokens}
-        else:
-            target = "async_opd.teacher.scorer:TransformersTeacher"
-            own = {"temperature": config.rollout.temperature}
-        return self._actor(
-            f"teacher {at}",
-            target,
-            config.teacher,
-            config.objective.needs(),
-            vocabulary=self._vocabulary,
-            gpus=self._gpus * config.teacher.tensor_parallel_size,
-            **own,
-            **self._remote_code,
-        )
+    def _scorer(self, at: str) -> list[_Actor]:
+        """The replicas of the teacher, or of the reference, in section `at`."""
+        config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
+        vllm = scorer.backend == "vllm"
+        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
+        found = []
+        for replica in range(scorer.replicas):
+            name = f"{at.replace('teachers.', 'teacher ')} {replica}"
+            own = {"name": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
+            actor = self._actor(
+                name,
+                "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
+                scorer,
+                Needs() if reference else config.objective.needs(),
+                vocabulary=self._vocabulary,
+                as_student=reference,
+                gpus=self._gpus * scorer.tensor_parallel_size,
+                **own,
+                **self._remote_code,
+            )
+            found.append(actor)
+        return found
 
     def _learner_rank(self, rank: int) -> _Actor:
         run = self._config.run

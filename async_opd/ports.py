@@ -26,10 +26,11 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores a group; the scores stay where they are made."""
+    """Scores a group; the scores stay where they are made. The reference is one too, which is only asked for them."""
 
     async def score(self, group: Ref) -> Ref: ...
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]: ...
+    async def load(self, folder: str) -> None: ...
 
 
 class Verifier(Protocol):
@@ -54,7 +55,7 @@ class Learner(Protocol):
 class Ready:
     """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on."""
 
-    __slots__ = ("group", "meta", "prompt", "samples", "scores", "ticket", "verdicts")
+    __slots__ = ("group", "meta", "prompt", "reference", "samples", "scores", "ticket", "verdicts")
 
     def __init__(
         self,
@@ -65,7 +66,9 @@ class Ready:
         scores: Ref,
         verdicts: tuple[Verdict, ...],
         samples: tuple[int, ...],
+        reference: Ref | None = None,
     ):
         self.ticket = ticket  # order of admission; names the slot
         self.prompt, self.meta, self.group, self.scores, self.verdicts = prompt, meta, group, scores, verdicts
         self.samples = samples  # which rollouts of the group are trained
+        self.reference = reference  # scores of the reference, where the objective needs one

@@ -84,7 +84,7 @@ class GeneratorProxy:
 
 
 class TeacherProxy:
-    """`ports.Teacher` over an actor."""
+    """`ports.Teacher` over an actor: a teacher's, or the reference's."""
 
     def __init__(self, actor: Actor, config: Config, eos_ids: list[int]):
         self._actor, self._config, self._score_s = actor, config, config.timeout.score_s
@@ -94,6 +94,9 @@ class TeacherProxy:
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
         settings = self._config.rollout.max_new_tokens, self._eos_ids
         return await self._actor.call(self._config.timeout.generate_s, "greedy", prompts, *settings)
+
+    async def load(self, folder: str) -> None:
+        await self._actor.call(self._config.timeout.step_s, "load", folder)
 
     async def _score_all(self, groups: list[Ref]) -> list[Ref]:
         _, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
@@ -143,6 +146,8 @@ class LearnerProxy:
         micros = [[(here[index[i][0]], index[i][1]) for i in micro] for micro in share]
         verdicts = [groups[g].verdicts for g in used]
         data = [groups[g].group for g in used] + [groups[g].scores for g in used]
+        references = [groups[g].reference for g in used]
+        data += references if any(reference is not None for reference in references) else []
         return await rank.call(self._step_s, "step", micros, verdicts, *data)
 
     async def open_group(self, generators: int) -> list[dict]:

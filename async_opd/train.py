@@ -1,7 +1,7 @@
 """The main loop, over ports: it knows nothing of Ray, vLLM or DeepSpeed."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from async_opd.evaluate import Accuracy
 from async_opd.maths import lag
 from async_opd.metrics import Meter, Row
 from async_opd.ports import Generator, Learner, Ready, Teacher, Verifier
+from async_opd.stream.follow import Followers
 from async_opd.stream.produce import Producer
 from async_opd.stream.publish import Publisher
 from async_opd.stream.queue import Slots, TrajectoryQueue
@@ -25,7 +26,8 @@ class Roles:
     """Every actor of a run, behind its port."""
 
     generators: Sequence[Generator]
-    teachers: Sequence[Teacher]
+    teachers: Mapping[str, Sequence[Teacher]]  # replicas by `Prompt.teacher`
+    references: Sequence[Teacher] = ()  # replicas, where the objective needs a reference
     verifier: Verifier
     learner: Learner
 
@@ -77,6 +79,7 @@ class _Loop:
         self._config, self._roles, self._publisher, self._meter, self._dir = config, roles, publisher, meter, run_dir
         self._learner_time = meter.actor("learner")
         self.version = 0
+        self._followers = _followers(config, roles, run_dir)
         self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
@@ -98,6 +101,8 @@ class _Loop:
             learner_is("busy")
             result = await self._roles.learner.step(batch)
             self.version = result.version
+            learner_is("blocked")
+            await self._followers.follow(self.version)
             learner_is("syncing")
             gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
             learner_is("blocked")
@@ -123,6 +128,7 @@ class _Loop:
             needed=self._config.run.steps * self._config.groups_per_step,
             generators=self._roles.generators,
             teachers=self._roles.teachers,
+            references=self._roles.references,
             verifier=self._roles.verifier,
             slots=self._slots,
             queue=self.queue,
@@ -136,22 +142,35 @@ class _Loop:
 def _timed(roles: Roles, meter: Meter) -> Roles:
     return Roles(
         generators=[TimedGenerator(g, meter.actor("generators")) for g in roles.generators],
-        teachers=[TimedTeacher(t, meter.actor("teachers")) for t in roles.teachers],
+        teachers={
+            name: [TimedTeacher(t, meter.actor("teachers")) for t in pool] for name, pool in roles.teachers.items()
+        },
+        references=[TimedTeacher(t, meter.actor("reference")) for t in roles.references],
         verifier=TimedVerifier(roles.verifier, meter.actor("verifier")),
         learner=roles.learner,
     )
 
 
+def _followers(config: Config, roles: Roles, run_dir: Path) -> Followers:
+    due: dict[int, list[Teacher]] = {}
+    for name, teacher in config.named_teachers.items():
+        if teacher.update != "frozen":
+            due.setdefault(teacher.update_every_steps, []).extend(roles.teachers[name])
+    return Followers(roles.learner, due, str(run_dir.resolve() / "self-teacher"))
+
+
 async def _evaluated(config: Config, roles: Roles, held_out: list[Prompt], before: Accuracy) -> Row:
-    """Accuracies for the summary. The teacher's comes last: nobody waits for it, and its replica is idle now."""
+    """Accuracies for the summary. The teachers' come last: nobody waits for them, and their replicas are idle now."""
     after = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
-    teacher = None
-    if config.teacher.evaluate:
-        teacher = await evaluate.of_teacher(roles.teachers[0], roles.verifier, held_out)
+    teachers: Row = {}
+    for name, teacher in config.named_teachers.items():
+        own = [prompt for prompt in held_out if prompt.teacher == name] if teacher.evaluate else []
+        found = await evaluate.of_teacher(roles.teachers[name][0], roles.verifier, own) if own else None
+        teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = found and found.share
     return {
+        **teachers,
         "accuracy_before": before.share,
         "accuracy_after": after.share,
-        "teacher_accuracy": teacher and teacher.share,
         "eval_problems": before.problems,
         "eval_unknown": before.unknown + after.unknown,
     }

@@ -53,6 +53,7 @@ def _coefficients(loss_N: Tensor, batch: TokenBatch, advantage: Tensor | None) -
     found = {name: 0 - slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
     if "coefficient" not in found:
         return {"coefficient": found["candidate_coefficient"]}
-    if advantage is not None and advantage.ndim == 2 and "candidate_coefficient" in found:
-        return {"coefficient": torch.cat([found["coefficient"][:, None], found["candidate_coefficient"]], 1)}
+    if advantage is not None and advantage.ndim == 2:
+        first, *more = found.values()
+        return {"coefficient": torch.cat([first[:, None], *more], 1)}
     return found

@@ -1,7 +1,7 @@
 """The effect of an objective for the eye: a row a token."""
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any
 
 from msgspec import UNSET
@@ -30,29 +30,24 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
 
 
 def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
-    """One for the generated token, and one for each of its candidates."""
-    of_candidates = "candidate_coefficient" in effect or isinstance(effect["coefficient"][place], list)
-    candidates = t.candidates[place] if of_candidates else []
-
-    def spread(name: str) -> list[Any]:
-        """A value for each row: given for the token, for the candidates, or for both."""
-        value = effect[name] and effect[name][place]
-        if isinstance(value, list):
-            return [None] * (1 + len(candidates) - len(value)) + value
-        return [value] + [None] * len(candidates)
-
-    coefficients = spread("coefficient")
-    if "candidate_coefficient" in effect:
-        coefficients[1:] = effect["candidate_coefficient"][place]
-    effects = zip(spread("advantage"), spread("weight"), spread("selected"), spread("ratio"), coefficients, strict=True)
+    """One for the generated token, and one for each candidate that has a coefficient."""
+    here = {name: values and values[place] for name, values in effect.items()}
+    advantages, ratios = _several(here["advantage"]), _several(here["ratio"])
+    coefficients = _several(here["coefficient"]) + here.get("candidate_coefficient", [])
+    if here["advantage"] is None:  # a divergence, of candidates alone
+        coefficients = [None, *coefficients]
     token = "" if t.tokens is UNSET else t.tokens[place]
     logps = [t.per_token[field][place] if (field := f"{name}_logp") in t.per_token else None for name in LOGPS]
-    yield place, token, logps + list(next(effects))
-    for candidate, numbers in zip(candidates, effects, strict=True):
-        behaviour = None if candidate.behaviour_logp is UNSET else candidate.behaviour_logp
-        advantage, _, _, ratio, coefficient = numbers
-        logps = [candidate.student_logp, behaviour, candidate.teacher_logp, None]
-        yield "", f"· {_shown(candidate.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]
+    yield place, token, [*logps, advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]]
+    candidates = t.candidates[place] if len(coefficients) > 1 else []
+    for c, advantage, ratio, coefficient in zip_longest(candidates, advantages[1:], ratios[1:], coefficients[1:]):
+        behaviour = None if c.behaviour_logp is UNSET else c.behaviour_logp
+        logps = [c.student_logp, behaviour, c.teacher_logp, None]
+        yield "", f"· {_shown(c.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _line(place: Any, token: Any, numbers: list[Any]) -> str:

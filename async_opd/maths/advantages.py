@@ -30,8 +30,8 @@ def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Ten
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is unknown. [S].
 
-    Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304; EXACT but for the
-    floor of σ, which the paper does not give.)
+    Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304; EXACT but for σ: the
+    paper gives neither its floor nor whether it divides by G or by G - 1.)
 
     >>> within_group(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor([ 1.0000, -1.0000])

@@ -48,6 +48,17 @@ def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Te
     return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
 
 
+def exchanged(ratio_N: Tensor, sampled_N: Tensor, other_NM: Tensor, power_N: Tensor) -> Tensor:
+    """ρ̃ of a trajectory's tokens with another in place of the t-th: ρ̃ · (ρ(a) / ρ(y_t))^power, from the log-ratios of
+    the sampled tokens and of the others. Returns [N, M].
+
+    >>> ratio_N, log2 = torch.tensor([6.0]), torch.tensor([2.0]).log()
+    >>> exchanged(ratio_N, log2, log2 * torch.tensor([[1.0, 2.0]]), torch.tensor([1.0]))
+    tensor([[ 6., 12.]])
+    """
+    return ratio_N[:, None] * _exp((other_NM - sampled_N[:, None]) * power_N[:, None])
+
+
 def bounded(ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None) -> Tensor:
     """min(ρ, c), then ρ · 1[a ≤ ρ ≤ b], each where it is given. Any shape.
 

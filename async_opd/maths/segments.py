@@ -27,12 +27,13 @@ def places(segment_N: Tensor) -> Tensor:
 
 
 def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
-    """Σ over each trajectory, [S]; 0 for one without tokens.
+    """Σ over each trajectory, [S]; 0 for one without tokens; summed in float64.
 
     >>> sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
     tensor([3., 4.])
     """
-    return value_N.new_zeros(segments).index_add_(0, segment_N, value_N)
+    total_S = value_N.new_zeros(segments, dtype=torch.float64).index_add_(0, segment_N, value_N.double())
+    return total_S.to(value_N.dtype)
 
 
 def before(value_N: Tensor, segment_N: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9  # wraps around
     for shift, factor in ((30, 0x14D049BB133111EB), (27, 0x369DEA0F31A53F85)):
         mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
-    order_N = torch.argsort(segment_N + (mixed_N & 0xFFFFFFFF) / 2**33)
+    order_N = torch.argsort(segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33, stable=True)
     rank_N = torch.empty_like(place_N)
     rank_N[order_N] = place_N
     length_S = segments.lengths(segment_N, len(key_S))
@@ -87,7 +87,8 @@ def decisions_and_evidence(
     entropy_N: Tensor, gap_N: Tensor, hidden_ND: Tensor, segment_N: Tensor, segments_count: int, *, p: float, q: float
 ) -> Tensor:
     """D ∪ E of each trajectory: the share p of its tokens where the student is least certain, and the share q of the
-    rest that scores highest as evidence for them (DEAR Eq. 3-8, Algorithm 1; EXACT). bool [N].
+    rest that scores highest as evidence for them (DEAR Eq. 3-8, Algorithm 1; EXACT but for `count` in place of a
+    quantile). bool [N].
 
     >>> one = torch.ones(2, 1)
     >>> decisions_and_evidence(torch.tensor([2.0, 1.0]), one[:, 0], one, torch.tensor([0, 0]), 1, p=0.5, q=0.5)

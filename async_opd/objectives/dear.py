@@ -24,7 +24,9 @@ class Dear(Sampled, tag="dear"):
 
     RECONSTRUCTION, as the paper leaves open: the mean is over the selected tokens (`mean_over = "tokens"` is 1/T), the
     range of min-max is the tokens that are no decisions, and hidden states are those after the final norm, at the
-    position that predicts the token. Entropy and hidden states are always the live student's.
+    position that predicts the token. D is counted, the first of equals first, where Eq. 3-4 keep all at the (1-p)
+    quantile or above: the two differ by at most one token, and by ties. Entropy and hidden states are always the live
+    student's.
     """
 
     p: Share = 0.2

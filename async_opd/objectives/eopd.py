@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 class Eopd(Sampled, tag="eopd"):
     """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; SECOND-HAND: by
-    notes on the paper, which disagree on whether π_T is renormalised over the k). It adds, and switches nothing off.
+    notes on the paper, which disagree on whether π_T is renormalised over the k; π is not). It adds, and switches
+    nothing off. With the rest a "bucket" instead, the added term is a divergence, zero where they agree.
     """
 
     shown = ("uncertain",)
@@ -33,8 +34,8 @@ class Eopd(Sampled, tag="eopd"):
 
     @property
     def learns_from_agreement(self) -> bool:
-        """As for `topk_kl`."""
-        return self.rest == "drop"
+        """Over the k alone, Σ_k π_T ∇log π is not 0."""
+        return self.rest != "bucket"
 
     def wants(self) -> Needs:
         """The teacher's k likeliest tokens and its exact entropy."""
@@ -46,7 +47,7 @@ class Eopd(Sampled, tag="eopd"):
 
     def terms(self, batch: TokenBatch) -> Terms:
         sampled = super().terms(batch)
-        student = maths.divergences.outcomes(batch.student_logp_NK, rest=self.rest)
+        student = maths.divergences.outcomes(batch.student_logp_NK, rest="bucket" if self.rest == "bucket" else "drop")
         teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
         uncertain_N = (batch.teacher_entropy_N >= self.tau).to(student.dtype)
         more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)

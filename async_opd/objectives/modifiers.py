@@ -36,7 +36,7 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """g/ḡ [N], ḡ over the kept tokens of the whole step."""
-        mean = batch.statistics["drift_gate"] / batch.statistics["tokens"]
+        mean = batch.statistics["drift_gate"] / batch.statistics["tokens"].clamp(min=1)
         return self.gate(batch) / (mean + 1e-6)
 
 

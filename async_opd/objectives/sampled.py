@@ -39,10 +39,14 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         of_sequence = dict(sequence=maths.importance.sequence_ratio, geometric=maths.importance.geometric_ratio)[
             self.ratio
         ]
-        sampled_N = of_sequence(
-            batch.student_logp_N.detach(), batch.behaviour_logp_N, batch.segment_N, batch.trajectories
-        )
-        return sampled_N if logp.ndim == 1 else sampled_N[:, None].expand(logp.shape)
+        student_logp_N = batch.student_logp_N.detach()
+        ratio_N = of_sequence(student_logp_N, batch.behaviour_logp_N, batch.segment_N, batch.trajectories)
+        if logp.ndim == 1:
+            return ratio_N
+        length_N = maths.segments.lengths(batch.segment_N, batch.trajectories)[batch.segment_N]
+        power_N = 1 / length_N if self.ratio == "geometric" else ratio_N.new_ones(len(ratio_N))
+        log_ratio_N = student_logp_N - batch.behaviour_logp_N
+        return maths.importance.exchanged(ratio_N, log_ratio_N, logp - behaviour_logp, power_N)
 
 
 class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"):
@@ -59,8 +63,8 @@ class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pp
 
 
 class Decoupled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="decoupled", tag_field="tag"):
-    """sg[min(π_prox/π_behaviour, c)] · PPO(π/π_prox) (AsyncOPD 6.2; arXiv:2505.24298 Eq. 5). π_prox is the student
-    before its step: with one step a batch the live one, so that nothing is clipped."""
+    """sg[min(π_prox/π_behaviour, c)] · PPO(π/π_prox) (arXiv:2505.24298 Eq. 5; AsyncOPD's code zeroes a token over c
+    instead). π_prox is the student before its step: with one step a batch the live one, so that nothing is clipped."""
 
     clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     dual_clip: Annotated[float, Meta(gt=1)] | None = None
@@ -68,8 +72,9 @@ class Decoupled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
     def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """(the surrogate's negative, both its factors multiplied and detached)."""
-        given = batch.proximal_logp_N if logp.ndim == 1 else None
-        proximal_logp = logp.detach() if given is None else given
+        given = batch.proximal_logp_N
+        known = given is not None and given.numel() == logp.numel()  # of the sampled token alone
+        proximal_logp = given.view_as(logp) if known else logp.detach()
         stale = maths.importance.ratio(proximal_logp, behaviour_logp).clamp(max=self.at_most)
         ratio = maths.importance.ratio(logp, proximal_logp)
         factor = stale * maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)

@@ -62,7 +62,7 @@ class SgOpd(Sampled, tag="sg_opd"):
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
-        mean = batch.statistics["phi"] / batch.statistics["tokens"]
+        mean = batch.statistics["phi"] / batch.statistics["tokens"].clamp(min=1)
         return maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(min=1e-6)
 
     def show(self, batch: TokenBatch) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ class TopkKl(Objective, tag="topk_kl"):
 
     @property
     def learns_from_agreement(self) -> bool:
-        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0."""
-        return self.rest == "drop"
+        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it cancels)."""
+        return self.rest == "drop" and self.divergence != "jensen_shannon"
 
     def wants(self) -> Needs:
         """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's."""

@@ -22,7 +22,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost, ConfigError, SyncFailed
 from async_opd.rollout.config import RolloutConfig
-from async_opd.wire import Group, GroupMeta, Prompt, Rollout, Span
+from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span
 
 PROBE_TOKENS = 8  # sampled by the parity probe
 
@@ -33,6 +33,7 @@ class RolloutGenerator:
     def __init__(
         self,
         config: RolloutConfig,
+        needs: Needs,
         *,
         index: int,
         model: str,
@@ -43,8 +44,10 @@ class RolloutGenerator:
         seed: int,
         trust_remote_code: bool = False,
     ):
-        """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it."""
-        self._config, self._index, self._eos_ids = config, index, eos_ids
+        """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it.
+        `vocabulary` is the tokenizer's: ids from there on are padding, and never among the likeliest candidates."""
+        self._config, self._needs, self._index, self._eos_ids = config, needs, index, eos_ids
+        self._vocabulary, self._candidates = vocabulary, 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
         self._held: list[tuple[str, np.ndarray, SamplingParams, asyncio.Future]] | None = None  # a list: paused
         self._arrived = asyncio.Condition()
@@ -55,6 +58,8 @@ class RolloutGenerator:
         self._block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be hit, and show.
         self._probe_ids = np.random.default_rng(0).integers(vocabulary, size=self._block + 16, dtype=np.int32)
+        if needs.teacher_at_student_ids:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # vLLM's other runner does not let `candidates` in
         args = AsyncEngineArgs(
             model=model,
             dtype=config.dtype,
@@ -66,6 +71,8 @@ class RolloutGenerator:
             gpu_memory_utilization=config.gpu_memory_utilization,
             weight_transfer_config=WeightTransferConfig(backend=backend),
             logprobs_mode="processed_logprobs",
+            max_logprobs=needs.teacher_at_student_ids,
+            worker_extension_cls="async_opd.rollout.candidates.Candidates",
             scheduling_policy="priority",  # in order of arrival, but for the probe
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
@@ -74,6 +81,12 @@ class RolloutGenerator:
             **(cpu_engine(config.memory_gib) if cpu else {}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
+
+    async def start(self) -> None:
+        """Have the engine give the objective's candidates with each token of `generate`; before, there are none."""
+        if k := self._needs.teacher_at_student_ids:
+            await self._engine.collective_rpc("return_candidates", args=(self._needs.student_ids, self._vocabulary))
+            self._candidates = k
 
     def sampling(self, **changes) -> SamplingParams:
         """No seed of its own for a request: on CPU a preempted seeded request kills the engine."""
@@ -91,7 +104,8 @@ class RolloutGenerator:
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """Sample all responses of one prompt. Raises ActorLost when the engine died."""
-        return self._group(prompt, await self._run(prompt.id, prompt.ids, self.sampling()))
+        sampling = self.sampling(logprobs=self._candidates)
+        return self._group(prompt, await self._run(prompt.id, prompt.ids, sampling))
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """The likeliest response, for evaluation: one sample at temperature 0."""
@@ -192,10 +206,17 @@ class RolloutGenerator:
             Span(version=0 if s.version == "default" else int(s.version), start=s.start, end=s.end)
             for s in output.weight_versions
         )
+        flat, rows = output.logprobs, len(output.token_ids)  # in each row the sampled token before its candidates
+        logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
+        given = {}
+        if logp.shape[1] > 1:
+            given["candidate_ids"] = np.array(flat.token_ids, np.int32).reshape(logp.shape)[:, 1:]
+            given["candidate_logp"] = logp[:, 1:] if self._needs.student_ids == "sampled" else None
         return Rollout(
             id=f"{prompt_id}#{output.index}",
             ids=np.asarray(output.token_ids, np.int32),
-            behaviour_logp=np.minimum(np.asarray(output.logprobs.logprobs, np.float32), 0),
+            behaviour_logp=logp[:, 0],
             spans=tuple(spans),
             truncated=output.finish_reason == "length",
+            **given,
         )

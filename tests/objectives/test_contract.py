@@ -1,111 +1,347 @@
-"""What every objective must keep, tested for each file of the folder as soon as it exists."""
+"""What every objective must keep, under every correction and with every weight and mask that composes, tested for each
+file of the folder as soon as it exists."""
 
 import subprocess
 import sys
+import threading
+import tomllib
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import reduce
+from functools import cache, reduce
+from itertools import cycle, islice
 from operator import or_
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
+from async_opd import causal_lm  # noqa: F401, so that its import is not part of a test's time
+from async_opd.learner.batch import Sample, pack
+from async_opd.learner.step import Moment, accumulate, batch_statistics, token_batch
+from async_opd.maths.advantages import Moments
+from async_opd.maths.logprobs import Head, read_logprobs
 from async_opd.objectives import all_objectives
-from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
+from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.wire import Prompt, Rollout, Scores, Span, Verdict
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
-    "opd": [{}, {"truncate": 2.0}],
-    "topk_kl": [{"k": 3}, {"k": 3, "divergence": "forward"}, {"k": 3, "divergence": "jensen_shannon", "beta": 0.2}],
-}
-CASES = [cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])]
-each = pytest.mark.parametrize("objective", CASES, ids=str)
-LENGTHS = [4, 1, 6, 3]  # tokens of each trajectory
-N, S, V = sum(LENGTHS), len(LENGTHS), 12
+    "opd": [{}, {"student_signal": "cached"}],
+    "g_opd": [{}, {"lam": 1.0}],
+    "iw_opd": [{}, {"total": "before_last", "lam": 1.25}],
+    "dear": [{}, {"p": 0.5, "q": 1.0, "mean_over": "tokens"}],
+    "sg_opd": [
+        {}, {"beta": 0.0, "student_signal": "cached"}, {"fallback": "grpo"},
+        {"fallback": "preserve", "lambda_base": 1.25},
+    ],
+    "egrsd": [{}, {"gamma": 0.0}],
+    "cl_egrsd": [{}, {"gamma": 1.0, "window": 0}],
+    "mc_opd": [{}, {"m": 1}, {"m": 3, "student_signal": "cached"}],
+    "topk_kl": [
+        {"k": 3, "divergence": divergence, "support": support, "rest": rest}
+        for divergence, support, rest in [
+            ("reverse", "teacher", "bucket"), ("forward", "student", "bucket"),
+            ("jensen_shannon", "teacher", "bucket"), ("reverse", "student", "renormalise"),
+            ("forward", "teacher", "drop"), ("jensen_shannon", "student", "drop"),
+        ]
+    ],
+    "eopd": [{"k": 3, "rest": rest} for rest in ("renormalise", "bucket", "drop")],
+}  # fmt: skip
+CORRECTIONS = [
+    Importance(), Importance(ratio="none"), Importance(at_most=1.5), Importance(between=(0.3, 3.0)),
+    Importance(ratio="sequence", at_most=5.0), Importance(ratio="geometric"), Ppo(), Ppo(clip=0.3, dual_clip=1.5),
+    Decoupled(at_most=2.0),
+]  # fmt: skip
+PREFIXES = [None, PrefixRatio(), PrefixRatio(at_most=1.5), PrefixRatio(between=(0.3, 3.0))]
+COMPOSED = [
+    {}, dict(drift_gate=DriftGate(block=2)), dict(position=Position(share=0.5)), dict(random=RandomShare(share=0.5)),
+    dict(position=Position(share=0.3, part="suffix"), constant=2.0),
+    dict(drift_gate=DriftGate(tau=0.3), random=RandomShare(share=0.7)),
+]  # fmt: skip
+MEANS = ["tokens", "selected", "sequences"]
 
 
-def random_batch(objective, seed, *, student=None, behaviour=None, teacher=None):
-    """A batch with the fields that `objective` needs and no others, and the logits [N, V] its gradients go to."""
-    generator = torch.Generator().manual_seed(seed)
-    random_NV = [2 * torch.randn(N, V, generator=generator) for _ in range(3)]
-    logits_NV = [
-        random if given is None else given
-        for given, random in zip((student, behaviour, teacher), random_NV, strict=True)
-    ]
-    leaf_NV = logits_NV[0].clone().requires_grad_()
-    student_NV, behaviour_NV, teacher_NV = (x.log_softmax(-1) for x in (leaf_NV, *logits_NV[1:]))
-    ids_N1 = torch.randint(V, (N, 1), generator=generator)
-    needs = objective.needs()
-    top = teacher_NV.topk(needs.teacher_topk)
-    batch = TokenBatch(
-        student_logp_N=student_NV.gather(1, ids_N1)[:, 0],
-        behaviour_logp_N=behaviour_NV.gather(1, ids_N1)[:, 0],
-        teacher_logp_N=teacher_NV.gather(1, ids_N1)[:, 0],
-        segment_N=torch.repeat_interleave(torch.arange(S), torch.tensor(LENGTHS)),
-        reward_S=torch.tensor([1.0, 0.0, float("nan"), 1.0]),
-        student_logp_NK=student_NV.gather(1, top.indices) if needs.teacher_topk else None,
-        teacher_logp_NK=top.values if needs.teacher_topk else None,
-        student_entropy_N=-(student_NV.exp() * student_NV).sum(-1) if needs.student_entropy else None,
-        teacher_entropy_N=-(teacher_NV.exp() * teacher_NV).sum(-1) if needs.teacher_entropy else None,
-    )
-    return batch, leaf_NV
+def combinations() -> Iterator:
+    """Each objective with each of its corrections, and its other branches with two of them; each time with the next of
+    what composes and the next mean."""
+    composed, means = cycle(COMPOSED), cycle(MEANS)
+    for tag, cls in all_objectives().items():
+        known = {f.name for f in msgspec.structs.fields(cls)}
+        stale = [{"correction": c} for c in CORRECTIONS] if "correction" in known else []
+        stale += [{"prefix": p} for p in PREFIXES] if "prefix" in known else []
+        others = cycle(stale)
+        for i, settings in enumerate(SETTINGS.get(tag, [])):
+            for changes in stale if i == 0 else islice(others, 2):
+                yield cls(**(next(composed) | dict(mean_over=next(means)) | changes | settings))
+
+
+PLAIN = [cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])]
+CASES = list(dict.fromkeys(combinations()))
+every = pytest.mark.parametrize("objective", CASES, ids=lambda objective: type(objective).__name__)
+plain = pytest.mark.parametrize("objective", PLAIN, ids=str)
+
+V, D = 12, 5
+TRAJECTORIES = [  # prompt and response tokens, version spans, truncated, verdicts of the group (the first is its own)
+    (3, [(4, 4)], False, (1, 0, None)),
+    (1, [(2, 1)], False, (0, 1, None)),  # one token
+    (2, [(0, 2), (3, 4)], False, (1, 1, 1)),  # two tokens over the bound; a group that is all right
+    (4, [(1, 3)], False, (None, 0, 1)),  # an unknown verdict
+    (2, [(4, 3)], True, (0, 0, 1)),  # truncated
+    (5, [(0, 2)], False, (1, 0, 0)),  # all over the bound
+]
+KEPT = [True] * 5 + [False] * 2 + [True] * 7 + [False] * 5
+MOMENT = Moment(step=12, running={"reward": Moments(7.0, 0.6, 2.0)})
+
+
+class Tiny(torch.nn.Module):
+    """A student of two matrices in float64. Every position adds what `inputs` holds for it, and keeps its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding_VD, self.head_VD = (
+            torch.nn.Parameter(torch.randn(V, D, generator=torch.Generator().manual_seed(s)).double()) for s in (0, 1)
+        )
+        self.inputs_LD = []
+
+    def forward(self, micro, needs=None):
+        parts = [self.embedding_VD[ids].cumsum(0) for ids in micro.ids_L.split(micro.segment_lengths)]
+        unused = torch.ones(len(micro.ids_L), dtype=bool).index_fill(0, micro.rows_N, False)
+        inputs_LD = torch.zeros(len(unused), D).double().masked_fill(unused[:, None], float("nan")).requires_grad_()
+        self.inputs_LD.append(inputs_LD)
+        hidden_ND = (torch.cat(parts) + inputs_LD)[micro.rows_N]
+        settings = dict(temperature=1.0, chunk_rows=64, candidate_ids_NK=micro.candidate_ids_NK)
+        entropy = bool(needs and needs.student_entropy)
+        read = read_logprobs(hidden_ND, Head(self.head_VD), micro.targets_N, entropy=entropy, **settings)
+        return read._replace(hidden_ND=hidden_ND.detach() if needs and needs.hidden_state else None)
+
+
+@cache
+def sample(i, needs):
+    """The i-th trajectory with what `needs` asks for, from a policy not far from the student."""
+    prompt_tokens, spans, truncated, verdicts = TRAJECTORIES[i]
+    tokens, generator = sum(n for _, n in spans), torch.Generator().manual_seed(i)
+    ids_L = torch.randint(V, (prompt_tokens + tokens,), generator=generator)
+    policies = 1.5 * torch.randn(3, tokens, V, generator=generator).double()
+    student = Tiny()
+    hidden_TD = student.embedding_VD[ids_L].cumsum(0)[prompt_tokens - 1 : -1]
+    policies[0] = (hidden_TD @ student.head_VD.T + policies[0] / 3).detach()
+    behaviour, teacher, reference = policies.log_softmax(-1)
+    at = ids_L[prompt_tokens:, None]
+    top, more = teacher.topk(needs.teacher_topk), needs.teacher_at_student_ids
+    sampled = needs.student_ids == "sampled"
+    own = torch.multinomial(behaviour.exp(), max(more, 1), replacement=True, generator=generator)
+    own = (own if sampled else behaviour.topk(max(more, 1)).indices)[:, :more]
+    array = lambda x: x.float().numpy()  # noqa: E731
+    ends = np.cumsum([n for _, n in spans]).tolist()
+    id = f"{i}@0#0"
+    rollout = Rollout(
+        id=id, ids=ids_L[prompt_tokens:].int().numpy(), behaviour_logp=array(behaviour.gather(1, at)[:, 0]),
+        spans=tuple(Span(version=v, start=end - n, end=end) for (v, n), end in zip(spans, ends, strict=True)),
+        truncated=truncated, candidate_ids=own.int().numpy() if more else None,
+        candidate_logp=array(behaviour.gather(1, own)) if more and sampled else None,
+    )  # fmt: skip
+    scores = Scores(
+        id=id, sampled_logp=array(teacher.gather(1, at)[:, 0]),
+        topk_ids=top.indices.int().numpy() if needs.teacher_topk else None,
+        topk_logp=array(top.values) if needs.teacher_topk else None,
+        entropy=array(-(teacher.exp() * teacher).sum(-1)) if needs.teacher_entropy else None,
+        candidate_logp=array(teacher.gather(1, own)) if more else None,
+    )  # fmt: skip
+    words = tuple(Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v)) for j, v in enumerate(verdicts))
+    from_reference = Scores(id=id, sampled_logp=array(reference.gather(1, at)[:, 0])) if needs.reference else None
+    prompt = Prompt(id=f"{i}@0", ids=ids_L[:prompt_tokens].int().numpy(), answer="")
+    return Sample(prompt=prompt, rollout=rollout, scores=scores, verdicts=words, reference=from_reference)
+
+
+def packed(objective, *micros):
+    """Micro-batches of the trajectories with these numbers."""
+    settings = dict(live=4, max_lag_steps=3, stale="mask", truncated="mask", cap=8, device=torch.device("cpu"))
+    return [pack([sample(i, objective.needs()) for i in micro], **settings) for micro in micros]
+
+
+WHOLE = range(len(TRAJECTORIES))
+
+
+def accumulated(objective, micros, all_reduce=lambda tensor, op: None, moment=MOMENT):
+    """Metrics, running moments and gradients of one rank."""
+    module = Tiny()
+    found = accumulate(module, lambda loss: loss.backward(), all_reduce, objective, micros, moment)
+    return *found, [p.grad for p in module.parameters()], module
+
+
+def whole_batch(objective):
+    """All trajectories as the objective sees them in its second pass."""
+    (micro,), module = packed(objective, WHOLE), Tiny()
+    statistics = batch_statistics(module, lambda tensor, op: None, objective, [micro], MOMENT)
+    return token_batch(micro, module(micro, objective.needs()), MOMENT, statistics), module
 
 
 def test_every_objective_has_settings_in_this_file():
     assert set(SETTINGS) == set(all_objectives()), "add the new objective's required settings to SETTINGS"
 
 
-@each
-@pytest.mark.parametrize("seed", range(3))
-def test_loss_and_weight_are_one_number_a_token_and_gradients_are_finite(objective, seed):
-    batch, logits_NV = random_batch(objective, seed)
+@every
+def test_loss_and_weight_are_one_finite_number_a_token_and_gradients_are_finite(objective):
+    batch, module = whole_batch(objective)
     result = objective.loss(batch)
     result.loss_N.sum().backward()
-    assert result.loss_N.shape == result.weight_N.shape == (N,)
-    assert not result.weight_N.requires_grad and result.weight_N.isfinite().all()
-    assert result.loss_N.isfinite().all() and logits_NV.grad.isfinite().all() and logits_NV.grad.any()
+    shape = (len(KEPT),)
+    assert result.loss_N.shape == result.weight_N.shape == result.selected_N.shape == shape
+    assert result.loss_N.isfinite().all() and result.weight_N.isfinite().all() and (result.weight_N >= 0).all()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
+    assert not any(x is not None and x.requires_grad for x in (result.weight_N, result.advantage, result.ratio))
 
 
-@each
-def test_nothing_is_learned_where_student_behaviour_and_teacher_agree(objective):
-    same_NV = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
-    batch, logits_NV = random_batch(objective, 0, student=same_NV, behaviour=same_NV, teacher=same_NV)
-    objective.loss(batch).loss_N.sum().backward()
-    torch.testing.assert_close(logits_NV.grad, torch.zeros(N, V), atol=1e-6, rtol=0)
+@every
+def test_the_gradient_is_weight_times_ratio_times_advantage_or_zero_where_clipped(objective):
+    if not isinstance(objective, Sampled) or objective.__struct_config__.tag == "eopd":
+        pytest.skip("it is not of the sampled tokens alone; see its own tests")
+    batch, _ = whole_batch(objective)
+    batch = replace(batch, student_logp_N=batch.student_logp_N.detach().requires_grad_())
+    many = batch.student_logp_NK is not None
+    if many:
+        batch = replace(batch, student_logp_NK=batch.student_logp_NK.detach().requires_grad_())
+    leaves = [batch.student_logp_N] + [batch.student_logp_NK] * many
+    result = objective.loss(batch)
+    got = torch.autograd.grad(-result.loss_N.sum(), leaves)
+    got_NM = torch.cat([got[0][:, None], *got[1:]], 1)
+    student_NM = torch.cat([leaves[0][:, None], *leaves[1:]], 1).detach()
+    behaviour_NM = torch.cat([batch.behaviour_logp_N[:, None]] + [batch.behaviour_logp_NK] * many, 1)
+    advantage_NM, ratio_NM = (x.reshape(len(KEPT), -1) for x in (result.advantage, result.ratio))
+    if isinstance(objective.correction, Ppo):
+        rho_NM, clip = (student_NM - behaviour_NM).exp(), objective.correction
+        over = torch.where(advantage_NM > 0, rho_NM > 1 + clip.clip, rho_NM < 1 - clip.clip)
+        over |= (advantage_NM < 0) & (rho_NM > (clip.dual_clip or torch.inf))
+        ratio_NM = rho_NM.where(~over, 0)
+    expected_NM = (result.selected_N * result.weight_N)[:, None] * ratio_NM * advantage_NM / student_NM.shape[1]
+    torch.testing.assert_close(got_NM, expected_NM)
 
 
-@each
-def test_the_order_of_trajectories_does_not_matter(objective):
-    batch, _ = random_batch(objective, 0)
-    order_S = torch.tensor([2, 0, 3, 1])
-    rows_N = torch.cat([torch.nonzero(batch.segment_N == s)[:, 0] for s in order_S])
-    whole = ("segment_N", "reward_S", "statistics")
-    per_token = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in whole}
-    shuffled = replace(
-        batch,
-        segment_N=torch.argsort(order_S)[batch.segment_N[rows_N]],
-        reward_S=batch.reward_S[order_S],
-        **{name: x if x is None else x[rows_N] for name, x in per_token.items()},
-    )
-    torch.testing.assert_close(objective.loss(shuffled).loss_N, objective.loss(batch).loss_N[rows_N])
+@every
+def test_neither_order_nor_micro_batches_nor_ranks_matter(objective):
+    """One trajectory at a time with the statistics of the whole, an empty micro-batch among them, and two ranks."""
+    metrics, running, expected, _ = accumulated(objective, packed(objective, WHOLE))
+    one_by_one = accumulated(objective, packed(objective, *([i] for i in [3, 0]), [], *([i] for i in [5, 2, 4, 1])))
+    ranks = Ranks(2)
+    shares = [packed(objective, [4, 1], [0]), packed(objective, [5, 2, 3], [])]
+    both = ranks.run(lambda rank, all_reduce: accumulated(objective, shares[rank], all_reduce))
+    for found in (one_by_one, *both):
+        assert found[0] == pytest.approx(metrics, abs=1e-9)
+        assert [list(m) for m in found[1].values()] == [pytest.approx(list(m)) for m in running.values()]
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected)
+    added = [a + b for a, b in zip(both[0][2], both[1][2], strict=True)]
+    torch.testing.assert_close(one_by_one[2], expected, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(added, expected, atol=1e-9, rtol=1e-7)
 
 
-@each
-def test_the_teacher_and_the_behaviour_policy_get_no_gradient(objective):
-    batch, _ = random_batch(objective, 0)
-    fixed = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name.startswith(("teacher", "behaviour"))}
-    leaves = {name: x.clone().requires_grad_() for name, x in fixed.items() if x is not None}
-    loss = objective.loss(replace(batch, **leaves)).loss_N.sum()
-    sampled = [leaves["teacher_logp_N"], leaves["behaviour_logp_N"]]
-    assert torch.autograd.grad(loss, sampled, allow_unused=True) == (None, None)
+class Ranks:
+    """Threads that stand for ranks: what they reduce is reduced over all of them."""
+
+    def __init__(self, size):
+        self._size, self._barrier, self._given = size, threading.Barrier(size, timeout=20), [None] * size
+
+    def run(self, work):
+        results = [None] * self._size
+
+        def rank(r):
+            try:
+                results[r] = work(r, lambda tensor, op: self._all_reduce(r, tensor, op))
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        threads = [threading.Thread(target=rank, args=(r,)) for r in range(self._size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def _all_reduce(self, rank, tensor, op):
+        self._given[rank] = tensor.clone()
+        self._barrier.wait()
+        stacked = torch.stack(self._given)
+        self._barrier.wait()
+        tensor.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
 
 
-@each
-def test_settings_survive_the_trip_through_plain_data(objective):
-    union = reduce(or_, all_objectives().values())
-    assert msgspec.convert(msgspec.to_builtins(objective), union) == objective
+@every
+def test_prompts_and_tokens_outside_the_reduction_get_exactly_zero_although_unused_inputs_are_nan(objective):
+    (micro,) = packed(objective, WHOLE)
+    assert micro.keep_N.tolist() == KEPT
+    metrics, _, gradients, module = accumulated(objective, [micro])
+    assert np.isfinite(metrics["loss"]) and all(g.isfinite().all() for g in gradients)
+    gradient_LD = module.inputs_LD[-1].grad
+    batch, _ = whole_batch(objective)
+    counted_N = micro.keep_N & objective.loss(batch).selected_N
+    outside = torch.ones(len(micro.ids_L), dtype=bool).index_fill(0, micro.rows_N[counted_N], False)
+    assert outside.sum() > len(KEPT) - sum(KEPT) and not gradient_LD[outside].any()
+    assert gradient_LD[~outside].any()
 
 
-@each
+@plain
+def test_a_step_whose_tokens_all_left_the_reduction_gives_zero_gradients(objective):
+    for composed in COMPOSED:
+        composed = msgspec.structs.replace(objective, **composed)
+        metrics, _, gradients, _ = accumulated(composed, packed(composed, [4], [5]))
+        assert metrics["tokens"] == metrics["loss"] == 0
+        assert not any(g.any() for g in gradients)
+
+
+@plain
+def test_nothing_but_the_student_carries_gradient(objective):
+    batch, _ = whole_batch(objective)
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    carrying = {name for name, x in values.items() if torch.is_tensor(x) and x.requires_grad}
+    assert carrying <= {"student_logp_N", "student_logp_NK", "student_entropy_N"}
+    assert not any(x.requires_grad for x in batch.statistics.values())
+
+
+@every
+def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_is_declared(objective):
+    batch, module = whole_batch(objective)
+    student_N, student_NK = batch.student_logp_N.detach(), batch.student_logp_NK
+    same = dict(behaviour_logp_N=student_N, teacher_logp_N=student_N)
+    if student_NK is not None:
+        same |= dict(behaviour_logp_NK=student_NK.detach(), teacher_logp_NK=student_NK.detach())
+    loss = objective.loss(replace(batch, **same)).loss_N.sum()
+    gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    largest = max(0.0 if g is None else g.abs().max().item() for g in gradients)
+    assert (largest > 1e-3) if objective.learns_from_agreement else (largest < 1e-5)
+
+
+@pytest.mark.parametrize("tag", [tag for tag, cls in all_objectives().items() if cls.mean_one])
+def test_a_weight_that_is_declared_of_mean_one_is_by_itself(tag):
+    batch, _ = whole_batch(objective := all_objectives()[tag](**SETTINGS[tag][0]))
+    assert objective.loss(batch).weight_N[torch.tensor(KEPT)].mean().item() == pytest.approx(1)
+
+
+@plain
+def test_the_drift_gate_has_mean_one_by_itself_whatever_it_composes_with(objective):
+    gated = msgspec.structs.replace(objective, drift_gate=DriftGate(block=2), constant=1.0)
+    weights = [o.loss(whole_batch(o)[0]).weight_N for o in (gated, msgspec.structs.replace(objective, constant=1.0))]
+    assert DriftGate.mean_one
+    assert (weights[0] / weights[1])[torch.tensor(KEPT)].mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def toml(value) -> str:
+    """A value as TOML writes it, inline; what is None is left out, as TOML has none."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+@every
+def test_settings_survive_the_trip_through_plain_data_and_through_toml(objective):
+    union, data = reduce(or_, all_objectives().values()), msgspec.to_builtins(objective)
+    assert msgspec.convert(data, union) == objective
+    assert msgspec.convert(tomllib.loads(f"objective = {toml(data)}")["objective"], union) == objective
+
+
+@plain
 def test_an_unknown_setting_is_refused(objective):
     with pytest.raises(msgspec.ValidationError, match="no_such_setting"):
         msgspec.convert(msgspec.to_builtins(objective) | {"no_such_setting": 1}, type(objective))

@@ -11,7 +11,7 @@ from async_opd.wire import Span
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
 
-def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None):
+def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=()):
     """(producer, queue, slots) over fakes."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
@@ -21,7 +21,8 @@ def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attem
         prompts=prompts(),
         needed=needed,
         generators=generators,
-        teachers=teachers or [FakeScorer()],
+        teachers=teachers or {"": [FakeScorer()]},
+        references=references,
         verifier=FakeScorer(),
         slots=limit,
         queue=queue,
@@ -113,6 +114,58 @@ async def test_a_role_that_fails_ends_the_stream_with_its_own_error():
             stream(tasks, [Dead()], slots=1)[0].fill()
 
 
+class Named(FakeScorer):
+    """A scorer that keeps what it was asked, and whose scores are its name."""
+
+    def __init__(self, name: str = ""):
+        self.name, self.asked = name, []
+
+    async def score(self, group):
+        self.asked.append(group.id)
+        await asyncio.sleep(0)
+        return self.name
+
+
+async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
+    named = ("math", "code", "math", "math")
+    teachers = {"math": [Named("math 0"), Named("math 1")], "code": [Named("code 0")]}
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(tasks, [FakeGenerator()], slots=4, needed=4, teachers=teachers)
+        producer._prompts = (msgspec.structs.replace(p, teacher=t) for p, t in zip(prompts(4), named, strict=True))
+        producer.fill()
+        await settle()
+    assert [teacher.asked for pool in teachers.values() for teacher in pool] == [["0", "3"], ["2"], ["1"]]
+    scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in queue._ready}
+    assert scored == {"0": ("math 0", None), "1": ("code 0", None), "2": ("math 1", None), "3": ("math 0", None)}
+
+
+async def test_a_reference_scores_every_group_beside_its_teacher():
+    references, meet = [Named("reference 0"), Named("reference 1")], asyncio.Barrier(3)
+
+    class Meets(FakeScorer):
+        async def score(self, group):
+            await meet.wait()
+            return await super().score(group)
+
+        async def check(self, group):
+            await meet.wait()
+            return await super().check(group)
+
+    class Reference(Named):
+        async def score(self, group):
+            await meet.wait()
+            return await super().score(group)
+
+    references = [Reference("reference 0"), Reference("reference 1")]
+    both = Meets()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references)
+        producer._verifier = both
+        producer.fill()
+        ready = [(await queue.take(0))[0] for _ in range(2)]
+    assert {r.prompt.id: r.reference for r in ready} == {"0": "reference 0", "1": "reference 1"}
+
+
 async def test_teachers_are_balanced_by_tokens_not_by_groups():
     # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 = 1413 against 512.
     lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
@@ -133,7 +186,7 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers=teachers)[0].fill()
+        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
         await settle()
         assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
         scored.set()

@@ -1,0 +1,71 @@
+"""Batches by hand and their statistics, in float64, for tests that compare with formulas."""
+
+from dataclasses import replace
+
+import torch
+
+from async_opd.objectives.base import TokenBatch
+
+STUDENT = [-0.10, -1.20, -0.05, -2.30, -0.40, -0.02]  # six tokens that the numbers of several methods are known for
+TEACHER = [-0.15, -0.70, -3.05, -2.80, -0.40, -0.01]
+REFERENCE = [-0.12, -1.10, -0.30, -2.10, -0.50, -0.02]
+NAN = float("nan")
+
+
+def batch(student, teacher, *, behaviour=None, lengths=None, reward=None, group=None, cap=10.0, **more):
+    """A batch from lists; one trajectory unless `lengths` are given, no staleness unless `behaviour` is."""
+    lengths = lengths or [len(student)]
+    reward = reward or [NAN] * len(lengths)
+    tensors = {
+        name: x if isinstance(x, (int, dict)) else torch.as_tensor(x, dtype=torch.float64) for name, x in more.items()
+    }
+    return TokenBatch(
+        student_logp_N=torch.tensor(student, dtype=torch.float64, requires_grad=True),
+        behaviour_logp_N=torch.tensor(behaviour or student, dtype=torch.float64),
+        teacher_logp_N=torch.tensor(teacher, dtype=torch.float64),
+        segment_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        key_S=torch.arange(len(lengths)),
+        reward_S=torch.tensor(reward, dtype=torch.float64),
+        group_reward_SG=torch.tensor(group or [[r] for r in reward], dtype=torch.float64),
+        cap_S=torch.full((len(lengths),), cap, dtype=torch.float64),
+        **tensors,
+    )
+
+
+LENGTHS = [5, 1, 7, 3, 2]
+KEPT = [True] * 2 + [False] + [True] * 12 + [False] + [False] * 2  # two stale tokens; the last rollout is truncated
+
+
+def ragged(seed, **more):
+    """Five trajectories of random log-probs, among them one of unknown verdict and one whose group is all right."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = -3 * torch.rand(4, sum(LENGTHS), generator=generator) - 0.01
+    student, behaviour, teacher, reference = rows.tolist()
+    entropies = 4 * torch.rand(2, sum(LENGTHS), generator=generator)
+    rewards = [1.0, 0.0, 1.0, NAN, 0.0]
+    groups = [[1.0, 0.0, NAN]] * 2 + [[1.0, 1.0, 1.0]] + [[NAN, 1.0, 0.0]] + [[0.0, 1.0, 1.0]]
+    return batch(
+        student, teacher, behaviour=behaviour, lengths=LENGTHS, reward=rewards, group=groups,
+        reference_logp_N=reference, student_entropy_N=entropies[0], teacher_entropy_N=entropies[1], **more,
+    )  # fmt: skip
+
+
+def rows(batch, *names):
+    """The tokens' values as lists, one of tuples for each trajectory."""
+    columns = list(zip(*(getattr(batch, name).tolist() for name in names), strict=True))
+    return [[columns[n] for n in range(len(columns)) if batch.segment_N[n] == s] for s in range(batch.trajectories)]
+
+
+def with_statistics(objective, batch, kept=None):
+    """The batch with what the learner reduces over the `kept` tokens of a whole step, which this is (all: None)."""
+    kept_N = torch.ones(len(batch.segment_N), dtype=bool) if kept is None else torch.tensor(kept)
+    needs, found = objective.needs(), objective.statistics(batch)
+    statistics = {name: found[name][kept_N].sum().detach() for name in needs.sums}
+    statistics |= {name: found[name][kept_N].max().detach() for name in needs.maxima}
+    return replace(batch, statistics=statistics | {"tokens": kept_N.sum().double()})
+
+
+def coefficients(objective, batch):
+    """-∂Σℓ/∂log π of each sampled token: positive makes it likelier."""
+    (gradient_N,) = torch.autograd.grad(objective.loss(batch).loss_N.sum(), batch.student_logp_N)
+    return (-gradient_N).tolist()

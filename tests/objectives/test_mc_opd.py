@@ -1,0 +1,70 @@
+from dataclasses import replace
+from math import exp
+
+import pytest
+import torch
+from given import LENGTHS, ragged
+
+from async_opd.objectives.mc_opd import McOpd
+from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.wire import Needs
+
+FACTORS = {
+    Importance(): lambda rho, a: rho,
+    Importance(ratio="none"): lambda rho, a: 1.0,
+    Importance(at_most=1.2): lambda rho, a: min(rho, 1.2),
+    Importance(between=(0.5, 2.0)): lambda rho, a: rho if 0.5 <= rho <= 2 else 0.0,
+    Ppo(): lambda rho, a: 0.0 if (a > 0 and rho > 1.2) or (a < 0 and rho < 0.8) else rho,
+    Decoupled(at_most=1.2): lambda rho, a: min(rho, 1.2),
+}
+M = 4
+
+
+def with_samples(seed):
+    """A ragged batch with three samples beside each token; the first of them repeats the token itself."""
+    given, generator = ragged(seed), torch.Generator().manual_seed(seed)
+    extra = []
+    for name in ("student", "behaviour", "teacher"):
+        own_N1 = getattr(given, f"{name}_logp_N").detach()[:, None]
+        other_NK = -3 * torch.rand(sum(LENGTHS), M - 2, generator=generator).double() - 0.01
+        extra.append(torch.cat([own_N1, other_NK], 1))
+    columns = zip(("student", "behaviour", "teacher"), extra, strict=True)
+    given = replace(given, **{f"{name}_logp_NK": x for name, x in columns})
+    return replace(given, student_logp_NK=given.student_logp_NK.requires_grad_())
+
+
+@pytest.mark.parametrize("correction", FACTORS, ids=str)
+@pytest.mark.parametrize("signal", ["live", "cached"])
+def test_each_sample_gets_its_own_ratio_and_advantage_over_m(correction, signal):
+    given = with_samples(1)
+    result = McOpd(m=M, correction=correction, student_signal=signal).loss(given)
+    got = torch.autograd.grad(-result.loss_N.sum(), (given.student_logp_N, given.student_logp_NK))
+    names = ("student", "behaviour", "teacher")
+    pairs = [torch.cat([getattr(given, f"{n}_logp_N")[:, None], getattr(given, f"{n}_logp_NK")], 1) for n in names]
+    expected_NM = []
+    for row in zip(*(x.tolist() for x in pairs), strict=True):
+        expected_NM.append([])
+        for new, old, teacher in zip(*row, strict=True):
+            a = teacher - (old if signal == "cached" else new)
+            expected_NM[-1].append(FACTORS[correction](exp(new - old), a) * a / M)
+    torch.testing.assert_close(torch.cat([got[0][:, None], got[1]], 1), torch.tensor(expected_NM).double())
+    assert result.advantage.shape == result.ratio.shape == (sum(LENGTHS), M)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "geometric"])
+def test_a_sample_stands_for_its_token_in_the_ratio_of_the_trajectory(ratio):
+    given, expected_NM = with_samples(2), []
+    gap_N = (given.student_logp_N - given.behaviour_logp_N).tolist()
+    other_NK = (given.student_logp_NK - given.behaviour_logp_NK).tolist()
+    for n, segment in enumerate(given.segment_N.tolist()):
+        mine = [i for i, s in enumerate(given.segment_N.tolist()) if s == segment]
+        for other in [gap_N[n], *other_NK[n]]:
+            total = sum(other if i == n else gap_N[i] for i in mine)
+            expected_NM.append(exp(total if ratio == "sequence" else total / len(mine)))
+    result = McOpd(m=M, correction=Importance(ratio=ratio)).loss(given)
+    assert result.ratio.flatten().tolist() == pytest.approx(expected_NM)
+
+
+def test_one_less_than_m_samples_of_the_behaviour_policy_are_asked_for():
+    assert McOpd(m=4).needs() == Needs(teacher_at_student_ids=3, student_ids="sampled")
+    assert McOpd(m=1).needs().teacher_at_student_ids == 0
