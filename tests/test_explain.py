@@ -233,8 +233,8 @@ def test_it_is_what_the_learner_computes(command):
 
 def _slope(batch, tag):
     slope_N, slope_NK = batch.student_logp_N.grad, getattr(batch.student_logp_NK, "grad", None)
-    if tag == "mc_opd" and slope_NK is not None:
-        return torch.cat([slope_N[:, None], slope_NK], 1)
+    if tag == "mc_opd":
+        return slope_N[:, None] if slope_NK is None else torch.cat([slope_N[:, None], slope_NK], 1)
     return slope_NK if tag == "topk_kl" else slope_N
 
 
