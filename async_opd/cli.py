@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("eval", help="greedy accuracy of student.model on the config's [eval] problems")
     evaluation.add_argument("config", type=Path)
     evaluation.set_defaults(run=_eval)
+    explain = commands.add_parser("explain", help="what an objective does to given rollouts, token by token")
+    explain.usage = "async-opd explain --objective NAME [key=value ...] FILE.json [--json]"
+    explain.add_argument("--objective", required=True, metavar="NAME", help="its tag, such as dear")
+    explain.add_argument("given", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts")
+    explain.add_argument("--json", action="store_true", help="exact numbers instead of a table")
+    explain.set_defaults(run=_explain)
     for command in (train, demo, evaluation):
         command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     return parser
@@ -75,4 +83,27 @@ def _eval(args: argparse.Namespace) -> int:
 
     found = asyncio.run(run_eval(config))
     print(f"{config.student.model}: {found.share:.1%} of {found.problems} problems, {found.unknown} unknown")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from async_opd.config import load_objective
+
+    files = [word for word in args.given if "=" not in word or Path(word).exists()]
+    objective = load_objective(args.objective, [word for word in args.given if word not in files])
+    if len(files) != 1:
+        raise ConfigError(f"explain: needs one file with rollouts, got {', '.join(files) or 'none'}")
+    import msgspec
+
+    from async_opd.explain.effect import explain  # torch waits until the objective is known to be right
+    from async_opd.explain.given import read
+    from async_opd.explain.table import table
+
+    rollouts = read(files[0])
+    effects = explain(objective, rollouts, files[0])
+    if args.json:
+        print(json.dumps({"objective": msgspec.to_builtins(objective), "trajectories": effects}))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(*table(rollouts, effects, colour=colour), sep="\n")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,7 +16,7 @@ from async_opd import toy
 from async_opd.errors import ConfigError
 from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
-from async_opd.objectives import all_objectives
+from async_opd.objectives import Objective, all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
 from async_opd.scoring import backend_rules, form_rules, longest_sequence, sampling_rules, section, tag, teacher_rules
 from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
@@ -75,6 +75,9 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an engine
 
 
+AnyObjective = reduce(or_, all_objectives().values())
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run. `objective` is one of the tagged types in `async_opd.objectives`."""
 
@@ -83,7 +86,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: DataConfig
     rollout: RolloutConfig
     learner: LearnerConfig
-    objective: reduce(or_, all_objectives().values())
+    objective: AnyObjective
     teacher: TeacherConfig | None = None  # one, or several of which each row names its own
     teachers: dict[str, TeacherConfig] = {}
     reference: ReferenceConfig | None = None  # absent: the student before its first step, where the objective needs one
@@ -129,17 +132,35 @@ def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) 
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
     for override in overrides:
         _override(tree, override)
-    refuse_mistakes(tree, Config)
-    try:
-        config = msgspec.convert(tree, Config)
-    except msgspec.ValidationError as e:  # an invariant of a section's own
-        raise ConfigError(str(e)) from e
+    config = _checked(tree, Config)
     for broken, message in _rules(config):
         if broken:
             raise ConfigError(message)
     _check_files(config)
     _check_run_dir(config, training)
     return config
+
+
+class ObjectiveAlone(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An objective outside a run."""
+
+    objective: AnyObjective
+
+
+def load_objective(tag: str, overrides: list[str] = ()) -> Objective:
+    """The objective of that tag by `key=value` settings of its section, checked as in a config."""
+    tree = {"tag": tag}
+    for override in overrides:
+        _override(tree, override)
+    return _checked({"objective": tree}, ObjectiveAlone).objective
+
+
+def _checked(tree: dict, kind: type[Struct]) -> Any:
+    refuse_mistakes(tree, kind)
+    try:
+        return msgspec.convert(tree, kind)
+    except msgspec.ValidationError as e:  # an invariant of a section's own
+        raise ConfigError(str(e)) from e
 
 
 def _override(tree: dict, override: str) -> None:

@@ -38,6 +38,7 @@ def runs(monkeypatch, tmp_path):
         (["train"], "usage: async-opd train [-h] config [key=value ...]"),
         (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
+        (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
     ],
 )
 def test_help_of_a_command_is_its_usage(command, says, capsys):
@@ -49,7 +50,7 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval)"),
+        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain)"),
         ([], "the following arguments are required: COMMAND"),
         (["train"], "the following arguments are required: config"),
         (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
@@ -58,7 +59,8 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval'", "train, demo, eval")
+    commands = "train, demo, eval, explain"
+    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval', 'explain'", commands)
 
 
 def test_the_module_is_the_command():

@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
 cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring → config →
-inputs, evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a config.py is its
-role's.
+inputs, evaluate, explain → train → actors → run → cli → __main__. Units of one rank never import each other; a
+config.py is its role's.
 """
 
 import ast
@@ -22,7 +22,8 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate"], ["train", "proxies"],
+    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain"],
+    ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}

@@ -1,0 +1,1 @@
+"""What an objective does to given rollouts, token by token: the file, the effect, the table."""
