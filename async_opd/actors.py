@@ -16,8 +16,8 @@ from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
-from async_opd.scoring import longest_sequence, refuse_without_gpus, section
 from async_opd.rollout.config import RolloutConfig
+from async_opd.scoring import longest_sequence, refuse_without_gpus, section
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
