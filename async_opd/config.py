@@ -197,7 +197,7 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = c.reference is not None and not c.objective.needs().reference
     yield broken, f"reference: has no effect with {tag(c.objective)}, which needs none"
     if c.teacher_sampling:
-        yield from sampling_rules(c.teacher_sampling, c.teachers, c.rollout)
+        yield from sampling_rules(c.teacher_sampling, c.teacher, c.rollout)
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0

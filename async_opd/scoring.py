@@ -109,10 +109,12 @@ def refuse_without_gpus(scorers: Mapping[str, ScorerConfig], rollout: RolloutCon
 
 
 def sampling_rules(
-    sampling: TeacherSamplingConfig, teachers: Mapping[str, TeacherConfig], rollout: RolloutConfig
+    sampling: TeacherSamplingConfig, teacher: TeacherConfig | None, rollout: RolloutConfig
 ) -> Iterator[tuple[bool, str]]:
     """Phased teacher sampling within what is checked of the run."""
-    yield bool(teachers), "teacher_sampling: needs one [teacher] that answers; with [teachers.NAME] there are several"
+    yield teacher is None, "teacher_sampling: needs one [teacher] that answers, not [teachers.NAME]"
+    broken = teacher is not None and teacher.update != "frozen"
+    yield broken, f"teacher_sampling: needs teacher.update = 'frozen', not {teacher and teacher.update!r}"
     first, last = sampling.full_until_step, sampling.until_step
     broken = last < first
     yield broken, f"teacher_sampling.until_step = {last}: must be >= teacher_sampling.full_until_step = {first}"

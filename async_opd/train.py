@@ -141,6 +141,7 @@ class _Loop:
             weight=sampling.weight,
             generators=self._roles.teacher_generators,
             version=lambda: self.version,
+            outstanding=lambda: self._slots.count - self._slots.free,
         )
 
     def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:

@@ -155,6 +155,17 @@ MISTAKES = {
         f"{SAMPLING} teacher_sampling.until_step=29",
         ["teacher_sampling.until_step = 29: must be >= teacher_sampling.full_until_step = 30"],
     ),
+    "several teachers that should answer": (
+        (
+            f"{TEACHER}\n\n[data]",
+            f'{MATH}\n\n[teacher_sampling]\nshare = 0.1\nfull_until_step = 1\nuntil_step = 2\n\n[data]\nteacher = "id"',
+        ),
+        ["teacher_sampling: needs one [teacher] that answers, not [teachers.NAME]"],
+    ),
+    "a teacher that answers and follows": (
+        f"{SAMPLING} teacher.model=toy:student teacher.update=copy",
+        ["teacher_sampling: needs teacher.update = 'frozen', not 'copy'"],
+    ),
     "answers longer than what is checked": (
         f"{SAMPLING} teacher_sampling.max_new_tokens=65",
         ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],

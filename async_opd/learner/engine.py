@@ -148,8 +148,9 @@ class LearnerRank:
             micros,
             Moment(step=self.version + 1, running=self._running, taught_weight=self._taught_weight(self.version + 1)),
         )
-        if not math.isfinite(metrics["loss"]) or metrics["tokens"] == 0:
-            raise Diverged(f"step {self.version + 1}: loss {metrics['loss']} over {metrics['tokens']:.0f} tokens")
+        tokens = metrics["tokens"] + metrics["tokens_taught"]
+        if not math.isfinite(metrics["loss"]) or tokens == 0:
+            raise Diverged(f"step {self.version + 1}: loss {metrics['loss']} over {tokens:.0f} tokens")
         metrics["lr"] = self._engine.get_lr()[0]
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):

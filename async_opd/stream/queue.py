@@ -39,8 +39,9 @@ class TrajectoryQueue:
     """Hands out each group at most once, oldest first among the outstanding window that the slots allow.
 
     A group is over age when no token of it may be trained on under the live version (policy "mask") or when any may
-    not (policy "drop"). A taught one never ages, for no version sampled it; it is late once the
-    next step teaches no more. Over-age and late groups never leave through `take`; `on_drop` gets them with the cause.
+    not (policy "drop"). A taught one never ages, for no version sampled it; it is late once the next step teaches no
+    more. Over-age and late groups never leave through `take`; `on_drop` gets them with the cause. The teacher answers
+    sooner than the student is scored, so no step takes more than the share of taught ones while others are to come.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class TrajectoryQueue:
         taught: Taught | None = None,
     ):
         self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
-        self._taught = taught
+        self._taught, self._most_taught = taught, taught.most(groups_per_step) if taught else 0
         self._ready: list[Ready] = []  # none over age or late at `_live`
+        self._students = 0  # of them
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
@@ -68,7 +70,8 @@ class TrajectoryQueue:
             self.drop(ready, cause)
             return
         self._ready.append(ready)
-        if len(self._ready) >= self._per_step:
+        self._students += not ready.prompt.taught
+        if self._fills_a_step():
             self._enough.set()
 
     async def take(self, live: int) -> list[Ready]:
@@ -76,20 +79,34 @@ class TrajectoryQueue:
         producers unblock it with `put`. Each waiting group is looked at once a step, however many arrive."""
         self._live = live
         self._expel()
-        while len(self._ready) < self._per_step:
+        while not self._fills_a_step():
             self._enough.clear()
             await self._enough.wait()
         self._ready.sort(key=lambda r: (r.since, r.ticket))
-        batch, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
+        most_taught = max(self._most_taught, self._per_step - self._students)  # more where nothing else is to come
+        taught = [r.ticket for r in self._ready if r.prompt.taught][most_taught:]
+        batch = [r for r in self._ready if r.ticket not in taught][: self._per_step]
+        self._leave({r.ticket for r in batch})
         return sorted(batch, key=lambda r: r.ticket)
 
     def drop(self, ready: Ready, cause: str) -> None:
         """Count a group that will not be trained, and hand it to `on_drop`."""
         self.dropped[cause] += len(ready.meta.spans)
         self._on_drop(ready, cause)
+        if self._fills_a_step():  # it may have been the last that was to come
+            self._enough.set()
+
+    def _fills_a_step(self) -> bool:
+        if len(self._ready) < self._per_step:
+            return False
+        return self._students + self._most_taught >= self._per_step or self._taught.outstanding() == len(self._ready)
+
+    def _leave(self, tickets: set[int]) -> None:
+        self._ready = [r for r in self._ready if r.ticket not in tickets]
+        self._students = sum(not r.prompt.taught for r in self._ready)
 
     def _expel(self) -> None:
-        waiting, self._ready = self._ready, []
+        waiting, self._ready, self._students = self._ready, [], 0
         for ready in waiting:
             self.put(ready)
 

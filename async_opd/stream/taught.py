@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from math import floor
+from math import ceil, floor
 
 from async_opd.ports import Generator, Ready, Ref
 from async_opd.wire import GroupMeta, Prompt
@@ -24,15 +24,22 @@ class Taught:
         weight: Callable[[int], float],
         generators: Sequence[Generator],
         version: Callable[[], int],
+        outstanding: Callable[[], int],
     ):
-        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's."""
-        self._share, self._weight, self._generators, self.version = share, weight, generators, version
+        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's, `outstanding()` how many
+        groups hold a slot."""
+        self._share, self._weight, self._generators = share, weight, generators
+        self.version, self.outstanding = version, outstanding
         self._asked: Counter[int] = Counter()  # prompts in flight per generator
         self._admitted, self._requested, self._trained = 0, 0, 0
 
     def teaches(self, step: int) -> bool:
         """Whether the teacher's answers have a weight at optimizer step `step`."""
         return self._weight(step) > 0
+
+    def most(self, groups_per_step: int) -> int:
+        """Answers in one step: the share of its groups, rounded up."""
+        return ceil(self._share * groups_per_step)
 
     def turn(self) -> bool:
         """Called for each prompt as it is admitted: whether the teacher is to answer it.

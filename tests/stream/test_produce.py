@@ -203,7 +203,8 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
 
 def half_taught(*generators, until: int = 99) -> Taught:
     """Every second prompt is the teacher's, up to step `until`."""
-    return Taught(share=0.5, weight=lambda step: float(step <= until), generators=generators, version=lambda: 0)
+    weight = dict(share=0.5, weight=lambda step: float(step <= until))
+    return Taught(**weight, generators=generators, version=lambda: 0, outstanding=lambda: 99)
 
 
 class Judge(FakeScorer):

@@ -17,12 +17,22 @@ def ready(ticket: int, *spans: tuple[int, int], taught_since: int | None = None)
         at += tokens
     meta = GroupMeta(id=str(ticket), prompt_len=1, spans=(tuple(built),), truncated=(False,))
     prompt = Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer="", taught=taught_since is not None)
-    return Ready(ticket, prompt, meta, None, None, (), (0,), taught_since)
+    return Ready(ticket, prompt, meta, None, None, (), (0,), since=taught_since)
 
 
-def queue_of(*items: Ready, stale: str = "drop", bound: int = 2, per_step: int = 2, teaches_until: int = 99):
+def queue_of(
+    *items: Ready,
+    stale: str = "drop",
+    bound: int = 2,
+    per_step: int = 2,
+    teaches_until: int = 99,
+    outstanding: int = 99,
+):
     dropped = []
-    taught = Taught(share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0)
+    taught = Taught(
+        share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0,
+        outstanding=lambda: outstanding,
+    )  # fmt: skip
     queue = TrajectoryQueue(
         groups_per_step=per_step,
         max_lag_steps=bound,
@@ -119,6 +129,29 @@ async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_m
     queue.put(ready(6, (0, 1), taught_since=0))
     assert dropped == [(5, "teacher_late"), (6, "teacher_late")]
     assert queue.dropped == {"teacher_late": 2}
+
+
+async def test_a_step_takes_no_more_than_the_share_of_the_teachers_answers_while_others_are_to_come():
+    queue, _ = queue_of(*(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=5)
+    taking = asyncio.ensure_future(queue.take(0))
+    await asyncio.sleep(0)
+    assert not taking.done()  # half of two is one
+    queue.put(ready(4, (0, 1)))
+    assert [r.ticket for r in await taking] == [1, 4]
+
+
+async def test_a_step_takes_what_there_is_once_nothing_else_is_to_come():
+    own = [ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2)]
+    queue, _ = queue_of(*own, outstanding=2)
+    assert await queue.take(0) == own
+    outstanding = [*own, ready(3, (0, 9), taught_since=0)]
+    queue, _ = queue_of(*own)
+    queue._taught.outstanding = lambda: len(outstanding)
+    taking = asyncio.ensure_future(queue.take(0))
+    await asyncio.sleep(0)
+    assert not taking.done()
+    queue.drop(outstanding.pop(), "teacher_wrong")  # the last that was to come
+    assert await taking == own
 
 
 def test_a_slot_returned_twice_is_an_error():

@@ -206,5 +206,5 @@ def test_its_generators_are_a_role_with_times_of_its_own(tmp_path):
     ("share", "expected"), [(0.125, [7, 15, 23, 31, 39]), (0.3, [3, 6, 9, 13, 16]), (0.9, [1, 2, 3])]
 )
 def test_the_prompts_are_spread_evenly(share, expected):
-    taught = Taught(share=share, weight=lambda step: 1.0, generators=[], version=lambda: 0)
+    taught = Taught(share=share, weight=lambda step: 1.0, generators=[], version=lambda: 0, outstanding=lambda: 0)
     assert [at for at in range(expected[-1] + 1) if taught.turn()] == expected
