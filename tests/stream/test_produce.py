@@ -148,10 +148,10 @@ async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
     assert scored == {"0": ("math 0", None), "1": ("code 0", None), "2": ("math 1", None), "3": ("math 0", None)}
 
 
-async def test_a_reference_scores_every_group_beside_its_teacher():
-    references, meet = [Named("reference 0"), Named("reference 1")], asyncio.Barrier(3)
+async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
+    meet = asyncio.Barrier(3)  # none of the three goes on before the others have begun
 
-    class Meets(FakeScorer):
+    class Meets(Named):
         async def score(self, group):
             await meet.wait()
             return await super().score(group)
@@ -160,13 +160,7 @@ async def test_a_reference_scores_every_group_beside_its_teacher():
             await meet.wait()
             return await super().check(group)
 
-    class Reference(Named):
-        async def score(self, group):
-            await meet.wait()
-            return await super().score(group)
-
-    references = [Reference("reference 0"), Reference("reference 1")]
-    both = Meets()
+    references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
     async with asyncio.TaskGroup() as tasks:
         producer, queue, _ = stream(tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references)
         producer._verifier = both
