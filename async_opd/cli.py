@@ -51,9 +51,10 @@ def _train(args: argparse.Namespace) -> int:
     summary = asyncio.run(run(config))
     print(f"\n{time_table(summary)}")
     if "accuracy_before" in summary:
-        teacher = summary["teacher_accuracy"]
         print(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
-        print(f"  teacher          {teacher:8.1%}" if teacher is not None else "  teacher     not measured")
+        for key in (key for key in summary if key.startswith("teacher_accuracy")):
+            name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
+            print(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
         print(f"  student, before  {summary['accuracy_before']:8.1%}")
         print(f"  student, after   {summary['accuracy_after']:8.1%}")
     print(

@@ -18,7 +18,8 @@ from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
-from async_opd.teacher.config import TeacherConfig
+from async_opd.scoring import backend_rules, form_rules, longest_sequence, sampling_rules, section, tag, teacher_rules
+from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
 from async_opd.verify.checks import kinds
 from async_opd.verify.config import VerifyConfig
 
@@ -79,20 +80,37 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     run: RunConfig
     student: StudentConfig
-    teacher: TeacherConfig
     data: DataConfig
     rollout: RolloutConfig
     learner: LearnerConfig
     objective: reduce(or_, all_objectives().values())
+    teacher: TeacherConfig | None = None  # one, or several of which each row names its own
+    teachers: dict[str, TeacherConfig] = {}
+    reference: ReferenceConfig | None = None  # absent: the student before its first step, where the objective needs one
     verify: VerifyConfig = msgspec.field(default_factory=VerifyConfig)
     sync: SyncConfig = msgspec.field(default_factory=SyncConfig)
     timeout: TimeoutConfig = msgspec.field(default_factory=TimeoutConfig)
     eval: EvalConfig | None = None
+    teacher_sampling: TeacherSamplingConfig | None = None
 
     @property
     def groups_per_step(self) -> int:
         """Prompts a step."""
         return self.learner.trajectories_per_step // self.rollout.samples_per_prompt
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """Every teacher by the name a prompt has for it; one alone has the name ""."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
+    @property
+    def scorers(self) -> dict[str, ScorerConfig]:
+        """What scores rollouts, each with a `model`, by its section; the reference only where it is needed."""
+        found: dict[str, ScorerConfig] = {section(name): teacher for name, teacher in self.named_teachers.items()}
+        if self.objective.needs().reference:
+            reference = self.reference or ReferenceConfig()
+            found["reference"] = msgspec.structs.replace(reference, model=reference.model or self.student.model)
+        return found
 
 
 def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) -> Config:
@@ -144,16 +162,21 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Rules that span fields: whether each is broken, and a message that names both sides."""
     samples, learner = c.rollout.samples_per_prompt, c.learner
     per_step = f"learner.trajectories_per_step = {learner.trajectories_per_step}"
-    longest = f"data.max_prompt_tokens + rollout.max_new_tokens = {_longest(c)}"
+    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    yield from form_rules(c.teacher, c.teachers, c.data)
     broken = learner.trajectories_per_step % samples != 0
     yield broken, f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"
     broken = learner.ranks > learner.trajectories_per_step
     yield broken, f"learner.ranks = {learner.ranks}: must be <= {per_step}, or a rank has nothing to train"
-    broken = learner.micro_batch_tokens < _longest(c)
-    yield broken, f"learner.micro_batch_tokens = {learner.micro_batch_tokens}: must be >= {longest}"
-    broken = c.teacher.backend == "transformers" and c.teacher.batch_tokens < _longest(c)  # vLLM takes it in pieces
-    yield broken, f"teacher.batch_tokens = {c.teacher.batch_tokens}: must be >= {longest}"
-    yield from _teacher_rules(c)
+    least = f"must be >= data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
+    yield learner.micro_batch_tokens < longest, f"learner.micro_batch_tokens = {learner.micro_batch_tokens}: {least}"
+    teachers = {section(name): teacher for name, teacher in c.named_teachers.items()}
+    yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
+    yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
+    broken = c.reference is not None and not c.objective.needs().reference
+    yield broken, f"reference: has no effect with {tag(c.objective)}, which needs none"
+    if c.teacher_sampling:
+        yield from sampling_rules(c.teacher_sampling, c.teachers, c.rollout)
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0
@@ -169,49 +192,18 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = c.verify.timeout_s >= c.timeout.score_s
     limit = f"must be < timeout.score_s = {c.timeout.score_s}, or one check that hangs ends the run"
     yield broken, f"verify.timeout_s = {c.verify.timeout_s}: {limit}"
-    for key, args in (("data", c.data.template_args), ("teacher", c.teacher.template_args)):
-        broken = bool(args) and not c.data.chat_template
-        yield broken, f"{key}.template_args = {args!r}: has no effect without data.chat_template = true"
-    yield c.teacher.evaluate and c.eval is None, "teacher.evaluate = true: needs an [eval] section"
     yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
-
-
-def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
-    """What each backend of the teacher cannot do."""
-    vllm, size = c.teacher.backend == "vllm", c.teacher.tensor_parallel_size
-    broken = vllm and c.rollout.temperature != 1
-    limit = "must be 1 with teacher.backend = 'vllm', whose log-probs of a prompt ignore it"
-    yield broken, f"rollout.temperature = {c.rollout.temperature}: {limit}"
-    broken = vllm and c.objective.needs().teacher_entropy
-    yield broken, f"teacher.backend = 'vllm': must be 'transformers' for {_tag(c)}, which needs the exact entropy"
-    broken = not vllm and size > 1
-    yield broken, f"teacher.tensor_parallel_size = {size}: must be 1 with teacher.backend = 'transformers'"
-
-
-def refuse_without_gpus(c: Config) -> None:
-    """Raise ConfigError for what needs GPUs. Called on a cluster that has none, which only the cluster can tell."""
-    if c.teacher.backend == "vllm" and c.objective.needs().teacher_at_student_ids:
-        needs = f"for {_tag(c)}, which has given ids scored: without GPUs vLLM cannot"
-        raise ConfigError(f"teacher.backend = 'vllm': must be 'transformers' {needs}")
-    for key, size in (("rollout", c.rollout.tensor_parallel_size), ("teacher", c.teacher.tensor_parallel_size)):
-        if size > 1:
-            raise ConfigError(f"{key}.tensor_parallel_size = {size}: must be 1 on a cluster without GPUs")
-
-
-def _tag(c: Config) -> str:
-    return f"objective.tag = {type(c.objective).__struct_config__.tag!r}"
-
-
-def _longest(c: Config) -> int:
-    return c.data.max_prompt_tokens + c.rollout.max_new_tokens
 
 
 def _check_files(c: Config) -> None:
     """What is named as local is there: models with a context for the longest sequence, data in a known format."""
-    spare = 1 if c.teacher.backend == "vllm" else 0  # it samples a token behind what it scores
-    for key, model, more in (("student.model", c.student.model, 0), ("teacher.model", c.teacher.model, spare)):
-        if folder := _local(key, model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
-            _check_model(f"{key} = {model!r}", folder, _longest(c), more)
+    student = "data.max_prompt_tokens + rollout.max_new_tokens", c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    models = [("student", c.student.model, *student, False)]
+    for at, s in c.scorers.items():
+        models.append((at, s.model, *longest_sequence(at, s, c.data, c.rollout), s.backend == "vllm"))
+    for at, model, bound, tokens, vllm in models:
+        if folder := _local(f"{at}.model", model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
+            _check_model(at, model, folder, f"{bound} = {tokens}", tokens, vllm)
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
         file = _local(key, path, {"toy:train": None, "toy:heldout": None})
         if file and file.is_file() and file.suffix not in DATA_FILES:
@@ -233,19 +225,20 @@ def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
     raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
 
 
-def _check_model(setting: str, folder: Path, longest: int, spare: int) -> None:
+def _check_model(at: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool) -> None:
+    """It is a model, with a context for `sequence`; vLLM samples one token behind what it scores."""
+    setting = f"{at}.model = {name!r}"
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
     except ValueError as e:
         raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
-    context = model.get("max_position_embeddings") or longest + spare
+    context = model.get("max_position_embeddings") or longest + vllm
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}  # a scaled one may go further
-    if rope.get("rope_type", "default") == "default" and context < longest + spare:
-        sequence = f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
-        behind = f" less the {spare} that teacher.backend = 'vllm' samples" if spare else ""
-        raise ConfigError(f"{sequence}: must be <= {context - spare}, the context of {setting}{behind}")
+    if rope.get("rope_type", "default") == "default" and context < longest + vllm:
+        behind = f" less the 1 that {at}.backend = 'vllm' samples" if vllm else ""
+        raise ConfigError(f"{sequence}: must be <= {context - vllm}, the context of {setting}{behind}")
 
 
 def _check_run_dir(c: Config, training: bool) -> None:
@@ -254,7 +247,8 @@ def _check_run_dir(c: Config, training: bool) -> None:
     for folder in (place, *place.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
-    inputs = {"student.model": c.student.model, "teacher.model": c.teacher.model, "data.path": c.data.path}
+    inputs = {"student.model": c.student.model, "data.path": c.data.path}
+    inputs |= {f"{at}.model": s.model for at, s in c.scorers.items()}
     inputs |= {"the working directory": "."} | ({"eval.path": c.eval.path} if c.eval else {})
     for key, name in inputs.items():
         if training and Path(name).exists() and Path(name).resolve().is_relative_to(place):

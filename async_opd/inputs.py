@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from async_opd.config import Config
 from async_opd.errors import DataError
+from async_opd.rollout.privileged import TeacherView
 from async_opd.rollout.prompts import PromptSource
+from async_opd.scoring import longest_prompt, section
 from async_opd.wire import Prompt
 
 
@@ -29,15 +31,22 @@ def read(config: Config, *, training: bool = True) -> Inputs:
     tokenizer = _load("student.model", AutoTokenizer, config.student.model, config.run.trust_remote_code)
     prompts = None
     if training:
-        check_teacher(config, tokenizer)
-        prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, teacher_args=_own_rendering(config))
+        check_scorers(config, tokenizer)
+        prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
         check_epochs(config, prompts)
     return Inputs(tokenizer=tokenizer, eos_ids=eos_ids(config), prompts=prompts, held_out=_held_out(config, tokenizer))
 
 
-def _own_rendering(config: Config) -> dict | None:
-    """Template arguments of the teacher's rendering of a prompt; None where it is the student's."""
-    return config.data.template_args | config.teacher.template_args if config.teacher.template_args else None
+def views(config: Config) -> dict[str, TeacherView]:
+    """What each teacher is shown of a row, by its name."""
+    return {
+        name: TeacherView(
+            template_args=teacher.template_args,
+            context=teacher.context,
+            longest=longest_prompt(section(name), teacher, config.data),
+        )
+        for name, teacher in config.named_teachers.items()
+    }
 
 
 def _load(key: str, kind: type, model: str, trust_remote_code: bool):
@@ -56,22 +65,25 @@ def check_epochs(config: Config, prompts: PromptSource) -> None:
         )
 
 
-def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose tokens mean something else, or cannot all be scored."""
-    args = config.teacher.model, config.run.trust_remote_code
-    theirs = _load("teacher.model", AutoTokenizer, *args).get_vocab()
+def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher or reference whose tokens mean something else, or that cannot score all of them."""
     ours = tokenizer.get_vocab()
-    if ours != theirs:
-        differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        raise DataError(
-            f"teacher.model = {config.teacher.model!r}: its tokenizer disagrees with the student's on {len(differ)} "
-            f"tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, teacher {theirs.get(differ[0])})"
-        )
-    size = _load("teacher.model", AutoConfig, *args).vocab_size
-    if size < len(tokenizer):
-        raise DataError(f"teacher.model = {config.teacher.model!r}: {size} logits for {len(tokenizer)} tokens")
-    if config.objective.needs().teacher_topk > len(tokenizer):
-        raise DataError(f"objective.k = {config.objective.needs().teacher_topk}: the vocabulary has {len(tokenizer)}")
+    for at, scorer in config.scorers.items():
+        key, args = f"{at}.model", (scorer.model, config.run.trust_remote_code)
+        theirs = _load(key, AutoTokenizer, *args).get_vocab()
+        if ours != theirs:
+            differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+            raise DataError(
+                f"{key} = {scorer.model!r}: its tokenizer disagrees with the student's on {len(differ)} "
+                f"tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {at} {theirs.get(differ[0])})"
+            )
+        size = _load(key, AutoConfig, *args).vocab_size
+        if size < len(tokenizer):
+            raise DataError(f"{key} = {scorer.model!r}: {size} logits for {len(tokenizer)} tokens")
+    needs = config.objective.needs()
+    likeliest = max(needs.teacher_topk, needs.teacher_at_student_ids if needs.student_ids == "likeliest" else 0)
+    if likeliest > len(tokenizer):
+        raise DataError(f"objective.k = {likeliest}: the vocabulary has {len(tokenizer)}")
 
 
 def eos_ids(config: Config) -> list[int]:
@@ -86,7 +98,11 @@ def eos_ids(config: Config) -> list[int]:
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Columns that are for teachers only are asked for where a teacher is measured."""
     if config.eval is None:
         return []
     data = msgspec.structs.replace(config.data, path=config.eval.path, split=config.eval.split, streaming=False)
-    return PromptSource(data, tokenizer, seed=0, teacher_args=_own_rendering(config)).first(config.eval.problems)
+    seen = views(config) if any(teacher.evaluate for teacher in config.named_teachers.values()) else None
+    if seen is None:
+        data = msgspec.structs.replace(data, teacher=None, solution=None)
+    return PromptSource(data, tokenizer, seed=0, views=seen).first(config.eval.problems)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
-ROLES = ("generators", "teachers", "verifier", "learner")
+ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 
 Row = dict[str, float | int | str | None]
@@ -138,7 +138,7 @@ class Meter:
 
     def actor(self, role: str) -> ActorTime:
         """Account for one more actor of `role`."""
-        self._actors[role].append(ActorTime(self._clock))
+        self._actors.setdefault(role, []).append(ActorTime(self._clock))
         return self._actors[role][-1]
 
     def count(self, role: str, tokens: int) -> None:
@@ -151,9 +151,9 @@ class Meter:
         self._steps, self._max_lag = 0, 0
         self._tokens: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
-        self._seconds = dict.fromkeys((f"{role}_{state}" for role in ROLES for state in STATES), 0.0)
         for actor in itertools.chain(*self._actors.values()):
             actor.restart(self._started)
+        self._seconds = self._mean_seconds(self._started)
 
     def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
         """One row: `metrics` of the learner, rates and shares of time since the last row, and `more`."""
@@ -196,6 +196,7 @@ class Meter:
 
 def time_table(summary: Row) -> str:
     """Where each role's time went, a line a role."""
-    lines = ["share of time".ljust(13) + "".join(state.rjust(9) for state in STATES)]
-    lines += [role.ljust(13) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in ROLES]
+    roles = [key.removesuffix("_busy") for key in summary if key.endswith("_busy")]
+    lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
+    lines += [role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in roles]
     return "\n".join(lines)

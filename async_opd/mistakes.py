@@ -14,7 +14,8 @@ from async_opd.errors import ConfigError
 
 def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
     """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds, in any section."""
-    _check(tree, kind, "", {f.name: _sections(f.type) for f in msgspec.structs.fields(kind)})
+    fields = [f for f in msgspec.structs.fields(kind) if not _named(f.type)]
+    _check(tree, kind, "", {f.name: _sections(f.type) for f in fields})
 
 
 def wrong(path: str, value: Any, choices: Iterable) -> str:
@@ -41,7 +42,12 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
     for name, field in fields.items():
         at, sections = _at(path, name), _sections(field.type)
         if name in tree:
-            if sections:
+            if sections and _named(field.type):
+                if not isinstance(tree[name], dict):
+                    raise ConfigError(f"{at} = {tree[name]!r}: must be sections [{at}.NAME]")
+                for own, section in tree[name].items():
+                    _check(section, sections[0], _at(at, own), root)
+            elif sections:
                 _check(tree[name], _variant(tree[name], sections, at), at, root)
             else:
                 _check_value(at, tree[name], field.type)
@@ -68,6 +74,11 @@ def _sections(type_: Any) -> list[type[Struct]]:
     """The section a type stands for; several where a tag tells which; none for a plain value."""
     types = getattr(type_, "__args__", (type_,))
     return [t for t in types if isinstance(t, type) and issubclass(t, Struct)]
+
+
+def _named(type_: Any) -> bool:
+    """Whether a type stands for a table of settings, or of sections, by names that the user gives."""
+    return getattr(type_, "__origin__", None) is dict
 
 
 def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]:

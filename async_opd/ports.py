@@ -26,10 +26,11 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores a group; the scores stay where they are made."""
+    """Scores a group; the scores stay where they are made. The reference is one too, which is only asked for them."""
 
     async def score(self, group: Ref) -> Ref: ...
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]: ...
+    async def load(self, folder: str) -> None: ...
 
 
 class Verifier(Protocol):
@@ -52,9 +53,11 @@ class Learner(Protocol):
 
 
 class Ready:
-    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on."""
+    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on.
 
-    __slots__ = ("group", "meta", "prompt", "samples", "scores", "ticket", "verdicts")
+    What the teacher answered itself (`prompt.taught`) has no scores."""
+
+    __slots__ = ("group", "meta", "prompt", "reference", "samples", "scores", "since", "ticket", "verdicts")
 
     def __init__(
         self,
@@ -62,10 +65,14 @@ class Ready:
         prompt: Prompt,
         meta: GroupMeta,
         group: Ref,
-        scores: Ref,
+        scores: Ref | None,
         verdicts: tuple[Verdict, ...],
         samples: tuple[int, ...],
+        reference: Ref | None = None,
+        since: int | None = None,
     ):
         self.ticket = ticket  # order of admission; names the slot
         self.prompt, self.meta, self.group, self.scores, self.verdicts = prompt, meta, group, scores, verdicts
         self.samples = samples  # which rollouts of the group are trained
+        self.reference = reference  # scores of the reference, where the objective needs one
+        self.since = meta.oldest if since is None else since  # version that gives its place in the queue

@@ -94,10 +94,15 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
             return str(run_dir / "data" / f"{what}.jsonl")
         return str(toy.WEIGHTS / what)
 
+    def resolved(section):
+        return replace(section, model=resolve(section.model)) if section and section.model else section
+
     return replace(
         config,
-        student=replace(config.student, model=resolve(config.student.model)),
-        teacher=replace(config.teacher, model=resolve(config.teacher.model)),
+        student=resolved(config.student),
+        teacher=resolved(config.teacher),
+        teachers={name: resolved(teacher) for name, teacher in config.teachers.items()},
+        reference=resolved(config.reference),
         data=replace(config.data, path=resolve(config.data.path)),
         eval=config.eval and replace(config.eval, path=resolve(config.eval.path)),
     )
@@ -112,9 +117,12 @@ def environment() -> dict:
 
 
 def _roster(config: Config) -> str:
+    scorers = (f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items())
+    sampling = config.teacher_sampling
     return (
-        f"{config.rollout.generators} generator(s), {config.teacher.replicas} teacher(s), "
-        f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
+        f"{config.rollout.generators} generator(s), {', '.join(scorers)}, "
+        + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
+        + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
     )
 
 

@@ -107,7 +107,7 @@ async def measure(generators: int, trajectories: int, folder: Path) -> list[dict
 
     roles = Roles(
         generators=[Instant() for _ in range(generators)],
-        teachers=[Instant()],
+        teachers={"": [Instant()]},
         verifier=Instant(),
         learner=PacedLearner(AT_ONCE, config.run.max_lag_steps),
     )

@@ -200,7 +200,7 @@ async def measure(pace: Pace, *, bound: int, steps: int = STEPS, seed: int = 0) 
     settings = (f"run.steps={steps}", f"run.max_lag_steps={bound}", f"learner.trajectories_per_step={PER_STEP}")
     config = load(DEMO, [*settings, "run.dir=runs/paced", "teacher.evaluate=false"])
     generator, teacher, learner = PacedGenerator(pace, seed), PacedTeacher(pace), PacedLearner(pace, bound)
-    roles = Roles(generators=[generator], teachers=[teacher], verifier=PacedVerifier(pace), learner=learner)
+    roles = Roles(generators=[generator], teachers={"": [teacher]}, verifier=PacedVerifier(pace), learner=learner)
     marks, excluded = {}, 0
 
     def mark(row: Row) -> None:

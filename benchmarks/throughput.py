@@ -133,7 +133,7 @@ async def alone(config: Config) -> dict:
         requests = (STEPS - WARM_UP) * PER_STEP
         groups = await _generate(roles, source, requests)
         between = cpu_seconds()
-        scored = await asyncio.gather(*(roles.teachers[0].score(group) for _, group in groups[:PER_STEP]))
+        scored = await asyncio.gather(*(roles.teachers[""][0].score(group) for _, group in groups[:PER_STEP]))
         verdicts = await asyncio.gather(*(roles.verifier.check(group) for _, group in groups[:PER_STEP]))
         batch = [
             Ready(at, None, meta, group, scores, verdict, (0,))

@@ -49,6 +49,8 @@ class FakeScorer:
     async def check(self, group):
         return (Verdict(id=f"{group.id}#0", correct=True),)
 
+    async def load(self, folder): ...
+
 
 class FakeLearner:
     """Counts steps; agrees with the fake generator about log-probs."""

@@ -115,6 +115,14 @@ def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
     assert "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s; here/summary.json" in said
 
 
+def test_each_of_several_teachers_has_its_accuracy(runs, capsys):
+    accuracies = {"teacher_accuracy_math": 0.75, "teacher_accuracy_code": None}
+    runs({key: value for key, value in SUMMARY.items() if key != "teacher_accuracy"} | accuracies)
+    assert main(["demo"]) == 0
+    said = capsys.readouterr().out
+    assert "\n  teacher math        75.0%\n  teacher code   not measured\n  student, before     25.0%\n" in said
+
+
 def test_an_evaluation_says_its_share(runs, capsys, tmp_path):
     runs(Accuracy(right=3, unknown=1, problems=5))
     (tmp_path / "a.toml").write_text(DEMO.read_text())

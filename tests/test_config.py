@@ -12,17 +12,21 @@ from async_opd.cli import DEMO, main
 from async_opd.config import load
 from async_opd.errors import ConfigError
 from async_opd.objectives.topk_kl import TopkKl
+from async_opd.teacher.config import ReferenceConfig
 from async_opd.wire import Needs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 MAX_SECONDS = 2
+TEACHER, MATH = '[teacher]\nmodel = "toy:teacher"\nevaluate = true', '[teachers.math]\nmodel = "toy:teacher"'
+PRIVILEGED = "teacher.context={prompt}{solution} data.solution=answer"
+SAMPLING = "teacher_sampling.share=0.125 teacher_sampling.full_until_step=30 teacher_sampling.until_step=35"
 
 # Overrides of the demo, or (old, new) text of its file; then what the message must say.
 MISTAKES = {
     "misspelt setting": ("run.stpes=3", ["run.stpes = 3", "no such setting", "did you mean 'run.steps'?"]),
     "misspelt section": ("learnr.lr=3", ["learnr: no such section", "did you mean 'learner'?"]),
     "setting in the wrong section": ("run.lr=1e-4", ["run.lr = 0.0001", "did you mean 'learner.lr'?"]),
-    "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'?"]),
+    "setting in no section": ("epochs=2", ["epochs = 2: no such setting", "did you mean 'data.epochs'"]),
     "nothing like it": ("sync.zzz=1", ["sync.zzz = 1", "allowed: backend, bucket_mib, timeout_s, parity_every_steps"]),
     "setting of another objective": ("objective.tag=opd", ["objective.k = 24: no such setting", "correction"]),
     "misspelt objective": ("objective.tag=topkl", ["objective.tag = 'topkl'", "'opd'", "did you mean 'topk_kl'?"]),
@@ -74,6 +78,87 @@ MISTAKES = {
     "template args, no template": ("data.template_args.think=true", ["{'think': True}", "data.chat_template = true"]),
     "teacher's, no template": ("teacher.template_args.think=true", ["teacher.template_args", "data.chat_template"]),
     "teacher measured on nothing": (('[eval]\npath = "toy:heldout"\nproblems = 256', ""), ["an [eval] section"]),
+    "both forms of teachers": ("teachers.math.model=toy:teacher", ["teacher: must not stand beside [teachers.NAME]"]),
+    "no teacher": (
+        (TEACHER, ""),
+        ["teacher: missing; must be a section [teacher] with model, or sections [teachers.NA"],
+    ),
+    "no section of a name": ((TEACHER, "[teachers]"), ["teacher: missing; must be a section [teacher] with model, or"]),
+    "teachers without a column": ((TEACHER, MATH), ["data.teacher: missing; must be the name of the column"]),
+    "column without teachers": (
+        "data.teacher=kind",
+        ["data.teacher = 'kind': has no effect without", "[teachers.NAME]"],
+    ),
+    "misspelt setting of a named one": (
+        (TEACHER, MATH.replace("model", "modle")),
+        ["teachers.math.modle = 'toy:teacher': no such setting", "did you mean 'teachers.math.model'?"],
+    ),
+    "named one without a model": ((TEACHER, "[teachers.math]"), ["teachers.math.model: missing; must be a string"]),
+    "named one as a word": ("teachers.math=3", ["teachers.math = 3: must be a section [teachers.math] with model"]),
+    "teachers as a word": ("teachers=3", ["teachers = 3: must be sections [teachers.NAME]"]),
+    "teacher of no usable name": (
+        (TEACHER, MATH.replace("math", '"a b"')),
+        ["teachers.'a b': a name must be of letters, digits, - and _"],
+    ),
+    "named one out of bounds": (
+        (TEACHER, MATH + "\nreplicas = 0"),
+        ["teachers.math.replicas = 0: must be an integer >= 1"],
+    ),
+    "reference that nobody needs": (
+        "reference.replicas=2",
+        ["reference: has no effect with objective.tag = 'topk_kl', which needs none"],
+    ),
+    "context without its places": (
+        "teacher.context={prompt} data.solution=answer",
+        ["teacher.context = '{prompt}': must contain {prompt} and {solution}"],
+    ),
+    "context without solutions": (
+        "teacher.context={prompt}{solution}",
+        ["data.solution: missing; must be the name of the column with the solutions for teacher.context"],
+    ),
+    "solutions for nobody": ("data.solution=answer", ["data.solution = 'answer': has no effect without a teacher's c"]),
+    "own bound of no own rendering": (
+        "teacher.max_prompt_tokens=40",
+        ["teacher.max_prompt_tokens = 40: has no effect without teacher.context or teacher.template_args"],
+    ),
+    "teacher batch below its own": (
+        f"{PRIVILEGED} teacher.max_prompt_tokens=90 teacher.batch_tokens=100",
+        ["teacher.batch_tokens = 100: must be >= teacher.max_prompt_tokens + rollout.max_new_tokens = 154"],
+    ),
+    "beyond the teacher's context": (
+        f"{PRIVILEGED} teacher.max_prompt_tokens=200",
+        ["teacher.max_prompt_tokens + rollout.max_new_tokens = 264: must be <= 256, the context of teacher.model = "],
+    ),
+    "teacher that is not the student": (
+        "teacher.update=ema",
+        ["teacher.model = 'toy:teacher': must be student.model = 'toy:student', or teacher.update = 'ema' has nothing"],
+    ),
+    "vLLM teacher that follows": (
+        "teacher.update=copy teacher.model=toy:student teacher.backend=vllm",
+        ["teacher.update = 'copy': must be 'frozen' with teacher.backend = 'vllm'"],
+    ),
+    "steps of a frozen teacher": (
+        "teacher.update_every_steps=5",
+        ["teacher.update_every_steps = 5: has no effect with teacher.update = 'frozen'"],
+    ),
+    "decay of a copy": (
+        "teacher.update=copy teacher.model=toy:student teacher.ema_decay=0.9",
+        ["teacher.ema_decay = 0.9: has no effect with teacher.update = 'copy'"],
+    ),
+    "decay of nothing": ("teacher.ema_decay=1", ["teacher.ema_decay = 1: must be a finite number > 0 and < 1"]),
+    "teacher sampling without an end": (
+        "teacher_sampling.share=0.1",
+        ["teacher_sampling.full_until_step: missing"],
+    ),
+    "every prompt the teacher's": (f"{SAMPLING} teacher_sampling.share=1.0", ["share = 1.0: must be", "> 0 and < 1"]),
+    "teacher sampling that ends before it falls": (
+        f"{SAMPLING} teacher_sampling.until_step=29",
+        ["teacher_sampling.until_step = 29: must be >= teacher_sampling.full_until_step = 30"],
+    ),
+    "answers longer than what is checked": (
+        f"{SAMPLING} teacher_sampling.max_new_tokens=65",
+        ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],
+    ),
     "misspelt check": ("verify.check=maths", ["verify.check = 'maths'", "did you mean 'math'?"]),
     "misspelt shipped data": ("data.path=toy:trian", ["data.path = 'toy:trian'", "did you mean 'toy:train'?"]),
     "misspelt shipped model": ("teacher.model=toy:taecher", ["toy:taecher", "did you mean 'toy:teacher'?"]),
@@ -143,6 +228,40 @@ def test_a_vllm_teacher_is_refused_where_the_objective_needs_exact_entropy(monke
         load(DEMO, ["teacher.backend=vllm"])
 
 
+def test_a_reference_is_the_student_before_its_first_step_unless_it_is_another_model(monkeypatch):
+    assert "reference" not in load(DEMO).scorers
+    monkeypatch.setattr(TopkKl, "needs", lambda self: Needs(reference=True))
+    assert load(DEMO).scorers["reference"] == ReferenceConfig(model="toy:student")
+    other = load(DEMO, ["reference.model=toy:teacher", "reference.replicas=2"]).scorers["reference"]
+    assert (other.model, other.replicas) == ("toy:teacher", 2)
+
+
+def test_a_vllm_reference_needs_no_entropy_but_the_plain_temperature(monkeypatch):
+    monkeypatch.setattr(TopkKl, "needs", lambda self: Needs(reference=True, teacher_entropy=True))
+    assert load(DEMO, ["reference.backend=vllm"]).scorers["reference"].backend == "vllm"
+    with pytest.raises(ConfigError, match=r"temperature = 0.5: must be 1 with reference.backend = 'vllm'"):
+        load(DEMO, ["reference.backend=vllm", "rollout.temperature=0.5"])
+
+
+def test_several_teachers_are_scorers_by_their_sections(folder):
+    Path("demo.toml").write_text(DEMO.read_text().replace(TEACHER, MATH))
+    config = load("demo.toml", ["data.teacher=kind", "teachers.code.model=toy:student", "teachers.code.replicas=3"])
+    assert {name: t.model for name, t in config.named_teachers.items()} == {
+        "math": "toy:teacher",
+        "code": "toy:student",
+    }
+    assert [(at, s.replicas) for at, s in config.scorers.items()] == [("teachers.math", 1), ("teachers.code", 3)]
+    with pytest.raises(ConfigError, match=r"teachers.code.batch_tokens = 9: must be >= data.max_prompt_tokens \+ roll"):
+        load("demo.toml", ["data.teacher=kind", "teachers.code.model=toy:student", "teachers.code.batch_tokens=9"])
+
+
+def test_a_run_directory_that_holds_a_teacher_is_refused(folder):
+    (folder / "runs/other").mkdir(parents=True)
+    (folder / "runs/other/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run.dir = 'runs': holds teacher.model = 'runs/other'"):
+        load(DEMO, ["run.dir=runs", "teacher.model=runs/other"])
+
+
 def test_a_vllm_teacher_takes_a_sequence_in_pieces():
     assert load(DEMO, ["teacher.backend=vllm", "teacher.batch_tokens=64"]).teacher.batch_tokens == 64  # of up to 80
 
@@ -157,6 +276,13 @@ def test_defaults_fill_what_the_file_leaves_out():
     assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", None)
     assert (config.sync.backend, config.verify.check, config.rollout.temperature) == ("gloo", "math", 1.0)
     assert config.learner.betas == (0.9, 0.999)
+
+
+def test_the_weight_of_teacher_sampling_is_1_and_falls_to_0_unless_said_otherwise():
+    sampling = load(DEMO, SAMPLING.split()).teacher_sampling
+    assert [round(sampling.weight(step), 6) for step in (1, 30, 33, 35, 36)] == [1, 1, 0.345492, 0, 0]
+    sampling = load(DEMO, [*SAMPLING.split(), "teacher_sampling.weight_start=2", "teacher_sampling.weight_end=0.5"])
+    assert [sampling.teacher_sampling.weight(step) for step in (30, 35, 36)] == [2.0, 0.5, 0.0]
 
 
 def test_groups_per_step_are_trajectories_over_samples():

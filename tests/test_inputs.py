@@ -6,10 +6,12 @@ from transformers import AutoTokenizer
 
 from async_opd.config import load
 from async_opd.errors import DataError
-from async_opd.inputs import check_epochs, check_teacher, eos_ids
+from async_opd.inputs import check_epochs, check_scorers, eos_ids, read, views
+from async_opd.objectives.topk_kl import TopkKl
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import resolve_toy
 from async_opd.toy import STUDENT
+from async_opd.wire import Needs
 
 
 def demo(tmp_path, *overrides: str):
@@ -33,21 +35,55 @@ def test_a_teacher_whose_tokens_mean_something_else_is_refused(tmp_path):
     file.write_text(json.dumps(tokenizer))
     config = demo(tmp_path, f"teacher.model={tmp_path}/other")
     with pytest.raises(DataError, match="disagrees with the student's on 2 tokens, such as '3'"):
-        check_teacher(config, AutoTokenizer.from_pretrained(STUDENT))
+        check_scorers(config, AutoTokenizer.from_pretrained(STUDENT))
 
 
 def test_a_teacher_with_a_padded_vocabulary_is_accepted_and_a_smaller_one_is_not(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
     padded = edited(tmp_path / "padded", "config.json", vocab_size=32)
-    check_teacher(demo(tmp_path, f"teacher.model={padded}"), tokenizer)
+    check_scorers(demo(tmp_path, f"teacher.model={padded}"), tokenizer)
     small = edited(tmp_path / "small", "config.json", vocab_size=20)
     with pytest.raises(DataError, match="20 logits for 24 tokens"):
-        check_teacher(demo(tmp_path, f"teacher.model={small}"), tokenizer)
+        check_scorers(demo(tmp_path, f"teacher.model={small}"), tokenizer)
+
+
+def test_a_reference_whose_tokens_mean_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TopkKl, "needs", lambda self: Needs(reference=True))
+    small = edited(tmp_path / "small", "config.json", vocab_size=20)
+    with pytest.raises(DataError, match=r"reference.model = '.*/small': 20 logits for 24 tokens"):
+        check_scorers(demo(tmp_path, f"reference.model={small}"), AutoTokenizer.from_pretrained(STUDENT))
+
+
+ROW = '{"id": "a", "prompt": "1+1=", "answer": "2", "why": "99999"}\n'
+PRIVILEGED = ("teacher.context={prompt}{solution}", "data.solution=why", "data.max_prompt_tokens=4")
+
+
+@pytest.mark.parametrize("settings", [(), ("teacher.max_prompt_tokens=9",)])
+def test_a_teacher_s_own_bound_holds_in_place_of_the_student_s(tmp_path, settings):
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    config = demo(tmp_path, f"data.path={tmp_path}/rows.jsonl", *PRIVILEGED, *settings)
+    source = PromptSource(config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0, views=views(config))
+    if settings:
+        assert len(source.first(1)[0].teacher_ids) == 9
+    else:
+        with pytest.raises(DataError, match=r"9 prompt tokens, data.max_prompt_tokens = 4"):
+            source.first(1)
+
+
+def test_problems_to_measure_need_no_columns_for_teachers_that_are_not_measured(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    paths = (f"data.path={tmp_path}/rows.jsonl", "teacher.max_prompt_tokens=9", "eval.problems=3")
+    config = demo(tmp_path, *paths, *PRIVILEGED[:2], "teacher.evaluate=false")
+    found = read(config)
+    assert [prompt.teacher_ids for prompt in found.held_out] == [None] * 3
+    assert len(next(iter(found.prompts)).teacher_ids) == 9
+    with pytest.raises(DataError, match=r"data.solution = 'why': .*heldout.jsonl has columns"):
+        read(demo(tmp_path, *paths, *PRIVILEGED[:2]))
 
 
 def test_more_candidates_than_tokens_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"objective\.k = 25: the vocabulary has 24"):
-        check_teacher(demo(tmp_path, "objective.k=25"), AutoTokenizer.from_pretrained(STUDENT))
+        check_scorers(demo(tmp_path, "objective.k=25"), AutoTokenizer.from_pretrained(STUDENT))
 
 
 def test_end_ids_come_from_the_generation_config(tmp_path):

@@ -22,17 +22,24 @@ from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdi
 from tests.objectives.test_contract import CASES
 
 LONG, P = 16_384, 700  # tokens of the response and of the prompt
+NOTHING, LIKELIEST = Needs(), Needs(teacher_at_student_ids=8)
+SAMPLED = Needs(teacher_at_student_ids=4, student_ids="sampled")
 VERSIONS = 5  # under which a response is sampled: a lag bound of 4 trains on no more
 
 
-def response(tokens: int) -> Rollout:
+def response(tokens: int, needs: Needs = NOTHING) -> Rollout:
     ends = [tokens * part // VERSIONS for part in range(VERSIONS + 1)]
+    shape = (tokens, needs.teacher_at_student_ids)
+    given = {"candidate_ids": np.full(shape, 7, np.int32)} if shape[1] else {}
+    if shape[1] and needs.student_ids == "sampled":
+        given["candidate_logp"] = np.full(shape, -2, np.float32)
     return Rollout(
         id="train-123456@0#0",
         ids=np.arange(tokens, dtype=np.int32) % 32,
         behaviour_logp=np.full(tokens, -1, np.float32),
         spans=tuple(Span(version=100 + at, start=ends[at], end=ends[at + 1]) for at in range(VERSIONS)),
         truncated=False,
+        **given,
     )
 
 
@@ -46,7 +53,7 @@ def teacher(tiny_lm, tmp_path):
 
 def messages(teacher: TransformersTeacher, tokens: int):
     """All that is made of one trajectory and sent: by generator (twice), teacher and verifier."""
-    rollout = response(tokens)
+    rollout = response(tokens, teacher._needs)
     prompt = Prompt(id="train-123456@0", ids=np.zeros(P, np.int32), answer="12345")
     meta = GroupMeta(id=prompt.id, prompt_len=P, spans=(rollout.spans,), truncated=(False,))
     scores = teacher.score_rollouts([(prompt.ids, rollout)])
@@ -59,22 +66,27 @@ def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
     return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
 
 
-@pytest.mark.parametrize("objective", CASES, ids=str)
-def test_a_token_costs_no_more_than_its_declared_numbers(objective, teacher):
+PRICED = {str(case): case.needs() for case in CASES} | {"likeliest": LIKELIEST, "sampled": SAMPLED}
+
+
+@pytest.mark.parametrize("needs", PRICED.values(), ids=PRICED)
+def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher):
     """Every message counts once, as Ray serialises it, however often it is then fetched: GroupMeta (to the driver),
     Group (to teacher, verifier, learner), Scores and Verdict (to the learner). Ray's own frame around it does not.
 
     Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which every objective gets;
-    the teacher's entropy and, per id of the student's own, id and log-prob, where declared. 8 bytes for each of the
-    teacher's top k. Nothing else grows with the response. One sample a prompt: the dearest case for the rest.
+    the teacher's entropy and, per id of the student's own, id, the teacher's log-prob and, where it was sampled, that
+    under behaviour, where declared. 8 bytes for each of the teacher's top k. Nothing else grows with the response: 512
+    bytes, and 16 for each array of the student's own ids. One sample a prompt: the dearest case for that rest.
     """
-    needs = objective.needs()
-    numbers = 3 + needs.teacher_entropy + 2 * needs.teacher_at_student_ids
+    arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
+    numbers = 3 + needs.teacher_entropy + arrays * needs.teacher_at_student_ids
+    rest = 512 + 16 * arrays + 4 * P
     total = 0
     for message in messages(teacher(needs), LONG):
         data, buffers = sent(message)
         total += len(data) + sum(buffer.raw().nbytes for buffer in buffers)
-    assert LONG * 4 * numbers < total <= LONG * (4 * numbers + 8 * needs.teacher_topk) + 512 + 4 * P
+    assert LONG * 4 * numbers < total <= LONG * (4 * numbers + 8 * needs.teacher_topk) + rest
 
 
 def test_every_objective_is_priced():
@@ -125,7 +137,7 @@ def steps(call, *args) -> int:
 
 
 def test_no_python_runs_for_each_token_from_teacher_to_learner(teacher):
-    scorer = teacher(Needs(teacher_topk=4, teacher_entropy=True))
+    scorer = teacher(Needs(teacher_topk=4, teacher_entropy=True, teacher_at_student_ids=2, student_ids="sampled"))
     for tokens in (1_000, LONG):
         way(scorer, tokens)  # what runs once only: imports, and the layout cached by lengths
     assert steps(way, scorer, 1_000) == steps(way, scorer, LONG) > 1_000
@@ -141,7 +153,8 @@ def test_one_comprehension_over_tokens_would_show():
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
-def test_no_python_of_ours_runs_for_each_token_around_vllm():
+@pytest.mark.parametrize("needs", [NOTHING, LIKELIEST, SAMPLED], ids=["nothing", "likeliest", "sampled"])
+def test_no_python_of_ours_runs_for_each_token_around_vllm(needs):
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, WeightVersionSpan
 
@@ -154,12 +167,17 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm():
     async def engine_takes(id: str, prompt: dict, sampling: None, *, priority: int) -> None:
         assert type(prompt["prompt_token_ids"]) is list
 
-    async def engine_scores(ids: np.ndarray, *, prompt_logprobs: int, **_) -> SimpleNamespace:
-        return SimpleNamespace(prompt_logprobs=flat(len(ids) - 1, 1 + prompt_logprobs), prompt_token_id_logprobs=None)
+    async def engine_scores(
+        ids: np.ndarray, *, prompt_logprobs: int, prompt_logprob_token_ids: np.ndarray | None = None, **_
+    ) -> SimpleNamespace:
+        given = None if prompt_logprob_token_ids is None else -prompt_logprob_token_ids.astype(np.float32)
+        return SimpleNamespace(prompt_logprobs=flat(len(ids) - 1, 1 + prompt_logprobs), prompt_token_id_logprobs=given)
 
+    k = needs.teacher_at_student_ids
     generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
+    generator._needs = needs
     generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
-    teacher._run, teacher._topk, teacher._padding = engine_scores, 4, 3
+    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, False
 
     def around(prompt: Prompt, output: CompletionOutput) -> None:
         result(generator._add(prompt.id, prompt.ids, None))
@@ -167,10 +185,11 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm():
         for teacher._vocabulary in (8, 2):  # without and with padding among the likeliest
             scores = result(teacher._score(prompt.ids, group.rollouts[0]))
             assert scores.topk_ids.shape == (*meta.lengths, 4)
+            assert np.shape(scores.candidate_logp) == ((*meta.lengths, k) if k else ())
 
     def count(tokens: int) -> int:
         prompt = Prompt(id="a", ids=np.zeros(tokens, np.int32), answer="")
-        output = CompletionOutput(0, "", [5] * tokens, None, flat(tokens, 1), finish_reason="stop")
+        output = CompletionOutput(0, "", [5] * tokens, None, flat(tokens, 1 + k), finish_reason="stop")
         output.weight_versions = [WeightVersionSpan("3", 0, tokens)]
         return steps(around, prompt, output)
 

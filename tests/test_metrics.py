@@ -64,6 +64,17 @@ def test_the_table_of_times_has_a_line_a_role():
     assert {len(line) for line in lines} == {len(lines[0])}
 
 
+def test_a_role_that_only_some_runs_have_is_in_their_rows_and_their_table():
+    rows, clock = [], Clock()
+    meter = Meter([rows.append], clock)
+    meter.actor("reference").enter("busy")
+    meter.start()
+    clock.now = 2.0
+    meter.step(1, 1, STEP)
+    assert rows[0]["reference_busy"] == 1.0
+    assert time_table(meter.summary()).splitlines()[-1].split()[:2] == ["reference", "100.0%"]
+
+
 def test_jsonl_rows_are_on_disk_at_once(tmp_path):
     sink = Jsonl(tmp_path / "metrics.jsonl")
     sink({"step": 1})

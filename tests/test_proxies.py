@@ -2,8 +2,11 @@ import asyncio
 
 import pytest
 
+from async_opd.config import load
 from async_opd.errors import ActorLost
-from async_opd.proxies import Together
+from async_opd.ports import Ready
+from async_opd.proxies import LearnerProxy, TeacherProxy, Together
+from async_opd.wire import GroupMeta, Span
 
 
 class Remote:
@@ -60,3 +63,52 @@ async def test_a_caller_that_gives_up_takes_nothing_from_the_others():
     assert await second == "B"
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+class Rank:
+    """An actor that keeps the calls it gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def call(self, timeout_s, method, *args):
+        self.calls.append((timeout_s, method, *args))
+        return 8 if method == "width" else None
+
+
+def ready(at: int, *, tokens: int, scores: str | None = "", reference: str | None = None) -> Ready:
+    spans = (Span(version=0, start=0, end=tokens),)
+    meta = GroupMeta(id=f"{at}", prompt_len=1, spans=(spans,), truncated=(False,))
+    return Ready(at, None, meta, f"group {at}", f"scores {at}" if scores == "" else scores, (at,), (0,), reference)
+
+
+async def stepped(groups: list[Ready], ranks: int) -> list[tuple]:
+    """What the ranks are given of `groups` in a step: (plan, verdicts, *data) each."""
+    config = load("configs/demo.toml", ["learner.micro_batch_tokens=80", f"learner.ranks={ranks}"])
+    actors = [Rank() for _ in range(ranks)]
+    await LearnerProxy(actors, "", config).step(groups)
+    return [call[2:] for actor in actors for call in actor.calls if call[1] == "step"]
+
+
+async def test_without_a_reference_a_rank_gets_groups_then_scores():
+    ((plan, verdicts, *data),) = await stepped([ready(0, tokens=50), ready(1, tokens=40)], ranks=1)
+    assert sorted(pair for micro in plan for pair in micro) == [(0, 0), (1, 0)]
+    assert (verdicts, data) == ([(0,), (1,)], ["group 0", "group 1", "scores 0", "scores 1"])
+
+
+async def test_with_a_reference_its_scores_come_third_and_none_stands_where_a_group_has_none():
+    groups = [ready(0, tokens=5, reference="refs 0"), ready(1, tokens=5, scores=None)]
+    ((_, _, *data),) = await stepped(groups, ranks=1)
+    assert data == ["group 0", "group 1", "scores 0", None, "refs 0", None]
+
+
+async def test_each_rank_gets_only_the_groups_it_trains_with_their_own_references():
+    groups = [ready(at, tokens=50, reference=f"refs {at}") for at in range(2)]
+    calls = await stepped(groups, ranks=2)
+    assert sorted(data for _, _, *data in calls) == [[f"group {at}", f"scores {at}", f"refs {at}"] for at in range(2)]
+
+
+async def test_a_teacher_has_as_long_to_load_as_a_checkpoint_may_take():
+    actor, config = Rank(), load("configs/demo.toml", ["timeout.step_s=7"])
+    await TeacherProxy(actor, config, [1]).load("folder")
+    assert actor.calls == [(7.0, "load", "folder")]

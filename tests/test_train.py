@@ -3,27 +3,30 @@
 import asyncio
 import gc
 import tracemalloc
+from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from async_opd.config import load
 from async_opd.errors import ActorLost, LoopEnded
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.train import Roles, train
+from async_opd.wire import Verdict
 from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
 
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
 
-async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out: int = 0):
+async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out: int = 0, **scorers):
     """(summary, learner, rows) of a whole run over fakes."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or FakeLearner(), []
     roles = Roles(
         generators=[generator or FakeGenerator(), FakeGenerator()],
-        teachers=[FakeScorer()],
         verifier=FakeScorer(),
         learner=learner,
+        **{"teachers": {"": [FakeScorer()]}} | scorers,
     )
     summary = await train(config, roles, prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
     return summary, learner, rows
@@ -62,6 +65,51 @@ async def test_a_checkpoint_blocks_the_learner(tmp_path):
             assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
 
 
+async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_published(tmp_path):
+    class Follows(FakeScorer):
+        async def load(self, folder):
+            loaded.append((folder, learner.version, generator.version))
+
+    loaded, learner, generator = [], FakeLearner(), FakeGenerator()
+    settings = ("teacher.model=toy:student", "teacher.update=copy", "teacher.update_every_steps=2")
+    await run(tmp_path, *settings, learner=learner, generator=generator, teachers={"": [Follows(), Follows()]})
+    folder = str(tmp_path / "self-teacher")
+    assert loaded == [(folder, 2, 1)] * 2 + [(folder, 4, 3)] * 2  # two replicas, at steps 2 and 4 of 5
+    assert learner.saved == [folder, folder, str(tmp_path / "checkpoint")]
+
+
+async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
+    class Asked(FakeScorer):
+        async def greedy(self, prompts):
+            asked.append(len(prompts))
+            return prompts
+
+        async def check_response(self, id, ids, answer):
+            return Verdict(id=id, correct=id == "0")
+
+    asked, both = [], Asked()
+    toml = Path("configs/demo.toml").read_text().replace("[teacher]", "[teachers.math]")
+    (tmp_path / "several.toml").write_text(toml)
+    more = ("data.teacher=kind", "teachers.code.model=toy:student", "teachers.math.evaluate=true")
+    config = load(tmp_path / "several.toml", [*SMALL[:3], *more])
+    roles = Roles(
+        generators=[FakeGenerator()], teachers={"math": [both], "code": [both]}, verifier=both, learner=FakeLearner()
+    )
+    named = [replace(p, teacher=t) for p, t in zip(prompts(3), ("math", "code", "math"), strict=True)]
+    training = (replace(prompt, teacher="code") for prompt in prompts())
+    summary = await train(config, roles, training, named, tmp_path, Meter([]))
+    assert asked == [2]
+    assert (summary["teacher_accuracy_math"], summary["teacher_accuracy_code"]) == (0.5, None)
+
+
+async def test_a_reference_has_times_of_its_own(tmp_path):
+    summary, _, rows = await run(tmp_path, references=[FakeScorer()])
+    for row in (*rows, summary):
+        assert sum(row[f"reference_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
+    without, _, _ = await run(tmp_path)
+    assert "reference_busy" not in without
+
+
 async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
     class Forgetful(FakeGenerator, FakeLearner):
         """Generator or learner that keeps no list of what it did."""
@@ -86,7 +134,7 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
             held[row["step"]] = tracemalloc.get_traced_memory()[0]
 
     config = load("configs/demo.toml", [*SMALL, "run.steps=300"])
-    roles = Roles(generators=[Forgetful()], teachers=[FakeScorer()], verifier=FakeScorer(), learner=Forgetful())
+    roles = Roles(generators=[Forgetful()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Forgetful())
     tracemalloc.start()
     try:
         await train(config, roles, prompts(), [], tmp_path, Meter([look]))
@@ -105,6 +153,21 @@ async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp
     with pytest.raises(ActorLost, match="generator 0 died") as failure:
         await run(tmp_path, "run.max_lag_steps=0", generator=DiesLater())
     assert failure.value.__notes__ == ["at version 2"]
+
+
+async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
+    class Dead(FakeGenerator):
+        async def check_health(self):
+            raise ActorLost("teacher-generator 0: its engine died")
+
+    class Slow(FakeLearner):
+        async def step(self, groups):
+            await asyncio.sleep(3600)
+
+    sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
+    settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
+    with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
+        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()], learner=Slow())
 
 
 async def test_a_health_watch_that_returns_ends_the_run(tmp_path, monkeypatch):

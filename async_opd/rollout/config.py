@@ -14,6 +14,8 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
     answer: str = "answer"  # column: the reference answer
     id: str | None = None  # column naming the row; absent: its position
+    teacher: str | None = None  # column naming the teacher of the row, with sections [teachers.NAME]
+    solution: str | None = None  # column: a worked solution, for teachers with a context
     chat_template: bool = False  # render the prompt by the model's chat template
     template_args: dict[str, Any] = {}  # passed to the template, such as enable_thinking
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 1024

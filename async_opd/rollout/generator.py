@@ -22,7 +22,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost, ConfigError, SyncFailed
 from async_opd.rollout.config import RolloutConfig
-from async_opd.wire import Group, GroupMeta, Prompt, Rollout, Span
+from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span
 
 PROBE_TOKENS = 8  # sampled by the parity probe
 
@@ -33,8 +33,9 @@ class RolloutGenerator:
     def __init__(
         self,
         config: RolloutConfig,
+        needs: Needs,
         *,
-        index: int,
+        name: str,
         model: str,
         eos_ids: list[int],
         max_prompt_tokens: int,
@@ -43,8 +44,11 @@ class RolloutGenerator:
         seed: int,
         trust_remote_code: bool = False,
     ):
-        """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it."""
-        self._config, self._index, self._eos_ids = config, index, eos_ids
+        """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it.
+        `vocabulary` is the tokenizer's: ids from there on are padding, and never among the likeliest candidates. `name`
+        is what errors call it; engines of one run differ in `seed`."""
+        self._config, self._needs, self._name, self._eos_ids = config, needs, name, eos_ids
+        self._vocabulary, self._candidates = vocabulary, 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
         self._held: list[tuple[str, np.ndarray, SamplingParams, asyncio.Future]] | None = None  # a list: paused
         self._arrived = asyncio.Condition()
@@ -55,10 +59,12 @@ class RolloutGenerator:
         self._block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be hit, and show.
         self._probe_ids = np.random.default_rng(0).integers(vocabulary, size=self._block + 16, dtype=np.int32)
+        if needs.teacher_at_student_ids:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # vLLM's other runner does not let `candidates` in
         args = AsyncEngineArgs(
             model=model,
             dtype=config.dtype,
-            seed=seed + index,
+            seed=seed,
             max_model_len=max(max_prompt_tokens + config.max_new_tokens, len(self._probe_ids) + PROBE_TOKENS),
             max_num_seqs=config.concurrency,
             block_size=self._block,
@@ -66,6 +72,8 @@ class RolloutGenerator:
             gpu_memory_utilization=config.gpu_memory_utilization,
             weight_transfer_config=WeightTransferConfig(backend=backend),
             logprobs_mode="processed_logprobs",
+            max_logprobs=needs.teacher_at_student_ids,
+            worker_extension_cls="async_opd.rollout.candidates.Candidates",
             scheduling_policy="priority",  # in order of arrival, but for the probe
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
@@ -74,6 +82,12 @@ class RolloutGenerator:
             **(cpu_engine(config.memory_gib) if cpu else {}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
+
+    async def start(self) -> None:
+        """Have the engine give the objective's candidates with each token of `generate`; before, there are none."""
+        if k := self._needs.teacher_at_student_ids:
+            await self._engine.collective_rpc("return_candidates", args=(self._needs.student_ids, self._vocabulary))
+            self._candidates = k
 
     def sampling(self, **changes) -> SamplingParams:
         """No seed of its own for a request: on CPU a preempted seeded request kills the engine."""
@@ -90,8 +104,10 @@ class RolloutGenerator:
         return SamplingParams(**settings | changes)
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
-        """Sample all responses of one prompt. Raises ActorLost when the engine died."""
-        return self._group(prompt, await self._run(prompt.id, prompt.ids, self.sampling()))
+        """Sample all responses of one prompt; a taught one, which the teacher answers, in the teacher's own rendering.
+        Raises ActorLost when the engine died."""
+        ids = prompt.teacher_ids if prompt.taught and prompt.teacher_ids is not None else prompt.ids
+        return self._group(prompt, await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates)))
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """The likeliest response, for evaluation: one sample at temperature 0."""
@@ -101,7 +117,7 @@ class RolloutGenerator:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
         sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
         (output,) = await self._run("probe", self._probe_ids, sampling)
-        return self._probe_ids, self._rollout(f"parity probe of generator {self._index}", output)
+        return self._probe_ids, self._rollout(f"parity probe of {self._name}", output)
 
     async def join_group(self, init_info: dict) -> None:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or ActorLost."""
@@ -136,7 +152,7 @@ class RolloutGenerator:
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice."""
         if self._engine.errored:
-            raise ActorLost(f"generator {self._index}: its engine died")
+            raise ActorLost(f"{self._name}: its engine died")
 
     async def close(self) -> None:
         """Stop the engine and its processes."""
@@ -147,9 +163,9 @@ class RolloutGenerator:
         try:
             yield
         except EngineDeadError as e:
-            raise ActorLost(f"generator {self._index}: its engine died") from e
+            raise ActorLost(f"{self._name}: its engine died") from e
         except Exception as e:  # vLLM passes on whatever its worker raised as a bare Exception
-            raise SyncFailed(f"generator {self._index} {what}: {e}") from e
+            raise SyncFailed(f"{self._name} {what}: {e}") from e
 
     async def _run(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
         collector = None
@@ -164,7 +180,7 @@ class RolloutGenerator:
                 collector = await turn
             output = await collector.get()
         except EngineDeadError as e:
-            raise ActorLost(f"generator {self._index}: its engine died") from e
+            raise ActorLost(f"{self._name}: its engine died") from e
         except asyncio.CancelledError:
             if collector is not None:
                 await self._engine.abort(collector.request_id, internal=True)
@@ -192,10 +208,17 @@ class RolloutGenerator:
             Span(version=0 if s.version == "default" else int(s.version), start=s.start, end=s.end)
             for s in output.weight_versions
         )
+        flat, rows = output.logprobs, len(output.token_ids)  # in each row the sampled token before its candidates
+        logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
+        given = {}
+        if logp.shape[1] > 1:
+            given["candidate_ids"] = np.array(flat.token_ids, np.int32).reshape(logp.shape)[:, 1:]
+            given["candidate_logp"] = logp[:, 1:] if self._needs.student_ids == "sampled" else None
         return Rollout(
             id=f"{prompt_id}#{output.index}",
             ids=np.asarray(output.token_ids, np.int32),
-            behaviour_logp=np.minimum(np.asarray(output.logprobs.logprobs, np.float32), 0),
+            behaviour_logp=logp[:, 0],
             spans=tuple(spans),
             truncated=output.finish_reason == "length",
+            **given,
         )

@@ -1,20 +1,19 @@
-"""Settings of the teacher."""
+"""Settings of what scores rollouts: teachers, and the reference."""
 
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.maths import schedules
 
-class TeacherConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`replicas` copies of one model."""
 
-    model: str  # local directory or hub id; its tokenizer must agree with the student's
     backend: Literal["transformers", "vllm"] = "transformers"  # vllm: for larger models; temperature 1, no entropy
     replicas: Annotated[int, Meta(ge=1)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192  # of one forward, prompts included; vllm on CPU holds their logits
-    template_args: dict[str, Any] = {}  # for the teacher's own rendering of the prompt, where it differs
-    evaluate: bool = False  # measure the teacher's own accuracy, once, before training
     # transformers only
     flush_s: Annotated[float, Meta(ge=0)] = 0.0  # longest a request waits for company; 0: take what is queued
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
@@ -22,3 +21,50 @@ class TeacherConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # GPUs of one replica
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
+
+
+class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a teacher is, and what it is shown. With the student's own model it is a self-teacher."""
+
+    model: str  # local directory or hub id; its tokenizer must agree with the student's
+    template_args: dict[str, Any] = {}  # for the teacher's own rendering of the prompt, where it differs
+    context: str | None = None  # shown instead of the prompt: text with {prompt} and {solution}
+    max_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None  # of its own rendering; absent: data.max_prompt_tokens
+    update: Literal["frozen", "ema", "copy"] = "frozen"  # how a self-teacher follows the student; transformers only
+    update_every_steps: Annotated[int, Meta(ge=1)] = 1  # the learner waits: a checkpoint is written and read
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] = 0.99  # d of t = d·t + (1-d)·s, ema only
+    evaluate: bool = False  # measure the teacher's own accuracy, once, after training
+
+
+class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy that some objectives measure against: never updated, and shown what the student is shown."""
+
+    model: str | None = None  # absent: student.model, the student before its first step
+
+
+class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts, once each; what the
+    verifier finds right is trained by cross-entropy times a weight, `maths.schedules.taught_weight`.
+
+    SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a reconstruction: the paper
+    gives neither.
+    """
+
+    share: Annotated[float, Meta(gt=0, lt=1)]  # of the prompts; 0.125 in the paper's best run
+    full_until_step: Annotated[int, Meta(ge=0)]  # P1: last optimizer step of the full weight
+    until_step: Annotated[int, Meta(ge=1)]  # P2: last optimizer step of any weight
+    weight_start: Annotated[float, Meta(gt=0)] = 1.0  # until P1
+    weight_end: Annotated[float, Meta(ge=0)] = 0.0  # at P2
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None  # absent: rollout.max_new_tokens, the most there may be
+    generators: Annotated[int, Meta(ge=1)] = 1  # engines; dtype, memory and tensor_parallel_size are those of [teacher]
+    concurrency: Annotated[int, Meta(ge=1)] = 64  # sequences one of them runs at once
+
+    def weight(self, step: int) -> float:
+        """Of what is trained at optimizer step `step`."""
+        return schedules.taught_weight(
+            step,
+            full_until=self.full_until_step,
+            until=self.until_step,
+            start=self.weight_start,
+            end=self.weight_end,
+        )

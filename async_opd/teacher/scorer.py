@@ -9,7 +9,8 @@ from transformers import GenerationConfig
 
 from async_opd import causal_lm
 from async_opd.maths.logprobs import Read, read_logprobs
-from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.config import ScorerConfig
+from async_opd.teacher.follow import Follower, read
 from async_opd.wire import Group, Needs, Rollout, Scores
 
 
@@ -18,15 +19,18 @@ class TransformersTeacher:
 
     def __init__(
         self,
-        config: TeacherConfig,
+        config: ScorerConfig,
         needs: Needs,
         *,
         temperature: float,
         vocabulary: int,
+        as_student: bool = False,
         trust_remote_code: bool = False,
     ):
-        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates."""
+        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates.
+        `as_student`: it reads the student's rendering of a prompt, also where the teacher has one of its own."""
         self._config, self._needs, self._temperature, self._vocabulary = config, needs, temperature, vocabulary
+        self._as_student, self._trust_remote_code = as_student, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
@@ -34,6 +38,8 @@ class TransformersTeacher:
         self._model.generation_config = GenerationConfig()  # penalties of the checkpoint's own would bend `greedy`
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
+        self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
+        self._follower: Follower | None = None
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -41,12 +47,22 @@ class TransformersTeacher:
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
-        prompt = group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids
+        own = None if self._as_student else group.prompt.teacher_ids
+        prompt = group.prompt.ids if own is None else own
         futures = [loop.create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
             self._arrived.notify_all()
         return tuple(await asyncio.gather(*futures))
+
+    async def load(self, folder: str) -> None:
+        """Follow the student to its checkpoint in `folder`, between two forwards. Raises DataError."""
+        student = await asyncio.to_thread(read, folder, trust_remote_code=self._trust_remote_code)
+        async with self._weights:
+            if self._follower is None:
+                decay = self._config.ema_decay if self._config.update == "ema" else None
+                self._follower = Follower(self._model, decay)
+            await asyncio.to_thread(self._follower.follow, student)
 
     async def _serve(self) -> None:
         """Waits for a request, then at most `flush_s` for a full batch; ends only with the actor."""
@@ -58,9 +74,10 @@ class TransformersTeacher:
                         await self._arrived.wait_for(lambda: self._tokens_waiting() >= self._config.batch_tokens)
             batch = self._take()
             try:
-                scored = await asyncio.to_thread(
-                    self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
-                )
+                async with self._weights:
+                    scored = await asyncio.to_thread(
+                        self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
+                    )
             except Exception as error:  # belongs to these requests: their callers get it, the next batch goes on
                 for _, _, future in batch:
                     if not future.done():
@@ -95,7 +112,7 @@ class TransformersTeacher:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
 
         hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
-        candidates = [r.candidate_ids for _, r in items]
+        given = bool(self._needs.teacher_at_student_ids)
         read = read_logprobs(
             hidden_LD[tensor(rows)],
             causal_lm.head(self._model),
@@ -103,7 +120,7 @@ class TransformersTeacher:
             temperature=self._temperature,
             chunk_rows=self._config.head_chunk_rows,
             entropy=self._needs.teacher_entropy,
-            candidate_ids_NK=None if candidates[0] is None else tensor(candidates),
+            candidate_ids_NK=tensor([r.candidate_ids for _, r in items]) if given else None,
             topk=self._needs.teacher_topk,
             topk_below=self._vocabulary,
         )

@@ -12,7 +12,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost
-from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.config import ScorerConfig
 from async_opd.wire import Group, Needs, Rollout, Scores
 
 
@@ -21,17 +21,20 @@ class VllmTeacher:
 
     def __init__(
         self,
-        config: TeacherConfig,
+        config: ScorerConfig,
         needs: Needs,
         *,
-        index: int,
+        name: str,
         vocabulary: int,
         longest: int,
+        as_student: bool = False,
         trust_remote_code: bool = False,
     ):
         """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the tokenizer's: ids from there
-        on are padding and never candidates."""
-        self._index, self._topk, self._vocabulary = index, needs.teacher_topk, vocabulary
+        on are padding and never candidates. `as_student`: it reads the student's rendering of a prompt, also where
+        the teacher has one of its own."""
+        self._name, self._vocabulary, self._as_student = name, vocabulary, as_student
+        self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
@@ -55,7 +58,8 @@ class VllmTeacher:
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died."""
-        prompt = group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids
+        own = None if self._as_student else group.prompt.teacher_ids
+        prompt = group.prompt.ids if own is None else own
         return tuple(await asyncio.gather(*(self._score(prompt, rollout) for rollout in group.rollouts)))
 
     async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
@@ -81,7 +85,7 @@ class VllmTeacher:
         """Ids and log-probs [T, 1 + k] of a response, the sampled token before the k likeliest; and log-probs [T, K]
         at the rollout's candidates, which vLLM reads on GPUs only."""
         scoring = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
-        if rollout.candidate_ids is not None:
+        if self._at_candidates:
             scoring |= {"prompt_logprob_token_ids": rollout.candidate_ids, "prompt_logprob_start": len(prompt) - 1}
         output = await self._run(np.concatenate([prompt, rollout.ids]), **scoring)
         flat, rows = output.prompt_logprobs, len(rollout.ids)
@@ -101,5 +105,5 @@ class VllmTeacher:
         try:
             (output,) = [output async for output in request]
         except EngineDeadError as e:
-            raise ActorLost(f"teacher {self._index}: its engine died") from e
+            raise ActorLost(f"{self._name}: its engine died") from e
         return output

@@ -1,13 +1,17 @@
 """The command line as a user runs it, and the processes it leaves behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
+import pytest
 
 SMALL = (
     "teacher.evaluate=false",
@@ -23,7 +27,10 @@ RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves
 class Job:
     """One `async-opd` process in a session of its own, its descendants marked by an environment variable."""
 
+    started: ClassVar[list["Job"]] = []
+
     def __init__(self, *args: str, folder: Path):
+        self.started.append(self)
         self.mark = uuid.uuid4().hex
         self.log = folder / f"{self.mark}.log"
         with self.log.open("w") as output:
@@ -33,6 +40,7 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
             )
 
     def wait(self, timeout_s: float) -> int:
@@ -81,3 +89,13 @@ class Job:
 def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
     """The demo, small, with its run directory in `folder`."""
     return Job("demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder)
+
+
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test() -> Iterator[None]:
+    """Whatever a test that fails leaves running is killed."""
+    yield
+    for job in Job.started:
+        for process in job.processes():
+            process.kill()
+    Job.started.clear()

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 from async_opd.actors import Cluster
 from async_opd.config import Config, load
+from async_opd.inputs import views
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import resolve_toy
 from async_opd.stream.publish import Publisher
@@ -20,7 +21,7 @@ def demo_config(tmp_path, *overrides: str) -> Config:
 async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
     """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
-    prompts = iter(PromptSource(config.data, tokenizer, seed=0))
+    prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
     with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         publisher = Publisher(roles.learner, roles.generators, parity_every=1, tolerance=1e-4)

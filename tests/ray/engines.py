@@ -15,8 +15,7 @@ _engines: list[LLM] = []
 
 def start(model: str) -> None:
     """Replace the engine by a new one with the weights of `model`."""
-    for engine in _engines:
-        engine.llm_engine.engine_core.shutdown()
+    stop()
     _engines[:] = [
         LLM(
             model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, block_size=128,
@@ -24,6 +23,12 @@ def start(model: str) -> None:
             weight_transfer_config=WeightTransferConfig(backend="gloo"),
         )
     ]  # fmt: skip
+
+
+def stop() -> None:
+    """Stop the engine: this process waits at its own end for those it started."""
+    while _engines:
+        _engines.pop().llm_engine.engine_core.shutdown()
 
 
 def join(info: dict) -> None:

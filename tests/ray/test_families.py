@@ -36,6 +36,7 @@ def vllm():
         yield lambda call, args: [
             pool.submit(_there, call, *mine) for pool, mine in zip((one, two), args, strict=False)
         ]
+        results([pool.submit(_there, "stop") for pool in (one, two)])
 
 
 def results(futures: list[Future]) -> list:

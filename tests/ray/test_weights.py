@@ -1,6 +1,7 @@
 """Learner and vLLM hold the same weights after every update: real actors, real gloo, tied and untied."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.errors import AsyncOpdError
 from async_opd.ports import Ready
+from async_opd.stream.follow import Followers
 from async_opd.toy import STUDENT
 from tests.ray.conftest import demo_config, running
 
@@ -24,28 +26,32 @@ async def produced(roles, prompts, count: int) -> list[Ready]:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
         scores, verdicts = await asyncio.gather(
-            roles.teachers[ticket % len(roles.teachers)].score(group), roles.verifier.check(group)
+            roles.teachers[""][ticket % len(roles.teachers[""])].score(group), roles.verifier.check(group)
         )
         return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
 
     return await asyncio.gather(*(ready(ticket) for ticket in range(count)))
 
 
-@pytest.fixture
-def untied(tmp_path):
-    """A random student with a head of its own and no end token."""
-    torch.manual_seed(0)
+def saved_untied(folder: Path, *, seed: int) -> str:
+    """A random model with a head of its own and no end token."""
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=24, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
         eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "untied")
-    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(tmp_path / "untied")
-    return str(tmp_path / "untied")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(folder)
+    return str(folder)
 
 
-async def check_three_updates(config):
+@pytest.fixture
+def untied(tmp_path):
+    return saved_untied(tmp_path / "untied", seed=0)
+
+
+async def check_three_updates(config, teachers_follow: bool = False):
     async with running(config) as (roles, publisher, prompts):
         probe_ids, probe = await roles.generators[0].probe()
         before = await roles.learner.logprobs(probe_ids, probe.ids)
@@ -57,15 +63,24 @@ async def check_three_updates(config):
         after = await roles.learner.logprobs(probe_ids, probe.ids)
         assert max(gaps) <= 1e-4  # the largest over all generators, of freshly sampled tokens
         assert np.abs(after - before).max() > 0.05  # the weights moved by far more than the gap
+        if teachers_follow:
+            await Followers(roles.learner, {1: roles.teachers[""]}, f"{config.run.dir}/self-teacher").follow(3)
+            for ready in await produced(roles, prompts, 2):
+                group, (scores,) = await ready.group, await ready.scores
+                logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
+                assert np.abs(scores.sampled_logp - logp).max() <= 1e-4
 
 
 async def test_tied_student_agrees_with_vllm_after_three_updates_at_temperature_0_7(tmp_path):
     await check_three_updates(demo_config(tmp_path, *FAST, "rollout.temperature=0.7"))
 
 
-async def test_untied_student_sharded_over_two_ranks_agrees_with_two_generators_after_three_updates(tmp_path, untied):
+async def test_untied_student_sharded_over_two_ranks_agrees_with_two_generators_and_teachers_after_three_updates(
+    tmp_path, untied
+):
     pairs = ("rollout.generators=2", "teacher.replicas=2", "learner.ranks=2", "learner.zero_stage=3")
-    await check_three_updates(demo_config(tmp_path, *FAST, *pairs, f"student.model={untied}"))
+    models = (f"student.model={untied}", f"teacher.model={saved_untied(tmp_path / 'teacher', seed=1)}")
+    await check_three_updates(demo_config(tmp_path, *FAST, *pairs, *models), teachers_follow=True)
 
 
 async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_version_serving(tmp_path, untied):

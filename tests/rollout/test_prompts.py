@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from async_opd import config
 from async_opd.errors import DataError
 from async_opd.rollout.config import DataConfig
+from async_opd.rollout.privileged import TeacherView
 from async_opd.rollout.prompts import FILE_READERS, PromptSource
 from async_opd.toy import STUDENT
 
@@ -30,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 def source(tmp_path) -> Callable[..., PromptSource]:
     """Prompts from a file of `rows`, read with the toy tokenizer; other keywords are data settings."""
 
-    def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, teacher_args=None, **settings) -> PromptSource:
+    def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, views=None, **settings) -> PromptSource:
         path = tmp_path / f"rows.{kind}"
         if kind == "parquet":
             datasets.Dataset.from_list(rows).to_parquet(path)
@@ -39,7 +40,7 @@ def source(tmp_path) -> Callable[..., PromptSource]:
         tokenizer = AutoTokenizer.from_pretrained(STUDENT)
         tokenizer.chat_template = chat
         data = msgspec.convert({"path": str(path), "chat_template": chat is not None} | settings, DataConfig)
-        return PromptSource(data, tokenizer, seed=seed, teacher_args=teacher_args)
+        return PromptSource(data, tokenizer, seed=seed, views=views)
 
     return make
 
@@ -172,15 +173,106 @@ def test_template_args_reach_the_template(source):
 
 
 def test_the_teacher_may_have_a_rendering_of_its_own(source):
-    (prompt,) = source(chat=CHAT, teacher_args={"enable_thinking": True, "hint": "9"}).first(1)
+    views = {"": TeacherView(template_args={"enable_thinking": True, "hint": "9"})}
+    (prompt,) = source(chat=CHAT, views=views).first(1)
     assert prompt.ids.tolist() == spelt("u=0+1=\n")
     assert prompt.teacher_ids.tolist() == spelt("u=0+1=\n{x}9")
 
 
 def test_the_teacher_s_rendering_is_held_to_the_same_length(source):
-    prompts = source(chat=CHAT, teacher_args={"hint": "9" * 20}, max_prompt_tokens=16)
+    views = {"": TeacherView(template_args={"hint": "9" * 20})}
+    prompts = source(chat=CHAT, views=views, max_prompt_tokens=16)
     with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):  # 7 + 20
         prompts.first(1)
+
+
+CONTEXT = TeacherView(context="{solution}={prompt}={solution}")
+
+
+def solved(prompt, solution) -> list[dict]:
+    return [{"prompt": prompt, "answer": "2", "why": solution}]
+
+
+def test_a_context_takes_in_prompt_and_solution(source):
+    (prompt,) = source(solved("1+1=", 7), solution="why", views={"": CONTEXT}).first(1)
+    assert prompt.ids.tolist() == spelt("1+1=")
+    assert prompt.teacher_ids.tolist() == spelt("7=1+1==7")
+
+
+def test_braces_of_prompt_and_solution_are_left_as_they_are(source):
+    rows = solved("{solution}{}", r"\boxed{{prompt}}")
+    (prompt,) = source(rows, solution="why", views={"": CONTEXT}).first(1)
+    assert prompt.teacher_ids.tolist() == spelt(r"\boxed{{prompt}}={solution}{}=\boxed{{prompt}}")
+
+
+def test_with_a_chat_template_the_context_takes_the_place_of_the_last_user_message(source):
+    said = [("x", "0"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    rows, view = solved(messages, "9"), TeacherView(context="{prompt}+{solution}", template_args={"hint": "5"})
+    (prompt,) = source(rows, chat=CHAT, solution="why", views={"": view}).first(1)
+    assert prompt.ids.tolist() == spelt("x=0\nu=1\na=2\nu=3\na=4\n")
+    assert prompt.teacher_ids.tolist() == spelt("x=0\nu=1\na=2\nu=3+9\na=4\n5")
+
+
+def test_with_a_chat_template_a_plain_prompt_is_the_message_of_the_context(source):
+    (prompt,) = source(solved("1+1=", "2"), chat=CHAT, solution="why", views={"": CONTEXT}).first(1)
+    assert prompt.teacher_ids.tolist() == spelt("u=2=1+1==2\n")
+
+
+@pytest.mark.parametrize("solution", [None, "", ["1"]])
+def test_a_solution_of_the_wrong_type_names_the_row(source, solution):
+    with pytest.raises(DataError, match=r"row 0@0: 'why' must be a string that is not empty or a number, got "):
+        source(solved("1+1=", solution), solution="why", views={"": CONTEXT}).first(1)
+
+
+def test_messages_without_a_text_of_the_user_s_name_the_row(source):
+    rows = solved([{"role": "x", "content": "1"}], "2")
+    with pytest.raises(DataError, match=r"row 0@0: no text of the user's that a teacher's context could take in"):
+        source(rows, chat=CHAT, solution="why", views={"": CONTEXT}).first(1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_of_solutions_lists_the_columns(source, streaming):
+    with pytest.raises(DataError, match=r"data.solution = 'how': .*rows.jsonl has columns prompt, answer, name"):
+        source(solution="how", streaming=streaming, views={"": CONTEXT})
+
+
+def test_a_teacher_s_own_bound_holds_for_its_rendering_alone(source):
+    view = TeacherView(context="{prompt}{solution}", longest=("teacher.max_prompt_tokens", 24))
+    settings = dict(solution="why", views={"": view}, max_prompt_tokens=4)
+    (prompt,) = source(solved("1+1=", "9" * 20), **settings).first(1)
+    assert len(prompt.teacher_ids) == 24
+    with pytest.raises(DataError, match=r"row 0@0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"):
+        source(solved("1+1=", "9" * 21), **settings).first(1)
+    skipping = source([*solved("1+1=", "9" * 21), *solved("2+1=", "3")], long_prompt="skip", **settings)
+    assert ids_of(skipping.first(1)) == ["1@0"] and skipping.skipped == ["0@0"]
+
+
+MATH_AND_CODE = {"math": TeacherView(), "code": CONTEXT}
+KINDS = [{"prompt": "1+1=", "answer": "2", "kind": kind, "why": why} for kind, why in (("math", None), ("code", "3"))]
+
+
+def test_a_row_names_its_teacher_and_is_shown_to_it_as_that_one_wants(source):
+    math, code = source(KINDS, teacher="kind", solution="why", views=MATH_AND_CODE).first(2)
+    assert (math.teacher, math.teacher_ids) == ("math", None)
+    assert (code.teacher, code.teacher_ids.tolist()) == ("code", spelt("3=1+1==3"))
+
+
+@pytest.mark.parametrize("bad", ["maths", None, 3])
+def test_a_row_of_no_known_teacher_is_refused_before_anything_is_read(source, bad):
+    rows = [{**KINDS[0], "kind": bad if isinstance(bad, int) else "math", "name": f"row-{n}"} for n in range(3)]
+    rows[2]["kind"] = bad
+    first = "0" if isinstance(bad, int) else "2"
+    expected = rf"row row-{first}: data.teacher, column 'kind' = {bad!r}: must be 'math' or 'code'"
+    with pytest.raises(DataError, match=expected):
+        source(rows, id="name", teacher="kind", views=MATH_AND_CODE)
+
+
+def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
+    prompts = source([KINDS[0], KINDS[0] | {"kind": "maths"}], streaming=True, teacher="kind", views=MATH_AND_CODE)
+    assert ids_of(prompts.first(1)) == ["0@0"]
+    with pytest.raises(DataError, match=r"row 1@0: data.teacher, column 'kind' = 'maths': .*; did you mean 'math'\?"):
+        prompts.first(2)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Rules of the package, read from its source by `ast`.
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
-cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → config → inputs,
-evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a config.py is its role's.
+cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring → config →
+inputs, evaluate → train → actors → run → cli → __main__. Units of one rank never import each other; a config.py is its
+role's.
 """
 
 import ast
@@ -21,8 +22,8 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["config"], ["inputs", "evaluate"], ["train", "proxies"], ["actors"], ["run"],
-    ["cli"], ["__main__"],
+    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate"], ["train", "proxies"],
+    ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {

@@ -7,28 +7,38 @@ import pytest
 from async_opd.errors import ActorLost
 from async_opd.stream.produce import Loads, Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
-from async_opd.wire import Span
+from async_opd.stream.taught import Taught
+from async_opd.wire import Span, Verdict
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
 
-def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None):
+def stream(
+    tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=(),
+    verifier=None, taught=None,
+):  # fmt: skip
     """(producer, queue, slots) over fakes."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
-        groups_per_step=1, max_lag_steps=0, stale="drop", on_drop=lambda ready, cause: producer.dropped(ready, cause)
+        groups_per_step=1,
+        max_lag_steps=0,
+        stale="drop",
+        on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        taught=taught,
     )
     producer = Producer(
         prompts=prompts(),
         needed=needed,
         generators=generators,
-        teachers=teachers or [FakeScorer()],
-        verifier=FakeScorer(),
+        teachers=teachers or {"": [FakeScorer()]},
+        references=references,
+        verifier=verifier or FakeScorer(),
         slots=limit,
         queue=queue,
         tasks=tasks,
         max_attempts=attempts,
         drop_truncated=drop_truncated,
         count_tokens=lambda role, tokens: None,
+        taught=taught,
     )
     return producer, queue, limit
 
@@ -113,6 +123,58 @@ async def test_a_role_that_fails_ends_the_stream_with_its_own_error():
             stream(tasks, [Dead()], slots=1)[0].fill()
 
 
+class Named(FakeScorer):
+    """A scorer that keeps what it was asked, and whose scores are its name."""
+
+    def __init__(self, name: str = ""):
+        self.name, self.asked = name, []
+
+    async def score(self, group):
+        self.asked.append(group.id)
+        await asyncio.sleep(0)
+        return self.name
+
+
+async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
+    named = ("math", "code", "math", "math")
+    teachers = {"math": [Named("math 0"), Named("math 1")], "code": [Named("code 0")]}
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(tasks, [FakeGenerator()], slots=4, needed=4, teachers=teachers)
+        producer._prompts = (msgspec.structs.replace(p, teacher=t) for p, t in zip(prompts(4), named, strict=True))
+        producer.fill()
+        await settle()
+    assert [teacher.asked for pool in teachers.values() for teacher in pool] == [["0", "3"], ["2"], ["1"]]
+    scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in queue._ready}
+    assert scored == {"0": ("math 0", None), "1": ("code 0", None), "2": ("math 1", None), "3": ("math 0", None)}
+
+
+async def test_a_reference_scores_every_group_beside_its_teacher():
+    references, meet = [Named("reference 0"), Named("reference 1")], asyncio.Barrier(3)
+
+    class Meets(FakeScorer):
+        async def score(self, group):
+            await meet.wait()
+            return await super().score(group)
+
+        async def check(self, group):
+            await meet.wait()
+            return await super().check(group)
+
+    class Reference(Named):
+        async def score(self, group):
+            await meet.wait()
+            return await super().score(group)
+
+    references = [Reference("reference 0"), Reference("reference 1")]
+    both = Meets()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references)
+        producer._verifier = both
+        producer.fill()
+        ready = [(await queue.take(0))[0] for _ in range(2)]
+    assert {r.prompt.id: r.reference for r in ready} == {"0": "reference 0", "1": "reference 1"}
+
+
 async def test_teachers_are_balanced_by_tokens_not_by_groups():
     # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 = 1413 against 512.
     lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
@@ -133,7 +195,69 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers=teachers)[0].fill()
+        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
         await settle()
         assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
         scored.set()
+
+
+def half_taught(*generators, until: int = 99) -> Taught:
+    """Every second prompt is the teacher's, up to step `until`."""
+    return Taught(share=0.5, weight=lambda step: float(step <= until), generators=generators, version=lambda: 0)
+
+
+class Judge(FakeScorer):
+    """Finds every response `correct`, and scores nothing that the teacher answered."""
+
+    def __init__(self, correct: bool | None = True):
+        self._correct = correct
+
+    async def score(self, group):
+        assert not group.taught
+
+    async def check(self, group):
+        return (Verdict(id=f"{group.id}#0", correct=self._correct),)
+
+
+async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
+    student, own = FakeGenerator(), [FakeGenerator(), FakeGenerator()]
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(
+            tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, taught=half_taught(*own)
+        )
+        producer.fill()
+        await settle()
+        groups = [(await queue.take(0))[0] for _ in range(8)]
+    assert [p.id for p in student.served] == ["0", "2", "4", "6"]
+    assert [[p.id for p in g.served] for g in own] == [["1", "5"], ["3", "7"]]  # the idlest of them
+    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [(id, None) for id in "1357"]
+
+
+@pytest.mark.parametrize(
+    ("correct", "truncated", "policy", "cause"),
+    [
+        (False, False, "train", "teacher_wrong"),
+        (None, False, "train", "teacher_unknown"),
+        (False, True, "drop", "teacher_wrong"),
+        (True, True, "drop", "teacher_truncated"),
+        (True, True, "mask", None),  # its tokens leave the loss in the learner
+    ],
+)
+async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_for_good_and_frees_its_slot(
+    correct, truncated, policy, cause
+):
+    student, own = FakeGenerator(), FakeGenerator(truncated=truncated)
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(
+            tasks, [student], slots=2, needed=2, verifier=Judge(correct), taught=half_taught(own, until=1),
+            drop_truncated=policy == "drop",
+        )  # fmt: skip
+        producer.fill()
+        await settle()
+        served = [p.id for p in own.served]
+        assert len(served) == len(set(served)) >= 1  # none is asked twice
+        kept = [(await queue.take(0))[0] for _ in range(2)]
+        assert [g.prompt.taught for g in kept] == [False, cause is None]
+        assert queue.dropped == ({cause: len(served)} if cause else {})
+        assert slots.free == 0
+        assert producer.needed == 0

@@ -29,6 +29,9 @@ class Slow(FakeGenerator, FakeScorer):
     async def update(self, version, update_info):
         await asyncio.sleep(1)
 
+    async def load(self, folder):
+        await asyncio.sleep(2)
+
 
 def spent(scenario, wrap, role: str) -> dict[str, float]:
     """Virtual seconds by state of one actor that goes through `scenario`; only those that are not 0."""
@@ -95,6 +98,17 @@ def test_a_teacher_or_verifier_without_a_group_is_starved(wrap, call):
         await getattr(timed, call)(None)
 
     assert spent(scenario, wrap, "teachers") == {"busy": 1, "starved": 2}
+
+
+def test_a_teacher_is_syncing_while_it_takes_the_student_s_weights_whatever_is_out():
+    async def scenario(teacher):
+        asking = asyncio.ensure_future(teacher.score(None))
+        await asyncio.sleep(0.25)
+        await teacher.load("folder")  # 2 s, in which the score comes
+        await asking
+        await asyncio.sleep(1)
+
+    assert spent(scenario, TimedTeacher, "teachers") == {"busy": 0.25, "syncing": 2, "starved": 1}
 
 
 BALANCED = Pace.of(1, 1)

@@ -4,8 +4,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from msgspec.structs import replace
 
 from async_opd.errors import ActorLost
+from async_opd.objectives.topk_kl import TopkKl
 from async_opd.ports import Ready
 from async_opd.teacher.config import TeacherConfig
 from async_opd.teacher.scorer import TransformersTeacher
@@ -13,7 +15,16 @@ from async_opd.wire import Group, Needs, Prompt, Rollout, Span
 from tests.ray.conftest import demo_config, running
 
 REAL, PADDED, K = 24, 32, 5  # the tokenizer's vocabulary, the model's, and the candidates a position
-SHAPES = [(3, (4, 1)), (1, (1,)), (150, (60, 1, 7))]  # prompt tokens (a block of vLLM's cache is 128) and responses
+SHAPES = [  # tokens of the prompt (a block of vLLM's cache is 128), of the teacher's own one, and of the responses
+    (3, None, (4, 1)), (1, None, (1,)), (150, None, (60, 1, 7)), (3, 140, (60, 1)), (9, 2, (5,)),
+]  # fmt: skip
+
+
+class Anchored(TopkKl, tag="anchored"):
+    """An objective that asks for a reference. No direct subclass of Objective: those are what a run lists."""
+
+    def needs(self) -> Needs:
+        return replace(super().needs(), reference=True)
 
 
 @pytest.fixture
@@ -36,21 +47,26 @@ def groups() -> list[Group]:
             truncated=False,
         )
 
+    def prompt(tokens: int | None) -> np.ndarray | None:
+        return tokens and random.integers(REAL, size=tokens, dtype=np.int32)
+
     return [
         Group(
-            prompt=Prompt(id=f"{at}", ids=random.integers(REAL, size=prompt_tokens, dtype=np.int32), answer=""),
+            prompt=Prompt(id=f"{at}", ids=prompt(asked), answer="", teacher_ids=prompt(shown)),
             rollouts=tuple(rollout(f"{at}#{i}", tokens) for i, tokens in enumerate(lengths)),
         )
-        for at, (prompt_tokens, lengths) in enumerate(SHAPES)
+        for at, (asked, shown, lengths) in enumerate(SHAPES)
     ]
 
 
 @torch.no_grad()
 def check(model, group: Group, scores) -> None:
-    """Sampled and top-k log-probs against the model's own logits, to 1e-4 nats; no candidate is padding."""
+    """Sampled and top-k log-probs against the model's own logits behind the prompt that the teacher is shown, to 1e-4
+    nats; no candidate is padding."""
+    prompt = (group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids).tolist()
     for rollout, got in zip(group.rollouts, scores, strict=True):
-        ids = torch.tensor([[*group.prompt.ids.tolist(), *rollout.ids.tolist()]])
-        logp_TV = model(input_ids=ids).logits[0].log_softmax(-1)[len(group.prompt.ids) - 1 : -1]
+        ids = torch.tensor([[*prompt, *rollout.ids.tolist()]])
+        logp_TV = model(input_ids=ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
         sampled_T = [logp_TV[t, token].item() for t, token in enumerate(rollout.ids.tolist())]
         assert got.id == rollout.id
         assert got.sampled_logp == pytest.approx(sampled_T, abs=1e-4)
@@ -70,9 +86,11 @@ async def test_the_transformers_teacher_equals_a_plain_forward(model, tmp_path):
 @pytest.mark.timeout(300)
 async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_by_name(model, tmp_path):
     settings = ("teacher.backend=vllm", f"teacher.model={tmp_path}/teacher", f"objective.k={K}", "sync.timeout_s=10")
-    config = demo_config(tmp_path, *settings, "data.max_prompt_tokens=150", "rollout.max_new_tokens=60")
+    lengths = ("teacher.max_prompt_tokens=150", "rollout.max_new_tokens=60")
+    context = ("teacher.context={solution}={prompt}", "data.solution=answer")
+    config = replace(demo_config(tmp_path, *settings, *lengths, *context), objective=Anchored(k=K))
     async with running(config) as (roles, _, prompts):
-        (teacher,), (generator,) = roles.teachers, roles.generators
+        (teacher,), (generator,) = roles.teachers[""], roles.generators
         for group in groups():
             check(model, group, await (await teacher.score(group)))
 
@@ -80,7 +98,12 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
         meta, group = await generator.generate(prompt)
         scores, verdicts = await teacher.score(group), await roles.verifier.check(group)
         check(model, await group, await scores)
-        result = await roles.learner.step([Ready(1, prompt, meta, group, scores, verdicts, (0,))])
+        assert prompt.teacher_ids[-len(prompt.ids) :].tolist() == prompt.ids.tolist() != prompt.teacher_ids.tolist()
+        (reference,) = roles.references
+        references = await reference.score(group)
+        logp = await roles.learner.logprobs(prompt.ids, (await group).rollouts[0].ids)  # before its first step
+        assert (await references)[0].sampled_logp == pytest.approx(logp, abs=1e-5)
+        result = await roles.learner.step([Ready(1, prompt, meta, group, scores, verdicts, (0,), references)])
         assert result.version == 1 and result.metrics["tokens"] == meta.lengths[0]
 
         (response,) = await teacher.greedy([prompt.ids])

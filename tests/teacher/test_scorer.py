@@ -1,12 +1,15 @@
 import asyncio
+import time
 
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from async_opd.errors import DataError
 from async_opd.maths.logprobs import Head
-from async_opd.teacher.config import TeacherConfig
+from async_opd.teacher.config import ReferenceConfig, TeacherConfig
+from async_opd.teacher.follow import Follower
 from async_opd.teacher.scorer import TransformersTeacher
 from async_opd.wire import Group, Needs, Prompt, Rollout, Span
 
@@ -75,7 +78,8 @@ def close(got, expected):
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher, group, chunk):
-    scorer = teacher(Needs(teacher_topk=3, teacher_entropy=True), head_chunk_rows=chunk)
+    needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2)
+    scorer = teacher(needs, head_chunk_rows=chunk)
     groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
     answers = await asyncio.gather(*(scorer.score(one) for one in groups))
     assert len(scorer.forwards) == 1  # three groups, two rollouts each, one forward
@@ -127,6 +131,92 @@ async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model,
     (scores, _) = await teacher().score(one)
     logp_TV = plain_logp(model, own, one.rollouts[0])
     close(scores.sampled_logp, logp_TV.gather(1, torch.as_tensor(one.rollouts[0].ids).long()[:, None])[:, 0])
+
+
+async def test_a_reference_reads_what_the_student_was_asked(model, tmp_path, group):
+    config = ReferenceConfig(model=str(tmp_path))
+    reference = TransformersTeacher(config, NOTHING, temperature=0.7, vocabulary=REAL, as_student=True)
+    one = group(teacher_ids=np.array([5, 6, 7, 8, 9], np.int32), candidates=2)
+    (scores, _) = await reference.score(one)
+    close(scores.sampled_logp, sampled(model, one))
+    assert scores.candidate_logp is None  # those are for the teacher
+
+
+def sampled(model, group) -> torch.Tensor:
+    """Log-probs of the first response of `group` after the student's prompt."""
+    rollout = group.rollouts[0]
+    logp_TV = plain_logp(model, group.prompt.ids, rollout)
+    return logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0]
+
+
+@pytest.fixture
+def student(tiny_lm, tmp_path):
+    """Saves a student in `tmp_path`/student, and returns it."""
+
+    def make(seed: int, dtype=torch.float32):
+        lm = tiny_lm(seed=seed, attn_implementation="eager").to(dtype).eval()
+        lm.save_pretrained(tmp_path / "student")
+        return lm
+
+    return make
+
+
+async def test_a_copy_scores_as_the_student_does(teacher, group, student, tmp_path):
+    scorer, one = teacher(update="copy"), group()
+    for seed in (1, 2):
+        live = student(seed)
+        await scorer.load(str(tmp_path / "student"))
+        (scores, _) = await scorer.score(one)
+        close(scores.sampled_logp, sampled(live, one))
+
+
+async def test_an_average_moves_by_its_share_at_each_update(model, teacher, student, tmp_path):
+    scorer = teacher(update="ema", ema_decay=0.75)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed in (1, 2):
+        live = student(seed)
+        await scorer.load(str(tmp_path / "student"))
+        expected = {name: 0.75 * p + 0.25 * live.get_parameter(name).detach() for name, p in expected.items()}
+    for name, parameter in scorer._model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-6, rtol=0)
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_average(tiny_lm):
+    model, student = tiny_lm().bfloat16(), tiny_lm(seed=1).bfloat16()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before, goal = (lm.get_parameter(name).detach().float() for lm in (model, student))
+    follower = Follower(model, 0.999)
+    for _ in range(100):
+        follower.follow(dict(student.named_parameters()))
+    moved = model.get_parameter(name).detach().float() - before
+    expected = (1 - 0.999**100) * (goal - before)  # 9.5 % of the way
+    torch.testing.assert_close(moved, expected, atol=0.004, rtol=0)  # half a step of bfloat16 below 2
+    assert expected.abs().mean() > 0.02
+
+
+async def test_no_score_is_of_weights_in_the_middle_of_an_update(model, teacher, group, student, tmp_path):
+    class Slow(Follower):
+        def follow(self, student):
+            everything = self._parameters
+            for name, parameter in everything.items():
+                self._parameters = {name: parameter}
+                super().follow(student)
+                time.sleep(0.01)
+
+    scorer, one, live = teacher(update="copy"), group(), student(1)
+    old, new, was_old = sampled(model, one), sampled(live, one), []
+    scorer._follower = Slow(scorer._model, None)
+    loading = asyncio.create_task(scorer.load(str(tmp_path / "student")))
+    while not loading.done():
+        (scores, _) = await scorer.score(one)
+        was_old.append(np.allclose(scores.sampled_logp, old, atol=1e-5))
+        assert was_old[-1] or np.allclose(scores.sampled_logp, new, atol=1e-5)
+    assert was_old[0] and not was_old[-1]
+
+
+async def test_a_checkpoint_that_a_node_does_not_see_is_named(teacher, tmp_path):
+    with pytest.raises(DataError, match=r"a self-teacher finds no .*/away: run.dir must lie on a disk that every node"):
+        await teacher(update="copy").load(f"{tmp_path}/away")
 
 
 async def test_a_forward_takes_the_oldest_that_fit_its_budget(teacher, group):

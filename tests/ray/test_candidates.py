@@ -1,0 +1,148 @@
+"""Ids of the behaviour policy beside each token, from a real engine, against a plain forward of the same weights."""
+
+import asyncio
+import copy
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from async_opd.learner import export
+from async_opd.learner.publish import GlooSender
+from async_opd.rollout.config import RolloutConfig
+from async_opd.wire import Needs, Prompt, Rollout
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.filterwarnings("ignore::Warning"),  # those of importing vLLM
+]
+V, VOCABULARY, K, TEMPERATURE = 40, 25, 4, 0.7  # ids from VOCABULARY on are padding, which a random model likes as well
+PROMPTS = [Prompt(id=str(at), ids=np.arange(3 + at, 15 + at, dtype=np.int32), answer="") for at in range(8)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_lm):
+    return tiny_lm(vocab_size=V, head_dim=32, max_position_embeddings=512, eos_token_id=None, bos_token_id=None)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def generator(model, tmp_path_factory):
+    """Two responses of 400 tokens a prompt. It still gives no candidates."""
+    from async_opd.rollout.generator import RolloutGenerator  # loads vLLM
+
+    folder = str(tmp_path_factory.mktemp("model"))
+    model.save_pretrained(folder)
+    config = RolloutConfig(
+        max_new_tokens=400, samples_per_prompt=2, temperature=TEMPERATURE, concurrency=64, enforce_eager=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        started = RolloutGenerator(
+            config, Needs(teacher_at_student_ids=K), index=0, model=folder, eos_ids=[], max_prompt_tokens=64,
+            vocabulary=VOCABULARY, backend="gloo", seed=0,
+        )  # fmt: skip
+    yield started
+    await started.close()
+
+
+async def rollouts(generator, which: str) -> list[tuple[Prompt, Rollout]]:
+    """Two for each prompt, with candidates of a kind."""
+    generator._needs = Needs(teacher_at_student_ids=K, student_ids=which)
+    await generator.start()
+    groups = await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS))
+    return [(group.prompt, rollout) for _, group in groups for rollout in group.rollouts]
+
+
+@torch.no_grad()
+def forward(model, prompt: Prompt, rollout: Rollout) -> np.ndarray:
+    """Log-probs [T, V] of a plain forward at the positions of the response."""
+    ids = torch.tensor(np.concatenate([prompt.ids, rollout.ids]), dtype=torch.int64)
+    logits = model(ids[None]).logits[0, len(prompt.ids) - 1 : -1]
+    return (logits / TEMPERATURE).log_softmax(-1).numpy()
+
+
+def gaps(logp_TV: np.ndarray, rollout: Rollout) -> np.ndarray:
+    """Largest difference at each position, of the token and of its candidates, [T]."""
+    assert rollout.candidate_ids.shape == rollout.candidate_logp.shape == (400, K)
+    ids = np.concatenate([rollout.ids[:, None], rollout.candidate_ids], 1)
+    logp = np.concatenate([rollout.behaviour_logp[:, None], rollout.candidate_logp], 1)
+    return np.abs(np.take_along_axis(logp_TV, ids, 1) - logp).max(1)
+
+
+async def test_samples_are_independent_draws_of_the_policy_with_its_log_probs(generator, model):
+    sampled = await rollouts(generator, "sampled")
+    assert len(sampled) == 16 and not np.array_equal(sampled[0][1].candidate_ids, sampled[1][1].candidate_ids)
+    logp = [forward(model, *each) for each in sampled]
+    assert max(gaps(logp_TV, rollout).max() for logp_TV, (_, rollout) in zip(logp, sampled, strict=True)) <= 1e-4
+
+    logp_NV = np.concatenate(logp).astype(np.float64)
+    p_NV = np.exp(logp_NV)
+    ids_NK = np.concatenate([rollout.candidate_ids for _, rollout in sampled])
+    token_N = np.concatenate([rollout.ids for _, rollout in sampled])
+    # How often each id was drawn, over 6,400 positions, how likely the drawn ones were, and how often two draws of one
+    # position were the same id, in standard deviations from what independent draws give: each of the 44 is beyond 5.5
+    # of them once in 26 million times.
+    draws = np.bincount(ids_NK.ravel(), minlength=V)
+    z = [(draws - K * p_NV.sum(0)) / np.sqrt(K * (p_NV * (1 - p_NV)).sum(0))]
+    mean_N = (p_NV * logp_NV).sum(1)
+    spread = K * ((p_NV * logp_NV**2).sum(1) - mean_N**2).sum()
+    z.append([(np.take_along_axis(logp_NV, ids_NK, 1).sum() - K * mean_N.sum()) / np.sqrt(spread)])
+    same_N = (p_NV**2).sum(1)
+    for one, other in [(ids_NK[:, 0], ids_NK[:, 1]), (ids_NK[:, 2], ids_NK[:, 3]), (ids_NK[:, 0], token_N)]:
+        z.append([((one == other).sum() - same_N.sum()) / np.sqrt((same_N * (1 - same_N)).sum())])
+    assert np.abs(np.concatenate(z)).max() < 5.5
+    assert draws.min() > 0  # padding too is sampled, as the token could be
+
+
+async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(generator, model):
+    for prompt, rollout in await rollouts(generator, "likeliest"):
+        logp_TV = forward(model, prompt, rollout)
+        picked_TK = np.take_along_axis(logp_TV, rollout.candidate_ids, 1)
+        largest_TK = np.sort(logp_TV[:, :VOCABULARY], 1)[:, : -K - 1 : -1]
+        np.testing.assert_allclose(picked_TK, largest_TK, atol=1e-4)
+        assert rollout.candidate_ids.max() < VOCABULARY <= logp_TV.argsort(1)[:, -K:].max()  # padding is as likely
+        assert all(len(set(ids)) == K for ids in rollout.candidate_ids.tolist())
+        assert rollout.candidate_logp is None
+
+
+async def test_neither_the_probe_nor_a_greedy_response_has_candidates(generator):
+    sampling = asyncio.ensure_future(rollouts(generator, "sampled"))  # beside them, in the same batches
+    greedy = asyncio.ensure_future(generator.greedy(PROMPTS[0]))
+    _, probe = await generator.probe()
+    assert not sampling.done() and not greedy.done()
+    _, group = await greedy
+    assert probe.candidate_ids is None and group.rollouts[0].candidate_ids is None
+    await sampling
+
+
+async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(generator, model):
+    sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=20.0)
+    await asyncio.gather(generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2))
+    pieces, models, rng = export.pieces(model), [model], torch.Generator().manual_seed(0)
+    described = [meta for piece in pieces for meta in piece.tensors]
+    columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
+    info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
+
+    running = asyncio.ensure_future(rollouts(generator, "sampled"))
+    while len(models) < 4:
+        await asyncio.sleep(0.3)
+        moved = copy.deepcopy(models[-1])
+        with torch.no_grad():
+            for weight in moved.parameters():
+                weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
+        weights = export.tensors(moved, pieces, dict(moved.named_parameters()))
+        await asyncio.gather(generator.update(len(models), info), asyncio.to_thread(sender.send, described, weights))
+        models.append(moved)
+        await generator.resume(0)
+
+    versions = set()
+    for prompt, rollout in await running:
+        for span in rollout.spans:
+            versions.add(span.version)
+            inside = slice(span.start, span.end)
+            assert gaps(forward(models[span.version], prompt, rollout), rollout)[inside].max() <= 1e-4
+            assert gaps(forward(models[span.version - 1], prompt, rollout), rollout)[inside].max() > 0.05
+    assert len(versions) > 1
