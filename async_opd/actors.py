@@ -7,6 +7,7 @@ import itertools
 from importlib import import_module
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.scoring import longest_sequence, refuse_without_gpus, section
+from async_opd.rollout.config import RolloutConfig
 from async_opd.stream.supervise import bounded
 from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
@@ -53,7 +55,7 @@ class _Host:
 class _Actor:
     """A handle with a name and bounded calls."""
 
-    def __init__(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any):
+    def __init__(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any):
         self.name = name
         role = type(name.split()[0].capitalize(), (_Host,), {})  # what `ps` and Ray's tools call the process
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": CALLS_AT_ONCE}
@@ -123,17 +125,19 @@ class Cluster:
             refuse_without_gpus(config.scorers, config.rollout, config.objective)
         generators, verifier = self._generators(), self._verifier()
         scorers = {at: self._scorer(at) for at in config.scorers}
+        teacher_generators = self._teacher_generators()
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
         address, port = await ranks[0].address(start_s)
         await asyncio.gather(
             verifier.call(start_s, "start"),
             *(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks),
-            *(generator.call(start_s, "start") for generator in generators),
+            *(generator.call(start_s, "start") for generator in generators + teacher_generators),
             *(actor.address(start_s) for actor in itertools.chain(*scorers.values())),
         )
         pools = {at: [TeacherProxy(actor, config, self._eos_ids) for actor in pool] for at, pool in scorers.items()}
         return Roles(
             generators=[GeneratorProxy(actor, config) for actor in generators],
+            teacher_generators=[GeneratorProxy(actor, config) for actor in teacher_generators],
             teachers={name: pools[section(name)] for name in config.named_teachers},
             references=pools.get("reference", ()),
             verifier=VerifierProxy(verifier, config),
@@ -147,30 +151,59 @@ class Cluster:
         await asyncio.gather(verifier.call(start_s, "start"), *(actor.address(start_s) for actor in generators))
         return [GeneratorProxy(actor, self._config) for actor in generators], VerifierProxy(verifier, self._config)
 
-    def _actor(self, name: str, target: str, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
+    def _actor(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
         self._actors.append(_Actor(name, target, *args, gpus=gpus, **settings))
         return self._actors[-1]
 
     def _generators(self) -> list[_Actor]:
-        config = self._config
+        config, needs = self._config, self._config.objective.needs()
         return [
-            self._actor(
-                f"generator {at}",
-                "async_opd.rollout.generator:RolloutGenerator",
-                config.rollout,
-                config.objective.needs(),
-                index=at,
-                model=config.student.model,
-                eos_ids=self._eos_ids,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                vocabulary=self._vocabulary,
-                backend=config.sync.backend,
-                seed=config.run.seed,
-                gpus=self._gpus * config.rollout.tensor_parallel_size,
-                **self._remote_code,
-            )
+            self._generator(f"generator {at}", config.rollout, needs, config.student.model, config.run.seed + at)
             for at in range(config.rollout.generators)
         ]
+
+    def _teacher_generators(self) -> list[_Actor]:
+        """Engines that hold the teacher and sample as the student's do, once a prompt; none without
+        [teacher_sampling]. Seeds go on behind those of the student's."""
+        config, teacher, sampling = self._config, self._config.teacher, self._config.teacher_sampling
+        if sampling is None:
+            return []
+        rollout = msgspec.structs.replace(
+            config.rollout,
+            samples_per_prompt=1,
+            max_new_tokens=sampling.max_new_tokens or config.rollout.max_new_tokens,
+            concurrency=sampling.concurrency,
+            dtype=teacher.dtype,
+            tensor_parallel_size=teacher.tensor_parallel_size,
+            memory_gib=teacher.memory_gib,
+            gpu_memory_utilization=teacher.gpu_memory_utilization,
+        )
+        seed = config.run.seed + config.rollout.generators
+        return [
+            self._generator(
+                f"teacher-generator {at}", rollout, Needs(), teacher.model, seed + at, teacher.max_prompt_tokens
+            )
+            for at in range(sampling.generators)
+        ]
+
+    def _generator(
+        self, name: str, rollout: RolloutConfig, needs: Needs, model: str, seed: int, longest_prompt: int | None = None
+    ) -> _Actor:
+        return self._actor(
+            name,
+            "async_opd.rollout.generator:RolloutGenerator",
+            rollout,
+            needs,
+            name=name,
+            model=model,
+            eos_ids=self._eos_ids,
+            max_prompt_tokens=longest_prompt or self._config.data.max_prompt_tokens,
+            vocabulary=self._vocabulary,
+            backend=self._config.sync.backend,
+            seed=seed,
+            gpus=self._gpus * rollout.tensor_parallel_size,
+            **self._remote_code,
+        )
 
     def _verifier(self) -> _Actor:
         return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
@@ -183,7 +216,7 @@ class Cluster:
         found = []
         for replica in range(scorer.replicas):
             name = f"{at.replace('teachers.', 'teacher ')} {replica}"
-            own = {"name": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
+            own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
             actor = self._actor(
                 name,
                 "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
@@ -199,7 +232,7 @@ class Cluster:
         return found
 
     def _learner_rank(self, rank: int) -> _Actor:
-        run = self._config.run
+        run, sampling = self._config.run, self._config.teacher_sampling
         return self._actor(
             f"learner rank {rank}",
             "async_opd.learner.engine:LearnerRank",
@@ -216,6 +249,7 @@ class Cluster:
             rank=rank,
             timeout_s=self._config.timeout.step_s,
             bucket_bytes=self._config.sync.bucket_mib << 20,
+            taught_weight=sampling and sampling.weight,
             gpus=self._gpus,
             **self._remote_code,
         )

@@ -18,8 +18,8 @@ from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import Objective, all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
-from async_opd.scoring import backend_rules, form_rules, longest_sequence, section, tag, teacher_rules
-from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig
+from async_opd.scoring import backend_rules, form_rules, longest_sequence, sampling_rules, section, tag, teacher_rules
+from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
 from async_opd.verify.checks import kinds
 from async_opd.verify.config import VerifyConfig
 
@@ -94,6 +94,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sync: SyncConfig = msgspec.field(default_factory=SyncConfig)
     timeout: TimeoutConfig = msgspec.field(default_factory=TimeoutConfig)
     eval: EvalConfig | None = None
+    teacher_sampling: TeacherSamplingConfig | None = None
 
     @property
     def groups_per_step(self) -> int:
@@ -195,6 +196,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
     broken = c.reference is not None and not c.objective.needs().reference
     yield broken, f"reference: has no effect with {tag(c.objective)}, which needs none"
+    if c.teacher_sampling:
+        yield from sampling_rules(c.teacher_sampling, c.teachers, c.rollout)
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0

@@ -196,7 +196,7 @@ class Meter:
 
 def time_table(summary: Row) -> str:
     """Where each role's time went, a line a role."""
-    lines = ["share of time".ljust(13) + "".join(state.rjust(9) for state in STATES)]
     roles = [key.removesuffix("_busy") for key in summary if key.endswith("_busy")]
-    lines += [role.ljust(13) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in roles]
+    lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
+    lines += [role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in roles]
     return "\n".join(lines)

@@ -53,9 +53,11 @@ class Learner(Protocol):
 
 
 class Ready:
-    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on."""
+    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on.
 
-    __slots__ = ("group", "meta", "prompt", "reference", "samples", "scores", "ticket", "verdicts")
+    What the teacher answered itself (`prompt.taught`) has no scores."""
+
+    __slots__ = ("group", "meta", "prompt", "reference", "samples", "scores", "since", "ticket", "verdicts")
 
     def __init__(
         self,
@@ -63,12 +65,14 @@ class Ready:
         prompt: Prompt,
         meta: GroupMeta,
         group: Ref,
-        scores: Ref,
+        scores: Ref | None,
         verdicts: tuple[Verdict, ...],
         samples: tuple[int, ...],
         reference: Ref | None = None,
+        since: int | None = None,
     ):
         self.ticket = ticket  # order of admission; names the slot
         self.prompt, self.meta, self.group, self.scores, self.verdicts = prompt, meta, group, scores, verdicts
         self.samples = samples  # which rollouts of the group are trained
         self.reference = reference  # scores of the reference, where the objective needs one
+        self.since = meta.oldest if since is None else since  # version that gives its place in the queue

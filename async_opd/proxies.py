@@ -130,20 +130,32 @@ class LearnerProxy:
         self._width: int | None = None  # hidden size of the student, once it is known
 
     async def step(self, groups: list[Ready]) -> StepResult:
-        index = [(g, s) for g, ready in enumerate(groups) for s in ready.samples]
-        lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
         self._width = self._width or await self.ranks[0].call(self._step_s, "width")
-        tokens = self._config.learner.micro_batch_tokens
-        shares = plan(lengths, ranks=len(self.ranks), tokens=tokens, width=self._width)
+        shares = self._plan(groups)
         results = await asyncio.gather(
-            *(self._rank_step(rank, share, index, groups) for rank, share in zip(self.ranks, shares, strict=True))
+            *(self._rank_step(rank, share, groups) for rank, share in zip(self.ranks, shares, strict=True))
         )
         return results[0]
 
-    async def _rank_step(self, rank: Actor, share: list[list[int]], index: list, groups: list[Ready]) -> StepResult:
-        used = sorted({index[i][0] for micro in share for i in micro})
+    def _plan(self, groups: list[Ready]) -> list[list[list[tuple[int, int]]]]:
+        """[rank][micro-batch] of (group, sample), as many micro-batches on every rank. What the teacher answered
+        comes last, in micro-batches of its own: its loss is another."""
+        shares = [[] for _ in self.ranks]
+        for taught in (False, True):
+            index = [(g, s) for g, r in enumerate(groups) if r.prompt.taught == taught for s in r.samples]
+            if not index:
+                continue
+            lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
+            tokens = self._config.learner.micro_batch_tokens
+            planned = plan(lengths, ranks=len(self.ranks), tokens=tokens, width=self._width)
+            for share, micros in zip(shares, planned, strict=True):
+                share += [[index[i] for i in micro] for micro in micros]
+        return shares
+
+    async def _rank_step(self, rank: Actor, share: list[list[tuple[int, int]]], groups: list[Ready]) -> StepResult:
+        used = sorted({g for micro in share for g, _ in micro})
         here = {g: at for at, g in enumerate(used)}
-        micros = [[(here[index[i][0]], index[i][1]) for i in micro] for micro in share]
+        micros = [[(here[g], s) for g, s in micro] for micro in share]
         verdicts = [groups[g].verdicts for g in used]
         data = [groups[g].group for g in used] + [groups[g].scores for g in used]
         references = [groups[g].reference for g in used]

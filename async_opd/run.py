@@ -118,9 +118,11 @@ def environment() -> dict:
 
 def _roster(config: Config) -> str:
     scorers = (f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items())
+    sampling = config.teacher_sampling
     return (
         f"{config.rollout.generators} generator(s), {', '.join(scorers)}, "
-        f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
+        + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
+        + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from async_opd.errors import ConfigError
 from async_opd.objectives import Objective
 from async_opd.rollout.config import DataConfig, RolloutConfig
-from async_opd.teacher.config import ScorerConfig, TeacherConfig
+from async_opd.teacher.config import ScorerConfig, TeacherConfig, TeacherSamplingConfig
 
 NAME = re.compile(r"[\w-]+")
 
@@ -106,3 +106,16 @@ def refuse_without_gpus(scorers: Mapping[str, ScorerConfig], rollout: RolloutCon
     for at, role in {"rollout": rollout, **scorers}.items():
         if (size := role.tensor_parallel_size) > 1:
             raise ConfigError(f"{at}.tensor_parallel_size = {size}: must be 1 on a cluster without GPUs")
+
+
+def sampling_rules(
+    sampling: TeacherSamplingConfig, teachers: Mapping[str, TeacherConfig], rollout: RolloutConfig
+) -> Iterator[tuple[bool, str]]:
+    """Phased teacher sampling within what is checked of the run."""
+    yield bool(teachers), "teacher_sampling: needs one [teacher] that answers; with [teachers.NAME] there are several"
+    first, last = sampling.full_until_step, sampling.until_step
+    broken = last < first
+    yield broken, f"teacher_sampling.until_step = {last}: must be >= teacher_sampling.full_until_step = {first}"
+    tokens, longest = sampling.max_new_tokens or 0, rollout.max_new_tokens
+    broken = tokens > longest
+    yield broken, f"teacher_sampling.max_new_tokens = {tokens}: must be <= rollout.max_new_tokens = {longest}"

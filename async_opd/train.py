@@ -17,6 +17,7 @@ from async_opd.stream.produce import Producer
 from async_opd.stream.publish import Publisher
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.supervise import first_cause, watch_health
+from async_opd.stream.taught import CAUSES, Taught
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 from async_opd.wire import Prompt
 
@@ -30,6 +31,7 @@ class Roles:
     references: Sequence[Teacher] = ()  # replicas, where the objective needs a reference
     verifier: Verifier
     learner: Learner
+    teacher_generators: Sequence[Generator] = ()  # they hold the teacher and answer the taught prompts
 
 
 async def train(
@@ -46,13 +48,15 @@ async def train(
         parity_every=config.sync.parity_every_steps,
         tolerance=config.sync.parity_tolerance,
     )
-    loop = _Loop(config, roles, publisher, meter, run_dir)
+    loop, engines = _Loop(config, roles, publisher, meter, run_dir), [*roles.generators, *roles.teacher_generators]
     try:
         async with asyncio.TaskGroup() as tasks:
-            health = tasks.create_task(_never_ends(watch_health(roles.generators, config.timeout.health_s)))
+            health = tasks.create_task(_never_ends(watch_health(engines, config.timeout.health_s)))
             await publisher.connect()
             await publisher.publish(0, admit=lambda: None)
-            before = await evaluate.of_generators(roles.generators, roles.verifier, held_out)
+            # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
+            warm = (generator.probe() for generator in roles.teacher_generators)
+            before, *_ = await asyncio.gather(evaluate.of_generators(roles.generators, roles.verifier, held_out), *warm)
             await loop.run(prompts, tasks)
             found = await _evaluated(config, roles, held_out, before) if held_out else {}
             health.cancel()
@@ -67,8 +71,9 @@ async def train(
     return {
         **found,
         **meter.summary(),
-        "scored_dropped": loop.queue.dropped.total(),
+        "scored_dropped": sum(count for cause, count in loop.queue.dropped.items() if cause not in CAUSES),
         **{f"dropped_{cause}": count for cause, count in loop.queue.dropped.items()},
+        **(loop.taught.counts(loop.queue.dropped) if loop.taught else {}),
     }
 
 
@@ -80,12 +85,14 @@ class _Loop:
         self._learner_time = meter.actor("learner")
         self.version = 0
         self._followers = _followers(config, roles, run_dir)
+        self.taught = self._make_taught() if config.teacher_sampling else None
         self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
             max_lag_steps=config.run.max_lag_steps,
             stale=config.run.stale,
             on_drop=lambda ready, cause: self._producer.dropped(ready, cause),
+            taught=self.taught,
         )
 
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
@@ -107,7 +114,7 @@ class _Loop:
             gap = await self._publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
             learner_is("blocked")
             self._meter.step(
-                self.version, steps, result.metrics, **_verdicts(batch), parity_gap=gap, queue_ready=len(self.queue),
+                self.version, steps, result.metrics, **self._told(batch), parity_gap=gap, queue_ready=len(self.queue),
                 queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
             )  # fmt: skip
             if every and self.version % every == 0:
@@ -121,6 +128,20 @@ class _Loop:
         if not self._producer.needed:
             for generator in self._roles.generators:
                 generator.no_prompt_is_left()
+
+    def _told(self, batch: list[Ready]) -> Row:
+        """What a row says of the step's groups."""
+        taught = self.taught.row(self.version, batch, self.queue.dropped) if self.taught else {}
+        return _verdicts(batch) | taught
+
+    def _make_taught(self) -> Taught:
+        sampling = self._config.teacher_sampling
+        return Taught(
+            share=sampling.share,
+            weight=sampling.weight,
+            generators=self._roles.teacher_generators,
+            version=lambda: self.version,
+        )
 
     def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:
         return Producer(
@@ -136,6 +157,7 @@ class _Loop:
             max_attempts=self._config.run.max_attempts,
             drop_truncated=self._config.rollout.truncated == "drop",
             count_tokens=self._meter.count,
+            taught=self.taught,
         )
 
 
@@ -148,6 +170,9 @@ def _timed(roles: Roles, meter: Meter) -> Roles:
         references=[TimedTeacher(t, meter.actor("reference")) for t in roles.references],
         verifier=TimedVerifier(roles.verifier, meter.actor("verifier")),
         learner=roles.learner,
+        teacher_generators=[
+            TimedGenerator(g, meter.actor("teacher_generators"), "starved") for g in roles.teacher_generators
+        ],
     )
 
 
@@ -177,8 +202,11 @@ async def _evaluated(config: Config, roles: Roles, held_out: list[Prompt], befor
 
 
 def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:
-    known = [v.correct for ready in batch for v in ready.verdicts if v.correct is not None]
-    unknown = sum(v.correct is None for ready in batch for v in ready.verdicts)
+    """Of the student's own responses."""
+    batch = [ready for ready in batch if not ready.prompt.taught]
+    """Of the student's own rollouts: the teacher's are right, or they would not be here."""
+    verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
+    known, unknown = [correct for correct in verdicts if correct is not None], verdicts.count(None)
     return {"accuracy": sum(known) / len(known) if known else None, "verdicts_unknown": unknown}
 
 

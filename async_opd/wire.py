@@ -25,7 +25,7 @@ class Struct(msgspec.Struct, frozen=True, array_like=True):
 
         def out_of_band(array: np.ndarray) -> tuple[str, tuple[int, ...]]:
             buffers.append(PickleBuffer(np.ascontiguousarray(array)))
-            return array.dtype.str, array.shape
+            return array.dtype.char, array.shape
 
         return _arrive, (type(self), msgspec.msgpack.encode(self, enc_hook=out_of_band), *buffers)
 

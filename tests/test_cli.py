@@ -112,7 +112,7 @@ def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
     runs(SUMMARY)
     assert main(["demo", "run.dir=here"]) == 0
     said = capsys.readouterr().out
-    assert "\nlearner          20.0%    20.0%    20.0%    20.0%    20.0%\n" in said
+    assert "\nlearner               20.0%    20.0%    20.0%    20.0%    20.0%\n" in said
     assert "student, before     25.0%\n  student, after      50.0%\n" in said and "teacher     not measured" in said
     assert "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s; here/summary.json" in said
 

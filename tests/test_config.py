@@ -19,6 +19,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 MAX_SECONDS = 2
 TEACHER, MATH = '[teacher]\nmodel = "toy:teacher"\nevaluate = true', '[teachers.math]\nmodel = "toy:teacher"'
 PRIVILEGED = "teacher.context={prompt}{solution} data.solution=answer"
+SAMPLING = "teacher_sampling.share=0.125 teacher_sampling.full_until_step=30 teacher_sampling.until_step=35"
 
 # Overrides of the demo, or (old, new) text of its file; then what the message must say.
 MISTAKES = {
@@ -145,6 +146,19 @@ MISTAKES = {
         ["teacher.ema_decay = 0.9: has no effect with teacher.update = 'copy'"],
     ),
     "decay of nothing": ("teacher.ema_decay=1", ["teacher.ema_decay = 1: must be a finite number > 0 and < 1"]),
+    "teacher sampling without an end": (
+        "teacher_sampling.share=0.1",
+        ["teacher_sampling.full_until_step: missing"],
+    ),
+    "every prompt the teacher's": (f"{SAMPLING} teacher_sampling.share=1.0", ["share = 1.0: must be", "> 0 and < 1"]),
+    "teacher sampling that ends before it falls": (
+        f"{SAMPLING} teacher_sampling.until_step=29",
+        ["teacher_sampling.until_step = 29: must be >= teacher_sampling.full_until_step = 30"],
+    ),
+    "answers longer than what is checked": (
+        f"{SAMPLING} teacher_sampling.max_new_tokens=65",
+        ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],
+    ),
     "misspelt check": ("verify.check=maths", ["verify.check = 'maths'", "did you mean 'math'?"]),
     "misspelt shipped data": ("data.path=toy:trian", ["data.path = 'toy:trian'", "did you mean 'toy:train'?"]),
     "misspelt shipped model": ("teacher.model=toy:taecher", ["toy:taecher", "did you mean 'toy:teacher'?"]),
@@ -262,6 +276,13 @@ def test_defaults_fill_what_the_file_leaves_out():
     assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", None)
     assert (config.sync.backend, config.verify.check, config.rollout.temperature) == ("gloo", "math", 1.0)
     assert config.learner.betas == (0.9, 0.999)
+
+
+def test_the_weight_of_teacher_sampling_is_1_and_falls_to_0_unless_said_otherwise():
+    sampling = load(DEMO, SAMPLING.split()).teacher_sampling
+    assert [round(sampling.weight(step), 6) for step in (1, 30, 33, 35, 36)] == [1, 1, 0.345492, 0, 0]
+    sampling = load(DEMO, [*SAMPLING.split(), "teacher_sampling.weight_start=2", "teacher_sampling.weight_end=0.5"])
+    assert [sampling.teacher_sampling.weight(step) for step in (30, 35, 36)] == [2.0, 0.5, 0.0]
 
 
 def test_groups_per_step_are_trajectories_over_samples():

@@ -66,10 +66,10 @@ def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
     return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
 
 
-PRICED = {str(case): case.needs() for case in CASES} | {"likeliest": LIKELIEST, "sampled": SAMPLED}
+PRICED = {case.wants(): type(case).__name__ for case in CASES} | {LIKELIEST: "likeliest", SAMPLED: "sampled"}
 
 
-@pytest.mark.parametrize("needs", PRICED.values(), ids=PRICED)
+@pytest.mark.parametrize("needs", PRICED, ids=PRICED.values())
 def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher):
     """Every message counts once, as Ray serialises it, however often it is then fetched: GroupMeta (to the driver),
     Group (to teacher, verifier, learner), Scores and Verdict (to the learner). Ray's own frame around it does not.
@@ -177,7 +177,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs):
     generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
     generator._needs = needs
     generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
-    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, False
+    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, bool(k)
 
     def around(prompt: Prompt, output: CompletionOutput) -> None:
         result(generator._add(prompt.id, prompt.ids, None))

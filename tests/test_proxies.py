@@ -1,12 +1,13 @@
 import asyncio
 
+import numpy as np
 import pytest
 
 from async_opd.config import load
 from async_opd.errors import ActorLost
 from async_opd.ports import Ready
 from async_opd.proxies import LearnerProxy, TeacherProxy, Together
-from async_opd.wire import GroupMeta, Span
+from async_opd.wire import GroupMeta, Prompt, Span
 
 
 class Remote:
@@ -79,7 +80,8 @@ class Rank:
 def ready(at: int, *, tokens: int, scores: str | None = "", reference: str | None = None) -> Ready:
     spans = (Span(version=0, start=0, end=tokens),)
     meta = GroupMeta(id=f"{at}", prompt_len=1, spans=(spans,), truncated=(False,))
-    return Ready(at, None, meta, f"group {at}", f"scores {at}" if scores == "" else scores, (at,), (0,), reference)
+    prompt = Prompt(id=f"{at}", ids=np.zeros(1, np.int32), answer="")
+    return Ready(at, prompt, meta, f"group {at}", f"scores {at}" if scores == "" else scores, (at,), (0,), reference)
 
 
 async def stepped(groups: list[Ready], ranks: int) -> list[tuple]:

@@ -155,6 +155,21 @@ async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp
     assert failure.value.__notes__ == ["at version 2"]
 
 
+async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
+    class Dead(FakeGenerator):
+        async def check_health(self):
+            raise ActorLost("teacher-generator 0: its engine died")
+
+    class Slow(FakeLearner):
+        async def step(self, groups):
+            await asyncio.sleep(3600)
+
+    sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
+    settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
+    with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
+        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()], learner=Slow())
+
+
 async def test_a_health_watch_that_returns_ends_the_run(tmp_path, monkeypatch):
     async def returns(*_):
         return

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -46,15 +46,18 @@ class LearnerRank:
         rank: int,
         timeout_s: float,
         bucket_bytes: int,
+        taught_weight: Callable[[int], float] | None = None,
         trust_remote_code: bool = False,
     ):
         """Keep the settings; `start` does the work once rank 0 has an address.
 
         `cap` is the most tokens a response may have. `bucket_bytes` of weights are gathered and sent at once.
+        `taught_weight(step)` is that of the cross-entropy on the teacher's own answers.
         """
         self._config, self._objective, self._model, self._temperature = config, objective, model, temperature
         self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap)
         self._steps, self._seed, self._rank, self._timeout_s = steps, seed, rank, timeout_s
+        self._taught_weight = taught_weight or (lambda step: 0.0)
         self._bucket_bytes, self._trust_remote_code = bucket_bytes, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._running = {name: Moments() for name in objective.needs().running}
@@ -143,7 +146,7 @@ class LearnerRank:
             self._all_reduce,
             self._objective,
             micros,
-            Moment(step=self.version + 1, running=self._running),
+            Moment(step=self.version + 1, running=self._running, taught_weight=self._taught_weight(self.version + 1)),
         )
         if not math.isfinite(metrics["loss"]) or metrics["tokens"] == 0:
             raise Diverged(f"step {self.version + 1}: loss {metrics['loss']} over {metrics['tokens']:.0f} tokens")

@@ -35,7 +35,7 @@ class RolloutGenerator:
         config: RolloutConfig,
         needs: Needs,
         *,
-        index: int,
+        name: str,
         model: str,
         eos_ids: list[int],
         max_prompt_tokens: int,
@@ -45,8 +45,9 @@ class RolloutGenerator:
         trust_remote_code: bool = False,
     ):
         """Load the engine with the weights of `model` as version 0. `eos_ids` end a response and are part of it.
-        `vocabulary` is the tokenizer's: ids from there on are padding, and never among the likeliest candidates."""
-        self._config, self._needs, self._index, self._eos_ids = config, needs, index, eos_ids
+        `vocabulary` is the tokenizer's: ids from there on are padding, and never among the likeliest candidates. `name`
+        is what errors call it; engines of one run differ in `seed`."""
+        self._config, self._needs, self._name, self._eos_ids = config, needs, name, eos_ids
         self._vocabulary, self._candidates = vocabulary, 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
         self._held: list[tuple[str, np.ndarray, SamplingParams, asyncio.Future]] | None = None  # a list: paused
@@ -63,7 +64,7 @@ class RolloutGenerator:
         args = AsyncEngineArgs(
             model=model,
             dtype=config.dtype,
-            seed=seed + index,
+            seed=seed,
             max_model_len=max(max_prompt_tokens + config.max_new_tokens, len(self._probe_ids) + PROBE_TOKENS),
             max_num_seqs=config.concurrency,
             block_size=self._block,
@@ -103,9 +104,10 @@ class RolloutGenerator:
         return SamplingParams(**settings | changes)
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
-        """Sample all responses of one prompt. Raises ActorLost when the engine died."""
-        sampling = self.sampling(logprobs=self._candidates)
-        return self._group(prompt, await self._run(prompt.id, prompt.ids, sampling))
+        """Sample all responses of one prompt; a taught one, which the teacher answers, in the teacher's own rendering.
+        Raises ActorLost when the engine died."""
+        ids = prompt.teacher_ids if prompt.taught and prompt.teacher_ids is not None else prompt.ids
+        return self._group(prompt, await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates)))
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """The likeliest response, for evaluation: one sample at temperature 0."""
@@ -115,7 +117,7 @@ class RolloutGenerator:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
         sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
         (output,) = await self._run("probe", self._probe_ids, sampling)
-        return self._probe_ids, self._rollout(f"parity probe of generator {self._index}", output)
+        return self._probe_ids, self._rollout(f"parity probe of {self._name}", output)
 
     async def join_group(self, init_info: dict) -> None:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or ActorLost."""
@@ -150,7 +152,7 @@ class RolloutGenerator:
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice."""
         if self._engine.errored:
-            raise ActorLost(f"generator {self._index}: its engine died")
+            raise ActorLost(f"{self._name}: its engine died")
 
     async def close(self) -> None:
         """Stop the engine and its processes."""
@@ -161,9 +163,9 @@ class RolloutGenerator:
         try:
             yield
         except EngineDeadError as e:
-            raise ActorLost(f"generator {self._index}: its engine died") from e
+            raise ActorLost(f"{self._name}: its engine died") from e
         except Exception as e:  # vLLM passes on whatever its worker raised as a bare Exception
-            raise SyncFailed(f"generator {self._index} {what}: {e}") from e
+            raise SyncFailed(f"{self._name} {what}: {e}") from e
 
     async def _run(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> list[CompletionOutput]:
         collector = None
@@ -178,7 +180,7 @@ class RolloutGenerator:
                 collector = await turn
             output = await collector.get()
         except EngineDeadError as e:
-            raise ActorLost(f"generator {self._index}: its engine died") from e
+            raise ActorLost(f"{self._name}: its engine died") from e
         except asyncio.CancelledError:
             if collector is not None:
                 await self._engine.abort(collector.request_id, internal=True)

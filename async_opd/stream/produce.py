@@ -9,6 +9,7 @@ import msgspec
 
 from async_opd.ports import Generator, Ready, Ref, Teacher, Verifier
 from async_opd.stream.queue import Slots, TrajectoryQueue
+from async_opd.stream.taught import Taught
 from async_opd.wire import Prompt
 
 
@@ -66,8 +67,10 @@ class Producer:
         max_attempts: int,
         drop_truncated: bool,
         count_tokens: Callable[[str, int], None],
+        taught: Taught | None = None,
     ):
         """A group is scored by a replica of its prompt's teacher and, where there are `references`, by one of them.
+        `taught`: phased teacher sampling.
 
         `needed` groups are admitted in all, so that the last step leaves none behind; a finally dropped one is
         replaced. `count_tokens(role, tokens)` is told of finished work."""
@@ -77,6 +80,7 @@ class Producer:
         self._teachers = {name: Pool(replicas) for name, replicas in teachers.items()}
         self._reference = Pool(references) if references else None
         self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
+        self._taught = taught
         self._again: deque[tuple[int, Prompt]] = deque()
         self._loads = Loads(len(generators))
 
@@ -87,12 +91,14 @@ class Producer:
         while self.needed and self._slots.free:
             prompt = next(self._prompts)
             self.needed -= 1
+            if self._taught and self._taught.turn():
+                prompt = msgspec.structs.replace(prompt, taught=True)
             self._start(self._slots.take(), prompt)
 
     def dropped(self, ready: Ready, cause: str) -> None:
         """A group that will not be trained: issue its prompt again at the front, or drop it for good and give its
-        slot to the next prompt."""
-        if ready.prompt.attempt + 1 < self._max_attempts:
+        slot to the next prompt. The teacher is asked once."""
+        if not ready.prompt.taught and ready.prompt.attempt + 1 < self._max_attempts:
             again = msgspec.structs.replace(ready.prompt, attempt=ready.prompt.attempt + 1)
             self._again.append((ready.ticket, again))
         else:
@@ -101,7 +107,8 @@ class Producer:
         self.fill()
 
     def _start(self, ticket: int, prompt: Prompt) -> None:
-        self._tasks.create_task(self._produce(ticket, prompt), name=f"produce {prompt.id}")
+        produce = self._teach if prompt.taught else self._produce
+        self._tasks.create_task(produce(ticket, prompt), name=f"produce {prompt.id}")
 
     async def _produce(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the generator, then for scorers and verifier together; `queue.put` unblocks the learner."""
@@ -125,6 +132,16 @@ class Producer:
             self._queue.put(ready)
         else:
             self._queue.drop(ready, "truncated")
+
+    async def _teach(self, ticket: int, prompt: Prompt) -> None:
+        """Waits for the teacher's own generator, then for the verifier alone."""
+        since = self._taught.version()
+        meta, group = await self._taught.answer(prompt)
+        ready = Ready(ticket, prompt, meta, group, None, await self._verifier.check(group), (0,), since=since)
+        if cause := self._taught.refuses(ready, self._drop_truncated):
+            self._queue.drop(ready, cause)
+        else:
+            self._queue.put(ready)
 
     async def _refer(self, group: Ref, tokens: int) -> Ref | None:
         return self._reference and await self._reference.score(group, tokens)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from async_opd.maths import lag
 from async_opd.ports import Ready
+from async_opd.stream.taught import Taught
 
 
 class Slots:
@@ -38,12 +39,22 @@ class TrajectoryQueue:
     """Hands out each group at most once, oldest first among the outstanding window that the slots allow.
 
     A group is over age when no token of it may be trained on under the live version (policy "mask") or when any may
-    not (policy "drop"). Over-age groups never leave through `take`; `on_drop` gets them with the cause.
+    not (policy "drop"). A taught one never ages, for no version sampled it; it is late once the
+    next step teaches no more. Over-age and late groups never leave through `take`; `on_drop` gets them with the cause.
     """
 
-    def __init__(self, *, groups_per_step: int, max_lag_steps: int, stale: str, on_drop: Callable[[Ready, str], None]):
+    def __init__(
+        self,
+        *,
+        groups_per_step: int,
+        max_lag_steps: int,
+        stale: str,
+        on_drop: Callable[[Ready, str], None],
+        taught: Taught | None = None,
+    ):
         self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
-        self._ready: list[Ready] = []  # none over age at `_live`
+        self._taught = taught
+        self._ready: list[Ready] = []  # none over age or late at `_live`
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
@@ -53,8 +64,8 @@ class TrajectoryQueue:
 
     def put(self, ready: Ready) -> None:
         """Add a scored group. Never blocks: the slots bound how many there can be."""
-        if self._over_age(ready):
-            self.drop(ready, "stale")
+        if cause := self._past(ready):
+            self.drop(ready, cause)
             return
         self._ready.append(ready)
         if len(self._ready) >= self._per_step:
@@ -68,7 +79,7 @@ class TrajectoryQueue:
         while len(self._ready) < self._per_step:
             self._enough.clear()
             await self._enough.wait()
-        self._ready.sort(key=lambda r: (r.meta.oldest, r.ticket))
+        self._ready.sort(key=lambda r: (r.since, r.ticket))
         batch, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
         return sorted(batch, key=lambda r: r.ticket)
 
@@ -81,6 +92,12 @@ class TrajectoryQueue:
         waiting, self._ready = self._ready, []
         for ready in waiting:
             self.put(ready)
+
+    def _past(self, ready: Ready) -> str:
+        """Why the next step cannot train the group; empty where it can."""
+        if ready.prompt.taught:
+            return "" if self._taught.teaches(self._live + 1) else "teacher_late"
+        return "stale" if self._over_age(ready) else ""
 
     def _over_age(self, ready: Ready) -> bool:
         if self._stale == "drop":

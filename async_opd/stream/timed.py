@@ -1,8 +1,8 @@
 """Ports that account for an actor's time as the driver sees it, from the start of a call to its answer.
 
 busy      generator: it has a request and is not syncing; teacher, verifier: it has a group; learner: in `step`
-starved   lacks input. Generator: it has no request and no prompt is left to hand out; teacher, verifier: no group has
-          come; learner: the queue holds less than a step
+starved   lacks input. Generator: it has no request and no prompt is left to hand out; one that holds the teacher: it
+          has no request; teacher, verifier: no group has come; learner: the queue holds less than a step
 blocked   held back from behind. Generator: it has no request, prompts are left, and every slot is held by a group that
           is with a teacher, the verifier, the queue, the learner or another generator; learner: the driver, a
           checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing behind them makes them wait
@@ -53,10 +53,11 @@ class _Timed:
 
 
 class TimedGenerator(_Timed):
-    """`ports.Generator` that accounts for its time: idle, it is blocked until no prompt is left."""
+    """`ports.Generator` that accounts for its time: idle, it is blocked until no prompt is left. `idle` is for one that
+    holds the teacher: "starved"."""
 
-    def __init__(self, port: Generator, time: ActorTime):
-        super().__init__(time, "blocked")
+    def __init__(self, port: Generator, time: ActorTime, idle: str = "blocked"):
+        super().__init__(time, idle)
         self._port = port
 
     def no_prompt_is_left(self) -> None:

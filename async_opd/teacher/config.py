@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.maths import schedules
+
 
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`replicas` copies of one model."""
@@ -38,3 +40,31 @@ class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fi
     """The policy that some objectives measure against: never updated, and shown what the student is shown."""
 
     model: str | None = None  # absent: student.model, the student before its first step
+
+
+class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts, once each; what the
+    verifier finds right is trained by cross-entropy times a weight, `maths.schedules.taught_weight`.
+
+    SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a reconstruction: the paper
+    gives neither.
+    """
+
+    share: Annotated[float, Meta(gt=0, lt=1)]  # of the prompts; 0.125 in the paper's best run
+    full_until_step: Annotated[int, Meta(ge=0)]  # P1: last optimizer step of the full weight
+    until_step: Annotated[int, Meta(ge=1)]  # P2: last optimizer step of any weight
+    weight_start: Annotated[float, Meta(gt=0)] = 1.0  # until P1
+    weight_end: Annotated[float, Meta(ge=0)] = 0.0  # at P2
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None  # absent: rollout.max_new_tokens, the most there may be
+    generators: Annotated[int, Meta(ge=1)] = 1  # engines; dtype, memory and tensor_parallel_size are those of [teacher]
+    concurrency: Annotated[int, Meta(ge=1)] = 64  # sequences one of them runs at once
+
+    def weight(self, step: int) -> float:
+        """Of what is trained at optimizer step `step`."""
+        return schedules.taught_weight(
+            step,
+            full_until=self.full_until_step,
+            until=self.until_step,
+            start=self.weight_start,
+            end=self.weight_end,
+        )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from async_opd.errors import DataError
 
@@ -33,9 +33,9 @@ class Follower:
                 parameter.copy_(self._average[name].lerp_(student[name].float(), 1 - self._decay))
 
 
-def read(folder: str, *, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """The parameters of the checkpoint in `folder`, on the host, by their names in the model. Raises DataError."""
+def read(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:
+    """The parameters of the checkpoint in `folder`, on the host, by their names in a model of `kind`. Raises DataError
+    where this node does not see it."""
     if not Path(folder).is_dir():
         raise DataError(f"a self-teacher finds no {folder}: run.dir must lie on a disk that every node sees")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    return dict(model.named_parameters())
+    return dict(kind.from_pretrained(folder, dtype="auto").named_parameters())

@@ -30,7 +30,7 @@ class TransformersTeacher:
         """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates.
         `as_student`: it reads the student's rendering of a prompt, also where the teacher has one of its own."""
         self._config, self._needs, self._temperature, self._vocabulary = config, needs, temperature, vocabulary
-        self._as_student, self._trust_remote_code = as_student, trust_remote_code
+        self._as_student = as_student
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
@@ -57,7 +57,7 @@ class TransformersTeacher:
 
     async def load(self, folder: str) -> None:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises DataError."""
-        student = await asyncio.to_thread(read, folder, trust_remote_code=self._trust_remote_code)
+        student = await asyncio.to_thread(read, folder, type(self._model))
         async with self._weights:
             if self._follower is None:
                 decay = self._config.ema_decay if self._config.update == "ema" else None

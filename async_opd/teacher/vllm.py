@@ -24,7 +24,7 @@ class VllmTeacher:
         config: ScorerConfig,
         needs: Needs,
         *,
-        name: str,
+        role: str,
         vocabulary: int,
         longest: int,
         as_student: bool = False,
@@ -32,8 +32,8 @@ class VllmTeacher:
     ):
         """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the tokenizer's: ids from there
         on are padding and never candidates. `as_student`: it reads the student's rendering of a prompt, also where
-        the teacher has one of its own."""
-        self._name, self._vocabulary, self._as_student = name, vocabulary, as_student
+        the teacher has one of its own. `role` is its name in messages."""
+        self._role, self._vocabulary, self._as_student = role, vocabulary, as_student
         self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
@@ -105,5 +105,5 @@ class VllmTeacher:
         try:
             (output,) = [output async for output in request]
         except EngineDeadError as e:
-            raise ActorLost(f"{self._name}: its engine died") from e
+            raise ActorLost(f"{self._role}: its engine died") from e
         return output

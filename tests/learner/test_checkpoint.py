@@ -15,8 +15,11 @@ def source(tmp_path):
     return str(tmp_path / "source")
 
 
+STATE = {"version": 7, "running": {"reward": {"count": 3.0, "mean": 0.5, "squares": 0.25}}}
+
+
 def save(model, source, folder):
-    checkpoint.save(model, dict(model.named_parameters()), source, folder)
+    checkpoint.save(model, dict(model.named_parameters()), source, STATE, folder)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -26,6 +29,7 @@ def test_a_checkpoint_loads_with_equal_weights_and_its_tokenizer(tiny_lm, source
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "deep" / "out").get_vocab() == build_tokenizer().get_vocab()
+    assert json.loads((tmp_path / "deep" / "out" / checkpoint.STATE).read_text()) == STATE
     assert causal_lm.ATTENTION not in json.dumps(loaded.config.to_dict())
 
 

@@ -41,7 +41,7 @@ async def generator(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         started = RolloutGenerator(
-            config, Needs(teacher_at_student_ids=K), index=0, model=folder, eos_ids=[], max_prompt_tokens=64,
+            config, Needs(teacher_at_student_ids=K), name="generator 0", model=folder, eos_ids=[], max_prompt_tokens=64,
             vocabulary=VOCABULARY, backend="gloo", seed=0,
         )  # fmt: skip
     yield started

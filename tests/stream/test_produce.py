@@ -7,15 +7,23 @@ import pytest
 from async_opd.errors import ActorLost
 from async_opd.stream.produce import Loads, Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
-from async_opd.wire import Span
+from async_opd.stream.taught import Taught
+from async_opd.wire import Span, Verdict
 from tests.fakes import FakeGenerator, FakeScorer, prompts
 
 
-def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=()):
+def stream(
+    tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=(),
+    verifier=None, taught=None,
+):  # fmt: skip
     """(producer, queue, slots) over fakes."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
-        groups_per_step=1, max_lag_steps=0, stale="drop", on_drop=lambda ready, cause: producer.dropped(ready, cause)
+        groups_per_step=1,
+        max_lag_steps=0,
+        stale="drop",
+        on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        taught=taught,
     )
     producer = Producer(
         prompts=prompts(),
@@ -23,13 +31,14 @@ def stream(tasks, generators, *, slots=2, needed=10, drop_truncated=False, attem
         generators=generators,
         teachers=teachers or {"": [FakeScorer()]},
         references=references,
-        verifier=FakeScorer(),
+        verifier=verifier or FakeScorer(),
         slots=limit,
         queue=queue,
         tasks=tasks,
         max_attempts=attempts,
         drop_truncated=drop_truncated,
         count_tokens=lambda role, tokens: None,
+        taught=taught,
     )
     return producer, queue, limit
 
@@ -190,3 +199,65 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
         await settle()
         assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
         scored.set()
+
+
+def half_taught(*generators, until: int = 99) -> Taught:
+    """Every second prompt is the teacher's, up to step `until`."""
+    return Taught(share=0.5, weight=lambda step: float(step <= until), generators=generators, version=lambda: 0)
+
+
+class Judge(FakeScorer):
+    """Finds every response `correct`, and scores nothing that the teacher answered."""
+
+    def __init__(self, correct: bool | None = True):
+        self._correct = correct
+
+    async def score(self, group):
+        assert not group.taught
+
+    async def check(self, group):
+        return (Verdict(id=f"{group.id}#0", correct=self._correct),)
+
+
+async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
+    student, own = FakeGenerator(), [FakeGenerator(), FakeGenerator()]
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(
+            tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, taught=half_taught(*own)
+        )
+        producer.fill()
+        await settle()
+        groups = [(await queue.take(0))[0] for _ in range(8)]
+    assert [p.id for p in student.served] == ["0", "2", "4", "6"]
+    assert [[p.id for p in g.served] for g in own] == [["1", "5"], ["3", "7"]]  # the idlest of them
+    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [(id, None) for id in "1357"]
+
+
+@pytest.mark.parametrize(
+    ("correct", "truncated", "policy", "cause"),
+    [
+        (False, False, "train", "teacher_wrong"),
+        (None, False, "train", "teacher_unknown"),
+        (False, True, "drop", "teacher_wrong"),
+        (True, True, "drop", "teacher_truncated"),
+        (True, True, "mask", None),  # its tokens leave the loss in the learner
+    ],
+)
+async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_for_good_and_frees_its_slot(
+    correct, truncated, policy, cause
+):
+    student, own = FakeGenerator(), FakeGenerator(truncated=truncated)
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(
+            tasks, [student], slots=2, needed=2, verifier=Judge(correct), taught=half_taught(own, until=1),
+            drop_truncated=policy == "drop",
+        )  # fmt: skip
+        producer.fill()
+        await settle()
+        served = [p.id for p in own.served]
+        assert len(served) == len(set(served)) >= 1  # none is asked twice
+        kept = [(await asyncio.wait_for(queue.take(0), 5))[0] for _ in range(2)]
+        assert [g.prompt.taught for g in kept] == [False, cause is None]
+        assert queue.dropped == ({cause: len(served)} if cause else {})
+        assert slots.free == 0
+        assert producer.needed == 0

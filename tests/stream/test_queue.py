@@ -5,27 +5,30 @@ import pytest
 
 from async_opd.ports import Ready
 from async_opd.stream.queue import Slots, TrajectoryQueue
+from async_opd.stream.taught import Taught
 from async_opd.wire import GroupMeta, Prompt, Span
 
 
-def ready(ticket: int, *spans: tuple[int, int]) -> Ready:
-    """A group of one sample whose spans are (version, tokens)."""
+def ready(ticket: int, *spans: tuple[int, int], taught_since: int | None = None) -> Ready:
+    """A group of one sample whose spans are (version, tokens); the teacher's own where `taught_since` is given."""
     at, built = 0, []
     for version, tokens in spans:
         built.append(Span(version=version, start=at, end=at + tokens))
         at += tokens
     meta = GroupMeta(id=str(ticket), prompt_len=1, spans=(tuple(built),), truncated=(False,))
-    prompt = Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer="")
-    return Ready(ticket, prompt, meta, None, None, (), (0,))
+    prompt = Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer="", taught=taught_since is not None)
+    return Ready(ticket, prompt, meta, None, None, (), (0,), taught_since)
 
 
-def queue_of(*items: Ready, stale: str = "drop", bound: int = 2, per_step: int = 2):
+def queue_of(*items: Ready, stale: str = "drop", bound: int = 2, per_step: int = 2, teaches_until: int = 99):
     dropped = []
+    taught = Taught(share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0)
     queue = TrajectoryQueue(
         groups_per_step=per_step,
         max_lag_steps=bound,
         stale=stale,
         on_drop=lambda r, cause: dropped.append((r.ticket, cause)),
+        taught=taught,
     )
     for item in items:
         queue.put(item)
@@ -96,6 +99,26 @@ async def test_a_group_leaves_the_queue_once():
     queue, _ = queue_of(ready(1, (0, 1)), ready(2, (0, 1)))
     await queue.take(0)
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize("stale", ["mask", "drop"])
+async def test_what_the_teacher_answered_never_ages_and_takes_its_turn_by_when_it_was_asked(stale):
+    first, second, taught = ready(1, (48, 1)), ready(2, (50, 1)), ready(3, (0, 9), taught_since=49)
+    queue, dropped = queue_of(second, taught, first, stale=stale)
+    assert [r.ticket for r in await queue.take(50)] == [1, 3]
+    assert dropped == []
+
+
+async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_more():
+    waiting, own = ready(1, (0, 1), taught_since=0), [ready(ticket, (4, 1)) for ticket in (2, 3, 4)]
+    queue, dropped = queue_of(waiting, *own, teaches_until=4)
+    assert [r.ticket for r in await queue.take(3)] == [1, 2]  # step 4
+    queue.put(ready(5, (0, 1), taught_since=0))  # comes while step 4 is under way, which it has missed
+    assert dropped == []
+    assert [r.ticket for r in await queue.take(4)] == [3, 4]
+    queue.put(ready(6, (0, 1), taught_since=0))
+    assert dropped == [(5, "teacher_late"), (6, "teacher_late")]
+    assert queue.dropped == {"teacher_late": 2}
 
 
 def test_a_slot_returned_twice_is_an_error():

@@ -7,24 +7,17 @@ import torch
 from msgspec.structs import replace
 
 from async_opd.errors import ActorLost
-from async_opd.objectives.topk_kl import TopkKl
 from async_opd.ports import Ready
 from async_opd.teacher.config import TeacherConfig
 from async_opd.teacher.scorer import TransformersTeacher
 from async_opd.wire import Group, Needs, Prompt, Rollout, Span
 from tests.ray.conftest import demo_config, running
+from tests.teacher.anchored import Anchored
 
 REAL, PADDED, K = 24, 32, 5  # the tokenizer's vocabulary, the model's, and the candidates a position
 SHAPES = [  # tokens of the prompt (a block of vLLM's cache is 128), of the teacher's own one, and of the responses
     (3, None, (4, 1)), (1, None, (1,)), (150, None, (60, 1, 7)), (3, 140, (60, 1)), (9, 2, (5,)),
 ]  # fmt: skip
-
-
-class Anchored(TopkKl, tag="anchored"):
-    """An objective that asks for a reference. No direct subclass of Objective: those are what a run lists."""
-
-    def needs(self) -> Needs:
-        return replace(super().needs(), reference=True)
 
 
 @pytest.fixture

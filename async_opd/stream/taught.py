@@ -1,0 +1,72 @@
+"""Phased teacher sampling: which prompts the teacher answers itself, and which of its answers are trained."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import floor
+
+from async_opd.ports import Generator, Ready, Ref
+from async_opd.wire import GroupMeta, Prompt
+
+CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late")  # why an answer is not trained
+
+
+class Taught:
+    """Gives a share of the prompts to the teacher's own generators while what they answer still has a weight.
+
+    Its answers have no version, so they never age. One that cannot be trained is dropped for good: each request ends
+    as a trained group or under one of CAUSES.
+    """
+
+    def __init__(
+        self,
+        *,
+        share: float,
+        weight: Callable[[int], float],
+        generators: Sequence[Generator],
+        version: Callable[[], int],
+    ):
+        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's."""
+        self._share, self._weight, self._generators, self.version = share, weight, generators, version
+        self._asked: Counter[int] = Counter()  # prompts in flight per generator
+        self._admitted, self._requested, self._trained = 0, 0, 0
+
+    def teaches(self, step: int) -> bool:
+        """Whether the teacher's answers have a weight at optimizer step `step`."""
+        return self._weight(step) > 0
+
+    def turn(self) -> bool:
+        """Called for each prompt as it is admitted: whether the teacher is to answer it.
+
+        Every (1 / share)th in order of admission, while the next step that starts could train the answer."""
+        before, self._admitted = self._admitted, self._admitted + 1
+        mine = floor(self._admitted * self._share) > floor(before * self._share) and self.teaches(self.version() + 1)
+        self._requested += mine
+        return mine
+
+    async def answer(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+        """From the generator with the fewest prompts."""
+        at = min(range(len(self._generators)), key=lambda i: (self._asked[i], i))
+        self._asked[at] += 1
+        try:
+            return await self._generators[at].generate(prompt)
+        finally:
+            self._asked[at] -= 1
+
+    @staticmethod
+    def refuses(ready: Ready, drop_truncated: bool) -> str:
+        """Why a verified answer is not trained; empty where it may be."""
+        (verdict,), (truncated,) = ready.verdicts, ready.meta.truncated
+        if not verdict.correct:
+            return "teacher_unknown" if verdict.correct is None else "teacher_wrong"
+        return "teacher_truncated" if truncated and drop_truncated else ""
+
+    def row(self, step: int, batch: list[Ready], dropped: Counter[str]) -> dict[str, float]:
+        """What optimizer step `step`, which trained `batch`, adds to its row of metrics; counts are totals so far."""
+        taught = sum(ready.prompt.taught for ready in batch)
+        self._trained += taught
+        return {"taught": taught, "taught_weight": self._weight(step), **self.counts(dropped)}
+
+    def counts(self, dropped: Counter[str]) -> dict[str, int]:
+        """How many prompts the teacher was given, and what became of its answers."""
+        causes = {f"dropped_{cause}": dropped[cause] for cause in CAUSES}
+        return {"taught_requested": self._requested, "taught_trained": self._trained, **causes}
