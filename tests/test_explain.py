@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -397,3 +398,10 @@ def test_it_starts_without_ray_vllm_deepspeed_or_transformers(tmp_path):
     found = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert {"ray", "vllm", "deepspeed", "transformers", "datasets"} & set(found.stderr.split()) == set()
     assert found.stdout.startswith("trajectory 0: 2 tokens\n")
+
+
+def test_the_example_of_the_readme_says_what_the_readme_shows(capsys):
+    root = Path(__file__).parents[1]
+    assert main(["explain", "--objective", "sg_opd", str(root / "configs/explain_example.json")]) == 0
+    command = "async-opd explain --objective sg_opd configs/explain_example.json\n```\n\n```\n"
+    assert command + capsys.readouterr().out + "```\n" in (root / "README.md").read_text()
