@@ -166,6 +166,13 @@ MISTAKES = {
         f"{SAMPLING} teacher.model=toy:student teacher.update=copy",
         ["teacher_sampling: needs teacher.update = 'frozen', not 'copy'"],
     ),
+    "bounds of no ratio": (
+        (
+            'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',
+            'tag = "opd"\ncorrection = {tag="importance", ratio="none", at_most=2}',
+        ),
+        ["at_most and between: have no effect with ratio = 'none'"],
+    ),
     "answers longer than what is checked": (
         f"{SAMPLING} teacher_sampling.max_new_tokens=65",
         ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],

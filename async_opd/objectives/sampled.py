@@ -23,6 +23,8 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
     def __post_init__(self):
         refuse_empty(self.between)
+        if self.ratio == "none" and (self.at_most or self.between):
+            raise ValueError("at_most and between: have no effect with ratio = 'none'")
 
     def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""
