@@ -184,6 +184,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     samples, learner = c.rollout.samples_per_prompt, c.learner
     per_step = f"learner.trajectories_per_step = {learner.trajectories_per_step}"
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    broken = c.objective.needs().groups and samples < 2
+    yield broken, f"rollout.samples_per_prompt = {samples}: must be >= 2 for {tag(c.objective)}, which compares them"
     yield from form_rules(c.teacher, c.teachers, c.data)
     broken = learner.trajectories_per_step % samples != 0
     yield broken, f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"

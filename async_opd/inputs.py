@@ -32,9 +32,12 @@ def read(config: Config, *, training: bool = True) -> Inputs:
     prompts = None
     if training:
         check_scorers(config, tokenizer)
+        if config.teacher_sampling:
+            check_ends(config)
         prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
         check_epochs(config, prompts)
-    return Inputs(tokenizer=tokenizer, eos_ids=eos_ids(config), prompts=prompts, held_out=_held_out(config, tokenizer))
+    eos = eos_ids("student.model", config.student.model, config.run.trust_remote_code)
+    return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer))
 
 
 def views(config: Config) -> dict[str, TeacherView]:
@@ -86,14 +89,26 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         raise DataError(f"objective.k = {likeliest}: the vocabulary has {len(tokenizer)}")
 
 
-def eos_ids(config: Config) -> list[int]:
-    """Ids that end a response, from the generation config (its text models hold one id or several)."""
+def check_ends(config: Config) -> None:
+    """Refuse a teacher that is to answer prompts, but ends its answers by a token that ends none of the student's."""
+    remote_code = config.run.trust_remote_code
+    ours, theirs = (
+        eos_ids(key, model, remote_code)
+        for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model))
+    )
+    if not set(theirs) <= set(ours):
+        ends = f"its answers end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
+        raise DataError(f"teacher.model = {config.teacher.model!r}, with [teacher_sampling]: {ends}")
+
+
+def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
+    """Ids that end a response of `model`, from its generation config (they hold one id or several)."""
     try:
-        eos = GenerationConfig.from_pretrained(config.student.model).eos_token_id
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
-        eos = _load("student.model", AutoConfig, config.student.model, config.run.trust_remote_code).eos_token_id
+        eos = _load(key, AutoConfig, model, trust_remote_code).eos_token_id
     if eos is None:
-        raise DataError(f"student.model = {config.student.model!r}: no eos_token_id in its generation config or config")
+        raise DataError(f"{key} = {model!r}: no eos_token_id in its generation config or config")
     return [eos] if isinstance(eos, int) else list(eos)
 
 

@@ -160,7 +160,7 @@ class Meter:
         now = self._clock()
         passed, elapsed = now - self._last, now - self._started
         self._steps, self._max_lag = self._steps + 1, max(self._max_lag, int(metrics["lag_max"]))
-        self._tokens["trained"] += int(metrics["tokens"])
+        self._tokens["trained"] += int(metrics["tokens"] + metrics.get("tokens_taught", 0))
         rates = {
             f"{role}_tokens_per_s": (self._tokens[role] - self._seen[role]) / passed
             for role in ("generators", "teachers", "trained")

@@ -141,6 +141,7 @@ class _Loop:
             weight=sampling.weight,
             generators=self._roles.teacher_generators,
             version=lambda: self.version,
+            keeps_truncated=self._config.rollout.truncated == "train",
             outstanding=lambda: self._slots.count - self._slots.free,
         )
 
@@ -203,8 +204,6 @@ async def _evaluated(config: Config, roles: Roles, held_out: list[Prompt], befor
 
 
 def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:
-    """Of the student's own responses."""
-    batch = [ready for ready in batch if not ready.prompt.taught]
     """Of the student's own rollouts: the teacher's are right, or they would not be here."""
     verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
     known, unknown = [correct for correct in verdicts if correct is not None], verdicts.count(None)

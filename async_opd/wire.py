@@ -153,6 +153,7 @@ class Needs(Struct):
     reference: bool = False  # log-prob of the sampled token under the reference
     student_entropy: bool = False
     hidden_state: bool = False  # of the student, what its head reads
+    groups: bool = False  # several samples of each prompt
     sums: tuple[str, ...] = ()  # statistics over the kept tokens of the whole step, from `Objective.statistics`
     maxima: tuple[str, ...] = ()
     first_pass: bool = False  # they read the live student, at the price of one more forward of everything

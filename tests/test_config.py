@@ -166,6 +166,10 @@ MISTAKES = {
         f"{SAMPLING} teacher.model=toy:student teacher.update=copy",
         ["teacher_sampling: needs teacher.update = 'frozen', not 'copy'"],
     ),
+    "groups of one": (
+        ('tag = "topk_kl"\nk = 24\ndivergence = "reverse"', 'tag = "sg_opd"'),
+        ["rollout.samples_per_prompt = 1: must be >= 2 for objective.tag = 'sg_opd', which compares them"],
+    ),
     "bounds of no ratio": (
         (
             'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',

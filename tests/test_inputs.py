@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from async_opd.config import load
 from async_opd.errors import DataError
-from async_opd.inputs import check_epochs, check_scorers, eos_ids, read, views
+from async_opd.inputs import check_ends, check_epochs, check_scorers, eos_ids, read, views
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import resolve_toy
@@ -87,9 +87,17 @@ def test_more_candidates_than_tokens_are_refused(tmp_path):
 
 
 def test_end_ids_come_from_the_generation_config(tmp_path):
-    assert eos_ids(demo(tmp_path)) == [1]
+    assert eos_ids("student.model", str(STUDENT), False) == [1]
     several = edited(tmp_path / "several", "generation_config.json", eos_token_id=[1, 5])
-    assert eos_ids(demo(tmp_path, f"student.model={several}")) == [1, 5]
+    assert eos_ids("student.model", str(several), False) == [1, 5]
+
+
+def test_a_teacher_that_answers_must_end_as_the_student_does(tmp_path):
+    sampling = [f"teacher_sampling.{key}" for key in ("share=0.5", "full_until_step=1", "until_step=2")]
+    check_ends(demo(tmp_path, *sampling))
+    other = edited(tmp_path / "other", "generation_config.json", eos_token_id=[1, 5])
+    with pytest.raises(DataError, match=r"answers end by tokens \[1, 5\], the student's by \[1\]"):
+        check_ends(demo(tmp_path, f"teacher.model={other}", *sampling))
 
 
 def test_too_few_rows_for_the_steps_are_refused_before_anything_starts(tmp_path):

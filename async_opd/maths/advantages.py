@@ -86,12 +86,12 @@ class Moments(NamedTuple):
 
 
 def whitened(value_S: Tensor, past: Moments, *, step: int, warmup_steps: int, warmup_mean: float) -> Tensor:
-    """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step `warmup_steps`; 0 where
-    unknown. [S]. (EGRSD Eq. 3; EXACT but for the floor of σ.)
+    """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step `warmup_steps`, and for
+    as long as all were alike; 0 where unknown. [S]. (EGRSD Eq. 3; EXACT but for the floor of σ.)
 
     >>> whitened(torch.tensor([1.0, float("nan")]), Moments(), step=1, warmup_steps=10, warmup_mean=0.5)
     tensor([0.5000, 0.0000])
     """
-    warm = step > warmup_steps
+    warm = step > warmup_steps and past.std > 0
     advantage_S = (value_S - past.mean) / (past.std + STD_FLOOR) if warm else value_S - warmup_mean
     return advantage_S.nan_to_num(0.0)

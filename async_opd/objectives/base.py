@@ -111,7 +111,8 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         own = self.wants()
         gate = ("drift_gate",) if self.drift_gate else ()
         chosen = ("selected",) if self.mean_over == "selected" else ()
-        live = own.first_pass or bool(gate or chosen)
+        selects = chosen and type(self).selection is not Objective.selection  # by what the student says
+        live = bool(own.first_pass or gate or selects)
         return msgspec.structs.replace(own, sums=(*own.sums, *gate, *chosen), first_pass=live)
 
     def statistics(self, batch: TokenBatch) -> dict[str, Tensor]:

@@ -41,7 +41,10 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on the first or the last share of each response: an ablation (IW-OPD fig. 1a)."""
+    """Trains on the first or the last share of each response: an ablation (IW-OPD fig. 1a).
+
+    `mean_over = "selected"` takes the mean over that share, as `dear` does; otherwise the loss shrinks with it.
+    """
 
     share: Share
     part: Literal["prefix", "suffix"] = "prefix"
@@ -53,7 +56,8 @@ class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on tokens chosen by chance, the same whatever batch they are in: a control at a method's keep rate."""
+    """Trains on tokens chosen by chance, the same whatever batch they are in: a control at a method's keep rate, with
+    its `mean_over`."""
 
     share: Share
 

@@ -43,7 +43,7 @@ class SgOpd(Sampled, tag="sg_opd"):
 
     def wants(self) -> Needs:
         """Log-probs of the reference; the mean of φ under the live student."""
-        return Needs(reference=True, sums=("phi",), first_pass=self.student_signal == "live")
+        return Needs(reference=True, groups=True, sums=("phi",), first_pass=self.student_signal == "live")
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
         """φ before its mean is divided out."""

@@ -15,8 +15,9 @@ from async_opd.wire import Needs
 class TopkKl(Objective, tag="topk_kl"):
     """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each position.
 
-    By default the rest of the vocabulary is one more outcome, which makes it a divergence, and K = V makes it the exact
-    one. AsyncOPD's paper renormalises over the K; its code drops the rest, so that agreement is no minimum.
+    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), which makes it a divergence; K = V makes
+    it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops the rest, so that agreement
+    is no minimum.
     Dense over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or none.
     """
 

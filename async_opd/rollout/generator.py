@@ -75,6 +75,7 @@ class RolloutGenerator:
             max_logprobs=needs.teacher_at_student_ids,
             worker_extension_cls="async_opd.rollout.candidates.Candidates",
             scheduling_policy="priority",  # in order of arrival, but for the probe
+            generation_config="vllm",  # end tokens and penalties of the checkpoint's own are not asked for
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
             enforce_eager=config.enforce_eager,

@@ -97,8 +97,10 @@ class Producer:
 
     def dropped(self, ready: Ready, cause: str) -> None:
         """A group that will not be trained: issue its prompt again at the front, or drop it for good and give its
-        slot to the next prompt. The teacher is asked once."""
-        if not ready.prompt.taught and ready.prompt.attempt + 1 < self._max_attempts:
+        slot to the next prompt. The teacher is asked once; then it is the student's turn."""
+        if ready.prompt.taught:
+            self._again.append((ready.ticket, msgspec.structs.replace(ready.prompt, taught=False)))
+        elif ready.prompt.attempt + 1 < self._max_attempts:
             again = msgspec.structs.replace(ready.prompt, attempt=ready.prompt.attempt + 1)
             self._again.append((ready.ticket, again))
         else:
@@ -138,7 +140,7 @@ class Producer:
         since = self._taught.version()
         meta, group = await self._taught.answer(prompt)
         ready = Ready(ticket, prompt, meta, group, None, await self._verifier.check(group), (0,), since=since)
-        if cause := self._taught.refuses(ready, self._drop_truncated):
+        if cause := self._taught.refuses(ready):
             self._queue.drop(ready, cause)
         else:
             self._queue.put(ready)

@@ -13,8 +13,8 @@ CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late
 class Taught:
     """Gives a share of the prompts to the teacher's own generators while what they answer still has a weight.
 
-    Its answers have no version, so they never age. One that cannot be trained is dropped for good: each request ends
-    as a trained group or under one of CAUSES.
+    Its answers have no version, so they never age. Each request ends as a trained group or under one of CAUSES; then
+    the student answers that prompt.
     """
 
     def __init__(
@@ -25,11 +25,12 @@ class Taught:
         generators: Sequence[Generator],
         version: Callable[[], int],
         outstanding: Callable[[], int],
+        keeps_truncated: bool,
     ):
         """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's, `outstanding()` how many
-        groups hold a slot."""
+        groups hold a slot. A right answer that was cut is trained only where `keeps_truncated`."""
         self._share, self._weight, self._generators = share, weight, generators
-        self.version, self.outstanding = version, outstanding
+        self.version, self.outstanding, self._keeps_truncated = version, outstanding, keeps_truncated
         self._asked: Counter[int] = Counter()  # prompts in flight per generator
         self._admitted, self._requested, self._trained = 0, 0, 0
 
@@ -59,13 +60,12 @@ class Taught:
         finally:
             self._asked[at] -= 1
 
-    @staticmethod
-    def refuses(ready: Ready, drop_truncated: bool) -> str:
+    def refuses(self, ready: Ready) -> str:
         """Why a verified answer is not trained; empty where it may be."""
         (verdict,), (truncated,) = ready.verdicts, ready.meta.truncated
         if not verdict.correct:
             return "teacher_unknown" if verdict.correct is None else "teacher_wrong"
-        return "teacher_truncated" if truncated and drop_truncated else ""
+        return "" if self._keeps_truncated or not truncated else "teacher_truncated"
 
     def row(self, step: int, batch: list[Ready], dropped: Counter[str]) -> dict[str, float]:
         """What optimizer step `step`, which trained `batch`, adds to its row of metrics; counts are totals so far."""

@@ -18,7 +18,7 @@ def sample() -> Callable[..., Sample]:
 
     def make(
         prompt_tokens=3, spans=((0, 4),), *, id="a", seed=0, truncated=False, correct=True, behaviour=None,
-        teacher=None, topk_ids=None, topk_logp=None,
+        teacher=None, topk_ids=None, topk_logp=None, taught=False,
     ) -> Sample:  # fmt: skip
         random = np.random.default_rng(seed)
         ends = np.cumsum([tokens for _, tokens in spans]).tolist()
@@ -32,8 +32,13 @@ def sample() -> Callable[..., Sample]:
             truncated=truncated,
         )
         scores = Scores(id=id, sampled_logp=np.asarray(logp[1], np.float32), topk_ids=topk_ids, topk_logp=topk_logp)
-        prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="")
-        return Sample(prompt=prompt, rollout=rollout, scores=scores, verdicts=(Verdict(id=id, correct=correct),))
+        prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="", taught=taught)
+        return Sample(
+            prompt=prompt,
+            rollout=rollout,
+            scores=None if taught else scores,
+            verdicts=(Verdict(id=id, correct=correct),),
+        )
 
     return make
 

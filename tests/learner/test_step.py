@@ -13,9 +13,11 @@ from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
 
 
-def run(module, objective, micros, all_reduce=lambda tensor, op: None):
+def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
     """One accumulation on one rank; returns its metrics and, where there is a model, its gradients."""
-    metrics, _ = accumulate(module, lambda loss: loss.backward(), all_reduce, objective, micros, Moment())
+    metrics, _ = accumulate(
+        module, lambda loss: loss.backward(), all_reduce, objective, micros, Moment(taught_weight=taught_weight)
+    )
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
     for parameter in parameters:
@@ -213,6 +215,22 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
         },
         abs=1e-6,
     )
+
+
+@pytest.mark.parametrize("cut", [[0, 2, 4], [0, 1, 4], [0, 0, 4]])
+def test_the_teachers_own_answers_add_their_mean_cross_entropy_whatever_the_split(student, sample, packed, cut):
+    own = [sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i, taught=True) for i in range(4)]
+    rollouts = packed(*(sample(2, [(0, 3)], id=str(i), seed=9 + i) for i in range(2)))
+    _, alone = run(student, Opd(), [rollouts])
+    micros = [rollouts, *(packed(*own[a:b]) for a, b in pairwise(cut))]
+    metrics, gradients = run(student, Opd(), micros, taught_weight=0.5)
+    picked = [plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None]) for s in own]
+    entropy = -torch.cat(picked).mean()
+    (0.5 * entropy).backward()
+    assert metrics["tokens_taught"] == 14  # 2 + 3 + 4 + 5
+    assert metrics["loss_taught"] == pytest.approx(entropy.item(), abs=1e-5)
+    for got, plain, parameter in zip(gradients, alone, student.parameters(), strict=True):
+        torch.testing.assert_close(got, plain + parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_shows_in_the_metrics(student, samples, packed):

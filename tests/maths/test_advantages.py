@@ -65,9 +65,9 @@ def test_whitening_by_the_steps_before_equals_numpy():
         moments = moments.with_sums(6, rewards.sum(), (rewards**2).sum())
 
 
-def test_a_deviation_of_zero_is_a_millionth():
+def test_while_all_were_alike_rewards_count_as_in_the_first_steps():
     got = whitened(torch.tensor([1.0, 0.0]).double(), Moments(4, 0.0, 0.0), step=11, **WARM)
-    assert got.tolist() == [1e6, 0.0]
+    assert got.tolist() == [0.5, -0.5]
 
 
 def test_rewards_within_a_group_are_in_deviations_of_the_known_ones():

@@ -105,10 +105,11 @@ def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_los
     assert result.loss_N.isfinite().all()
 
 
-def test_rewards_that_never_differed_do_not_divide_by_zero():
+def test_rewards_that_never_differed_count_as_in_the_first_steps():
     given = batch([-1.0], [-0.9], teacher_entropy_N=[0.0], reward=[0.0], step=11, running={"reward": Moments(5, 0, 0)})
     objective = Egrsd(correction=Importance(ratio="none"))
-    assert coefficients(objective, with_statistics(objective, given)) == [0.0]
+    expected = -0.5 * 0.904837  # (0 - .5) · e^-.1
+    assert coefficients(objective, with_statistics(objective, given)) == pytest.approx([expected], abs=1e-6)
 
 
 def test_a_step_without_a_kept_token_is_finite():

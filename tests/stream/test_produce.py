@@ -195,10 +195,12 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
         scored.set()
 
 
-def half_taught(*generators, until: int = 99) -> Taught:
+def half_taught(*generators, until: int = 99, keeps_truncated=True) -> Taught:
     """Every second prompt is the teacher's, up to step `until`."""
     weight = dict(share=0.5, weight=lambda step: float(step <= until))
-    return Taught(**weight, generators=generators, version=lambda: 0, outstanding=lambda: 99)
+    return Taught(
+        **weight, generators=generators, version=lambda: 0, outstanding=lambda: 99, keeps_truncated=keeps_truncated
+    )
 
 
 class Judge(FakeScorer):
@@ -235,16 +237,18 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
         (None, False, "train", "teacher_unknown"),
         (False, True, "drop", "teacher_wrong"),
         (True, True, "drop", "teacher_truncated"),
-        (True, True, "mask", None),  # its tokens leave the loss in the learner
+        (True, True, "mask", "teacher_truncated"),  # no token of it would be in the loss
+        (True, True, "train", None),
     ],
 )
-async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_for_good_and_frees_its_slot(
+async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_and_the_student_asked_in_its_place(
     correct, truncated, policy, cause
 ):
     student, own = FakeGenerator(), FakeGenerator(truncated=truncated)
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(
-            tasks, [student], slots=2, needed=2, verifier=Judge(correct), taught=half_taught(own, until=1),
+            tasks, [student], slots=2, needed=2, verifier=Judge(correct), 
+            taught=half_taught(own, until=1, keeps_truncated=policy == "train"),
             drop_truncated=policy == "drop",
         )  # fmt: skip
         producer.fill()
@@ -254,5 +258,6 @@ async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_for_go
         kept = [(await asyncio.wait_for(queue.take(0), 5))[0] for _ in range(2)]
         assert [g.prompt.taught for g in kept] == [False, cause is None]
         assert queue.dropped == ({cause: len(served)} if cause else {})
+        assert [p.id for p in student.served] == (["0", "1"] if cause else ["0"])
         assert slots.free == 0
         assert producer.needed == 0

@@ -31,7 +31,7 @@ def queue_of(
     dropped = []
     taught = Taught(
         share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0,
-        outstanding=lambda: outstanding,
+        outstanding=lambda: outstanding, keeps_truncated=True,
     )  # fmt: skip
     queue = TrajectoryQueue(
         groups_per_step=per_step,
