@@ -47,7 +47,8 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
     verifier finds right is trained by cross-entropy times a weight, `maths.schedules.taught_weight`.
 
     SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a reconstruction: the paper
-    gives neither.
+    gives neither. Where the teacher is not right the student answers instead. A prompt that the teacher answered adds
+    one trajectory to its step, not rollout.samples_per_prompt. A synchronous run with it does not repeat itself.
     """
 
     share: Annotated[float, Meta(gt=0, lt=1)]  # of the prompts; 0.125 in the paper's best run
