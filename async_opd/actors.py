@@ -9,17 +9,17 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from tokenizers import Tokenizer
 
 from async_opd.config import Config
-from async_opd.errors import ActorLost, AsyncOpdError
+from async_opd.crew import Roles
+from async_opd.errors import ActorLost, AsyncOpdError, CallFailed
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.rollout.config import RolloutConfig
 from async_opd.scoring import longest_sequence, refuse_without_gpus, section
 from async_opd.stream.supervise import bounded
-from async_opd.train import Roles
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
 from async_opd.wire import Needs
@@ -41,8 +41,17 @@ class _Host:
         return await result if inspect.isawaitable(result) else result
 
     async def each(self, method: str, *args: Any) -> tuple[Any, ...]:
-        """`call` for each of `args`, whose results stay references: the caller awaits the None before them."""
-        return None, *await asyncio.gather(*(self.call(method, arg) for arg in args))
+        """`call` for each of `args`, whose results stay references: the caller awaits what comes before them, the error
+        of each, or None."""
+        found = await asyncio.gather(*(self.call(method, arg) for arg in args), return_exceptions=True)
+        errors = [result if isinstance(result, Exception) else None for result in found]
+        named = [e and (e if isinstance(e, AsyncOpdError) else CallFailed(f"{method}: {e!r}")) for e in errors]
+        return named, *(None if error else result for error, result in zip(named, found, strict=True))
+
+    async def check_health(self) -> None:
+        """Answered by a process that lives; a role with an engine of its own looks at it too."""
+        if check := getattr(self._role, "check_health", None):
+            await check()
 
     async def address(self) -> tuple[str, int]:
         """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
@@ -57,7 +66,8 @@ class _Actor:
 
     def __init__(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any):
         self.name = name
-        role = type(name.split()[0].capitalize(), (_Host,), {})  # what `ps` and Ray's tools call the process
+        title = name.split()[0].split(".")[0].removesuffix("s").capitalize()  # of the process, in `ps` and Ray's tools
+        role = type(title, (_Host,), {})
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": CALLS_AT_ONCE}
         self.handle = ray.remote(role).options(**options).remote(target, args, settings)
 
@@ -68,6 +78,12 @@ class _Actor:
         """A call with 1 + `count` results: the first awaited, the others left where they are."""
         first, *rest = getattr(self.handle, how).options(num_returns=1 + count).remote(method, *args)
         return await self.result(first, timeout_s, method), rest
+
+    async def check_health(self, timeout_s: float) -> None:
+        await self.result(self.handle.check_health.remote(), timeout_s, "sign of life")
+
+    def kill(self) -> None:
+        ray.kill(self.handle)
 
     async def address(self, timeout_s: float) -> tuple[str, int]:
         """Where the actor runs; answered once its role is built."""
@@ -84,6 +100,8 @@ class _Actor:
             if isinstance(e.cause, AsyncOpdError):
                 raise e.cause from None
             raise
+        except ObjectLostError as e:  # what it was to work on went with a node
+            raise CallFailed(f"{self.name}, {what}: {e}") from None
 
 
 async def _as_future(ref: Ref) -> Any:
@@ -106,6 +124,7 @@ class Cluster:
         self._config, self._eos_ids = config, eos_ids
         self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
         self._actors: list[_Actor] = []
+        self._seeds = itertools.count(config.run.seed)  # of every engine ever started: none repeats another's draws
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
     def __enter__(self) -> "Cluster":
@@ -115,7 +134,7 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
-            ray.kill(actor.handle)
+            actor.kill()
         ray.shutdown()
 
     async def roles(self) -> Roles:
@@ -123,51 +142,71 @@ class Cluster:
         config, start_s = self._config, self._config.timeout.start_s
         if not self._gpus:
             refuse_without_gpus(config.scorers, config.rollout, config.objective)
-        generators, verifier = self._generators(), self._verifier()
-        scorers = {at: self._scorer(at) for at in config.scorers}
-        teacher_generators = self._teacher_generators()
+        sampling, count = config.teacher_sampling, config.rollout.generators
+        starting = {
+            name: [self._make(name, at) for at in range(n)] for name, n in (("generator", count), ("verifier", 1))
+        }
+        starting |= {at: [self._make(at, i) for i in range(s.replicas)] for at, s in config.scorers.items()}
+        starting["teacher-generator"] = [
+            self._make("teacher-generator", at) for at in range(sampling.generators if sampling else 0)
+        ]
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
         address, port = await ranks[0].address(start_s)
-        await asyncio.gather(
-            verifier.call(start_s, "start"),
-            *(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks),
-            *(generator.call(start_s, "start") for generator in generators + teacher_generators),
-            *(actor.address(start_s) for actor in itertools.chain(*scorers.values())),
+        found, _ = await asyncio.gather(
+            asyncio.gather(*(asyncio.gather(*map(self._ready, pool)) for pool in starting.values())),
+            asyncio.gather(*(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks)),
         )
-        pools = {at: [TeacherProxy(actor, config, self._eos_ids) for actor in pool] for at, pool in scorers.items()}
+        pools = dict(zip(starting, found, strict=True))
         return Roles(
-            generators=[GeneratorProxy(actor, config) for actor in generators],
-            teacher_generators=[GeneratorProxy(actor, config) for actor in teacher_generators],
+            generators=pools["generator"],
+            teacher_generators=pools["teacher-generator"],
             teachers={name: pools[section(name)] for name in config.named_teachers},
             references=pools.get("reference", ()),
-            verifier=VerifierProxy(verifier, config),
+            verifier=pools["verifier"][0],
             learner=LearnerProxy(ranks, address, config),
+            spawn=self._spawn,
         )
 
-    async def evaluators(self) -> tuple[list[GeneratorProxy], VerifierProxy]:
+    async def evaluators(self) -> tuple[list[GeneratorProxy], list[VerifierProxy]]:
         """Start only what an evaluation needs."""
-        generators, verifier = self._generators(), self._verifier()
-        start_s = self._config.timeout.start_s
-        await asyncio.gather(verifier.call(start_s, "start"), *(actor.address(start_s) for actor in generators))
-        return [GeneratorProxy(actor, self._config) for actor in generators], VerifierProxy(verifier, self._config)
+        names = [("generator", at) for at in range(self._config.rollout.generators)] + [("verifier", 0)]
+        *generators, verifier = await asyncio.gather(*(self._spawn(*name) for name in names))
+        return generators, [verifier]
+
+    async def _spawn(self, name: str, index: int) -> GeneratorProxy | TeacherProxy | VerifierProxy:
+        """A new member of the pool `name`, ready; at most `timeout.start_s`."""
+        return await self._ready(self._make(name, index))
+
+    async def _ready(self, actor: _Actor) -> GeneratorProxy | TeacherProxy | VerifierProxy:
+        """The port of a member of a pool, once it can be used."""
+        start_s, kind = self._config.timeout.start_s, actor.name.split()[0]
+        if kind in ("generator", "teacher-generator"):
+            await actor.call(start_s, "start")
+            return GeneratorProxy(actor, self._config)
+        if kind == "verifier":
+            await actor.call(start_s, "start")
+            return VerifierProxy(actor, self._config)
+        await actor.address(start_s)
+        return TeacherProxy(actor, self._config, self._eos_ids)
+
+    def _make(self, name: str, index: int) -> _Actor:
+        """The actor for a seat of the pool `name`, on its way."""
+        config, member = self._config, f"{name} {index}"
+        if name == "generator":
+            return self._generator(member, config.rollout, config.objective.needs(), config.student.model)
+        if name == "teacher-generator":
+            return self._teacher_generator(member)
+        if name == "verifier":
+            return self._actor(member, "async_opd.actors:make_verifier", config.verify, self._tokenizer)
+        return self._scorer(member, name)
 
     def _actor(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
         self._actors.append(_Actor(name, target, *args, gpus=gpus, **settings))
         return self._actors[-1]
 
-    def _generators(self) -> list[_Actor]:
-        config, needs = self._config, self._config.objective.needs()
-        return [
-            self._generator(f"generator {at}", config.rollout, needs, config.student.model, config.run.seed + at)
-            for at in range(config.rollout.generators)
-        ]
-
-    def _teacher_generators(self) -> list[_Actor]:
-        """Engines that hold the teacher and sample as the student's do, once a prompt; none without
-        [teacher_sampling]. Seeds go on behind those of the student's."""
+    def _teacher_generator(self, name: str) -> _Actor:
+        """An engine that holds the teacher and samples as the student's do, once a prompt."""
         config, teacher, sampling = self._config, self._config.teacher, self._config.teacher_sampling
-        if sampling is None:
-            return []
         rollout = msgspec.structs.replace(
             config.rollout,
             samples_per_prompt=1,
@@ -178,16 +217,10 @@ class Cluster:
             memory_gib=teacher.memory_gib,
             gpu_memory_utilization=teacher.gpu_memory_utilization,
         )
-        seed = config.run.seed + config.rollout.generators
-        return [
-            self._generator(
-                f"teacher-generator {at}", rollout, Needs(), teacher.model, seed + at, teacher.max_prompt_tokens
-            )
-            for at in range(sampling.generators)
-        ]
+        return self._generator(name, rollout, Needs(), teacher.model, teacher.max_prompt_tokens)
 
     def _generator(
-        self, name: str, rollout: RolloutConfig, needs: Needs, model: str, seed: int, longest_prompt: int | None = None
+        self, name: str, rollout: RolloutConfig, needs: Needs, model: str, longest_prompt: int | None = None
     ) -> _Actor:
         return self._actor(
             name,
@@ -200,36 +233,28 @@ class Cluster:
             max_prompt_tokens=longest_prompt or self._config.data.max_prompt_tokens,
             vocabulary=self._vocabulary,
             backend=self._config.sync.backend,
-            seed=seed,
+            seed=next(self._seeds),
             gpus=self._gpus * rollout.tensor_parallel_size,
             **self._remote_code,
         )
 
-    def _verifier(self) -> _Actor:
-        return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
-
-    def _scorer(self, at: str) -> list[_Actor]:
-        """The replicas of the teacher, or of the reference, in section `at`."""
+    def _scorer(self, name: str, at: str) -> _Actor:
+        """A replica of the teacher, or of the reference, in section `at`."""
         config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
         vllm = scorer.backend == "vllm"
         _, longest = longest_sequence(at, scorer, config.data, config.rollout)
-        found = []
-        for replica in range(scorer.replicas):
-            name = f"{at.replace('teachers.', 'teacher ')} {replica}"
-            own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
-            actor = self._actor(
-                name,
-                "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
-                scorer,
-                Needs() if reference else config.objective.needs(),
-                vocabulary=self._vocabulary,
-                as_student=reference,
-                gpus=self._gpus * scorer.tensor_parallel_size,
-                **own,
-                **self._remote_code,
-            )
-            found.append(actor)
-        return found
+        own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
+        return self._actor(
+            name,
+            "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
+            scorer,
+            Needs() if reference else config.objective.needs(),
+            vocabulary=self._vocabulary,
+            as_student=reference,
+            gpus=self._gpus * scorer.tensor_parallel_size,
+            **own,
+            **self._remote_code,
+        )
 
     def _learner_rank(self, rank: int) -> _Actor:
         run, sampling = self._config.run, self._config.teacher_sampling

@@ -72,7 +72,8 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher
     step_s: Annotated[float, Meta(gt=0)] = 600.0  # one optimizer step, or one checkpoint
-    health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an engine
+    health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an actor and its engine
+    stall_s: Annotated[float, Meta(gt=0)] = 30.0  # without a sign of life, after which an actor is given up
 
 
 AnyObjective = reduce(or_, all_objectives().values())
@@ -215,6 +216,9 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = c.verify.timeout_s >= c.timeout.score_s
     limit = f"must be < timeout.score_s = {c.timeout.score_s}, or one check that hangs ends the run"
     yield broken, f"verify.timeout_s = {c.verify.timeout_s}: {limit}"
+    broken = c.timeout.stall_s <= c.sync.timeout_s
+    limit = f"must be > sync.timeout_s = {c.sync.timeout_s}, for which an engine that takes weights is silent"
+    yield broken, f"timeout.stall_s = {c.timeout.stall_s}: {limit}"
     yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
 
 

@@ -31,8 +31,12 @@ class ActorLost(AsyncOpdError):
     """An actor, or the engine inside it, died. The message names the role and its index."""
 
 
-class LoopEnded(AsyncOpdError):
-    """A loop that should run for the whole job returned early."""
+class CallFailed(AsyncOpdError):
+    """A role that lives raised something that has no name of its own. The message names the role, the call and it."""
+
+
+class OverAge(AsyncOpdError):
+    """A group was cut off in flight: what it had sampled is too old to be trained. The message names its prompt."""
 
 
 class SyncFailed(AsyncOpdError):

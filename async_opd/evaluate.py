@@ -4,7 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from async_opd.ports import Generator, Teacher, Verifier
+from async_opd.stream.pool import Pool
 from async_opd.wire import Prompt, Verdict
 
 
@@ -27,19 +30,23 @@ class Accuracy:
         return self.right / max(self.problems - self.unknown, 1)
 
 
-async def of_generators(generators: Sequence[Generator], verifier: Verifier, held_out: list[Prompt]) -> Accuracy:
+async def of_generators(generators: Pool[Generator], verifier: Pool[Verifier], held_out: list[Prompt]) -> Accuracy:
     """Accuracy of the weights the generators hold, one greedy response a problem."""
 
-    async def one(at: int, prompt: Prompt) -> Verdict:
-        _, group = await generators[at % len(generators)].greedy(prompt)
-        (verdict,) = await verifier.check(group)
+    async def one(prompt: Prompt) -> Verdict:
+        _, group = await generators.ask(lambda generator: generator.greedy(prompt))
+        (verdict,) = await verifier.ask(lambda verifier: verifier.check(group))
         return verdict
 
-    return Accuracy.of(await asyncio.gather(*(one(at, prompt) for at, prompt in enumerate(held_out))))
+    return Accuracy.of(await asyncio.gather(*map(one, held_out)))
 
 
-async def of_teacher(teacher: Teacher, verifier: Verifier, held_out: list[Prompt]) -> Accuracy:
+async def of_teacher(teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]) -> Accuracy:
     """The teacher's own accuracy, by its own greedy responses."""
-    responses = await teacher.greedy([p.ids if p.teacher_ids is None else p.teacher_ids for p in held_out])
-    checks = (verifier.check_response(p.id, ids, p.answer) for p, ids in zip(held_out, responses, strict=True))
-    return Accuracy.of(await asyncio.gather(*checks))
+    prompts = [p.ids if p.teacher_ids is None else p.teacher_ids for p in held_out]
+    responses = await teachers.ask(lambda teacher: teacher.greedy(prompts))
+
+    async def one(prompt: Prompt, ids: np.ndarray) -> Verdict:
+        return await verifier.ask(lambda verifier: verifier.check_response(prompt.id, ids, prompt.answer))
+
+    return Accuracy.of(await asyncio.gather(*map(one, held_out, responses)))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from async_opd.config import Config
+from async_opd.errors import AsyncOpdError
 from async_opd.maths.packing import plan
 from async_opd.ports import Ready, Ref
 from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
@@ -19,6 +20,8 @@ class Actor(Protocol):
     async def spread(
         self, timeout_s: float, count: int, how: str, method: str, *args: Any
     ) -> tuple[Any, list[Ref]]: ...
+    async def check_health(self, timeout_s: float) -> None: ...
+    def kill(self) -> None: ...
 
 
 class Together:
@@ -32,12 +35,15 @@ class Together:
         self._batch: list[Ref] = []
 
     async def __call__(self, item: Ref) -> Any:
-        """The result of `item`; an error of the call is every item's."""
+        """The result of `item`, raised where it is an error; an error of the call is every item's."""
         if not self._batch:
             self._sent = asyncio.create_task(self._flush())
         self._batch.append(item)
         at, sent = len(self._batch) - 1, self._sent
-        return (await asyncio.shield(sent))[at]
+        result = (await asyncio.shield(sent))[at]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def _flush(self) -> list[Any]:
         await asyncio.sleep(self.LINGER_S)
@@ -45,11 +51,25 @@ class Together:
         return await self._send(batch)
 
 
-class GeneratorProxy:
+class _Member:
+    """What every port over one actor has."""
+
+    def __init__(self, actor: Actor, config: Config):
+        self._actor, self._stall_s = actor, config.timeout.stall_s
+
+    async def check_health(self) -> None:
+        await self._actor.check_health(self._stall_s)
+
+    def kill(self) -> None:
+        self._actor.kill()
+
+
+class GeneratorProxy(_Member):
     """`ports.Generator` over an actor."""
 
     def __init__(self, actor: Actor, config: Config):
-        self._actor, self._sync_s, self._generate_s = actor, config.sync.timeout_s, config.timeout.generate_s
+        super().__init__(actor, config)
+        self._sync_s, self._generate_s = config.sync.timeout_s, config.timeout.generate_s
         self._sent = 0  # requests since the last update: what `resume` waits for
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
@@ -65,17 +85,14 @@ class GeneratorProxy:
     async def join_group(self, init_info: dict) -> None:
         await self._actor.call(2 * self._sync_s, "join_group", init_info)
 
-    async def update(self, version: int, update_info: dict) -> None:
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
         try:
-            await self._actor.call(2 * self._sync_s, "update", version, update_info)
+            await self._actor.call(2 * self._sync_s, "update", version, update_info, oldest)
         finally:
             self._sent = 0
 
     async def resume(self) -> None:
         await self._actor.call(self._sync_s, "resume", self._sent)
-
-    async def check_health(self) -> None:
-        await self._actor.call(self._generate_s, "check_health")
 
     async def _group(self, method: str, prompt: Prompt) -> tuple[GroupMeta, Ref]:
         self._sent += 1
@@ -83,11 +100,12 @@ class GeneratorProxy:
         return meta, group
 
 
-class TeacherProxy:
+class TeacherProxy(_Member):
     """`ports.Teacher` over an actor: a teacher's, or the reference's."""
 
     def __init__(self, actor: Actor, config: Config, eos_ids: list[int]):
-        self._actor, self._config, self._score_s = actor, config, config.timeout.score_s
+        super().__init__(actor, config)
+        self._config, self._score_s = config, config.timeout.score_s
         self._eos_ids = eos_ids
         self.score = Together(self._score_all)
 
@@ -98,16 +116,17 @@ class TeacherProxy:
     async def load(self, folder: str) -> None:
         await self._actor.call(self._config.timeout.step_s, "load", folder)
 
-    async def _score_all(self, groups: list[Ref]) -> list[Ref]:
-        _, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
-        return scores
+    async def _score_all(self, groups: list[Ref]) -> list[Ref | AsyncOpdError]:
+        errors, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
+        return [error or score for error, score in zip(errors, scores, strict=True)]
 
 
-class VerifierProxy:
+class VerifierProxy(_Member):
     """`ports.Verifier` over an actor that owns the pool's processes."""
 
     def __init__(self, actor: Actor, config: Config):
-        self._actor, self._score_s = actor, config.timeout.score_s
+        super().__init__(actor, config)
+        self._score_s = config.timeout.score_s
         self._together = Together(self._check_all)
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:

@@ -15,6 +15,7 @@ from async_opd.actors import Cluster, start_ray
 from async_opd.config import Config
 from async_opd.errors import DataError
 from async_opd.metrics import Console, Jsonl, Meter, Observed, Row, Sink
+from async_opd.stream.pool import Pool
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
@@ -38,7 +39,7 @@ async def run(config: Config) -> Row:
         print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
         gc.collect()
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        summary = await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, Meter(sinks))
+        summary = await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, Meter(sinks), _tell)
     jsonl.close()
     for observer in observers:
         observer.close(timeout_s=10)
@@ -48,6 +49,10 @@ async def run(config: Config) -> Row:
     return summary
 
 
+def _tell(what: str, who: str, why: str) -> None:
+    print(f"{who}: {what}{why and ': '}{why}", flush=True)
+
+
 async def run_eval(config: Config) -> evaluate.Accuracy:
     """Greedy accuracy of `config.student.model` on the [eval] problems."""
     if config.eval is None:
@@ -55,7 +60,9 @@ async def run_eval(config: Config) -> evaluate.Accuracy:
     config = resolve_toy(config, Path(config.run.dir))
     inputs = await _inputs(config, training=False)
     with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
-        return await evaluate.of_generators(*await cluster.evaluators(), inputs.held_out)
+        generators, verifiers = await cluster.evaluators()
+        pools = Pool("generator", generators), Pool("verifier", verifiers)
+        return await evaluate.of_generators(*pools, inputs.held_out)
 
 
 async def _inputs(config: Config, *, training: bool):

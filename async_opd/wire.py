@@ -185,6 +185,15 @@ class Scores(Struct):
                 raise WireError(f"{self.id}: entropy must be finite and >= 0")
 
 
+def matched(group: Group, scores: tuple[Scores, ...]) -> tuple[Scores, ...]:
+    """`scores`, where they are one for each rollout of `group` and one row for each of its tokens. Raises WireError."""
+    if [s.id for s in scores] != [rollout.id for rollout in group.rollouts]:
+        raise WireError(f"{group.prompt.id}: scores of {[s.id for s in scores]} for {len(group.rollouts)} rollouts")
+    for rollout, s in zip(group.rollouts, scores, strict=True):
+        _rows(rollout.id, "sampled_logp", s.sampled_logp, len(rollout.ids))
+    return scores
+
+
 class Verdict(Struct):
     """A verifier's word on one response. Made by the verifier pool; consumed by the driver and the learner.
 

@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from async_opd.cpu_engine import cpu_engine
-from async_opd.errors import ActorLost, ConfigError, SyncFailed
+from async_opd.errors import ActorLost, ConfigError, OverAge, SyncFailed
 from async_opd.rollout.config import RolloutConfig
 from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span
 
@@ -125,19 +125,21 @@ class RolloutGenerator:
         with self._named("did not join the weight group"):
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def update(self, version: int, update_info: dict) -> None:
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a call of its own.
 
         Running requests are kept and their KV is rebuilt under the new weights; prefix caches of older weights are
-        cleared. If receiving fails (SyncFailed) the old version is still whole, and still the label.
+        cleared. Those with a token of a version before `oldest` are cut off. If receiving fails (SyncFailed) the old
+        version is still whole, and still the label; another try may follow.
         """
-        self._held = []
+        self._held = self._held or []
         with self._named(f"did not take version {version}"):
             # What `pause_generation` does, without its sleep of 20 ms for callers who watch the order of outputs.
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             await self._engine.start_weight_update()
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
             await self._engine.finish_weight_update(weight_version=str(version))
+            await self._cut(oldest)
 
     async def resume(self, expected: int) -> None:
         """Run on, once the `expected` requests that were sent during the pause are here. They enter the engine in
@@ -151,13 +153,26 @@ class RolloutGenerator:
         await self._engine.resume_generation()
 
     async def check_health(self) -> None:
-        """Raise ActorLost when the engine died inside this living actor, which Ray does not notice."""
-        if self._engine.errored:
-            raise ActorLost(f"{self._name}: its engine died")
+        """Raise ActorLost when the engine died inside this living actor, which Ray does not notice. Answered by the
+        engine itself, between two of its steps: one that hangs does not answer."""
+        try:
+            await self._engine.get_weight_version()
+        except EngineDeadError as e:
+            raise ActorLost(f"{self._name}: its engine died") from e
 
     async def close(self) -> None:
         """Stop the engine and its processes."""
         self._engine.shutdown()
+
+    async def _cut(self, oldest: int) -> None:
+        """End the requests that hold a token of a version before `oldest`; `generate` raises OverAge for them."""
+        old = set()
+        for request in self._engine.output_processor.request_states.values():
+            versions = request.weight_version_starts
+            if versions and _version(versions[0][0]) < oldest:
+                old.add((request.parent_req or request).request_id)
+        if old:
+            await self._engine.abort(old, internal=True)
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -186,6 +201,8 @@ class RolloutGenerator:
             if collector is not None:
                 await self._engine.abort(collector.request_id, internal=True)
             raise
+        if any(sample.finish_reason == "abort" for sample in output.outputs):
+            raise OverAge(f"{id}: {self._name} cut it off, its first tokens are too old to be trained")
         return sorted(output.outputs, key=lambda sample: sample.index)
 
     async def _add(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> RequestOutputCollector:
@@ -205,10 +222,7 @@ class RolloutGenerator:
         return meta, group
 
     def _rollout(self, prompt_id: str, output: CompletionOutput) -> Rollout:
-        spans = (
-            Span(version=0 if s.version == "default" else int(s.version), start=s.start, end=s.end)
-            for s in output.weight_versions
-        )
+        spans = (Span(version=_version(s.version), start=s.start, end=s.end) for s in output.weight_versions)
         flat, rows = output.logprobs, len(output.token_ids)  # in each row the sampled token before its candidates
         logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
         given = {}
@@ -223,3 +237,8 @@ class RolloutGenerator:
             truncated=output.finish_reason == "length",
             **given,
         )
+
+
+def _version(label: str) -> int:
+    """vLLM's label of the weights before any update is "default"."""
+    return 0 if label == "default" else int(label)

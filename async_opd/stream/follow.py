@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from async_opd.ports import Learner, Teacher
+from async_opd.stream.pool import Pool
 
 
 class Followers:
@@ -13,13 +14,14 @@ class Followers:
     teacher meanwhile may have some responses scored before it and some after, none in between.
     """
 
-    def __init__(self, learner: Learner, teachers: Mapping[int, Sequence[Teacher]], folder: str):
+    def __init__(self, learner: Learner, teachers: Mapping[int, Sequence[Pool[Teacher]]], folder: str):
         """`teachers` by the number of steps between two updates; the checkpoint in `folder` is replaced at each."""
         self._learner, self._teachers, self._folder = learner, teachers, folder
 
     async def follow(self, version: int) -> None:
         """Bring those that are due at `version` to the live student."""
-        due = [teacher for every, pool in self._teachers.items() if version % every == 0 for teacher in pool]
+        due = [pool for every, pools in self._teachers.items() if version % every == 0 for pool in pools]
         if due:
             await self._learner.save(self._folder)
-            await asyncio.gather(*(teacher.load(self._folder) for teacher in due))
+            seats = [seat for pool in due for seat in pool.serving]
+            await asyncio.gather(*(seat.hold(seat.port.load(self._folder)) for seat in seats))

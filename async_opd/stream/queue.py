@@ -7,6 +7,7 @@ from collections.abc import Callable
 from async_opd.maths import lag
 from async_opd.ports import Ready
 from async_opd.stream.taught import Taught
+from async_opd.wire import Prompt
 
 
 class Slots:
@@ -40,8 +41,9 @@ class TrajectoryQueue:
 
     A group is over age when no token of it may be trained on under the live version (policy "mask") or when any may
     not (policy "drop"). A taught one never ages, for no version sampled it; it is late once the next step teaches no
-    more. Over-age and late groups never leave through `take`; `on_drop` gets them with the cause. The teacher answers
-    sooner than the student is scored, so no step takes more than the share of taught ones while others are to come.
+    more. Over-age and late groups never leave through `take`; `on_drop` gets their slots and prompts with the cause.
+    The teacher answers sooner than the student is scored, so no step takes more than the share of taught ones while
+    others are to come.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class TrajectoryQueue:
         groups_per_step: int,
         max_lag_steps: int,
         stale: str,
-        on_drop: Callable[[Ready, str], None],
+        on_drop: Callable[[int, Prompt, str], None],
         taught: Taught | None = None,
     ):
         self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
@@ -67,7 +69,7 @@ class TrajectoryQueue:
     def put(self, ready: Ready) -> None:
         """Add a scored group. Never blocks: the slots bound how many there can be."""
         if cause := self._past(ready):
-            self.drop(ready, cause)
+            self.drop(ready.ticket, ready.prompt, len(ready.meta.spans), cause)
             return
         self._ready.append(ready)
         self._students += not ready.prompt.taught
@@ -89,10 +91,10 @@ class TrajectoryQueue:
         self._leave({r.ticket for r in batch})
         return sorted(batch, key=lambda r: r.ticket)
 
-    def drop(self, ready: Ready, cause: str) -> None:
-        """Count a group that will not be trained, and hand it to `on_drop`."""
-        self.dropped[cause] += len(ready.meta.spans)
-        self._on_drop(ready, cause)
+    def drop(self, ticket: int, prompt: Prompt, trajectories: int, cause: str) -> None:
+        """Count a group that will not be trained, and hand its prompt to `on_drop`."""
+        self.dropped[cause] += trajectories
+        self._on_drop(ticket, prompt, cause)
         if self._fills_a_step():  # it may have been the last that was to come
             self._enough.set()
 

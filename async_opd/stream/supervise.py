@@ -1,11 +1,10 @@
-"""Bounded waits and watched loops."""
+"""Bounded waits, and what ended a run."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import TypeVar
 
 from async_opd.errors import AsyncOpdError, TimedOut
-from async_opd.ports import Generator
 
 T = TypeVar("T")
 
@@ -19,14 +18,6 @@ async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
         if not limit.expired():
             raise
         raise TimedOut(f"{who}: no answer in {seconds:g} s") from None
-
-
-async def watch_health(generators: Sequence[Generator], every_s: float) -> None:
-    """Looks at each engine every `every_s` seconds, for ever; ends only by raising: an engine can die inside an
-    actor that lives, and nobody else would notice."""
-    while True:
-        await asyncio.sleep(every_s)
-        await asyncio.gather(*(g.check_health() for g in generators))
 
 
 def first_cause(error: BaseException) -> BaseException:

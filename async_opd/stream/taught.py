@@ -1,10 +1,11 @@
 """Phased teacher sampling: which prompts the teacher answers itself, and which of its answers are trained."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil, floor
 
 from async_opd.ports import Generator, Ready, Ref
+from async_opd.stream.pool import Pool
 from async_opd.wire import GroupMeta, Prompt
 
 CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late")  # why an answer is not trained
@@ -22,7 +23,7 @@ class Taught:
         *,
         share: float,
         weight: Callable[[int], float],
-        generators: Sequence[Generator],
+        generators: Pool[Generator],
         version: Callable[[], int],
         outstanding: Callable[[], int],
         keeps_truncated: bool,
@@ -31,7 +32,6 @@ class Taught:
         groups hold a slot. A right answer that was cut is trained only where `keeps_truncated`."""
         self._share, self._weight, self._generators = share, weight, generators
         self.version, self.outstanding, self._keeps_truncated = version, outstanding, keeps_truncated
-        self._asked: Counter[int] = Counter()  # prompts in flight per generator
         self._admitted, self._requested, self._trained = 0, 0, 0
 
     def teaches(self, step: int) -> bool:
@@ -53,12 +53,7 @@ class Taught:
 
     async def answer(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
         """From the generator with the fewest prompts."""
-        at = min(range(len(self._generators)), key=lambda i: (self._asked[i], i))
-        self._asked[at] += 1
-        try:
-            return await self._generators[at].generate(prompt)
-        finally:
-            self._asked[at] -= 1
+        return await self._generators.ask(lambda generator: generator.generate(prompt))
 
     def refuses(self, ready: Ready) -> str:
         """Why a verified answer is not trained; empty where it may be."""

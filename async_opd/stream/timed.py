@@ -8,18 +8,17 @@ blocked   held back from behind. Generator: it has no request, prompts are left,
           checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing behind them makes them wait
 syncing   generator: from the start of `update` to the end of `resume`; teacher: in `load`; learner: in
           `Publisher.publish`
-down      generator: from a call that finds it lost to a look at its health that finds it well
+down      from when it is given up until another takes its place
 
 The learner's states are set by the main loop. What an actor does inside a call (a rank that waits for another, a
 request that waits for a place in the engine) the driver cannot see.
 """
 
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from async_opd.errors import ActorLost
 from async_opd.metrics import ActorTime
 from async_opd.ports import Generator, Ref, Teacher, Verifier
 from async_opd.wire import GroupMeta, Prompt, Rollout, Verdict
@@ -30,26 +29,32 @@ T = TypeVar("T")
 class _Timed:
     """Enters the state that follows from the calls that are out; with none, the actor is `idle`."""
 
-    def __init__(self, time: ActorTime, idle: str):
-        self._time, self._idle = time, idle
-        self._out, self._syncing, self._down = 0, False, False
+    def __init__(self, port: Any, time: ActorTime, idle: str):
+        self._port, self._time, self._idle = port, time, idle
+        self._out, self._syncing, self._killed = 0, False, False
         self._tell()
 
     def _tell(self) -> None:
-        at_work = "busy" if self._out else self._idle
-        self._time.enter("down" if self._down else "syncing" if self._syncing else at_work)
+        if not self._killed:  # else the time may be another's by now
+            at_work = "busy" if self._out else self._idle
+            self._time.enter("syncing" if self._syncing else at_work)
 
     async def _work(self, call: Awaitable[T]) -> T:
         self._out += 1
         self._tell()
         try:
             return await call
-        except ActorLost:
-            self._down = True
-            raise
         finally:
             self._out -= 1
             self._tell()
+
+    async def check_health(self) -> None:
+        await self._port.check_health()
+
+    def kill(self) -> None:
+        self._killed = True
+        self._time.enter("down")
+        self._port.kill()
 
 
 class TimedGenerator(_Timed):
@@ -57,8 +62,7 @@ class TimedGenerator(_Timed):
     holds the teacher: "starved"."""
 
     def __init__(self, port: Generator, time: ActorTime, idle: str = "blocked"):
-        super().__init__(time, idle)
-        self._port = port
+        super().__init__(port, time, idle)
 
     def no_prompt_is_left(self) -> None:
         """From now on it idles because there is nothing to hand out."""
@@ -77,32 +81,21 @@ class TimedGenerator(_Timed):
     async def join_group(self, init_info: dict) -> None:
         await self._port.join_group(init_info)
 
-    async def update(self, version: int, update_info: dict) -> None:
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
         self._syncing = True
-        await self._work(self._port.update(version, update_info))
+        await self._work(self._port.update(version, update_info, oldest))
 
     async def resume(self) -> None:
         await self._work(self._port.resume())
         self._syncing = False
         self._tell()
 
-    async def check_health(self) -> None:
-        try:
-            await self._port.check_health()
-            self._down = False
-        except ActorLost:
-            self._down = True
-            raise
-        finally:
-            self._tell()
-
 
 class TimedTeacher(_Timed):
     """`ports.Teacher` that accounts for its time; the reference is one too."""
 
     def __init__(self, port: Teacher, time: ActorTime):
-        super().__init__(time, "starved")
-        self._port = port
+        super().__init__(port, time, "starved")
 
     async def score(self, group: Ref) -> Ref:
         return await self._work(self._port.score(group))
@@ -123,8 +116,7 @@ class TimedVerifier(_Timed):
     """`ports.Verifier` that accounts for its time."""
 
     def __init__(self, port: Verifier, time: ActorTime):
-        super().__init__(time, "starved")
-        self._port = port
+        super().__init__(port, time, "starved")
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:
         return await self._work(self._port.check(group))

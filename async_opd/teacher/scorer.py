@@ -8,10 +8,11 @@ import torch
 from transformers import GenerationConfig
 
 from async_opd import causal_lm
+from async_opd.errors import WireError
 from async_opd.maths.logprobs import Read, read_logprobs
 from async_opd.teacher.config import ScorerConfig
 from async_opd.teacher.follow import Follower, read
-from async_opd.wire import Group, Needs, Rollout, Scores
+from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
 
 class TransformersTeacher:
@@ -53,7 +54,7 @@ class TransformersTeacher:
         async with self._arrived:
             self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
             self._arrived.notify_all()
-        return tuple(await asyncio.gather(*futures))
+        return matched(group, tuple(await asyncio.gather(*futures)))
 
     async def load(self, folder: str) -> None:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises DataError."""
@@ -84,7 +85,11 @@ class TransformersTeacher:
                         future.set_exception(error)
                 continue
             for (_, _, future), scores in zip(batch, scored, strict=True):
-                if not future.done():
+                if future.done():  # its caller gave up
+                    continue
+                if isinstance(scores, WireError):
+                    future.set_exception(scores)
+                else:
                     future.set_result(scores)
 
     def _tokens_waiting(self) -> int:
@@ -102,8 +107,9 @@ class TransformersTeacher:
         return batch
 
     @torch.no_grad()
-    def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores]:
-        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach the LM head."""
+    def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
+        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach the LM head. What is
+        not finite is that rollout's error alone."""
         ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
         starts = np.cumsum([0, *map(len, ids)])
         rows = [at + len(p) - 1 + np.arange(len(r.ids)) for at, (p, r) in zip(starts, items, strict=False)]
@@ -126,8 +132,12 @@ class TransformersTeacher:
         )
         return _split(read, [r for _, r in items])
 
-    def greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
+    async def greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
         """The teacher's own likeliest responses, int32 each, to measure its accuracy."""
+        async with self._weights:
+            return await asyncio.to_thread(self._greedy, prompts, max_new_tokens, eos_ids)
+
+    def _greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
@@ -144,7 +154,7 @@ class TransformersTeacher:
         return list(out[:, width:].cpu().numpy().astype(np.int32))
 
 
-def _split(read: Read, rollouts: list[Rollout]) -> list[Scores]:
+def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
     lengths = [len(rollout.ids) for rollout in rollouts]
 
     def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
@@ -161,7 +171,18 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores]:
         parts(read.candidates_NK),
         strict=True,
     )
-    return [
-        Scores(id=r.id, sampled_logp=logp, topk_ids=ids, topk_logp=top, entropy=entropy, candidate_logp=given)
-        for r, logp, ids, top, entropy, given in columns
-    ]
+    return [_scores(rollout.id, *row) for rollout, *row in columns]
+
+
+def _scores(id: str, logp, topk_ids, topk_logp, entropy, given) -> Scores | WireError:
+    try:
+        return Scores(
+            id=id,
+            sampled_logp=logp,
+            topk_ids=topk_ids,
+            topk_logp=topk_logp,
+            entropy=entropy,
+            candidate_logp=given,
+        )
+    except WireError as e:
+        return e

@@ -13,7 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost
 from async_opd.teacher.config import ScorerConfig
-from async_opd.wire import Group, Needs, Rollout, Scores
+from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
 
 class VllmTeacher:
@@ -60,7 +60,7 @@ class VllmTeacher:
         """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died."""
         own = None if self._as_student else group.prompt.teacher_ids
         prompt = group.prompt.ids if own is None else own
-        return tuple(await asyncio.gather(*(self._score(prompt, rollout) for rollout in group.rollouts)))
+        return matched(group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts))))
 
     async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
         k = self._topk
@@ -98,6 +98,13 @@ class VllmTeacher:
         sampling = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
         outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
+
+    async def check_health(self) -> None:
+        """Raise ActorLost when the engine died. Answered by the engine itself, between two of its steps."""
+        try:
+            await self._engine.get_weight_version()
+        except EngineDeadError as e:
+            raise ActorLost(f"{self._role}: its engine died") from e
 
     async def _run(self, ids: np.ndarray, **sampling) -> RequestOutput:
         params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
