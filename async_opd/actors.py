@@ -142,14 +142,10 @@ class Cluster:
         config, start_s = self._config, self._config.timeout.start_s
         if not self._gpus:
             refuse_without_gpus(config.scorers, config.rollout, config.objective)
-        sampling, count = config.teacher_sampling, config.rollout.generators
-        starting = {
-            name: [self._make(name, at) for at in range(n)] for name, n in (("generator", count), ("verifier", 1))
-        }
-        starting |= {at: [self._make(at, i) for i in range(s.replicas)] for at, s in config.scorers.items()}
-        starting["teacher-generator"] = [
-            self._make("teacher-generator", at) for at in range(sampling.generators if sampling else 0)
-        ]
+        sampling = config.teacher_sampling
+        sizes = {"generator": config.rollout.generators, "teacher-generator": sampling.generators if sampling else 0}
+        sizes |= {"verifier": 1} | {at: scorer.replicas for at, scorer in config.scorers.items()}
+        starting = {name: [self._make(name, at) for at in range(size)] for name, size in sizes.items()}
         ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
         address, port = await ranks[0].address(start_s)
         found, _ = await asyncio.gather(

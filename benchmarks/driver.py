@@ -24,9 +24,10 @@ from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, prompts
 
 from async_opd.cli import DEMO
 from async_opd.config import load
+from async_opd.crew import Roles
 from async_opd.metrics import Jsonl, Meter, Row
 from async_opd.run import environment
-from async_opd.train import Roles, train
+from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, Verdict
 
 GENERATORS, LOOKS = (1, 8, 64, 512), (1_000, 10_000, 100_000)
@@ -62,7 +63,7 @@ class Instant:
 
     async def join_group(self, init_info: dict) -> None: ...
 
-    async def update(self, version: int, update_info: dict) -> None:
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
         await self._answer()
         self.version = version
 
@@ -70,6 +71,8 @@ class Instant:
         await self._answer()
 
     async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
 
     async def _answer(self) -> None:
         Instant.calls += 1

@@ -30,9 +30,10 @@ import numpy as np
 
 from async_opd.cli import DEMO
 from async_opd.config import load
+from async_opd.crew import Roles
 from async_opd.metrics import Meter, Row
 from async_opd.ports import Ready
-from async_opd.train import Roles, train
+from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
 
 STEPS, PER_STEP, EDGE, LONGEST_S, MEAN_TOKENS, PROBE_TOKENS = 45, 16, 5, 0.25, 128, 8
@@ -111,7 +112,7 @@ class PacedGenerator:
 
     async def join_group(self, init_info: dict) -> None: ...
 
-    async def update(self, version: int, update_info: dict) -> None:
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
         self._running.clear()
         self._halt.set()
         await asyncio.sleep(self._pace.sync_s)
@@ -122,6 +123,8 @@ class PacedGenerator:
         self._running.set()
 
     async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class PacedTeacher:
@@ -141,6 +144,10 @@ class PacedTeacher:
                 for each in batch:
                     each.set()
 
+    async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
+
 
 class PacedVerifier:
     """As many checks at once as there are, `check_s` each."""
@@ -151,6 +158,10 @@ class PacedVerifier:
     async def check(self, group: Prompt) -> tuple[Verdict, ...]:
         await asyncio.sleep(self._pace.check_s)
         return (Verdict(id=f"{group.id}#0", correct=True),)
+
+    async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class PacedLearner:

@@ -31,11 +31,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.actors import Cluster
 from async_opd.config import Config, load
+from async_opd.crew import Roles
 from async_opd.metrics import Meter
 from async_opd.ports import Ready
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import environment
-from async_opd.train import Roles, train
+from async_opd.train import train
 
 RESULTS = (
     "trained_tokens_per_s", "scored_dropped", "discarded_share", "max_lag", "driver_cpu_ms_per_trajectory"

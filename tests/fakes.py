@@ -31,13 +31,15 @@ class FakeGenerator:
 
     async def join_group(self, init_info): ...
 
-    async def update(self, version, update_info):
+    async def update(self, version, update_info, oldest):
         self.paused, self.version = True, version
 
     async def resume(self):
         self.paused = False
 
     async def check_health(self): ...
+
+    def kill(self): ...
 
 
 class FakeScorer:
@@ -50,6 +52,10 @@ class FakeScorer:
         return (Verdict(id=f"{group.id}#0", correct=True),)
 
     async def load(self, folder): ...
+
+    async def check_health(self): ...
+
+    def kill(self): ...
 
 
 class FakeLearner:

@@ -98,7 +98,9 @@ def way(teacher: TransformersTeacher, tokens: int) -> None:
     meta, group, scores, verdicts = (
         pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, tokens))
     )
-    queue = TrajectoryQueue(groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ready, cause: None)
+    queue = TrajectoryQueue(
+        groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ticket, prompt, cause: None
+    )
     queue.put(Ready(1, group.prompt, meta, group, scores, verdicts, (0,)))
     (ready,) = result(queue.take(104))
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]

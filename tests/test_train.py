@@ -9,21 +9,22 @@ import pytest
 from msgspec.structs import replace
 
 from async_opd.config import load
-from async_opd.errors import ActorLost, LoopEnded
+from async_opd.crew import Roles
+from async_opd.errors import ActorLost
 from async_opd.metrics import ROLES, STATES, Meter
-from async_opd.train import Roles, train
+from async_opd.train import train
 from async_opd.wire import Verdict
 from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
 
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
 
-async def run(tmp_path, *overrides: str, generator=None, learner=None, held_out: int = 0, **scorers):
+async def run(tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, **scorers):
     """(summary, learner, rows) of a whole run over fakes."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or FakeLearner(), []
     roles = Roles(
-        generators=[generator or FakeGenerator(), FakeGenerator()],
+        generators=generators or [generator or FakeGenerator(), FakeGenerator()],
         verifier=FakeScorer(),
         learner=learner,
         **{"teachers": {"": [FakeScorer()]}} | scorers,
@@ -143,7 +144,7 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
     assert held[300] - held[100] < 20_000  # bytes, in 200 steps of 4 groups; a row alone is 3,000
 
 
-async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp_path):
+async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_version(tmp_path):
     class DiesLater(FakeGenerator):
         async def generate(self, prompt):
             if self.version == 2:
@@ -151,32 +152,22 @@ async def test_a_role_that_fails_ends_the_run_with_its_error_and_the_version(tmp
             return await super().generate(prompt)
 
     with pytest.raises(ActorLost, match="generator 0 died") as failure:
-        await run(tmp_path, "run.max_lag_steps=0", generator=DiesLater())
+        await run(tmp_path, "run.max_lag_steps=0", generators=[DiesLater(), DiesLater()])
     assert failure.value.__notes__ == ["at version 2"]
 
 
 async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
     class Dead(FakeGenerator):
+        async def generate(self, prompt):
+            await asyncio.sleep(3600)
+
         async def check_health(self):
             raise ActorLost("teacher-generator 0: its engine died")
-
-    class Slow(FakeLearner):
-        async def step(self, groups):
-            await asyncio.sleep(3600)
 
     sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
     settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
     with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
-        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()], learner=Slow())
-
-
-async def test_a_health_watch_that_returns_ends_the_run(tmp_path, monkeypatch):
-    async def returns(*_):
-        return
-
-    monkeypatch.setattr("async_opd.train.watch_health", returns)
-    with pytest.raises(LoopEnded, match="the health watch returned"):
-        await run(tmp_path)
+        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()])
 
 
 async def test_cancellation_saves_the_weights_before_it_propagates(tmp_path):

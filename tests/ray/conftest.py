@@ -9,6 +9,7 @@ from async_opd.config import Config, load
 from async_opd.inputs import views
 from async_opd.rollout.prompts import PromptSource
 from async_opd.run import resolve_toy
+from async_opd.stream.pool import Pool
 from async_opd.stream.publish import Publisher
 
 
@@ -24,7 +25,6 @@ async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
     prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
     with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
-        publisher = Publisher(roles.learner, roles.generators, parity_every=1, tolerance=1e-4)
-        await publisher.connect()
+        publisher = Publisher(roles.learner, Pool("generator", roles.generators), parity_every=1, tolerance=1e-4)
         await publisher.publish(0, admit=lambda: None)
         yield roles, publisher, prompts

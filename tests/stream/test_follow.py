@@ -1,4 +1,5 @@
 from async_opd.stream.follow import Followers
+from async_opd.stream.pool import Pool
 
 
 class Says:
@@ -13,11 +14,14 @@ class Says:
     async def load(self, folder):
         self.notes.append(f"{self.name} loads {folder}")
 
+    def kill(self): ...
+
 
 async def test_every_replica_reads_what_was_saved_for_it_at_its_own_steps():
     notes = []
     learner, *teachers = (Says(name, notes) for name in ("learner", "a", "b", "c"))
-    followers = Followers(learner, {2: teachers[:2], 3: teachers[2:]}, "here")
+    pools = {2: [Pool("a", teachers[:2])], 3: [Pool("b", teachers[2:])]}
+    followers = Followers(learner, pools, "here")
     found = {}
     for version in range(1, 7):
         await followers.follow(version)

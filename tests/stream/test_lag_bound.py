@@ -11,6 +11,7 @@ import pytest
 
 from async_opd.maths import lag
 from async_opd.ports import Ready
+from async_opd.stream.pool import Pool
 from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
@@ -76,7 +77,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
         groups_per_step=GROUPS_PER_STEP,
         max_lag_steps=bound,
         stale=stale,
-        on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
     )
 
     async def learn():
@@ -100,10 +101,11 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
         producer = Producer(
             prompts=prompts(),
             needed=steps * GROUPS_PER_STEP,
-            generators=[world] * generators,
-            teachers={"": [world]},
-            references=(),
-            verifier=world,
+            samples=1,
+            generators=Pool("generator", [world] * generators),
+            teachers={"": Pool("teacher", [world])},
+            references=None,
+            verifier=Pool("verifier", [world]),
             slots=slots,
             queue=queue,
             tasks=tasks,

@@ -1,11 +1,11 @@
 import asyncio
-import random
 
 import msgspec
 import pytest
 
 from async_opd.errors import ActorLost
-from async_opd.stream.produce import Loads, Producer
+from async_opd.stream.pool import Pool
+from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
 from async_opd.wire import Span, Verdict
@@ -22,16 +22,17 @@ def stream(
         groups_per_step=1,
         max_lag_steps=0,
         stale="drop",
-        on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
         taught=taught,
     )
     producer = Producer(
         prompts=prompts(),
         needed=needed,
-        generators=generators,
-        teachers=teachers or {"": [FakeScorer()]},
-        references=references,
-        verifier=verifier or FakeScorer(),
+        samples=1,
+        generators=Pool("generator", generators),
+        teachers={name: Pool("teacher", pool) for name, pool in (teachers or {"": [FakeScorer()]}).items()},
+        references=Pool("reference", references) if references else None,
+        verifier=Pool("verifier", [verifier or FakeScorer()]),
         slots=limit,
         queue=queue,
         tasks=tasks,
@@ -75,18 +76,6 @@ async def test_work_is_spread_over_generators():
     assert [len(g.served) for g in generators] == [3, 3]
 
 
-def test_the_generator_with_the_fewest_groups_is_found_whatever_came_and_went():
-    draw, loads, naive = random.Random(0), Loads(7), [0] * 7
-    for _ in range(500):
-        at = naive.index(min(naive))  # the first of several
-        assert loads.least() == at
-        groups = +1
-        if draw.random() < 0.5 and any(naive):
-            at, groups = draw.choice([i for i in range(7) if naive[i]]), -1
-        naive[at] += groups
-        loads.add(at, groups)
-
-
 async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():
     generator = FakeGenerator()
     async with asyncio.TaskGroup() as tasks:
@@ -113,7 +102,7 @@ async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_las
     assert slots.free == 0
 
 
-async def test_a_role_that_fails_ends_the_stream_with_its_own_error():
+async def test_the_last_generator_that_dies_ends_the_stream_with_its_own_error():
     class Dead(FakeGenerator):
         async def generate(self, prompt):
             raise ActorLost("generator 0 died")
@@ -162,8 +151,9 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
 
     references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, _ = stream(tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references)
-        producer._verifier = both
+        producer, queue, _ = stream(
+            tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references, verifier=both
+        )
         producer.fill()
         ready = [(await queue.take(0))[0] for _ in range(2)]
     assert {r.prompt.id: r.reference for r in ready} == {"0": "reference 0", "1": "reference 1"}
@@ -199,7 +189,11 @@ def half_taught(*generators, until: int = 99, keeps_truncated=True) -> Taught:
     """Every second prompt is the teacher's, up to step `until`."""
     weight = dict(share=0.5, weight=lambda step: float(step <= until))
     return Taught(
-        **weight, generators=generators, version=lambda: 0, outstanding=lambda: 99, keeps_truncated=keeps_truncated
+        **weight,
+        generators=Pool("teacher-generator", generators),
+        version=lambda: 0,
+        outstanding=lambda: 99,
+        keeps_truncated=keeps_truncated,
     )
 
 

@@ -37,7 +37,7 @@ def queue_of(
         groups_per_step=per_step,
         max_lag_steps=bound,
         stale=stale,
-        on_drop=lambda r, cause: dropped.append((r.ticket, cause)),
+        on_drop=lambda ticket, prompt, cause: dropped.append((ticket, cause)),
         taught=taught,
     )
     for item in items:
@@ -150,7 +150,8 @@ async def test_a_step_takes_what_there_is_once_nothing_else_is_to_come():
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
     assert not taking.done()
-    queue.drop(outstanding.pop(), "teacher_wrong")  # the last that was to come
+    last = outstanding.pop()
+    queue.drop(last.ticket, last.prompt, 1, "teacher_wrong")  # the last that was to come
     assert await taking == own
 
 

@@ -3,8 +3,7 @@ import asyncio
 import pytest
 
 from async_opd.errors import ActorLost, TimedOut
-from async_opd.stream.supervise import bounded, first_cause, watch_health
-from tests.fakes import FakeGenerator
+from async_opd.stream.supervise import bounded, first_cause
 
 
 async def test_a_wait_that_runs_out_says_who_was_waited_for_and_how_long():
@@ -18,21 +17,6 @@ async def test_a_timeout_of_the_awaited_itself_is_not_taken_for_ours():
 
     with pytest.raises(TimeoutError, match="inner"):
         await bounded(fails(), 5, "anyone")
-
-
-async def test_the_health_watch_ends_only_by_raising():
-    class Dies(FakeGenerator):
-        looks = 0
-
-        async def check_health(self):
-            self.looks += 1
-            if self.looks == 3:
-                raise ActorLost("generator 0: its engine died")
-
-    generator = Dies()
-    with pytest.raises(ActorLost):
-        await watch_health([FakeGenerator(), generator], 0.001)
-    assert generator.looks == 3
 
 
 def test_the_named_error_is_found_inside_nested_groups():

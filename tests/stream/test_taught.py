@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from async_opd.config import Config, load
+from async_opd.crew import Roles
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.taught import Taught
-from async_opd.train import Roles, train
+from async_opd.train import train
 from async_opd.wire import Prompt, StepResult, Verdict
 from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, prompts
 from tests.fakes import virtual
@@ -38,7 +39,7 @@ class Asked(PacedGenerator):
         self.warm = not self.asked
         return await super().probe()
 
-    async def update(self, version, update_info):
+    async def update(self, version, update_info, oldest):
         raise AssertionError("the teacher takes no weights")
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from async_opd.errors import ActorLost
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 from benchmarks.paced import Pace, measure
@@ -26,7 +25,7 @@ class Slow(FakeGenerator, FakeScorer):
         await asyncio.sleep(1)
         return ()
 
-    async def update(self, version, update_info):
+    async def update(self, version, update_info, oldest):
         await asyncio.sleep(1)
 
     async def load(self, folder):
@@ -62,7 +61,7 @@ def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
     async def scenario(generator):
         asking = asyncio.ensure_future(generator.generate(next(prompts())))
         await asyncio.sleep(0.25)
-        await generator.update(1, {})  # 1 s, in which the request ends
+        await generator.update(1, {}, 0)  # 1 s, in which the request ends
         await asyncio.sleep(2)  # until it is told to run on
         await generator.resume()
         await asking
@@ -71,24 +70,18 @@ def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
     assert spent(scenario, TimedGenerator, "generators") == {"busy": 1.25, "syncing": 3}
 
 
-def test_a_generator_is_down_from_a_failed_look_at_its_health_to_a_good_one():
-    class Sick(FakeGenerator):
-        well = False
-
-        async def check_health(self):
-            if not self.well:
-                raise ActorLost("generator 0: its engine died")
-
+def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_still_comes_back():
     async def scenario(timed):
-        timed._port = Sick()
-        with pytest.raises(ActorLost):
-            await timed.check_health()
-        await asyncio.sleep(3)
-        timed._port.well = True
-        await timed.check_health()
+        asking = asyncio.ensure_future(timed.generate(next(prompts())))
+        await asyncio.sleep(0.25)
+        timed.kill()
+        await asking  # its late answer, at 1 s
+        await asyncio.sleep(2)
+        another = TimedGenerator(Slow(), timed._time)
+        await another.generate(next(prompts()))
         await asyncio.sleep(1)
 
-    assert spent(scenario, TimedGenerator, "generators") == {"down": 3, "blocked": 1}
+    assert spent(scenario, TimedGenerator, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
 
 
 @pytest.mark.parametrize(("wrap", "call"), [(TimedTeacher, "score"), (TimedVerifier, "check")])

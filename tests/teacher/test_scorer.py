@@ -275,7 +275,7 @@ async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
 @torch.no_grad()
 def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
     prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]
-    responses = teacher().greedy(prompts, 6, [1])
+    responses = asyncio.run(teacher().greedy(prompts, 6, [1]))
     for prompt, got in zip(prompts, responses, strict=True):
         ids = prompt.tolist()
         for token in got.tolist():
@@ -287,22 +287,22 @@ def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
 @torch.no_grad()
 def test_greedy_stops_at_an_end_token(model, teacher):
     prompt = np.array([5, 6, 7], np.int32)
-    free = teacher().greedy([prompt], 6, [1])[0]
-    stopped = teacher().greedy([prompt], 6, [int(free[2])])[0]
+    free = asyncio.run(teacher().greedy([prompt], 6, [1]))[0]
+    stopped = asyncio.run(teacher().greedy([prompt], 6, [int(free[2])]))[0]
     end = free.tolist().index(free[2]) + 1
     assert stopped.tolist()[:end] == free.tolist()[:end] and len(stopped) == end
 
 
 @torch.no_grad()
 def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(model, teacher, tmp_path):
-    plain = teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1])
+    plain = asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))
     GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(tmp_path)
-    assert teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1])[0].tolist() == plain[0].tolist()
+    assert asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))[0].tolist() == plain[0].tolist()
 
 
 async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
     scorer = teacher()
     (before, _) = await scorer.score(group())
-    scorer.greedy([np.array([5, 6, 7], np.int32)], 4, [1])
+    await scorer.greedy([np.array([5, 6, 7], np.int32)], 4, [1])
     (after, _) = await scorer.score(group())
     assert np.array_equal(before.sampled_logp, after.sampled_logp)
