@@ -62,6 +62,13 @@ class Crew:
         pools = (self.generators, *self.teachers.values(), self.references, self.verifier, self.teacher_generators)
         return (pool for pool in pools if pool)
 
+    @property
+    def scalable(self) -> dict[str, Pool]:
+        """Pools whose size may be changed, by the name a user has for them. A self-teacher's is none."""
+        named = {section(name): pool for name, pool in self.teachers.items()}
+        named |= {"generators": self.generators, "reference": self.references}
+        return {name: pool for name, pool in named.items() if pool and pool.can_grow}
+
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """From now on the lost are noticed and replaced."""
         for pool in self:

@@ -116,6 +116,12 @@ class TeacherProxy(_Member):
     async def load(self, folder: str) -> None:
         await self._actor.call(self._config.timeout.step_s, "load", folder)
 
+    async def save(self, file: str) -> None:
+        await self._actor.call(self._config.timeout.step_s, "save", file)
+
+    async def restore(self, file: str) -> None:
+        await self._actor.call(self._config.timeout.step_s, "restore", file)
+
     async def _score_all(self, groups: list[Ref]) -> list[Ref | AsyncOpdError]:
         errors, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
         return [error or score for error, score in zip(errors, scores, strict=True)]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from async_opd.ports import Learner, Teacher
 from async_opd.stream.pool import Pool
@@ -25,3 +26,21 @@ class Followers:
             await self._learner.save(self._folder)
             seats = [seat for pool in due for seat in pool.serving]
             await asyncio.gather(*(seat.hold(seat.port.load(self._folder)) for seat in seats))
+
+    async def save(self, folder: Path) -> None:
+        """Each pool's own weights, beside the rest of a checkpoint."""
+        for pool in self._pools:
+            await pool.ask(lambda teacher, pool=pool: teacher.save(str(_file(folder, pool))))
+
+    async def restore(self, folder: Path) -> None:
+        """Bring every replica to where it was at that checkpoint."""
+        restoring = [(seat, str(_file(folder, pool))) for pool in self._pools for seat in pool.serving]
+        await asyncio.gather(*(seat.hold(seat.port.restore(file)) for seat, file in restoring))
+
+    @property
+    def _pools(self) -> list[Pool[Teacher]]:
+        return [pool for pools in self._teachers.values() for pool in pools]
+
+
+def _file(folder: Path, pool: Pool) -> Path:
+    return folder / f"{pool.name}.safetensors"

@@ -113,6 +113,16 @@ class Pool(Generic[P]):
             self._serve(Seat(f"{name} {index}", index, wrap(index, port)))
 
     @property
+    def size(self) -> int:
+        """Members there should be."""
+        return len(self._wanted)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether it knows how to start a member."""
+        return self._spawn is not None
+
+    @property
     def serving(self) -> list[Seat[P]]:
         """The seats that serve, in order."""
         return [self._seats[index] for index in sorted(self._seats)]

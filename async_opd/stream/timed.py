@@ -111,6 +111,12 @@ class TimedTeacher(_Timed):
             self._syncing = False
             self._tell()
 
+    async def save(self, file: str) -> None:
+        await self._work(self._port.save(file))
+
+    async def restore(self, file: str) -> None:
+        await self._work(self._port.restore(file))
+
 
 class TimedVerifier(_Timed):
     """`ports.Verifier` that accounts for its time."""

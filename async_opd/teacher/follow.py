@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +32,18 @@ class Follower:
                 parameter.copy_(student[name])
             else:
                 parameter.copy_(self._average[name].lerp_(student[name].float(), 1 - self._decay))
+
+    def save(self, file: Path) -> None:
+        """Write what the next update goes on from."""
+        save_file(self._average or {n: p.detach().cpu().contiguous() for n, p in self._parameters.items()}, file)
+
+    @torch.no_grad()
+    def restore(self, file: Path) -> None:
+        """Be as at `save`."""
+        for name, tensor in load_file(file).items():
+            self._parameters[name].copy_(tensor)
+            if self._decay is not None:
+                self._average[name] = tensor
 
 
 def read(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:

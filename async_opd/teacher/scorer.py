@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from transformers import GenerationConfig
 from async_opd import causal_lm
 from async_opd.errors import WireError
 from async_opd.maths.logprobs import Read, read_logprobs
-from async_opd.teacher.config import ScorerConfig
+from async_opd.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.teacher.follow import Follower, read
 from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
@@ -40,7 +41,8 @@ class TransformersTeacher:
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
-        self._follower: Follower | None = None
+        moves = isinstance(config, TeacherConfig) and config.update != "frozen"
+        self._follower = Follower(self._model, config.ema_decay if config.update == "ema" else None) if moves else None
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -60,10 +62,17 @@ class TransformersTeacher:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises DataError."""
         student = await asyncio.to_thread(read, folder, type(self._model))
         async with self._weights:
-            if self._follower is None:
-                decay = self._config.ema_decay if self._config.update == "ema" else None
-                self._follower = Follower(self._model, decay)
             await asyncio.to_thread(self._follower.follow, student)
+
+    async def save(self, file: str) -> None:
+        """Write a self-teacher's own weights, for a checkpoint."""
+        async with self._weights:
+            await asyncio.to_thread(self._follower.save, Path(file))
+
+    async def restore(self, file: str) -> None:
+        """Be the self-teacher of that checkpoint."""
+        async with self._weights:
+            await asyncio.to_thread(self._follower.restore, Path(file))
 
     async def _serve(self) -> None:
         """Waits for a request, then at most `flush_s` for a full batch; ends only with the actor."""
