@@ -20,7 +20,7 @@ class DataError(AsyncOpdError):
 
 
 class RunMissing(AsyncOpdError):
-    """A run directory, or a file of it that a command needs, is not there. The message names it."""
+    """A run directory, or a file of it that a command needs, is not there or is another thing. The message names it."""
 
     exit_status = 2
 

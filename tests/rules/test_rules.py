@@ -2,7 +2,7 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
 cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring → config →
-inputs, evaluate, explain → train → actors → run → cli → __main__. Units of one rank never import each other; a
+inputs, evaluate, explain, audit → train → actors → run → cli → __main__. Units of one rank never import each other; a
 config.py is its role's.
 """
 
@@ -22,7 +22,7 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain"],
+    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "audit"],
     ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
@@ -32,7 +32,9 @@ CONFINED = {
     "deepspeed": {"learner/engine.py"},
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
-SMALL = {"errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "train", "cli"}
+SMALL = {
+    "errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "audit", "train", "cli",
+}  # fmt: skip
 
 
 def imports(name: str) -> set[str]:
