@@ -20,7 +20,8 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class PromptSource:
-    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch.
+    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch. It goes
+    on from `position`, which is where it stopped.
 
     Raises DataError naming the row for a missing or mistyped column, for an unknown teacher, for a prompt over its
     bound in either rendering (where `long_prompt` is "skip" it counts as `skipped` instead), and when the epochs are
@@ -115,7 +116,7 @@ class PromptSource:
             column = enumerate(self._rows[self._config.id])
             named = (self._at(position) for position, name in column if str(name) in names)
         else:
-            places = (int(name) for name in names)
+            places = (int(name) for name in names if name.isdecimal())
             named = (self._at(position) for position in places if position < len(self))
         return islice(named, len(names))
 
