@@ -17,7 +17,7 @@ class Replay:
         self.attempts: dict[str, int] = {}  # of each outstanding prompt
         self._due: dict[str, None] = {}  # of them: to be handed out again since a resume, in this order
         self.handed_out = array("q")  # hashes of ids
-        self._strays: list[tuple[str, str]] = []  # ids that were not outstanding, and what was said of them
+        self._strays: list[tuple[str, int, str]] = []  # an id not outstanding, hand-outs before, what was said of it
         self.step = self.trained = 0
         self.finished = False
         self.dropped, self.reissued, self.returned = Counter(), Counter(), Counter()
@@ -52,12 +52,12 @@ class Replay:
             self._found.append(f"the run finished after step {self.step} of {steps}")
         if self.finished:
             self._found += [f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts]
-        hashes = np.array(self.handed_out)
-        known = np.isin([hash(id) for id, _ in self._strays], hashes)
-        for (id, what), was_out in zip(self._strays, known, strict=True):
-            self._found.append(f"{id}: {what}, but {'it had ended before' if was_out else 'was never handed out'}")
-        found, counts = np.unique(hashes, return_counts=True)
-        twice = set(found[counts > 1].tolist())
+        hashes, first, counts = np.unique(np.array(self.handed_out), return_index=True, return_counts=True)
+        for id, before, what in self._strays:
+            at = np.searchsorted(hashes, hash(id))
+            was_out = at < len(hashes) and hashes[at] == hash(id) and first[at] < before
+            self._found.append(f"{id}: {what}, but {'it had ended before' if was_out else 'it was never handed out'}")
+        twice = set(hashes[counts > 1].tolist())
         if twice:
             ids = {record.id for _, record in again if type(record) is ledger.Out and hash(record.id) in twice}
             self._found += [f"{id}: handed out anew after it had ended" for id in sorted(ids)]
@@ -94,7 +94,7 @@ class Replay:
         self.reissued[record.cause] += 1
         before = self.attempts.get(record.id)
         if before is None:
-            self._strays.append((record.id, f"re-issued ({record.cause})"))
+            self._stray(record.id, f"re-issued ({record.cause})")
             return
         if record.attempt not in (before, before + 1):  # what the teacher did not answer is the student's first attempt
             self._found.append(f"{record.id}: attempt {record.attempt} follows attempt {before}")
@@ -103,7 +103,7 @@ class Replay:
     def _return(self, record: ledger.Returned) -> None:
         self.returned[record.cause] += 1
         if record.id not in self.attempts:
-            self._strays.append((record.id, f"handed back ({record.cause})"))
+            self._stray(record.id, f"handed back ({record.cause})")
 
     def _check(self, record: ledger.Checkpoint) -> None:
         if record.step != self.step:
@@ -120,7 +120,10 @@ class Replay:
 
     def _end(self, id: str, what: str) -> None:
         if self.attempts.pop(id, None) is None:
-            self._strays.append((id, what))
+            self._stray(id, what)
         elif id in self._due:
             del self._due[id]
             self._found.append(f"{id}: {what} before it was handed out again")
+
+    def _stray(self, id: str, what: str) -> None:
+        self._strays.append((id, len(self.handed_out), what))
