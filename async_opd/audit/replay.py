@@ -52,12 +52,15 @@ class Replay:
             self._found.append(f"the run finished after step {self.step} of {steps}")
         if self.finished:
             self._found += [f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts]
-        hashes, first, counts = np.unique(np.array(self.handed_out), return_index=True, return_counts=True)
-        for id, before, what in self._strays:
-            at = np.searchsorted(hashes, hash(id))
-            was_out = at < len(hashes) and hashes[at] == hash(id) and first[at] < before
-            self._found.append(f"{id}: {what}, but {'it had ended before' if was_out else 'it was never handed out'}")
-        twice = set(hashes[counts > 1].tolist())
+        hashes = np.asarray(self.handed_out)
+        if self._strays:
+            known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
+            first = {int(hashes[at]): at for at in reversed(known)}
+            for id, before, what in self._strays:
+                was_out = first.get(hash(id), before) < before
+                self._found.append(f"{id}: {what}, but it {'had ended before' if was_out else 'was never handed out'}")
+        hashes = np.sort(hashes)
+        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         if twice:
             ids = {record.id for _, record in again if type(record) is ledger.Out and hash(record.id) in twice}
             self._found += [f"{id}: handed out anew after it had ended" for id in sorted(ids)]
