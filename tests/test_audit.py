@@ -427,7 +427,7 @@ def lives(run_dir: Path, seed: int, steps: int = 6) -> int:
     make(run_dir, steps)
     for kills in range(7):
         try:
-            asyncio.run(live(run_dir, random, steps, dies=0.03 if kills < 6 else 0))
+            asyncio.run(live(run_dir, random, steps, dies=0.07 if kills < 6 else 0))
             return kills
         except Killed:
             assert audit(run_dir).discrepancies == []

@@ -128,12 +128,14 @@ class Ledger:
         self._add(Returned(self._next(), id, cause))
 
     def checkpoint(self, step: int) -> list[str]:
-        """The driver's state is taken now; returns what of it is outstanding."""
+        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second one of the same step
+        that is killed before its commit could not be told from the first."""
         self._add(Checkpoint(self._next(), step))
         return list(self.outstanding)
 
     def resumed(self, step: int, outstanding: Iterable[str]) -> None:
-        """The run goes on from the checkpoint of `step`, or from its start for 0, with what was `outstanding` then."""
+        """The run goes on from the checkpoint of `step`, or from its start for 0, with what was `outstanding` then.
+        Later checkpoints must be gone by now, or the next resume could take one that is void."""
         self.outstanding = dict.fromkeys(outstanding)
         self._due = set(self.outstanding)
         self._add(Resumed(self._next(), step, list(self.outstanding)))
