@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("given", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts")
     explain.add_argument("--json", action="store_true", help="exact numbers instead of a table")
     explain.set_defaults(run=_explain)
+    audit = commands.add_parser("audit", help="prove from a run's ledger that no prompt was lost or trained twice")
+    audit.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
+    audit.add_argument("--json", action="store_true", help="the books as one object")
+    audit.set_defaults(run=_audit)
     for command in (train, demo, evaluation):
         command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     return parser
@@ -107,3 +111,13 @@ def _explain(args: argparse.Namespace) -> int:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(*table(rollouts, effects, colour=colour), sep="\n")
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from async_opd.audit.books import audit
+
+    books = audit(args.run_dir)
+    print(msgspec.json.encode(books).decode() if args.json else "\n".join(books.lines()))
+    return 1 if books.discrepancies else 0

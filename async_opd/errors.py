@@ -19,6 +19,16 @@ class DataError(AsyncOpdError):
     exit_status = 2
 
 
+class RunMissing(AsyncOpdError):
+    """A run directory, or a file of it that a command needs, is not there or is another thing. The message names it."""
+
+    exit_status = 2
+
+
+class LedgerError(AsyncOpdError):
+    """The ledger cannot be written, or a line of it is not a record. The message names the file, and the line."""
+
+
 class WireError(AsyncOpdError):
     """A message that crossed a process boundary breaks an invariant. The message names its id and the field."""
 

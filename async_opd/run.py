@@ -43,8 +43,7 @@ async def run(config: Config) -> Row:
     jsonl.close()
     for observer in observers:
         observer.close(timeout_s=10)
-    skipped = len(inputs.prompts.skipped)
-    summary |= {"prompts_skipped": skipped, "observer_rows_lost": sum(o.lost for o in observers)}
+    summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(o.lost for o in observers)}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 

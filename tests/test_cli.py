@@ -1,10 +1,13 @@
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from async_opd.cli import DEMO, main
+from async_opd.config import load
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.evaluate import Accuracy
 from async_opd.metrics import ROLES, STATES
@@ -39,6 +42,7 @@ def runs(monkeypatch, tmp_path):
         (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
+        (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
     ],
 )
 def test_help_of_a_command_is_its_usage(command, says, capsys):
@@ -50,7 +54,7 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain)"),
+        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain, audit)"),
         ([], "the following arguments are required: COMMAND"),
         (["train"], "the following arguments are required: config"),
         (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
@@ -59,8 +63,8 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    commands = "train, demo, eval, explain"
-    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval', 'explain'", commands)
+    commands = "train, demo, eval, explain, audit"
+    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval', 'explain', 'audit'", commands)
 
 
 def test_the_module_is_the_command():
@@ -139,3 +143,43 @@ def test_an_evaluation_without_problems_is_refused_before_anything_starts(runs, 
     assert capsys.readouterr().err == (
         "async-opd: ConfigError: eval: missing; this command needs a section [eval] with path\n"
     )
+
+
+@pytest.fixture
+def audited(tmp_path):
+    """A finished run of one step: its directory, and what makes its ledger hold `lines`."""
+
+    def holds(*lines: str) -> str:
+        overrides = ["learner.trajectories_per_step=1", "learner.warmup_steps=0", "run.steps=1"]
+        (tmp_path / "config.json").write_bytes(msgspec.json.encode(load(DEMO, overrides)))
+        (tmp_path / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return str(tmp_path)
+
+    return holds
+
+
+def test_an_audit_prints_the_books_and_exits_with_zero_when_they_balance(audited, capsys):
+    run_dir = audited('["out",1,"7@0"]', '["trained",2,1,["7@0"]]', '["finished",3]')
+    assert main(["audit", run_dir]) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert (first.split(), last) == (["steps", "1", "of", "1,", "finished"], "the books balance")
+    assert main(["audit", run_dir, "--json"]) == 0
+    books = json.loads(capsys.readouterr().out)
+    assert (books["handed_out"], books["trained"], books["discrepancies"]) == (1, 1, [])
+
+
+def test_an_audit_names_what_is_wrong_and_exits_with_one(audited, capsys):
+    run_dir = audited('["out",1,"7@0"]', '["out",2,"8@0"]', '["trained",3,1,["7@0"]]', '["finished",4]')
+    assert main(["audit", run_dir]) == 1
+    *_, said, last = capsys.readouterr().out.splitlines()
+    assert (said, last) == ("8@0: lost: handed out, neither trained nor dropped", "the books do not balance: 1 found")
+    assert main(["audit", run_dir, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["discrepancies"] == [said]
+    assert main(["audit", audited("[")]) == 1
+    assert "LedgerError: " in capsys.readouterr().err
+
+
+def test_an_audit_of_no_run_exits_with_two(tmp_path, capsys):
+    assert main(["audit", str(tmp_path / "rum")]) == 2
+    said = f"{tmp_path / 'rum'}: no such file or folder; an audit needs the directory of a run"
+    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")

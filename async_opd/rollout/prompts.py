@@ -1,8 +1,8 @@
 """Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle per epoch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -20,10 +20,11 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class PromptSource:
-    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch.
+    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch. It goes
+    on from `position`, which is where it stopped.
 
     Raises DataError naming the row for a missing or mistyped column, for an unknown teacher, for a prompt over its
-    bound in either rendering (where `long_prompt` is "skip" its id goes to `skipped` instead), and when the epochs are
+    bound in either rendering (where `long_prompt` is "skip" it counts as `skipped` instead), and when the epochs are
     used up.
     """
 
@@ -42,7 +43,8 @@ class PromptSource:
         if config.chat_template and not tokenizer.chat_template:
             raise DataError("data.chat_template = true: the tokenizer of student.model has no chat template")
         self._rows = _load(config)
-        self.skipped: list[str] = []  # ids of prompts that were too long
+        self.skipped = 0  # prompts that were too long
+        self._epoch, self._drawn = 0, 0  # how far it was read
         columns = self._rows.column_names
         for key in ("prompt", "answer", "id", "teacher", "solution"):
             name = getattr(config, key)
@@ -59,18 +61,64 @@ class PromptSource:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Prompt]:
-        epoch = 0
-        while self._config.epochs is None or epoch < self._config.epochs:
-            served = 0
-            for row in self._shuffled(epoch):
-                prompt = self.prompt(row, epoch)
+        while self._config.epochs is None or self._epoch < self._config.epochs:
+            served = bool(self._drawn)  # of an epoch that is continued the rows so far have been seen
+            for row in self._shuffled(self._epoch, self._drawn):
+                self._drawn += 1
+                prompt = self.prompt(row, self._epoch)
                 if prompt is not None:
-                    served += 1
+                    served = True
                     yield prompt
             if not served:
                 raise DataError(f"data.path = {self._config.path!r}: no usable row")
-            epoch += 1
-        raise DataError(f"data.path = {self._config.path!r}: {epoch} epochs are used up; raise data.epochs")
+            self._epoch, self._drawn = self._epoch + 1, 0
+        raise DataError(f"data.path = {self._config.path!r}: {self._epoch} epochs are used up; raise data.epochs")
+
+    @property
+    def position(self) -> dict[str, int | None]:
+        """How far the source was read, in plain JSON: where `continued` goes on."""
+        rows = None if self._config.streaming else len(self)
+        return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
+
+    def continued(self, position: Mapping[str, int | None], outstanding: Sequence[str]) -> Iterator[Prompt]:
+        """The prompts `outstanding`, which were handed out before, then those that follow `position`: the ones that an
+        unbroken iteration would give. Raises DataError for a set that has changed since."""
+        if not self._config.streaming and position["rows"] != len(self):
+            raise DataError(f"data.path = {self._config.path!r}: {len(self)} rows, it had {position['rows']} before")
+        self._epoch, self._drawn = position["epoch"], position["drawn"]
+        again = self._again(outstanding)
+        self.skipped = position["skipped"]
+        return chain(again, self)
+
+    def _again(self, ids: Sequence[str]) -> list[Prompt]:
+        """The prompts of these ids, in their order."""
+        wanted: dict[int, set[str]] = {}
+        for id in ids:
+            row, _, epoch = id.rpartition("@")
+            wanted.setdefault(int(epoch), set()).add(row)
+        found = {
+            f"{self._id(row)}@{epoch}": self.prompt(row, epoch)
+            for epoch, names in wanted.items()
+            for row in self._of(names, epoch)
+        }
+        for id in ids:
+            if found.get(id) is None:
+                changed = "is too long" if id in found else "is not there"
+                raise DataError(f"row {id}: handed out before, but {changed} now: {self._config.path} has changed")
+        return [found[id] for id in ids]
+
+    def _of(self, names: set[str], epoch: int) -> Iterator[dict]:
+        """The rows of these names. A stream is read from the start of the epoch until all are found."""
+        if self._config.streaming:
+            rows = self._shuffled(epoch)
+            named = (row for row in rows if self._id(row) in names)
+        elif self._config.id:
+            column = enumerate(self._rows[self._config.id])
+            named = (self._at(position) for position, name in column if str(name) in names)
+        else:
+            places = (int(name) for name in names if name.isdecimal())
+            named = (self._at(position) for position in places if position < len(self))
+        return islice(named, len(names))
 
     def first(self, count: int) -> list[Prompt]:
         """The first `count` prompts in file order, for evaluation."""
@@ -103,7 +151,7 @@ class PromptSource:
         if over and self._config.long_prompt == "error":
             raise DataError(f'row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt = "skip"')
         if over:
-            self.skipped.append(id)
+            self.skipped += 1
             return None
         return Prompt(id=id, ids=ids, answer=str(answer), teacher_ids=teacher_ids, teacher=teacher)
 
@@ -142,12 +190,17 @@ class PromptSource:
         special = not self._config.chat_template  # a template writes its own
         return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
 
-    def _shuffled(self, epoch: int) -> Iterator[dict]:
+    def _shuffled(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The rows of an epoch in its order, from the `start`-th on. Those of a stream are read to be passed over."""
         seed = self._seed + epoch
         if self._config.streaming:
-            return self._numbered(self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer))
+            rows = self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer)
+            return islice(self._numbered(rows), start, None)
         order = np.random.default_rng(seed).permutation(len(self._rows))
-        return ({**self._rows[int(i)], "_position": int(i)} for i in order)
+        return (self._at(int(i)) for i in order[start:])
+
+    def _at(self, position: int) -> dict:
+        return {**self._rows[position], "_position": position}
 
     def _numbered(self, rows) -> Iterator[dict]:
         with _reading(self._config):

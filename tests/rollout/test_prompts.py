@@ -4,6 +4,7 @@ from itertools import islice
 
 import datasets
 import msgspec
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -115,12 +116,15 @@ def test_a_too_long_prompt_is_refused_by_its_id_when_it_is_read(source):
         prompts.first(2)
 
 
-def test_a_too_long_prompt_can_be_skipped_and_is_listed(source):
+def test_a_too_long_prompt_can_be_skipped_and_is_counted(source):
     rows = [*ROWS, {"prompt": "100+100=", "answer": "200", "name": "long"}]
     prompts = source(rows, max_prompt_tokens=7, long_prompt="skip", id="name", epochs=2)
-    found = ids_of(islice(prompts, 16))
+    reading = iter(prompts)
+    found = ids_of(islice(reading, 16))
     assert len(set(found)) == 16 and "long@0" not in found
-    assert prompts.skipped[0] == "long@0"
+    with pytest.raises(DataError, match="used up"):
+        next(reading)
+    assert prompts.skipped == 2  # once an epoch
 
 
 def test_a_set_of_which_every_prompt_is_skipped_is_an_error(source):
@@ -245,7 +249,7 @@ def test_a_teacher_s_own_bound_holds_for_its_rendering_alone(source):
     with pytest.raises(DataError, match=r"row 0@0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"):
         source(solved("1+1=", "9" * 21), **settings).first(1)
     skipping = source([*solved("1+1=", "9" * 21), *solved("2+1=", "3")], long_prompt="skip", **settings)
-    assert ids_of(skipping.first(1)) == ["1@0"] and skipping.skipped == ["0@0"]
+    assert ids_of(skipping.first(1)) == ["1@0"] and skipping.skipped == 1
 
 
 MATH_AND_CODE = {"math": TeacherView(), "code": CONTEXT}
@@ -322,3 +326,78 @@ def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):
 
 def test_the_config_knows_every_kind_of_file_that_can_be_read():
     assert tuple(FILE_READERS) == config.DATA_FILES
+
+
+LONG = [{"prompt": "100+100=", "answer": "200", "name": f"long-{n}"} for n in range(3)]
+SKIPPING = dict(max_prompt_tokens=7, long_prompt="skip")
+ALIKE = ("id", "ids", "answer", "teacher_ids", "attempt", "teacher", "taught")
+
+
+def told(prompts) -> list[list]:
+    return [[str(getattr(prompt, field)) for field in ALIKE] for prompt in prompts]
+
+
+@pytest.mark.parametrize("settings", [{}, {"id": "name"}, {"shuffle_buffer": 3}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_continuation_is_what_an_unbroken_reading_gives(source, streaming, settings):
+    view = TeacherView(context="{solution}={prompt}", longest=("teacher.max_prompt_tokens", 64))
+    rows = dict(rows=[*ROWS[:4], *LONG, *ROWS[4:]], solution="name", seed=3, views={"": view})
+    settings = dict(streaming=streaming, **rows, **SKIPPING, **settings)
+    unbroken = told(islice(source(**settings), 26))  # 3 epochs of 8 usable rows and 3 skipped ones, and 2 more
+    for stop in (0, 5, 8, 18):  # before the first row, in an epoch, behind its last usable row, in the third
+        first = source(**settings)
+        handed_out = list(islice(first, stop))
+        position = json.loads(json.dumps(first.position))
+        outstanding = ids_of(handed_out)[::-2]  # of every epoch so far, in an order of their own
+        after = source(**settings)
+        found = told(islice(after.continued(position, outstanding), len(outstanding) + 26 - stop))
+        assert found == told(handed_out[::-2]) + unbroken[stop:]
+        whole = source(**settings)
+        assert told(islice(whole, 26)) == unbroken and whole.position == after.position
+
+
+def test_a_position_counts_the_rows_that_were_read_and_those_skipped(source):
+    prompts = source([*LONG, *ROWS], seed=1, **SKIPPING)
+    assert prompts.position == {"epoch": 0, "drawn": 0, "skipped": 0, "rows": 11}
+    reading = iter(prompts)
+    (*_, last) = islice(reading, 8)
+    order = np.random.default_rng(1).permutation(11).tolist()
+    drawn = order.index(int(last.id.removesuffix("@0"))) + 1
+    assert prompts.position == {"epoch": 0, "drawn": drawn, "skipped": drawn - 8, "rows": 11}
+    next(reading)
+    assert prompts.position["epoch"] == 1
+
+
+def test_what_is_handed_out_again_leaves_the_position_alone(source):
+    first = source()
+    handed_out = ids_of(islice(first, 5))
+    after = source()
+    again = after.continued(first.position, handed_out[2:])
+    assert ids_of(islice(again, 2)) == handed_out[2:4] and after.position == first.position
+
+
+def test_one_source_can_go_back_to_a_position_of_its_own(source):
+    prompts = source()
+    start, found = prompts.position, ids_of(islice(prompts, 11))
+    assert ids_of(islice(prompts.continued(start, []), 11)) == found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("settings", "gone"), [({"id": "name"}, "row-8@0"), ({}, "8@0"), ({}, "row-1@0")])
+def test_an_outstanding_row_that_is_gone_is_named(source, streaming, settings, gone):
+    prompts = source(streaming=streaming, **settings)
+    known = next(iter(prompts)).id
+    with pytest.raises(DataError, match=rf"row {gone}: handed out before, but is not there now: .*rows.jsonl has"):
+        prompts.continued(prompts.position, [known, gone])
+
+
+def test_an_outstanding_row_that_became_too_long_is_named(source):
+    prompts = source(LONG + ROWS, id="name", **SKIPPING)
+    with pytest.raises(DataError, match="row long-1@0: handed out before, but is too long now"):
+        prompts.continued(prompts.position, ["row-1@0", "long-1@0"])
+
+
+def test_a_set_of_another_length_cannot_be_continued(source):
+    position = source().position
+    with pytest.raises(DataError, match=r"rows.jsonl': 7 rows, it had 8 before"):
+        source(ROWS[:7]).continued(position, [])

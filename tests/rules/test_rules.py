@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
 cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring → config →
-inputs, evaluate, explain, crew → train, proxies → actors → run → cli → __main__. Units of one rank never import each
-other; a config.py is its role's.
+inputs, evaluate, explain, audit, crew → scale → train, proxies → actors → run → cli → __main__. Units of one rank never
+import each other; a config.py is its role's.
 """
 
 import ast
@@ -22,8 +22,8 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "crew"],
-    ["train", "proxies"],
+    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "audit", "crew"],
+    ["scale"], ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
@@ -33,7 +33,8 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {
-    "errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "crew", "train", "cli",
+    "errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "audit", "crew", "scale",
+    "train", "cli",
 }  # fmt: skip
 
 
