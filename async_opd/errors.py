@@ -19,6 +19,12 @@ class DataError(AsyncOpdError):
     exit_status = 2
 
 
+class CheckpointError(AsyncOpdError):
+    """A checkpoint cannot be written, or is refused. The message names it, the file and what is wrong."""
+
+    exit_status = 2
+
+
 class WireError(AsyncOpdError):
     """A message that crossed a process boundary breaks an invariant. The message names its id and the field."""
 
