@@ -37,6 +37,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
     checkpoint_every_steps: Annotated[int, Meta(ge=1)] | None = None  # absent: only at the end
+    keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     trust_remote_code: bool = False
     wandb_project: str | None = None  # absent: jsonl only
 

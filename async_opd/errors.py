@@ -25,6 +25,12 @@ class RunMissing(AsyncOpdError):
     exit_status = 2
 
 
+class CheckpointError(AsyncOpdError):
+    """A checkpoint cannot be written, or is refused. The message names it, the file and what is wrong."""
+
+    exit_status = 2
+
+
 class LedgerError(AsyncOpdError):
     """The ledger cannot be written, or a line of it is not a record. The message names the file, and the line."""
 

@@ -45,6 +45,7 @@ MISTAKES = {
     "pair that is no pair": ("learner.betas=[0.9]", ["learner.betas = [0.9]: must be [a finite number >= 0 and < 1, "]),
     "out of bounds": ("rollout.gpu_memory_utilization=85", ["utilization = 85: must be a finite number > 0 and <= 1"]),
     "wait without a bound": ("sync.timeout_s=inf", ["sync.timeout_s = inf: must be a finite number > 0"]),
+    "no checkpoint kept": ("run.keep_checkpoints=0", ["run.keep_checkpoints = 0: must be an integer >= 1"]),
     "negative seed": ("run.seed=-1", ["run.seed = -1: must be an integer >= 0"]),
     "groups that do not fill a step": ("rollout.samples_per_prompt=7", ["per_step = 96: must be a multiple", "= 7"]),
     "more ranks than work": ("learner.ranks=97", ["learner.ranks = 97: must be <= ", "trajectories_per_step = 96"]),
@@ -296,6 +297,7 @@ def test_a_shipped_config_loads(path):
 def test_defaults_fill_what_the_file_leaves_out():
     config = load(DEMO)
     assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", None)
+    assert config.run.keep_checkpoints == 3
     assert (config.sync.backend, config.verify.check, config.rollout.temperature) == ("gloo", "math", 1.0)
     assert config.learner.betas == (0.9, 0.999)
 

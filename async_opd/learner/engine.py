@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import deepspeed
 import numpy as np
@@ -25,6 +26,8 @@ from async_opd.learner.step import Moment, Student, accumulate
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.wire import Group, Scores, StepResult, Verdict
+
+DEEPSPEED = "deepspeed"  # folder of its files in a rank's state
 
 
 class LearnerRank:
@@ -210,8 +213,36 @@ class LearnerRank:
                 names = (name for piece in bucket for name in piece.parameters)
                 weights |= {name: self._parameters[name].detach().cpu() for name in names}
         if self._rank == 0:
-            state = {"version": self.version, "running": {name: m._asdict() for name, m in self._running.items()}}
-            checkpoint.save(self._lm, weights, self._model, state, Path(folder))
+            checkpoint.save(self._lm, weights, self._model, Path(folder))
+
+    def save_state(self, folder: str) -> None:
+        """Every rank writes its part of what `load_state` goes on from: optimizer, master weights, schedule, random
+        state, version and running moments. All ranks and the driver must see `folder`: a shared file system is assumed.
+
+        Raises CheckpointError where it cannot be written; the other ranks then wait for that one in vain.
+        """
+        with checkpoint.writing(Path(folder)):
+            self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
+            state = checkpoint.RankState(
+                ranks=self._config.ranks,
+                zero_stage=self._config.zero_stage,
+                dtype=self._config.dtype,
+                version=self.version,
+                running=self._running,
+                random={device: of.get_rng_state().numpy().tobytes() for device, of in _generators().items()},
+            )
+            checkpoint.save_rank(state, Path(folder), self._rank)
+
+    def load_state(self, folder: str) -> None:
+        """Go on, right after `start`, from what `save_state` wrote. DeepSpeed's files are pickles: only after
+        `checkpoints.find` has verified them. Raises CheckpointError where ranks, stage or dtype differ: nothing is loaded.
+        """
+        state = checkpoint.load_rank(Path(folder), self._rank, self._config)
+        self._engine.load_checkpoint(folder, tag=DEEPSPEED)
+        self.version, self._running = state.version, state.running
+        for device, generator in _generators().items():
+            if device in state.random:
+                generator.set_rng_state(torch.frombuffer(bytearray(state.random[device]), dtype=torch.uint8))
 
     def _gathered(self) -> Iterator[list[export.Piece]]:
         """Collective: all weights, a bucket at a time; only those of the bucket in hand are whole under ZeRO-3."""
@@ -231,6 +262,11 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+
+
+def _generators() -> dict[str, ModuleType]:
+    """What has `get_rng_state` and `set_rng_state`, by kind of device."""
+    return {"cpu": torch, "cuda": torch.cuda} if torch.cuda.is_available() else {"cpu": torch}
 
 
 def _deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict:

@@ -1,5 +1,6 @@
-"""An objective that needs the whole batch before its loss."""
+"""Objectives that need more than a micro-batch: the whole batch, or all the steps before."""
 
+from async_opd import maths
 from async_opd.objectives.opd import Opd
 from async_opd.wire import Needs
 
@@ -18,3 +19,16 @@ class Centred(Opd, tag="centred"):
         found = batch.statistics
         mean = found["advantage"] / found["tokens"]
         return (super().advantage(batch) - mean) / (found["largest"] - mean)
+
+
+class Remembering(Opd, tag="remembering"):
+    """Reverse KL, and a tenth of the mean length of all responses of the steps before."""
+
+    def wants(self):
+        return Needs(running=("length",))
+
+    def episode(self, batch):
+        return dict(length=maths.segments.lengths(batch.segment_N, batch.trajectories))
+
+    def advantage(self, batch):
+        return super().advantage(batch) + 0.1 * batch.running["length"].mean

@@ -4,15 +4,16 @@
 """
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from centred import Centred
+from centred import Centred, Remembering
 
-from async_opd.errors import Diverged
+from async_opd.errors import CheckpointError, Diverged
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.engine import LearnerRank
 from async_opd.maths.packing import plan
@@ -61,11 +62,32 @@ def poison_gradient(module, args, out):
         out.register_hook(lambda gradient: gradient * float("nan"))
 
 
-OBJECTIVES = dict(opd=Opd(correction=Importance(at_most=5.0)), centred=Centred())
+def on_a_full_disk(learner: LearnerRank, folder: str) -> str:
+    """What saving says where no file may grow beyond 4 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        learner.save_state(folder)
+    except CheckpointError as e:
+        return str(e)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+OBJECTIVES = dict(opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering())
+SAVED = 3  # the step after which the state is saved
 
 
 def main(
-    rank: int, rendezvous: str, model: str, out: str, steps: int, settings: dict, objective: str, lopsided: bool
+    rank: int,
+    rendezvous: str,
+    model: str,
+    out: str,
+    steps: int,
+    settings: dict,
+    objective: str,
+    lopsided: bool,
+    resume: str | None,
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
@@ -88,9 +110,18 @@ def main(
         metrics = learner.step(pairs, list(verdicts), *groups, *scores).metrics
         moved = weights(learner)  # as an update does, between any two steps
         assert all(w.isfinite().all() for w in moved)
+        if learner.version == SAVED:
+            torch.rand(1 + rank)  # so that each rank is somewhere else in its random numbers
+            learner.save_state(f"{Path(out).with_suffix('')}.state")
         return metrics
 
-    result = dict(held=held, micro_batches=len(pairs), before=logprobs(), metrics=[step() for _ in range(steps)])
+    if resume:
+        learner.load_state(resume)
+    result = dict(held=held, micro_batches=len(pairs), before=logprobs())
+    result["metrics"] = [step() for _ in range(steps - learner.version)]
+    result |= dict(random=torch.rand(3).tolist(), running=learner._running)
+    if config.ranks == 1:
+        result["full"] = on_a_full_disk(learner, f"{out}.full")
     if config.dtype == "bfloat16":
         optimizer = learner._engine.optimizer
         sums = (

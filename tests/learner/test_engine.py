@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -8,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from async_opd.checkpoints import Checkpoints, RunState, find
 from async_opd.collective import free_port
+from async_opd.errors import CheckpointError
 from async_opd.toy.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.ray
@@ -33,13 +36,14 @@ def train(tiny_lm, tmp_path_factory):
 
     @cache
     def train(
-        ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, **settings
+        ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, resume=None, **settings
     ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
         job = dict(rendezvous=f"tcp://127.0.0.1:{free_port('127.0.0.1')}", model=student(family), steps=STEPS)
         settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype) | settings
-        job |= dict(settings=settings, objective=objective, lopsided=lopsided)
-        outs = [folder / f"{ranks}-{zero_stage}-{dtype}-{family}.{rank}" for rank in range(ranks)]
+        job |= dict(settings=settings, objective=objective, lopsided=lopsided, resume=resume and str(resume))
+        name = f"{ranks}-{zero_stage}-{dtype}-{family}-{objective}{'-resumed' if resume else ''}"
+        outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
         jobs = [json.dumps(job | dict(rank=rank, out=str(out))) for rank, out in enumerate(outs)]
         script = Path(__file__).with_name("rank_process.py")
         processes = [subprocess.Popen([sys.executable, script, job]) for job in jobs]
@@ -55,6 +59,11 @@ def train(tiny_lm, tmp_path_factory):
 
 def weights(path):
     return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def state_of(saved):
+    """Where the ranks that left `saved` saved their state."""
+    return saved.with_name(saved.name.replace(".0.model", ".state"))
 
 
 def check_equal(alone, sharded):
@@ -129,3 +138,50 @@ def test_bfloat16_trains_much_like_float32_and_stops_at_the_same_faults(train, r
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.15)
     assert "gradient" in half["gradient"]["error"] and half["gradient"]["unmoved"]
     assert half["accumulates"] == "torch.float32"
+
+
+RESUMED = [
+    (1, 0, {}),
+    (1, 2, dict(objective="remembering")),
+    (2, 2, {}),
+    (2, 3, {}),
+    (2, 3, dict(dtype="bfloat16", offload_optimizer=True)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "settings"), RESUMED)
+def test_a_new_learner_goes_on_from_a_saved_state_as_if_nothing_had_happened(train, ranks, stage, settings):
+    unbroken, expected = train(ranks, stage, **settings)
+    resumed, saved = train(ranks, stage, **settings, resume=state_of(expected))
+    for got, whole in zip(resumed, unbroken, strict=True):
+        assert len(got["metrics"]) == STEPS - 3
+        for after, step in zip(got["metrics"], whole["metrics"][3:], strict=True):
+            assert after == pytest.approx(step, rel=1e-6, abs=1e-6)
+        for name in ("random", "running", "logprobs"):
+            assert got[name] == pytest.approx(whole[name], abs=1e-6)
+    trained = weights(saved)
+    for name, weight in weights(expected).items():
+        torch.testing.assert_close(trained[name], weight, atol=1e-6, rtol=0, msg=name)
+    assert len({tuple(rank["random"]) for rank in unbroken}) == ranks  # each goes on with its own
+
+
+def test_a_flipped_bit_in_any_file_of_a_state_is_found_before_torch_reads_it(train, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    shutil.copytree(state_of(train(2, 3)[1]), checkpoints.begin(3) / "learner")
+    checkpoints.commit(3, RunState(version=3, position={}, outstanding=[]))
+    folder, _ = find(tmp_path)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".pt", ".py"} and len(files) == 10
+    for file in files:
+        whole = bytearray(file.read_bytes())
+        damaged = whole[:]
+        damaged[len(whole) // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=file.name):
+            find(tmp_path)
+        file.write_bytes(whole)
+
+
+def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train):
+    (one,), _ = train(1, 0)
+    assert one["full"].endswith("File too large") and "1-0-float32" in one["full"]

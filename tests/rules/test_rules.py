@@ -1,9 +1,9 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes → ports, collective, maths,
-cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring → config →
-inputs, evaluate, explain, audit, crew → scale → train, proxies → actors → run → cli → __main__. Units of one rank never
-import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
+maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring →
+config → inputs, evaluate, explain, audit, crew → scale → train, proxies → actors → run → cli → __main__. Units of one
+rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -21,7 +21,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors"], ["wire", "metrics", "mistakes"], ["ports", "collective", "maths", "cpu_engine"],
+    ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
+    ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "audit", "crew"],
     ["scale"], ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
@@ -33,8 +34,8 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {
-    "errors", "wire", "mistakes", "metrics", "ports", "stream", "verify", "config", "evaluate", "audit", "crew", "scale",
-    "train", "cli",
+    "errors", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit",
+    "crew", "scale", "train", "cli",
 }  # fmt: skip
 
 
