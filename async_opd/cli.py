@@ -20,11 +20,17 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except AsyncOpdError as e:
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
-        print(" ".join(f"async-opd: {type(e).__name__}: {e}{notes}".splitlines()), file=sys.stderr)
+        _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
     except KeyboardInterrupt:
-        print("async-opd: interrupted; if training had begun, its last weights are in the checkpoint", file=sys.stderr)
+        _complain("interrupted; if training had begun, its last weights are in the checkpoint")
         return 130
+
+
+def _complain(text: str) -> None:
+    from async_opd.metrics import say
+
+    say(f"async-opd: {text}", sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,23 +59,24 @@ def _train(args: argparse.Namespace) -> int:
     from async_opd.config import load
 
     config = load(args.config, args.overrides)
-    from async_opd.metrics import time_table
+    from async_opd.metrics import say, time_table
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
 
     summary = asyncio.run(run(config))
-    print(f"\n{time_table(summary)}")
+    lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
-        print(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
+        lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
         for key in (key for key in summary if key.startswith("teacher_accuracy")):
             name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
-            print(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
-        print(f"  student, before  {summary['accuracy_before']:8.1%}")
-        print(f"  student, after   {summary['accuracy_after']:8.1%}")
-    print(
+            lines.append(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
+        lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
+        lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
+    lines.append(
         f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
         f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "
         f"{summary['wall_s']:.0f} s; {config.run.dir}/summary.json"
     )
+    say("\n".join(lines))
     return 0
 
 

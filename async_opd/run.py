@@ -5,6 +5,7 @@ import gc
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from async_opd import evaluate, toy
 from async_opd.actors import Cluster, start_ray
 from async_opd.config import Config
 from async_opd.errors import DataError
-from async_opd.metrics import Console, Jsonl, Meter, Observed, Row, Sink
+from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
@@ -28,24 +29,23 @@ async def run(config: Config) -> Row:
     inputs = await _inputs(config, training=True)
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
-    observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
-    jsonl = Jsonl(run_dir / "metrics.jsonl")
-    sinks: list[Sink] = [jsonl, Console(config.run.steps), *observers]
-    print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
+    say(f"run directory {run_dir}; starting {_roster(config)}")
+    with observed(_observers(config, run_dir)) as observers:
+        summary = await _trained(config, inputs, run_dir, Meter(observers))
+    lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
+    summary |= {"prompts_skipped": len(inputs.prompts.skipped), "observer_rows_lost": sum(lost.values()), **lost}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+async def _trained(config: Config, inputs, run_dir: Path, meter: Meter) -> Row:
     with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
-        print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
+        say(f"every actor is ready after {time.monotonic() - started:.0f} s")
         gc.collect()
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        summary = await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, Meter(sinks))
-    jsonl.close()
-    for observer in observers:
-        observer.close(timeout_s=10)
-    skipped = len(inputs.prompts.skipped)
-    summary |= {"prompts_skipped": skipped, "observer_rows_lost": sum(o.lost for o in observers)}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    return summary
+        return await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, meter)
 
 
 async def run_eval(config: Config) -> evaluate.Accuracy:
@@ -124,6 +124,12 @@ def _roster(config: Config) -> str:
         + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
         + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
     )
+
+
+def _observers(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes each observer, by its name."""
+    makers = {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl"), "console": lambda: Console(config.run.steps)}
+    return makers | ({"wandb": lambda: _wandb(config, run_dir)} if config.run.wandb_project else {})
 
 
 def _wandb(config: Config, run_dir: Path) -> Sink:
