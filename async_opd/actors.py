@@ -120,11 +120,15 @@ class Cluster:
     A context manager: on leaving, however that comes about, its actors are killed and a local cluster is stopped.
     """
 
-    def __init__(self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer):
+    def __init__(self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer, first_seed: int | None = None):
+        """`first_seed`: of the engines, the config's where it is absent."""
         self._config, self._eos_ids = config, eos_ids
         self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
         self._actors: list[_Actor] = []
-        self._seeds = itertools.count(config.run.seed)  # of every engine ever started: none repeats another's draws
+        # Of every engine ever started: none repeats another's draws.
+        self._seeds = itertools.count(config.run.seed if first_seed is None else first_seed)
+            config.run.seed if first_seed is None else first_seed
+        )  # of every engine ever started: none repeats another's draws
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
     def __enter__(self) -> "Cluster":

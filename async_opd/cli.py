@@ -20,19 +20,27 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except AsyncOpdError as e:
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
-        print(" ".join(f"async-opd: {type(e).__name__}: {e}{notes}".splitlines()), file=sys.stderr)
+        _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
     except KeyboardInterrupt:
-        print("async-opd: interrupted; if training had begun, its last weights are in the checkpoint", file=sys.stderr)
+        _complain("interrupted; if training had begun, its last weights are in the checkpoint")
         return 130
+
+
+def _complain(text: str) -> None:
+    from async_opd.metrics import say
+
+    say(f"async-opd: {text}", sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="distil a student as a TOML config says")
-    train.add_argument("config", type=Path)
-    train.set_defaults(run=_train)
+    train = commands.add_parser("train", help="distil a student as a TOML config says, or go on with a run")
+    train.usage = "async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"
+    train.add_argument("words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES)
+    train.add_argument("--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints")
+    train.set_defaults(run=_train_or_resume)
     demo = commands.add_parser("demo", help="train with the shipped demo: column addition, on CPU")
     demo.set_defaults(run=_train, config=DEMO)
     evaluation = commands.add_parser("eval", help="greedy accuracy of student.model on the config's [eval] problems")
@@ -48,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
     audit.add_argument("--json", action="store_true", help="the books as one object")
     audit.set_defaults(run=_audit)
-    for command in (train, demo, evaluation):
+    scale = commands.add_parser("scale", help="change the number of generators or teachers of a job that is training")
+    scale.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
+    scale.add_argument("sizes", nargs="+", metavar="POOL=NUMBER", help="such as generators=3 or teachers.math=2")
+    scale.set_defaults(run=_scale)
+    for command in (demo, evaluation):
         command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     return parser
 
@@ -57,23 +69,24 @@ def _train(args: argparse.Namespace) -> int:
     from async_opd.config import load
 
     config = load(args.config, args.overrides)
-    from async_opd.metrics import time_table
+    from async_opd.metrics import say, time_table
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
 
     summary = asyncio.run(run(config))
-    print(f"\n{time_table(summary)}")
+    lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
-        print(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
+        lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
         for key in (key for key in summary if key.startswith("teacher_accuracy")):
             name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
-            print(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
-        print(f"  student, before  {summary['accuracy_before']:8.1%}")
-        print(f"  student, after   {summary['accuracy_after']:8.1%}")
-    print(
+            lines.append(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
+        lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
+        lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
+    lines.append(
         f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
         f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "
         f"{summary['wall_s']:.0f} s; {config.run.dir}/summary.json"
     )
+    say("\n".join(lines))
     return 0
 
 
@@ -121,3 +134,10 @@ def _audit(args: argparse.Namespace) -> int:
     books = audit(args.run_dir)
     print(msgspec.json.encode(books).decode() if args.json else "\n".join(books.lines()))
     return 1 if books.discrepancies else 0
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from async_opd import scale
+
+    print(scale.ask(args.run_dir, scale.parse(args.sizes)))
+    return 0

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from async_opd import toy
-from async_opd.errors import ConfigError
+from async_opd.errors import ConfigError, RunMissing
 from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import Objective, all_objectives
@@ -37,6 +37,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
     checkpoint_every_steps: Annotated[int, Meta(ge=1)] | None = None  # absent: only at the end
+    max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     trust_remote_code: bool = False
     wandb_project: str | None = None  # absent: jsonl only
@@ -132,6 +133,21 @@ def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) 
         raise ConfigError(f"config {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
+    return _complete(tree, overrides, training)
+
+
+def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
+    """The config of the run in `run_dir`, to go on with, `overrides` applied. Raises ConfigError or RunMissing."""
+    try:
+        tree = msgspec.json.decode((run_dir / "config.json").read_bytes(), type=dict)
+    except OSError as e:
+        raise RunMissing(f"{run_dir}: no config.json in it: {e.strerror}") from e
+    except msgspec.DecodeError as e:
+        raise RunMissing(f"{run_dir}: its config.json is damaged: {e}") from e
+    return _complete(tree, [*overrides, f"run.dir={run_dir}"], training=False)
+
+
+def _complete(tree: dict, overrides: list[str], training: bool) -> Config:
     for override in overrides:
         _override(tree, override)
     config = _checked(tree, Config)

@@ -1,17 +1,24 @@
-"""What is measured and where it goes: one row a step to jsonl and the console, and to observers that can never slow
-training."""
+"""What is measured and where it goes: one row a step to observers, a file and the console among them, which can never
+slow or stop training."""
 
+import errno
+import io
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
+CLOSE_S = 5.0  # for all observers together to take, at the end of a run, what they were given
+SAY_S = 2.0  # for a line to leave
 ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 
@@ -20,16 +27,19 @@ Sink = Callable[[Row], None]
 
 
 class Jsonl:
-    """One JSON object a line; flushed by line so that a killed run keeps its rows."""
+    """One JSON object a line, in the file before the next is taken, whole or not at all. A file that could not be
+    written is tried again with the next row."""
 
     def __init__(self, path: Path):
-        self._file = path.open("w", buffering=1)
+        self._path = path
 
     def __call__(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        line = json.dumps(row).encode() + b"\n"
+        with self._path.open("ab", buffering=0) as file:
+            written = file.write(line)
+            if written < len(line):  # the disk filled up within the line
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path))
 
 
 class Console:
@@ -63,46 +73,91 @@ class Console:
         cells = [f"{row['step']}/{self._steps}".rjust(11)]
         for _, key, width, spec in self.COLUMNS:
             cells.append(("-" if row[key] is None else format(row[key], spec)).rjust(width))
-        if self._lines % 20 == 0:
-            print(" ".join(["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]))
-        print(" ".join(cells))
-        sys.stdout.flush()
+        titles = ["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]
+        lines = [titles, cells] if self._lines % 20 == 0 else [cells]
+        _write(sys.stdout, "".join(" ".join(line) + "\n" for line in lines))
         self._lines += 1
 
 
-class Observed:
-    """Runs a sink that may block or raise on a thread of its own behind a bounded queue; `lost` counts missed rows."""
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it, and holds the caller
+    up for SAY_S seconds at most."""
 
-    def __init__(self, make: Callable[[], Sink]):
-        self._queue: queue.Queue[Row | None] = queue.Queue(OBSERVER_BACKLOG)
-        self.lost = 0
+    def write() -> None:
+        with suppress(OSError):
+            _write(to or sys.stdout, f"{text}\n")
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(SAY_S)
+
+
+def _write(to: TextIO, text: str) -> None:
+    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could not exit."""
+    try:
+        descriptor = to.fileno()
+    except io.UnsupportedOperation:  # no file: a notebook's
+        to.write(text)
+        return
+    data = text.encode()
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+class Observed:
+    """Runs a sink that may block or raise on a thread of its own behind a bounded queue."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]):
+        """`make` is tried again with each row until it gives a sink; `name` is what messages call it."""
+        self.name = name
+        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._given, self._taken = 0, 0
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
         self._thread.start()
 
     def __call__(self, row: Row) -> None:
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
-            self.lost += 1
+        self._given += 1
+        if self._rows.qsize() < OBSERVER_BACKLOG:
+            self._rows.put(row)
 
-    def close(self, timeout_s: float) -> None:
-        """Give the observer `timeout_s` seconds to finish; then leave it behind."""
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            return
-        self._thread.join(timeout_s)
+    @property
+    def lost(self) -> int:
+        """Rows it was given and has not taken; those still waiting among them."""
+        return self._given - self._taken
+
+    def end(self) -> None:
+        """No row comes after this."""
+        self._rows.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """After `end`: give it `timeout_s` seconds to take what waits; then leave it behind."""
+        self._thread.join(max(timeout_s, 0))
 
     def _run(self, make: Callable[[], Sink]) -> None:
-        sink = None
-        while (row := self._queue.get()) is not None:
+        sink, told = None, False
+        while (row := self._rows.get()) is not None:
             try:
                 sink = sink or make()
                 sink(row)
+                self._taken += 1
             except Exception as error:  # whatever an observer does, training goes on
-                if not self.lost:
-                    print(f"observer: {error}", file=sys.stderr)
-                self.lost += 1
+                if not told:
+                    told = True
+                    say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
+
+
+@contextmanager
+def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed]]:
+    """An observer for each of `makers`; on leaving they have CLOSE_S seconds to take what they were given."""
+    observers = [Observed(name, make) for name, make in makers.items()]
+    try:
+        yield observers
+    finally:
+        deadline = time.monotonic() + CLOSE_S
+        for observer in observers:
+            observer.end()
+        for observer in observers:
+            observer.join(deadline - time.monotonic())
 
 
 class ActorTime:
@@ -145,8 +200,9 @@ class Meter:
         """`tokens` more have been through `role`."""
         self._tokens[role] += tokens
 
-    def start(self) -> None:
-        """Training starts now: what comes before is start-up."""
+    def start(self, version: int = 0) -> None:
+        """Training starts now, behind step `version`: what comes before is start-up."""
+        self._first = version
         self._started = self._last = self._clock()
         self._steps, self._max_lag = 0, 0
         self._tokens: Counter[str] = Counter()
@@ -168,7 +224,11 @@ class Meter:
         seconds = self._mean_seconds(now)
         shares = {key: (seconds[key] - self._seconds[key]) / passed for key in seconds}
         self._seen, self._seconds, self._last = self._tokens.copy(), seconds, now
-        row = {"step": step, "elapsed_s": elapsed, "left_s": elapsed / step * (steps - step)} | metrics | rates
+        row = (
+            {"step": step, "elapsed_s": elapsed, "left_s": elapsed / (step - self._first) * (steps - step)}
+            | metrics
+            | rates
+        )
         row |= shares | more
         for sink in self._sinks:
             sink(row)

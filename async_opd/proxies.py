@@ -209,6 +209,12 @@ class LearnerProxy:
     async def save(self, folder: str) -> None:
         await self._collective(self._step_s, "save", folder)
 
+    async def save_state(self, folder: str) -> None:
+        await self._collective(self._step_s, "save_state", folder)
+
+    async def load_state(self, folder: str) -> None:
+        await self._collective(self._step_s, "load_state", folder)
+
     async def _collective(self, timeout_s: float, method: str, *args: Any) -> Any:
         """Call every rank, as ZeRO-3 needs; rank 0's result."""
         return (await asyncio.gather(*(rank.call(timeout_s, method, *args) for rank in self.ranks)))[0]

@@ -1,55 +1,94 @@
-"""One run from its config to its run directory."""
+"""One run from its config, or from its last checkpoint, to its run directory."""
 
 import asyncio
 import gc
+import itertools
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
-from async_opd import evaluate, toy
+from async_opd import checkpoints, evaluate, toy
 from async_opd.actors import Cluster, start_ray
+from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
-from async_opd.errors import DataError
-from async_opd.metrics import Console, Jsonl, Meter, Observed, Row, Sink
-from async_opd.stream.pool import Pool
+from async_opd.errors import ActorLost, CheckpointError, DataError, SyncFailed, TimedOut
+from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
+from async_opd.stream.pool import Pool, Tell
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
+LOST = (ActorLost, SyncFailed, TimedOut)  # what a new start from a checkpoint can repair
 
 
-async def run(config: Config) -> Row:
-    """Train as `config` says; returns what is written to `summary.json`."""
-    run_dir = _make_dir(Path(config.run.dir))
+async def run(config: Config, found: Checkpoint | None = None) -> Row:
+    """Train as `config` says, from the start or from the checkpoint `found` of its run directory; returns what is
+    written to `summary.json`.
+
+    A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
+    `run.max_restarts` times."""
+    run_dir = Path(config.run.dir) if found else _make_dir(Path(config.run.dir))
     config = resolve_toy(config, run_dir)
     inputs = await _inputs(config, training=True)
     (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
-    observers = [Observed(lambda: _wandb(config, run_dir))] if config.run.wandb_project else []
-    jsonl = Jsonl(run_dir / "metrics.jsonl")
-    sinks: list[Sink] = [jsonl, Console(config.run.steps), *observers]
-    print(f"run directory {run_dir}; starting {_roster(config)}", flush=True)
-    with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
-        started = time.monotonic()
-        roles = await cluster.roles()
-        print(f"every actor is ready after {time.monotonic() - started:.0f} s", flush=True)
-        gc.collect()
-        gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        summary = await train(config, roles, iter(inputs.prompts), inputs.held_out, run_dir, Meter(sinks), _tell)
-    jsonl.close()
-    for observer in observers:
-        observer.close(timeout_s=10)
-    summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(o.lost for o in observers)}
+    say(f"run directory {run_dir}; starting {_roster(config)}")
+    events = {"events": lambda: Jsonl(run_dir / "events.jsonl")}
+    with observed(_observers(config, run_dir)) as observers, observed(events) as (log,):
+
+        def tell(what: str, who: str, why: str) -> None:
+            now = time.time()
+            log({"time": now, "what": what, "who": who, "why": why})
+            say(f"{time.strftime('%H:%M:%S', time.localtime(now))} {who}: {what}{why and ': '}{why}")
+
+        for restarts in itertools.count():
+            try:
+                summary = await _trained(config, inputs, run_dir, Meter(observers), tell, found)
+                break
+            except LOST as e:
+                if restarts == config.run.max_restarts:
+                    raise
+                try:
+                    found = await asyncio.to_thread(checkpoints.find, run_dir)
+                except CheckpointError as none:
+                    e.add_note(f"not started again: {none}")
+                    raise e from None
+                tell("starts again", "run", f"from step {found.state.version}, for {type(e).__name__}: {e}")
+    lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
+    summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(lost.values()), **lost}
+    summary["restarts"] = restarts
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
 
-def _tell(what: str, who: str, why: str) -> None:
-    print(f"{who}: {what}{why and ': '}{why}", flush=True)
+async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Tell, found: Checkpoint | None) -> Row:
+    with Cluster(
+        config,
+        eos_ids=inputs.eos_ids,
+        tokenizer=inputs.tokenizer.backend_tokenizer,
+        first_seed=config.run.seed + 1000 * found.state.version if found else config.run.seed,
+    ) as cluster:
+        started = time.monotonic()
+        roles = await cluster.roles()
+        say(f"every actor is ready after {time.monotonic() - started:.0f} s")
+        gc.collect()
+        gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
+        if found:
+            _rewind_rows(run_dir / "metrics.jsonl", found.state.version)
+        return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
+
+
+def _rewind_rows(path: Path, version: int) -> None:
+    """Cut off the rows of steps that are void: training goes on behind `version`."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
+        path.write_bytes(b"".join(kept))
 
 
 async def run_eval(config: Config) -> evaluate.Accuracy:
@@ -130,6 +169,12 @@ def _roster(config: Config) -> str:
         + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
         + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
     )
+
+
+def _observers(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes each observer, by its name."""
+    makers = {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl"), "console": lambda: Console(config.run.steps)}
+    return makers | ({"wandb": lambda: _wandb(config, run_dir)} if config.run.wandb_project else {})
 
 
 def _wandb(config: Config, run_dir: Path) -> Sink:

@@ -1,10 +1,12 @@
 """The main loop, over ports: it knows nothing of Ray, vLLM or DeepSpeed."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from async_opd import evaluate
+from async_opd import evaluate, scale
+from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.crew import Crew, Roles
 from async_opd.errors import ActorLost
@@ -12,6 +14,7 @@ from async_opd.evaluate import Accuracy
 from async_opd.maths import lag
 from async_opd.metrics import Meter, Row
 from async_opd.ports import Generator, Learner, Ready, Teacher
+from async_opd.progress import Progress, Source
 from async_opd.stream.follow import Followers
 from async_opd.stream.pool import Pool, Seat, Tell
 from async_opd.stream.produce import Producer
@@ -19,45 +22,55 @@ from async_opd.stream.publish import Publisher
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.supervise import first_cause
 from async_opd.stream.taught import CAUSES, Taught
-from async_opd.wire import Prompt
+from async_opd.wire import Prompt, StepResult
+
+INTERRUPT_S = 25.0  # for the step at hand and a checkpoint, after Ctrl-C
+T = TypeVar("T")
 
 
 async def train(
     config: Config,
     roles: Roles,
-    prompts: Iterator[Prompt],
+    source: Source,
     held_out: list[Prompt],
     run_dir: Path,
     meter: Meter,
     tell: Tell = lambda what, who, why: None,
-) -> dict[str, float | int | None]:
-    """Run the whole job; returns what `summary.json` says of it. `tell` is told who was lost and who came. Raises the
-    named error that ended it.
+    found: Checkpoint | None = None,
+) -> Row:
+    """Run the whole job, or from the checkpoint `found` on; returns what `summary.json` says of it. `tell` is told who
+    was lost and who came. Raises the named error that ended it.
 
-    On cancellation (Ctrl-C) the live weights are saved to `checkpoint` before it propagates.
+    On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
     """
-    loop = _Loop(config, roles, meter, run_dir, tell)
+    loop = _Loop(config, roles, source, meter, run_dir, tell)
     crew = loop.crew
     try:
         async with asyncio.TaskGroup() as tasks:
             crew.start(tasks)
-            await loop.publisher.publish(0, admit=lambda: None)
+            serving = tasks.create_task(scale.serve(run_dir, crew))
+            prompts = await loop.restore(found) if found else iter(source)
+            await loop.publisher.publish(loop.version, admit=lambda: None)
             # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
             warm = (seat.hold(seat.port.probe()) for seat in crew.teacher_generators.serving)
-            before, *_ = await asyncio.gather(evaluate.of_generators(crew.generators, crew.verifier, held_out), *warm)
+            await asyncio.gather(loop.measure(held_out), *warm)
             await loop.run(prompts, tasks)
-            found = await _evaluated(config, crew, held_out, before) if held_out else {}
+            measured = await _evaluated(config, crew, held_out, loop.before) if held_out else {}
             crew.stop()
-        await roles.learner.save(str(run_dir / "checkpoint"))
+            serving.cancel()
+        await loop.save()
+        loop.progress.ledger.finished()
     except BaseExceptionGroup as group:
         cause = first_cause(group)
         cause.add_note(f"at version {loop.version}")
         raise cause from None
     except asyncio.CancelledError:
-        await roles.learner.save(str(run_dir / "checkpoint"))
+        await loop.interrupted()
         raise
+    finally:
+        loop.progress.ledger.close()
     return {
-        **found,
+        **measured,
         **meter.summary(),
         "scored_dropped": sum(count for cause, count in loop.queue.dropped.items() if cause not in CAUSES),
         **{f"dropped_{cause}": count for cause, count in loop.queue.dropped.items()},
@@ -69,10 +82,10 @@ async def train(
 class _Loop:
     """Pools, slots, queue, producer and the step loop of one run."""
 
-    def __init__(self, config: Config, roles: Roles, meter: Meter, run_dir: Path, tell: Tell):
-        self._config, self._learner, self._meter, self._dir = config, roles.learner, meter, run_dir
+    def __init__(self, config: Config, roles: Roles, source: Source, meter: Meter, run_dir: Path, tell: Tell):
+        self._config, self._learner, self._meter, self._tell = config, roles.learner, meter, tell
         self._learner_time = meter.actor("learner")
-        self.version = 0
+        self.version, self.before = 0, Accuracy(0, 0, 0)
         self.crew = Crew(config, roles, meter, tell, self._welcome)
         self.publisher = Publisher(
             roles.learner,
@@ -83,6 +96,8 @@ class _Loop:
         )
         self._weights = asyncio.Lock()  # held while the learner's weights change or travel
         self._followers = _followers(config, roles.learner, self.crew, run_dir)
+        self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints)
+        self._at_work: asyncio.Future | None = None  # what an interruption lets finish
         self.taught = self._make_taught() if config.teacher_sampling else None
         self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
@@ -98,26 +113,64 @@ class _Loop:
         steps, every = self._config.run.steps, self._config.run.checkpoint_every_steps
         self._producer, learner_is = self._make_producer(prompts, tasks), self._learner_time.enter
         learner_is("syncing")
-        self._meter.start()
+        self._meter.start(self.version)
         await self._publish(admit=lambda: self._admit([]))
         while self.version < steps:
             learner_is("starved")
             batch = await self.queue.take(self.version)
             async with self._weights:
                 learner_is("busy")
-                result = await self._learner.step(batch)
-                self.version = result.version
+                result = await self._finished(self._step(batch))
                 learner_is("blocked")
                 await self._followers.follow(self.version)
                 learner_is("syncing")
-                gap = await self.publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
+                publishing = self.publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
+                gap, _ = await asyncio.gather(publishing, self.progress.ledger.sync())
             learner_is("blocked")
             self._meter.step(
                 self.version, steps, result.metrics, **self._told(batch), parity_gap=gap, queue_ready=len(self.queue),
                 queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
             )  # fmt: skip
             if every and self.version % every == 0:
-                await self._learner.save(str(self._dir / f"checkpoint-{self.version}"))
+                await self._finished(self.save())
+
+    async def _step(self, batch: list[Ready]) -> StepResult:
+        result = await self._learner.step(batch)
+        self.version = result.version
+        self.progress.trained(self.version, batch)
+        return result
+
+    async def _finished(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which goes on where the caller is cancelled: `interrupted` waits for it."""
+        self._at_work = asyncio.ensure_future(work)
+        return await asyncio.shield(self._at_work)
+
+    async def interrupted(self) -> None:
+        """A checkpoint of what is trained, if that can be had in INTERRUPT_S."""
+        try:
+            async with asyncio.timeout(INTERRUPT_S):
+                if self._at_work:
+                    await self._at_work
+                await self.save()
+        except TimeoutError:
+            self._tell("not saved", "checkpoint", f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s")
+
+    async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
+        """Be where the run was at that checkpoint; returns its prompts from there on."""
+        prompts, counters = await self.progress.restore(found), found.state.counters
+        self.version, self.before = found.state.version, Accuracy(*counters["before"])
+        self.queue.dropped.update(counters["dropped"])
+        return prompts
+
+    async def measure(self, held_out: list[Prompt]) -> None:
+        """Accuracy before training, unless that is known from before a restart."""
+        if not self.before.problems:
+            self.before = await evaluate.of_generators(self.crew.generators, self.crew.verifier, held_out)
+
+    async def save(self) -> None:
+        """A checkpoint of the live version, which is published and in the books."""
+        before = [self.before.right, self.before.unknown, self.before.problems]
+        await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
 
     async def _publish(self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()) -> None:
         async with self._weights:
@@ -156,7 +209,7 @@ class _Loop:
     def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:
         return Producer(
             prompts=prompts,
-            needed=self._config.run.steps * self._config.groups_per_step,
+            needed=(self._config.run.steps - self.version) * self._config.groups_per_step,
             samples=self._config.rollout.samples_per_prompt,
             generators=self.crew.generators,
             teachers=self.crew.teachers,
@@ -168,6 +221,7 @@ class _Loop:
             max_attempts=self._config.run.max_attempts,
             drop_truncated=self._config.rollout.truncated == "drop",
             count_tokens=self._meter.count,
+            ledger=self.progress.ledger,
             taught=self.taught,
         )
 

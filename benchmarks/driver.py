@@ -114,9 +114,8 @@ async def measure(generators: int, trajectories: int, folder: Path) -> list[dict
         verifier=Instant(),
         learner=PacedLearner(AT_ONCE, config.run.max_lag_steps),
     )
-    sink = Jsonl(folder / "metrics.jsonl")
-    summary = await train(config, roles, prompts(), [], folder, Meter([sink, look]))
-    sink.close()
+    meter = Meter([Jsonl(folder / "metrics.jsonl"), look])
+    summary = await train(config, roles, prompts(), [], folder, meter)
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps
     return looks
 

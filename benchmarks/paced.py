@@ -22,7 +22,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import numpy as np
 from async_opd.cli import DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
-from async_opd.metrics import Meter, Row
+from async_opd.metrics import Meter, Row, Sink
 from async_opd.ports import Ready
 from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
@@ -179,6 +179,7 @@ class PacedLearner:
         trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
         self.version += 1
         metrics = {"tokens": sum(trained.values()), "lag_max": max(trained)}
+        metrics["lag_mean"] = sum(lag * tokens for lag, tokens in trained.items()) / metrics["tokens"]
         metrics["tokens_excluded"] = sum(lags.values()) - metrics["tokens"]
         return StepResult(version=self.version, metrics=metrics)
 
@@ -206,10 +207,12 @@ def prompts() -> Iterator[Prompt]:
         at += 1
 
 
-async def measure(pace: Pace, *, bound: int, steps: int = STEPS, seed: int = 0) -> Row:
-    """One run of the real driver over paced roles."""
+async def measure(
+    pace: Pace, *overrides: str, bound: int, steps: int = STEPS, seed: int = 0, sinks: Sequence[Sink] = ()
+) -> Row:
+    """One run of the real driver over paced roles; its rows go to `sinks`."""
     settings = (f"run.steps={steps}", f"run.max_lag_steps={bound}", f"learner.trajectories_per_step={PER_STEP}")
-    config = load(DEMO, [*settings, "run.dir=runs/paced", "teacher.evaluate=false"])
+    config = load(DEMO, [*settings, "run.dir=runs/paced", "teacher.evaluate=false", *overrides])
     generator, teacher, learner = PacedGenerator(pace, seed), PacedTeacher(pace), PacedLearner(pace, bound)
     roles = Roles(generators=[generator], teachers={"": [teacher]}, verifier=PacedVerifier(pace), learner=learner)
     marks, excluded = {}, 0
@@ -224,7 +227,7 @@ async def measure(pace: Pace, *, bound: int, steps: int = STEPS, seed: int = 0) 
         marks[row["step"]] = np.array([now(), time.process_time(), *own])
         excluded += row["tokens_excluded"]
 
-    meter = Meter([mark], clock=asyncio.get_running_loop().time)
+    meter = Meter([mark, *sinks], clock=asyncio.get_running_loop().time)
     summary = await train(config, roles, prompts(), [], Path("runs/paced"), meter)
     wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()
     longest = max(own)

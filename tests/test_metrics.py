@@ -1,9 +1,12 @@
 import json
+import resource
 import threading
+import time
 
 import pytest
 
-from async_opd.metrics import OBSERVER_BACKLOG, ROLES, STATES, Console, Jsonl, Meter, Observed, time_table
+from async_opd import metrics
+from async_opd.metrics import OBSERVER_BACKLOG, ROLES, STATES, Console, Jsonl, Meter, observed, time_table
 
 STEP = {"tokens": 100.0, "lag_max": 2.0, "lag_mean": 1.0, "loss": 0.5, "kl": 0.25}
 
@@ -75,11 +78,25 @@ def test_a_role_that_only_some_runs_have_is_in_their_rows_and_their_table():
     assert time_table(meter.summary()).splitlines()[-1].split()[:2] == ["reference", "100.0%"]
 
 
-def test_jsonl_rows_are_on_disk_at_once(tmp_path):
+def test_a_jsonl_row_is_on_disk_before_the_call_returns(tmp_path):
     sink = Jsonl(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        sink({"step": step})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": step}
+
+
+def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows_and_takes_the_next_once_there_is_room(tmp_path):
+    path, (soft, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    sink = Jsonl(path)
     sink({"step": 1})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1}
-    sink.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))  # a write stops there
+    try:
+        with pytest.raises(OSError, match=r"5 of 12 bytes of a row fit.*metrics\.jsonl"):
+            sink({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sink({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_the_console_prints_what_the_reader_needs(capsys):
@@ -93,36 +110,81 @@ def test_the_console_prints_what_the_reader_needs(capsys):
     assert len(header) == len(line)
 
 
-def test_an_observer_that_blocks_never_blocks_and_its_lost_rows_are_counted():
-    release, entered = threading.Event(), threading.Event()
+def test_rows_beyond_the_backlog_of_an_observer_that_blocks_are_lost_and_counted():
+    release, entered, taken = threading.Event(), threading.Event(), []
 
     def block(row):
         entered.set()
         release.wait(10)
+        taken.append(row["step"])
 
-    observer = Observed(lambda: block)
-    observer({"step": 0})
-    assert entered.wait(5)
-    for step in range(OBSERVER_BACKLOG + 5):
-        observer({"step": step})
+    with observed({"slow": lambda: block}) as (observer,):
+        observer({"step": 0})
+        assert entered.wait(5)
+        for step in range(1, OBSERVER_BACKLOG + 6):
+            observer({"step": step})
+        release.set()
     assert observer.lost == 5
+    assert taken == list(range(OBSERVER_BACKLOG + 1))
+
+
+def test_an_observer_that_blocks_for_ever_holds_up_the_end_for_a_bounded_time_and_all_its_rows_are_lost(monkeypatch):
+    monkeypatch.setattr(metrics, "CLOSE_S", 0.2)
+    release = threading.Event()
+    stuck = {name: lambda: lambda row: release.wait(60) for name in ("one", "two")}
+    started = time.monotonic()
+    with observed(stuck) as observers:
+        for observer in observers:
+            for step in range(3):
+                observer({"step": step})
+    assert 0.2 <= time.monotonic() - started < 2  # once for all of them
+    assert [observer.lost for observer in observers] == [3, 3]
     release.set()
-    observer.close(timeout_s=5)
 
 
-@pytest.mark.parametrize("broken", ["on start", "on every row"])
-def test_an_observer_that_raises_is_counted_and_nothing_else(broken, capsys):
-    def sink(row):
-        raise OSError("disk full")
+@pytest.mark.parametrize("ended", ["well", "by an error"])
+def test_an_observer_that_is_behind_gets_all_its_rows_at_the_end(ended):
+    taken = []
+
+    def slow(row):
+        time.sleep(0.002)
+        taken.append(row["step"])
+
+    try:
+        with observed({"slow": lambda: slow}) as (observer,):
+            for step in range(100):
+                observer({"step": step})
+            if ended != "well":
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert taken == list(range(100))
+    assert observer.lost == 0
+
+
+@pytest.mark.parametrize(
+    ("fails", "lost"),
+    {
+        "to start, always": ({"start": range(9)}, 4),
+        "to start, twice": ({"start": range(2)}, 2),
+        "with every row": ({"row": range(9)}, 4),
+        "with the second row": ({"row": [1]}, 1),
+    }.values(),
+)
+def test_an_observer_that_raises_loses_those_rows_and_says_so_once(fails, lost, capsys):
+    calls = {"start": 0, "row": 0}
+
+    def call(what):
+        calls[what] += 1
+        if calls[what] - 1 in fails.get(what, ()):
+            raise OSError("disk full")
 
     def start():
-        if broken == "on start":
-            raise OSError("disk full")
-        return sink
+        call("start")
+        return lambda row: call("row")
 
-    observer = Observed(start)
-    observer({"step": 1})
-    observer({"step": 2})
-    observer.close(timeout_s=5)
-    assert observer.lost == 2
-    assert capsys.readouterr().err == "observer: disk full\n"
+    with observed({"file": start}) as (observer,):
+        for step in range(4):
+            observer({"step": step})
+    assert observer.lost == lost
+    assert capsys.readouterr().err == "observer file: OSError: disk full\n"

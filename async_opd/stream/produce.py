@@ -8,6 +8,7 @@ import msgspec
 
 from async_opd.errors import ActorLost, AsyncOpdError, CallFailed, OverAge
 from async_opd.ports import Generator, Ready, Ref, Teacher, Verifier
+from async_opd.stream.ledger import Ledger
 from async_opd.stream.pool import Pool
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
@@ -35,6 +36,7 @@ class Producer:
         max_attempts: int,
         drop_truncated: bool,
         count_tokens: Callable[[str, int], None],
+        ledger: Ledger,
         taught: Taught | None = None,
     ):
         """Each prompt has `samples` responses. A group is scored by a replica of its prompt's teacher and, where there
@@ -48,7 +50,7 @@ class Producer:
         self._references, self._verifier = references, verifier
         self._unscored = 0  # groups in a row that no replica could score
         self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
-        self._taught = taught
+        self._ledger, self._taught = ledger, taught
         self._again: deque[tuple[int, Prompt]] = deque()
 
     def fill(self) -> None:
@@ -57,6 +59,7 @@ class Producer:
             self._start(*self._again.popleft())
         while self.needed and self._slots.free:
             prompt = next(self._prompts)
+            self._ledger.handed_out(prompt.id)
             self.needed -= 1
             if self._taught and self._taught.turn():
                 prompt = msgspec.structs.replace(prompt, taught=True)
@@ -65,11 +68,12 @@ class Producer:
     def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
         """A group that will not be trained: issue its prompt again at the front, or drop it for good and give its
         slot to the next prompt. The teacher is asked once; then it is the student's turn."""
-        if prompt.taught:
-            self._again.append((ticket, msgspec.structs.replace(prompt, taught=False)))
-        elif prompt.attempt + 1 < self._max_attempts:
-            self._again.append((ticket, msgspec.structs.replace(prompt, attempt=prompt.attempt + 1)))
+        if prompt.taught or prompt.attempt + 1 < self._max_attempts:
+            again = msgspec.structs.replace(prompt, taught=False, attempt=prompt.attempt + (not prompt.taught))
+            self._ledger.reissued(prompt.id, again.attempt, cause)
+            self._again.append((ticket, again))
         else:
+            self._ledger.dropped(prompt.id, cause)
             self._slots.give_back(ticket)
             self.needed += 1
         self.fill()
@@ -102,7 +106,7 @@ class Producer:
     async def _teach(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the teacher's own generator, then for the verifier alone."""
         since = self._taught.version()
-        meta, group = await self._taught.answer(prompt)
+        meta, group = await self._taught.answer(prompt, lost=lambda why: self._ledger.returned(prompt.id, why))
         verdicts = await self._verifier.ask(lambda verifier: verifier.check(group))
         ready = Ready(ticket, prompt, meta, group, None, verdicts, (0,), since=since)
         if cause := self._taught.refuses(ready):
@@ -117,6 +121,7 @@ class Producer:
 
         def lost(why: str) -> None:
             losses.append(why)
+            self._ledger.returned(prompt.id, why)
             if len(losses) == self._max_attempts:
                 raise CallFailed(f"{prompt.id}: {len(losses)} generators were lost with it, the last: {why}")
 

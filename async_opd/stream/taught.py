@@ -51,9 +51,9 @@ class Taught:
         self._requested += mine
         return mine
 
-    async def answer(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        """From the generator with the fewest prompts."""
-        return await self._generators.ask(lambda generator: generator.generate(prompt))
+    async def answer(self, prompt: Prompt, lost: Callable[[str], None]) -> tuple[GroupMeta, Ref]:
+        """From the generator with the fewest prompts; `lost` is told why one went with it."""
+        return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
 
     def refuses(self, ready: Ready) -> str:
         """Why a verified answer is not trained; empty where it may be."""

@@ -1,0 +1,74 @@
+"""What a run leaves behind so that another can go on: its ledger, and checkpoints of everything that is trained."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from async_opd.checkpoints import Checkpoint, Checkpoints, RunState
+from async_opd.ports import Learner, Ready
+from async_opd.stream.follow import Followers
+from async_opd.stream.ledger import Ledger
+from async_opd.wire import Prompt
+
+
+class Source(Protocol):
+    """Prompts that can be gone on with: `rollout.prompts.PromptSource`."""
+
+    position: dict[str, Any]
+
+    def __iter__(self) -> Iterator[Prompt]: ...
+    def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]: ...
+
+
+class Progress:
+    """The books of one run, and its checkpoints."""
+
+    def __init__(self, run_dir: Path, source: Source, learner: Learner, followers: Followers, keep: int):
+        """`keep` checkpoints of the last, and the best, stay."""
+        self.ledger, self._checkpoints = Ledger(run_dir / "ledger.jsonl"), Checkpoints(run_dir, keep)
+        self._source, self._learner, self._followers = source, learner, followers
+        self._saved: int | None = None  # version of the newest checkpoint
+        self._right, self._known = 0, 0  # verdicts since then
+
+    async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
+        """Bring learner and self-teachers to where they were; returns the prompts from there on: first those that were
+        outstanding."""
+        state = found.state
+        await asyncio.to_thread(self._checkpoints.rewind, state.version)
+        self.ledger.resumed(state.version, state.outstanding)
+        await self.ledger.sync()
+        await self._learner.load_state(str(found.folder / "learner"))
+        await self._followers.restore(found.folder)
+        self._saved = state.version
+        return self._source.continued(state.position, state.outstanding)
+
+    def trained(self, step: int, batch: Sequence[Ready]) -> None:
+        """Step `step` trained `batch`."""
+        self.ledger.trained(step, [ready.prompt.id for ready in batch])
+        verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
+        self._right, self._known = (
+            self._right + verdicts.count(True),
+            self._known + len(verdicts) - verdicts.count(None),
+        )
+
+    async def save(self, version: int, counters: dict[str, Any]) -> None:
+        """A checkpoint of `version`, unless there is one. The best is the one with the largest share of right rollouts
+        since the one before. Generation goes on meanwhile. Raises CheckpointError or LedgerError."""
+        if version == self._saved:
+            return
+        state = RunState(
+            version=version,
+            position=self._source.position,
+            outstanding=self.ledger.checkpoint(version),
+            score=self._right / self._known if self._known else None,
+            counters=counters,
+        )
+        self._right, self._known = 0, 0
+        folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
+        await self.ledger.sync()
+        await self._learner.save(str(folder / "model"))
+        await self._learner.save_state(str(folder / "learner"))
+        await self._followers.save(folder)
+        await asyncio.to_thread(self._checkpoints.commit, version, state)
+        self._saved = version
