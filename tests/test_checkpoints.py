@@ -48,6 +48,27 @@ def test_a_checkpoint_is_found_with_all_that_was_written_and_the_link_leads_to_i
     assert manifest["model/weights"] == {"size": 1, "sha256": w}
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_link(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    done, sync, rename = [], os.fsync, os.rename
+
+    def recorded(descriptor):
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        sync(descriptor)
+
+    def renamed(source, target):
+        done.append(f"-> {os.path.relpath(target, tmp_path)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "rename", renamed)
+    save(tmp_path, 2, keep=2)
+    named = done.index("-> checkpoints/000002")
+    inside = ["", "/model", "/model/weights", "/learner", "/learner/deep", "/learner/deep/shard", "/run.json"]
+    assert set(done[:named]) == {f"checkpoints/.000002.partial{name}" for name in [*inside, "/manifest.json"]}
+    assert done[named + 1 :] == ["checkpoints", "-> checkpoint", "."]
+
+
 def test_the_last_few_and_the_best_are_kept_and_the_link_follows(tmp_path):
     kept = []
     for step, score in [(1, None), (2, 0.7), (3, 0.9), (4, 0.9), (5, None), (6, 0.2), (7, 0.95)]:
