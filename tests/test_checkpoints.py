@@ -142,9 +142,7 @@ def killed(run: Path, what: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_killed_before_any_of_its_changes_of_the_disk_either_the_old_or_the_new_checkpoint_is_whole(
-    tmp_path, name, monkeypatch
-):
+def test_killed_before_any_change_of_the_disk_the_old_or_the_new_checkpoint_is_whole(tmp_path, name, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     before, what, after = KILLS[name]
     runs, seen = killed(template(tmp_path / "run", before), what), []
