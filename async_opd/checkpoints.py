@@ -231,7 +231,7 @@ def _described(folder: Path) -> list[_File]:
 def _score(folder: Path) -> float | None:
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=RunState).score
-    except (OSError, msgspec.DecodeError):  # damaged: no reason to stop training, nor to keep it
+    except (OSError, msgspec.DecodeError, ValueError):  # damaged: no reason to stop training, nor to keep it
         return None
 
 
