@@ -47,6 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
     size: int
     sha256: str
 
@@ -187,8 +188,8 @@ def _verified(folder: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder}: its writing was never finished")
     name = MANIFEST
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, _File])
-        for name, expected in manifest.items():
+        for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
+            name = expected.name
             with (folder / name).open("rb") as handle:
                 size = os.fstat(handle.fileno()).st_size
                 if size != expected.size:
@@ -201,7 +202,7 @@ def _verified(folder: Path) -> Checkpoint:
         raise refused(name, "is missing") from None
     except OSError as e:
         raise refused(name, f"cannot be read: {e.strerror}") from e
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, ValueError) as e:
         raise refused(name, f"is damaged: {e}") from e
 
 
@@ -216,21 +217,21 @@ def _offer(refused: Path) -> str:
     return "no intact one lies before it"
 
 
-def _described(folder: Path) -> dict[str, _File]:
+def _described(folder: Path) -> list[_File]:
     """Every file of `folder`, synced to the disk."""
-    found = {}
+    found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as handle, _about(path):
             sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
-            found[path.relative_to(folder).as_posix()] = _File(os.fstat(handle.fileno()).st_size, sha256)
+            found.append(_File(path.relative_to(folder).as_posix(), os.fstat(handle.fileno()).st_size, sha256))
     return found
 
 
 def _score(folder: Path) -> float | None:
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=RunState).score
-    except (OSError, msgspec.DecodeError):  # damaged: no reason to stop training, nor to keep it
+    except (OSError, msgspec.DecodeError, ValueError):  # damaged: no reason to stop training, nor to keep it
         return None
 
 

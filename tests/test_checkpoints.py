@@ -43,9 +43,30 @@ def test_a_checkpoint_is_found_with_all_that_was_written_and_the_link_leads_to_i
     assert (tmp_path / "checkpoint" / "weights").read_text() == "w"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "checkpoints"}
     manifest = msgspec.json.decode((tmp_path / "checkpoints" / "000100" / "manifest.json").read_bytes())
-    assert manifest.keys() == {"model/weights", "run.json"}
     w = "50e721e49c013f00c62cf59f2163542a9d8df02464efeb615d31051b0fddc326"  # printf w | sha256sum
-    assert manifest["model/weights"] == {"size": 1, "sha256": w}
+    assert [file["name"] for file in manifest] == ["model/weights", "run.json"]
+    assert manifest[0] == {"name": "model/weights", "size": 1, "sha256": w}
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_link(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    done, sync, rename = [], os.fsync, os.rename
+
+    def recorded(descriptor):
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        sync(descriptor)
+
+    def renamed(source, target):
+        done.append(f"-> {os.path.relpath(target, tmp_path)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "rename", renamed)
+    save(tmp_path, 2, keep=2)
+    named = done.index("-> checkpoints/000002")
+    inside = ["", "/model", "/model/weights", "/learner", "/learner/deep", "/learner/deep/shard", "/run.json"]
+    assert set(done[:named]) == {f"checkpoints/.000002.partial{name}" for name in [*inside, "/manifest.json"]}
+    assert done[named + 1 :] == ["checkpoints", "-> checkpoint", "."]
 
 
 def test_the_last_few_and_the_best_are_kept_and_the_link_follows(tmp_path):
@@ -121,7 +142,8 @@ def killed(run: Path, what: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_killed_before_any_of_its_changes_of_the_disk_either_the_old_or_the_new_checkpoint_is_whole(tmp_path, name):
+def test_killed_before_any_change_of_the_disk_the_old_or_the_new_checkpoint_is_whole(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     before, what, after = KILLS[name]
     runs, seen = killed(template(tmp_path / "run", before), what), []
     assert len(runs) > 20
@@ -198,6 +220,18 @@ def test_any_flipped_bit_of_the_manifest_is_refused(run):
             find(run)
         manifest.write_bytes(whole)
     assert found(run) == "100 new"
+
+
+def test_a_manifest_that_names_one_file_twice_and_another_never_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    folder = checkpoints.begin(1)
+    for shard in ("shard-0", "shard-1"):  # one bit apart
+        (folder / shard).write_text(shard)
+    checkpoints.commit(1, RunState(version=1, position={}, outstanding=[]))
+    manifest = tmp_path / "checkpoints" / "000001" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"shard-0", b"shard-1"))
+    with pytest.raises(CheckpointError, match="000001: shard-1 is damaged"):
+        find(tmp_path)
 
 
 def test_without_its_manifest_it_is_refused(run):

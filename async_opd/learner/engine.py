@@ -234,8 +234,8 @@ class LearnerRank:
             checkpoint.save_rank(state, Path(folder), self._rank)
 
     def load_state(self, folder: str) -> None:
-        """Go on, right after `start`, from what `save_state` wrote. DeepSpeed's files are pickles: only after
-        `checkpoints.find` has verified them. Raises CheckpointError where ranks, stage or dtype differ: nothing is loaded.
+        """Go on, right after `start`, from what `save_state` wrote and `checkpoints.find` has verified: DeepSpeed's
+        files are pickles. Raises CheckpointError, with nothing loaded, where ranks, stage or dtype are others now.
         """
         state = checkpoint.load_rank(Path(folder), self._rank, self._config)
         self._engine.load_checkpoint(folder, tag=DEEPSPEED)

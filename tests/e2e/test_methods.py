@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from async_opd.checkpoints import find
 from tests.e2e.conftest import demo
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -34,8 +35,9 @@ def test_egrsd_trains_on_its_own_teacher_with_a_solution_before_its_eyes(tmp_pat
     assert all(0.8 <= row["direction"] <= 1.2 for row in rows)  # clip 0.2
     assert all(0.7 <= row["certainty"] <= 1 for row in rows)  # γ 0.3
     assert sum(row["weight_by_method"] != 0 for row in rows) > 10
-    state = json.loads((run / "checkpoint" / "async_opd.json").read_text())
-    assert state["version"] == STEPS and state["running"]["reward"]["count"] == STEPS * TRAJECTORIES
+    state = json.loads((find(run).folder / "learner" / "rank-0.json").read_text())
+    count, *_ = state["running"]["reward"]
+    assert state["version"] == STEPS and count == STEPS * TRAJECTORIES
     assert summary["scored_dropped"] == 0
 
 

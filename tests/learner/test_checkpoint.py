@@ -50,7 +50,7 @@ def test_a_save_that_finds_no_room_is_named_and_leaves_the_older_checkpoint(tiny
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(CheckpointError, match="out: cannot be written: .*File too large"):
+        with pytest.raises(CheckpointError, match=r"out: cannot be written: .*File too large"):
             save(tiny_lm(seed=1), source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
