@@ -127,8 +127,6 @@ class Cluster:
         self._actors: list[_Actor] = []
         # Of every engine ever started: none repeats another's draws.
         self._seeds = itertools.count(config.run.seed if first_seed is None else first_seed)
-            config.run.seed if first_seed is None else first_seed
-        )  # of every engine ever started: none repeats another's draws
         self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
 
     def __enter__(self) -> "Cluster":

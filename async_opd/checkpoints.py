@@ -150,6 +150,11 @@ class Checkpoints:
         return self._root / f".{step:06d}.old"
 
 
+def run_of(path: Path) -> Path:
+    """The run directory that `path`, which is one or one of its checkpoints, belongs to."""
+    return path.parent.parent if path.resolve().parent.name == FOLDER else path
+
+
 def find(path: str | Path) -> Checkpoint:
     """The newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes nothing.
 

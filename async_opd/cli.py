@@ -6,8 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from async_opd.errors import AsyncOpdError, ConfigError
+
+if TYPE_CHECKING:
+    from async_opd.checkpoints import Checkpoint
+    from async_opd.config import Config
 
 DEMO = Path(__file__).parent / "toy" / "demo.toml"
 OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
@@ -65,14 +70,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train_or_resume(args: argparse.Namespace) -> int:
+    if args.resume is None:
+        if not args.words:
+            raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
+        args.config, *args.overrides = args.words
+        return _train(args)
+    from async_opd.checkpoints import find, run_of
+    from async_opd.config import load_run
+
+    config, found = load_run(run_of(args.resume), args.words), find(args.resume)
+    if found.state.version >= config.run.steps:
+        done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
+        raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
+    return _run(config, found)
+
+
 def _train(args: argparse.Namespace) -> int:
     from async_opd.config import load
 
-    config = load(args.config, args.overrides)
+    return _run(load(args.config, args.overrides))
+
+
+def _run(config: "Config", found: "Checkpoint | None" = None) -> int:
     from async_opd.metrics import say, time_table
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
 
-    summary = asyncio.run(run(config))
+    summary = asyncio.run(run(config, found))
     lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
         lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Coroutine
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -84,7 +86,15 @@ class FakeLearner:
         return LOGP
 
     async def save(self, folder):
+        Path(folder).mkdir(parents=True)
         self.saved.append(folder)
+
+    async def save_state(self, folder):
+        Path(folder).mkdir()
+        Path(folder, "version").write_text(str(self.version))
+
+    async def load_state(self, folder):
+        self.version = int(Path(folder, "version").read_text())
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -111,6 +121,26 @@ def virtual(main: Coroutine):
         return runner.run(main)
 
 
+class Prompts:
+    """Prompts "0", "1", … of one token, to be gone on with."""
+
+    def __init__(self, count: int = 10**6):
+        self._count, self.position = count, {"drawn": 0}
+
+    def __iter__(self):
+        while self.position["drawn"] < self._count:
+            at = self.position["drawn"]
+            self.position = {"drawn": at + 1}
+            yield self._prompt(f"{at}")
+
+    def continued(self, position, outstanding):
+        self.position = position
+        return chain(map(self._prompt, outstanding), self)
+
+    def _prompt(self, id: str) -> Prompt:
+        return Prompt(id=id, ids=np.zeros(1, np.int32), answer="")
+
+
 def prompts(count: int = 10**6):
-    """Prompts "0", "1", … of one token."""
-    return (Prompt(id=str(i), ids=np.zeros(1, np.int32), answer="") for i in range(count))
+    """An iterator over them."""
+    return iter(Prompts(count))

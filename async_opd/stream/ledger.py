@@ -128,8 +128,8 @@ class Ledger:
         self._add(Returned(self._next(), id, cause))
 
     def checkpoint(self, step: int) -> list[str]:
-        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second one of the same
-        step that is killed before its commit could not be told from the first."""
+        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second one that
+        is killed before its commit could not be told from the first."""
         self._add(Checkpoint(self._next(), step))
         return list(self.outstanding)
 
