@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, prompts
+from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, Prompts
 
 from async_opd.cli import DEMO
 from async_opd.config import load
@@ -115,7 +115,8 @@ async def measure(generators: int, trajectories: int, folder: Path) -> list[dict
         learner=PacedLearner(AT_ONCE, config.run.max_lag_steps),
     )
     meter = Meter([Jsonl(folder / "metrics.jsonl"), look])
-    summary = await train(config, roles, prompts(), [], folder, meter)
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+        summary = await train(config, roles, Prompts(), [], Path(run_dir), meter)
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps
     return looks
 

@@ -21,9 +21,11 @@ import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -197,14 +199,36 @@ class PacedLearner:
     async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         return LOGP
 
-    async def save(self, folder: str) -> None: ...
+    async def save(self, folder: str) -> None:
+        Path(folder).mkdir()
+
+    async def save_state(self, folder: str) -> None:
+        Path(folder).mkdir()
+        Path(folder, "version").write_text(str(self.version))
+
+    async def load_state(self, folder: str) -> None:
+        self.version = int(Path(folder, "version").read_text())
 
 
-def prompts() -> Iterator[Prompt]:
-    at = 0
-    while True:
-        yield Prompt(id=str(at), ids=np.zeros(1, np.int32), answer="")
-        at += 1
+class Prompts:
+    """Prompts "0", "1", … of one token, which can be gone on with."""
+
+    def __init__(self, count: int = 10**9):
+        self._count, self.position = count, {"drawn": 0}
+
+    def __iter__(self) -> Iterator[Prompt]:
+        while (at := self.position["drawn"]) < self._count:
+            self.position = {"drawn": at + 1}
+            yield _prompt(f"{at}")
+
+    def continued(self, position: dict, outstanding: Sequence[str]) -> Iterator[Prompt]:
+        """Those that were `outstanding`, then those behind `position`."""
+        self.position = position
+        return chain(map(_prompt, outstanding), self)
+
+
+def _prompt(id: str) -> Prompt:
+    return Prompt(id=id, ids=np.zeros(1, np.int32), answer="")
 
 
 async def measure(
@@ -228,7 +252,8 @@ async def measure(
         excluded += row["tokens_excluded"]
 
     meter = Meter([mark, *sinks], clock=asyncio.get_running_loop().time)
-    summary = await train(config, roles, prompts(), [], Path("runs/paced"), meter)
+    with tempfile.TemporaryDirectory() as folder:
+        summary = await train(config, roles, Prompts(), [], Path(folder), meter)
     wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()
     longest = max(own)
     trajectories = (steps - 2 * EDGE) * PER_STEP

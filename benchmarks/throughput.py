@@ -106,7 +106,8 @@ async def run(config: Config, folder: Path) -> dict:
         roles = await cluster.roles()
         gc.collect()
         gc.freeze()  # as `async_opd.run` does
-        summary = await train(config, roles, iter(prompts), [], folder, Meter([mark]))
+        with tempfile.TemporaryDirectory() as run_dir:
+            summary = await train(config, roles, prompts, [], Path(run_dir), Meter([mark]))
     (began, cpu_before), (ended, cpu_after) = marks[WARM_UP], marks[STEPS]
     wall, cpu = ended - began, {process: cpu_after[process] - cpu_before[process] for process in cpu_after}
     trained = sum(row["tokens"] for row in rows[WARM_UP:])

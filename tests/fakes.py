@@ -1,13 +1,15 @@
 """The smallest ports: tokens, scores and steps are made up, versions and pauses are real."""
 
 import asyncio
+import tempfile
 from collections.abc import Coroutine
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from async_opd.stream.ledger import Ledger
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
+from benchmarks.paced import Prompts
 
 LOGP = np.array([-1.0, -2.0], np.float32)  # of the two tokens of every response
 
@@ -86,7 +88,7 @@ class FakeLearner:
         return LOGP
 
     async def save(self, folder):
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         self.saved.append(folder)
 
     async def save_state(self, folder):
@@ -114,6 +116,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
+    def run_in_executor(self, executor, func, *args):
+        """Threads take no time."""
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
 
 def virtual(main: Coroutine):
     """Run `main` in virtual time; returns its result."""
@@ -121,26 +132,12 @@ def virtual(main: Coroutine):
         return runner.run(main)
 
 
-class Prompts:
-    """Prompts "0", "1", … of one token, to be gone on with."""
-
-    def __init__(self, count: int = 10**6):
-        self._count, self.position = count, {"drawn": 0}
-
-    def __iter__(self):
-        while self.position["drawn"] < self._count:
-            at = self.position["drawn"]
-            self.position = {"drawn": at + 1}
-            yield self._prompt(f"{at}")
-
-    def continued(self, position, outstanding):
-        self.position = position
-        return chain(map(self._prompt, outstanding), self)
-
-    def _prompt(self, id: str) -> Prompt:
-        return Prompt(id=id, ids=np.zeros(1, np.int32), answer="")
-
-
 def prompts(count: int = 10**6):
-    """An iterator over them."""
+    """Prompts "0", "1", … of one token."""
     return iter(Prompts(count))
+
+
+def books() -> Ledger:
+    """A ledger that nobody keeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Ledger(Path(folder, "ledger.jsonl"))

@@ -24,7 +24,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def end_with(result) -> None:
-        async def run(config):
+        async def run(config, found=None):
             if isinstance(result, BaseException):
                 raise result
             return result
@@ -38,11 +38,12 @@ def runs(monkeypatch, tmp_path):
     ("command", "says"),
     [
         ([], "usage: async-opd [-h] COMMAND ..."),
-        (["train"], "usage: async-opd train [-h] config [key=value ...]"),
+        (["train"], "usage: async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"),
         (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
+        (["scale"], "usage: async-opd scale [-h] RUN POOL=NUMBER [POOL=NUMBER ...]"),
     ],
 )
 def test_help_of_a_command_is_its_usage(command, says, capsys):
@@ -54,17 +55,18 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain, audit)"),
+        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain, audit, scale)"),
         ([], "the following arguments are required: COMMAND"),
-        (["train"], "the following arguments are required: config"),
+        (["scale", "runs/demo"], "the following arguments are required: POOL=NUMBER"),
         (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
     ],
 )
 def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    commands = "train, demo, eval, explain, audit"
-    assert says in capsys.readouterr().err.replace("'train', 'demo', 'eval', 'explain', 'audit'", commands)
+    commands = "train, demo, eval, explain, audit, scale"
+    quoted = ", ".join(f"'{command}'" for command in commands.split(", "))
+    assert says in capsys.readouterr().err.replace(quoted, commands)
 
 
 def test_the_module_is_the_command():
@@ -183,3 +185,22 @@ def test_an_audit_of_no_run_exits_with_two(tmp_path, capsys):
     assert main(["audit", str(tmp_path / "rum")]) == 2
     said = f"{tmp_path / 'rum'}: no such file or folder; an audit needs the directory of a run"
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
+
+
+def test_train_needs_a_config_or_a_run(capsys):
+    assert main(["train"]) == 2
+    assert "train: needs a config, a TOML file, or --resume RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generators"], "'generators': write POOL=NUMBER with a number of at least 1"),
+        (["generators=0"], "'generators=0': write POOL=NUMBER"),
+        (["generators=-1"], "'generators=-1': write POOL=NUMBER"),
+        (["generators=2"], "is no run directory: it holds no config.json"),
+    ],
+)
+def test_a_size_that_cannot_be_asked_for_exits_with_two(words, says, tmp_path, capsys):
+    assert main(["scale", str(tmp_path), *words]) == 2
+    assert says in capsys.readouterr().err

@@ -5,21 +5,27 @@ import gc
 import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
+from async_opd import checkpoints
+from async_opd.audit.books import audit
 from async_opd.config import load
 from async_opd.crew import Roles
-from async_opd.errors import ActorLost
+from async_opd.errors import ActorLost, CheckpointError
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.train import train
 from async_opd.wire import Verdict
-from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts
+from benchmarks.paced import Prompts
+from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts, virtual
 
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
 
-async def run(tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, **scorers):
+async def run(
+    tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, **scorers
+):
     """(summary, learner, rows) of a whole run over fakes."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or FakeLearner(), []
@@ -29,7 +35,7 @@ async def run(tmp_path, *overrides: str, generator=None, generators=None, learne
         learner=learner,
         **{"teachers": {"": [FakeScorer()]}} | scorers,
     )
-    summary = await train(config, roles, prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
+    summary = await train(config, roles, source or Prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
     return summary, learner, rows
 
 
@@ -40,7 +46,8 @@ async def test_every_step_trains_its_groups_once_and_within_the_bound(tmp_path, 
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert summary["max_lag_seen"] == max(row["lag_max"] for row in rows) <= bound
     assert summary["scored_dropped"] == 0
-    assert learner.saved == [str(tmp_path / "checkpoint")]
+    assert learner.saved == [str(tmp_path / "checkpoints" / ".000005.partial" / "model")]
+    assert checkpoints.find(tmp_path).state.version == 5
 
 
 async def test_accuracy_is_measured_before_and_after(tmp_path):
@@ -50,12 +57,18 @@ async def test_accuracy_is_measured_before_and_after(tmp_path):
 
 async def test_checkpoints_are_saved_on_the_way(tmp_path):
     _, learner, _ = await run(tmp_path, "run.checkpoint_every_steps=2")
-    assert [path.rsplit("/", 1)[1] for path in learner.saved] == ["checkpoint-2", "checkpoint-4", "checkpoint"]
+    assert [Path(path).parent.name for path in learner.saved] == [
+        ".000002.partial",
+        ".000004.partial",
+        ".000005.partial",
+    ]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "000005"]
 
 
 async def test_a_checkpoint_blocks_the_learner(tmp_path):
     class SlowDisk(FakeLearner):
         async def save(self, folder):
+            await super().save(folder)
             await asyncio.sleep(0.05)
 
     summary, _, rows = await run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk())
@@ -71,12 +84,15 @@ async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_pu
         async def load(self, folder):
             loaded.append((folder, learner.version, generator.version))
 
+        async def save(self, file):
+            Path(file).write_text("its own weights")
+
     loaded, learner, generator = [], FakeLearner(), FakeGenerator()
     settings = ("teacher.model=toy:student", "teacher.update=copy", "teacher.update_every_steps=2")
     await run(tmp_path, *settings, learner=learner, generator=generator, teachers={"": [Follows(), Follows()]})
     folder = str(tmp_path / "self-teacher")
     assert loaded == [(folder, 2, 1)] * 2 + [(folder, 4, 3)] * 2  # two replicas, at steps 2 and 4 of 5
-    assert learner.saved == [folder, folder, str(tmp_path / "checkpoint")]
+    assert [path for path in learner.saved if path == folder] == [folder, folder]
 
 
 async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
@@ -97,8 +113,12 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
         generators=[FakeGenerator()], teachers={"math": [both], "code": [both]}, verifier=both, learner=FakeLearner()
     )
     named = [replace(p, teacher=t) for p, t in zip(prompts(3), ("math", "code", "math"), strict=True)]
-    training = (replace(prompt, teacher="code") for prompt in prompts())
-    summary = await train(config, roles, training, named, tmp_path, Meter([]))
+
+    class Code(Prompts):
+        def __iter__(self):
+            return (replace(prompt, teacher="code") for prompt in super().__iter__())
+
+    summary = await train(config, roles, Code(), named, tmp_path, Meter([]))
     assert asked == [2]
     assert (summary["teacher_accuracy_math"], summary["teacher_accuracy_code"]) == (0.5, None)
 
@@ -138,7 +158,7 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
     roles = Roles(generators=[Forgetful()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Forgetful())
     tracemalloc.start()
     try:
-        await train(config, roles, prompts(), [], tmp_path, Meter([look]))
+        await train(config, roles, Prompts(), [], tmp_path, Meter([look]))
     finally:
         tracemalloc.stop()
     assert held[300] - held[100] < 20_000  # bytes, in 200 steps of 4 groups; a row alone is 3,000
@@ -170,15 +190,49 @@ async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
         await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()])
 
 
-async def test_cancellation_saves_the_weights_before_it_propagates(tmp_path):
-    class Slow(FakeLearner):
-        async def step(self, groups):
-            await asyncio.sleep(3600)
+class Slow(FakeLearner):
+    """A step takes `step_s`."""
 
-    learner = Slow()
-    running = asyncio.ensure_future(run(tmp_path, learner=learner))
-    await asyncio.sleep(0.05)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    assert learner.saved == [str(tmp_path / "checkpoint")]
+    def __init__(self, step_s: float):
+        super().__init__()
+        self._step_s = step_s
+
+    async def step(self, groups):
+        await asyncio.sleep(self._step_s)
+        return await super().step(groups)
+
+
+def cancelled(tmp_path, step_s: float) -> tuple[float, list[tuple[str, str, str]]]:
+    """Cancel a run half a second into its second step; returns when it has ended, and what it told."""
+
+    async def main():
+        told = []
+        config = load("configs/demo.toml", [*SMALL])
+        roles = Roles(
+            generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Slow(step_s)
+        )
+        (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+        meter = Meter([], asyncio.get_running_loop().time)
+        running = asyncio.ensure_future(
+            train(config, roles, Prompts(), [], tmp_path, meter, lambda *event: told.append(event))
+        )
+        await asyncio.sleep(step_s + 0.5)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return asyncio.get_running_loop().time(), told
+
+    return virtual(main())
+
+
+def test_cancellation_lets_the_step_at_hand_finish_and_saves_it(tmp_path):
+    assert cancelled(tmp_path, step_s=3) == (6, [])
+    assert checkpoints.find(tmp_path).state.version == 2
+    assert audit(tmp_path).discrepancies == []
+
+
+def test_cancellation_does_not_wait_for_a_step_that_takes_too_long(tmp_path):
+    ended, told = cancelled(tmp_path, step_s=60)
+    assert (ended, [event[:2] for event in told]) == (60.5 + 25, [("not saved", "checkpoint")])
+    with pytest.raises(CheckpointError):
+        checkpoints.find(tmp_path)

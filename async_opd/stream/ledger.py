@@ -147,7 +147,8 @@ class Ledger:
     async def sync(self) -> None:
         """Put on disk what was added so far. Raises LedgerError when the disk refuses, then and ever after. Its batch
         is written even where the caller is cancelled."""
-        await asyncio.shield(asyncio.wrap_future(self._writer.submit(self._write, self._taken())))
+        loop = asyncio.get_running_loop()
+        await asyncio.shield(loop.run_in_executor(self._writer, self._write, self._taken()))
 
     def close(self) -> None:
         """Put the rest on disk and close the file. Raises as `sync` does."""

@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
 maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring →
-config → inputs, evaluate, explain, audit, crew → scale → train, proxies → actors → run → cli → __main__. Units of one
-rank never import each other; a config.py is its role's.
+config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → cli → __main__.
+Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -24,7 +24,7 @@ ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "audit", "crew"],
-    ["scale"], ["train", "proxies"],
+    ["scale", "progress"], ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
@@ -35,7 +35,7 @@ CONFINED = {
 }
 SMALL = {
     "errors", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit",
-    "crew", "scale", "train", "cli",
+    "crew", "scale", "progress", "train", "cli",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from async_opd.stream.pool import Pool
 from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
+from tests.fakes import books
 
 GROUPS_PER_STEP = 8
 
@@ -112,6 +113,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
             max_attempts=3,
             drop_truncated=False,
             count_tokens=lambda role, tokens: None,
+            ledger=books(),
         )
         await clock.run(asyncio.ensure_future(learn()))
     return np.array(trained_lags), excluded, trained, queue, slots

@@ -9,7 +9,7 @@ from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
 from async_opd.wire import Span, Verdict
-from tests.fakes import FakeGenerator, FakeScorer, prompts
+from tests.fakes import FakeGenerator, FakeScorer, books, prompts
 
 
 def stream(
@@ -39,6 +39,7 @@ def stream(
         max_attempts=attempts,
         drop_truncated=drop_truncated,
         count_tokens=lambda role, tokens: None,
+        ledger=books(),
         taught=taught,
     )
     return producer, queue, limit

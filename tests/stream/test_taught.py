@@ -13,7 +13,7 @@ from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.taught import Taught
 from async_opd.train import train
 from async_opd.wire import Prompt, StepResult, Verdict
-from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, prompts
+from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, Prompts
 from tests.fakes import virtual
 
 PACE = Pace.of(1, 1, heavy_tail=True)
@@ -115,7 +115,7 @@ def run(tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pa
     async def main():
         meter = Meter([rows.append], asyncio.get_running_loop().time)
         async with asyncio.timeout(3600):  # virtual; a run that lost a slot never ends
-            return await train(config, roles, prompts(), [], tmp_path, meter)
+            return await train(config, roles, Prompts(), [], tmp_path, meter)
 
     summary = virtual(main())
     assert all(engine.asked for engine in pool)

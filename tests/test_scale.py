@@ -1,0 +1,100 @@
+"""A running job's pools are resized through its run directory."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from async_opd import scale
+from async_opd.config import load
+from async_opd.crew import Roles
+from async_opd.errors import ConfigError, TimedOut
+from async_opd.metrics import Meter
+from async_opd.train import train
+from benchmarks.paced import Prompts
+from tests.fakes import FakeGenerator, FakeLearner, FakeScorer
+
+
+class Paced(FakeLearner):
+    """Trains until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def step(self, groups):
+        if self.version == 3:
+            await self.go.wait()
+        await asyncio.sleep(0.01)
+        return await super().step(groups)
+
+
+async def job(run_dir: Path, play):
+    """Train in `run_dir` while `play(crew pools by event)` runs; returns what both leave behind."""
+    (run_dir / "config.json").write_text("{}")
+    settings = ["run.steps=8", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false"]
+    config = load("configs/demo.toml", settings)
+    learner, started = Paced(), []
+
+    async def spawn(name: str, index: int):
+        started.append(f"{name} {index}")
+        return FakeGenerator() if name == "generator" else FakeScorer()
+
+    roles = Roles(
+        generators=[FakeGenerator()],
+        teachers={"": [FakeScorer()]},
+        verifier=FakeScorer(),
+        learner=learner,
+        spawn=spawn,
+    )
+    running = asyncio.ensure_future(train(config, roles, Prompts(), [], run_dir, Meter([])))
+    found = await play(learner)
+    learner.go.set()
+    await running
+    return found, started, learner
+
+
+async def asked(run_dir: Path, *words: str) -> str:
+    return await asyncio.to_thread(scale.ask, run_dir, scale.parse(list(words)), 5.0)
+
+
+async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_trained_once(tmp_path):
+    async def play(learner):
+        grown = await asked(tmp_path, "generators=3", "teacher=2")
+        shrunk = await asked(tmp_path, "generators=1")
+        return grown, shrunk
+
+    (grown, shrunk), started, learner = await job(tmp_path, play)
+    assert (grown, shrunk) == ("generators: 1 -> 3, teacher: 1 -> 2", "generators: 3 -> 1")
+    assert sorted(started) == ["generator 1", "generator 2", "teacher 1"]
+    assert len(learner.trained) == len(set(learner.trained)) == 32
+    assert not list(tmp_path.glob("scale-*"))
+
+
+async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp_path):
+    async def play(learner):
+        with pytest.raises(ConfigError, match=r"scale = 'generator': must be 'teacher' or 'generators'; did you mean 'generators'"):
+            await asked(tmp_path, "teacher=4", "generator=2")
+        with pytest.raises(ConfigError, match="scale = 'learner': must be"):
+            await asked(tmp_path, "learner=2")
+
+    _, started, _ = await job(tmp_path, play)
+    assert started == []
+
+
+def test_with_no_job_there_is_no_answer_and_nothing_is_left(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TimedOut, match=r"no answer in 0\.2 s: no job is training in"):
+        scale.ask(tmp_path, {"generators": 2}, timeout_s=0.2)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+async def test_a_request_that_is_no_request_is_refused_and_taken_away(tmp_path):
+    async def play(learner):
+        (tmp_path / "scale-x.json").write_text('{"generators": "many"}')
+        await asyncio.sleep(3 * scale.POLL_S)
+        return (tmp_path / "scale-x.answer").read_text(), (tmp_path / "scale-x.json").exists()
+
+    ((answer, left), started, _) = await job(tmp_path, play)
+    assert answer.startswith('[true,"Expected `int`, got `str`') and not left
+    assert started == []
