@@ -9,7 +9,14 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from tokenizers import Tokenizer
 
 from async_opd.config import Config
@@ -24,6 +31,7 @@ from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
 from async_opd.wire import Needs
 
+GONE = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # the last: Ray killed it to save the node
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
 
 
@@ -93,7 +101,7 @@ class _Actor:
         """Await a call's result. Raises the role's own named error, ActorLost, or TimedOut."""
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
-        except RayActorError as e:
+        except GONE as e:
             lines = str(e).strip().splitlines()  # a failed constructor ends with its own error
             raise ActorLost(f"{self.name} died during {what}: {lines[0]} … {lines[-1]}") from None
         except RayTaskError as e:

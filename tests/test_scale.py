@@ -73,7 +73,8 @@ async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_tr
 
 async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp_path):
     async def play(learner):
-        with pytest.raises(ConfigError, match=r"scale = 'generator': must be 'teacher' or 'generators'; did you mean 'generators'"):
+        meant = r"scale = 'generator': must be 'teacher' or 'generators'; did you mean 'generators'"
+        with pytest.raises(ConfigError, match=meant):
             await asked(tmp_path, "teacher=4", "generator=2")
         with pytest.raises(ConfigError, match="scale = 'learner': must be"):
             await asked(tmp_path, "learner=2")

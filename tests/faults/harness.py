@@ -1,0 +1,82 @@
+"""A real job to hurt: who its processes are, what it says of them, and what its books say in the end."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from async_opd.audit.books import Books, audit
+from tests.e2e.conftest import Job, demo
+
+TITLES = {
+    "generator": "ray::Generator",
+    "teacher": "ray::Teacher",
+    "verifier": "ray::Verifier",
+    "learner": "ray::Learner",
+}
+TITLES["engine"] = "VLLM::EngineCore"
+
+
+class Hurt:
+    """A demo that trains for ever in `folder`."""
+
+    def __init__(self, folder: Path, *overrides: str, steps: int = 100_000):
+        self.run_dir = folder / "run"
+        self.job = demo(folder, *overrides, steps=steps)
+
+    def resume(self, folder: Path, *overrides: str) -> None:
+        """Go on with the run in a new job."""
+        self.job = Job("train", "--resume", str(self.run_dir), *overrides, folder=folder)
+
+    def pids(self, role: str) -> list[psutil.Process]:
+        """Processes of a role, the oldest first."""
+        found = [p for p in self.job.processes() if " ".join(p.cmdline()).startswith(TITLES[role])]
+        return sorted(found, key=psutil.Process.create_time)
+
+    def hurt(self, role: str, how: signal.Signals = signal.SIGKILL, which: int = 0) -> float:
+        """Signal one process of `role`; returns when."""
+        process, now = self.pids(role)[which], time.time()
+        process.send_signal(how)
+        return now
+
+    def events(self) -> list[dict]:
+        """What the driver told so far."""
+        path = self.run_dir / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def told(self, what: str, who: str, since: float, within_s: float) -> float:
+        """Seconds from `since` until the driver told `what` of one whose name begins with `who`."""
+        while True:
+            for event in self.events():
+                if event["what"] == what and event["who"].startswith(who) and event["time"] >= since:
+                    return event["time"] - since
+            assert self.job.process.poll() is None, self.job.text()
+            assert time.time() < since + within_s, f"{what} of {who} not told in {within_s} s: {self.events()}"
+            time.sleep(0.1)
+
+    def steps(self) -> int:
+        """Steps in the log so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    def trains(self, steps: int, within_s: float = 90) -> None:
+        """Wait for so many steps more."""
+        goal, deadline = self.steps() + steps, time.monotonic() + within_s
+        while self.steps() < goal:
+            assert self.job.process.poll() is None, self.job.text()
+            assert time.monotonic() < deadline, self.job.text()
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it; the job saves a checkpoint and ends in 30 s."""
+        os.killpg(self.job.process.pid, signal.SIGINT)
+        assert self.job.wait(30) == 130, self.job.text()
+
+    def books(self) -> Books:
+        """The audit, which must balance."""
+        books = audit(self.run_dir)
+        assert books.discrepancies == [], books.discrepancies
+        return books

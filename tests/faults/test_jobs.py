@@ -1,0 +1,83 @@
+"""Real jobs that lose their members: each is hurt several times, for a start costs half a minute."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from async_opd import checkpoints
+from tests.faults.harness import Hurt
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+STALL = ("timeout.stall_s=6", "sync.timeout_s=5")
+
+
+def test_generators_die_stall_and_are_scaled_and_no_prompt_is_lost(tmp_path):
+    hurt = Hurt(tmp_path, "rollout.generators=3", *STALL)
+    hurt.trains(2, within_s=150)
+
+    at = hurt.hurt("generator", which=1)
+    assert hurt.told("lost", "generator", at, 10) <= 5
+    assert hurt.told("serves", "generator", at, 120) <= 90
+    hurt.trains(3)
+
+    at = hurt.hurt("generator", signal.SIGSTOP, which=0)  # the oldest: it has the learner's first weights
+    assert (
+        hurt.told("lost", "generator", at, 30) <= 15
+    )  # 6 s without a sign, a look each 2 s, an update that waits for it
+    assert hurt.told("serves", "generator", at, 120) <= 90
+    hurt.trains(3)
+
+    scaled = [sys.executable, "-m", "async_opd", "scale", str(hurt.run_dir)]
+    answer = subprocess.run([*scaled, "generators=1"], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout == "generators: 3 -> 1\n"
+    time.sleep(1)
+    assert len(hurt.pids("generator")) == 1
+    hurt.trains(3)
+
+    hurt.interrupt()
+    books = hurt.books()
+    assert sum(books.returned.values()) > 0  # what the lost ones had went to others
+    assert sum(books.dropped.values()) == 0
+    assert hurt.job.gone_within(20) == []
+    rows = [json.loads(line) for line in (hurt.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert max(row["lag_max"] for row in rows) <= 4
+    gaps = [row["parity_gap"] for row in rows if row["parity_gap"] is not None]
+    assert max(gaps, default=0) < 1e-4
+
+
+def test_teachers_and_the_verifier_die_and_the_learner_starts_again_from_its_checkpoint(tmp_path):
+    hurt = Hurt(tmp_path, "teacher.replicas=2", "run.checkpoint_every_steps=3", "run.max_restarts=1")
+    hurt.trains(2, within_s=150)
+
+    at = hurt.hurt("teacher", which=0)
+    assert hurt.told("lost", "teacher", at, 10) <= 5
+    hurt.trains(2)  # by the other
+    assert hurt.told("serves", "teacher", at, 90) <= 60
+
+    at = hurt.hurt("verifier")
+    assert hurt.told("lost", "verifier", at, 10) <= 5
+    assert hurt.told("serves", "verifier", at, 60) <= 30
+    hurt.trains(3)
+
+    at = hurt.hurt("learner")
+    assert hurt.told("starts again", "run", at, 30) <= 15
+    hurt.trains(3, within_s=150)
+    steps = hurt.steps()
+
+    hurt.job.process.kill()  # the driver this time
+    hurt.job.wait(5)
+    assert hurt.job.gone_within(20) == []
+    saved = checkpoints.find(hurt.run_dir).state.version
+    assert saved > steps - 4
+    hurt.resume(tmp_path, f"run.steps={saved + 4}", "learner.warmup_steps=0")
+    assert hurt.job.wait(240) == 0, hurt.job.text()
+    books = hurt.books()
+    assert (books.steps, books.finished, books.outstanding) == (saved + 4, True, [])
+    assert len(books.resumed_at) == 2
+    assert sum(books.dropped.values()) == 0
+    assert hurt.job.gone_within(20) == []
