@@ -135,11 +135,11 @@ async def alone(config: Config) -> dict:
         requests = (STEPS - WARM_UP) * PER_STEP
         groups = await _generate(roles, source, requests)
         between = cpu_seconds()
-        scored = await asyncio.gather(*(roles.teachers[""][0].score(group) for _, group in groups[:PER_STEP]))
-        verdicts = await asyncio.gather(*(roles.verifier.check(group) for _, group in groups[:PER_STEP]))
+        scored = await asyncio.gather(*(roles.teachers[""][0].score(group) for _, _, group in groups[:PER_STEP]))
+        verdicts = await asyncio.gather(*(roles.verifier.check(group) for _, _, group in groups[:PER_STEP]))
         batch = [
-            Ready(at, None, meta, group, scores, verdict, (0,))
-            for at, ((meta, group), scores, verdict) in enumerate(zip(groups, scored, verdicts, strict=False))
+            Ready(at, prompt, meta, group, scores, verdict, (0,))
+            for at, ((prompt, meta, group), scores, verdict) in enumerate(zip(groups, scored, verdicts, strict=False))
         ]
         for step in range(STEPS):
             if step == WARM_UP:
@@ -158,7 +158,8 @@ async def _generate(roles: Roles, prompts, count: int) -> list:
 
     async def one() -> tuple:
         async with permits:
-            return await roles.generators[0].generate(next(prompts))
+            prompt = next(prompts)
+            return prompt, *await roles.generators[0].generate(prompt)
 
     return await asyncio.gather(*(one() for _ in range(count)))
 
