@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from async_opd import evaluate
@@ -86,13 +87,15 @@ class _Loop:
         self.version = 0
         self._followers = _followers(config, roles, run_dir)
         self.taught = self._make_taught() if config.teacher_sampling else None
-        self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
+        self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
             max_lag_steps=config.run.max_lag_steps,
             stale=config.run.stale,
             on_drop=lambda ready, cause: self._producer.dropped(ready, cause),
+            wait_s=config.timeout.group_s,
             taught=self.taught,
+            outstanding=self._outstanding,
         )
 
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
@@ -128,6 +131,15 @@ class _Loop:
         if not self._producer.needed:
             for generator in self._roles.generators:
                 generator.no_prompt_is_left()
+
+    def _outstanding(self) -> str:
+        """How many groups there are, and the calls that are out for them."""
+        roles = self._roles
+        scorers = [*chain(*roles.teachers.values()), *roles.references]
+        out = {"generators": [*roles.generators, *roles.teacher_generators], "scorers": scorers}
+        calls = (f"{sum(port.out for port in ports)} with {name}" for name, ports in out.items())
+        held = self._slots.count - self._slots.free
+        return f"{held} of at most {self._slots.count}, {', '.join(calls)}, {roles.verifier.out} with the verifier"
 
     def _told(self, batch: list[Ready]) -> Row:
         """What a row says of the step's groups."""

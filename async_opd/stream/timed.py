@@ -32,15 +32,15 @@ class _Timed:
 
     def __init__(self, time: ActorTime, idle: str):
         self._time, self._idle = time, idle
-        self._out, self._syncing, self._down = 0, False, False
+        self.out, self._syncing, self._down = 0, False, False  # `out`: calls without an answer yet
         self._tell()
 
     def _tell(self) -> None:
-        at_work = "busy" if self._out else self._idle
+        at_work = "busy" if self.out else self._idle
         self._time.enter("down" if self._down else "syncing" if self._syncing else at_work)
 
     async def _work(self, call: Awaitable[T]) -> T:
-        self._out += 1
+        self.out += 1
         self._tell()
         try:
             return await call
@@ -48,7 +48,7 @@ class _Timed:
             self._down = True
             raise
         finally:
-            self._out -= 1
+            self.out -= 1
             self._tell()
 
 

@@ -16,7 +16,12 @@ from async_opd.objectives.topk_kl import TopkKl
 def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
     """One accumulation on one rank; returns its metrics and, where there is a model, its gradients."""
     metrics, _ = accumulate(
-        module, lambda loss: loss.backward(), all_reduce, objective, micros, Moment(taught_weight=taught_weight)
+        module,
+        lambda loss: loss.backward(),
+        all_reduce,
+        objective,
+        micros,
+        Moment(max_lag_steps=2, taught_weight=taught_weight),
     )
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
@@ -212,6 +217,9 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
             "log_ratio_fresh_max": ln1_5,
             "lag_mean": 1,  # (2 + 0 + 1) / 3
             "lag_max": 2,
+            "tokens_lag_0": 1,
+            "tokens_lag_1": 1,
+            "tokens_lag_2": 1,
         },
         abs=1e-6,
     )

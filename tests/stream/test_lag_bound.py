@@ -69,7 +69,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
     """Returns (lag of each trained token, excluded tokens, times each prompt was trained, queue, slots)."""
     clock = Clock()
     world = Simulation(clock, seed)
-    slots = Slots(lag.slots(bound, GROUPS_PER_STEP))
+    slots = Slots(lag.slots(bound + 1, GROUPS_PER_STEP))
     trained_lags, excluded, trained = [], 0, Counter()
     producer = None
     queue = TrajectoryQueue(
@@ -77,6 +77,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
         max_lag_steps=bound,
         stale=stale,
         on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        wait_s=60.0,
     )
 
     async def learn():

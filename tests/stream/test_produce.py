@@ -23,6 +23,7 @@ def stream(
         max_lag_steps=0,
         stale="drop",
         on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        wait_s=60.0,
         taught=taught,
     )
     producer = Producer(
