@@ -12,28 +12,28 @@ BOUND, STEPS = 4, 60
 
 
 def run(pace: Pace):
-    """(summary, rows, bytes in use at each row)"""
-    rows, used = [], []
+    """(summary, groups outstanding at each row, bytes in use at each row)"""
+    outstanding, used = [], []
 
     def look(row):
-        rows.append(row)
+        outstanding.append(row["queue_outstanding"])
         used.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
     try:
-        return virtual(measure(pace, bound=BOUND, steps=STEPS, sinks=[look])), rows, used
+        return virtual(measure(pace, bound=BOUND, steps=STEPS, sinks=[look])), outstanding, used
     finally:
         tracemalloc.stop()
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
 def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped(lengths):
-    found, rows, used = run(Pace.of(0.1, 1, heavy_tail=lengths == "heavy-tailed"))
+    found, outstanding, used = run(Pace.of(0.1, 1, heavy_tail=lengths == "heavy-tailed"))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
     assert found["max_lag_seen"] <= BOUND
-    assert found["generators_blocked"] > 0.7 and found["learner_busy"] > 0.95
-    assert max(row["queue_outstanding"] for row in rows) == (BOUND + 1) * PER_STEP
-    assert max(used[10:]) - min(used[10:]) < 200_000
+    assert found["generators_blocked"] > 0.5 and found["learner_busy"] > 0.95
+    assert max(outstanding) == (BOUND + 1) * PER_STEP
+    assert abs(used[-10] - used[10]) < 30_000  # bytes, in 40 steps of 16 groups
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
