@@ -1,6 +1,7 @@
 """A role that is ten times slower than the others, in virtual time over the real driver: the others wait for it,
 nothing is dropped and nothing piles up."""
 
+import gc
 import tracemalloc
 
 import pytest
@@ -17,6 +18,7 @@ def run(pace: Pace):
 
     def look(row):
         outstanding.append(row["queue_outstanding"])
+        gc.collect()
         used.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()

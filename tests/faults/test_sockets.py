@@ -69,11 +69,33 @@ def test_a_group_whose_member_is_only_a_stranger_fails_by_name_within_its_timeou
     assert time.monotonic() - started < 8
 
 
+def listening() -> set[tuple[str, int]]:
+    """Where this process listens."""
+    return {tuple(c.laddr) for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
+def test_a_stranger_at_the_port_that_carries_the_weights_is_ignored(message):
+    port, before = free_port(HOST), listening()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(gloo_group, HOST, port, rank=0, world=2, timeout_s=TIMEOUT_S)
+        while len(listening() - before) < 2:  # the store and gloo
+            assert not first.done()
+            time.sleep(0.01)
+        (gloo,) = {own for _, own in listening() - before} - {port}
+        with stranger(gloo, message), stranger(gloo, b"\xff" * 4096):
+            second = pool.submit(gloo_group, HOST, port, rank=1, world=2, timeout_s=TIMEOUT_S)
+            flats = [torch.arange(5.0), torch.zeros(5)]
+            works = [broadcast(f.result(), flat) for f, flat in zip((first, second), flats, strict=True)]
+            for work in works:
+                work.wait()
+    assert torch.equal(flats[1], torch.arange(5.0))
+
+
 def test_we_listen_on_the_address_of_the_host_alone():
     port = free_port(HOST)
     store = tcp_store(HOST, port, rank=0, world=1, timeout_s=TIMEOUT_S)
     group = gloo_group(HOST, free_port(HOST), rank=0, world=1, timeout_s=TIMEOUT_S)
-    ours = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert (HOST, port) in ours
-    assert {address.ip for address in ours} == {HOST}
+    assert (HOST, port) in listening()
+    assert {address for address, _ in listening()} == {HOST}
     del store, group
