@@ -63,7 +63,7 @@ def test_a_weight_group_forms_and_carries_weights_whatever_a_stranger_sends(mess
 def test_a_group_whose_member_is_only_a_stranger_fails_by_name_within_its_timeout(message):
     port, started = free_port(HOST), time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        alone = pool.submit(gloo_group, HOST, port, rank=0, world=2, timeout_s=2.0)
+        alone = pool.submit(gloo_group, HOST, port, rank=0, world=2, timeout_s=0.5)
         with stranger(port, message), pytest.raises(RuntimeError):
             alone.result()
     assert time.monotonic() - started < 8
