@@ -41,6 +41,21 @@ def free_port(host: str) -> int:
         return server.getsockname()[1]
 
 
+def tcp_store(host: str, port: int, *, rank: int, world: int, timeout_s: float) -> TCPStore:
+    """Where `world` members meet; rank 0 listens at host:port, and there alone: torch by itself would listen on every
+    interface. Raises RuntimeError (torch's DistError) when rank 0 does not listen in time."""
+    listening = socket.create_server((host, port)).detach() if rank == 0 else None
+    return TCPStore(
+        host,
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
+
+
 def gloo_group(host: str, port: int, *, rank: int, world: int, timeout_s: float) -> ProcessGroupGloo:
     """Join a group of `world` members whose rank 0 listens at host:port; each collective is bounded by `timeout_s`.
 
@@ -48,7 +63,7 @@ def gloo_group(host: str, port: int, *, rank: int, world: int, timeout_s: float)
     Raises RuntimeError (torch's DistError) when the members do not meet in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(host, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    store = tcp_store(host, port, rank=rank, world=world, timeout_s=timeout_s)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         local = probe.getsockname()[0]

@@ -34,6 +34,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: Annotated[int, Meta(ge=1)]  # optimizer steps
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     max_lag_steps: Annotated[int, Meta(ge=0)] = 4  # 0: strictly synchronous, 1: one step off, more: asynchronous
+    max_outstanding_steps: Annotated[float, Meta(ge=1)] | None = None  # steps' worth of groups; absent: the lag + 1
     stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
     checkpoint_every_steps: Annotated[int, Meta(ge=1)] | None = None  # absent: only at the end
@@ -77,6 +78,12 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an actor and its engine
     stall_s: Annotated[float, Meta(gt=0)] = 30.0  # without a sign of life, after which an actor is given up
 
+    @property
+    def group_s(self) -> float:
+        """The longest that one group takes: its generator is lost at the last moment, and it is scored at the third
+        try."""
+        return 2 * self.generate_s + self.start_s + 3 * self.score_s
+
 
 AnyObjective = reduce(or_, all_objectives().values())
 
@@ -103,6 +110,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def groups_per_step(self) -> int:
         """Prompts a step."""
         return self.learner.trajectories_per_step // self.rollout.samples_per_prompt
+
+    @property
+    def outstanding_steps(self) -> float:
+        """Steps' worth of groups that may be outstanding."""
+        return self.run.max_outstanding_steps or self.run.max_lag_steps + 1
 
     @property
     def named_teachers(self) -> dict[str, TeacherConfig]:
@@ -218,6 +230,9 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield broken, f"reference: has no effect with {tag(c.objective)}, which needs none"
     if c.teacher_sampling:
         yield from sampling_rules(c.teacher_sampling, c.teacher, c.rollout)
+    most, bound = c.run.max_lag_steps + 1, f"run.max_lag_steps + 1 = {c.run.max_lag_steps + 1}"
+    broken = c.outstanding_steps > most
+    yield broken, f"run.max_outstanding_steps = {c.outstanding_steps:g}: must be <= {bound}, or tokens go over age"
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0

@@ -99,13 +99,15 @@ class _Loop:
         self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints)
         self._at_work: asyncio.Future | None = None  # what an interruption lets finish
         self.taught = self._make_taught() if config.teacher_sampling else None
-        self._slots = Slots(lag.slots(config.run.max_lag_steps, config.groups_per_step))
+        self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
             max_lag_steps=config.run.max_lag_steps,
             stale=config.run.stale,
             on_drop=lambda ticket, prompt, cause: self._producer.dropped(ticket, prompt, cause),
+            wait_s=config.timeout.group_s,
             taught=self.taught,
+            outstanding=self._outstanding,
         )
 
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
@@ -189,6 +191,11 @@ class _Loop:
         self._producer.fill()
         if not self._producer.needed:
             self.crew.no_prompt_is_left()
+
+    def _outstanding(self) -> str:
+        """How many groups there are, and the calls that are out for them."""
+        calls = (f"{sum(seat.port.out for seat in pool.serving)} with {pool.name}" for pool in self.crew)
+        return f"{self._slots.count - self._slots.free} of at most {self._slots.count}, {', '.join(calls)}"
 
     def _told(self, batch: list[Ready]) -> Row:
         """What a row says of the step's groups."""

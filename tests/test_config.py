@@ -46,6 +46,11 @@ MISTAKES = {
     "out of bounds": ("rollout.gpu_memory_utilization=85", ["utilization = 85: must be a finite number > 0 and <= 1"]),
     "wait without a bound": ("sync.timeout_s=inf", ["sync.timeout_s = inf: must be a finite number > 0"]),
     "no checkpoint kept": ("run.keep_checkpoints=0", ["run.keep_checkpoints = 0: must be an integer >= 1"]),
+    "more outstanding than the lag allows": (
+        "run.max_outstanding_steps=5.5",
+        ["run.max_outstanding_steps = 5.5: must be <= run.max_lag_steps + 1 = 5"],
+    ),
+    "less outstanding than a step": ("run.max_outstanding_steps=0.5", ["outstanding_steps = 0.5: must be ", ">= 1"]),
     "negative seed": ("run.seed=-1", ["run.seed = -1: must be an integer >= 0"]),
     "groups that do not fill a step": ("rollout.samples_per_prompt=7", ["per_step = 96: must be a multiple", "= 7"]),
     "more ranks than work": ("learner.ranks=97", ["learner.ranks = 97: must be <= ", "trajectories_per_step = 96"]),

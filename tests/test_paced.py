@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.paced import REGIMES, Pace, measure
+from benchmarks.paced import EDGE, PER_STEP, REGIMES, Pace, measure
 from tests.fakes import virtual
 
 
@@ -22,3 +22,15 @@ def test_asynchronous_is_nearly_twice_as_fast_when_generation_and_learning_cost_
     together, in_turn = virtual(measure(pace, bound=4)), virtual(measure(pace, bound=0))
     assert together["trajectories_per_s"] / in_turn["trajectories_per_s"] >= 1.8
     assert in_turn["max_lag_seen"] == 0
+
+
+def test_the_mean_lag_follows_the_admission_limit_while_the_bound_stays():
+    found = {}
+    for steps in (1, 2, 3.5, 5):
+        rows = []
+        setting = f"run.max_outstanding_steps={steps}"
+        summary = virtual(measure(Pace.of(0.5, 1), setting, bound=4, sinks=[rows.append]))
+        assert max(row["queue_outstanding"] for row in rows) == steps * PER_STEP
+        assert summary["max_lag_seen"] <= 4 and summary["scored_dropped"] == 0
+        found[steps] = sum(row["lag_mean"] for row in rows[EDGE:-EDGE]) / len(rows[EDGE:-EDGE])
+    assert found == pytest.approx({1: 0, 2: 1, 3.5: 2.5, 5: 4}, abs=0.05)  # a learner that never waits: all but a step

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from async_opd import causal_lm
-from async_opd.collective import TensorMeta, buckets
+from async_opd.collective import TensorMeta, buckets, tcp_store
 from async_opd.errors import Diverged, SyncFailed
 from async_opd.learner import checkpoint, export
 from async_opd.learner.batch import Sample, pack
@@ -69,11 +69,12 @@ class LearnerRank:
     def start(self, rendezvous: str) -> None:
         """Join the process group at `rendezvous` ("tcp://host:port") and load the student."""
         config = self._config
+        host, port = rendezvous.removeprefix("tcp://").rsplit(":", 1)
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)  # one visible device an actor
         deepspeed.ops.__compatible_ops__ = {}  # or it compiles, for half a minute, an all-reduce for inference alone
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            init_method=rendezvous,
+            store=tcp_store(host, int(port), rank=self._rank, world=config.ranks, timeout_s=self._timeout_s),
             rank=self._rank,
             world_size=config.ranks,
             timeout=timedelta(seconds=self._timeout_s),
@@ -149,7 +150,12 @@ class LearnerRank:
             self._all_reduce,
             self._objective,
             micros,
-            Moment(step=self.version + 1, running=self._running, taught_weight=self._taught_weight(self.version + 1)),
+            Moment(
+                step=self.version + 1,
+                max_lag_steps=self._bounds["max_lag_steps"],
+                running=self._running,
+                taught_weight=self._taught_weight(self.version + 1),
+            ),
         )
         tokens = metrics["tokens"] + metrics["tokens_taught"]
         if not math.isfinite(metrics["loss"]) or tokens == 0:

@@ -23,10 +23,11 @@ MAXIMA = ("weight", "ratio", "mismatch", "lag")
 class Measured:
     """Adds up what one rank's micro-batches show."""
 
-    def __init__(self, objective: Objective, device: torch.device):
-        self._objective = objective
+    def __init__(self, objective: Objective, max_lag_steps: int, device: torch.device):
+        self._objective, self._lags = objective, range(max_lag_steps + 1)
         self._shown, self._episodes = objective.shown, objective.needs().running
         names = [*SUMS, *(f"shown_{name}" for name in self._shown)]
+        names += [f"tokens_lag_{lag}" for lag in self._lags]
         names += [f"{part}_{name}" for name in self._episodes for part in ("count", "total", "squares")]
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self._maxima = {name: torch.zeros((), dtype=torch.float64, device=device) for name in MAXIMA}
@@ -43,6 +44,8 @@ class Measured:
         self._sum("stale_log_ratio", gap_N[stale])
         self._sum("stale", stale)
         self._sum("lag", micro.lag_N[keep])
+        for lag in self._lags:
+            self._sum(f"tokens_lag_{lag}", keep & (micro.lag_N == lag))
         self._sum("excluded", ~keep)
         self._largest("mismatch", gap_N[fresh])
         self._largest("lag", micro.lag_N[keep])
@@ -67,11 +70,14 @@ class Measured:
             values = torch.stack(list(found.values()))
             all_reduce(values, op)
             found.update(zip(found, values, strict=True))
-        return _metrics(
+        sums = {name: value.item() for name, value in self._sums.items()}
+        found = _metrics(
             {name: value.item() for name, value in statistics.items()},
-            {name: value.item() for name, value in self._sums.items()},
+            sums,
             {name: value.item() for name, value in self._maxima.items()},
-        ) | {name: self._sums[f"shown_{name}"].item() / max(statistics["tokens"].item(), 1) for name in self._shown}
+        )
+        found |= {name: sums[f"shown_{name}"] / max(found["tokens"], 1) for name in self._shown}
+        return found | {name: sums[name] for name in (f"tokens_lag_{lag}" for lag in self._lags)}
 
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
         """`running` with this step's trajectories; after `reduced`."""

@@ -49,6 +49,7 @@ class Moment:
     """What a step is made with besides its micro-batches, the same on every rank."""
 
     step: int = 1  # the one that is being made, from 1
+    max_lag_steps: int = 0  # of a trained token
     running: dict[str, Moments] = field(default_factory=dict)  # over the trajectories of all past steps
     taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
 
@@ -129,7 +130,7 @@ def accumulate(
     Non-finite losses show in `loss`: the caller must look before the optimizer moves.
     """
     statistics = batch_statistics(module, all_reduce, objective, micros, moment)
-    needs, measured = objective.needs(), Measured(objective, micros[0].ids_L.device)
+    needs, measured = objective.needs(), Measured(objective, moment.max_lag_steps, micros[0].ids_L.device)
     for micro in micros:
         read = module(micro, Needs() if micro.taught else needs)
         if not len(micro.targets_N):  # joins backward

@@ -6,13 +6,14 @@ Versions count optimizer steps; the initial weights are version 0.
 import numpy as np
 
 
-def slots(max_lag_steps: int, groups_per_step: int) -> int:
-    """Groups that may be outstanding: (bound + 1) × groups a step. AsyncOPD's capacity semaphore, section 6.5.
+def slots(outstanding_steps: float, groups_per_step: int) -> int:
+    """Groups that may be outstanding: that many steps' worth. AsyncOPD's capacity semaphore, section 6.5, has one more
+    than the bound.
 
-    >>> slots(0, 16), slots(4, 16)
-    (16, 80)
+    >>> slots(1, 16), slots(2.5, 16), slots(4 + 1, 16)
+    (16, 40, 80)
     """
-    return (max_lag_steps + 1) * groups_per_step
+    return round(outstanding_steps * groups_per_step)
 
 
 def fresh(versions: np.ndarray, live: int, max_lag_steps: int) -> np.ndarray:

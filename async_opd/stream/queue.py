@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
+from async_opd.errors import TimedOut
 from async_opd.maths import lag
 from async_opd.ports import Ready
 from async_opd.stream.taught import Taught
@@ -53,14 +54,18 @@ class TrajectoryQueue:
         max_lag_steps: int,
         stale: str,
         on_drop: Callable[[int, Prompt, str], None],
+        wait_s: float,
         taught: Taught | None = None,
+        outstanding: Callable[[], str] = lambda: "unknown",
     ):
+        """`wait_s` bounds the time in which not one group more is ready; `outstanding()` says where the others are."""
         self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
         self._taught, self._most_taught = taught, taught.most(groups_per_step) if taught else 0
         self._ready: list[Ready] = []  # none over age or late at `_live`
         self._students = 0  # of them
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
+        self._wait_s, self._outstanding, self._heard = wait_s, outstanding, 0.0  # when the last group came
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
 
     def __len__(self) -> int:
@@ -73,17 +78,20 @@ class TrajectoryQueue:
             return
         self._ready.append(ready)
         self._students += not ready.prompt.taught
+        self._heard = asyncio.get_running_loop().time()
         if self._fills_a_step():
             self._enough.set()
 
     async def take(self, live: int) -> list[Ready]:
         """The next step's groups under live version `live`. Waits until enough of them are within the bound;
-        producers unblock it with `put`. Each waiting group is looked at once a step, however many arrive."""
+        producers unblock it with `put`. Each waiting group is looked at once a step, however many arrive.
+        Raises TimedOut once the last came too long ago; what is dropped did not come."""
         self._live = live
         self._expel()
+        self._heard = asyncio.get_running_loop().time()
         while not self._fills_a_step():
             self._enough.clear()
-            await self._enough.wait()
+            await self._wait()
         self._ready.sort(key=lambda r: (r.since, r.ticket))
         most_taught = max(self._most_taught, self._per_step - self._students)  # more where nothing else is to come
         taught = [r.ticket for r in self._ready if r.prompt.taught][most_taught:]
@@ -97,6 +105,20 @@ class TrajectoryQueue:
         self._on_drop(ticket, prompt, cause)
         if self._fills_a_step():  # it may have been the last that was to come
             self._enough.set()
+
+    async def _wait(self) -> None:
+        """Until there is enough, or it is time to look again."""
+        try:
+            async with asyncio.timeout_at(self._heard + self._wait_s) as limit:
+                await self._enough.wait()
+        except TimeoutError:
+            if limit.when() < self._heard + self._wait_s:  # a group came meanwhile
+                return
+            dropped = ", ".join(f"{count} {cause}" for cause, count in self.dropped.items()) or "none"
+            raise TimedOut(
+                f"queue: no group came in {self._wait_s:g} s, {len(self)} of {self._per_step} are ready; "
+                f"outstanding: {self._outstanding()}; dropped: {dropped}"
+            ) from None
 
     def _fills_a_step(self) -> bool:
         if len(self._ready) < self._per_step:

@@ -31,21 +31,21 @@ class _Timed:
 
     def __init__(self, port: Any, time: ActorTime, idle: str):
         self._port, self._time, self._idle = port, time, idle
-        self._out, self._syncing, self._killed = 0, False, False
+        self.out, self._syncing, self._killed = 0, False, False  # `out`: calls without an answer yet
         self._tell()
 
     def _tell(self) -> None:
         if not self._killed:  # else the time may be another's by now
-            at_work = "busy" if self._out else self._idle
+            at_work = "busy" if self.out else self._idle
             self._time.enter("syncing" if self._syncing else at_work)
 
     async def _work(self, call: Awaitable[T]) -> T:
-        self._out += 1
+        self.out += 1
         self._tell()
         try:
             return await call
         finally:
-            self._out -= 1
+            self.out -= 1
             self._tell()
 
     async def check_health(self) -> None:

@@ -13,6 +13,7 @@ from async_opd.objectives.egrsd import Egrsd
 from async_opd.objectives.iw_opd import IwOpd
 from async_opd.objectives.mc_opd import McOpd
 from async_opd.objectives.modifiers import Position
+from async_opd.objectives.opd import Opd
 from async_opd.objectives.sg_opd import SgOpd
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.wire import Scores, Verdict
@@ -93,3 +94,21 @@ def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sam
     # 1.25 and 0 of mean .625 join two of mean 1: mean .8125, squares .5 + .78125 + .375² · 2 · 2 / 4
     assert tuple(after["reward"]) == pytest.approx((4, 0.8125, 1.421875))
     assert found["direction"] == 1 and found["certainty"] == pytest.approx(0.85)  # 1 - .3 · .5 / 1
+
+
+def test_the_histogram_of_lag_counts_every_trained_token_once_whatever_the_split(sample, packed):
+    own = [sample(spans=[(3, 2), (4, 1)], id="a"), sample(spans=[(2, 4), (5, 3)], id="b"), sample(spans=[(1, 9)])]
+    bounds = dict(live=5, max_lag_steps=3)
+    for micros in ([packed(*own, **bounds)], [packed(one, **bounds) for one in own]):
+        found, _ = accumulate(
+            lambda micro, needs: Read(torch.zeros(len(micro.targets_N)).requires_grad_(), *[None] * 4),
+            lambda loss: loss.backward(), lambda *_: None, Opd(), micros, Moment(max_lag_steps=3),
+        )  # fmt: skip
+        histogram = {name: tokens for name, tokens in found.items() if name.startswith("tokens_lag")}
+        assert histogram == {"tokens_lag_0": 3, "tokens_lag_1": 1, "tokens_lag_2": 2, "tokens_lag_3": 4}
+        assert found["tokens"] == 10 and found["tokens_excluded"] == 9
+
+
+def test_a_synchronous_run_has_a_histogram_of_one_bar(sample, packed):
+    found, _ = measured(Opd(), packed(sample(spans=[(5, 2)]), live=5, max_lag_steps=0), [-1.0] * 2)
+    assert {n: t for n, t in found.items() if n.startswith("tokens_lag")} == {"tokens_lag_0": 2}

@@ -16,7 +16,12 @@ from async_opd.objectives.topk_kl import TopkKl
 def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
     """One accumulation on one rank; returns its metrics and, where there is a model, its gradients."""
     metrics, _ = accumulate(
-        module, lambda loss: loss.backward(), all_reduce, objective, micros, Moment(taught_weight=taught_weight)
+        module,
+        lambda loss: loss.backward(),
+        all_reduce,
+        objective,
+        micros,
+        Moment(max_lag_steps=2, taught_weight=taught_weight),
     )
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
@@ -141,7 +146,7 @@ def test_a_rank_adds_its_share_of_the_global_mean(student, samples, packed):
 
     alone, whole = run(student, Opd(), [packed(*samples)])
     both, half = run(student, Opd(), [packed(*samples)], with_a_twin)
-    assert both == pytest.approx(alone | {"tokens": 50})
+    assert both == pytest.approx(alone | {"tokens": 50, "tokens_lag_0": 10})
     for got, expected in zip(half, whole, strict=True):
         torch.testing.assert_close(2 * got, expected, atol=1e-6, rtol=1e-5)
 
@@ -212,6 +217,9 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
             "log_ratio_fresh_max": ln1_5,
             "lag_mean": 1,  # (2 + 0 + 1) / 3
             "lag_max": 2,
+            "tokens_lag_0": 1,
+            "tokens_lag_1": 1,
+            "tokens_lag_2": 1,
         },
         abs=1e-6,
     )

@@ -3,10 +3,10 @@ import numpy as np
 from async_opd.maths.lag import fresh, slots
 
 
-def test_slots_are_one_step_more_than_the_bound():
-    assert slots(0, 16) == 16  # strictly synchronous: one step's worth
-    assert slots(1, 16) == 32
-    assert slots(4, 16) == 80  # (4 + 1) · 16
+def test_slots_are_so_many_steps_worth_of_groups():
+    assert slots(1, 16) == 16
+    assert slots(5, 16) == 80
+    assert slots(1.15, 100) == 115  # 1.15 * 100 is 114.99999999999999
 
 
 def test_tokens_at_the_bound_are_fresh_and_older_ones_are_not():

@@ -113,5 +113,16 @@ def test_at_most_five_places_catch_everything():
     assert len([name for name, types in caught if types is None or re.search(r"\b(Base)?Exception\b", types)]) <= 5
 
 
+def test_no_message_is_unpickled_and_no_text_is_run():
+    unpicklers = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    used = {(name, full) for name in FILES for full in imports(name) if full.split(".")[0] in unpicklers}
+    assert used == {("wire.py", "pickle.PickleBuffer")}  # which unpickles nothing
+    calls = [(name, ast.unparse(node.func), node) for name, node in nodes(ast.Call)]
+    assert [(name, call) for name, call, _ in calls if call in ("eval", "exec", "compile")] == []
+    loads = [(name, node.keywords) for name, call, node in calls if call == "torch.load"]
+    safe = ("weights_only", "True")
+    assert [name for name, given in loads if safe not in {(k.arg, ast.unparse(k.value)) for k in given}] == []
+
+
 def test_nothing_is_left_for_later():
     assert [name for name, text in FILES.items() if re.search("TODO|FIXME", text)] == []

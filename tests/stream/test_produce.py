@@ -23,6 +23,7 @@ def stream(
         max_lag_steps=0,
         stale="drop",
         on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
+        wait_s=60.0,
         taught=taught,
     )
     producer = Producer(

@@ -3,6 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from async_opd.errors import TimedOut
 from async_opd.ports import Ready
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
@@ -38,6 +39,7 @@ def queue_of(
         max_lag_steps=bound,
         stale=stale,
         on_drop=lambda ticket, prompt, cause: dropped.append((ticket, cause)),
+        wait_s=60.0,
         taught=taught,
     )
     for item in items:
@@ -96,13 +98,28 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
             self.looks += 1
             return super()._over_age(ready)
 
-    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", on_drop=lambda ready, cause: None)
+    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda ready, cause: None)
     taking = asyncio.ensure_future(queue.take(0))
     for ticket in range(500):
         await asyncio.sleep(0)  # so that each could wake the waiting take
         queue.put(ready(ticket, (0, 1)))
     assert len(await taking) == 500
     assert queue.looks == 500
+
+
+async def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
+    queue, _ = queue_of(ready(1, (5, 3)), per_step=3)
+    queue.dropped["truncated"] = 7
+    queue._wait_s, queue._outstanding = 0.1, lambda: "4 of at most 6"
+    taking = asyncio.ensure_future(queue.take(5))
+    await asyncio.sleep(0.06)
+    queue.put(ready(2, (5, 3)))  # the wait begins anew
+    await asyncio.sleep(0.06)
+    assert not taking.done()
+    queue.drop(ready(3, (5, 3)), "truncated")  # but not for one that is dropped
+    said = "no group came in 0.1 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8 truncated"
+    with pytest.raises(TimedOut, match=said):
+        await taking
 
 
 async def test_a_group_leaves_the_queue_once():

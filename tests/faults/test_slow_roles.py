@@ -1,0 +1,46 @@
+"""A role that is ten times slower than the others, in virtual time over the real driver: the others wait for it,
+nothing is dropped and nothing piles up."""
+
+import gc
+import tracemalloc
+
+import pytest
+
+from benchmarks.paced import PER_STEP, Pace, measure
+from tests.fakes import virtual
+
+BOUND, STEPS = 4, 60
+
+
+def run(pace: Pace):
+    """(summary, groups outstanding at each row, bytes in use at the tenth from either end)"""
+    outstanding, used = [], []
+
+    def look(row):
+        outstanding.append(row["queue_outstanding"])
+        if row["step"] in (10, STEPS - 10):
+            gc.collect()
+            used.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        return virtual(measure(pace, bound=BOUND, steps=STEPS, sinks=[look])), outstanding, used
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
+def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped(lengths):
+    found, outstanding, used = run(Pace.of(0.1, 1, heavy_tail=lengths == "heavy-tailed"))
+    assert found["steps"] == STEPS and found["scored_dropped"] == 0
+    assert found["max_lag_seen"] <= BOUND
+    assert found["generators_blocked"] > 0.5 and found["learner_busy"] > 0.95
+    assert max(outstanding) == (BOUND + 1) * PER_STEP
+    assert used[1] - used[0] < 30_000  # bytes, in 40 steps of 16 groups
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
+def test_a_generator_ten_times_slower_starves_the_learner_and_nothing_is_dropped(lengths):
+    found, _, _ = run(Pace.of(1, 0.1, heavy_tail=lengths == "heavy-tailed"))
+    assert found["steps"] == STEPS and found["scored_dropped"] == 0
+    assert found["learner_starved"] > 0.8 and found["generators_busy"] > 0.9
