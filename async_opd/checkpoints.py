@@ -207,7 +207,7 @@ def _verified(folder: Path) -> Checkpoint:
         raise refused(name, "is missing") from None
     except OSError as e:
         raise refused(name, f"cannot be read: {e.strerror}") from e
-    except (msgspec.DecodeError, ValueError) as e:
+    except ValueError as e:
         raise refused(name, f"is damaged: {e}") from e
 
 
@@ -236,7 +236,7 @@ def _described(folder: Path) -> list[_File]:
 def _score(folder: Path) -> float | None:
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=RunState).score
-    except (OSError, msgspec.DecodeError, ValueError):  # damaged: no reason to stop training, nor to keep it
+    except (OSError, ValueError):  # damaged: no reason to stop training, nor to keep it
         return None
 
 

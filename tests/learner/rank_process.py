@@ -119,7 +119,9 @@ def main(
         learner.load_state(resume)
     result = dict(held=held, micro_batches=len(pairs), before=logprobs())
     result["metrics"] = [step() for _ in range(steps - learner.version)]
-    result |= dict(random=torch.rand(3).tolist(), running=learner._running)
+    result |= dict(
+        random=torch.rand(3).tolist(), running=[value for moments in learner._running.values() for value in moments]
+    )
     if config.ranks == 1:
         result["full"] = on_a_full_disk(learner, f"{out}.full")
     if config.dtype == "bfloat16":

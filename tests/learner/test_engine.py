@@ -170,8 +170,8 @@ def test_a_flipped_bit_in_any_file_of_a_state_is_found_before_torch_reads_it(tra
     shutil.copytree(state_of(train(2, 3)[1]), checkpoints.begin(3) / "learner")
     checkpoints.commit(3, RunState(version=3, position={}, outstanding=[]))
     folder, _ = find(tmp_path)
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".pt", ".py"} and len(files) == 10
+    files = [path for path in (folder / "learner").rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".json"] * 2 + [".pt"] * 4 + [".py"] * 2
     for file in files:
         whole = bytearray(file.read_bytes())
         damaged = whole[:]
@@ -184,4 +184,4 @@ def test_a_flipped_bit_in_any_file_of_a_state_is_found_before_torch_reads_it(tra
 
 def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train):
     (one,), _ = train(1, 0)
-    assert one["full"].endswith("File too large") and "1-0-float32" in one["full"]
+    assert ".full: cannot be written: " in one["full"]
