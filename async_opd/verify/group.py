@@ -16,8 +16,8 @@ class GroupVerifier:
     """Decodes responses and has each checked against its prompt's reference answer."""
 
     def __init__(self, config: VerifyConfig, decode: Callable[[np.ndarray], str]):
-        self._config, self._decode = config, decode
-        self._pool = VerifierPool(config.workers, config.timeout_s, config.memory_gib)
+        self._decode = decode
+        self._pool = VerifierPool(config)
         self._late: dict[str, asyncio.Task] = {}
 
     async def start(self) -> None:
@@ -27,7 +27,7 @@ class GroupVerifier:
     async def check(self, group: Group) -> tuple[Verdict, ...]:
         """A verdict for each rollout of `group`, side by side."""
         checks = (
-            Check(id=r.id, kind=self._config.check, response=self._decode(r.ids), answer=group.prompt.answer)
+            Check(id=r.id, response=self._decode(r.ids), answer=group.prompt.answer)
             for r in group.rollouts
         )
         return tuple(await asyncio.gather(*map(self._pool.check, checks)))
@@ -45,4 +45,4 @@ class GroupVerifier:
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         """A verdict for one response that is no rollout, such as the teacher's own."""
-        return await self._pool.check(Check(id=id, kind=self._config.check, response=self._decode(ids), answer=answer))
+        return await self._pool.check(Check(id=id, response=self._decode(ids), answer=answer))
