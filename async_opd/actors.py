@@ -206,7 +206,8 @@ class Cluster:
         )
 
     def _verifier(self) -> _Actor:
-        return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer)
+        score_s = self._config.timeout.score_s
+        return self._actor("verifier", "async_opd.actors:make_verifier", self._config.verify, self._tokenizer, score_s)
 
     def _scorer(self, at: str) -> list[_Actor]:
         """The replicas of the teacher, or of the reference, in section `at`."""
@@ -255,7 +256,7 @@ class Cluster:
         )
 
 
-def make_verifier(config: VerifyConfig, tokenizer: str) -> GroupVerifier:
+def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
     """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
     decoder = Tokenizer.from_str(tokenizer)
-    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True))
+    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True), within_s)

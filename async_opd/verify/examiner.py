@@ -73,7 +73,7 @@ class _Theirs:
     """Something in the program's process that is no data: a function, or what one made."""
 
     def __init__(self, ask, id):
-        self.__dict__ |= {"_ask": ask, "_id": id}
+        self.__dict__.update(_ask=ask, _id=id)  # not by __setattr__
 
     def __call__(self, *args, **named):
         return self._ask("call", self, args, named)

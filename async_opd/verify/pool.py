@@ -6,7 +6,7 @@ Late or crashed, a check is unknown, never wrong, and not tried again; its worke
 
 import asyncio
 
-from async_opd.errors import ActorLost, AsyncOpdError
+from async_opd.errors import ActorLost, ConfigError
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.process import WorkerProcess
 from async_opd.wire import Check, Verdict
@@ -25,7 +25,7 @@ class VerifierPool:
         self._waiting: set[asyncio.Future] = set()
         self._slots: list[asyncio.Task] = []
         self._failed_starts = 0
-        self._lost: AsyncOpdError | None = ActorLost("verifier pool is not started")
+        self._lost: ActorLost | ConfigError | None = ActorLost("verifier pool is not started")
 
     async def start(self) -> None:
         """Starts the workers and waits until all are ready. Raises ActorLost, and ConfigError if the check cannot be
@@ -80,10 +80,11 @@ class VerifierPool:
         while True:
             try:
                 worker = await WorkerProcess.spawn(self._config, self._start_timeout_s)
-            except ActorLost as error:
+            except (ActorLost, ConfigError) as error:
                 self._failed_starts += 1
                 if self._failed_starts >= MAX_FAILED_STARTS:
-                    raise ActorLost(f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}") from error
+                    why = f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}"
+                    raise type(error)(why) from error
             else:
                 self._failed_starts = 0
                 return worker
@@ -97,9 +98,10 @@ class VerifierPool:
 
     def _slot_ended(self, slot: asyncio.Task) -> None:
         if not slot.cancelled():
-            self._lose(slot.exception())
+            why = slot.exception()
+            self._lose(why if isinstance(why, ConfigError) else ActorLost(f"{why}"))
 
-    def _lose(self, why: AsyncOpdError) -> None:
+    def _lose(self, why: ActorLost | ConfigError) -> None:
         self._lost = self._lost or why
         for future in list(self._waiting):
             future.set_exception(self._lost)
