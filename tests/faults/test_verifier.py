@@ -1,0 +1,109 @@
+r"""Answers made to stop the `math` check, and one that hangs among good ones, on the real pool.
+
+`pytest tests/faults/test_verifier.py -m soak -s` prints what became of each family of 2,000.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from async_opd.verify.process import WorkerProcess
+
+REFERENCE = r"\frac{17}{19}"
+SLACK_S = 2.0  # for a kill, on a busy machine
+MEMORY_GIB = 2.0
+
+
+def tower(r: random.Random) -> str:
+    return "^{".join(str(r.randint(2, 99)) for _ in range(r.randint(4, 40))) + "}" * 39
+
+
+def nested(r: random.Random, left: str, right: str, deep: int = 3000) -> str:
+    n = r.randint(deep // 10, deep)
+    return left * n + "1" + right * n
+
+
+def digits(r: random.Random, n: int) -> str:
+    return str(r.randint(1, 9)) + "".join(r.choices("0123456789", k=n))
+
+
+def many(r: random.Random, item: Callable[[], object], between: str, most: int = 5000) -> str:
+    return between.join(str(item()) for _ in range(r.randint(most // 10, most)))
+
+
+FAMILIES: dict[str, Callable[[random.Random], str]] = {
+    "towers of powers": tower,
+    "factorials": lambda r: f"{r.randint(10**5, 10**9)}!" + "!" * r.randint(0, 3),
+    "factorials of factorials": lambda r: "(" * 4 + str(r.randint(5, 99)) + "!)" * 4,
+    "huge exponents": lambda r: f"{r.randint(2, 9)}^{{{digits(r, r.randint(8, 30))}}}",
+    "decimals with exponents": lambda r: rf"{r.random()}e{r.randint(10**6, 10**12)}",
+    "times ten to the": lambda r: rf"1.{r.randint(1, 99)} \times 10^{{{r.randint(10**7, 10**12)}}}",
+    "many digits": lambda r: digits(r, r.randint(10**4, 10**6)),
+    "many decimals": lambda r: "0." + digits(r, r.randint(10**4, 10**6)),
+    "braces": lambda r: nested(r, "{", "}"),
+    "parentheses": lambda r: nested(r, "(", ")"),
+    "left and right": lambda r: nested(r, r"\left(", r"\right)", 1000),
+    "fractions": lambda r: nested(r, r"\frac{1}{", "}", 1000),
+    "radicals": lambda r: nested(r, r"\sqrt{1+", "}", 1000),
+    "unbalanced": lambda r: r.choice(["{", "}", "(", r"\frac{", r"\left[", r"\begin{matrix}"]) * r.randint(100, 5000),
+    "surrogates": lambda r: "".join(chr(r.randint(0xD800, 0xDFFF)) for _ in range(r.randint(1, 1000))),
+    "odd characters": lambda r: "".join(chr(r.randint(1, 0xD7FF)) for _ in range(r.randint(1, 3000))),
+    "null bytes": lambda r: "\0".join(digits(r, 3) for _ in range(r.randint(2, 1000))),
+    "matrices": lambda r: rf"\begin{{pmatrix}}{many(r, lambda: r.randint(0, 99), ' & ')}\end{{pmatrix}}^{{-1}}",
+    "sets": lambda r: rf"\{{{many(r, lambda: r.randint(0, 10**6), ', ')}\}}",
+    "intervals": lambda r: many(r, lambda: f"[{r.randint(0, 99)}, {r.randint(100, 10**9)})", r" \cup ", 500),
+    "macros": lambda r: r"\def\a{\a\a}" + r"\newcommand{\b}{\b\b}" + r"\a\b" * r.randint(1, 1000),
+    "sums": lambda r: rf"\sum_{{n=1}}^{{{r.randint(10**6, 10**12)}}} \frac{{1}}{{n^{{{r.randint(2, 9)}}}+n!}}",
+    "products": lambda r: rf"\prod_{{n=1}}^{{{r.randint(10**5, 10**9)}}} (n^{{{r.randint(2, 99)}}}+1)",
+    "integrals": lambda r: rf"\int_0^{{{r.randint(1, 9)}}} e^{{-x^{{{r.randint(3, 99)}}}}} \sin(x^x) \, dx",
+    "limits": lambda r: rf"\lim_{{x \to \infty}} x^{{x^{{{r.randint(2, 99)}}}}} / \Gamma(x^x)",
+    "binomials": lambda r: rf"\binom{{{digits(r, 9)}}}{{{digits(r, 8)}}}",
+    "gammas": lambda r: rf"\Gamma({digits(r, r.randint(6, 12))})",
+    "trigonometry": lambda r: nested(r, r.choice([r"\sin(", r"\tan(", r"\arccos("]), ")", 300),
+    "expansions": lambda r: f"({many(r, lambda: r.choice('abcxyz'), '+', 40)})^{{{r.randint(50, 5000)}}}",
+    "operators": lambda r: r.choice(["+", "-", r"\cdot ", "=", "<", "%", "/", "!"]) * r.randint(100, 5000) + "1",
+    "long sums": lambda r: many(r, lambda: f"x_{{{r.randint(0, 10**6)}}}", "+"),
+    "percent and units": lambda r: many(r, lambda: rf"{r.randint(0, 99)}\% \text{{km/h}} \$", " "),
+    "radixes": lambda r: many(r, lambda: f"{digits(r, 20)}_{{{r.randint(2, 36)}}}", "+", 500),
+    "names": lambda r: "".join(r.choices("abcdefghijklmnopqrstuvwxyz", k=r.randint(10**3, 10**5))),
+    "equalities": lambda r: many(r, lambda: f"x^{r.randint(2, 99)}", " = ", 500),
+    "boxes": lambda r: r"\boxed{" * r.randint(100, 3000),
+    "logarithms": lambda r: rf"\log_{{{r.randint(2, 9)}}}({tower(r)})",
+    "modulo": lambda r: rf"{tower(r)} \mod {r.randint(2, 10**9)}",
+    "absolute values": lambda r: nested(r, "|", "|", 500),
+    "piecewise": lambda r: rf"\begin{{cases}}{many(r, lambda: 'x^2 & x>1', chr(92) * 2, 1000)}\end{{cases}}",
+}
+
+
+async def attack(pool, check, monkeypatch, workers, count: int, lanes: int, timeout_s: float) -> str:
+    """`count` hostile answers over all families; what became of each family, as a table."""
+    took, peak = {}, 0
+    ask = WorkerProcess.ask
+
+    async def timed(worker, asked, limit_s):
+        started = time.monotonic()
+        verdict = await ask(worker, asked, limit_s)
+        took[asked.id] = time.monotonic() - started
+        return verdict
+
+    monkeypatch.setattr(WorkerProcess, "ask", timed)
+    rng = random.Random(0)
+    names = [name for name, _ in zip(FAMILIES.keys() | set(), range(0), strict=False)] or list(FAMILIES)
+    todo = [(names[i % len(names)], check(rf"so \boxed{{{FAMILIES[names[i % len(names)]](rng)}}}", REFERENCE)) for i in range(count)]
+    found = defaultdict(list)
+
+    async def lane():
+        nonlocal peak
+        while todo:
+            family, hostile = todo.pop()
+            found[family].append(await pool.check(hostile))
+            peak = max(peak, *(worker.memory_info().rss for worker in workers() if worker.is_running()), 0)
+
+    await asyncio.gather(*(lane() for _ in range(lanes)))
+    assert sum(map(len, found.values())) == count
+    ...
