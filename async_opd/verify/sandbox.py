@@ -65,7 +65,7 @@ class Program:
                     said = b""
                 if refusal := said + news.readall():  # else it was closed by the exec
                     raise OSError(0, refusal.decode())
-        except BaseException:
+        except OSError:
             self.__exit__()
             raise
         finally:
@@ -174,8 +174,8 @@ def probe(*, isolated: bool, memory: int) -> None:
     os.close(nothing)
     if said != (b"42\n", 0):
         raise ConfigError(
-            f"verify.check = 'code': this host does not allow its sandbox ({said}), which needs Linux 5.14 or newer and "
-            "user namespaces for this user; verify.sandbox = 'none' runs programs as this user, without one"
+            f"verify.check = 'code': this host does not allow its sandbox ({said}), which needs Linux 5.14 or newer "
+            "and user namespaces for this user; verify.sandbox = 'none' runs programs as this user, without one"
         )
 
 
@@ -188,9 +188,9 @@ def _or_refuse(tell: int, become: Callable[[], None]) -> NoReturn:
     """Ends this process, if it does not become something else, and tells why not."""
     try:
         become()
-    except BaseException as error:  # whatever it is, this copy of the worker must not go on
+    except (OSError, SystemExit) as error:
         os.write(tell, f"{error}".encode()[:1000])
-    finally:
+    finally:  # whatever it is, this copy of the worker does not go on
         os._exit(REFUSED)
 
 

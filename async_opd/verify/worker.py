@@ -20,6 +20,7 @@ from async_opd.verify.namespaces import die_with
 from async_opd.wire import Check, Verdict
 
 MAX_REPLY = 4096  # bytes
+MAX_REQUEST = 64 << 20
 
 
 def main(parent: int, config: VerifyConfig) -> None:
@@ -35,7 +36,10 @@ def main(parent: int, config: VerifyConfig) -> None:
     exit_if_large(limit)
     replies.write(frame(b""))
     while header := requests.read(4):
-        body = requests.read(int.from_bytes(header, "big"))
+        size = int.from_bytes(header, "big")
+        if size > MAX_REQUEST:
+            sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
+        body = requests.read(size)
         check = msgspec.msgpack.decode(body, type=Check)
         verdict = judge(check, decide)
         exit_if_large(limit)

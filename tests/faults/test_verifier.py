@@ -4,10 +4,13 @@ r"""Answers made to stop the `math` check, and one that hangs among good ones, o
 """
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import cycle, islice
 
 import psutil
 import pytest
@@ -80,10 +83,10 @@ FAMILIES: dict[str, Callable[[random.Random], str]] = {
 }
 
 
-async def attack(pool, check, monkeypatch, workers, count: int, lanes: int, timeout_s: float) -> str:
-    """`count` hostile answers over all families; what became of each family, as a table."""
-    took, peak = {}, 0
-    ask = WorkerProcess.ask
+@pytest.fixture
+def attack(start_pool, check, workers, monkeypatch):
+    """Has `count` hostile answers over all families checked, and asserts what must hold; returns a table by family."""
+    took, ask = {}, WorkerProcess.ask
 
     async def timed(worker, asked, limit_s):
         started = time.monotonic()
@@ -91,19 +94,67 @@ async def attack(pool, check, monkeypatch, workers, count: int, lanes: int, time
         took[asked.id] = time.monotonic() - started
         return verdict
 
+    async def run(count: int, timeout_s: float, lanes: int = 2) -> str:
+        pool = await start_pool(workers=lanes, timeout_s=timeout_s, memory_gib=MEMORY_GIB)
+        rng, found, peak, todo = random.Random(0), defaultdict(list), 0, []
+        for family in islice(cycle(rng.sample(list(FAMILIES), len(FAMILIES))), count):
+            todo.append((family, check(rf"so \boxed{{{FAMILIES[family](rng)}}}", REFERENCE)))
+
+        async def lane():
+            nonlocal peak
+            while todo:
+                family, hostile = todo.pop()
+                found[family].append(await pool.check(hostile))
+                with suppress(psutil.NoSuchProcess):
+                    peak = max(peak, *(worker.memory_info().rss for worker in workers()), 0)
+
+        await asyncio.gather(*(lane() for _ in range(lanes)))
+        verdicts = [verdict for verdicts in found.values() for verdict in verdicts]
+        assert len(verdicts) == count
+        assert [verdict.id for verdict in verdicts if verdict.correct] == []
+        assert max(took.values()) < timeout_s + SLACK_S
+        assert peak < MEMORY_GIB * 2**30
+        after = await asyncio.gather(*(pool.check(check(rf"\boxed{{{n}}}", "2")) for n in (2, 3, 2, 3)))
+        assert [verdict.correct for verdict in after] == [True, False, True, False]
+        assert len(workers()) == lanes
+        return _table(found, took)
+
     monkeypatch.setattr(WorkerProcess, "ask", timed)
-    rng = random.Random(0)
-    names = [name for name, _ in zip(FAMILIES.keys() | set(), range(0), strict=False)] or list(FAMILIES)
-    todo = [(names[i % len(names)], check(rf"so \boxed{{{FAMILIES[names[i % len(names)]](rng)}}}", REFERENCE)) for i in range(count)]
-    found = defaultdict(list)
+    return run
 
-    async def lane():
-        nonlocal peak
-        while todo:
-            family, hostile = todo.pop()
-            found[family].append(await pool.check(hostile))
-            peak = max(peak, *(worker.memory_info().rss for worker in workers() if worker.is_running()), 0)
 
-    await asyncio.gather(*(lane() for _ in range(lanes)))
-    assert sum(map(len, found.values())) == count
-    ...
+def _table(found: dict, took: dict[str, float]) -> str:
+    lines = ["| family | answers | wrong | unknown | workers replaced | longest, ms |", "|---|---|---|---|---|---|"]
+    for family, verdicts in found.items():
+        unknown = [verdict for verdict in verdicts if verdict.correct is None]
+        replaced = [verdict for verdict in unknown if not verdict.cause.startswith("check raised")]
+        longest = max(took[verdict.id] for verdict in verdicts) * 1000
+        cells = family, len(verdicts), len(verdicts) - len(unknown), len(unknown), len(replaced), f"{longest:.0f}"
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+async def test_hostile_answers_of_twenty_families_are_decided_in_time_and_none_is_right(attack):
+    await attack(20, timeout_s=0.3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+async def test_two_thousand_hostile_answers_are_decided_in_time_and_none_is_right(attack):
+    print("\n" + await attack(2000, timeout_s=0.5))
+
+
+@pytest.mark.parametrize(
+    ("good", "hanging"),
+    [(3, 12), pytest.param(100, 400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
+)
+async def test_good_answers_among_hanging_ones_are_all_right(start_pool, check, tmp_path, monkeypatch, good, hanging):
+    source = "def patient(response, answer):\n    while response == 'hang': pass\n    return response == answer"
+    tmp_path.joinpath("patience.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
+    pool = await start_pool(workers=2, timeout_s=0.5, check="patience:patient")
+    responses = ["2"] * good + ["hang"] * hanging
+    random.Random(0).shuffle(responses)
+    verdicts = await asyncio.gather(*(pool.check(check(response)) for response in responses))
+    outcomes = Counter(zip(responses, (verdict.correct for verdict in verdicts), strict=True))
+    assert outcomes == {("2", True): good, ("hang", None): hanging}

@@ -19,9 +19,7 @@ def hangs() -> str:
 def check() -> Callable[..., Check]:
     """Makes a check: of "\\boxed{2}" against "2" unless told otherwise."""
     ids = count()
-    return lambda response=r"\boxed{2}", answer="2": Check(
-        id=f"{next(ids)}@0#0", response=response, answer=answer
-    )
+    return lambda response=r"\boxed{2}", answer="2": Check(id=f"{next(ids)}@0#0", response=response, answer=answer)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from async_opd.verify.sandbox import Program
 SUMS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
 ADD = {
     "prompt": 'OFFSET = 0\n\ndef add(a, b):\n    """The sum."""\n',
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 3 + OFFSET\n    assert candidate([1], [2]) == [1, 2]\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3 + OFFSET\n    assert candidate([1], []) == [1]\n",
     "entry_point": "add",
 }
 TRIPLE = {"test_list": ["assert triple(2) == 6", "assert triple('a') == 'aaa'"]}
@@ -37,11 +37,17 @@ def decide(program: str, tests: dict) -> bool:
         ("triple = lambda x: 3 * x", TRIPLE),
         ("triple = lambda x: 3 * x\nif __name__ == '__main__':\n    input()", TRIPLE),
         ("def sum(a, b): return a + b", {"test_list": ["assert sum(1, 2) == 3"]}),
-        ("def half(x): return {x: (x / 2, None, b'', 1j)}", {"test_list": ["assert half(1) == {1: (.5, None, b'', 1j)}"]}),
+        (
+            "def half(x): return {x: (x / 2, None, b'', 1j)}",
+            {"test_list": ["assert half(1) == {1: (.5, None, b'', 1j)}"]},
+        ),
         ("def f(): return float('nan'), 10**5000", {"test_list": ["a, b = f()\nassert a != a and b == 10**5000"]}),
         ("def f(x): return (c for c in x)", {"test_list": ["assert set(f('ab')) == {'a', 'b'}"]}),
         ("def f(x): raise ValueError", {"test_list": ["try:\n    f(1)\n    assert 0\nexcept ValueError:\n    pass"]}),
-        (f"{PAIR}def first(p): return p.a", {"test_list": ["assert first(p) == 1"], "test_setup_code": "p = Pair(1, 2)"}),
+        (
+            f"{PAIR}def first(p): return p.a",
+            {"test_list": ["assert first(p) == 1"], "test_setup_code": "p = Pair(1, 2)"},
+        ),
         ("def root(x): return x ** .5", {"test_list": ["assert math.isclose(root(2), math.sqrt(2))"]}),
         (METHOD, TWO_SUM),
         ("def two_sum(numbers, target): return [0, 1]", TWO_SUM),
@@ -74,20 +80,20 @@ FORGERIES = {
     "exits at once": "import os\nos._exit(0)",
     "exits when called": "def add(a, b):\n    raise SystemExit(0)",
     "exits at once when called": "import os\ndef add(a, b):\n    os._exit(0)",
-    "prints what a harness may print": "print('OK', 'passed', 'True', '{\"value\": true}', sep='\\n')\nimport os; os._exit(0)",
+    "prints what a harness may print": "print('OK', 'passed', '{\"value\": true}')\nimport os; os._exit(0)",
     "redefines check": "def check(candidate): pass\ndef add(a, b): return 0",
-    "redefines builtins": "import builtins\nbuiltins.AssertionError = builtins.all = lambda *a: None\ndef add(a, b): return 0",
+    "redefines builtins": "import builtins\nbuiltins.AssertionError = None\ndef add(a, b): return 0",
     "equals everything": "class Any:\n    def __eq__(self, other): return True\ndef add(a, b): return Any()",
-    "is a number that equals everything": "class Any(int):\n    def __eq__(self, o): return True\ndef add(a, b): return Any()",
-    "has a class that lies": "class Any:\n    __class__ = int\n    def __eq__(self, o): return True\ndef add(a, b): return Any()",
+    "is a number that equals everything": "class Any(int): __eq__ = lambda *a: True\ndef add(a, b): return Any()",
+    "has a class that lies": "class Any:\n    __class__ = int\n    __eq__ = print\ndef add(a, b): return Any()",
     "passes the tests' helpers": "OFFSET = -3\ndef add(a, b): return 0",
-    "answers what was not asked": "import os\n[os.write(fd, b'{\"value\": 3}\\n' * 9) for fd in (1, 4)]\ndef add(a, b): return 0",
-    "answers with what is no data": "import os\n[os.write(4, b'{\"exit\": 0}\\n') for _ in range(9)]\ndef add(a, b): return 0",
+    "answers unasked": "import os\n[os.write(fd, b'{\"value\": 3}\\n' * 9) for fd in (1, 4)]\ndef add(a, b): return 0",
+    "answers with what is no data": "import os\nos.write(4, b'{\"exit\": 0}\\n' * 9)\ndef add(a, b): return 0",
     "raises the exit of the examiner": "class SystemExit(BaseException): pass\ndef add(a, b): raise SystemExit",
     "exits when collected": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): return 0",
     "looks for the tests": (
         "import gc, sys\ndef add(a, b):\n"
-        "    seen = [o for o in gc.get_objects() if isinstance(o, str)] + [repr(sys._getframe(i).f_locals) for i in (0, 1)]\n"
+        "    seen = [o for o in gc.get_objects() if isinstance(o, str)] + [str(sys._getframe(1).f_locals)]\n"
         "    return 3 if any('candidate(1, 2)' in s for s in seen) else 0"
     ),
 }  # fmt: skip
@@ -123,7 +129,8 @@ def test_the_program_is_the_last_closed_block_of_python_or_else_the_response(res
     "answer",
     [
         "", "42", "[]", "{}", '{"inputs": [], "outputs": []}', '{"inputs": ["1"], "outputs": []}',
-        '{"test_list": []}', '{"test_list": "assert True"}', '{"test": "", "entry_point": "a b"}', '{"entry_point": "f"}',
+        '{"test_list": []}', '{"test_list": "assert True"}',
+        '{"test": "", "entry_point": "a b"}', '{"entry_point": "f"}',
         '{"inputs": [[1]], "outputs": [1], "fn_name": "os.system"}', "[" * 100_000,
     ],
 )  # fmt: skip

@@ -36,7 +36,7 @@ def load(config: VerifyConfig) -> Decide:
 def _load_own(check: str, module: str, function: str) -> Decide:
     try:
         decide = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module raises, it cannot be used
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ConfigError(f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(decide):
         raise ConfigError(f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function")

@@ -127,11 +127,16 @@ def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -
     limit = 2 * len(wanted.encode()) + SPARE_BYTES
     with os.fdopen(os.memfd_create("input"), "wb", buffering=0) as store, _pipe() as (out, printed):
         store.write(given.encode(errors="replace"))
-        with open(f"/proc/self/fd/{store.fileno()}", "rb") as stdin, open(os.devnull, "wb") as stderr:
-            with start(code, [stdin.fileno(), printed.fileno(), stderr.fileno()]) as program:
-                printed.close()
-                said = program.read(out.fileno(), limit)
-                return len(said) <= limit and program.wait() == 0 and _lines(said.decode(errors="replace")) == _lines(wanted)
+        with (
+            open(f"/proc/self/fd/{store.fileno()}", "rb") as stdin,
+            open(os.devnull, "wb") as stderr,
+            start(code, [stdin.fileno(), printed.fileno(), stderr.fileno()]) as program,
+        ):
+            printed.close()
+            said = program.read(out.fileno(), limit)
+            if len(said) > limit or program.wait() != 0:
+                return False
+    return _lines(said.decode(errors="replace")) == _lines(wanted)
 
 
 def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[..., Program]) -> bool:
@@ -139,11 +144,13 @@ def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[...,
     exam = f"{EXAMINER}\n\nexamine({setup!r}, {tests!r}, {entry!r}, 4, 3)"
     with _pipe() as (asked, ask), _pipe() as (answered, answer), open(os.devnull, "r+b", buffering=0) as nothing:
         std = [nothing.fileno()] * 3
-        with start(program, [*std, asked.fileno(), answer.fileno()]):
-            with start(exam, [*std, answered.fileno(), ask.fileno()]) as examined:
-                for end in (asked, ask, answered, answer):
-                    end.close()
-                status = examined.wait()
+        with (
+            start(program, [*std, asked.fileno(), answer.fileno()]),
+            start(exam, [*std, answered.fileno(), ask.fileno()]) as examined,
+        ):
+            for end in (asked, ask, answered, answer):
+                end.close()
+            status = examined.wait()
     if status == examiner.UNUSABLE:
         raise DataError(f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data")
     return status == 0
