@@ -203,7 +203,8 @@ class Cluster:
         if name == "teacher-generator":
             return self._teacher_generator(member)
         if name == "verifier":
-            return self._actor(member, "async_opd.actors:make_verifier", config.verify, self._tokenizer)
+            within_s = config.timeout.score_s
+            return self._actor(member, "async_opd.actors:make_verifier", config.verify, self._tokenizer, within_s)
         return self._scorer(member, name)
 
     def _actor(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
@@ -286,7 +287,7 @@ class Cluster:
         )
 
 
-def make_verifier(config: VerifyConfig, tokenizer: str) -> GroupVerifier:
+def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
     """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
     decoder = Tokenizer.from_str(tokenizer)
-    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True))
+    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True), within_s)

@@ -20,7 +20,7 @@ from async_opd.objectives import Objective, all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
 from async_opd.scoring import backend_rules, form_rules, longest_sequence, sampling_rules, section, tag, teacher_rules
 from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
-from async_opd.verify.checks import kinds
+from async_opd.verify.checks import kinds, known
 from async_opd.verify.config import VerifyConfig
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -251,7 +251,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = c.timeout.stall_s <= c.sync.timeout_s
     limit = f"must be > sync.timeout_s = {c.sync.timeout_s}, for which an engine that takes weights is silent"
     yield broken, f"timeout.stall_s = {c.timeout.stall_s}: {limit}"
-    yield c.verify.check not in kinds(), wrong("verify.check", c.verify.check, kinds())
+    forms = wrong("verify.check", c.verify.check, [*kinds(), "package.module:function"])
+    yield not known(c.verify.check), forms
 
 
 def _check_files(c: Config) -> None:

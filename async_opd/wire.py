@@ -209,7 +209,6 @@ class Check(Struct):
     """One response to check. Made by the verifier pool; consumed by one of its worker processes."""
 
     id: str
-    kind: str  # a module of `verify.checks`
     response: str
     answer: str
 

@@ -188,6 +188,8 @@ MISTAKES = {
         ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],
     ),
     "misspelt check": ("verify.check=maths", ["verify.check = 'maths'", "did you mean 'math'?"]),
+    "check of no form": ("verify.check=mod.fn:", ["verify.check = 'mod.fn:'", "'package.module:function'"]),
+    "misspelt sandbox": ("verify.sandbox=non", ["verify.sandbox = 'non'", "did you mean 'none'?"]),
     "misspelt shipped data": ("data.path=toy:trian", ["data.path = 'toy:trian'", "did you mean 'toy:train'?"]),
     "misspelt shipped model": ("teacher.model=toy:taecher", ["toy:taecher", "did you mean 'toy:teacher'?"]),
     "misspelt data file": ("data.path=rows/trian.jsonl", ["rows/trian.jsonl", "did you mean 'rows/train.jsonl'?"]),

@@ -104,7 +104,7 @@ GOOD = [
     GroupMeta(id="p7@0", prompt_len=2, spans=(ROLLOUT["spans"],), truncated=(False,)),
     Needs(teacher_topk=2, student_entropy=True),
     Verdict(id="p7@0#1", correct=None, cause="timed out after 5.0 s"),
-    Check(id="p7@0#1", kind="math", response="5", answer="5"),
+    Check(id="p7@0#1", response="5", answer="5"),
     StepResult(version=3, metrics={"loss": 0.5}),
 ]
 

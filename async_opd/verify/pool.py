@@ -7,7 +7,7 @@ Late or crashed, a check is unknown, never wrong, and not tried again; its worke
 import asyncio
 
 from async_opd.errors import ActorLost, ConfigError
-from async_opd.verify import checks
+from async_opd.verify.config import VerifyConfig
 from async_opd.verify.process import WorkerProcess
 from async_opd.wire import Check, Verdict
 
@@ -17,31 +17,21 @@ MAX_FAILED_STARTS = 3  # in a row, over all workers
 class VerifierPool:
     """`workers` processes that serve `check` first come, first served."""
 
-    def __init__(
-        self,
-        workers: int,
-        timeout_s: float,
-        memory_gib: float = 2.0,
-        kinds: tuple[str, ...] | None = None,
-        start_timeout_s: float = 60.0,
-    ):
-        """`timeout_s` bounds a check, `start_timeout_s` a worker's imports. `memory_gib` is a worker's address space;
-        a check that takes more than half of it is unknown. `kinds` are the checks to import, all by default."""
-        self._workers = workers
-        self._timeout_s = timeout_s
-        self._memory_gib = memory_gib
-        self._kinds = checks.kinds() if kinds is None else kinds
-        self._start_timeout_s = start_timeout_s
+    def __init__(self, config: VerifyConfig, start_timeout_s: float = 60.0):
+        """`start_timeout_s` bounds a worker's imports. A check that takes more than half of a worker's memory is
+        unknown."""
+        self._config, self._start_timeout_s = config, start_timeout_s
         self._queue: asyncio.Queue[tuple[Check, asyncio.Future[Verdict]]] = asyncio.Queue()
         self._waiting: set[asyncio.Future] = set()
         self._slots: list[asyncio.Task] = []
         self._failed_starts = 0
-        self._lost = "verifier pool is not started"
+        self._lost: ActorLost | ConfigError | None = ActorLost("verifier pool is not started")
 
     async def start(self) -> None:
-        """Starts the workers and waits until all are ready. Raises ActorLost."""
-        self._lost = ""
-        ready = [self._promise() for _ in range(self._workers)]
+        """Starts the workers and waits until all are ready. Raises ActorLost, and ConfigError if the check cannot be
+        used here."""
+        self._lost = None
+        ready = [self._promise() for _ in range(self._config.workers)]
         self._slots = [asyncio.create_task(self._slot(future)) for future in ready]
         for slot in self._slots:
             slot.add_done_callback(self._slot_ended)
@@ -53,18 +43,16 @@ class VerifierPool:
 
     async def check(self, check: Check) -> Verdict:
         """The verdict, unknown with a cause if the check timed out or crashed. Raises ActorLost if the pool is not
-        running or workers cannot be started any more, ConfigError if it does not run `check.kind`."""
+        running or workers cannot be started any more."""
         if self._lost:
-            raise ActorLost(self._lost)
-        if check.kind not in self._kinds:
-            raise ConfigError(f"{check.id}: check kind {check.kind!r} is none of {', '.join(self._kinds)}")
+            raise self._lost
         verdict = self._promise()
         self._queue.put_nowait((check, verdict))
         return await verdict
 
     async def close(self) -> None:
         """Kills the workers. Checks still waiting raise ActorLost."""
-        self._lose("verifier pool is closed")
+        self._lose(ActorLost("verifier pool is closed"))
         for slot in self._slots:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
@@ -80,7 +68,7 @@ class VerifierPool:
                     continue
                 if not worker.alive:  # it died idle, which is not this check's fault
                     worker = await self._spawn()
-                answer = await worker.ask(check, self._timeout_s)
+                answer = await worker.ask(check, self._config.timeout_s)
                 if not verdict.done():
                     verdict.set_result(answer)
                 if not worker.alive:
@@ -91,11 +79,12 @@ class VerifierPool:
     async def _spawn(self) -> WorkerProcess:
         while True:
             try:
-                worker = await WorkerProcess.spawn(self._kinds, self._memory_gib, self._start_timeout_s)
-            except ActorLost as error:
+                worker = await WorkerProcess.spawn(self._config, self._start_timeout_s)
+            except (ActorLost, ConfigError) as error:
                 self._failed_starts += 1
                 if self._failed_starts >= MAX_FAILED_STARTS:
-                    raise ActorLost(f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}") from error
+                    why = f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}"
+                    raise type(error)(why) from error
             else:
                 self._failed_starts = 0
                 return worker
@@ -109,9 +98,10 @@ class VerifierPool:
 
     def _slot_ended(self, slot: asyncio.Task) -> None:
         if not slot.cancelled():
-            self._lose(f"{slot.exception()}")
+            why = slot.exception()
+            self._lose(why if isinstance(why, ConfigError) else ActorLost(f"{why}"))
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: ActorLost | ConfigError) -> None:
         self._lost = self._lost or why
         for future in list(self._waiting):
-            future.set_exception(ActorLost(self._lost))
+            future.set_exception(self._lost)

@@ -9,11 +9,11 @@ from typing import Self
 
 import msgspec
 
-from async_opd.errors import ActorLost, WireError
-from async_opd.verify.worker import frame
+from async_opd.errors import ActorLost, ConfigError, WireError
+from async_opd.verify.config import VerifyConfig
+from async_opd.verify.worker import MAX_REPLY, frame
 from async_opd.wire import Check, Verdict
 
-MAX_REPLY = 4096  # bytes
 REAP_S = 5.0  # a killed process that takes longer to go is left to the kernel
 
 
@@ -25,9 +25,10 @@ class WorkerProcess:
         self._killed = False
 
     @classmethod
-    async def spawn(cls, kinds: tuple[str, ...], memory_gib: float, timeout_s: float) -> Self:
-        """A worker with its checks imported. Raises ActorLost if it cannot start or is not ready in time."""
-        command = ("-m", "async_opd.verify.worker", str(os.getpid()), str(memory_gib), *kinds)
+    async def spawn(cls, config: VerifyConfig, timeout_s: float) -> Self:
+        """A worker with its check imported. Raises ActorLost if it cannot start or is not ready in time, ConfigError if
+        its check cannot be used."""
+        command = ("-m", "async_opd.verify.worker", str(os.getpid()), msgspec.json.encode(config).decode())
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -42,14 +43,16 @@ class WorkerProcess:
         worker = cls(process)
         try:
             async with asyncio.timeout(timeout_s):
-                if await worker._receive() != b"":
-                    raise WireError("a first frame that is not empty")
+                refusal = await worker._receive()
         except (TimeoutError, WireError, EOFError) as error:
             cause = await worker._kill_after(error, timeout_s)
             raise ActorLost(f"verifier worker: {cause} while starting") from error
         except asyncio.CancelledError:
             await worker.kill()
             raise
+        if refusal:
+            await worker.kill()
+            raise ConfigError(refusal.decode(errors="replace"))
         return worker
 
     @property

@@ -1,43 +1,52 @@
-"""A verifier's child process: `python -m async_opd.verify.worker <parent pid> <memory, GiB> <kind>...`.
+"""A verifier's child process: `python -m async_opd.verify.worker <parent pid> <VerifyConfig in JSON>`.
 
-Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty frame once its checks
-are imported, then one `Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
+Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty frame once its check
+is imported, or one with the text that says why it cannot be used, then one `Verdict` for each `Check`. It ends when
+stdin ends, or with its parent, even inside a C loop.
 """
 
-import ctypes
 import os
 import resource
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from async_opd.verify.checks import load
+from async_opd.errors import ConfigError
+from async_opd.verify.checks import Decide, load
+from async_opd.verify.config import VerifyConfig
+from async_opd.verify.namespaces import die_with
 from async_opd.wire import Check, Verdict
 
-PR_SET_PDEATHSIG = 1
+MAX_REPLY = 4096  # bytes
+MAX_REQUEST = 64 << 20
 
 
-def main(parent: int, memory_gib: float, kinds: list[str]) -> None:
+def main(parent: int, config: VerifyConfig) -> None:
     die_with(parent)
-    limit = int(memory_gib * 2**30)
+    limit = int(config.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     requests, replies = take_pipes()
-    checks = {kind: load(kind) for kind in kinds}
+    try:
+        decide = load(config)
+    except ConfigError as error:
+        replies.write(frame(f"{error}".encode(errors="replace")[:MAX_REPLY]))
+        return
     exit_if_large(limit)
     replies.write(frame(b""))
     while header := requests.read(4):
-        body = requests.read(int.from_bytes(header, "big"))
+        size = int.from_bytes(header, "big")
+        if size > MAX_REQUEST:
+            sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
+        body = requests.read(size)
         check = msgspec.msgpack.decode(body, type=Check)
-        verdict = judge(check, checks[check.kind])
+        verdict = judge(check, decide)
         exit_if_large(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
 
-def judge(check: Check, decide: Callable[[str, str], bool]) -> Verdict:
+def judge(check: Check, decide: Decide) -> Verdict:
     try:
         return Verdict(id=check.id, correct=decide(check.response, check.answer))
     except Exception as error:  # foreign code met a model's text: whatever it raises, the verdict is unknown
@@ -46,14 +55,6 @@ def judge(check: Check, decide: Callable[[str, str], bool]) -> Verdict:
 
 def frame(body: bytes) -> bytes:
     return len(body).to_bytes(4, "big") + body
-
-
-def die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when the thread that started it ends; exits if that happened already."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit("the parent of this verifier worker is gone")
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -76,4 +77,4 @@ def exit_if_large(limit: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=VerifyConfig))

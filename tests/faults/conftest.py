@@ -1,5 +1,6 @@
-"""Jobs of these tests end with them."""
+"""What these tests share with those of the parts that they hurt."""
 
 from tests.e2e.conftest import no_job_outlives_its_test
+from tests.verify.conftest import check, start_pool, workers
 
-__all__ = ["no_job_outlives_its_test"]
+__all__ = ["check", "no_job_outlives_its_test", "start_pool", "workers"]

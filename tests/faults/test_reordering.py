@@ -61,7 +61,7 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
         groups_per_step=PER_STEP,
         max_lag_steps=BOUND,
         stale=stale,
-        on_drop=lambda ready, cause: producer.dropped(ready, cause),
+        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
         wait_s=60.0,
     )
     async with asyncio.TaskGroup() as tasks:

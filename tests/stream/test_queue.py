@@ -98,7 +98,7 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
             self.looks += 1
             return super()._over_age(ready)
 
-    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda ready, cause: None)
+    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda *_: None)
     taking = asyncio.ensure_future(queue.take(0))
     for ticket in range(500):
         await asyncio.sleep(0)  # so that each could wake the waiting take

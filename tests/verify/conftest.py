@@ -4,6 +4,7 @@ from itertools import count
 import psutil
 import pytest
 
+from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check
 
@@ -18,9 +19,7 @@ def hangs() -> str:
 def check() -> Callable[..., Check]:
     """Makes a check: of "\\boxed{2}" against "2" unless told otherwise."""
     ids = count()
-    return lambda response=r"\boxed{2}", answer="2": Check(
-        id=f"{next(ids)}@0#0", kind="math", response=response, answer=answer
-    )
+    return lambda response=r"\boxed{2}", answer="2": Check(id=f"{next(ids)}@0#0", response=response, answer=answer)
 
 
 @pytest.fixture
@@ -34,8 +33,8 @@ async def start_pool(workers):
     """Starts a pool, of one worker and a deadline of 1 s unless told otherwise; no worker outlives the test."""
     pools = []
 
-    async def start(**settings) -> VerifierPool:
-        pools.append(VerifierPool(**{"workers": 1, "timeout_s": 1.0} | settings))
+    async def start(start_timeout_s: float = 60.0, **settings) -> VerifierPool:
+        pools.append(VerifierPool(VerifyConfig(**{"timeout_s": 1.0} | settings), start_timeout_s))
         await pools[-1].start()
         return pools[-1]
 

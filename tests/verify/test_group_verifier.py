@@ -29,7 +29,7 @@ class Pool:
 
 
 async def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
-    verifier = GroupVerifier(VerifyConfig(), decode=lambda ids: "")
+    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=60.0)
     verifier._pool = pool = Pool()
     started = time.monotonic()
     quick, slow = await verifier.check_all(group("0@0", "2"), group("1@0", "slow"))
@@ -40,8 +40,16 @@ async def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
 
 
 async def test_quick_checks_do_not_wait_at_all():
-    verifier = GroupVerifier(VerifyConfig(), decode=lambda ids: "")
+    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=60.0)
     verifier._pool = Pool()
     started = time.monotonic()
     assert len(await verifier.check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
     assert time.monotonic() - started < PATIENCE_S
+
+
+async def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller():
+    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=0.5)
+    verifier._pool = Pool()
+    async with asyncio.timeout(0.5):
+        verdicts = await verifier.check(group("0@0", "slow"))
+    assert verdicts == (Verdict(id="0@0#0", correct=None, cause="no worker was free within 0.5 s"),)

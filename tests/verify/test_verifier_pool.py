@@ -6,19 +6,21 @@ import time
 import psutil
 import pytest
 
-from async_opd.errors import ActorLost, ConfigError
+from async_opd.errors import ActorLost
+from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
-from async_opd.wire import Check, Verdict
+from async_opd.wire import Verdict
 
 PARENT = """
 import asyncio, sys
+from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check
 
 async def main():
-    pool = VerifierPool(workers=2, timeout_s=60.0)
+    pool = VerifierPool(VerifyConfig(workers=2, timeout_s=60.0))
     await pool.start()
-    checks = [pool.check(Check(id=str(i), kind="math", response=sys.argv[1], answer="2")) for i in range(2)]
+    checks = [pool.check(Check(id=str(i), response=sys.argv[1], answer="2")) for i in range(2)]
     print("started", flush=True)
     await asyncio.gather(*checks)
 
@@ -108,8 +110,20 @@ async def test_a_caller_that_gives_up_costs_others_nothing(start_pool, check, ha
     assert time.monotonic() - started < 2.5  # one deadline of 0.5 s, not five: the four that still queued are skipped
 
 
-async def test_a_pool_that_is_not_started_or_does_not_run_the_kind_refuses(start_pool, check):
+async def test_a_pool_that_is_not_started_refuses(check):
     with pytest.raises(ActorLost, match="verifier pool is not started"):
-        await VerifierPool(workers=1, timeout_s=1.0).check(check())
-    with pytest.raises(ConfigError, match="check kind 'code' is none of math"):
-        await (await start_pool()).check(Check(id="a", kind="code", response="", answer=""))
+        await VerifierPool(VerifyConfig()).check(check())
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["in a check", "idle"])
+async def test_a_stopped_worker_is_unknown_at_the_deadline_and_replaced(start_pool, check, workers, hangs, busy):
+    pool = await start_pool()
+    (before,) = workers()
+    pending = asyncio.create_task(pool.check(check(hangs))) if busy else None
+    await asyncio.sleep(0.2)
+    before.suspend()
+    verdict = await (pending or pool.check(check()))
+    assert (verdict.correct, verdict.cause) == (None, "timed out after 1.0 s")
+    assert not before.is_running()
+    assert (await pool.check(check())).correct is True
+    assert len(workers()) == 1

@@ -1,12 +1,17 @@
 """What a check can do to the worker it runs in, with a fake math-verify that does it."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 
+import msgspec
 import psutil
 import pytest
 
 from async_opd.errors import ActorLost
+from async_opd.verify.config import VerifyConfig
 
 WRITE = "[os.write(fd, {!r}) for fd in range(3, 9) if os.path.exists(f'/proc/self/fd/{{fd}}') and WRITABLE(fd)]"
 WRITABLE = "import fcntl\ndef WRITABLE(fd): return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY"
@@ -44,6 +49,25 @@ async def test_a_malformed_reply_is_unknown_and_its_worker_replaced(
     assert (verdict.correct, verdict.cause) == (None, cause)
     assert (await pool.check(check(r"\boxed{4}"))).correct is True
     assert workers() != [before]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x03abc",
+        b"\x00\x00\x00\x02\x91\xa1",
+        b"\x00\x00\x00\x09abc",
+        b"\x00\x00\x00\x00",
+    ],
+    ids=["oversized", "not a check", "cut msgpack", "cut frame", "empty"],
+)
+def test_a_malformed_request_ends_a_worker_with_no_reply(garbage, fake_math_verify):
+    fake_math_verify()
+    config = msgspec.json.encode(VerifyConfig()).decode()
+    command = [sys.executable, "-m", "async_opd.verify.worker", str(os.getpid()), config]
+    worker = subprocess.run(command, input=garbage, capture_output=True, timeout=30)
+    assert (worker.returncode, worker.stdout) == (1, b"\0\0\0\0")
 
 
 async def test_a_check_that_kills_its_worker_is_unknown_and_tried_once(start_pool, check, fake_math_verify, tmp_path):

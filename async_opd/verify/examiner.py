@@ -1,0 +1,131 @@
+"""The two halves of a test by calls, each put in front of what runs in a sandbox of its own. Standard library only.
+
+`serve` holds the program that is tested, `examine` its tests. Between them go lines of JSON: what to call with which
+values, and the value that came of it. The program meets neither the tests nor what they expect, and the verdict is the
+examiner's exit status. So there is nothing that a program could say to be right: it may print, exit, patch and redefine
+as it likes in a process that decides nothing, and what it answers are values, never objects with an `==` of their own.
+"""
+
+import ast
+import builtins
+import importlib
+import json
+import os
+import sys
+
+DATA = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes}
+RAISED = (  # by the program, and again by the examiner, whose tests may wait for it; any other ends the program
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
+    *(RuntimeError, StopIteration, TypeError, ValueError),
+)
+UNUSABLE = 3  # exit status of tests that do not compile, or hand the program what cannot be sent
+
+
+def serve(program: str, requests: int, replies: int) -> None:
+    """Runs `program`, then does what is asked for with what it defines."""
+    sys.set_int_max_str_digits(0)
+    names, kept = {"__name__": "program"}, []
+    exec(compile(program, "program", "exec"), names)
+    does = {"get": names.__getitem__, "call": lambda f, args, named: f(*args, **named), "list": list}
+    does |= {"getattr": getattr, "setattr": setattr}
+
+    def keep(value: object) -> int:
+        kept.append(value)
+        return len(kept) - 1
+
+    with open(requests) as asked, open(replies, "w") as answered:
+        for line in asked:
+            what, *operands = _unpack(json.loads(line), kept.__getitem__)
+            try:
+                reply = json.dumps({"value": _pack(does[what](*operands), keep)})
+            except RAISED as error:
+                reply = json.dumps({"raised": type(error).__name__})
+            print(reply, file=answered, flush=True)
+
+
+def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
+    """Runs `setup`, then `tests`, and fails with them. The function `entry` is the program's, and so is each name that
+    nothing else defines."""
+    sys.set_int_max_str_digits(0)
+    try:
+        code, foreign = [compile(source, "tests", "exec") for source in (setup, tests)], _foreign(f"{setup}\n{tests}")
+    except (SyntaxError, ValueError):
+        os._exit(UNUSABLE)
+    asked, answered = os.fdopen(requests, "w"), os.fdopen(replies)
+
+    def ask(*request: object) -> object:
+        print(json.dumps(_pack(request, _id)), file=asked, flush=True)
+        reply = json.loads(answered.readline())
+        if "raised" in reply:
+            kind = getattr(builtins, reply["raised"], None)
+            raise kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(reply["raised"])
+        return _unpack(reply["value"], lambda id: _Theirs(ask, id))
+
+    names = {"__name__": "tests"}
+    for name in foreign:
+        try:
+            names[name] = importlib.import_module(name) if name in sys.stdlib_module_names else ask("get", name)
+        except KeyError:
+            continue
+    exec(code[0], names)
+    if entry:
+        names[entry] = ask("get", entry)
+    exec(code[1], names)
+
+
+class _Theirs:
+    """Something in the program's process that is no data: a function, or what one made."""
+
+    def __init__(self, ask, id):
+        self.__dict__.update(_ask=ask, _id=id)  # not by __setattr__
+
+    def __call__(self, *args, **named):
+        return self._ask("call", self, args, named)
+
+    def __iter__(self):
+        return iter(self._ask("list", self))
+
+    def __getattr__(self, name):
+        return self._ask("getattr", self, name)
+
+    def __setattr__(self, name, value):
+        self._ask("setattr", self, name, value)
+
+
+def _id(value: object) -> int:
+    if not isinstance(value, _Theirs):
+        os._exit(UNUSABLE)
+    return value._id
+
+
+def _foreign(source: str) -> list[str]:
+    """Names that `source` uses and does not define. Builtins are no such names, unless it uses nothing else."""
+    nodes = list(ast.walk(ast.parse(source)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    own |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    foreign = sorted(used - own)
+    return [name for name in foreign if not hasattr(builtins, name)] or foreign
+
+
+def _pack(value: object, keep) -> object:
+    """`value` in JSON; what is no data is kept here, and sent as a number."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    for name, kind in DATA.items():
+        if isinstance(value, kind):
+            return {name: [_pack(part, keep) for part in (value.items() if kind is dict else value)]}
+    return {"object": keep(value)}
+
+
+def _unpack(value: object, find) -> object:
+    if not isinstance(value, dict):
+        return value
+    ((name, parts),) = value.items()
+    if name == "object":
+        return find(parts)
+    return complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)

@@ -1,0 +1,133 @@
+"""One process in namespaces of its own, by the kernel's calls; what `unshare` and `bwrap` do is a few of them.
+
+User, pid, network, mount, ipc and uts namespaces are made by an ordinary user where the host allows it, and by root in
+the same way: root's program runs as `NOBODY`, everyone else's as themselves, and either is `NOBODY` inside. Nothing of
+the host is seen but the interpreter and the system's libraries, read-only; there is no /proc, /dev or /etc.
+Linux 5.14 or newer, which counts the processes of a user in each namespace.
+"""
+
+import ctypes
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+
+NOBODY = 65534
+PROGRAM = "/program.py"
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+EVERY = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 0x40000, 2
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY = 442, -100, 0x8000, 1 | 2 | 4  # without setuid files and devices too
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SECCOMP_FILTER, ALLOW, REFUSE, KILL = 2, 0x7FFF0000, 0x50001, 0x80000000  # REFUSE: EPERM
+# Memory that no limit of a process counts: shmget, msgget, memfd_create, memfd_secret. Machine: (audit number, calls).
+UNCOUNTED = {
+    "x86_64": (0xC000003E, (29, 68, 319, 447)),
+    "aarch64": (0xC00000B7, (194, 186, 279, 447)),
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *args: int | bytes | None) -> None:
+    words = (ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args)
+    if getattr(_libc, name)(*words) == -1:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def leave() -> None:
+    """Into new namespaces. This process stays outside its pid namespace, its next child is the first in it."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+    _call("unshare", EVERY)
+
+
+def map_users(pid: int) -> None:
+    """Gives the user namespace of `pid`, which has just left, its one user; root in it too, if this process is."""
+    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
+        if os.geteuid() == 0:
+            lines = f"0 0 1\n{NOBODY} {NOBODY} 1"
+        else:
+            Path(f"/proc/{pid}/setgroups").write_text("deny")
+            lines = f"{NOBODY} {own} 1"
+        Path(f"/proc/{pid}/{kind}_map").write_text(lines)
+
+
+def die_with(parent: int) -> None:
+    """Asks the kernel to kill this process when the thread that started it ends, until the user changes; exits if that
+    happened already."""
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the parent of this process is gone")
+
+
+def furnish(program: str, megabytes: int) -> None:
+    """A root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one place to write."""
+    size = f"size={megabytes}m,nr_inodes=1024".encode()
+    shown = _needed()
+    _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    _call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=755")
+    os.mkdir("/tmp/host")
+    os.mkdir("/tmp/box")
+    _call("pivot_root", b"/tmp", b"/tmp/host")
+    os.chdir("/")
+    for folder in shown:
+        _show(folder)
+    Path(f"/box{PROGRAM}").write_text(program, encoding="utf-8", errors="surrogatepass")
+    os.mkdir("/box/tmp")
+    _call("umount2", b"/host", MNT_DETACH)
+    _call("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, struct.pack("4Q", READ_ONLY, 0, 0, 0), 32)
+    _call("mount", b"tmpfs", b"/box/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=1777")
+    os.chroot("/box")  # and who is in one gets no user namespace, where it would have capabilities again
+    os.chdir("/tmp")
+
+
+def _needed() -> list[Path]:
+    """Folders of the interpreter and its libraries; of two, one in the other, the outer."""
+    roots = {Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")}
+    return [root for root in sorted(roots) if root.exists() and roots.isdisjoint(root.parents)]
+
+
+def _show(folder: Path) -> None:
+    source, target = Path(f"/host{folder}"), Path(f"/box{folder}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+    else:
+        target.mkdir()
+        _call("mount", bytes(source), bytes(target), None, MS_BIND | MS_REC, None)
+
+
+def become_nobody() -> None:
+    """Gives up the user, and the capabilities with the next exec; others of that user cannot look into this process."""
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def gain_nothing() -> None:
+    """No file that this process executes gives it another user or capabilities."""
+    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def refuse_uncounted_memory() -> None:
+    """From here on EPERM for the calls of UNCOUNTED, and a kill for those of another machine's numbering."""
+    name = os.uname().machine
+    if name not in UNCOUNTED:
+        raise OSError(0, f"its machine is {name}, and must be {' or '.join(UNCOUNTED)}")
+    machine, calls = UNCOUNTED[name]
+    refused = [(0x15, i, 0, call) for i, call in zip(range(len(calls), 0, -1), calls, strict=True)]
+    program = [
+        (0x20, 0, 0, 4),  # load the machine
+        (0x15, 1, 0, machine),
+        (0x06, 0, 0, KILL),
+        (0x20, 0, 0, 0),  # load the call
+        (0x35, len(calls) + 1, 0, 0x40000000),  # those of x32
+        *refused,
+        (0x06, 0, 0, ALLOW),
+        (0x06, 0, 0, REFUSE),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    _call("prctl", PR_SET_SECCOMP, SECCOMP_FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0)

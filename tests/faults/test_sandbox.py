@@ -1,0 +1,305 @@
+"""What a hostile program can do in the `code` check: a verdict in time, nothing of it remains, the pool goes on.
+
+Each program prints "ok", the right answer, only if its attack went through (but for those said to do no harm).
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from async_opd.errors import ConfigError
+from async_opd.verify.sandbox import PROCESSES, probe
+
+try:
+    probe(isolated=True, memory=512 << 20)
+    refused = ""
+except ConfigError as error:
+    refused = str(error)
+needs_namespaces = pytest.mark.skipif(bool(refused), reason=refused)
+
+TESTS = json.dumps({"inputs": [""], "outputs": ["ok"]})
+OURS = 2  # processes of the sandbox itself
+HARMLESS = "print('ok')"
+
+
+@pytest.fixture
+async def run(start_pool, check, workers):
+    """Has a program checked; then nothing of it is there, and the same worker decides the next one."""
+
+    async def decide(program: str, timeout_s: float = 10.0, **settings) -> bool:
+        pool = await start_pool(check="code", timeout_s=timeout_s, **settings)
+        (before,) = workers()
+        started = time.monotonic()
+        verdict = await pool.check(check(program, TESTS))
+        assert time.monotonic() - started < timeout_s
+        assert verdict.cause == ""
+        for _ in range(50):
+            if not (left := before.children(recursive=True)):
+                break
+            await asyncio.sleep(0.02)
+        assert left == []
+        assert (await pool.check(check(HARMLESS, TESTS))).correct is True
+        assert workers() == [before]
+        await pool.close()
+        return verdict.correct
+
+    return decide
+
+
+@needs_namespaces
+async def test_a_fork_bomb_stays_small_and_ends(run, workers):
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    most = 0
+
+    async def watch():
+        nonlocal most
+        while True:
+            with suppress(psutil.NoSuchProcess):
+                most = max(most, len([child for w in workers() for child in w.children(recursive=True)]))
+            await asyncio.sleep(0.05)
+
+    watching = asyncio.create_task(watch())
+    assert await run(bomb, timeout_s=3.0) is False
+    watching.cancel()
+    assert PROCESSES <= most <= PROCESSES + OURS
+
+
+@needs_namespaces
+@pytest.mark.parametrize(
+    ("program", "timeout_s"),
+    [
+        ("kept = []\nwhile True: kept.append(bytearray(1 << 20))", 10.0),
+        ("while True: print('x' * 1000)", 10.0),
+        ("import os\nwhile True: os.write(2, b'x' * 1000)", 2.0),
+        ("import time\ntime.sleep(3600)", 2.0),
+        ("while True: pass", 2.0),
+        ("import sys\nsys.stdout.close()\nimport time\ntime.sleep(3600)", 2.0),
+        ("import os\nos.close(1)\nos._exit(0)", 10.0),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))\nprint('ok')", 10.0),
+    ],
+    ids=["memory", "output", "errors", "sleep", "loop", "no output", "exit", "limits"],
+)
+async def test_a_limit_hit_is_wrong(run, program, timeout_s):
+    assert await run(program, timeout_s) is False
+
+
+@needs_namespaces
+async def test_all_memory_of_a_program_is_bounded(run, workers):
+    greedy = (
+        "import mmap, os, time\nos.fork(); os.fork()\nkept = []\n"
+        "for path in range(64):\n"
+        "    try:\n        with open(f'{os.getpid()}-{path}', 'wb') as file: file.write(bytes(8 << 20))\n"
+        "    except OSError: pass\n"
+        "try:\n    while True:\n        kept.append(bytearray(1 << 20))\nexcept MemoryError:\n    time.sleep(3600)"
+    )
+    most = 0
+
+    async def watch():
+        nonlocal most
+        while True:
+            with suppress(psutil.NoSuchProcess):
+                of_program = [c for w in workers() for c in w.children(recursive=True) if "/program.py" in c.cmdline()]
+                most = max(most, sum(process.memory_info().rss for process in of_program))
+            await asyncio.sleep(0.05)
+
+    watching = asyncio.create_task(watch())
+    assert await run(greedy, timeout_s=3.0, memory_gib=0.5) is False
+    watching.cancel()
+    assert 100 << 20 < most < 512 << 20
+
+
+@needs_namespaces
+async def test_files_are_bounded_one_by_one_and_together(run):
+    one = "import os\nfor _ in range(9): os.write(fd, bytes(1 << 20))\nprint('ok')"
+    many = "for n in range(20):\n    with open(str(n), 'wb') as file: file.write(bytes(1 << 20))\nprint('ok')"
+    assert await run(f"import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\n{one}") is False
+    assert await run(many) is False
+    assert await run("for n in range(2000): open(str(n), 'w').close()\nprint('ok')") is False
+
+
+@needs_namespaces
+async def test_nothing_outside_its_directory_is_written(run, tmp_path):
+    tmp_path.joinpath("kept").write_text("kept")
+    paths = [str(tmp_path / "kept"), str(tmp_path / "new"), "/tmp/../new", "/usr/new", f"{sys.base_prefix}/new", "/new"]
+    write = f"""
+for path in {paths}:
+    try:
+        with open(path, 'a') as file: file.write('x')
+        print('ok')
+        break
+    except OSError: pass
+"""
+    tmp_path.chmod(0o777)
+    tmp_path.joinpath("kept").chmod(0o666)
+    assert await run(write) is False
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert tmp_path.joinpath("kept").read_text() == "kept"
+
+
+@needs_namespaces
+async def test_the_network_is_out_of_reach(run):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as hidden:
+        server.setblocking(False)
+        hidden.bind("\0async-opd-test")
+        hidden.listen()
+        hidden.setblocking(False)
+        connect = f"""
+import socket
+for family, address in (
+    (socket.AF_INET, {server.getsockname()}),
+    (socket.AF_UNIX, chr(0) + 'async-opd-test'),
+    (socket.AF_INET, ('1.1.1.1', 53)),
+):
+    try:
+        socket.socket(family).connect(address)
+        print('ok')
+        break
+    except OSError: pass
+"""
+        assert await run(connect) is False
+        for listener in (server, hidden):
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+
+
+@needs_namespaces
+async def test_no_secret_of_the_host_is_read(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("ASYNC_OPD_SECRET", "hunter2")
+    tmp_path.joinpath("secret").write_text("hunter2")
+    look = f"""
+import os
+found = [*(set(os.environ) - {{'LC_CTYPE'}})]
+for path in ('/etc/shadow', '/proc/self/environ', '/proc/1/environ', '/dev/mem', {str(tmp_path / "secret")!r}):
+    try: found.append(open(path, 'rb').read())
+    except OSError: pass
+for fd in range(3, 1024):
+    try: found.append(os.fstat(fd))
+    except OSError: pass
+if found: print('ok')
+"""
+    assert await run(look) is False
+
+
+@needs_namespaces
+async def test_no_privilege_is_gained(run):
+    climb = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+tries = [
+    lambda: libc.unshare(0x10000000), lambda: libc.unshare(0x20000), lambda: libc.chroot(b'.'),
+    lambda: libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), lambda: libc.umount2(b'/tmp', 2), lambda: libc.setuid(0),
+    lambda: libc.ptrace(16, 1, 0, 0), lambda: libc.shmget(0, 1 << 30, 0o1777), lambda: libc.memfd_create(b'x', 0),
+    lambda: libc.sethostname(b'x', 1),
+]
+if any(attempt() != -1 for attempt in tries): print('ok')
+"""
+    with_ctypes = subprocess.run([sys.executable, "-I", "-S", "-c", "import ctypes"], capture_output=True)
+    if with_ctypes.returncode:
+        climb = climb.replace("import ctypes, os\nlibc = ctypes.CDLL(None)", "raise SystemExit")
+    assert await run(climb) is False
+
+
+@needs_namespaces
+async def test_it_cannot_kill_what_it_came_from(run):
+    kill = """
+import os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for pid in (os.getppid(), 1, 0, -1):
+    for number in (signal.SIGSTOP, signal.SIGKILL) if pid > 0 else (signal.SIGTERM,):
+        try: os.kill(pid, number)
+        except OSError: pass
+print('ok')
+"""
+    assert await run(kill) is True  # and did no harm: the worker is the same, and goes on
+
+
+@needs_namespaces
+async def test_a_daemon_left_behind_is_gone(run):
+    mark = f"async-opd-daemon-{os.getpid()}"
+    leave = f"""
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for fd in range(3): os.close(fd)
+        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(3600)', {mark!r}])
+    os._exit(0)
+time.sleep(0.3)
+print('ok')
+"""
+    assert await run(leave) is True  # as a program it did what it should
+    assert [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])] == []
+
+
+@needs_namespaces
+async def test_a_worker_killed_in_the_middle_leaves_no_program(start_pool, check, workers):
+    pool = await start_pool(check="code", timeout_s=30.0)
+    pending = asyncio.create_task(pool.check(check("import time\ntime.sleep(3600)", TESTS)))
+    await asyncio.sleep(1.0)
+    (worker,) = workers()
+    inside = worker.children(recursive=True)
+    assert len(inside) == OURS + 1
+    worker.kill()
+    assert (await pending).correct is None
+    _, alive = psutil.wait_procs(inside, timeout=5.0)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert (await pool.check(check(HARMLESS, TESTS))).correct is True
+
+
+async def test_without_namespaces_the_limits_stay(run):
+    assert await run("kept = []\nwhile True: kept.append(bytearray(1 << 20))", sandbox="none") is False
+    assert await run("import time\ntime.sleep(3600)", 2.0, sandbox="none") is False
+    assert (
+        await run("import os\nos.write(os.open('x', 65), bytes(9 << 20)) == 9 << 20 and print('ok')", sandbox="none")
+        is False
+    )
+
+
+async def test_without_namespaces_its_environment_is_empty_and_its_directory_goes(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    look = "import os\nopen('x', 'w').close()\nif not set(os.environ) - {'LC_CTYPE'}: print('ok')"
+    assert await run(look, sandbox="none") is True
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = """
+import asyncio, sys
+from async_opd.errors import ConfigError
+from async_opd.verify import namespaces
+from async_opd.verify.config import VerifyConfig
+from async_opd.verify.pool import VerifierPool
+
+namespaces.UNCOUNTED = {"x86_64": (0xC000003E, (272,)), "aarch64": (0xC00000B7, (97,))}  # unshare
+namespaces.gain_nothing()
+namespaces.refuse_uncounted_memory()
+
+async def main():
+    for check, sandbox in (("math", "namespaces"), ("code", "none"), ("code", "namespaces")):
+        pool = VerifierPool(VerifyConfig(check=check, sandbox=sandbox))
+        try:
+            await pool.start()
+            await pool.close()
+            print("started")
+        except ConfigError as error:
+            print(error)
+
+asyncio.run(main())
+"""
+
+
+def test_a_host_without_namespaces_is_refused_at_start_by_name_and_only_where_they_are_needed():
+    said = subprocess.check_output([sys.executable, "-c", REFUSED], text=True).splitlines()
+    assert said[:2] == ["started", "started"]
+    assert (
+        "verify.check = 'code': this host does not allow its sandbox ([Errno 1] unshare: Operation not permitted)"
+        in said[2]
+    )
+    assert "verify.sandbox = 'none'" in said[2]
