@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from async_opd.maths import lag
+from async_opd.stream.pool import Pool
 from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
-from tests.fakes import prompts
+from tests.fakes import books, prompts
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 
@@ -68,16 +69,18 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
         producer = Producer(
             prompts=prompts(),
             needed=COMPLETIONS,
-            generators=[world],
-            teachers={"": [world]},
-            references=(),
-            verifier=world,
+            samples=1,
+            generators=Pool("generator", [world]),
+            teachers={"": Pool("teacher", [world])},
+            references=None,
+            verifier=Pool("verifier", [world]),
             slots=slots,
             queue=queue,
             tasks=tasks,
             max_attempts=3,
             drop_truncated=True,
             count_tokens=lambda role, tokens: None,
+            ledger=books(),
         )
         producer.fill()
         taking = asyncio.ensure_future(queue.take(0))
