@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test soak lint clean
 
 setup: .venv/ready
 
@@ -18,7 +18,11 @@ demo: setup
 	$(BIN)/async-opd demo
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+# What takes longer: a random killer over all roles, thousands of hostile answers.
+soak: setup
+	$(BIN)/python -m pytest -m soak
 
 lint: setup
 	$(BIN)/ruff check async_opd tests benchmarks

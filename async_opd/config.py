@@ -156,7 +156,7 @@ def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
         raise RunMissing(f"{run_dir}: no config.json in it: {e.strerror}") from e
     except msgspec.DecodeError as e:
         raise RunMissing(f"{run_dir}: its config.json is damaged: {e}") from e
-    return _complete(tree, [*overrides, f"run.dir={run_dir}"], training=False)
+    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
 
 
 def _complete(tree: dict, overrides: list[str], training: bool) -> Config:

@@ -20,7 +20,7 @@ from async_opd.stream.pool import Pool, Seat, Tell
 from async_opd.stream.produce import Producer
 from async_opd.stream.publish import Publisher
 from async_opd.stream.queue import Slots, TrajectoryQueue
-from async_opd.stream.supervise import first_cause
+from async_opd.stream.supervise import bounded, first_cause
 from async_opd.stream.taught import CAUSES, Taught
 from async_opd.wire import Prompt, StepResult
 
@@ -127,7 +127,8 @@ class _Loop:
                 await self._followers.follow(self.version)
                 learner_is("syncing")
                 publishing = self.publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
-                gap, _ = await asyncio.gather(publishing, self.progress.ledger.sync())
+                syncing = bounded(self.progress.ledger.sync(), self._config.timeout.step_s, "ledger, fsync")
+                gap, _ = await asyncio.gather(publishing, syncing)
             learner_is("blocked")
             self._meter.step(
                 self.version, steps, result.metrics, **self._told(batch), parity_gap=gap, queue_ready=len(self.queue),

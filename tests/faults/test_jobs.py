@@ -24,6 +24,15 @@ def test_generators_die_stall_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     assert hurt.told("serves", "generator", at, 120) <= 90
     hurt.trains(3)
 
+    stopped = hurt.pids("generator")[1]
+    stopped.suspend()  # the next broadcast waits for it …
+    time.sleep(2)
+    at = time.time()
+    stopped.kill()  # … and breaks off
+    assert hurt.told("lost", "generator", at, 10) <= 5
+    assert hurt.told("serves", "generator", at, 120) <= 90
+    hurt.trains(3)
+
     at = hurt.hurt("generator", signal.SIGSTOP, which=0)  # the oldest: it has the learner's first weights
     assert (
         hurt.told("lost", "generator", at, 30) <= 15
