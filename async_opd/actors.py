@@ -102,8 +102,9 @@ class _Actor:
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
         except GONE as e:
-            lines = str(e).strip().splitlines()  # a failed constructor ends with its own error
-            raise ActorLost(f"{self.name} died during {what}: {lines[0]} … {lines[-1]}") from None
+            lines = str(e).partition("Some common causes")[0].strip().splitlines()
+            why = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # a failed constructor ends with its own error
+            raise ActorLost(f"{self.name} died during {what}: {why}") from None
         except RayTaskError as e:
             if isinstance(e.cause, AsyncOpdError):
                 raise e.cause from None

@@ -47,13 +47,13 @@ async def train(
     crew = loop.crew
     try:
         async with asyncio.TaskGroup() as tasks:
-            crew.start(tasks)
-            serving = tasks.create_task(scale.serve(run_dir, crew))
             prompts = await loop.restore(found) if found else iter(source)
             await loop.publisher.publish(loop.version, admit=lambda: None)
             # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
             warm = (seat.hold(seat.port.probe()) for seat in crew.teacher_generators.serving)
             await asyncio.gather(loop.measure(held_out), *warm)
+            crew.start(tasks)
+            serving = tasks.create_task(scale.serve(run_dir, crew))
             await loop.run(prompts, tasks)
             measured = await _evaluated(config, crew, held_out, loop.before) if held_out else {}
             crew.stop()

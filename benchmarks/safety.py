@@ -2,7 +2,7 @@
 
 The balanced regime of `paced.py`, fixed lengths, bound 4, in wall time: the real driver over roles that take set times,
 with a ledger on disk, a probe each 10 steps, and a look at each member twice a second; and in turns without any of
-them. The ratio is the whole cost of the driver's side; what engines do for a look is `python benchmarks/throughput.py`'s.
+them. The roles are stubs: what a probe costs an engine is in the set times, what a look costs one is not.
 
     python benchmarks/safety.py --out safety.json [--repeat 5]
 """

@@ -1,5 +1,6 @@
 """Responses of 16 thousand tokens: what they cost on the wire, and that no Python runs for each of their tokens."""
 
+import asyncio
 import gc
 import itertools
 import pickle
@@ -99,22 +100,19 @@ def way(teacher: TransformersTeacher, tokens: int) -> None:
         pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, tokens))
     )
     queue = TrajectoryQueue(
-        groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ticket, prompt, cause: None
+        groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ticket, prompt, cause: None, wait_s=60.0
     )
-    queue.put(Ready(1, group.prompt, meta, group, scores, verdicts, (0,)))
-    (ready,) = result(queue.take(104))
+
+    async def through(ready: Ready) -> list[Ready]:
+        queue.put(ready)
+        return await queue.take(104)
+
+    (ready,) = asyncio.run(through(Ready(1, group.prompt, meta, group, scores, verdicts, (0,))))
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
     sample = Sample(prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts)
     bounds = dict(live=104, max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
     micro = pack([sample], **bounds, device=torch.device("cpu"))
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
-
-
-def result(coroutine):
-    """Of a coroutine that has nothing to wait for."""
-    with pytest.raises(StopIteration) as end:
-        coroutine.send(None)
-    return end.value.value
 
 
 def steps(call, *args) -> int:

@@ -132,6 +132,7 @@ class Pool(Generic[P]):
         self._tasks, self._look = tasks, (every_s, stall_s)
         for seat in self.serving:
             self._watch(seat)
+        self._fill()
 
     def stop(self) -> None:
         """Watch and replace no more."""

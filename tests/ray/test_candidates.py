@@ -134,7 +134,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
             for weight in moved.parameters():
                 weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
         weights = export.tensors(moved, pieces, dict(moved.named_parameters()))
-        await asyncio.gather(generator.update(len(models), info), asyncio.to_thread(sender.send, described, weights))
+        await asyncio.gather(generator.update(len(models), info, 0), asyncio.to_thread(sender.send, described, weights))
         models.append(moved)
         await generator.resume(0)
 

@@ -9,7 +9,7 @@ import ray
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from async_opd.errors import AsyncOpdError
+from async_opd.errors import AsyncOpdError, OverAge
 from async_opd.ports import Ready
 from async_opd.stream.follow import Followers
 from async_opd.toy import STUDENT
@@ -107,7 +107,7 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
 
         info = await roles.learner.update_info()
         with pytest.raises((AsyncOpdError, ray.exceptions.RayTaskError)):
-            await generator.update(99, info)  # the learner sends nothing: the broadcast times out
+            await generator.update(99, info, 0)  # the learner sends nothing: the broadcast times out
         await generator.resume()
         meta, ref = await generator.generate(next(prompts))
         assert {span.version for span in meta.spans[0]} == {versions}
@@ -115,9 +115,19 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
         assert np.abs(logp - group.rollouts[0].behaviour_logp).max() <= 1e-4
 
-        await publisher.connect()  # a new group on the same engine
         queued = [asyncio.ensure_future(generator.generate(next(prompts))) for _ in range(4)]
         await roles.learner.step(data)
+        # The group is broken: the broadcast over it fails, and is tried again over a new one on the same engine.
         assert await publisher.publish(versions + 1, admit=lambda: None) <= 1e-4
         assert not any(request.done() for request in queued)  # the probe waited for none of them
         await asyncio.gather(*queued)
+
+        publisher._max_age = 0  # as where stale groups are dropped, at bound 0
+        stale = asyncio.ensure_future(generator.generate(next(prompts)))
+        await asyncio.sleep(0.2)  # it has tokens of the version before
+        await roles.learner.step(data)
+        assert await publisher.publish(versions + 2, admit=lambda: None) <= 1e-4
+        with pytest.raises(OverAge, match="cut it off, its first tokens are too old"):
+            await stale
+        meta, _ = await generator.generate(next(prompts))
+        assert {span.version for span in meta.spans[0]} == {versions + 2}

@@ -1,9 +1,9 @@
 """Rules of the package, read from its source by `ast`.
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
-maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring →
-config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → cli → __main__.
-Units of one rank never import each other; a config.py is its role's.
+maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
+sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → cli →
+__main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -23,7 +23,8 @@ ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["scoring"], ["config"], ["inputs", "evaluate", "explain", "audit", "crew"],
+    ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
+    ["inputs", "evaluate", "explain", "audit", "crew"],
     ["scale", "progress"], ["train", "proxies"],
     ["actors"], ["run"], ["cli"], ["__main__"],
 ]  # fmt: skip
@@ -118,7 +119,8 @@ def test_no_message_is_unpickled_and_no_text_is_run():
     used = {(name, full) for name in FILES for full in imports(name) if full.split(".")[0] in unpicklers}
     assert used == {("wire.py", "pickle.PickleBuffer")}  # which unpickles nothing
     calls = [(name, ast.unparse(node.func), node) for name, node in nodes(ast.Call)]
-    assert [(name, call) for name, call, _ in calls if call in ("eval", "exec", "compile")] == []
+    runs = {name for name, call, _ in calls if call in ("eval", "exec", "compile")}
+    assert runs == {"verify/examiner.py"}  # the tests of a reference, in a sandbox
     loads = [(name, node.keywords) for name, call, node in calls if call == "torch.load"]
     safe = ("weights_only", "True")
     assert [name for name, given in loads if safe not in {(k.arg, ast.unparse(k.value)) for k in given}] == []

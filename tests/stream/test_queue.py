@@ -116,7 +116,7 @@ async def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstand
     queue.put(ready(2, (5, 3)))  # the wait begins anew
     await asyncio.sleep(0.06)
     assert not taking.done()
-    queue.drop(ready(3, (5, 3)), "truncated")  # but not for one that is dropped
+    queue.drop(3, ready(3, (5, 3)).prompt, 1, "truncated")  # but not for one that is dropped
     said = "no group came in 0.1 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8 truncated"
     with pytest.raises(TimedOut, match=said):
         await taking

@@ -1,0 +1,63 @@
+"""Sections of a config that are no one role's."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+
+class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is run, how stale it may become, and where its files go."""
+
+    dir: str  # run directory; made new
+    steps: Annotated[int, Meta(ge=1)]  # optimizer steps
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    max_lag_steps: Annotated[int, Meta(ge=0)] = 4  # 0: strictly synchronous, 1: one step off, more: asynchronous
+    max_outstanding_steps: Annotated[float, Meta(ge=1)] | None = None  # steps' worth of groups; absent: the lag + 1
+    stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
+    max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
+    checkpoint_every_steps: Annotated[int, Meta(ge=1)] | None = None  # absent: only at the end
+    max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
+    keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
+    trust_remote_code: bool = False
+    wandb_project: str | None = None  # absent: jsonl only
+
+
+class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model that is distilled into."""
+
+    model: str  # local directory or hub id of a causal LM
+
+
+class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights travel from the learner to the generators, after every step."""
+
+    backend: Literal["gloo", "nccl"] = "gloo"  # by way of host memory, or GPU to GPU
+    bucket_mib: Annotated[int, Meta(ge=1)] = 256
+    timeout_s: Annotated[float, Meta(gt=0)] = 20.0  # of one update
+    parity_every_steps: Annotated[int, Meta(ge=1)] = 10  # probes: generator against learner
+    parity_tolerance: Annotated[float, Meta(gt=0)] = 1e-3  # nats; bfloat16 needs about 0.2
+
+
+class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Greedy accuracy on held-out rows, before and after."""
+
+    path: str  # as data.path, with the same columns
+    split: str = "train"
+    problems: Annotated[int, Meta(ge=1)] = 256
+
+
+class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds of every wait, in seconds."""
+
+    start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
+    generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
+    score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher
+    step_s: Annotated[float, Meta(gt=0)] = 600.0  # one optimizer step, or one checkpoint
+    health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an actor and its engine
+    stall_s: Annotated[float, Meta(gt=0)] = 30.0  # without a sign of life, after which an actor is given up
+
+    @property
+    def group_s(self) -> float:
+        """The longest that one group takes: its generator is lost at the last moment, and it is scored at the third
+        try."""
+        return 2 * self.generate_s + self.start_s + 3 * self.score_s
