@@ -115,6 +115,13 @@ def way(teacher: TransformersTeacher, tokens: int) -> None:
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
 
 
+def result(coroutine):
+    """Of a coroutine that has nothing to wait for."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
 def steps(call, *args) -> int:
     """Bytecode instructions of Python that `call` runs, those of everything it calls included."""
     count = 0
