@@ -99,7 +99,14 @@ def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
         raise RunMissing(f"{run_dir}: no config.json in it: {e.strerror}") from e
     except msgspec.DecodeError as e:
         raise RunMissing(f"{run_dir}: its config.json is damaged: {e}") from e
-    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
+    return _complete(_written(tree), [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
+
+
+def _written(tree: Any) -> Any:
+    """What a TOML file would say: it has no null, and what is absent is None here."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _written(value) for key, value in tree.items() if value is not None}
 
 
 def _complete(tree: dict, overrides: list[str], training: bool) -> Config:

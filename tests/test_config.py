@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from async_opd.cli import DEMO, main
-from async_opd.config import load
-from async_opd.errors import ConfigError
+from async_opd.config import load, load_run
+from async_opd.errors import ConfigError, RunMissing
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.teacher.config import ReferenceConfig
 from async_opd.wire import Needs
@@ -356,3 +357,20 @@ def test_a_stretched_context_is_not_bounded_by_the_trained_one(folder):
 def test_a_misspelt_config_names_the_nearest_file(folder):
     with pytest.raises(ConfigError, match=r"config dmeo.toml: no such file; did you mean 'demo.toml'\?"):
         load("dmeo.toml")
+
+
+@pytest.mark.parametrize("path", [DEMO, *CONFIGS], ids=lambda path: path.stem)
+def test_what_a_run_keeps_of_its_config_is_enough_to_go_on_with(path, tmp_path):
+    config = load(path, [f"run.dir={tmp_path}"])
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    assert load_run(tmp_path) == config
+    more = load_run(tmp_path, [f"run.steps={config.run.steps + 1}"])
+    assert more.run.steps == config.run.steps + 1
+
+
+def test_a_directory_that_holds_no_run_cannot_be_gone_on_with(tmp_path):
+    with pytest.raises(RunMissing, match=r"no config\.json in it"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunMissing, match=r"config\.json is damaged"):
+        load_run(tmp_path)
