@@ -305,6 +305,22 @@ def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path)
     assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 40  # with those beside it
 
 
+def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
+    run, tokens = Run(tmp_path, "run.steps=12", "run.checkpoint_every_steps=6"), []
+    generator = PacedGenerator(PACE)
+
+    class SlowDisk(Learner):
+        async def save(self, folder):
+            tokens.append(generator.tokens)
+            await asyncio.sleep(2 * PACE.step_s)  # shorter than what the slots hold
+            tokens.append(generator.tokens)
+            await super().save(folder)
+
+    virtual(run.train([generator], [PacedTeacher(PACE)], SlowDisk(PACE, 4)))
+    pace = (tokens[1] - tokens[0]) / (2 * PACE.step_s)
+    assert pace == pytest.approx(PACE.concurrency / PACE.token_s, rel=0.1)  # its full speed
+
+
 def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(tmp_path):
     def job(name: str, learner: Learner, found: Checkpoint | None = None) -> Learner:
         (tmp_path / name).mkdir(exist_ok=True)
