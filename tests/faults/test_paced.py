@@ -318,7 +318,7 @@ def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
 
     virtual(run.train([generator], [PacedTeacher(PACE)], SlowDisk(PACE, 4)))
     pace = (tokens[1] - tokens[0]) / (2 * PACE.step_s)
-    assert pace == pytest.approx(PACE.concurrency / PACE.token_s, rel=0.1)  # its full speed
+    assert pace > 0.8 * PACE.concurrency / PACE.token_s  # of its full speed
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(tmp_path):
