@@ -31,17 +31,19 @@ class Progress:
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
-    async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
+    async def restore(self, found: Checkpoint, needed: int) -> Iterator[Prompt]:
         """Bring learner and self-teachers to where they were; returns the prompts from there on: first those that were
-        outstanding."""
+        outstanding, at most the `needed` ones (there may be fewer steps than there were to be)."""
         state = found.state
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
+        for id in state.outstanding[needed:]:
+            self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
         await self._learner.load_state(str(found.folder / "learner"))
         await self._followers.restore(found.folder)
         self._saved = state.version
-        return self._source.continued(state.position, state.outstanding)
+        return self._source.continued(state.position, state.outstanding[:needed])
 
     def trained(self, step: int, batch: Sequence[Ready]) -> None:
         """Step `step` trained `batch`."""

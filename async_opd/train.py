@@ -160,7 +160,8 @@ class _Loop:
 
     async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
         """Be where the run was at that checkpoint; returns its prompts from there on."""
-        prompts, counters = await self.progress.restore(found), found.state.counters
+        needed = (self._config.run.steps - found.state.version) * self._config.groups_per_step
+        prompts, counters = await self.progress.restore(found, needed), found.state.counters
         self.version, self.before = found.state.version, Accuracy(*counters["before"])
         self.queue.dropped.update(counters["dropped"])
         return prompts

@@ -345,3 +345,18 @@ def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(t
         books = audit(tmp_path / name)
         assert (books.discrepancies, books.steps, books.outstanding) == ([], 20, [])
     assert books.resumed_at == [9]
+
+
+def test_a_run_that_goes_on_for_fewer_steps_than_it_was_to_have_balances_its_books(tmp_path):
+    def job(learner: Learner, steps: int, found: Checkpoint | None = None) -> None:
+        run = Run(tmp_path, f"run.steps={steps}", "run.checkpoint_every_steps=3")
+        virtual(run.train([PacedGenerator(PACE)], [PacedTeacher(PACE)], learner, found))
+
+    with pytest.raises(ActorLost):
+        job(Learner(PACE, 4, fatal=12), 20)
+    found = checkpoints.find(tmp_path)
+    assert (found.state.version, len(found.state.outstanding)) == (9, 80)
+    job(Learner(PACE, 4), 10, found)
+    books = audit(tmp_path)
+    assert (books.discrepancies, books.dropped) == ([], {"no step left": 64})
+    assert (books.steps, books.finished, books.outstanding) == (10, True, [])

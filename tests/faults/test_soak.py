@@ -37,7 +37,7 @@ def test_a_random_killer_over_all_roles_costs_neither_a_step_nor_a_prompt(tmp_pa
     books = hurt.books()
     print(f"{len(kills)} kills and recoveries: {kills}")
     assert len(kills) >= 10
-    assert books.finished and books.outstanding == [] and sum(books.dropped.values()) == 0
+    assert books.finished and books.outstanding == [] and books.dropped.keys() <= {"no step left"}
 
 
 def test_the_only_teacher_is_killed_and_waited_for(tmp_path):
