@@ -38,6 +38,7 @@ class Progress:
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
+            self.ledger.handed_out(id)
             self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
         await self._learner.load_state(str(found.folder / "learner"))
