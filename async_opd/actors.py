@@ -4,19 +4,14 @@ import asyncio
 import gc
 import inspect
 import itertools
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray import exceptions
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from tokenizers import Tokenizer
 
 from async_opd.config import Config
@@ -31,7 +26,7 @@ from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
 from async_opd.wire import Needs
 
-GONE = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # the last: Ray killed it to save the node
+GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
 
 
@@ -108,7 +103,7 @@ class _Actor:
         except RayTaskError as e:
             if isinstance(e.cause, AsyncOpdError):
                 raise e.cause from None
-            raise
+            raise CallFailed(f"{self.name}, {what}: {type(e.cause).__name__}: {e.cause}") from e
         except ObjectLostError as e:  # what it was to work on went with a node
             raise CallFailed(f"{self.name}, {what}: {e}") from None
 
@@ -144,9 +139,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            actor.kill()
-        ray.shutdown()
+        try:
+            for actor in self._actors:
+                actor.kill()
+        finally:
+            ray.shutdown()
 
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`."""
@@ -182,7 +179,12 @@ class Cluster:
 
     async def _spawn(self, name: str, index: int) -> GeneratorProxy | TeacherProxy | VerifierProxy:
         """A new member of the pool `name`, ready; at most `timeout.start_s`."""
-        return await self._ready(self._make(name, index))
+        actor = self._make(name, index)
+        with ExitStack() as unless:
+            unless.callback(actor.kill)
+            port = await self._ready(actor)
+            unless.pop_all()
+        return port
 
     async def _ready(self, actor: _Actor) -> GeneratorProxy | TeacherProxy | VerifierProxy:
         """The port of a member of a pool, once it can be used."""

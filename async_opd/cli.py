@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from async_opd.errors import AsyncOpdError, ConfigError
+from async_opd.errors import AsyncOpdError, CallFailed, ConfigError
 
 if TYPE_CHECKING:
     from async_opd.checkpoints import Checkpoint
@@ -24,11 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except AsyncOpdError as e:
+        if isinstance(e, CallFailed) and e.__cause__:
+            _complain(f"{e.__cause__}")  # with the trace of where it was raised
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
         _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
     except KeyboardInterrupt:
-        _complain("interrupted; if training had begun, its last weights are in the checkpoint")
+        _complain("interrupted; what was trained is in the newest checkpoint, unless it says otherwise above")
         return 130
 
 

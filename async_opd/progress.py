@@ -35,16 +35,17 @@ class Progress:
         """Bring learner and self-teachers to where they were; returns the prompts from there on: first those that were
         outstanding, at most the `needed` ones (there may be fewer steps than there were to be)."""
         state = found.state
+        await self._learner.load_state(str(found.folder / "learner"))
+        await self._followers.restore(found.folder)
+        prompts = self._source.continued(state.position, state.outstanding[:needed])
+        # It can be gone on with: what came later is void.
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
-            self.ledger.handed_out(id)
             self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
-        await self._learner.load_state(str(found.folder / "learner"))
-        await self._followers.restore(found.folder)
         self._saved = state.version
-        return self._source.continued(state.position, state.outstanding[:needed])
+        return prompts
 
     def trained(self, step: int, batch: Sequence[Ready]) -> None:
         """Step `step` trained `batch`."""

@@ -1,16 +1,18 @@
 """The ports over actors: which call, which timeout, which results stay references."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 
 from async_opd.config import Config
-from async_opd.errors import AsyncOpdError
+from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.maths.packing import plan
 from async_opd.ports import Ready, Ref
 from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
+
+LAST_WORDS_S = 5.0  # for the other ranks, once one has failed
 
 
 class Actor(Protocol):
@@ -157,10 +159,8 @@ class LearnerProxy:
     async def step(self, groups: list[Ready]) -> StepResult:
         self._width = self._width or await self.ranks[0].call(self._step_s, "width")
         shares = self._plan(groups)
-        results = await asyncio.gather(
-            *(self._rank_step(rank, share, groups) for rank, share in zip(self.ranks, shares, strict=True))
-        )
-        return results[0]
+        steps = (self._rank_step(rank, share, groups) for rank, share in zip(self.ranks, shares, strict=True))
+        return (await _of_all(steps))[0]
 
     def _plan(self, groups: list[Ready]) -> list[list[list[tuple[int, int]]]]:
         """[rank][micro-batch] of (group, sample), as many micro-batches on every rank. What the teacher answered
@@ -217,4 +217,18 @@ class LearnerProxy:
 
     async def _collective(self, timeout_s: float, method: str, *args: Any) -> Any:
         """Call every rank, as ZeRO-3 needs; rank 0's result."""
-        return (await asyncio.gather(*(rank.call(timeout_s, method, *args) for rank in self.ranks)))[0]
+        return (await _of_all(rank.call(timeout_s, method, *args) for rank in self.ranks))[0]
+
+
+async def _of_all(calls: Iterable[Coroutine]) -> list[Any]:
+    """Results of what all ranks do with one another. Where one is lost, that is the error, whatever the others say."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    if others:  # a dead rank is noticed later than what its death did to them
+        done |= (await asyncio.wait(others, timeout=LAST_WORDS_S))[0]
+    errors = [error for task in done if (error := task.exception())]
+    for task in tasks:
+        task.cancel()
+    if errors:
+        raise next((error for error in errors if isinstance(error, ActorLost)), errors[0])
+    return [task.result() for task in tasks]

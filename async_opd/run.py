@@ -16,14 +16,14 @@ from async_opd import checkpoints, evaluate, toy
 from async_opd.actors import Cluster, start_ray
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
-from async_opd.errors import ActorLost, CheckpointError, DataError, SyncFailed, TimedOut
+from async_opd.errors import ActorLost, CallFailed, CheckpointError, DataError, SyncFailed, TimedOut
 from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
 from async_opd.stream.pool import Pool, Tell
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
-LOST = (ActorLost, SyncFailed, TimedOut)  # what a new start from a checkpoint can repair
+LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)  # what a new start from a checkpoint can repair
 
 
 async def run(config: Config, found: Checkpoint | None = None) -> Row:
@@ -35,7 +35,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     run_dir = Path(config.run.dir) if found else _make_dir(Path(config.run.dir))
     config = resolve_toy(config, run_dir)
     inputs = await _inputs(config, training=True)
-    (run_dir / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     events = {"events": lambda: Jsonl(run_dir / "events.jsonl")}
@@ -51,7 +51,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
                 summary = await _trained(config, inputs, run_dir, Meter(observers), tell, found)
                 break
             except LOST as e:
-                if restarts == config.run.max_restarts:
+                if restarts == config.run.max_restarts or asyncio.current_task().cancelling():
                     raise
                 try:
                     found = await asyncio.to_thread(checkpoints.find, run_dir)
@@ -88,7 +88,14 @@ def _rewind_rows(path: Path, version: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
-        path.write_bytes(b"".join(kept))
+        _write(path, b"".join(kept))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a full disk must not cost what is there."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    beside.rename(path)
 
 
 async def run_eval(config: Config) -> evaluate.Accuracy:

@@ -8,6 +8,7 @@ import asyncio
 import re
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -59,15 +60,21 @@ async def serve(run_dir: Path, crew: Crew) -> None:
     """Answers requests for ever; waits `POLL_S` between two looks."""
     while True:
         for request in run_dir.glob(REQUEST.format("*")):
-            try:
-                answer = False, _resize(crew, msgspec.json.decode(request.read_bytes(), type=dict[str, int]))
-            except (ConfigError, msgspec.DecodeError) as e:
-                answer = True, str(e)
-            beside = request.with_suffix(".partial")
-            beside.write_bytes(msgspec.json.encode(answer))
-            request.unlink()
-            beside.rename(request.with_suffix(".answer"))
+            with suppress(OSError):  # who asked may have gone, or may not be allowed to
+                _answer(request, crew)
         await asyncio.sleep(POLL_S)
+
+
+def _answer(request: Path, crew: Crew) -> None:
+    asked = request.read_bytes()
+    request.unlink()
+    try:
+        answer = False, _resize(crew, msgspec.json.decode(asked, type=dict[str, int]))
+    except (ConfigError, msgspec.DecodeError) as e:
+        answer = True, str(e)
+    beside = request.with_suffix(".partial")
+    beside.write_bytes(msgspec.json.encode(answer))
+    beside.rename(request.with_suffix(".answer"))
 
 
 def _resize(crew: Crew, sizes: dict[str, int]) -> str:

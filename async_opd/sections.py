@@ -15,7 +15,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_outstanding_steps: Annotated[float, Meta(ge=1)] | None = None  # steps' worth of groups; absent: the lag + 1
     stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
-    checkpoint_every_steps: Annotated[int, Meta(ge=1)] | None = None  # absent: only at the end
+    checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100  # 0: only at the end, and on Ctrl-C
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     trust_remote_code: bool = False
@@ -58,6 +58,6 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def group_s(self) -> float:
-        """The longest that one group takes: its generator is lost at the last moment, and it is scored at the third
+        """The longest that one group takes: its generator is lost at the last moment, and it is scored at the fourth
         try."""
-        return 2 * self.generate_s + self.start_s + 3 * self.score_s
+        return 2 * self.generate_s + self.start_s + 4 * self.score_s

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from async_opd import evaluate, scale
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.crew import Crew, Roles
-from async_opd.errors import ActorLost
+from async_opd.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
 from async_opd.evaluate import Accuracy
 from async_opd.maths import lag
 from async_opd.metrics import Meter, Row
@@ -24,8 +24,7 @@ from async_opd.stream.supervise import bounded, first_cause
 from async_opd.stream.taught import CAUSES, Taught
 from async_opd.wire import Prompt, StepResult
 
-INTERRUPT_S = 25.0  # for the step at hand and a checkpoint, after Ctrl-C
-T = TypeVar("T")
+INTERRUPT_S = 18.0  # for the step at hand and a checkpoint, after Ctrl-C
 
 
 async def train(
@@ -58,9 +57,12 @@ async def train(
             measured = await _evaluated(config, crew, held_out, loop.before) if held_out else {}
             crew.stop()
             serving.cancel()
-        await loop.save()
         loop.progress.ledger.finished()
     except BaseExceptionGroup as group:
+        if asyncio.current_task().cancelling():  # something else broke at the same moment
+            await loop.interrupted()
+            raise asyncio.CancelledError from None
+        await loop.settled()
         cause = first_cause(group)
         cause.add_note(f"at version {loop.version}")
         raise cause from None
@@ -68,6 +70,7 @@ async def train(
         await loop.interrupted()
         raise
     finally:
+        crew.stop()
         loop.progress.ledger.close()
     return {
         **measured,
@@ -98,6 +101,8 @@ class _Loop:
         self._followers = _followers(config, roles.learner, self.crew, run_dir)
         self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints)
         self._at_work: asyncio.Future | None = None  # what an interruption lets finish
+        self._producer: Producer | None = None  # once training has started
+        self._unsaid: tuple[StepResult, list[Ready]] | None = None  # a step without a row yet
         self.taught = self._make_taught() if config.teacher_sampling else None
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
@@ -122,7 +127,7 @@ class _Loop:
             batch = await self.queue.take(self.version)
             async with self._weights:
                 learner_is("busy")
-                result = await self._finished(self._step(batch))
+                await self._finished(self._step(batch))
                 learner_is("blocked")
                 await self._followers.follow(self.version)
                 learner_is("syncing")
@@ -130,33 +135,54 @@ class _Loop:
                 syncing = bounded(self.progress.ledger.sync(), self._config.timeout.step_s, "ledger, fsync")
                 gap, _ = await asyncio.gather(publishing, syncing)
             learner_is("blocked")
-            self._meter.step(
-                self.version, steps, result.metrics, **self._told(batch), parity_gap=gap, queue_ready=len(self.queue),
-                queue_outstanding=self._slots.count - self._slots.free, dropped=self.queue.dropped.total(),
-            )  # fmt: skip
+            self._say(gap)
             if every and self.version % every == 0:
                 await self._finished(self.save())
+        await self._finished(self.save())
 
-    async def _step(self, batch: list[Ready]) -> StepResult:
+    async def _step(self, batch: list[Ready]) -> None:
         result = await self._learner.step(batch)
         self.version = result.version
         self.progress.trained(self.version, batch)
-        return result
+        self._unsaid = result, batch
 
-    async def _finished(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which goes on where the caller is cancelled: `interrupted` waits for it."""
+    def _say(self, gap: float | None = None) -> None:
+        """The row of the last step."""
+        result, batch = self._unsaid
+        self._unsaid = None
+        self._meter.step(
+            result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
+            queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,
+            dropped=self.queue.dropped.total(),
+        )  # fmt: skip
+
+    async def _finished(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`, which goes on where the caller is cancelled: `interrupted` and `settled` wait for it."""
         self._at_work = asyncio.ensure_future(work)
-        return await asyncio.shield(self._at_work)
+        await asyncio.shield(self._at_work)
 
     async def interrupted(self) -> None:
-        """A checkpoint of what is trained, if that can be had in INTERRUPT_S."""
+        """A checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing of its own."""
+        if self._producer is None:
+            return  # nothing has been trained, or it is not restored yet
         try:
             async with asyncio.timeout(INTERRUPT_S):
                 if self._at_work:
-                    await self._at_work
-                await self.save()
+                    await asyncio.shield(self._at_work)
+                if self._unsaid:
+                    self._say()
+                await self._finished(self.save())
         except TimeoutError:
             self._tell("not saved", "checkpoint", f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s")
+        except AsyncOpdError as e:
+            self._tell("not saved", "checkpoint", f"{e}")
+
+    async def settled(self) -> None:
+        """Wait for what is still at work: a save that goes on behind the next start would be taken for its own."""
+        if self._at_work:
+            await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
+            if self._at_work.done() and not self._at_work.cancelled():
+                self._at_work.exception()  # it has been told
 
     async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
         """Be where the run was at that checkpoint; returns its prompts from there on."""
@@ -172,17 +198,23 @@ class _Loop:
             self.before = await evaluate.of_generators(self.crew.generators, self.crew.verifier, held_out)
 
     async def save(self) -> None:
-        """A checkpoint of the live version, which is published and in the books."""
+        """A checkpoint of the live version, which is in the books. The learner can do nothing else meanwhile."""
         before = [self.before.right, self.before.unknown, self.before.problems]
-        await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
+        async with self._weights:
+            await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
 
     async def _publish(self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()) -> None:
         async with self._weights:
             await self.publisher.publish(self.version, admit, newcomers)
 
     async def _welcome(self, seat: Seat[Generator]) -> None:
-        """Bring a generator into the weight group, to the live version and through the probe. Raises ActorLost."""
-        await self._publish(admit=lambda: None, newcomers=[seat])
+        """Bring a generator into the weight group, to the live version and through the probe. Raises ActorLost where
+        that cannot be; the others then run on without it."""
+        try:
+            await self._publish(admit=lambda: None, newcomers=[seat])
+        except (SyncFailed, ParityError) as e:
+            seat.leave(str(e))
+            await self._publish(admit=lambda: None)
         if seat.lost:
             raise ActorLost(seat.lost)
 

@@ -304,7 +304,7 @@ def test_a_shipped_config_loads(path):
 
 def test_defaults_fill_what_the_file_leaves_out():
     config = load(DEMO)
-    assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", None)
+    assert (config.run.seed, config.run.stale, config.run.checkpoint_every_steps) == (0, "mask", 100)
     assert config.run.keep_checkpoints == 3
     assert (config.sync.backend, config.verify.check, config.rollout.temperature) == ("gloo", "math", 1.0)
     assert config.learner.betas == (0.9, 0.999)

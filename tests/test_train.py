@@ -233,6 +233,6 @@ def test_cancellation_lets_the_step_at_hand_finish_and_saves_it(tmp_path):
 
 def test_cancellation_does_not_wait_for_a_step_that_takes_too_long(tmp_path):
     ended, told = cancelled(tmp_path, step_s=60)
-    assert (ended, [event[:2] for event in told]) == (60.5 + 25, [("not saved", "checkpoint")])
+    assert (ended, [event[:2] for event in told]) == (60.5 + 18, [("not saved", "checkpoint")])
     with pytest.raises(CheckpointError):
         checkpoints.find(tmp_path)

@@ -91,6 +91,7 @@ class Replay:
 
     def _drop(self, record: ledger.Dropped) -> None:
         self.dropped[record.cause] += 1
+        self._due.pop(record.id, None)  # what no step is left for is not handed out again
         self._end(record.id, f"dropped ({record.cause})")
 
     def _reissue(self, record: ledger.Reissued) -> None:

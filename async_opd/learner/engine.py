@@ -187,7 +187,7 @@ class LearnerRank:
         """Rank 0: wait for the members of the opened group. Raises SyncFailed when one stays away."""
         try:
             self._sender.join(world)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:  # the second: somebody took its port
             raise SyncFailed(f"the weight group of {world} members did not form: {e}") from e
 
     def update_info(self) -> dict:

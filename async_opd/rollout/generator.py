@@ -147,10 +147,13 @@ class RolloutGenerator:
         async with self._arrived:
             await self._arrived.wait_for(lambda: len(self._held) >= expected)
         held, self._held = self._held, None
-        for id, prompt_ids, sampling, collector in sorted(held, key=lambda request: request[0]):
-            if not collector.done():  # cancelled meanwhile
-                collector.set_result(await self._add(id, prompt_ids, sampling))
-        await self._engine.resume_generation()
+        try:
+            for id, prompt_ids, sampling, collector in sorted(held, key=lambda request: request[0]):
+                if not collector.done():  # cancelled meanwhile
+                    collector.set_result(await self._add(id, prompt_ids, sampling))
+            await self._engine.resume_generation()
+        except EngineDeadError as e:
+            raise ActorLost(f"{self._name}: its engine died") from e
 
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice. Answered by the

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from async_opd.errors import ActorLost, TimedOut
 from async_opd.ports import Learner, Teacher
-from async_opd.stream.pool import Pool
+from async_opd.stream.pool import Pool, Seat
 
 
 class Followers:
@@ -24,8 +25,9 @@ class Followers:
         due = [pool for every, pools in self._teachers.items() if version % every == 0 for pool in pools]
         if due:
             await self._learner.save(self._folder)
-            seats = [seat for pool in due for seat in pool.serving]
-            await asyncio.gather(*(seat.hold(seat.port.load(self._folder)) for seat in seats))
+            await asyncio.gather(*(_load(pool, seat, self._folder) for pool in due for seat in pool.serving))
+            for pool in due:
+                pool.refuse_if_empty()
 
     async def save(self, folder: Path) -> None:
         """Each pool's own weights, beside the rest of a checkpoint."""
@@ -40,6 +42,13 @@ class Followers:
     @property
     def _pools(self) -> list[Pool[Teacher]]:
         return [pool for pools in self._teachers.values() for pool in pools]
+
+
+async def _load(pool: Pool[Teacher], seat: Seat[Teacher], folder: str) -> None:
+    try:
+        await seat.hold(seat.port.load(folder))
+    except (ActorLost, TimedOut) as e:
+        pool.retire(seat, str(e))
 
 
 def _file(folder: Path, pool: Pool) -> Path:

@@ -117,6 +117,7 @@ class Ledger:
     def dropped(self, id: str, cause: str) -> None:
         """A prompt is dropped for good; one that is not outstanding is a bug and raises KeyError."""
         del self.outstanding[id]
+        self._due.discard(id)
         self._add(Dropped(self._next(), id, cause))
 
     def reissued(self, id: str, attempt: int, cause: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from contextlib import ExitStack
 from itertools import count, islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -51,7 +52,7 @@ class Seat(Generic[P]):
 
     def leave(self, why: str) -> None:
         """End the member and every call that it has."""
-        self.lost = why
+        self.lost = why or "lost"
         self.port.kill()
         for task in self._calls:
             task.cancel()
@@ -142,7 +143,7 @@ class Pool(Generic[P]):
 
     def resize(self, size: int) -> None:
         """Bring the pool to `size` members: start new ones, or retire the last, which hand back what they have."""
-        seats = sorted(self._wanted)
+        seats = sorted(self._wanted, key=lambda index: (index not in self._seats, index))
         for index in seats[size:]:
             self._wanted.discard(index)
             if index in self._seats:
@@ -195,10 +196,14 @@ class Pool(Generic[P]):
                 self._tell("none left", self.name, "what needs one waits")
         self._fill()
 
+    def refuse_if_empty(self) -> None:
+        """Raises ActorLost when nobody is left and none can come."""
+        if not self._seats and not self._coming:
+            raise ActorLost(self._last_loss)
+
     async def _least(self, failed: Collection[int]) -> Seat[P]:
         while not self._seats:
-            if not self._coming:
-                raise ActorLost(self._last_loss)
+            self.refuse_if_empty()
             self._free.clear()
             await self._free.wait()
         return self._seats[self._loads.least(failed)]
@@ -224,7 +229,7 @@ class Pool(Generic[P]):
                 try:
                     seat = await self._arrived(index)
                     break
-                except AsyncOpdError as e:
+                except ActorLost as e:
                     error = f"{MAX_FAILED_STARTS} starts in a row failed, the last: {e}"
                     self._tell("did not start", f"{self.name} {index}", str(e))
                 await asyncio.sleep(wait_s)
@@ -243,9 +248,17 @@ class Pool(Generic[P]):
             seat.leave("the pool shrank while it started")
 
     async def _arrived(self, index: int) -> Seat[P]:
-        seat = Seat(f"{self.name} {index}", index, self._wrap(index, await self._spawn(index)))
-        if self._welcome:
-            await self._welcome(seat)
+        """A member that may serve. Raises ActorLost where it may not; what else its welcome raises is not its own."""
+        try:
+            port = await self._spawn(index)
+        except AsyncOpdError as e:
+            raise ActorLost(f"{e}") from e
+        seat = Seat(f"{self.name} {index}", index, self._wrap(index, port))
+        with ExitStack() as unless:
+            unless.callback(seat.leave, "it was not welcome")
+            if self._welcome:
+                await self._welcome(seat)
+            unless.pop_all()
         return seat
 
     def _watch(self, seat: Seat[P]) -> None:
@@ -258,5 +271,5 @@ class Pool(Generic[P]):
             await asyncio.sleep(every_s)
             try:
                 await bounded(seat.hold(seat.port.check_health()), stall_s, f"{seat.name}, sign of life")
-            except (ActorLost, TimedOut) as e:
+            except AsyncOpdError as e:
                 self.retire(seat, str(e))

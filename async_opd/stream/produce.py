@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 
 import msgspec
 
@@ -12,8 +13,9 @@ from async_opd.stream.ledger import Ledger
 from async_opd.stream.pool import Pool
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
-from async_opd.wire import GroupMeta, Prompt
+from async_opd.wire import GroupMeta, Prompt, Verdict
 
+MAX_LOSSES = 5  # members that a group may cost in a row: it may be what kills them
 SCORE_TRIES = 4  # of one group: the first, and three more elsewhere
 
 
@@ -91,7 +93,7 @@ class Producer:
             scores, reference, verdicts = await asyncio.gather(
                 self._scored(self._teachers[prompt.teacher], group, meta),
                 self._scored(self._references, group, meta),
-                self._verifier.ask(lambda verifier: verifier.check(group)),
+                self._checked(prompt, group),
             )
         except (OverAge, CallFailed) as e:
             self._queue.drop(ticket, prompt, self._samples, "stale" if isinstance(e, OverAge) else "failed")
@@ -106,8 +108,12 @@ class Producer:
     async def _teach(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the teacher's own generator, then for the verifier alone."""
         since = self._taught.version()
-        meta, group = await self._taught.answer(prompt, lost=lambda why: self._ledger.returned(prompt.id, why))
-        verdicts = await self._verifier.ask(lambda verifier: verifier.check(group))
+        try:
+            meta, group = await self._taught.answer(prompt, self._losses(prompt.id, self._ledger.returned))
+            verdicts = await self._checked(prompt, group)
+        except CallFailed:
+            self._queue.drop(ticket, prompt, 1, "failed")
+            return
         ready = Ready(ticket, prompt, meta, group, None, verdicts, (0,), since=since)
         if cause := self._taught.refuses(ready):
             self._queue.drop(ticket, prompt, 1, cause)
@@ -115,17 +121,23 @@ class Producer:
             self._queue.put(ready)
 
     async def _generated(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        """The group of `prompt`, from another generator where one is lost with it: its place is at the front. Raises
-        CallFailed when every attempt costs a generator: it may be the prompt that kills them."""
-        losses = []
+        """The group of `prompt`, from another generator where one is lost with it."""
+        lost = self._losses(prompt.id, self._ledger.returned)
+        return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
+
+    async def _checked(self, prompt: Prompt, group: Ref) -> tuple[Verdict, ...]:
+        return await self._verifier.ask(lambda verifier: verifier.check(group), lost=self._losses(prompt.id))
+
+    def _losses(self, id: str, note: Callable[[str, str], None] = lambda id, why: None) -> Callable[[str], None]:
+        """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed at the last."""
+        losses = count(1)
 
         def lost(why: str) -> None:
-            losses.append(why)
-            self._ledger.returned(prompt.id, why)
-            if len(losses) == self._max_attempts:
-                raise CallFailed(f"{prompt.id}: {len(losses)} generators were lost with it, the last: {why}")
+            note(id, why)
+            if (number := next(losses)) == MAX_LOSSES:
+                raise CallFailed(f"{id}: {number} were lost with it, the last: {why}")
 
-        return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
+        return lost
 
     async def _scored(self, pool: Pool[Teacher] | None, group: Ref, meta: GroupMeta) -> Ref | None:
         """Scores of `group`. What one replica cannot score, or not in time, another is asked for. Raises CallFailed
@@ -133,9 +145,12 @@ class Producer:
         if pool is None:
             return None
         failed: set[int] = set()
+        lost = self._losses(meta.id)
         for _ in range(SCORE_TRIES):
             try:
-                scores = await pool.ask(lambda teacher: teacher.score(group), load=meta.tokens, failed=failed)
+                scores = await pool.ask(
+                    lambda teacher: teacher.score(group), load=meta.tokens, failed=failed, lost=lost
+                )
                 self._unscored = 0
                 return scores
             except ActorLost:  # nobody is left

@@ -9,7 +9,7 @@ from async_opd.errors import ActorLost, ParityError, SyncFailed, TimedOut
 from async_opd.ports import Generator, Learner
 from async_opd.stream.pool import Pool, Seat
 
-MAX_BROADCASTS = 3  # of one version, before the run ends
+MAX_BROADCASTS = 3  # of one version that fail though nobody is lost
 
 
 class Publisher:
@@ -55,8 +55,10 @@ class Publisher:
     async def _updated(self, version: int, newcomers: Sequence[Seat[Generator]]) -> list[Seat[Generator]]:
         """The members that hold `version`, paused."""
         oldest = 0 if self._max_age is None else max(version - self._max_age, 0)
-        for _ in range(MAX_BROADCASTS):
+        failures = 0
+        while True:
             members = [seat for seat in (*self._pool.serving, *newcomers) if not seat.lost]
+            members.sort(key=lambda seat: seat.index)
             try:
                 if members != self._group:
                     await self._connect(members)
@@ -64,9 +66,11 @@ class Publisher:
                     updates = [seat.port.update(version, self._update_info, oldest) for seat in members]
                     await self._collectively(members, updates, self._learner.send_weights())
                 return members
-            except SyncFailed as e:
-                failure, self._group = e, []  # what is left of the group is of no more use
-        raise failure
+            except SyncFailed:
+                self._group = []  # what is left of it is of no more use
+                failures += not any(seat.lost for seat in members)
+                if failures == MAX_BROADCASTS:
+                    raise
 
     async def _connect(self, members: list[Seat[Generator]]) -> None:
         """Form a group: the learner listens, all members join."""

@@ -294,15 +294,15 @@ def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path)
 
     async def main():
         learner = Learner(PACE, 4)
-        roles = [Allergic(PACE, seed) for seed in range(6)]
+        roles = [Allergic(PACE, seed) for seed in range(12)]
         return await run.train(roles, [PacedTeacher(PACE)], learner, start_s=None), learner
 
     summary, learner = virtual(main())
-    assert summary["generator_lost"] == 4  # two attempts of two generators each
+    assert summary["generator_lost"] == 10  # two attempts of five generators each
     assert len(set(learner.trained)) == 20 * 16 and "5" not in learner.trained
     books = audit(tmp_path)
     assert books.discrepancies == []
-    assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 40  # with those beside it
+    assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 80  # with those beside it
 
 
 def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):

@@ -36,7 +36,7 @@ def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped
     assert found["max_lag_seen"] <= BOUND
     assert found["generators_blocked"] > 0.5 and found["learner_busy"] > 0.95
     assert max(outstanding) == (BOUND + 1) * PER_STEP
-    assert used[1] - used[0] < 30_000  # bytes, in 40 steps of 16 groups
+    assert used[1] - used[0] < 60_000  # bytes, in 40 steps of 16 groups
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])

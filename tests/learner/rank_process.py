@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from centred import Centred, Remembering
 
 from async_opd.errors import CheckpointError, Diverged
@@ -139,6 +140,8 @@ def main(
     norm.register_forward_hook(lambda module, args, out: out * (float("inf") if last else 1))
     result["loss"] = fail(learner, step)
     Path(out).write_text(json.dumps(result))
+    dist.barrier()  # rank 0 holds the store: the others abort when it goes first
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

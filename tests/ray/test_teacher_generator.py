@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from async_opd.actors import Cluster
-from async_opd.proxies import GeneratorProxy
 from async_opd.wire import Prompt
 from tests.ray.conftest import demo_config
 
@@ -24,9 +23,7 @@ async def test_a_taught_prompt_is_answered_once_by_the_teachers_weights_in_the_t
     prompt = Prompt(id="a@0", ids=np.array([3, 4], np.int32), answer="", taught=True)
     rendered = msgspec.structs.replace(prompt, id="b@0", teacher_ids=np.array([5, 6, 7], np.int32))
     with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
-        (actor,) = cluster._teacher_generators()
-        await actor.address(config.timeout.start_s)
-        generator = GeneratorProxy(actor, config)
+        generator = await cluster._spawn("teacher-generator", 0)
         answers = [await generator.generate(asked) for asked in (prompt, rendered)]
         groups = [await ref for _, ref in answers]
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model, dtype=torch.float32)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from async_opd.errors import AsyncOpdError, OverAge
 from async_opd.ports import Ready
 from async_opd.stream.follow import Followers
+from async_opd.stream.pool import Pool
 from async_opd.toy import STUDENT
 from tests.ray.conftest import demo_config, running
 
@@ -64,7 +65,9 @@ async def check_three_updates(config, teachers_follow: bool = False):
         assert max(gaps) <= 1e-4  # the largest over all generators, of freshly sampled tokens
         assert np.abs(after - before).max() > 0.05  # the weights moved by far more than the gap
         if teachers_follow:
-            await Followers(roles.learner, {1: roles.teachers[""]}, f"{config.run.dir}/self-teacher").follow(3)
+            await Followers(
+                roles.learner, {1: [Pool("teacher", roles.teachers[""])]}, f"{config.run.dir}/self-teacher"
+            ).follow(3)
             for ready in await produced(roles, prompts, 2):
                 group, (scores,) = await ready.group, await ready.scores
                 logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
@@ -125,7 +128,7 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         publisher._max_age = 0  # as where stale groups are dropped, at bound 0
         stale = asyncio.ensure_future(generator.generate(next(prompts)))
         await asyncio.sleep(0.2)  # it has tokens of the version before
-        await roles.learner.step(data)
+        await roles.learner.step(await produced(roles, prompts, 2))
         assert await publisher.publish(versions + 2, admit=lambda: None) <= 1e-4
         with pytest.raises(OverAge, match="cut it off, its first tokens are too old"):
             await stale
