@@ -14,7 +14,7 @@ from async_opd.audit.books import audit
 from async_opd.config import load
 from async_opd.crew import Roles
 from async_opd.errors import ActorLost, CheckpointError
-from async_opd.metrics import ROLES, STATES, Meter
+from async_opd.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.train import train
 from async_opd.wire import Verdict
 from benchmarks.paced import Prompts
@@ -191,28 +191,34 @@ async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
 
 
 class Slow(FakeLearner):
-    """A step takes `step_s`."""
+    """A step takes `step_s`; it dies in step `fatal`."""
 
-    def __init__(self, step_s: float):
+    def __init__(self, step_s: float, fatal: int | None = None):
         super().__init__()
-        self._step_s = step_s
+        self._step_s, self._fatal = step_s, fatal
 
     async def step(self, groups):
         await asyncio.sleep(self._step_s)
+        if self.version + 1 == self._fatal:
+            raise ActorLost("learner rank 0 died")
         return await super().step(groups)
 
 
-def cancelled(tmp_path, step_s: float) -> tuple[float, list[tuple[str, str, str]]]:
-    """Cancel a run half a second into its second step; returns when it has ended, and what it told."""
+def cancelled(tmp_path, step_s: float, fatal: int | None = None) -> tuple[float, list[tuple[str, str, str]]]:
+    """Cancel a run half a second into its second step; returns when it has ended, and what it told. The learner dies in
+    step `fatal`."""
 
     async def main():
         told = []
         config = load("configs/demo.toml", [*SMALL])
         roles = Roles(
-            generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Slow(step_s)
+            generators=[FakeGenerator()],
+            teachers={"": [FakeScorer()]},
+            verifier=FakeScorer(),
+            learner=Slow(step_s, fatal),
         )
         (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
-        meter = Meter([], asyncio.get_running_loop().time)
+        meter = Meter([Jsonl(tmp_path / "metrics.jsonl")], asyncio.get_running_loop().time)
         running = asyncio.ensure_future(
             train(config, roles, Prompts(), [], tmp_path, meter, lambda *event: told.append(event))
         )
@@ -229,6 +235,34 @@ def test_cancellation_lets_the_step_at_hand_finish_and_saves_it(tmp_path):
     assert cancelled(tmp_path, step_s=3) == (6, [])
     assert checkpoints.find(tmp_path).state.version == 2
     assert audit(tmp_path).discrepancies == []
+
+
+def test_cancellation_stays_one_where_the_learner_dies_at_the_same_moment(tmp_path):
+    ended, told = cancelled(tmp_path, step_s=3, fatal=2)
+    assert (ended, told) == (6, [("not saved", "checkpoint", "learner rank 0 died")])
+
+
+def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
+    class NeverLoads(FakeLearner):
+        async def load_state(self, folder):
+            await asyncio.sleep(3600)
+
+    async def main():
+        config = load("configs/demo.toml", [*SMALL])
+        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
+        await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
+        found = checkpoints.find(tmp_path)
+        resumed = Roles(learner=NeverLoads(), **roles)
+        running = asyncio.ensure_future(
+            train(config, resumed, Prompts(), [], tmp_path, Meter([]), lambda *_: None, found)
+        )
+        await asyncio.sleep(1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    virtual(main())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000005"]
 
 
 def test_cancellation_does_not_wait_for_a_step_that_takes_too_long(tmp_path):

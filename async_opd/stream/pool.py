@@ -51,7 +51,9 @@ class Seat(Generic[P]):
             self._calls.discard(task)
 
     def leave(self, why: str) -> None:
-        """End the member and every call that it has."""
+        """End the member and every call that it has. May be called again."""
+        if self.lost:
+            return
         self.lost = why or "lost"
         self.port.kill()
         for task in self._calls:

@@ -13,7 +13,7 @@ from async_opd.audit.books import audit
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config, load
 from async_opd.crew import Roles
-from async_opd.errors import ActorLost, TimedOut, WireError
+from async_opd.errors import ActorLost, SyncFailed, TimedOut, WireError
 from async_opd.metrics import Meter
 from async_opd.train import train
 from async_opd.wire import StepResult
@@ -110,14 +110,15 @@ class Run:
         self.rows: list[dict] = []
         self.spawned: list = []
 
-    async def train(self, generators, teachers, learner, found: Checkpoint | None = None, start_s: float | None = 20.0):
-        """`start_s`: what a replacement takes to start; None: there is none."""
+    async def train(
+        self, generators, teachers, learner, found: Checkpoint | None = None, start_s=20.0, replacement=Generator
+    ):
+        """`start_s`: what a replacement takes to start; None: there is none. A generator's is a `replacement`."""
         clock = asyncio.get_running_loop().time
 
         async def spawn(name: str, index: int):
             await asyncio.sleep(start_s)
-            kind = {"generator": Generator, "teacher": Teacher}[name]
-            self.spawned.append(kind(*((PACE, 99 + index) if kind is Generator else (PACE,))))
+            self.spawned.append(replacement(PACE, 99 + index) if name == "generator" else Teacher(PACE))
             return self.spawned[-1]
 
         roles = Roles(
@@ -200,6 +201,62 @@ def test_a_generator_that_stands_still_for_a_minute_is_replaced_and_what_it_says
     assert run.when("serves") == pytest.approx(run.when("lost") + 20, abs=1)  # what a start takes here
     assert len(learner.trained) == len(set(learner.trained)) == 200 * 16
     assert audit(tmp_path).discrepancies == []
+
+
+def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_serves(tmp_path):
+    class OneAtATime(Learner):
+        """Serves one call after another, as a rank does; a save takes long."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.free = asyncio.Lock()
+
+        async def save(self, folder):
+            async with self.free:
+                await asyncio.sleep(100)
+                await super().save(folder)
+
+        async def open_group(self, generators):
+            async with asyncio.timeout(20), self.free:
+                return await super().open_group(generators)
+
+    run = Run(tmp_path, "run.steps=80", "run.checkpoint_every_steps=40")
+
+    async def main():
+        generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], OneAtATime(PACE, 4)
+        asyncio.get_running_loop().call_later(40 * PACE.step_s - 5, generators[0].died.set)  # 20 s before it serves
+        await run.train(generators, [PacedTeacher(PACE)], learner)
+        return learner
+
+    learner = virtual(main())
+    assert [event[1] for event in run.events] == ["lost", "serves"]
+    assert run.when("serves") > run.when("lost") + 80  # the save came first
+    assert len(set(learner.trained)) == 80 * 16
+
+
+def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(tmp_path):
+    run = Run(tmp_path, "run.steps=200")
+    killed = []
+
+    class Refuses(Generator):
+        async def update(self, version, update_info, oldest):
+            raise SyncFailed("out of memory")
+
+        def kill(self):
+            killed.append(self)
+
+    async def main():
+        generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], Learner(PACE, 4)
+        asyncio.get_running_loop().call_later(10, generators[0].died.set)
+        await run.train(generators, [PacedTeacher(PACE)], learner, start_s=5, replacement=Refuses)
+        return learner
+
+    learner = virtual(main())
+    assert [event[1] for event in run.events] == ["lost", *["did not start"] * 3, "given up"]
+    assert killed == run.spawned and len(killed) == 3
+    waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
+    assert waited < 5
+    assert len(set(learner.trained)) == 200 * 16
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
