@@ -1,6 +1,5 @@
 """What ends a run ends it by name within seconds, and nothing of it is left."""
 
-import json
 import os
 import re
 import signal
@@ -29,22 +28,6 @@ def test_without_a_checkpoint_a_killed_learner_ends_the_run_by_name_within_ten_s
     assert re.search("^async-opd: ActorLost: .*not started again: .*no complete checkpoint", job.text(), re.MULTILINE)
     assert "Traceback" not in job.text()
     assert job.gone_within(10) == []
-
-
-def test_a_killed_driver_leaves_no_process(tmp_path):
-    job = training(tmp_path)
-    job.process.kill()
-    job.wait(5)
-    assert job.gone_within(20) == []
-
-
-def test_control_c_saves_a_checkpoint_and_leaves_no_process(tmp_path):
-    job = training(tmp_path)
-    os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does: to every process of the session
-    assert job.wait(30) == 130
-    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())["vocab_size"] == 24
-    assert job.gone_within(20) == []
 
 
 def test_control_c_twice_ends_the_run_in_five_seconds(tmp_path):

@@ -1,7 +1,6 @@
 """Real jobs that lose their members: each is hurt several times, for a start costs half a minute."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 STALL = ("timeout.stall_s=6", "sync.timeout_s=5")
 
 
-def test_generators_die_stall_and_are_scaled_and_no_prompt_is_lost(tmp_path):
+def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     hurt = Hurt(tmp_path, "rollout.generators=3", *STALL)
     hurt.trains(2, within_s=150)
 
@@ -33,13 +32,6 @@ def test_generators_die_stall_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     assert hurt.told("serves", "generator", at, 120) <= 90
     hurt.trains(3)
 
-    at = hurt.hurt("generator", signal.SIGSTOP, which=0)  # the oldest: it has the learner's first weights
-    assert (
-        hurt.told("lost", "generator", at, 30) <= 15
-    )  # 6 s without a sign, a look each 2 s, an update that waits for it
-    assert hurt.told("serves", "generator", at, 120) <= 90
-    hurt.trains(3)
-
     scaled = [sys.executable, "-m", "async_opd", "scale", str(hurt.run_dir)]
     answer = subprocess.run([*scaled, "generators=1"], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout == "generators: 3 -> 1\n"
@@ -48,6 +40,7 @@ def test_generators_die_stall_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     hurt.trains(3)
 
     hurt.interrupt()
+    assert json.loads((hurt.run_dir / "checkpoint" / "config.json").read_text())["vocab_size"] == 24
     books = hurt.books()
     assert sum(books.returned.values()) > 0  # what the lost ones had went to others
     assert books.dropped.keys() <= {"no step left"}  # it was to have 100,000 steps
