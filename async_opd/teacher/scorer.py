@@ -41,8 +41,8 @@ class TransformersTeacher:
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
-        moves = isinstance(config, TeacherConfig) and config.update != "frozen"
-        self._follower = Follower(self._model, config.ema_decay if config.update == "ema" else None) if moves else None
+        decay = config.ema_decay if isinstance(config, TeacherConfig) and config.update == "ema" else None
+        self._follower = Follower(self._model, decay)
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:

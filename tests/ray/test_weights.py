@@ -125,10 +125,11 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         assert not any(request.done() for request in queued)  # the probe waited for none of them
         await asyncio.gather(*queued)
 
+        fresh = await produced(roles, prompts, 2)
         publisher._max_age = 0  # as where stale groups are dropped, at bound 0
         stale = asyncio.ensure_future(generator.generate(next(prompts)))
         await asyncio.sleep(0.2)  # it has tokens of the version before
-        await roles.learner.step(await produced(roles, prompts, 2))
+        await roles.learner.step(fresh)
         assert await publisher.publish(versions + 2, admit=lambda: None) <= 1e-4
         with pytest.raises(OverAge, match="cut it off, its first tokens are too old"):
             await stale
