@@ -12,19 +12,22 @@ import importlib
 import json
 import os
 import sys
+import types
 
 DATA = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes}
 RAISED = (  # by the program, and again by the examiner, whose tests may wait for it; any other ends the program
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
+TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 UNUSABLE = 3  # exit status of tests that do not compile, or hand the program what cannot be sent
 
 
-def serve(program: str, requests: int, replies: int) -> None:
-    """Runs `program`, then does what is asked for with what it defines."""
-    sys.set_int_max_str_digits(0)
-    names, kept = {"__name__": "program"}, []
+def serve(program: str, requests: int, replies: int, prelude: str) -> None:
+    """Runs `prelude` and `program`, then does what is asked for with what they define."""
+    module = sys.modules["program"] = types.ModuleType("program")
+    names, kept = module.__dict__, []
+    exec(compile(prelude, "prelude", "exec"), names)
     exec(compile(program, "program", "exec"), names)
     does = {"get": names.__getitem__, "call": lambda f, args, named: f(*args, **named), "list": list}
     does |= {"getattr": getattr, "setattr": setattr}
@@ -46,16 +49,19 @@ def serve(program: str, requests: int, replies: int) -> None:
 def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
     """Runs `setup`, then `tests`, and fails with them. The function `entry` is the program's, and so is each name that
     nothing else defines."""
-    sys.set_int_max_str_digits(0)
     try:
-        code, foreign = [compile(source, "tests", "exec") for source in (setup, tests)], _foreign(f"{setup}\n{tests}")
+        code = [compile(source, "tests", "exec") for source in (setup, tests)]
+        foreign, called = _foreign(f"{setup}\n{tests}")
     except (SyntaxError, ValueError):
         os._exit(UNUSABLE)
     asked, answered = os.fdopen(requests, "w"), os.fdopen(replies)
 
     def ask(*request: object) -> object:
-        print(json.dumps(_pack(request, _id)), file=asked, flush=True)
-        reply = json.loads(answered.readline())
+        try:
+            print(json.dumps(_pack(request, _id)), file=asked, flush=True)
+            reply = json.loads(answered.readline())
+        except (OSError, ValueError):  # it is dead, or says what it was not asked: no error of its own to wait for
+            os._exit(1)
         if "raised" in reply:
             kind = getattr(builtins, reply["raised"], None)
             raise kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(reply["raised"])
@@ -64,7 +70,8 @@ def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> 
     names = {"__name__": "tests"}
     for name in foreign:
         try:
-            names[name] = importlib.import_module(name) if name in sys.stdlib_module_names else ask("get", name)
+            module = name in sys.stdlib_module_names and name not in called
+            names[name] = importlib.import_module(name) if module else ask("get", name)
         except KeyError:
             continue
     exec(code[0], names)
@@ -98,8 +105,9 @@ def _id(value: object) -> int:
     return value._id
 
 
-def _foreign(source: str) -> list[str]:
-    """Names that `source` uses and does not define. Builtins are no such names, unless it uses nothing else."""
+def _foreign(source: str) -> tuple[list[str], set[str]]:
+    """Names that `source` uses and does not define, and those that it calls. Builtins are no such names, unless it uses
+    nothing else."""
     nodes = list(ast.walk(ast.parse(source)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -107,7 +115,8 @@ def _foreign(source: str) -> list[str]:
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
     foreign = sorted(used - own)
-    return [name for name in foreign if not hasattr(builtins, name)] or foreign
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return [name for name in foreign if not hasattr(builtins, name)] or foreign, called
 
 
 def _pack(value: object, keep) -> object:
@@ -119,6 +128,8 @@ def _pack(value: object, keep) -> object:
     for name, kind in DATA.items():
         if isinstance(value, kind):
             return {name: [_pack(part, keep) for part in (value.items() if kind is dict else value)]}
+    if isinstance(value, type) and TYPES.get(value.__name__) is value:
+        return {"builtin": value.__name__}
     return {"object": keep(value)}
 
 
@@ -128,4 +139,6 @@ def _unpack(value: object, find) -> object:
     ((name, parts),) = value.items()
     if name == "object":
         return find(parts)
+    if name == "builtin":
+        return TYPES[parts]
     return complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)

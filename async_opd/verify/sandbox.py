@@ -25,7 +25,12 @@ from async_opd.verify import namespaces
 PROCESSES = 4  # of a program, threads included
 FILE_MIB, FOLDER_MIB = 8, 16
 OPEN_FILES = 32
-PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8")  # the standard library only
+PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")  # no site-packages
+# Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names behind.
+LAUNCH = (
+    "__import__('site').setquit(); __import__('sys').argv.pop(0); "
+    "exec(compile(open(__import__('sys').argv[0], 'rb').read(), __import__('sys').argv[0], 'exec'))"
+)
 LEFT = b"+"  # said by a process that is in its namespaces and waits for its users
 REFUSED = 125  # exit status of a process that did not become the program
 PROBE_S = 10.0
@@ -141,7 +146,7 @@ class Program:
     def _become(self, path: str, tell: int) -> None:
         namespaces.gain_nothing()
         if self._isolated:
-            namespaces.refuse_uncounted_memory()
+            namespaces.refuse_uncovered_calls()
         for at, fd in enumerate([_high(fd) for fd in self._files]):
             os.dup2(fd, at)
         os.closerange(len(self._files), tell)  # what is from there on closes with the exec
@@ -155,7 +160,7 @@ class Program:
             (resource.RLIMIT_CORE, 0),
         ):
             resource.setrlimit(limit, (value, value))
-        os.execve(PYTHON[0], [*PYTHON, path], {})
+        os.execve(PYTHON[0], [*PYTHON, "-c", LAUNCH, path], {})
 
 
 def probe(*, isolated: bool, memory: int) -> None:
@@ -188,8 +193,8 @@ def _or_refuse(tell: int, become: Callable[[], None]) -> NoReturn:
     """Ends this process, if it does not become something else, and tells why not."""
     try:
         become()
-    except (OSError, SystemExit) as error:
-        os.write(tell, f"{error}".encode()[:1000])
+    except (OSError, SystemExit, MemoryError, RuntimeError, ValueError) as error:
+        os.write(tell, (f"{error}" or type(error).__name__).encode(errors="replace")[:1000])
     finally:  # whatever it is, this copy of the worker does not go on
         os._exit(REFUSED)
 

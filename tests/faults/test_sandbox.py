@@ -157,6 +157,7 @@ for family, address in (
     (socket.AF_INET, {server.getsockname()}),
     (socket.AF_UNIX, chr(0) + 'async-opd-test'),
     (socket.AF_INET, ('1.1.1.1', 53)),
+    (socket.AF_VSOCK, (2, 1)),
 ):
     try:
         socket.socket(family).connect(address)
@@ -277,9 +278,9 @@ from async_opd.verify import namespaces
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 
-namespaces.UNCOUNTED = {"x86_64": (0xC000003E, (272,)), "aarch64": (0xC00000B7, (97,))}  # unshare
+namespaces.UNCOVERED = {"x86_64": (0xC000003E, (272,)), "aarch64": (0xC00000B7, (97,))}  # unshare
 namespaces.gain_nothing()
-namespaces.refuse_uncounted_memory()
+namespaces.refuse_uncovered_calls()
 
 async def main():
     for check, sandbox in (("math", "namespaces"), ("code", "none"), ("code", "namespaces")):

@@ -51,6 +51,20 @@ def decide(program: str, tests: dict) -> bool:
         ("def root(x): return x ** .5", {"test_list": ["assert math.isclose(root(2), math.sqrt(2))"]}),
         (METHOD, TWO_SUM),
         ("def two_sum(numbers, target): return [0, 1]", TWO_SUM),
+        (
+            METHOD.replace("numbers, target)", "numbers: List[int], target: Optional[int])"),
+            TWO_SUM,
+        ),  # as LeetCode has it
+        ("print('ok')\nexit()", {"inputs": [""], "outputs": ["ok"], "fn_name": None}),
+        ("print(10**5000 % 7, len(str(10**5000)))", {"inputs": [""], "outputs": ["2 5001"]}),
+        ("print(.1 + .2, end='\\n\\n')\nprint(' 3.0')", {"inputs": [""], "outputs": ["0.3\n3.000000"]}),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    a: int\n"
+            "def first(x): return P(x).a",
+            {"test_list": ["assert first(1) == 1"]},
+        ),
+        ("def f(x, t): return [v for v in x if type(v) is not t]", {"test_list": ["assert f((1, 'a'), str) == [1]"]}),
+        ("def queue(x): return x", {"test_list": ["assert queue(1) == 1"]}),  # a module too
     ],
 )
 def test_a_program_that_passes_all_tests_is_right(program, tests):
@@ -60,6 +74,11 @@ def test_a_program_that_passes_all_tests_is_right(program, tests):
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
+        ("print(3.0)", {"inputs": [""], "outputs": ["3"]}),
+        (
+            "import os\ndef f(x): os._exit(0)",
+            {"test_list": ["try:\n    f(1)\nexcept (OSError, ValueError):\n    pass"]},
+        ),
         ("print(3)", SUMS),
         ("a, b = map(int, input().split())\nprint(a + b)\nraise ValueError", SUMS),
         ("a, b = map(int, input().split())\nprint(a, b, a + b)", SUMS),

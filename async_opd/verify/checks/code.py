@@ -12,6 +12,7 @@ Tests by calls are run beside the program, by the module `examiner`. They see co
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -32,9 +33,20 @@ from async_opd.verify.sandbox import PROCESSES, Program, probe
 
 SHARE = 0.8  # of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict unknown
 SPARE_BYTES = 65536  # output beyond twice what is expected
-BLOCK = re.compile(r"^[ \t]*```[ \t]*(\S*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"", "python", "python3", "py"}
 EXAMINER = Path(examiner.__file__).read_text(encoding="utf-8")
+# What LeetCode, where such tasks come from, has imported before a solution.
+PROVIDED = """
+from typing import *
+from collections import *
+from itertools import *
+from functools import *
+from math import ceil, floor, gcd, inf, log, sqrt
+from heapq import *
+from bisect import *
+import collections, functools, heapq, itertools, math, random, re, string, sys
+"""
 EACH_CALL = """
 import json
 def _each(candidate, cases):
@@ -47,7 +59,7 @@ def _each(candidate, cases):
 class InOut(Struct):
     inputs: list[Any]
     outputs: list[Any]
-    fn_name: str = ""
+    fn_name: str | None = None
 
 
 class HumanEval(Struct):
@@ -80,13 +92,13 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
     """
     tests, code = read_tests(answer), last_program(response)
     match tests:
-        case InOut(fn_name=""):
+        case InOut(fn_name=None | ""):
             cases = zip(tests.inputs, tests.outputs, strict=True)
             return all(_prints(code, _text(given), _text(wanted), start) for given, wanted in cases)
         case InOut(fn_name=name):
             code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
             cases = json.dumps(list(zip(tests.inputs, tests.outputs, strict=True)))
-            return _answers(code, EACH_CALL, f"_each({name}, {cases!r})", name, start)
+            return _answers(code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED)
         case HumanEval(test, name, prompt):
             return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
         case Mbpp(asserts, setup):
@@ -108,7 +120,7 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
     inputs, outputs = getattr(tests, "inputs", [""]), getattr(tests, "outputs", [""])
     if not inputs or len(inputs) != len(outputs) or getattr(tests, "test_list", [""]) == []:
         raise DataError(f"reference answer {answer[:200]!r}: must have a test, and one output for each input")
-    name = getattr(tests, "entry_point", "") or getattr(tests, "fn_name", "")
+    name = getattr(tests, "entry_point", "") or getattr(tests, "fn_name", None)
     if name and not name.isidentifier():
         raise DataError(f"reference answer {answer[:200]!r}: {name!r} is no name of a function")
     return tests
@@ -119,8 +131,20 @@ def _text(lines: Any) -> str:
     return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+def _same(said: str, wanted: str) -> bool:
+    """Word by word in each line that has any; numbers with a point within 1e-6, as in APPS."""
+    ours, theirs = ([line.split() for line in text.splitlines() if line.strip()] for text in (said, wanted))
+    lines = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(len(x) == len(y) and all(map(_equal, x, y)) for x, y in lines)
+
+
+def _equal(said: str, wanted: str) -> bool:
+    if said == wanted or "." not in wanted:
+        return said == wanted
+    try:
+        return math.isclose(float(said), float(wanted), rel_tol=1e-6, abs_tol=1e-6)
+    except ValueError:
+        return False
 
 
 def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -> bool:
@@ -136,11 +160,11 @@ def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -
             said = program.read(out.fileno(), limit)
             if len(said) > limit or program.wait() != 0:
                 return False
-    return _lines(said.decode(errors="replace")) == _lines(wanted)
+    return _same(said.decode(errors="replace"), wanted)
 
 
-def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[..., Program]) -> bool:
-    program = f"{EXAMINER}\n\nserve({code!r}, 3, 4)"
+def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[..., Program], prelude: str = "") -> bool:
+    program = f"{EXAMINER}\n\nserve({code!r}, 3, 4, {prelude!r})"
     exam = f"{EXAMINER}\n\nexamine({setup!r}, {tests!r}, {entry!r}, 4, 3)"
     with _pipe() as (asked, ask), _pipe() as (answered, answer), open(os.devnull, "r+b", buffering=0) as nothing:
         std = [nothing.fileno()] * 3
