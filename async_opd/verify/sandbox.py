@@ -41,7 +41,8 @@ class Program:
 
     Each of its processes may have `memory` bytes of address space, and all end at `deadline`, by `time.monotonic`.
     Without `isolated` the limits stay, but it is this user's, and sees and reaches what this user does; it may then
-    leave a process behind that made itself a session of its own.
+    leave a process behind that made itself a session of its own, or, when we are killed, its folder. The limit of
+    processes then counts all of this user's, and does not bind root.
     """
 
     def __init__(self, source: str, files: list[int], *, isolated: bool, memory: int, deadline: float):
