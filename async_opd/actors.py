@@ -189,12 +189,9 @@ class Cluster:
     async def _ready(self, actor: _Actor) -> GeneratorProxy | TeacherProxy | VerifierProxy:
         """The port of a member of a pool, once it can be used."""
         start_s, kind = self._config.timeout.start_s, actor.name.split()[0]
-        if kind in ("generator", "teacher-generator"):
+        if kind in ("generator", "teacher-generator", "verifier"):
             await actor.call(start_s, "start")
-            return GeneratorProxy(actor, self._config)
-        if kind == "verifier":
-            await actor.call(start_s, "start")
-            return VerifierProxy(actor, self._config)
+            return (VerifierProxy if kind == "verifier" else GeneratorProxy)(actor, self._config)
         await actor.address(start_s)
         return TeacherProxy(actor, self._config, self._eos_ids)
 

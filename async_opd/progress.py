@@ -51,10 +51,8 @@ class Progress:
         """Step `step` trained `batch`."""
         self.ledger.trained(step, [ready.prompt.id for ready in batch])
         verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
-        self._right, self._known = (
-            self._right + verdicts.count(True),
-            self._known + len(verdicts) - verdicts.count(None),
-        )
+        self._right += verdicts.count(True)
+        self._known += len(verdicts) - verdicts.count(None)
 
     async def save(self, version: int, counters: dict[str, Any]) -> None:
         """A checkpoint of `version`, unless there is one. The best is the one with the largest share of right rollouts

@@ -40,9 +40,7 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
         raise ConfigError(f"scale: {run_dir} is no run directory: it holds no config.json")
     id = uuid.uuid4().hex
     request, answer = run_dir / REQUEST.format(id), run_dir / ANSWER.format(id)
-    beside = request.with_suffix(".partial")
-    beside.write_bytes(msgspec.json.encode(sizes))
-    beside.rename(request)
+    _put(request, sizes)
     deadline = time.monotonic() + timeout_s
     while not answer.exists():
         if time.monotonic() > deadline:
@@ -72,9 +70,14 @@ def _answer(request: Path, crew: Crew) -> None:
         answer = False, _resize(crew, msgspec.json.decode(asked, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
-    beside = request.with_suffix(".partial")
-    beside.write_bytes(msgspec.json.encode(answer))
-    beside.rename(request.with_suffix(".answer"))
+    _put(request.with_suffix(".answer"), answer)
+
+
+def _put(path: Path, message: object) -> None:
+    """Whole or not at all: the other side may look at any moment."""
+    beside = path.with_suffix(".partial")
+    beside.write_bytes(msgspec.json.encode(message))
+    beside.rename(path)
 
 
 def _resize(crew: Crew, sizes: dict[str, int]) -> str:

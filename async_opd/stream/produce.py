@@ -1,7 +1,6 @@
 """From prompts to scored groups in the queue."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 
@@ -53,12 +52,9 @@ class Producer:
         self._unscored = 0  # groups in a row that no replica could score
         self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
         self._ledger, self._taught = ledger, taught
-        self._again: deque[tuple[int, Prompt]] = deque()
 
     def fill(self) -> None:
-        """Hand out prompts while slots are free, re-issued ones first."""
-        while self._again:
-            self._start(*self._again.popleft())
+        """Hand out prompts while slots are free."""
         while self.needed and self._slots.free:
             prompt = next(self._prompts)
             self._ledger.handed_out(prompt.id)
@@ -73,7 +69,7 @@ class Producer:
         if prompt.taught or prompt.attempt + 1 < self._max_attempts:
             again = msgspec.structs.replace(prompt, taught=False, attempt=prompt.attempt + (not prompt.taught))
             self._ledger.reissued(prompt.id, again.attempt, cause)
-            self._again.append((ticket, again))
+            self._start(ticket, again)
         else:
             self._ledger.dropped(prompt.id, cause)
             self._slots.give_back(ticket)
