@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from async_opd.stream.ledger import Ledger
+from async_opd.stream.pool import Pool
+from async_opd.stream.produce import Producer
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
 from benchmarks.paced import Prompts
 
@@ -141,3 +143,19 @@ def books() -> Ledger:
     """A ledger that nobody keeps."""
     with tempfile.TemporaryDirectory() as folder:
         return Ledger(Path(folder, "ledger.jsonl"))
+
+
+def producer_over(world, generators: int = 1, **settings) -> Producer:
+    """A producer for which `world` is every role: `generators` of one pool, teacher and verifier."""
+    return Producer(
+        prompts=prompts(),
+        samples=1,
+        generators=Pool("generator", [world] * generators),
+        teachers={"": Pool("teacher", [world])},
+        references=None,
+        verifier=Pool("verifier", [world]),
+        max_attempts=3,
+        count_tokens=lambda role, tokens: None,
+        ledger=books(),
+        **settings,
+    )

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from async_opd.maths import lag
-from async_opd.stream.pool import Pool
-from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
-from tests.fakes import books, prompts
+from tests.fakes import producer_over
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 
@@ -66,21 +64,13 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
         wait_s=60.0,
     )
     async with asyncio.TaskGroup() as tasks:
-        producer = Producer(
-            prompts=prompts(),
+        producer = producer_over(
+            world,
             needed=COMPLETIONS,
-            samples=1,
-            generators=Pool("generator", [world]),
-            teachers={"": Pool("teacher", [world])},
-            references=None,
-            verifier=Pool("verifier", [world]),
             slots=slots,
             queue=queue,
             tasks=tasks,
-            max_attempts=3,
             drop_truncated=True,
-            count_tokens=lambda role, tokens: None,
-            ledger=books(),
         )
         producer.fill()
         taking = asyncio.ensure_future(queue.take(0))

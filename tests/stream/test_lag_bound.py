@@ -11,11 +11,9 @@ import pytest
 
 from async_opd.maths import lag
 from async_opd.ports import Ready
-from async_opd.stream.pool import Pool
-from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
-from tests.fakes import books
+from tests.fakes import producer_over
 
 GROUPS_PER_STEP = 8
 
@@ -63,10 +61,6 @@ class Simulation:
         return (Verdict(id="", correct=True),)
 
 
-def prompts():
-    return (Prompt(id=str(i), ids=np.zeros(1, np.int32), answer="") for i in itertools.count())
-
-
 async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed: int):
     """Returns (lag of each trained token, excluded tokens, times each prompt was trained, queue, slots)."""
     clock = Clock()
@@ -100,21 +94,14 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
             producer.fill()
 
     async with asyncio.TaskGroup() as tasks:
-        producer = Producer(
-            prompts=prompts(),
+        producer = producer_over(
+            world,
+            generators,
             needed=steps * GROUPS_PER_STEP,
-            samples=1,
-            generators=Pool("generator", [world] * generators),
-            teachers={"": Pool("teacher", [world])},
-            references=None,
-            verifier=Pool("verifier", [world]),
             slots=slots,
             queue=queue,
             tasks=tasks,
-            max_attempts=3,
             drop_truncated=False,
-            count_tokens=lambda role, tokens: None,
-            ledger=books(),
         )
         await clock.run(asyncio.ensure_future(learn()))
     return np.array(trained_lags), excluded, trained, queue, slots
