@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, Prompts
 
-from async_opd.cli import DEMO
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
 from async_opd.metrics import Jsonl, Meter, Row

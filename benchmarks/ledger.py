@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from async_opd.audit.books import audit
-from async_opd.cli import DEMO
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.run import environment
 from async_opd.stream.ledger import Ledger

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from async_opd.cli import DEMO
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
 from async_opd.metrics import Meter, Row, Sink

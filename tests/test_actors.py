@@ -3,7 +3,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from async_opd.actors import Cluster
-from async_opd.cli import DEMO
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
 from async_opd.objectives.topk_kl import TopkKl

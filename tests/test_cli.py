@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from async_opd.cli import DEMO, main
+from async_opd.cli import COMMANDS, main
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.evaluate import Accuracy
@@ -81,6 +82,8 @@ def test_help_loads_nothing_but_the_command_line():
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
         "async_opd.cli",
+        "async_opd.commands",
+        *(f"async_opd.commands.{command}" for command in COMMANDS),
         "async_opd.errors",
     }
     assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()

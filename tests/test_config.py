@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from async_opd.cli import DEMO, main
+from async_opd.cli import main
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load, load_run
 from async_opd.errors import ConfigError, RunMissing
 from async_opd.objectives.topk_kl import TopkKl

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from async_opd.cli import DEMO
+from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.ports import Ready
 from async_opd.proxies import LearnerProxy

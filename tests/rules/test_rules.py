@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
 maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
-sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → cli →
-__main__. Units of one rank never import each other; a config.py is its role's.
+sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → commands
+→ cli → __main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -26,7 +26,7 @@ ORDER = [
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
     ["inputs", "evaluate", "explain", "audit", "crew"],
     ["scale", "progress"], ["train", "proxies"],
-    ["actors"], ["run"], ["cli"], ["__main__"],
+    ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
@@ -36,7 +36,7 @@ CONFINED = {
 }
 SMALL = {
     "errors", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit",
-    "crew", "scale", "progress", "train", "cli",
+    "crew", "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 

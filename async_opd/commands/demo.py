@@ -1,0 +1,20 @@
+"""Train with the shipped demo: column addition, on CPU."""
+
+import argparse
+from pathlib import Path
+
+import async_opd
+from async_opd.commands import OVERRIDES
+from async_opd.commands.train import train
+
+CONFIG = Path(async_opd.__file__).parent / "toy" / "demo.toml"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.config import load
+
+    return train(load(CONFIG, args.overrides))

@@ -1,0 +1,59 @@
+"""Distil a student as a TOML config says, or go on with a run."""
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from async_opd.commands import OVERRIDES
+from async_opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from async_opd.checkpoints import Checkpoint
+    from async_opd.config import Config
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"
+    parser.add_argument("words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES)
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints")
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.config import load, load_run
+
+    if args.resume is None:
+        if not args.words:
+            raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
+        path, *overrides = args.words
+        return train(load(path, overrides))
+    from async_opd.checkpoints import find, run_of
+
+    config, found = load_run(run_of(args.resume), args.words), find(args.resume)
+    if found.state.version >= config.run.steps:
+        done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
+        raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
+    return train(config, found)
+
+
+def train(config: "Config", found: "Checkpoint | None" = None) -> int:
+    """Run it to the end and say what it reached; the exit status."""
+    from async_opd.metrics import say, time_table
+    from async_opd.run import run  # the heavy imports wait until the config is known to be right
+
+    summary = asyncio.run(run(config, found))
+    lines = ["", time_table(summary)]
+    if "accuracy_before" in summary:
+        lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
+        for key in (key for key in summary if key.startswith("teacher_accuracy")):
+            name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
+            lines.append(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
+        lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
+        lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
+    lines.append(
+        f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
+        f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "
+        f"{summary['wall_s']:.0f} s; {config.run.dir}/summary.json"
+    )
+    say("\n".join(lines))
+    return 0
