@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
 maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
-sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → commands
-→ cli → __main__. Units of one rank never import each other; a config.py is its role's.
+sections → config → inputs, evaluate, explain, audit, crew, placement → scale, progress → train, proxies → actors → run
+→ commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -24,7 +24,7 @@ ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
-    ["inputs", "evaluate", "explain", "audit", "crew"],
+    ["inputs", "evaluate", "explain", "audit", "crew", "placement"],
     ["scale", "progress"], ["train", "proxies"],
     ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
