@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, started as an operator does: a raylet each, on 127.0.0.1, 127.0.0.2…"""
+"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.1, 127.0.0.2 …"""
 
 import shutil
 import socket

@@ -1,6 +1,7 @@
 """Where Ray puts the members of a run, on nodes and GPUs that only Ray believes in: no model is loaded."""
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -116,4 +117,4 @@ async def test_on_one_card_all_have_it_in_shares_and_start_one_after_the_other(i
         assert ray.available_resources()["GPU"] == pytest.approx(0.05)
     times = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.iterdir() if file.is_file())
     assert len(times) == 4
-    assert all(end <= begun for (_, end), (begun, _) in zip(times, times[1:], strict=False))
+    assert all(end <= begun for (_, end), (begun, _) in itertools.pairwise(times))
