@@ -20,7 +20,7 @@ def home() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def living(members: Sequence[tuple[str, Ask]] = ()) -> list[Node]:
+def living(members: Sequence[tuple[str | None, Ask]] = ()) -> list[Node]:
     """The nodes that live, with what lives there of `members`, by node."""
     available, nodes = available_resources_per_node(), []
     for node in (node for node in ray.nodes() if node["Alive"]):

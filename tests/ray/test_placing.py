@@ -42,7 +42,7 @@ def starting(*overrides: str, tell=lambda what, who, why: None) -> Cluster:
 
 
 async def where(cluster: Cluster) -> dict[str, tuple[str, str | None]]:
-    return {actor.name: await actor.call(60, "where") for actor in cluster._actors if actor.node}
+    return {actor.name: await actor.call(60, "where") for actor in cluster._actors if not actor.killed}
 
 
 async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node_dies(nodes, idle, tmp_path):
