@@ -92,6 +92,7 @@ class _Actor:
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()  # of the process, in `ps` and Ray's tools
         role = type(title, (_Host,), {})
         options = {"num_cpus": 0, "num_gpus": ask.gpus, "max_concurrency": CALLS_AT_ONCE}
+        options["memory"] = 1  # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
         if node is not None:  # softly: a node that dies meanwhile keeps nobody waiting
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         self.handle = ray.remote(role).options(**options).remote(part, ask.gpus)

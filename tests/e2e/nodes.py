@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.1, 127.0.0.2 …"""
+"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.2, 127.0.0.3 …"""
 
 import shutil
 import socket
@@ -24,10 +24,11 @@ class Nodes:
         (folder / ".ray" / "auth_token").write_text(uuid.uuid4().hex)
         gcs, dashboard = _free_port(), _free_port()
         self.api, self.nodes = f"http://127.0.0.1:{dashboard}", {}
-        self._start("127.0.0.1", "--head", f"--port={gcs}", f"--dashboard-port={dashboard}")
+        self.head = "127.0.0.2"  # of 127.0.0.1 Ray makes the machine's own
+        self._start(self.head, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}")
         self._env["RAY_AUTH_MODE"] = "token"
-        for at in range(2, count + 1):
-            self._start(f"127.0.0.{at}", f"--address=127.0.0.1:{gcs}")
+        for at in range(3, count + 2):
+            self._start(f"127.0.0.{at}", f"--address={self.head}:{gcs}")
 
     def _start(self, address: str, *args: str) -> None:
         """One more node, up."""

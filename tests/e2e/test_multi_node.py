@@ -10,8 +10,8 @@ from async_opd.audit.books import audit
 from tests.e2e.conftest import SMALL, Job
 from tests.e2e.nodes import Nodes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-STEPS, HEAD = 60, "127.0.0.1"
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+STEPS = 60
 
 
 def lines(file: Path) -> list[dict]:
@@ -34,15 +34,15 @@ def until_steps(job: Job, run: Path, count: int, within_s: float) -> None:
 def test_a_submitted_run_spreads_over_three_nodes_and_survives_the_loss_of_one(tmp_path):
     cluster, run = Nodes(3, tmp_path), tmp_path / "run"
     job = cluster.submit("-m", "async_opd", "demo", f"run.dir={run}", f"run.steps={STEPS}", *SMALL)
-    until_steps(job, run, 5, within_s=150)
+    until_steps(job, run, 5, within_s=240)
     learner, generator, teacher = (nodes_of(run, f"{role} 0") for role in ("learner rank", "generator", "teacher"))
-    assert learner == [HEAD]
+    assert learner == [cluster.head]  # beside the driver
     assert len({*learner, *generator, *teacher}) == 3
 
     cluster.kill(generator[0])
     before = len(lines(run / "metrics.jsonl"))
     assert before < STEPS / 2
-    assert job.wait(150) == 0, job.text()
+    assert job.wait(240) == 0, job.text()
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert generator[0] not in nodes_of(run, "generator 0")[1:] != []
     told = [(row["what"], row["who"]) for row in lines(run / "events.jsonl")]

@@ -16,6 +16,7 @@ from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ClusterTooSmall, ConfigError
 from async_opd.nodes import home
+from async_opd.placement import asks
 
 pytestmark = pytest.mark.ray
 SPLIT = "rollout.tensor_parallel_size=2"
@@ -44,7 +45,11 @@ def starting(*overrides: str, tell=lambda what, who, why: None) -> Cluster:
 
 
 async def where(cluster: Cluster) -> dict[str, tuple[str, str | None]]:
-    return {actor.name: await actor.call(60, "where") for actor in cluster._actors if not actor.killed}
+    """Node and cards of each that lives."""
+    alive = [actor for actor in cluster._actors if not actor.killed]
+    found = {actor.name: await actor.call(60, "where") for actor in alive}
+    assert [found[actor.name][0] for actor in alive] == [actor.node for actor in alive]  # what was asked of Ray
+    return found
 
 
 async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anything_starts(nodes, idle):
@@ -86,6 +91,16 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
         await cluster._spawn("generator", 0)
         again, cards = (await where(cluster))["generator 0"]
         assert again in (third, fourth) and again != first and sorted(cards.split(",")) == ["0", "1"]
+
+
+async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monkeypatch):
+    monkeypatch.setattr("async_opd.actors.asks", lambda config, gpus: asks(config, False))
+    for _ in range(3):
+        with starting("rollout.generators=2") as cluster:
+            await cluster.roles()
+            found = await where(cluster)
+            places = [found[name][0] for name in ("learner rank 0", "generator 0", "generator 1")]
+            assert places[0] == home() and len(set(places)) == 3
 
 
 async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(nodes, idle, tmp_path, monkeypatch):
