@@ -69,7 +69,7 @@ async def test_nodes_that_come_in_time_are_waited_for(nodes, idle):
         coming = asyncio.create_task(cluster.roles())
         await asyncio.sleep(2)
         assert not coming.done() and cluster._actors == []
-        await asyncio.to_thread(nodes.add_node, num_cpus=1, num_gpus=2)
+        nodes.add_node(num_cpus=1, num_gpus=2)
         await asyncio.wait_for(coming, 20)
         found = await where(cluster)
         assert found["learner rank 0"][0] == found["teacher 0"][0] == home() != found["generator 0"][0]
