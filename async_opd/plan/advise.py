@@ -1,0 +1,87 @@
+"""Changes of settings that let a role fit, each tried before it is named."""
+
+from collections.abc import Callable, Iterator
+
+from async_opd.config import Config
+from async_opd.plan.make import GIB, Need, Problem
+
+Retry = Callable[[list[str]], list[Need] | None]  # needs under further overrides; None where the config refuses them
+MASTERS = "learner.zero_stage"
+ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
+
+
+def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
+    """What of `needs` does not fit, in words, with what was found to help."""
+    return [
+        Problem(what=_what(need), changes=_changes(need, list(_ladders(config, need, gpus_per_node)), retry))
+        for need in needs
+        if not need.fits
+    ]
+
+
+def _what(need: Need) -> str:
+    held = f"{need.memory.total / GIB:.1f} GiB of {need.limit / GIB:.1f}"
+    if need.kv_bytes:
+        room = f"room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
+        return f"{need.ask.role}, {need.model}: {held}, with {room}"
+    return f"{need.ask.role}, {need.model}: {held}"
+
+
+def _changes(need: Need, ladders: list[list[list[str]]], retry: Retry) -> list[str]:
+    """The lowest rung of each ladder that is enough alone; where none is, the first rungs of all, until they are."""
+
+    def fits(overrides: list[str]) -> bool:
+        again = retry(overrides)
+        return again is not None and all(n.fits for n in again if n.ask.role == need.ask.role)
+
+    alone = [next((rung for rung in ladder if fits(rung)), None) for ladder in ladders]
+    if any(alone):
+        return [" ".join(rung) for rung in alone if rung]
+    together: list[str] = []
+    for ladder in ladders:
+        for rung in reversed(ladder):  # the highest that the config takes
+            merged = [o for o in together if o.split("=")[0] not in {r.split("=")[0] for r in rung}] + rung
+            if retry(merged) is not None:
+                together = merged
+                break
+        if together and fits(together):
+            return [" ".join(together)]
+    return []
+
+
+def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[list[str]]]:
+    """Ways out of `need`, each from its lowest rung to its highest; a rung is overrides."""
+    if need.at == "learner":
+        yield from _learner_ladders(config, need)
+        return
+    each = config.rollout if need.at == "rollout" else config.scorers[need.at]
+    if each.dtype == "float32":
+        yield [[f"{need.at}.dtype=bfloat16", *([ROUGH] if need.at == "rollout" else [])]]
+    if need.kv_bytes:
+        sizes = [2**n for n in range(1, 10) if each.tensor_parallel_size < 2**n <= gpus_per_node]
+        yield [[f"{need.at}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
+        shares = [share for share in (0.9, 0.95) if share > each.gpu_memory_utilization]
+        yield [[f"{need.at}.gpu_memory_utilization={share}"] for share in shares]
+    else:
+        yield [[f"{need.at}.batch_tokens={need.longest}"]] if each.batch_tokens > need.longest else []
+        sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
+        yield [[f"{need.at}.backend=vllm", f"{need.at}.tensor_parallel_size={n}"] for n in sizes]
+
+
+def _learner_ladders(config: Config, need: Need) -> Iterator[list[list[str]]]:
+    now = config.learner
+    if not now.gradient_checkpointing:
+        yield [["learner.gradient_checkpointing=true"]]
+    if now.micro_batch_tokens > need.longest:
+        yield [[f"learner.micro_batch_tokens={need.longest}"]]
+    if now.dtype == "float32":
+        yield [["learner.dtype=bfloat16", f"{MASTERS}={max(now.zero_stage, 2)}", ROUGH]]
+    yield [[f"{MASTERS}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
+    if not now.offload_optimizer:
+        yield [["learner.offload_optimizer=true", *([f"{MASTERS}=2"] if now.zero_stage == 0 else [])]]
+    if not config.run.share_gpu:
+        more = [now.ranks * 2**n for n in range(1, 7)]
+        yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
+    else:
+        shares = [round(config.rollout.gpu_memory_utilization - 0.05 * n, 2) for n in range(1, 20)]
+        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares if share > 0]
