@@ -21,6 +21,7 @@ from async_opd.errors import ClusterTooSmall, ConfigError
 if TYPE_CHECKING:
     from async_opd.config import Config
     from async_opd.plan.balance import Balance
+    from async_opd.plan.make import Cluster
     from async_opd.plan.report import Plan
     from async_opd.plan.shape import Shape
 
@@ -73,7 +74,7 @@ def _plan(args: argparse.Namespace) -> "Plan":
     try:
         nodes = make.places(config, cluster)
     except ClusterTooSmall as e:
-        nodes, problems = {}, [make.Problem(what=f"{e}", changes=[]), *problems]
+        nodes, problems = {}, [make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)), *problems]
     longest, bound_by = make.longest_response(config, shapes, card)
     groups = make.outstanding(config)
     return Plan(
@@ -92,6 +93,18 @@ def _plan(args: argparse.Namespace) -> "Plan":
         checked=ONLINE[:1] if args.offline else ONLINE,
         skipped=ONLINE[1:] if args.offline else [],
     )
+
+
+def _more_nodes(config: "Config", cluster: "Cluster") -> list[str]:
+    """The option for as many nodes as are needed; none where a member is larger than a node."""
+    import msgspec
+
+    from async_opd.plan.make import places
+
+    try:
+        return [f"--nodes {len(places(config, msgspec.structs.replace(cluster, nodes=None)))}"]
+    except ClusterTooSmall:
+        return []
 
 
 def _shapes(config: "Config", offline: bool) -> "dict[str, Shape]":

@@ -12,11 +12,13 @@ ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
     """What of `needs` does not fit, in words, with what was found to help."""
-    return [
-        Problem(what=_what(need), changes=_changes(need, list(_ladders(config, need, gpus_per_node)), retry))
-        for need in needs
-        if not need.fits
-    ]
+    found = []
+    for need in needs:
+        if not need.fits:
+            changes = _changes(need, list(_ladders(config, need, gpus_per_node)), retry)
+            none = "" if changes else "; no change that was tried is enough: take a smaller model, or larger GPUs"
+            found.append(Problem(what=_what(need) + none, changes=changes))
+    return found
 
 
 def _what(need: Need) -> str:
@@ -28,7 +30,7 @@ def _what(need: Need) -> str:
 
 
 def _changes(need: Need, ladders: list[list[list[str]]], retry: Retry) -> list[str]:
-    """The lowest rung of each ladder that is enough alone; where none is, the first rungs of all, until they are."""
+    """The lowest rung of each ladder that is enough alone; where none is, the highest rungs of as few as are."""
 
     def fits(overrides: list[str]) -> bool:
         again = retry(overrides)
@@ -37,16 +39,21 @@ def _changes(need: Need, ladders: list[list[list[str]]], retry: Retry) -> list[s
     alone = [next((rung for rung in ladder if fits(rung)), None) for ladder in ladders]
     if any(alone):
         return [" ".join(rung) for rung in alone if rung]
-    together: list[str] = []
+    rungs: list[list[str]] = []
     for ladder in ladders:
-        for rung in reversed(ladder):  # the highest that the config takes
-            merged = [o for o in together if o.split("=")[0] not in {r.split("=")[0] for r in rung}] + rung
-            if retry(merged) is not None:
-                together = merged
-                break
-        if together and fits(together):
-            return [" ".join(together)]
+        rungs += next(([rung] for rung in reversed(ladder) if retry(_merged([*rungs, rung])) is not None), [])
+        if fits(_merged(rungs)):
+            for rung in rungs[:-1]:
+                fewer = [other for other in rungs if other is not rung]
+                rungs = fewer if fits(_merged(fewer)) else rungs
+            return [" ".join(_merged(rungs))]
     return []
+
+
+def _merged(rungs: list[list[str]]) -> list[str]:
+    """The overrides of all, of each setting the last."""
+    settings = dict(override.split("=") for rung in rungs for override in rung)
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[list[str]]]:
@@ -62,6 +69,8 @@ def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[li
         yield [[f"{need.at}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
         shares = [share for share in (0.9, 0.95) if share > each.gpu_memory_utilization]
         yield [[f"{need.at}.gpu_memory_utilization={share}"] for share in shares]
+        shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
+        yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
     else:
         yield [[f"{need.at}.batch_tokens={need.longest}"]] if each.batch_tokens > need.longest else []
         sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
@@ -76,9 +85,9 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[list[list[str]]]:
         yield [[f"learner.micro_batch_tokens={need.longest}"]]
     if now.dtype == "float32":
         yield [["learner.dtype=bfloat16", f"{MASTERS}={max(now.zero_stage, 2)}", ROUGH]]
-    yield [[f"{MASTERS}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
     if not now.offload_optimizer:
         yield [["learner.offload_optimizer=true", *([f"{MASTERS}=2"] if now.zero_stage == 0 else [])]]
+    yield [[f"{MASTERS}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
     if not config.run.share_gpu:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]

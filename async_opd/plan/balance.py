@@ -1,6 +1,7 @@
 """How many generators and teachers keep up with the learner, from rates given or measured in a short run."""
 
 import json
+import re
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -93,5 +94,6 @@ def _differences(then: dict, now: dict) -> Iterator[str]:
     for at in ("student", "teacher", "rollout", "learner"):
         before, after = then[at] or {}, now[at] or {}
         for key in sorted(before.keys() & after.keys() & SLOWER):
-            if before[key] != after[key]:
+            then_is, now_is = (re.split("[/:]", each)[-1] if key == "model" else each for each in (before[key], after[key]))
+            if then_is != now_is:
                 yield f"{at}.{key}: {before[key]!r} then, {after[key]!r} now"

@@ -1,5 +1,6 @@
 """What a plan reads besides the config: shapes from the hub, tokenizers, first rows. Importing this takes seconds."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +42,8 @@ def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
 
 @contextmanager
 def _hinting() -> Iterator[None]:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         yield
     except DataError as e:
-        raise DataError(f"{e}; with --offline plan asks neither hub nor data, and says what it skipped") from e
+        raise DataError(f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it skipped") from e

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 
 import msgspec
 from msgspec import Struct
@@ -149,18 +148,17 @@ def _engine(config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape]
 def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
     """The members on each node. Raises ClusterTooSmall."""
     asked = asks(config, gpus=True)
-    most = sum(ceil(ask.gpus) * ask.count for ask in asked)
-    for count in [cluster.nodes] if cluster.nodes else range(1, most + 1):
+    gpus, count = cluster.gpus_per_node, cluster.nodes or 1
+    enough = sum(ask.count for ask in asked) if all(ask.gpus <= gpus for ask in asked) else 1  # a node for each member
+    while True:
         names = [f"node {index}" for index in range(count)]
-        gpus = cluster.gpus_per_node
         try:
             found = place(asked, [Node(id=n, address=n, cpus=1, gpus=gpus, free=gpus) for n in names], names[0])
+            return {name: [member for member, node in found.items() if node.id == name] for name in names}
         except ClusterTooSmall:
-            if count == (cluster.nodes or most):
+            if cluster.nodes or count >= enough:
                 raise
-            continue
-        return {name: [member for member, node in found.items() if node.id == name] for name in names}
-    raise AssertionError("a run asks for at least one GPU")
+            count += 1
 
 
 def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -> tuple[int, list[str]]:

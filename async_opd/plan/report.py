@@ -35,7 +35,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 def lines(plan: Plan) -> Iterator[str]:
     """The plan for a reader."""
     c = plan.cluster
-    yield f"{plan.config} on {len(plan.nodes)} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
+    yield f"{plan.config} on {len(plan.nodes) or c.nodes or 'any number of'} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
     for node, members in plan.nodes.items():
         yield f"  {node:8} {_grouped(members)}"
     yield ""
@@ -68,8 +68,8 @@ def _balance(found: Balance | None) -> Iterator[str]:
     if found is None:
         yield f"bottleneck       not known: {CALIBRATE}"
         return
-    does = ", ".join(f"{role}s {rate:,.0f}" for role, rate in found.capacity.items())
-    yield f"bottleneck       {found.bottleneck} (tokens/s {does}; {found.source})"
+    does = ", ".join(f"{role} {rate:,.0f}" for role, rate in found.capacity.items())
+    yield f"bottleneck       {found.bottleneck} (tokens/s of all: {does}; {found.source})"
     yield f"in balance       {found.generators} generator(s) and {found.teachers} teacher(s) keep up with the learner"
     yield from (f"  measured otherwise: {what}" for what in found.differs)
 
