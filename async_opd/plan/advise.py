@@ -67,7 +67,7 @@ def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[li
     if need.kv_bytes:
         sizes = [2**n for n in range(1, 10) if each.tensor_parallel_size < 2**n <= gpus_per_node]
         yield [[f"{need.at}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
-        shares = [share for share in (0.9, 0.95) if share > each.gpu_memory_utilization]
+        shares = [n / 20 for n in range(1, 20) if n / 20 > each.gpu_memory_utilization]
         yield [[f"{need.at}.gpu_memory_utilization={share}"] for share in shares]
         shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
         yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
@@ -92,5 +92,5 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[list[list[str]]]:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
     else:
-        shares = [round(config.rollout.gpu_memory_utilization - 0.05 * n, 2) for n in range(1, 20)]
-        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares if share > 0]
+        shares = [n / 20 for n in range(19, 0, -1) if n / 20 < config.rollout.gpu_memory_utilization]
+        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares]

@@ -40,12 +40,17 @@ class Shape(Struct, frozen=True, kw_only=True):
     def parameters(self) -> int:
         """All weights, as `transformers` makes them: embedding, head where it is not tied, and for each layer
         attention (grouped queries), two norms and either an MLP of three matrices or a router and its experts."""
-        return self._all(self.experts)
-
-    @property
-    def active_parameters(self) -> int:
-        """Those that one token passes: of the experts, its own."""
-        return self._all(self.experts_per_token)
+        hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * hidden * queries + 2 * hidden * keys
+        if self.family in BIASED or self.attention_bias:
+            attention += queries + 2 * keys
+        attention += hidden if self.attention_bias else 0
+        attention += 2 * self.head_dim if self.normed else 0
+        mlp = 3 * hidden * self.intermediate + (2 * self.intermediate + hidden if self.mlp_bias else 0)
+        moe = hidden * self.experts + 3 * hidden * self.expert_intermediate * self.experts
+        blocks = self.layers * (attention + 2 * hidden)
+        blocks += (self.layers - self.expert_layers) * mlp + self.expert_layers * moe
+        return self.vocabulary * hidden * (1 if self.tied else 2) + blocks + hidden
 
     @property
     def normed(self) -> bool:
@@ -55,19 +60,6 @@ class Shape(Struct, frozen=True, kw_only=True):
     def kv_bytes(self, bytes_each: int) -> int:
         """Key-value cache of one token: a key and a value of every key-value head in every layer."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
-
-    def _all(self, experts: int) -> int:
-        hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = 2 * hidden * queries + 2 * hidden * keys
-        if self.family in BIASED or self.attention_bias:
-            attention += queries + 2 * keys
-        attention += hidden if self.attention_bias else 0
-        attention += 2 * self.head_dim if self.normed else 0
-        mlp = 3 * hidden * self.intermediate + (2 * self.intermediate + hidden if self.mlp_bias else 0)
-        moe = hidden * self.experts + 3 * hidden * self.expert_intermediate * experts
-        blocks = self.layers * (attention + 2 * hidden)
-        blocks += (self.layers - self.expert_layers) * mlp + self.expert_layers * moe
-        return self.vocabulary * hidden * (1 if self.tied else 2) + blocks + hidden
 
 
 def read(tree: dict, setting: str) -> Shape:
