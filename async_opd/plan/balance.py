@@ -15,7 +15,13 @@ from async_opd.errors import ConfigError, RunMissing
 ROLES = {"generator": "generators", "teacher": "teachers", "learner": "trained"}  # and whose tokens are counted
 WORK = ("busy", "syncing")  # a generator or teacher; the learner is also its own where it waits for a checkpoint
 SLOWER = {
-    "model", "backend", "dtype", "tensor_parallel_size", "max_new_tokens", "concurrency", "gradient_checkpointing"
+    "model",
+    "backend",
+    "dtype",
+    "tensor_parallel_size",
+    "max_new_tokens",
+    "concurrency",
+    "gradient_checkpointing",
 }  # settings that rates hang on
 WARM = 3  # first steps of a run, which are slow
 
@@ -67,7 +73,9 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
         then = json.loads((run_dir / "config.json").read_bytes())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as e:
-        raise RunMissing(f"{run_dir}: --like needs the directory of a run with config.json and metrics.jsonl: {e}") from e
+        raise RunMissing(
+            f"{run_dir}: --like needs the directory of a run with config.json and metrics.jsonl: {e}"
+        ) from e
     if len(rows) <= WARM:
         raise RunMissing(f"{run_dir}: --like needs more than {WARM} steps, the first are slow; it has {len(rows)}")
     counts, tokens, seconds = _counts(then), dict.fromkeys(ROLES, 0.0), dict.fromkeys(ROLES, 0.0)
@@ -94,6 +102,8 @@ def _differences(then: dict, now: dict) -> Iterator[str]:
     for at in ("student", "teacher", "rollout", "learner"):
         before, after = then[at] or {}, now[at] or {}
         for key in sorted(before.keys() & after.keys() & SLOWER):
-            then_is, now_is = (re.split("[/:]", each)[-1] if key == "model" else each for each in (before[key], after[key]))
+            then_is, now_is = (
+                re.split("[/:]", each)[-1] if key == "model" else each for each in (before[key], after[key])
+            )
             if then_is != now_is:
                 yield f"{at}.{key}: {before[key]!r} then, {after[key]!r} now"

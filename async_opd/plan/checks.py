@@ -46,4 +46,6 @@ def _hinting() -> Iterator[None]:
     try:
         yield
     except DataError as e:
-        raise DataError(f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it skipped") from e
+        raise DataError(
+            f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it skipped"
+        ) from e

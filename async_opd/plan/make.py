@@ -168,7 +168,9 @@ def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -
     bound = min(contexts.values())
 
     def full(response: int) -> list[str]:
-        return [f"the memory of a {n.ask.role}" for n in needs(_stretched(config, response), shapes, card) if not n.fits]
+        return [
+            f"the memory of a {n.ask.role}" for n in needs(_stretched(config, response), shapes, card) if not n.fits
+        ]
 
     fits, over = 0, bound + 1
     while over - fits > 1:

@@ -129,7 +129,9 @@ def _forward(shape: Shape, tokens: int, b: int, tensor_parallel: int) -> float:
     """The most that a forward without backward holds at once: the residual, a norm in float32, and either the parts of
     attention or those of the MLP, or of the token's own experts, split over GPUs."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widest = max(shape.intermediate * bool(shape.layers - shape.expert_layers),
-                 shape.experts_per_token * shape.expert_intermediate)
+    widest = max(
+        shape.intermediate * bool(shape.layers - shape.expert_layers),
+        shape.experts_per_token * shape.expert_intermediate,
+    )
     split = max(2 * queries + 2 * keys, 3 * widest) / tensor_parallel
     return tokens * (b * (2 * shape.hidden + split) + 8 * shape.hidden)

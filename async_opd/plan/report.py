@@ -34,22 +34,14 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 def lines(plan: Plan) -> Iterator[str]:
     """The plan for a reader."""
-    c = plan.cluster
-    yield f"{plan.config} on {len(plan.nodes) or c.nodes or 'any number of'} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
+    c, count = plan.cluster, len(plan.nodes) or plan.cluster.nodes or "any number of"
+    yield f"{plan.config} on {count} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
     for node, members in plan.nodes.items():
         yield f"  {node:8} {_grouped(members)}"
     yield ""
     yield "memory of one GPU of each role, GiB (estimates; of backward and update only the larger counts)"
     for role in plan.roles:
-        cards = f"{role.members} x {role.gpus:g} GPU"
-        mark = "" if role.fits else "   DOES NOT FIT"
-        yield f"  {role.role:16} {cards:12} {role.total_gib:6.1f} of {role.limit_gib:.1f}{mark}   {_size(role.parameters)} {role.model}"
-        yield "    " + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size)
-        if role.kv_tokens is not None:
-            at_once = role.kv_tokens // role.longest_tokens
-            yield f"    cache for {role.kv_tokens:,} tokens: {at_once} sequences of the longest, {role.longest_tokens:,}"
-        if role.host_gib >= 0.05:
-            yield f"    on the host {role.host_gib:.1f}, of each"
+        yield from _role(role)
     yield ""
     yield f"outstanding      at most {plan.groups_outstanding} groups, {plan.trajectories_outstanding} trajectories"
     yield f"worst lag        {plan.worst_lag_steps} optimizer steps"
@@ -62,6 +54,18 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.skipped:
         yield f"skipped          {'; '.join(plan.skipped)}"
     yield "it fits" if plan.fits else "it does not fit"
+
+
+def _role(role: RolePlan) -> Iterator[str]:
+    cards, mark = f"{role.members} x {role.gpus:g} GPU", "" if role.fits else "   DOES NOT FIT"
+    held = f"{role.total_gib:6.1f} of {role.limit_gib:.1f}"
+    yield f"  {role.role:16} {cards:12} {held}{mark}   {_size(role.parameters)} {role.model}"
+    yield "    " + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size)
+    if role.kv_tokens is not None:
+        at_once = role.kv_tokens // role.longest_tokens
+        yield f"    cache for {role.kv_tokens:,} tokens: {at_once:,} sequences of the longest, {role.longest_tokens:,}"
+    if role.host_gib >= 0.05:
+        yield f"    on the host {role.host_gib:.1f}, of each"
 
 
 def _balance(found: Balance | None) -> Iterator[str]:

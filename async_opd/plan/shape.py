@@ -10,7 +10,9 @@ from msgspec import Struct
 from async_opd import toy
 from async_opd.errors import ConfigError
 
-SHIPPED = Path(__file__).with_name("shapes.json")  # config.json of common models, with the context of each by its hub id
+SHIPPED = Path(__file__).with_name(
+    "shapes.json"
+)  # config.json of common models, with the context of each by its hub id
 BIASED = {"qwen2"}  # families whose queries, keys and values have a bias that config.json does not mention
 NORMED = {"qwen3", "qwen3_moe"}
 FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -91,7 +93,7 @@ def read(tree: dict, setting: str) -> Shape:
             mlp_bias=tree.get("mlp_bias", False),
         )
     except KeyError as e:
-        raise ConfigError(f"{setting}: its config.json says nothing of {e}") from e
+        raise ConfigError(f"{setting}: its config says nothing of {e}") from e
 
 
 def local(setting: str, model: str) -> Shape | None:

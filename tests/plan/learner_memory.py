@@ -46,7 +46,9 @@ def main(model: str, rendezvous: str, settings: dict, tokens: list[int]) -> None
     def step(length: int) -> None:
         ids = np.zeros(length, np.int32)
         spans = (Span(version=0, start=0, end=length - 1),)
-        rollout = Rollout(id="0#0", ids=ids[1:], behaviour_logp=-np.ones(length - 1, np.float32), spans=spans, truncated=False)
+        rollout = Rollout(
+            id="0#0", ids=ids[1:], behaviour_logp=-np.ones(length - 1, np.float32), spans=spans, truncated=False
+        )
         group = Group(prompt=Prompt(id="0", ids=ids[:1], answer=""), rollouts=(rollout,))
         scores = Scores(id="0#0", sampled_logp=-2 * np.ones(length - 1, np.float32))
         learner.step([[(0, 0)]], [(Verdict(id="0#0", correct=True),)], group, (scores,))
