@@ -1,4 +1,4 @@
-"""Say whether a config fits, what of it goes where, and what to change; starts nothing.
+"""Say whether a config fits on GPUs, what of it goes where, and what to change; starts nothing.
 
 Checks the config, models, vocabularies and the first rows of data, places every role on nodes and GPUs, and estimates
 the memory of each by parts. Exit status 0: it fits, 1: it does not, and a change that was tried is named, 2: the
@@ -61,13 +61,13 @@ def _plan(args: argparse.Namespace) -> "Plan":
     shapes, card = _shapes(config, args.offline), args.gpu_memory_gib * make.GIB
     cluster = make.Cluster(nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib)
 
-    def retry(more: list[str]) -> list[make.Need] | None:
+    def retry(more: list[str]) -> set[str] | None:
         try:
             changed = load(args.config, [*args.overrides, *more])
             make.places(changed, cluster)
         except (ConfigError, ClusterTooSmall):
             return None
-        return make.needs(changed, shapes, card)
+        return {need.ask.role for need in make.needs(changed, shapes, card) if not need.fits}
 
     found = make.needs(config, shapes, card)
     problems = advise.problems(config, found, retry, args.gpus_per_node)

@@ -5,19 +5,25 @@ from collections.abc import Callable, Iterator
 from async_opd.config import Config
 from async_opd.plan.make import GIB, Need, Problem
 
-Retry = Callable[[list[str]], list[Need] | None]  # needs under further overrides; None where the config refuses them
+Retry = Callable[[list[str]], set[str] | None]  # roles that do not fit with more overrides; None: they are refused
+Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
 MASTERS = "learner.zero_stage"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
 def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
     """What of `needs` does not fit, in words, with what was found to help."""
-    found = []
-    for need in needs:
-        if not need.fits:
-            changes = _changes(need, list(_ladders(config, need, gpus_per_node)), retry)
-            none = "" if changes else "; no change that was tried is enough: take a smaller model, or larger GPUs"
-            found.append(Problem(what=_what(need) + none, changes=changes))
+    found, large = [], [need for need in needs if not need.fits]
+    for need in large:
+        others = {other.ask.role for other in large if other is not need}
+
+        def fits(overrides: list[str], others: set[str] = others) -> bool:
+            left = retry(overrides)
+            return left is not None and left <= others
+
+        changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
+        none = "" if changes else "; no change that was tried is enough: take a smaller model, or larger GPUs"
+        found.append(Problem(what=_what(need) + none, changes=changes))
     return found
 
 
@@ -29,13 +35,8 @@ def _what(need: Need) -> str:
     return f"{need.ask.role}, {need.model}: {held}"
 
 
-def _changes(need: Need, ladders: list[list[list[str]]], retry: Retry) -> list[str]:
+def _changes(ladders: list[Ladder], fits: Callable[[list[str]], bool], retry: Retry) -> list[str]:
     """The lowest rung of each ladder that is enough alone; where none is, the highest rungs of as few as are."""
-
-    def fits(overrides: list[str]) -> bool:
-        again = retry(overrides)
-        return again is not None and all(n.fits for n in again if n.ask.role == need.ask.role)
-
     alone = [next((rung for rung in ladder if fits(rung)), None) for ladder in ladders]
     if any(alone):
         return [" ".join(rung) for rung in alone if rung]
@@ -56,8 +57,8 @@ def _merged(rungs: list[list[str]]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[list[str]]]:
-    """Ways out of `need`, each from its lowest rung to its highest; a rung is overrides."""
+def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]:
+    """Ways out of `need`."""
     if need.at == "learner":
         yield from _learner_ladders(config, need)
         return
@@ -77,7 +78,7 @@ def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[list[li
         yield [[f"{need.at}.backend=vllm", f"{need.at}.tensor_parallel_size={n}"] for n in sizes]
 
 
-def _learner_ladders(config: Config, need: Need) -> Iterator[list[list[str]]]:
+def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     now = config.learner
     if not now.gradient_checkpointing:
         yield [["learner.gradient_checkpointing=true"]]

@@ -12,17 +12,14 @@ from msgspec import Struct
 from async_opd.config import Config
 from async_opd.errors import ConfigError, RunMissing
 
-ROLES = {"generator": "generators", "teacher": "teachers", "learner": "trained"}  # and whose tokens are counted
-WORK = ("busy", "syncing")  # a generator or teacher; the learner is also its own where it waits for a checkpoint
-SLOWER = {
-    "model",
-    "backend",
-    "dtype",
-    "tensor_parallel_size",
-    "max_new_tokens",
-    "concurrency",
-    "gradient_checkpointing",
-}  # settings that rates hang on
+ROLES = {  # its name in a row, that of its tokens, and the states in which it waits for no other role
+    "generator": ("generators", "generators", ("busy", "syncing")),
+    "teacher": ("teachers", "teachers", ("busy", "syncing")),
+    "learner": ("learner", "trained", ("busy", "syncing", "blocked")),  # blocked: by a checkpoint
+}
+SLOWER = {  # settings that rates hang on
+    "model", "backend", "dtype", "tensor_parallel_size", "max_new_tokens", "concurrency", "gradient_checkpointing",
+}  # fmt: skip
 WARM = 3  # first steps of a run, which are slow
 
 
@@ -73,18 +70,14 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
         then = json.loads((run_dir / "config.json").read_bytes())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as e:
-        raise RunMissing(
-            f"{run_dir}: --like needs the directory of a run with config.json and metrics.jsonl: {e}"
-        ) from e
+        raise RunMissing(f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl: {e}") from e
     if len(rows) <= WARM:
         raise RunMissing(f"{run_dir}: --like needs more than {WARM} steps, the first are slow; it has {len(rows)}")
     counts, tokens, seconds = _counts(then), dict.fromkeys(ROLES, 0.0), dict.fromkeys(ROLES, 0.0)
     for before, row in zip(rows[WARM - 1 :], rows[WARM:], strict=False):
         passed = row["elapsed_s"] - before["elapsed_s"]
-        for role, counted in ROLES.items():
+        for role, (name, counted, at_work) in ROLES.items():
             tokens[role] += row[f"{counted}_tokens_per_s"] * passed
-            at_work = (*WORK, "blocked") if role == "learner" else WORK
-            name = "learner" if role == "learner" else counted
             seconds[role] += sum(row[f"{name}_{state}"] for state in at_work) * passed * counts[role]
     idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
     if idle:
@@ -102,8 +95,6 @@ def _differences(then: dict, now: dict) -> Iterator[str]:
     for at in ("student", "teacher", "rollout", "learner"):
         before, after = then[at] or {}, now[at] or {}
         for key in sorted(before.keys() & after.keys() & SLOWER):
-            then_is, now_is = (
-                re.split("[/:]", each)[-1] if key == "model" else each for each in (before[key], after[key])
-            )
-            if then_is != now_is:
+            ends = (re.split("[/:]", value)[-1] if key == "model" else value for value in (before[key], after[key]))
+            if len(set(ends)) > 1:  # a model may lie elsewhere now
                 yield f"{at}.{key}: {before[key]!r} then, {after[key]!r} now"

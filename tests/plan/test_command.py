@@ -165,7 +165,7 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
         ),
         (["--rates", "generator=3,teacher=0,learner=1"], "must be generator=TOKENS_PER_S"),
         (["--rates", "generator=a,teacher=1,learner=1"], "must be generator=TOKENS_PER_S"),
-        (["--like", "no/run"], "no/run: --like needs the directory of a run with config.json and metrics.jsonl"),
+        (["--like", "no/run"], "no/run: --like needs a run's directory with config.json and metrics.jsonl"),
     ],
 )
 def test_a_mistake_is_one_line_and_exits_with_two(words, says, capsys):
