@@ -17,7 +17,7 @@ from async_opd.scoring import Engines, longest_sequence, shared_with_learner
 from async_opd.teacher.config import TeacherConfig
 
 GIB = 2**30
-NO_BOUND = 2**20  # tokens of a response, where no model names a context
+UNBOUNDED = 2**20  # tokens of a response, where no model names a context
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
@@ -164,8 +164,9 @@ def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
 def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -> tuple[int, list[str]]:
     """The longest response that memory and contexts have room for, all other settings as they are (batches grow to one
     sequence where they must), and what bounds it. 0 where no response fits."""
-    contexts = {f"the context of {key}": _room(config, key, shapes[m].context) for key, m in models(config).items()}
-    bound = min(contexts.values())
+    known = {key: context for key, model in models(config).items() if (context := shapes[model].context)}
+    contexts = {f"the context of {key}": _room(config, key, context) for key, context in known.items()}
+    bound = min(contexts.values(), default=UNBOUNDED)
 
     def full(response: int) -> list[str]:
         return [
@@ -184,11 +185,9 @@ def outstanding(config: Config) -> int:
     return slots(config.outstanding_steps, config.groups_per_step)
 
 
-def _room(config: Config, key: str, context: int | None) -> int:
-    """Tokens of a response that the context of the model in setting `key` leaves."""
+def _room(config: Config, key: str, context: int) -> int:
+    """Tokens of a response that the `context` of the model in setting `key` leaves."""
     at = key.removesuffix(".model")
-    if context is None:
-        return NO_BOUND
     if at == "student":
         return context - config.data.max_prompt_tokens
     scorer = config.scorers[at]
@@ -213,5 +212,5 @@ def _stretched(config: Config, response: int) -> Config:
         learner=replace(config.learner, micro_batch_tokens=tokens),
         teacher=scorer("teacher", config.teacher),
         teachers={name: scorer(f"teachers.{name}", each) for name, each in config.teachers.items()},
-        reference=scorer("reference", config.reference),
+        reference=scorer("reference", config.scorers.get("reference")),
     )

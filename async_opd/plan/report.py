@@ -8,7 +8,7 @@ from async_opd.plan.balance import Balance
 from async_opd.plan.make import Cluster, Problem, RolePlan
 
 CALIBRATE = (
-    "a run needs rates for this: `async-opd train CONFIG run.steps=8 run.dir=DIR`, then plan with `--like DIR`; or "
+    "a run needs rates for this: `async-opd train CONFIG run.steps=20 run.dir=DIR`, then plan with `--like DIR`; or "
     "`--rates generator=…,teacher=…,learner=…`, tokens/s of one"
 )
 

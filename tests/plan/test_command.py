@@ -1,6 +1,7 @@
 """`async-opd plan`, through the command line and without the hub."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from async_opd.cli import main
 from async_opd.commands.demo import CONFIG as DEMO
+from async_opd.config import load
+from async_opd.plan.report import CALIBRATE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ONE_NODE = CONFIGS / "node8_deepmath_4b.toml"
@@ -30,6 +33,12 @@ def test_every_config_fits_the_cards_that_it_is_laid_out_for(config, capsys):
     if config.stem != "demo":
         used = sum(role["members"] * role["gpus"] for role in plan["roles"])
         assert gpus - 1 < used <= gpus  # none is left idle
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_takes_the_short_run_that_a_plan_asks_for(config):
+    (short,) = re.findall(r"run\.steps=\d+", CALIBRATE)
+    assert load(config, [short]).run.steps == 20
 
 
 def test_a_plan_is_one_object_with_these_fields(capsys):
