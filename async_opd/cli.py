@@ -6,7 +6,7 @@ from importlib import import_module
 
 from async_opd.errors import AsyncOpdError, CallFailed
 
-COMMANDS = ("train", "demo", "eval", "explain", "audit", "scale")  # files of `commands`, in the order help gives them
+COMMANDS = ("train", "demo", "plan", "eval", "explain", "audit", "scale")  # files of `commands`, as help orders them
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
 maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
-sections → config → inputs, evaluate, explain, audit, crew, placement → scale, progress, casting, nodes → train, proxies
-→ actors → run → commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
+sections → config → inputs, evaluate, explain, audit, crew, placement → scale, progress, casting, nodes, plan → train,
+proxies → actors → run → commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -25,7 +25,7 @@ ORDER = [
     ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
     ["inputs", "evaluate", "explain", "audit", "crew", "placement"],
-    ["scale", "progress", "casting", "nodes"], ["train", "proxies"],
+    ["scale", "progress", "casting", "nodes", "plan"], ["train", "proxies"],
     ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}

@@ -1,0 +1,45 @@
+"""The estimate of a learner rank against what one allocates, on CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from async_opd.collective import free_port
+from async_opd.learner.config import LearnerConfig
+from async_opd.plan import memory
+from async_opd.plan.shape import read
+from async_opd.sections import SyncConfig
+
+SIZES = dict(
+    vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+    max_position_embeddings=1024, tie_word_embeddings=True,
+)  # fmt: skip
+TOLERANCE = 0.05
+
+
+@pytest.mark.ray
+def test_a_rank_holds_and_allocates_what_is_estimated(tiny_lm, tmp_path):
+    """Between two steps, at the most of a backward of many tokens, and at the most of an update after few."""
+    model = tiny_lm("Qwen3", **SIZES)
+    model.save_pretrained(tmp_path)
+    settings, tokens = dict(zero_stage=1, dtype="bfloat16", head_chunk_rows=64), [16, 1024]
+    rendezvous = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
+    job = dict(model=str(tmp_path), rendezvous=rendezvous, settings=settings, tokens=tokens)
+    script = Path(__file__).with_name("learner_memory.py")
+    ran = subprocess.run([sys.executable, script, json.dumps(job)], capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    measured = json.loads(ran.stdout.splitlines()[-1])
+
+    def estimate(length: int) -> memory.Memory:
+        config = LearnerConfig(trajectories_per_step=1, lr=1e-4, micro_batch_tokens=length, **settings)
+        return memory.learner(config, read(model.config.to_dict(), "student.model"), SyncConfig(backend="gloo"))
+
+    few, many = map(estimate, tokens)
+    between = few.parts["weights"] + few.parts["gradients"] + few.parts["optimizer"]
+    assert measured["held"] == pytest.approx(between, rel=TOLERANCE)
+    assert few.either["update"] > few.either["backward"] and many.either["backward"] > many.either["update"]
+    for found, estimated in zip(measured["peaks"], (few, many), strict=True):
+        assert measured["held"] + found == pytest.approx(estimated.total, rel=TOLERANCE)
