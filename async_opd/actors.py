@@ -4,6 +4,7 @@ import asyncio
 import gc
 import inspect
 import itertools
+import signal
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
@@ -21,7 +22,7 @@ from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.rollout.config import RolloutConfig
 from async_opd.scoring import longest_sequence, refuse_without_gpus, section
-from async_opd.stream.supervise import bounded
+from async_opd.stream.supervise import bounded, interrupt
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
 from async_opd.wire import Needs
@@ -116,6 +117,7 @@ def start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, interrupt)  # which ray.init takes for an exit at once
 
 
 class Cluster:
