@@ -3,40 +3,50 @@
 import asyncio
 import gc
 import inspect
-import itertools
 import signal
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import msgspec
 import ray
 from ray import exceptions
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tokenizers import Tokenizer
 
+from async_opd.casting import Casting, Part
 from async_opd.config import Config
 from async_opd.crew import Roles
-from async_opd.errors import ActorLost, AsyncOpdError, CallFailed
+from async_opd.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
+from async_opd.nodes import home, living, room
+from async_opd.placement import RANK, Ask, Node, asks, choose
 from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
-from async_opd.rollout.config import RolloutConfig
-from async_opd.scoring import longest_sequence, refuse_without_gpus, section
+from async_opd.scoring import refuse_without_gpus, section
+from async_opd.stream.pool import Tell
 from async_opd.stream.supervise import bounded, interrupt
-from async_opd.verify.config import VerifyConfig
-from async_opd.verify.group import GroupVerifier
-from async_opd.wire import Needs
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
+Member = GeneratorProxy | TeacherProxy | VerifierProxy
 
 
 class _Host:
     """The actor: builds one role in its own process and forwards calls to it."""
 
-    def __init__(self, target: str, args: tuple, settings: dict):
-        module, name = target.split(":")
-        self._role = getattr(import_module(module), name)(*args, **settings)
+    def __init__(self, part: Part, gpus: float):
+        """`gpus` below 1 is the share of the card's memory that PyTorch may take here; an engine of vLLM's, which runs
+        in a process of its own, is told the same by its gpu_memory_utilization."""
+        module, name = part.target.split(":")
+        if 0 < gpus < 1 and not part.engine:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(gpus)
+        self._role = getattr(import_module(module), name)(*part.args, **part.settings)
         gc.collect()
         gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it
 
@@ -64,16 +74,28 @@ class _Host:
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
+    async def place(self) -> str:
+        """This node's address and the GPUs that are this actor's."""
+        gpus = ", ".join(map(str, ray.get_gpu_ids()))
+        return f"node {ray.util.get_node_ip_address()}{gpus and ', GPU '}{gpus}"
+
+    async def sees(self, file: str) -> bool:
+        """Whether a file of the driver's is here, too."""
+        return Path(file).exists()
+
 
 class _Actor:
     """A handle with a name and bounded calls."""
 
-    def __init__(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any):
-        self.name = name
+    def __init__(self, name: str, part: Part, ask: Ask, node: str | None):
+        """On that node, or where Ray finds room once there is some."""
+        self.name, self.ask, self.node = name, ask, node
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()  # of the process, in `ps` and Ray's tools
         role = type(title, (_Host,), {})
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": CALLS_AT_ONCE}
-        self.handle = ray.remote(role).options(**options).remote(target, args, settings)
+        options = {"num_cpus": 0, "num_gpus": ask.gpus, "max_concurrency": CALLS_AT_ONCE}
+        if node is not None:  # softly: a node that dies meanwhile keeps nobody waiting
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        self.handle = ray.remote(role).options(**options).remote(part, ask.gpus)
 
     async def call(self, timeout_s: float, method: str, *args: Any) -> Any:
         return await self.result(self.handle.call.remote(method, *args), timeout_s, method)
@@ -87,11 +109,15 @@ class _Actor:
         await self.result(self.handle.check_health.remote(), timeout_s, "sign of life")
 
     def kill(self) -> None:
+        self.node = None
         ray.kill(self.handle)
 
     async def address(self, timeout_s: float) -> tuple[str, int]:
         """Where the actor runs; answered once its role is built."""
         return await self.result(self.handle.address.remote(), timeout_s, "start")
+
+    async def sees(self, file: str, timeout_s: float) -> bool:
+        return await self.result(self.handle.sees.remote(file), timeout_s, "look at the run directory")
 
     async def result(self, ref: Ref, timeout_s: float, what: str) -> Any:
         """Await a call's result. Raises the role's own named error, ActorLost, or TimedOut."""
@@ -126,18 +152,27 @@ class Cluster:
     A context manager: on leaving, however that comes about, its actors are killed and a local cluster is stopped.
     """
 
-    def __init__(self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer, first_seed: int | None = None):
-        """`first_seed`: of the engines, the config's where it is absent."""
-        self._config, self._eos_ids = config, eos_ids
-        self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
+    def __init__(
+        self,
+        config: Config,
+        *,
+        eos_ids: list[int],
+        tokenizer: Tokenizer,
+        first_seed: int | None = None,
+        tell: Tell = lambda what, who, why: None,
+    ):
+        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each member lives."""
+        self._config, self._eos_ids, self._tell = config, eos_ids, tell
+        seed = config.run.seed if first_seed is None else first_seed
+        self._casting = Casting(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[_Actor] = []
-        # Of every engine ever started: none repeats another's draws.
-        self._seeds = itertools.count(config.run.seed if first_seed is None else first_seed)
-        self._remote_code = {"trust_remote_code": config.run.trust_remote_code}
+        # On a card that is shared one starts after the other: vLLM measures what is free while it starts.
+        self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
 
     def __enter__(self) -> "Cluster":
         start_ray()
-        self._gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._gpus = bool(ray.cluster_resources().get("GPU"))
+        self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,148 +183,89 @@ class Cluster:
             ray.shutdown()
 
     async def roles(self) -> Roles:
-        """Start the roles of a training run; at most `timeout.start_s`."""
-        config, start_s = self._config, self._config.timeout.start_s
+        """Start the roles of a training run; at most `timeout.start_s`, once there is room for them."""
+        config = self._config
         if not self._gpus:
-            refuse_without_gpus(config.scorers, config.rollout, config.objective)
-        sampling = config.teacher_sampling
-        sizes = {"generator": config.rollout.generators, "teacher-generator": sampling.generators if sampling else 0}
-        sizes |= {"verifier": 1} | {at: scorer.replicas for at, scorer in config.scorers.items()}
-        starting = {name: [self._make(name, at) for at in range(size)] for name, size in sizes.items()}
-        ranks = [self._learner_rank(rank) for rank in range(config.learner.ranks)]
-        address, port = await ranks[0].address(start_s)
-        found, _ = await asyncio.gather(
-            asyncio.gather(*(asyncio.gather(*map(self._ready, pool)) for pool in starting.values())),
-            asyncio.gather(*(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks)),
-        )
-        pools = dict(zip(starting, found, strict=True))
+            refuse_without_gpus(config.scorers, config.rollout, config.objective, config.run.share_gpu)
+        nodes = await self._room(self._asked.values())
+        pools = [ask for ask in self._asked.values() if ask.role != RANK]
+        learner, *found = await asyncio.gather(self._learner(nodes), *(self._pool(ask, nodes) for ask in pools))
+        await self._share_files()
+        members = {ask.role: ports for ask, ports in zip(pools, found, strict=True)}
         return Roles(
-            generators=pools["generator"],
-            teacher_generators=pools["teacher-generator"],
-            teachers={name: pools[section(name)] for name in config.named_teachers},
-            references=pools.get("reference", ()),
-            verifier=pools["verifier"][0],
-            learner=LearnerProxy(ranks, address, config),
+            generators=members["generator"],
+            teacher_generators=members.get("teacher-generator", ()),
+            teachers={name: members[section(name)] for name in config.named_teachers},
+            references=members.get("reference", ()),
+            verifier=members["verifier"][0],
+            learner=learner,
             spawn=self._spawn,
         )
 
     async def evaluators(self) -> tuple[list[GeneratorProxy], list[VerifierProxy]]:
         """Start only what an evaluation needs."""
-        names = [("generator", at) for at in range(self._config.rollout.generators)] + [("verifier", 0)]
-        *generators, verifier = await asyncio.gather(*(self._spawn(*name) for name in names))
-        return generators, [verifier]
+        asked = [self._asked[role] for role in ("generator", "verifier")]
+        nodes = await self._room(asked)
+        return await asyncio.gather(*(self._pool(ask, nodes) for ask in asked))
 
-    async def _spawn(self, name: str, index: int) -> GeneratorProxy | TeacherProxy | VerifierProxy:
-        """A new member of the pool `name`, ready; at most `timeout.start_s`."""
-        actor = self._make(name, index)
-        with ExitStack() as unless:
-            unless.callback(actor.kill)
-            port = await self._ready(actor)
-            unless.pop_all()
-        return port
+    async def _room(self, asked: Iterable[Ask]) -> Mapping[str, Node]:
+        return await room(list(asked), self._config.timeout.nodes_s, self._tell)
 
-    async def _ready(self, actor: _Actor) -> GeneratorProxy | TeacherProxy | VerifierProxy:
-        """The port of a member of a pool, once it can be used."""
-        start_s, kind = self._config.timeout.start_s, actor.name.split()[0]
-        if kind in ("generator", "teacher-generator", "verifier"):
-            await actor.call(start_s, "start")
-            return (VerifierProxy if kind == "verifier" else GeneratorProxy)(actor, self._config)
-        await actor.address(start_s)
+    async def _pool(self, ask: Ask, nodes: Mapping[str, Node]) -> list[Member]:
+        """Every member that `ask` is for."""
+        return await asyncio.gather(*(self._spawn(ask.role, index, nodes) for index in range(ask.count)))
+
+    async def _learner(self, nodes: Mapping[str, Node]) -> LearnerProxy:
+        """Every rank, in one process group."""
+        start_s, ask = self._config.timeout.start_s, self._asked[RANK]
+        async with self._turn:
+            parts = map(self._casting.learner_rank, range(ask.count))
+            ranks = [self._make(name, part, nodes[name]) for name, part in zip(ask.members, parts, strict=True)]
+            address, port = await ranks[0].address(start_s)
+            await asyncio.gather(*(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks))
+        await asyncio.gather(*map(self._settled, ranks))
+        return LearnerProxy(ranks, address, self._config)
+
+    async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Member:
+        """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where there is room now."""
+        start_s, name, ask = self._config.timeout.start_s, f"{pool} {index}", self._asked[pool]
+        async with self._turn:
+            node = nodes[name] if nodes else choose(ask, living(self._members()), home())
+            actor = self._make(name, self._casting.member(pool, index), node)
+            with ExitStack() as unless:
+                unless.callback(actor.kill)
+                if starts := pool in ("generator", "teacher-generator", "verifier"):
+                    await actor.call(start_s, "start")
+                await self._settled(actor)
+                unless.pop_all()
+        if starts:
+            return (VerifierProxy if pool == "verifier" else GeneratorProxy)(actor, self._config)
         return TeacherProxy(actor, self._config, self._eos_ids)
 
-    def _make(self, name: str, index: int) -> _Actor:
-        """The actor for a seat of the pool `name`, on its way."""
-        config, member = self._config, f"{name} {index}"
-        if name == "generator":
-            return self._generator(member, config.rollout, config.objective.needs(), config.student.model)
-        if name == "teacher-generator":
-            return self._teacher_generator(member)
-        if name == "verifier":
-            within_s = config.timeout.score_s
-            return self._actor(member, "async_opd.actors:make_verifier", config.verify, self._tokenizer, within_s)
-        return self._scorer(member, name)
+    async def _settled(self, actor: _Actor) -> None:
+        """Once its role is built, tell where it lives."""
+        start_s = self._config.timeout.start_s
+        self._tell("placed", actor.name, await actor.result(actor.handle.place.remote(), start_s, "start"))
 
-    def _actor(self, name: str, target: str, /, *args: Any, gpus: float = 0, **settings: Any) -> _Actor:
-        self._actors.append(_Actor(name, target, *args, gpus=gpus, **settings))
+    def _make(self, name: str, part: Part, node: Node | None) -> _Actor:
+        self._actors.append(_Actor(name, part, self._asked[name.rpartition(" ")[0]], node and node.id))
         return self._actors[-1]
 
-    def _teacher_generator(self, name: str) -> _Actor:
-        """An engine that holds the teacher and samples as the student's do, once a prompt."""
-        config, teacher, sampling = self._config, self._config.teacher, self._config.teacher_sampling
-        rollout = msgspec.structs.replace(
-            config.rollout,
-            samples_per_prompt=1,
-            max_new_tokens=sampling.max_new_tokens or config.rollout.max_new_tokens,
-            concurrency=sampling.concurrency,
-            dtype=teacher.dtype,
-            tensor_parallel_size=teacher.tensor_parallel_size,
-            memory_gib=teacher.memory_gib,
-            gpu_memory_utilization=teacher.gpu_memory_utilization,
-        )
-        return self._generator(name, rollout, Needs(), teacher.model, teacher.max_prompt_tokens)
+    def _members(self) -> list[tuple[str, Ask]]:
+        """The node of each that lives."""
+        return [(actor.node, actor.ask) for actor in self._actors if actor.node]
 
-    def _generator(
-        self, name: str, rollout: RolloutConfig, needs: Needs, model: str, longest_prompt: int | None = None
-    ) -> _Actor:
-        return self._actor(
-            name,
-            "async_opd.rollout.generator:RolloutGenerator",
-            rollout,
-            needs,
-            name=name,
-            model=model,
-            eos_ids=self._eos_ids,
-            max_prompt_tokens=longest_prompt or self._config.data.max_prompt_tokens,
-            vocabulary=self._vocabulary,
-            backend=self._config.sync.backend,
-            seed=next(self._seeds),
-            gpus=self._gpus * rollout.tensor_parallel_size,
-            **self._remote_code,
-        )
-
-    def _scorer(self, name: str, at: str) -> _Actor:
-        """A replica of the teacher, or of the reference, in section `at`."""
-        config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
-        vllm = scorer.backend == "vllm"
-        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
-        own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
-        return self._actor(
-            name,
-            "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
-            scorer,
-            Needs() if reference else config.objective.needs(),
-            vocabulary=self._vocabulary,
-            as_student=reference,
-            gpus=self._gpus * scorer.tensor_parallel_size,
-            **own,
-            **self._remote_code,
-        )
-
-    def _learner_rank(self, rank: int) -> _Actor:
-        run, sampling = self._config.run, self._config.teacher_sampling
-        return self._actor(
-            f"learner rank {rank}",
-            "async_opd.learner.engine:LearnerRank",
-            self._config.learner,
-            self._config.objective,
-            model=self._config.student.model,
-            temperature=self._config.rollout.temperature,
-            steps=run.steps,
-            max_lag_steps=run.max_lag_steps,
-            stale=run.stale,
-            truncated=self._config.rollout.truncated,
-            cap=self._config.rollout.max_new_tokens,
-            seed=run.seed,
-            rank=rank,
-            timeout_s=self._config.timeout.step_s,
-            bucket_bytes=self._config.sync.bucket_mib << 20,
-            taught_weight=sampling and sampling.weight,
-            gpus=self._gpus,
-            **self._remote_code,
-        )
-
-
-def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
-    """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
-    decoder = Tokenizer.from_str(tokenizer)
-    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True), within_s)
+    async def _share_files(self) -> None:
+        """Raise ConfigError where one that writes to the run directory, or reads there, has another disk."""
+        config = self._config
+        moving = (section(name) for name, teacher in config.named_teachers.items() if teacher.update != "frozen")
+        roles = {RANK, *moving}
+        far = [actor for actor in self._actors if actor.ask.role in roles and actor.node != home()]
+        if not far:
+            return
+        with tempfile.NamedTemporaryFile(dir=Path(config.run.dir).resolve(), prefix=".seen-") as file:
+            seen = await asyncio.gather(*(actor.sees(file.name, config.timeout.start_s) for actor in far))
+        blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
+        if blind:
+            shared = "must lie on a disk that every node sees, or all of them must fit on the driver's node"
+            raise ConfigError(f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it {shared}")

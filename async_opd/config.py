@@ -18,7 +18,17 @@ from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import Objective, all_objectives
 from async_opd.rollout.config import DataConfig, RolloutConfig
-from async_opd.scoring import backend_rules, form_rules, longest_sequence, sampling_rules, section, tag, teacher_rules
+from async_opd.scoring import (
+    Engines,
+    backend_rules,
+    form_rules,
+    longest_sequence,
+    sampling_rules,
+    section,
+    sharing_rules,
+    tag,
+    teacher_rules,
+)
 from async_opd.sections import EvalConfig, RunConfig, StudentConfig, SyncConfig, TimeoutConfig
 from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
 from async_opd.verify.checks import kinds, known
@@ -78,6 +88,16 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.objective.needs().reference:
             reference = self.reference or ReferenceConfig()
             found["reference"] = msgspec.structs.replace(reference, model=reference.model or self.student.model)
+        return found
+
+    @property
+    def engines(self) -> list[Engines]:
+        """Every pool of what holds a model, the learner apart."""
+        found = [Engines("generator", "rollout", self.rollout.generators, "rollout.generators", self.rollout)]
+        found += [Engines(at, at, each.replicas, f"{at}.replicas", each) for at, each in self.scorers.items()]
+        if sampling := self.teacher_sampling:
+            setting = "teacher_sampling.generators"
+            found.append(Engines("teacher-generator", "teacher", sampling.generators, setting, self.teacher))
         return found
 
 
@@ -188,6 +208,8 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield broken, f"reference: has no effect with {tag(c.objective)}, which needs none"
     if c.teacher_sampling:
         yield from sampling_rules(c.teacher_sampling, c.teacher, c.rollout)
+    if c.run.share_gpu:
+        yield from sharing_rules(c.engines, learner.ranks, c.sync.backend)
     most, bound = c.run.max_lag_steps + 1, f"run.max_lag_steps + 1 = {c.run.max_lag_steps + 1}"
     broken = c.outstanding_steps > most
     yield broken, f"run.max_outstanding_steps = {c.outstanding_steps:g}: must be <= {bound}, or tokens go over age"

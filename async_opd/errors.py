@@ -13,6 +13,12 @@ class ConfigError(AsyncOpdError):
     exit_status = 2
 
 
+class ClusterTooSmall(AsyncOpdError):
+    """The cluster has not the GPUs that a config asks for. The message gives both, by role and by node."""
+
+    exit_status = 2
+
+
 class DataError(AsyncOpdError):
     """A dataset, a row, a model directory or a tokenizer cannot be used. The message names which and why."""
 

@@ -44,7 +44,8 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
         def tell(what: str, who: str, why: str) -> None:
             now = time.time()
             log({"time": now, "what": what, "who": who, "why": why})
-            say(f"{time.strftime('%H:%M:%S', time.localtime(now))} {who}: {what}{why and ': '}{why}")
+            if what != "placed":  # of each member: for those who look for it
+                say(f"{time.strftime('%H:%M:%S', time.localtime(now))} {who}: {what}{why and ': '}{why}")
 
         for restarts in itertools.count():
             try:
@@ -72,6 +73,7 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         eos_ids=inputs.eos_ids,
         tokenizer=inputs.tokenizer.backend_tokenizer,
         first_seed=config.run.seed + 1000 * found.state.version if found else config.run.seed,
+        tell=tell,
     ) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()

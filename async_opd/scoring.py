@@ -1,7 +1,8 @@
 """Rules for the teachers and the reference of a run. Part of `config`, which knows which of them there are."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from async_opd.errors import ConfigError
 from async_opd.objectives import Objective
@@ -9,6 +10,17 @@ from async_opd.rollout.config import DataConfig, RolloutConfig
 from async_opd.teacher.config import ScorerConfig, TeacherConfig, TeacherSamplingConfig
 
 NAME = re.compile(r"[\w-]+")
+CONTEXTS = 0.05  # of a shared card's memory: what CUDA takes of it in each process
+
+
+class Engines(NamedTuple):
+    """A pool of what holds a model: `count` times `each`, set in section `at`."""
+
+    role: str
+    at: str
+    count: int
+    setting: str  # of the count
+    each: RolloutConfig | ScorerConfig
 
 
 def section(name: str) -> str:
@@ -97,8 +109,12 @@ def backend_rules(
         yield broken, f"{at}.tensor_parallel_size = {size}: must be 1 with {at}.backend = 'transformers'"
 
 
-def refuse_without_gpus(scorers: Mapping[str, ScorerConfig], rollout: RolloutConfig, objective: Objective) -> None:
+def refuse_without_gpus(
+    scorers: Mapping[str, ScorerConfig], rollout: RolloutConfig, objective: Objective, share_gpu: bool
+) -> None:
     """Raise ConfigError for what needs GPUs. Called on a cluster that has none, which only the cluster can tell."""
+    if share_gpu:
+        raise ConfigError("run.share_gpu = true: must be false on a cluster without GPUs")
     for at, s in scorers.items():
         if s.backend == "vllm" and isinstance(s, TeacherConfig) and objective.needs().teacher_at_student_ids:
             needs = f"for {tag(objective)}, which has given ids scored: without GPUs vLLM cannot"
@@ -106,6 +122,24 @@ def refuse_without_gpus(scorers: Mapping[str, ScorerConfig], rollout: RolloutCon
     for at, role in {"rollout": rollout, **scorers}.items():
         if (size := role.tensor_parallel_size) > 1:
             raise ConfigError(f"{at}.tensor_parallel_size = {size}: must be 1 on a cluster without GPUs")
+
+
+def shared_with_learner(engines: Sequence[Engines]) -> float:
+    """What is left of a card for the learner that shares it with them."""
+    return round(1 - CONTEXTS - sum(pool.count * pool.each.gpu_memory_utilization for pool in engines), 4)
+
+
+def sharing_rules(engines: Sequence[Engines], ranks: int, backend: str) -> Iterator[tuple[bool, str]]:
+    """One card for everybody."""
+    on = "with run.share_gpu = true"
+    yield ranks > 1, f"learner.ranks = {ranks}: must be 1 {on}, NCCL refuses two ranks on one card"
+    yield backend == "nccl", f"sync.backend = 'nccl': must be 'gloo' {on}, NCCL refuses two ranks on one card"
+    for pool in engines:
+        size = pool.each.tensor_parallel_size
+        yield size > 1, f"{pool.at}.tensor_parallel_size = {size}: must be 1 {on}"
+    taken = " + ".join(f"{p.count} x {p.at}.gpu_memory_utilization = {p.each.gpu_memory_utilization}" for p in engines)
+    limit = f"must sum to less than {1 - CONTEXTS:g} {on}, the learner has what is left"
+    yield shared_with_learner(engines) <= 0, f"{taken}: {limit}"
 
 
 def sampling_rules(

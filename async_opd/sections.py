@@ -19,6 +19,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     trust_remote_code: bool = False
+    share_gpu: bool = False  # all on one card: each has its gpu_memory_utilization of it, the learner what is left
     wandb_project: str | None = None  # absent: jsonl only
 
 
@@ -49,6 +50,7 @@ class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of every wait, in seconds."""
 
+    nodes_s: Annotated[float, Meta(ge=0)] = 30.0  # for GPUs that RAY_ADDRESS has not yet; an autoscaler takes minutes
     start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
     generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher

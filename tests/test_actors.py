@@ -13,6 +13,11 @@ VLLM, TWO = "teacher.backend=vllm", "tensor_parallel_size=2"
 REFUSED = {
     "given ids": ([VLLM], Needs(teacher_at_student_ids=4), "teacher.backend = 'vllm': must be .* given ids scored"),
     "split teacher": ([VLLM, f"teacher.{TWO}"], Needs(), "teacher.tensor_parallel_size = 2: must be 1 .* without GPUs"),
+    "one card": (
+        ["run.share_gpu=true", "rollout.gpu_memory_utilization=0.4", "teacher.gpu_memory_utilization=0.3"],
+        Needs(),
+        "run.share_gpu = true: must be false on a cluster without GPUs",
+    ),
     "split generator": ([f"rollout.{TWO}"], Needs(), "rollout.tensor_parallel_size = 2: must be 1 .* without GPUs"),
 }
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,18 +25,21 @@ RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves
 
 
 class Job:
-    """One `async-opd` process in a session of its own, its descendants marked by an environment variable."""
+    """One `async-opd` process, or of another program, in a session of its own, its descendants marked by an environment
+    variable."""
 
     started: ClassVar[list["Job"]] = []
 
-    def __init__(self, *args: str, folder: Path):
+    def __init__(
+        self, *args: str, folder: Path, program: tuple[str, ...] = ("-m", "async_opd"), env: Mapping[str, str] = {}
+    ):
         self.started.append(self)
         self.mark = uuid.uuid4().hex
         self.log = folder / f"{self.mark}.log"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "async_opd", *args],
-                env=os.environ | {"ASYNC_OPD_TEST_MARK": self.mark},
+                [sys.executable, *program, *args],
+                env=os.environ | env | {"ASYNC_OPD_TEST_MARK": self.mark},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -58,8 +61,8 @@ class Job:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.1)
 
-    def processes(self) -> list[psutil.Process]:
-        """Living processes of this job, Ray's own lingering agents apart."""
+    def processes(self, everything: bool = False) -> list[psutil.Process]:
+        """Living processes of this job, Ray's own lingering agents apart unless `everything` is asked for."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -67,7 +70,7 @@ class Job:
                 if (
                     ours
                     and process.status() != psutil.STATUS_ZOMBIE
-                    and " ".join(process.cmdline()).strip() not in RAYS_OWN
+                    and (everything or " ".join(process.cmdline()).strip() not in RAYS_OWN)
                 ):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -1,0 +1,60 @@
+"""A Ray cluster of several nodes on this machine, started as an operator does: a raylet each, on 127.0.0.1, 127.0.0.2…"""
+
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from tests.e2e.conftest import Job
+
+RAY = ("-m", "ray.scripts.scripts")
+ROOT = Path(__file__).parents[2]
+
+
+class Nodes:
+    """A head, which has the job API, and others. Token authentication as Ray has it by itself: on, because there is a
+    token in the home directory, here `folder`; who connects says RAY_AUTH_MODE=token."""
+
+    def __init__(self, count: int, folder: Path):
+        self._folder, self._sockets = folder, tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path is short
+        self._env = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "auth_token").write_text(uuid.uuid4().hex)
+        gcs, dashboard = _free_port(), _free_port()
+        self.api, self.nodes = f"http://127.0.0.1:{dashboard}", {}
+        self._start("127.0.0.1", "--head", f"--port={gcs}", f"--dashboard-port={dashboard}")
+        self._env["RAY_AUTH_MODE"] = "token"
+        for at in range(2, count + 1):
+            self._start(f"127.0.0.{at}", f"--address=127.0.0.1:{gcs}")
+
+    def _start(self, address: str, *args: str) -> None:
+        """One more node, up."""
+        size = "--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"
+        where = f"--node-ip-address={address}", f"--temp-dir={self._sockets}"
+        job = Job("start", "--block", *args, *where, *size, folder=self._folder, program=RAY, env=self._env)
+        self.nodes[address] = job
+        job.until("Ray runtime started")
+
+    def submit(self, *command: str) -> Job:
+        """A job of the cluster; what it says is followed, and its end ends this."""
+        args = "job", "submit", "--address", self.api, "--", sys.executable, *command
+        return Job(*args, folder=self._folder, program=RAY, env=self._env)
+
+    def kill(self, address: str) -> None:
+        """A node dies at once: its raylet, without which its workers end."""
+        next(p for p in self.nodes[address].processes() if p.name() == "raylet").kill()
+
+    def stop(self) -> list[str]:
+        """End every process of every node; the command lines of those that do not go."""
+        for node in self.nodes.values():
+            for process in node.processes(everything=True):
+                process.kill()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        return [line for node in self.nodes.values() for line in node.gone_within(10)]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
