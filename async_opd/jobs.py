@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import json
+import logging
 import os
 import shlex
 import socket
@@ -52,6 +53,8 @@ class Jobs:
         """`address`: absent, that of Ray's environment variables, or of this machine."""
         self.address = _url(address)
         token = _token_for(self.address)
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray takes its environment before what it is given
         with self._asking():
             self._client = JobSubmissionClient(headers={"Authorization": f"Bearer {token}"} if token else None)
