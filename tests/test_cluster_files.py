@@ -13,6 +13,7 @@ import pytest
 import ray.autoscaler
 import yaml
 
+from async_opd import commands
 from async_opd.cli import main
 from async_opd.cluster.render import KINDS, render
 from async_opd.cluster.shape import shape_of
@@ -45,6 +46,10 @@ def pods(job: dict) -> list[dict]:
     return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
+def test_every_kind_can_be_asked_for():
+    assert tuple(KINDS) == commands.cluster.KINDS
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_in_cluster_are_what_the_recipe_renders(kind, capsys):
     words = ["cluster", "render", "--kind", kind, str(RECIPE), *SETTINGS]
@@ -72,7 +77,7 @@ def test_there_are_as_few_nodes_as_hold_every_role(settings, per_node, nodes, gp
 def test_an_engine_wider_than_a_node_is_refused_with_its_setting():
     config = load(RECIPE, [*SETTINGS, "rollout.tensor_parallel_size=8"])
     with pytest.raises(
-        ConfigError, match="--gpus-per-node 4: too few: generator asks for 8 on one node: lower .*tensor_"
+        ConfigError, match=r"--gpus-per-node 4: too few: generator asks for 8 on one node: lower .*tensor"
     ):
         shape_of(config, 4)
 

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--kind", required=True, choices=KINDS, help="of file")
     one.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
     one.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    one.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="at most; 8")
+    one.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="how many a node has; absent, 8")
     one.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
 
