@@ -76,7 +76,7 @@ class Jobs:
             raise ClusterError(f"scale: {id} is {found.status.value}: only a run that is RUNNING can be scaled")
         asking = self._start(["scale", found.metadata[RUN_DIR], *sizes], found.runtime_env, {})
         ended = self.wait(asking)
-        print(self.logs(asking).strip().rpartition("\n")[2] or ended.message)
+        print(last_word(self.logs(asking)) or ended.message)
         return EXIT_STATUS[ended.status]
 
     def about(self, id: str) -> JobDetails:
@@ -118,9 +118,7 @@ class Jobs:
         return found
 
     def _start(self, words: list[str], environment: dict, metadata: dict[str, str]) -> str:
-        entrypoint = (
-            f"exec {shlex.join(['python', '-m', 'async_opd', *words])}"  # in the shell's place: it gets signals
-        )
+        entrypoint = shlex.join(["python", "-m", "async_opd", *words])
         with self._asking():
             return self._client.submit_job(entrypoint=entrypoint, runtime_env=environment, metadata=metadata)
 
@@ -138,6 +136,12 @@ class Jobs:
         except (RuntimeError, OSError, aiohttp.ClientError) as e:  # RuntimeError: what Ray makes of an HTTP status
             last = str(e).strip().rpartition("\n")[2] or type(e).__name__
             raise ClusterError(f"{self.address}: {last}{behind}") from e
+
+
+def last_word(text: str) -> str:
+    """Of a log: the last line that async-opd said of itself, else the last: libraries have their own last words."""
+    lines = text.strip().splitlines()
+    return ([line for line in lines if line.startswith("async-opd: ")] or lines or [""])[-1]
 
 
 HOW_TO_GET_A_TOKEN = (

@@ -23,13 +23,13 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="/shared/runs/.ray-token-$SLURM_J
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
-head=$(hostname) # this script runs on the first node
-ip=$(hostname --ip-address | cut -d " " -f 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first of them
+ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
 export RAY_ADDRESS="$ip:6379"
 on_node=(--nodes=1 --ntasks=1 --overlap)
-srun "${on_node[@]}" --nodelist="$head" \
+srun "${on_node[@]}" --nodelist="${nodes[0]}" \
   ray start --head --block --node-ip-address="$ip" --port=6379 --dashboard-host=127.0.0.1 &
-for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n +2); do
+for node in "${nodes[@]:1}"; do
   srun "${on_node[@]}" --nodelist="$node" ray start --address="$RAY_ADDRESS" --block &
 done
 python - <<'PYTHON'

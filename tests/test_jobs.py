@@ -279,10 +279,10 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
 
 
 def test_stop_says_how_to_go_on(cluster, capsys):
-    cluster(job("raysubmit_a", "RUNNING", "step 7\nsaved\n"))
+    cluster(job("raysubmit_a", "RUNNING", "step 7\nasync-opd: interrupted\nnoise of a library\n"))
     assert main(["stop", "raysubmit_a"]) == 0
     assert capsys.readouterr().out == (
-        "raysubmit_a STOPPED: saved\nasync-opd submit --resume /shared/a --address http://127.0.0.1:8265\n"
+        "raysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume /shared/a --address http://127.0.0.1:8265\n"
     )
 
 
@@ -290,7 +290,7 @@ def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys
     found = cluster(job("raysubmit_a", "RUNNING"), job("raysubmit_done", "SUCCEEDED"))
     assert main(["scale", "raysubmit_a", "generators=2"]) == 0
     assert capsys.readouterr().out == "generators: 1 -> 2\n"
-    asked = "exec python -m async_opd scale /shared/a generators=2", {"env_vars": {"A": "1"}}
+    asked = "python -m async_opd scale /shared/a generators=2", {"env_vars": {"A": "1"}}
     assert found["raysubmit_new"].asked == asked
     assert "only a run that is RUNNING can be scaled" in said(capsys, "scale", "raysubmit_done", "generators=2")
 
@@ -366,7 +366,7 @@ def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
     assert main(["submit", *words, "--no-wait"]) == 0
     assert capsys.readouterr().out == "raysubmit_new\n"
     entrypoint, environment = found["raysubmit_new"].asked
-    assert entrypoint == f"exec python -m async_opd train {trains}"
+    assert entrypoint == f"python -m async_opd train {trains}"
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     package, metadata = map(Path, environment["py_modules"])
     assert (package / "cli.py").is_file() and (metadata / "entry_points.txt").is_file()  # by which vLLM finds it

@@ -12,6 +12,7 @@ from textwrap import indent
 from async_opd.cluster.shape import shape_of
 from async_opd.config import load
 from async_opd.errors import ConfigError
+from async_opd.jobs import RUN_DIR, STOP_S
 
 KINDS = {  # each with its template
     "kuberay": "kuberay.yaml",
@@ -44,7 +45,9 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         overrides=shlex.join(overrides),
         entrypoint=json.dumps(shlex.join(["python", "-m", "async_opd", "train", "/config/config.toml", *overrides])),
         image=image,
+        metadata=json.dumps({RUN_DIR: shape.run_dir}),
         ray=version("ray"),
+        stop_s=STOP_S,
         vllm=_vllm(),
         worker_ips=json.dumps([f"worker-{at}.example" for at in range(1, shape.nodes)]),
     )

@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(job: "JobDetails") -> str:
-    from async_opd.jobs import RUN_DIR
+    from async_opd.jobs import RUN_DIR, last_word
 
-    seconds = ((job.end_time or 1000 * time.time()) - (job.start_time or 1000 * time.time())) / 1000
-    failed = job.status == "FAILED" and job.message
-    why = [f"  {line}" for line in job.message.strip().splitlines()[-1:]] if failed else []
+    now = 1000 * time.time()
+    minutes = ((job.end_time or now) - (job.start_time or now)) / 60_000
     where = (job.metadata or {}).get(RUN_DIR, job.entrypoint)
-    return "\n".join([f"{job.submission_id}  {job.status.value:9}  {seconds / 60:6.1f} min  {where}", *why])
+    why = f"\n  {last_word(job.message or '')}" if job.status == "FAILED" else ""
+    return f"{job.submission_id}  {job.status.value:9}  {minutes:6.1f} min  {where}{why}"

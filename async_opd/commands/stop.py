@@ -16,12 +16,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.jobs import RUN_DIR, Jobs
+    from async_opd.jobs import RUN_DIR, Jobs, last_word
 
     jobs = Jobs(args.address)
     ended = jobs.stop(args.id)
-    *_, said = ["", *jobs.logs(args.id).strip().splitlines()]
-    print(f"{args.id} {ended.status.value}: {said}")
+    print(f"{args.id} {ended.status.value}: {last_word(jobs.logs(args.id))}")
     if ended.status == "STOPPED" and RUN_DIR in (ended.metadata or {}):
         print(f"async-opd submit --resume {ended.metadata[RUN_DIR]} --address {jobs.address}")
     return 0

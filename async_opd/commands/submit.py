@@ -32,9 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="a run's directory on the cluster, or a checkpoint")
     parser.add_argument("--address", metavar="URL", help=ADDRESS)
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
-    parser.add_argument(
-        "--working-dir", type=Path, default=".", metavar="FOLDER", help="what is sent; absent, this folder"
-    )
+    parser.add_argument("--working-dir", type=Path, default=".", metavar="FOLDER", help="else this folder is sent")
 
 
 def run(args: argparse.Namespace) -> int:
