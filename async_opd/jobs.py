@@ -33,14 +33,8 @@ DEFAULT = "http://127.0.0.1:8265"
 ANSWER_S = 10.0  # within which a dashboard answers
 POLL_S = 1.0
 STOP_S = 60  # from SIGTERM to SIGKILL; Ray's 3 s would cut off train.INTERRUPT_S and the end of the actors
-LEFT_OUT = [
-    "/.git",
-    ".venv",
-    "venv",
-    "__pycache__",
-    "/runs",
-    "/wandb",
-]  # of the working directory, and what git ignores
+# Of the working directory, besides what git ignores.
+LEFT_OUT = ["/.git", ".venv", "venv", "__pycache__", "/runs", "/wandb"]
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
 RUN_DIR = "async_opd_run_dir"  # in the metadata of a job that trains
 
@@ -132,7 +126,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError as e:
-            raise ClusterError(f"{self.address}: refuses the token that Ray finds here; {HOW_TO_GET_A_TOKEN}") from e
+            raise ClusterError(f"{self.address}: refuses the token found here; {HOW_TO_GET_A_TOKEN}") from e
         except (RuntimeError, OSError, aiohttp.ClientError) as e:  # RuntimeError: what Ray makes of an HTTP status
             last = str(e).strip().rpartition("\n")[2] or type(e).__name__
             raise ClusterError(f"{self.address}: {last}{behind}") from e

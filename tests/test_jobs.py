@@ -114,7 +114,7 @@ def test_a_token_that_is_refused_says_where_the_right_one_is(status, dashboard, 
     answers["/api/version"] = status, b"Unauthorized: or so"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     line = said(capsys, "status", "--address", address)
-    assert "refuses the token that Ray finds here; `ray get-auth-token` on its head node" in line
+    assert "refuses the token found here; `ray get-auth-token` on its head node" in line
     assert answers["tokens"] == [None, "Bearer wrong"]
 
 

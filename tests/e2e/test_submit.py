@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.e2e.nodes import Nodes
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def test_a_submitted_run_is_seen_scaled_and_stopped_with_a_checkpoint(tmp_path, monkeypatch):
+def test_a_submitted_run_is_left_followed_scaled_and_stopped_with_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # as in an activated environment
     cluster, run = Nodes(1, tmp_path), tmp_path / "run"
     at = "--address", cluster.api
@@ -24,9 +25,14 @@ def test_a_submitted_run_is_seen_scaled_and_stopped_with_a_checkpoint(tmp_path, 
         return job.text()
 
     settings = [f"run.dir={run}", "run.steps=100000", *SMALL]
-    following = Job("submit", "configs/demo.toml", *settings, *at, folder=tmp_path, env={"HOME": str(tmp_path)})
-    following.until("1/100000 ")
-    id = next(line for line in following.text().splitlines() if line.startswith("raysubmit_"))
+    submitting = Job("submit", "configs/demo.toml", *settings, *at, folder=tmp_path, env={"HOME": str(tmp_path)})
+    submitting.until("1/100000 ")
+    id = next(line for line in submitting.text().splitlines() if line.startswith("raysubmit_"))
+    submitting.process.send_signal(signal.SIGINT)
+    assert submitting.wait(30) == 130
+    assert f"left {id}, which goes on" in submitting.text()
+
+    following = Job("logs", id, "--follow", *at, folder=tmp_path, env={"HOME": str(tmp_path)})
     assert f"{id}  RUNNING" in says("status") and str(run) in says("status", id)
     assert "1/100000 " in says("logs", id)
     assert says("scale", id, "teacher=2") == "teacher: 1 -> 2\n"
