@@ -148,8 +148,12 @@ def _url(given: str | None) -> str:
     """Of the dashboard. An address of Ray's own protocol is refused: nothing bounds the wait for its answer."""
     named = {"--address": given} | {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
     name, address = next(((name, address) for name, address in named.items() if address), ("", DEFAULT))
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urlsplit(address)
+        right = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        right = False
+    if not right:
         raise ClusterError(f"{name} = {address!r}: must be the URL of a Ray dashboard, such as --address {DEFAULT}")
     return address.rstrip("/")
 
@@ -161,9 +165,8 @@ def _token_for(address: str) -> str | None:
     reached = _resolved(address, url.hostname)
     local = all(ip.is_loopback for ip in reached)
     if url.scheme == "http" and not all(ip.is_private for ip in reached):
-        raise ClusterError(
-            f"{address}: http would send the token in clear through the open net: use https, or {TUNNEL}"
-        )
+        clear = "http would send the token in clear through the open net"
+        raise ClusterError(f"{address}: {clear}: use https, or {TUNNEL}")
     if _authentication(address) != "token":
         if local:
             return None
@@ -173,10 +176,8 @@ def _token_for(address: str) -> str | None:
     if token is None:
         raise ClusterError(f"{address}: asks for a token, and there is none here; {HOW_TO_GET_A_TOKEN}")
     if url.scheme == "http" and not local:
-        say(
-            f"warning: {address} gets the token in clear; unless you trust this network, use https or {TUNNEL}",
-            sys.stderr,
-        )
+        clear = f"{address} gets the token in clear"
+        say(f"warning: {clear}; unless you trust this network, use https or {TUNNEL}", sys.stderr)
     return token
 
 

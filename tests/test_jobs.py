@@ -84,7 +84,9 @@ def test_another_server_is_none(answer, says, dashboard, capsys):
     assert says in said(capsys, "status", "--address", address)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://head:10001", "auto", "http://"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:8265", "ray://head:10001", "auto", "http://", "http://a:b", "http://[::1"]
+)
 def test_an_address_that_is_no_dashboards_url_is_refused(address, monkeypatch, capsys):
     must = f"{address!r}: must be the URL of a Ray dashboard, such as --address http://127.0.0.1:8265"
     assert f"--address = {must}" in said(capsys, "status", "--address", address)
