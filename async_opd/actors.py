@@ -1,4 +1,4 @@
-"""Plain role classes as Ray actors, behind the ports. The one file of the library that imports ray."""
+"""Plain role classes as Ray actors, behind the ports. Only this file and `nodes` import ray."""
 
 import asyncio
 import gc
@@ -89,7 +89,7 @@ class _Actor:
 
     def __init__(self, name: str, part: Part, ask: Ask, node: str | None):
         """On that node, or where Ray finds room once there is some."""
-        self.name, self.ask, self.node = name, ask, node
+        self.name, self.ask, self.node, self.killed = name, ask, node, False
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()  # of the process, in `ps` and Ray's tools
         role = type(title, (_Host,), {})
         options = {"num_cpus": 0, "num_gpus": ask.gpus, "max_concurrency": CALLS_AT_ONCE}
@@ -109,7 +109,7 @@ class _Actor:
         await self.result(self.handle.check_health.remote(), timeout_s, "sign of life")
 
     def kill(self) -> None:
-        self.node = None
+        self.killed = True
         ray.kill(self.handle)
 
     async def address(self, timeout_s: float) -> tuple[str, int]:
@@ -230,7 +230,8 @@ class Cluster:
         """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where there is room now."""
         start_s, name, ask = self._config.timeout.start_s, f"{pool} {index}", self._asked[pool]
         async with self._turn:
-            node = nodes[name] if nodes else choose(ask, living(self._members()), home())
+            lost = next((actor.node or "" for actor in reversed(self._actors) if actor.name == name), "")
+            node = nodes[name] if nodes else choose(ask, living(self._members()), home(), lost=lost)
             actor = self._make(name, self._casting.member(pool, index), node)
             with ExitStack() as unless:
                 unless.callback(actor.kill)
@@ -251,9 +252,9 @@ class Cluster:
         self._actors.append(_Actor(name, part, self._asked[name.rpartition(" ")[0]], node and node.id))
         return self._actors[-1]
 
-    def _members(self) -> list[tuple[str, Ask]]:
+    def _members(self) -> list[tuple[str | None, Ask]]:
         """The node of each that lives."""
-        return [(actor.node, actor.ask) for actor in self._actors if actor.node]
+        return [(actor.node, actor.ask) for actor in self._actors if not actor.killed]
 
     async def _share_files(self) -> None:
         """Raise ConfigError where one that writes to the run directory, or reads there, has another disk."""

@@ -20,7 +20,7 @@ def home() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def living(members: Sequence[tuple[str, Ask]] = ()) -> list[Node]:
+def living(members: Sequence[tuple[str | None, Ask]] = ()) -> list[Node]:
     """The nodes that live, with what lives there of `members`, by node."""
     available, nodes = available_resources_per_node(), []
     for node in (node for node in ray.nodes() if node["Alive"]):
@@ -37,7 +37,7 @@ def living(members: Sequence[tuple[str, Ask]] = ()) -> list[Node]:
 async def room(asked: Sequence[Ask], within_s: float, tell: Tell) -> Mapping[str, Node]:
     """The node of each member. Waits for room at most `within_s`, while a placement group that asks for all of it shows
     an autoscaler what is missing. Raises ClusterTooSmall."""
-    until, group = time.monotonic() + within_s, None
+    until, group, had = time.monotonic() + within_s, None, False
     try:
         while True:
             try:
@@ -48,9 +48,10 @@ async def room(asked: Sequence[Ask], within_s: float, tell: Tell) -> Mapping[str
                 if group is None:
                     tell("waits", "run", f"at most {within_s:g} s for room: {e}")
                     group = placement_group([{"GPU": ask.gpus} for ask in asked for _ in ask.members if ask.gpus])
-            if await asyncio.to_thread(group.wait, POLL_S):
-                remove_placement_group(group)  # so there is room, and it is ours to give out
-                group = None
+            if had:
+                await asyncio.sleep(POLL_S)
+            elif had := await asyncio.to_thread(group.wait, POLL_S):
+                remove_placement_group(group)  # there is room: it is free as soon as Ray's books say so
     finally:
-        if group is not None:
+        if group is not None and not had:
             remove_placement_group(group)

@@ -72,8 +72,9 @@ def place(asked: Sequence[Ask], nodes: Sequence[Node], home: str = "") -> dict[s
     raise _too_small(asked, nodes, missing)
 
 
-def choose(ask: Ask, nodes: Sequence[Node], home: str = "", left: int = 1) -> Node | None:
-    """The node for one more member, of `left` that are to come; None where there is no room."""
+def choose(ask: Ask, nodes: Sequence[Node], home: str = "", left: int = 1, lost: str = "") -> Node | None:
+    """The node for one more member, of `left` that are to come; None where there is no room. One in place of a member
+    that was `lost` with its node should not go there: Ray takes a dead node for a living one for some time."""
     for_all = [node for node in nodes if node.cpus] or nodes  # a node without CPUs is kept free of everything else
     rooms = [node for node in nodes if node.free >= ask.gpus] if ask.gpus else for_all
 
@@ -82,7 +83,8 @@ def choose(ask: Ask, nodes: Sequence[Node], home: str = "", left: int = 1) -> No
         return -beside, not fits, node.id != home, node.free if fits else -node.free
 
     def spread(node: Node) -> tuple:
-        return sum(other.role == ask.role for other in node.members), len(node.members), node.id == home
+        alike = sum(other.role == ask.role for other in node.members)
+        return node.id == lost, alike, len(node.members), node.id == home
 
     return min(rooms, key=packed if ask.packed else spread, default=None)
 

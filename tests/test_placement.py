@@ -117,6 +117,13 @@ def test_a_member_in_place_of_a_lost_one_goes_where_few_of_its_role_are_and_room
     assert choose(generator, nodes[:2]) is None
 
 
+def test_a_lost_member_comes_back_on_another_node_if_it_can():
+    nodes, generator = cluster(2, 2), asks(load(DEMO, []), True)[1]
+    nodes[1].take(generator)
+    assert choose(generator, nodes, lost="a").id == "b"  # though a has none of its role
+    assert choose(generator, nodes[:1], lost="a").id == "a"
+
+
 def test_on_one_card_each_has_its_share_of_memory_and_the_learner_what_is_left():
     asked = asks(load(DEMO, SHARED), True)
     assert {ask.role: ask.gpus for ask in asked} == {

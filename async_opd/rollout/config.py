@@ -38,4 +38,4 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     enforce_eager: bool = False  # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory

@@ -20,7 +20,7 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # vllm only
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # GPUs of one replica
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # of a GPU; with run.share_gpu of any backend
 
 
 class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, started as an operator does: a raylet each, on 127.0.0.1, 127.0.0.2…"""
+"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.1, 127.0.0.2 …"""
 
 import shutil
 import socket
@@ -19,7 +19,7 @@ class Nodes:
 
     def __init__(self, count: int, folder: Path):
         self._folder, self._sockets = folder, tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path is short
-        self._env = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._env = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         (folder / ".ray").mkdir()
         (folder / ".ray" / "auth_token").write_text(uuid.uuid4().hex)
         gcs, dashboard = _free_port(), _free_port()
@@ -32,8 +32,9 @@ class Nodes:
     def _start(self, address: str, *args: str) -> None:
         """One more node, up."""
         size = "--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"
+        ports = "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"  # any: nodes share them
         where = f"--node-ip-address={address}", f"--temp-dir={self._sockets}"
-        job = Job("start", "--block", *args, *where, *size, folder=self._folder, program=RAY, env=self._env)
+        job = Job("start", "--block", *args, *where, *ports, *size, folder=self._folder, program=RAY, env=self._env)
         self.nodes[address] = job
         job.until("Ray runtime started")
 
