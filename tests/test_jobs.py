@@ -331,6 +331,11 @@ def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(words, 
     assert says in said(capsys, "submit", *words)
 
 
+def test_a_run_that_can_be_seen_from_here_is_checked_here(project, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "Jobs", None)
+    assert "RunMissing: " in said(capsys, "submit", "--resume", str(project))
+
+
 def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, cluster, capsys):
     (project / ".gitignore").write_text("*.jsonl\n")
     line = said(capsys, *SUBMIT)
