@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import signal
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -26,7 +27,7 @@ from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.scoring import refuse_without_gpus, section
 from async_opd.stream.pool import Tell
-from async_opd.stream.supervise import bounded
+from async_opd.stream.supervise import bounded, interrupt
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
@@ -143,6 +144,7 @@ def start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, interrupt)  # which ray.init takes for an exit at once
 
 
 class Cluster:

@@ -6,7 +6,9 @@ from importlib import import_module
 
 from async_opd.errors import AsyncOpdError, CallFailed
 
-COMMANDS = ("train", "demo", "plan", "eval", "explain", "audit", "scale")  # files of `commands`, as help orders them
+COMMANDS = (  # files of `commands`, in the order help gives them
+    "train", "demo", "plan", "submit", "status", "logs", "stop", "scale", "eval", "explain", "audit", "cluster",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,6 +75,13 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.teachers if self.teacher is None else {"": self.teacher}
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """Models and data it reads, by the keys that name them."""
+        found = {"student.model": self.student.model, "data.path": self.data.path}
+        found |= {f"{at}.model": scorer.model for at, scorer in self.scorers.items()}
+        return found | ({"eval.path": self.eval.path} if self.eval else {})
+
+    @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """What scores rollouts, each with a `model`, by its section; the reference only where it is needed."""
         found: dict[str, ScorerConfig] = {section(name): teacher for name, teacher in self.named_teachers.items()}
@@ -94,10 +101,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return found
 
 
-def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) -> Config:
+def load(path: str | Path, overrides: list[str] = (), *, training: bool = True, elsewhere: bool = False) -> Config:
     """Read a TOML file, apply `key.path=value` overrides (values in TOML; a bare word is a string), check everything.
 
-    `training` adds what a new run directory asks for. Raises ConfigError naming the key's path, the value, what is
+    `training` adds what a new run directory asks for; `elsewhere`, for a run on other machines, takes an absolute path
+    that is not here for one of theirs. Raises ConfigError naming the key's path, the value, what is
     allowed and the nearest spelling.
     """
     try:
@@ -108,7 +116,7 @@ def load(path: str | Path, overrides: list[str] = (), *, training: bool = True) 
         raise ConfigError(f"config {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
-    return _complete(tree, overrides, training)
+    return _complete(tree, overrides, training, elsewhere)
 
 
 def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
@@ -129,14 +137,14 @@ def _written(tree: Any) -> Any:
     return {key: _written(value) for key, value in tree.items() if value is not None}
 
 
-def _complete(tree: dict, overrides: list[str], training: bool) -> Config:
+def _complete(tree: dict, overrides: list[str], training: bool, elsewhere: bool = False) -> Config:
     for override in overrides:
         _override(tree, override)
     config = _checked(tree, Config)
     for broken, message in _rules(config):
         if broken:
             raise ConfigError(message)
-    _check_files(config)
+    _check_files(config, elsewhere)
     _check_run_dir(config, training)
     return config
 
@@ -227,23 +235,23 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield not known(c.verify.check), forms
 
 
-def _check_files(c: Config) -> None:
+def _check_files(c: Config, elsewhere: bool) -> None:
     """What is named as local is there: models with a context for the longest sequence, data in a known format."""
     student = "data.max_prompt_tokens + rollout.max_new_tokens", c.data.max_prompt_tokens + c.rollout.max_new_tokens
     models = [("student", c.student.model, *student, False)]
     for at, s in c.scorers.items():
         models.append((at, s.model, *longest_sequence(at, s, c.data, c.rollout), s.backend == "vllm"))
     for at, model, bound, tokens, vllm in models:
-        if folder := _local(f"{at}.model", model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}):
+        if folder := _local(f"{at}.model", model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}, elsewhere):
             _check_model(at, model, folder, f"{bound} = {tokens}", tokens, vllm)
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
-        file = _local(key, path, {"toy:train": None, "toy:heldout": None})
+        file = _local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
         if file and file.is_file() and file.suffix not in DATA_FILES:
             raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(DATA_FILES)}")
 
 
-def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
-    """Where `name` lies; None for what is made by the run or may be a hub id."""
+def _local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool) -> Path | None:
+    """Where `name` lies; None for what is made by the run, may be a hub id, or lies elsewhere."""
     if name.startswith("toy:"):
         if name not in shipped:
             raise ConfigError(wrong(key, name, shipped))
@@ -251,6 +259,8 @@ def _local(key: str, name: str, shipped: dict[str, Path | None]) -> Path | None:
     path = Path(name)
     if path.exists():
         return path
+    if elsewhere and path.is_absolute():
+        return None
     if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in DATA_FILES:
         return None
     hint = beside(name) or "; hub ids are owner/name, and owner/ must not be a folder here"
@@ -279,9 +289,6 @@ def _check_run_dir(c: Config, training: bool) -> None:
     for folder in (place, *place.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
-    inputs = {"student.model": c.student.model, "data.path": c.data.path}
-    inputs |= {f"{at}.model": s.model for at, s in c.scorers.items()}
-    inputs |= {"the working directory": "."} | ({"eval.path": c.eval.path} if c.eval else {})
-    for key, name in inputs.items():
+    for key, name in {**c.inputs, "the working directory": "."}.items():
         if training and Path(name).exists() and Path(name).resolve().is_relative_to(place):
             raise ConfigError(f"run.dir = {c.run.dir!r}: holds {key} = {name!r}, and a new run moves it aside")

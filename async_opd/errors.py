@@ -37,6 +37,13 @@ class CheckpointError(AsyncOpdError):
     exit_status = 2
 
 
+class ClusterError(AsyncOpdError):
+    """A cluster cannot be asked, or refuses: its address, its token, or a job it does not know. The message names it
+    and what to do."""
+
+    exit_status = 2
+
+
 class LedgerError(AsyncOpdError):
     """The ledger cannot be written, or a line of it is not a record. The message names the file, and the line."""
 

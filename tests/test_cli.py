@@ -19,6 +19,9 @@ SUMMARY = dict(
 ) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}  # fmt: skip
 
 
+NAMES = ", ".join(COMMANDS)
+
+
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Makes every command that runs something end with `result`: what it returns, or raises."""
@@ -42,10 +45,15 @@ def runs(monkeypatch, tmp_path):
         (["train"], "usage: async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"),
         (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
         (["plan"], "usage: async-opd plan CONFIG [key=value ...] [--offline] [--json] [options]"),
+        (["submit"], "usage: async-opd submit CONFIG [key=value ...] | --resume RUN [key=value ...]"),
+        (["status"], "usage: async-opd status [-h] [--address URL] [ID]"),
+        (["logs"], "usage: async-opd logs [-h] [--follow] [--address URL] ID"),
+        (["stop"], "usage: async-opd stop [-h] [--address URL] ID"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
-        (["scale"], "usage: async-opd scale [-h] RUN POOL=NUMBER [POOL=NUMBER ...]"),
+        (["scale"], "usage: async-opd scale [-h] [--address URL] RUN POOL=NUMBER [POOL=NUMBER ...]"),
+        (["cluster"], "usage: async-opd cluster [-h] render ..."),
     ],
 )
 def test_help_of_a_command_is_its_usage(command, says, capsys):
@@ -57,7 +65,10 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, plan, eval, explain, audit, scale)"),
+        (
+            ["tarin"],
+            f"invalid choice: 'tarin' (choose from {NAMES})",
+        ),
         ([], "the following arguments are required: COMMAND"),
         (["scale", "runs/demo"], "the following arguments are required: POOL=NUMBER"),
         (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
@@ -66,9 +77,8 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    commands = "train, demo, plan, eval, explain, audit, scale"
-    quoted = ", ".join(f"'{command}'" for command in commands.split(", "))
-    assert says in capsys.readouterr().err.replace(quoted, commands)
+    quoted = ", ".join(f"'{command}'" for command in NAMES.split(", "))
+    assert says in capsys.readouterr().err.replace(quoted, NAMES)
 
 
 def test_the_module_is_the_command():

@@ -4,3 +4,4 @@ What a command loads, it loads in `run`: asking for help, or a mistake in the co
 """
 
 OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
+ADDRESS = "of the cluster's dashboard; else Ray's RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or http://127.0.0.1:8265"

@@ -20,20 +20,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.config import load, load_run
-
     if args.resume is None:
+        from async_opd.config import load
+
         if not args.words:
             raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
         path, *overrides = args.words
         return train(load(path, overrides))
-    from async_opd.checkpoints import find, run_of
+    return train(*to_resume(args.resume, args.words))
 
-    config, found = load_run(run_of(args.resume), args.words), find(args.resume)
+
+def to_resume(path: Path, overrides: list[str]) -> "tuple[Config, Checkpoint]":
+    """The config of the run at `path` and the checkpoint to go on from. Raises ConfigError where nothing is left."""
+    from async_opd.checkpoints import find, run_of
+    from async_opd.config import load_run
+
+    config, found = load_run(run_of(path), overrides), find(path)
     if found.state.version >= config.run.steps:
         done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
         raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
-    return train(config, found)
+    return config, found
 
 
 def train(config: "Config", found: "Checkpoint | None" = None) -> int:

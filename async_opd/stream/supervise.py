@@ -1,7 +1,9 @@
-"""Bounded waits, and what ended a run."""
+"""Bounded waits, what ends a run, and why it ended."""
 
 import asyncio
+import signal
 from collections.abc import Awaitable
+from types import FrameType
 from typing import TypeVar
 
 from async_opd.errors import AsyncOpdError, TimedOut
@@ -26,3 +28,9 @@ def first_cause(error: BaseException) -> BaseException:
         return error
     causes = [first_cause(e) for e in error.exceptions]
     return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What SIGTERM does, from `async-opd stop`, Slurm or Kubernetes: what Ctrl-C does, where that is ignored too."""
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    (on_ctrl_c if callable(on_ctrl_c) else signal.default_int_handler)(number, frame)

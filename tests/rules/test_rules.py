@@ -2,8 +2,9 @@
 
 Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
 maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
-sections → config → inputs, evaluate, explain, audit, crew, placement → scale, progress, casting, nodes, plan → train,
-proxies → actors → run → commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
+sections → config → inputs, evaluate, explain, audit, crew, jobs, placement → scale, progress, casting, nodes, cluster,
+plan → train, proxies → actors → run → commands → cli → __main__. Units of one rank never import each other; a config.py
+is its role's.
 """
 
 import ast
@@ -24,13 +25,13 @@ ORDER = [
     ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
-    ["inputs", "evaluate", "explain", "audit", "crew", "placement"],
-    ["scale", "progress", "casting", "nodes", "plan"], ["train", "proxies"],
+    ["inputs", "evaluate", "explain", "audit", "crew", "jobs", "placement"],
+    ["scale", "progress", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
     ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
-    "ray": {"actors.py", "nodes.py"},
+    "ray": {"actors.py", "nodes.py", "jobs.py"},
     "deepspeed": {"learner/engine.py"},
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }

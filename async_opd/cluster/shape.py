@@ -1,0 +1,70 @@
+"""What a cluster for a config is made of. Every number of a rendered file is one of these."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from async_opd.config import Config
+from async_opd.errors import ClusterTooSmall, ConfigError
+from async_opd.placement import Node, asks, place
+
+CPUS_A_GPU = 4  # its actor, the engine's process, and the threads of both; none is reserved
+GIB_A_GPU = 64  # of host memory, a rule of thumb: more for `learner.offload_optimizer` of a large model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Nodes, all alike: the first is the head, and trains as the others do."""
+
+    name: str  # of the run, as Kubernetes spells names
+    nodes: int
+    gpus: int  # of a node
+    cpus: int
+    memory_gib: int
+    shm_gib: int  # Ray's object store, which takes 30 % of the memory, and what NCCL and vLLM share
+    run_dir: str
+    runs: str  # the folder it lies in
+    shared: str  # the first folder of both: the disk that every node sees
+
+    @property
+    def workers(self) -> int:
+        """Nodes besides the head."""
+        return self.nodes - 1
+
+
+def shape_of(config: Config, gpus_per_node: int) -> Shape:
+    """The fewest nodes of at most `gpus_per_node` that hold every role. Raises ConfigError."""
+    run_dir = PurePosixPath(config.run.dir)
+    if not run_dir.is_absolute() or len(run_dir.parts) < 3:
+        where = "on a disk that every node sees, such as /shared/runs/a"
+        raise ConfigError(f"run.dir = {config.run.dir!r}: must be absolute, {where}")
+    asked = asks(config, gpus=True)
+    wanted = sum(ask.count * ask.gpus for ask in asked)
+    gpus = min(gpus_per_node, -int(-wanted // 1))
+    members = sum(ask.count for ask in asked)
+    nodes = next((count for count in range(1, members + 1) if _holds(asked, count, gpus)), None)
+    if nodes is None:
+        largest = max(asked, key=lambda ask: ask.gpus)
+        needs = f"{largest.role} asks for {largest.gpus:g} on one node: lower {' or '.join(largest.settings)}"
+        raise ConfigError(f"--gpus-per-node {gpus_per_node}: too few: {needs}")
+    memory = GIB_A_GPU * gpus
+    return Shape(
+        name=re.sub("[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")[:40] or "run",
+        nodes=nodes,
+        gpus=gpus,
+        cpus=CPUS_A_GPU * gpus + config.verify.workers,
+        memory_gib=memory,
+        shm_gib=memory // 2,
+        run_dir=str(run_dir),
+        runs=str(run_dir.parent),
+        shared=str(PurePosixPath(*run_dir.parts[:2])),
+    )
+
+
+def _holds(asked: list, count: int, gpus: int) -> bool:
+    nodes = [Node(id=f"{at:04}", address=f"node {at}", cpus=1, gpus=gpus, free=gpus) for at in range(count)]
+    try:
+        place(asked, nodes, nodes[0].id)
+    except ClusterTooSmall:
+        return False
+    return True

@@ -1,0 +1,63 @@
+#!/bin/bash
+# A run on @{nodes} node(s) of @{gpus} GPU(s) by Slurm: a Ray cluster of its own, with a token, gone when the run has ended.
+# Rendered by: @{command}
+#
+#   sbatch FILE                                       # from the folder where that command was typed, on a shared disk
+#   scancel --batch --signal=TERM JOBID               # ends it with a checkpoint; without --batch, without one
+#
+# Activate the environment that has async-opd before sbatch, which passes it on, or put that in this file.
+#SBATCH --job-name=@{name}
+#SBATCH --nodes=@{nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=@{gpus}
+#SBATCH --cpus-per-task=@{cpus}
+#SBATCH --mem=@{memory_gib}G
+#SBATCH --signal=B:TERM@@180
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+umask 077
+mkdir -p @{runs}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="@{runs}/.ray-token-$SLURM_JOB_ID"
+python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first of them
+ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
+export RAY_ADDRESS="$ip:6379"
+on_node=(--nodes=1 --ntasks=1 --overlap)
+srun "${on_node[@@]}" --nodelist="${nodes[0]}" \
+  ray start --head --block --node-ip-address="$ip" --port=6379 --dashboard-host=127.0.0.1 &
+for node in "${nodes[@@]:1}"; do
+  srun "${on_node[@@]}" --nodelist="$node" ray start --address="$RAY_ADDRESS" --block &
+done
+python - <<'PYTHON'
+import sys, time
+import ray
+
+deadline = time.monotonic() + 300
+while True:
+    try:
+        ray.init(logging_level="ERROR")
+        break
+    except ConnectionError:
+        if time.monotonic() > deadline:
+            sys.exit("no Ray head answers within 300 s")
+        time.sleep(2)
+while (alive := sum(node["Alive"] for node in ray.nodes())) < @{nodes}:
+    if time.monotonic() > deadline:
+        sys.exit(f"{alive} of @{nodes} nodes have joined within 300 s")
+    time.sleep(2)
+PYTHON
+
+python -m async_opd train @{config_path} @{overrides} &
+run=$!
+trap 'kill -TERM "$run"' TERM # of which the run makes a checkpoint
+status=0
+wait "$run" || status=$?
+while kill -0 "$run" 2>/dev/null; do # the signal ended the first wait, not the run
+  status=0
+  wait "$run" || status=$?
+done
+exit "$status"

@@ -1,0 +1,42 @@
+"""Write the files that make a cluster for a config: as many nodes and GPUs as its roles ask for.
+
+Kinds: kuberay (a RayJob with token authentication), slurm (a script for sbatch), launcher (YAML for `ray up`), and
+container (the image of either). run.dir must be absolute; the first folder of it is the disk that all nodes share.
+
+  async-opd cluster render --kind slurm configs/dear.toml run.dir=/shared/runs/dear -o dear.sh
+"""
+
+import argparse
+from pathlib import Path
+
+from async_opd.commands import OVERRIDES
+from async_opd.errors import ConfigError
+
+KINDS = ("kuberay", "slurm", "launcher", "container")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(required=True, metavar="render")
+    one = what.add_parser("render", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one.add_argument("--kind", required=True, choices=KINDS, help="of file")
+    one.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    one.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="how many a node has; absent, 8")
+    one.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
+    one.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.cluster.render import render
+
+    if args.gpus_per_node < 1:
+        raise ConfigError(f"--gpus-per-node {args.gpus_per_node}: must be at least 1")
+    text = render(args.kind, args.config, args.overrides, args.gpus_per_node, args.image)
+    if args.output is None:
+        print(text, end="")
+        return 0
+    try:
+        args.output.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"-o {args.output}: {e.strerror}") from e
+    return 0

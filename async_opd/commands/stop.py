@@ -1,0 +1,26 @@
+"""End a submitted run as Ctrl-C would: with a checkpoint to go on from.
+
+The step at hand is finished and saved, within a minute; after that the run is killed. `submit --resume` goes on.
+
+  async-opd stop raysubmit_4LamXRuQpYdSMg7J
+"""
+
+import argparse
+
+from async_opd.commands import ADDRESS
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="what submit printed")
+    parser.add_argument("--address", metavar="URL", help=ADDRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.jobs import RUN_DIR, Jobs, last_word
+
+    jobs = Jobs(args.address)
+    ended = jobs.stop(args.id)
+    print(f"{args.id} {ended.status.value}: {last_word(jobs.logs(args.id))}")
+    if ended.status == "STOPPED" and RUN_DIR in (ended.metadata or {}):
+        print(f"async-opd submit --resume {ended.metadata[RUN_DIR]} --address {jobs.address}")
+    return 0

@@ -1,0 +1,63 @@
+#!/bin/bash
+# A run on 2 node(s) of 8 GPU(s) by Slurm: a Ray cluster of its own, with a token, gone when the run has ended.
+# Rendered by: async-opd cluster render --kind slurm configs/dear.toml run.dir=/shared/runs/dear learner.ranks=8 rollout.generators=6 teacher.replicas=2 --gpus-per-node 8 --image async-opd
+#
+#   sbatch FILE                                       # from the folder where that command was typed, on a shared disk
+#   scancel --batch --signal=TERM JOBID               # ends it with a checkpoint; without --batch, without one
+#
+# Activate the environment that has async-opd before sbatch, which passes it on, or put that in this file.
+#SBATCH --job-name=dear
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=40
+#SBATCH --mem=512G
+#SBATCH --signal=B:TERM@180
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+umask 077
+mkdir -p /shared/runs
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="/shared/runs/.ray-token-$SLURM_JOB_ID"
+python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first of them
+ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
+export RAY_ADDRESS="$ip:6379"
+on_node=(--nodes=1 --ntasks=1 --overlap)
+srun "${on_node[@]}" --nodelist="${nodes[0]}" \
+  ray start --head --block --node-ip-address="$ip" --port=6379 --dashboard-host=127.0.0.1 &
+for node in "${nodes[@]:1}"; do
+  srun "${on_node[@]}" --nodelist="$node" ray start --address="$RAY_ADDRESS" --block &
+done
+python - <<'PYTHON'
+import sys, time
+import ray
+
+deadline = time.monotonic() + 300
+while True:
+    try:
+        ray.init(logging_level="ERROR")
+        break
+    except ConnectionError:
+        if time.monotonic() > deadline:
+            sys.exit("no Ray head answers within 300 s")
+        time.sleep(2)
+while (alive := sum(node["Alive"] for node in ray.nodes())) < 2:
+    if time.monotonic() > deadline:
+        sys.exit(f"{alive} of 2 nodes have joined within 300 s")
+    time.sleep(2)
+PYTHON
+
+python -m async_opd train configs/dear.toml run.dir=/shared/runs/dear learner.ranks=8 rollout.generators=6 teacher.replicas=2 &
+run=$!
+trap 'kill -TERM "$run"' TERM # of which the run makes a checkpoint
+status=0
+wait "$run" || status=$?
+while kill -0 "$run" 2>/dev/null; do # the signal ended the first wait, not the run
+  status=0
+  wait "$run" || status=$?
+done
+exit "$status"
