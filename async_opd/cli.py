@@ -6,7 +6,16 @@ from importlib import import_module
 
 from async_opd.errors import AsyncOpdError, CallFailed
 
-COMMANDS = ("train", "demo", "eval", "explain", "audit", "scale")  # files of `commands`, in the order help gives them
+COMMANDS = (
+    "train",
+    "demo",
+    "eval",
+    "export",
+    "trace",
+    "explain",
+    "audit",
+    "scale",
+)  # files of `commands`, in the order help gives them
 
 
 def main(argv: list[str] | None = None) -> int:

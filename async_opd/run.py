@@ -62,7 +62,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
                 tell("starts again", "run", f"from step {found.state.version}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(lost.values()), **lost}
-    summary["restarts"] = restarts
+    summary |= {"version": config.run.steps, "restarts": restarts}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 

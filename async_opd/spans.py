@@ -15,7 +15,7 @@ CUT_OFF = ", cut off"  # behind the name of a call that ended without an answer
 COUNTED = ("queue_ready", "queue_outstanding", "generators_tokens_per_s", "teachers_tokens_per_s",
            "trained_tokens_per_s", "lag_mean", "lag_max")  # of a row of metrics  # fmt: skip
 
-Of = str | int | list[str]  # what a call is of: a group, a version, the groups of a step
+Of = str | int | tuple[str, ...]  # what a call is of: a group, a version, the groups of a step
 
 
 class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +57,9 @@ class Spans:
 
     def flush(self, until: float, row: dict[str, Any]) -> None:
         """All that was before `until` is known; `row` came then, or is empty."""
+        if not self._lanes:  # nobody is there yet
+            self._since = until
+            return
         line = Line(
             step=row.get("step"),
             epoch=self._epoch,

@@ -141,7 +141,7 @@ class _Loop:
         await self._finished(self.save())
 
     async def _step(self, batch: list[Ready]) -> None:
-        async with self._learner_time.call("step", [ready.prompt.id for ready in batch]):
+        async with self._learner_time.call("step", tuple(ready.prompt.id for ready in batch)):
             result = await self._learner.step(batch)
         self.version = result.version
         self.progress.trained(self.version, batch)
