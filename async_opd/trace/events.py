@@ -72,7 +72,7 @@ def trained(found: list[Call]) -> Iterator[Trained]:
             before = [call for call in asked[id] if call.end <= step.start]
             last = max((at for at, call in enumerate(before) if call.name == "generate"), default=0)
             ready = max((call.end for call in before), default=step.start)
-            wait = [Call(QUEUE, "wait", id, ready, step.start, step.step)] if ready < step.start else []
+            wait = [Call(QUEUE, "wait", id, ready, step.start, step.step)] if step.start - ready > 1e-6 else []
             yield Trained([*before[last:], *wait], step)
 
 
