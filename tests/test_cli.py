@@ -42,6 +42,8 @@ def runs(monkeypatch, tmp_path):
         (["train"], "usage: async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"),
         (["demo"], "usage: async-opd demo [-h] [key=value ...]"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
+        (["export"], "usage: async-opd export [-h] [-o DIR] [--checkpoint N|best] RUN"),
+        (["trace"], "usage: async-opd trace [-h] [-o FILE] RUN"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
         (["scale"], "usage: async-opd scale [-h] RUN POOL=NUMBER [POOL=NUMBER ...]"),
@@ -56,7 +58,7 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, explain, audit, scale)"),
+        (["tarin"], "invalid choice: 'tarin' (choose from train, demo, eval, export, trace, explain, audit, scale)"),
         ([], "the following arguments are required: COMMAND"),
         (["scale", "runs/demo"], "the following arguments are required: POOL=NUMBER"),
         (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
@@ -65,7 +67,7 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
 def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    commands = "train, demo, eval, explain, audit, scale"
+    commands = "train, demo, eval, export, trace, explain, audit, scale"
     quoted = ", ".join(f"'{command}'" for command in commands.split(", "))
     assert says in capsys.readouterr().err.replace(quoted, commands)
 

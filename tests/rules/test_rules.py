@@ -2,8 +2,9 @@
 
 Imports flow one way, wherever in a file they stand: errors → spans → wire, metrics, mistakes, checkpoints → ports,
 collective, maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) →
-scoring, sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run →
-commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
+scoring, sections → config → inputs, evaluate, explain, audit, trace, card, crew → export, scale, progress → train,
+proxies → actors → run → commands → cli → __main__. Units of one rank never import each other; a config.py is its
+role's.
 """
 
 import ast
@@ -24,8 +25,8 @@ ORDER = [
     ["__init__", "errors"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
-    ["inputs", "evaluate", "explain", "audit", "crew"],
-    ["scale", "progress"], ["train", "proxies"],
+    ["inputs", "evaluate", "explain", "audit", "trace", "card", "crew"],
+    ["export", "scale", "progress"], ["train", "proxies"],
     ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
@@ -36,7 +37,7 @@ CONFINED = {
 }
 SMALL = {
     "errors", "spans", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate",
-    "audit", "crew", "scale", "progress", "train", "commands", "cli",
+    "audit", "trace", "card", "crew", "export", "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 
