@@ -120,9 +120,7 @@ class Checkpoints:
         shutil.rmtree(self._old(step), ignore_errors=True)
 
     def _prune(self) -> None:
-        steps = sorted(_committed(self._root))
-        scores = {step: score for step in steps if (score := _score(self._final(step))) is not None}
-        best = max(scores, key=lambda step: (scores[step], step), default=None)
+        steps, best = sorted(_committed(self._root)), _best(self._root)
         for step in steps[: -self._keep]:
             if step != best:
                 self._remove(step)
@@ -172,6 +170,16 @@ def find(path: str | Path) -> Checkpoint:
         return _verified(folder)
     except CheckpointError as e:
         raise CheckpointError(f"{e}; {_offer(folder)}") from None
+
+
+def choose(run_dir: Path, which: str) -> Checkpoint:
+    """The checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as `find` does."""
+    committed, best = _committed(run_dir / FOLDER), _best(run_dir / FOLDER)
+    step = best if which == "best" else int(which) if which.isdecimal() else None
+    if step not in committed:
+        there = ", ".join(f"{step} (best)" if step == best else f"{step}" for step in sorted(committed))
+        raise CheckpointError(f"{run_dir}: no checkpoint {which!r} in {run_dir / FOLDER}; there are: {there or 'none'}")
+    return find(committed[step])
 
 
 def _committed(root: Path) -> dict[int, Path]:
@@ -231,6 +239,11 @@ def _described(folder: Path) -> list[_File]:
             os.fsync(handle.fileno())
             found.append(_File(path.relative_to(folder).as_posix(), os.fstat(handle.fileno()).st_size, sha256))
     return found
+
+
+def _best(root: Path) -> int | None:
+    scores = {step: score for step, folder in _committed(root).items() if (score := _score(folder)) is not None}
+    return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def _score(folder: Path) -> float | None:

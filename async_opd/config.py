@@ -121,13 +121,18 @@ def load(path: str | Path, overrides: list[str] = (), *, training: bool = True, 
 
 def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
     """The config of the run in `run_dir`, to go on with, `overrides` applied. Raises ConfigError or RunMissing."""
+    tree = _written(read_run(run_dir, dict))
+    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
+
+
+def read_run(run_dir: Path, kind: type = Config) -> Any:
+    """The config of the run in `run_dir` as it was, whatever has become of the files it names. Raises RunMissing."""
     try:
-        tree = msgspec.json.decode((run_dir / "config.json").read_bytes(), type=dict)
+        return msgspec.json.decode((run_dir / "config.json").read_bytes(), type=kind)
     except OSError as e:
         raise RunMissing(f"{run_dir}: no config.json in it: {e.strerror}") from e
     except msgspec.DecodeError as e:
         raise RunMissing(f"{run_dir}: its config.json is damaged: {e}") from e
-    return _complete(_written(tree), [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
 
 
 def _written(tree: Any) -> Any:

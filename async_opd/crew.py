@@ -7,9 +7,10 @@ from typing import Any
 
 from async_opd.config import Config
 from async_opd.errors import ActorLost
-from async_opd.metrics import ActorTime, Meter
+from async_opd.metrics import Meter
 from async_opd.ports import Generator, Learner, Teacher, Verifier
 from async_opd.scoring import section
+from async_opd.spans import ActorTime
 from async_opd.stream.pool import Pool, Seat, Tell
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 
@@ -97,7 +98,7 @@ class Crew:
 
         def wrap(index: int, port: Any) -> Any:
             if index not in times:
-                times[index] = self._meter.actor(role)
+                times[index] = self._meter.actor(role, f"{name} {index}")
             return timed(port, times[index])
 
         spawn = self._roles.spawn

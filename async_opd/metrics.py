@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from async_opd.spans import STATES, ActorTime, Spans
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
 CLOSE_S = 5.0  # for all observers together to take, at the end of a run, what they were given
 SAY_S = 2.0  # for a line to leave
 ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
-STATES = ("busy", "starved", "blocked", "syncing", "down")
 
 Row = dict[str, float | int | str | None]
 Sink = Callable[[Row], None]
@@ -30,11 +31,11 @@ class Jsonl:
     """One JSON object a line, in the file before the next is taken, whole or not at all. A file that could not be
     written is tried again with the next row."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, encode: Callable[[Any], bytes] = lambda row: json.dumps(row).encode()):
+        self._path, self._encode = path, encode
 
-    def __call__(self, row: Row) -> None:
-        line = json.dumps(row).encode() + b"\n"
+    def __call__(self, row: Any) -> None:
+        line = self._encode(row) + b"\n"
         with self._path.open("ab", buffering=0) as file:
             written = file.write(line)
             if written < len(line):  # the disk filled up within the line
@@ -160,40 +161,24 @@ def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed
             observer.join(deadline - time.monotonic())
 
 
-class ActorTime:
-    """The seconds one actor has spent in each of STATES. It is in one of them at any moment, so they add up to the
-    time that passed. What a state means for a role: `stream.timed`."""
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock, self._state = clock, "starved"
-        self.restart(clock())
-
-    def restart(self, now: float) -> None:
-        """Count from `now` on."""
-        self._since, self._seconds = now, dict.fromkeys(STATES, 0.0)
-
-    def enter(self, state: str) -> None:
-        """The actor is in `state` from now on."""
-        now = self._clock()
-        self._seconds[self._state] += now - self._since
-        self._state, self._since = state, now
-
-    def seconds(self, state: str, now: float) -> float:
-        """Spent in `state` from the last restart until `now`."""
-        return self._seconds[state] + (now - self._since if state == self._state else 0.0)
-
-
 class Meter:
     """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals, never rows."""
 
-    def __init__(self, sinks: list[Sink], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        sinks: list[Sink],
+        clock: Callable[[], float] = time.monotonic,
+        spans: Callable[[Any], None] | None = None,
+    ):
+        """`spans`, where they are recorded, takes what each actor did, a line a step."""
         self._sinks, self._clock = sinks, clock
+        self._spans = Spans(spans, clock) if spans else None
         self._actors: dict[str, list[ActorTime]] = {role: [] for role in ROLES}
         self.start()
 
-    def actor(self, role: str) -> ActorTime:
-        """Account for one more actor of `role`."""
-        self._actors.setdefault(role, []).append(ActorTime(self._clock))
+    def actor(self, role: str, name: str = "") -> ActorTime:
+        """Account for one more actor of `role`, which has no `name` where it is the only one."""
+        self._actors.setdefault(role, []).append(ActorTime(self._clock, name or role, self._spans))
         return self._actors[role][-1]
 
     def count(self, role: str, tokens: int) -> None:
@@ -210,6 +195,7 @@ class Meter:
         for actor in itertools.chain(*self._actors.values()):
             actor.restart(self._started)
         self._seconds = self._mean_seconds(self._started)
+        self.flush(self._started)
 
     def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
         """One row: `metrics` of the learner, rates and shares of time since the last row, and `more`."""
@@ -232,6 +218,12 @@ class Meter:
         row |= shares | more
         for sink in self._sinks:
             sink(row)
+        self.flush(now, row)
+
+    def flush(self, until: float | None = None, row: Row | None = None) -> None:
+        """Hand over the spans up to now, or up to a moment that has just passed, with the `row` that belongs to it."""
+        if self._spans:
+            self._spans.flush(self._clock() if until is None else until, row or {})
 
     def summary(self) -> Row:
         """Totals from the start of training to the last row; shares of time are means over it."""

@@ -18,6 +18,7 @@ from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.errors import ActorLost, CallFailed, CheckpointError, DataError, SyncFailed, TimedOut
 from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
+from async_opd.spans import FILE, Window
 from async_opd.stream.pool import Pool, Tell
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
@@ -38,8 +39,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
-    events = {"events": lambda: Jsonl(run_dir / "events.jsonl")}
-    with observed(_observers(config, run_dir)) as observers, observed(events) as (log,):
+    with observed(_observers(config, run_dir)) as observers, observed(_records(config, run_dir)) as (log, spans):
 
         def tell(what: str, who: str, why: str) -> None:
             now = time.time()
@@ -49,7 +49,8 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
         for restarts in itertools.count():
             try:
-                summary = await _trained(config, inputs, run_dir, Meter(observers), tell, found)
+                meter = Meter(observers, spans=spans if config.run.trace_steps else None)
+                summary = await _trained(config, inputs, run_dir, meter, tell, found)
                 break
             except LOST as e:
                 if restarts == config.run.max_restarts or asyncio.current_task().cancelling():
@@ -62,7 +63,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
                 tell("starts again", "run", f"from step {found.state.version}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(lost.values()), **lost}
-    summary["restarts"] = restarts
+    summary |= {"version": config.run.steps, "restarts": restarts}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
@@ -82,7 +83,10 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
         if found:
             _rewind_rows(run_dir / "metrics.jsonl", found.state.version)
-        return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
+        try:
+            return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
+        finally:
+            meter.flush()
 
 
 def _rewind_rows(path: Path, version: int) -> None:
@@ -184,6 +188,15 @@ def _observers(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """What makes each observer, by its name."""
     makers = {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl"), "console": lambda: Console(config.run.steps)}
     return makers | ({"wandb": lambda: _wandb(config, run_dir)} if config.run.wandb_project else {})
+
+
+def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes the observers of what is no row of metrics: events and spans."""
+    write = Jsonl(run_dir / FILE, msgspec.json.encode)
+    return {
+        "events": lambda: Jsonl(run_dir / "events.jsonl"),
+        "spans": lambda: Window(run_dir, config.run.trace_steps, write),
+    }
 
 
 def _wandb(config: Config, run_dir: Path) -> Sink:

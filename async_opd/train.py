@@ -141,7 +141,8 @@ class _Loop:
         await self._finished(self.save())
 
     async def _step(self, batch: list[Ready]) -> None:
-        result = await self._learner.step(batch)
+        async with self._learner_time.call("step", tuple(ready.prompt.id for ready in batch)):
+            result = await self._learner.step(batch)
         self.version = result.version
         self.progress.trained(self.version, batch)
         self._unsaid = result, batch
@@ -200,7 +201,7 @@ class _Loop:
     async def save(self) -> None:
         """A checkpoint of the live version, which is in the books. The learner can do nothing else meanwhile."""
         before = [self.before.right, self.before.unknown, self.before.problems]
-        async with self._weights:
+        async with self._weights, self._learner_time.call("checkpoint", self.version):
             await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
 
     async def _publish(self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()) -> None:

@@ -1,11 +1,11 @@
 """What a trajectory costs the driver, and what stays of it: the real loop, stream and metrics over roles that answer at
-once. Steps of 16 trajectories, or of as many as there are generators; bound 4; rows go to a file.
+once. Steps of 16 trajectories, or of as many as there are generators; bound 4; rows and spans go to files.
 
 One run of 100,000 trajectories for each number of generators, looked at 1,000, 10,000 and 100,000 after its first step.
 CPU is the process's own since that step, stub ports and garbage collection included, looks excluded. Objects are those
 the collector tracks after a full collection, resident memory is the kernel's figure.
 
-    python benchmarks/driver.py --out FILE [--repeat 3]
+    python benchmarks/driver.py --out FILE [--repeat 3] [--trace-steps 0]
 """
 
 import argparse
@@ -19,14 +19,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, Prompts
 
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
-from async_opd.metrics import Jsonl, Meter, Row
+from async_opd.metrics import Jsonl, Meter, Row, observed
 from async_opd.run import environment
+from async_opd.spans import FILE, Window
 from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, Verdict
 
@@ -79,7 +81,7 @@ class Instant:
         await asyncio.sleep(0)
 
 
-async def measure(generators: int, trajectories: int, folder: Path) -> list[dict[str, float]]:
+async def measure(generators: int, trajectories: int, folder: Path, trace_steps: int) -> list[dict[str, float]]:
     """One run; what each look saw."""
     per_step = max(16, generators)
     steps = 1 + -(-trajectories // per_step)
@@ -114,9 +116,12 @@ async def measure(generators: int, trajectories: int, folder: Path) -> list[dict
         verifier=Instant(),
         learner=PacedLearner(AT_ONCE, config.run.max_lag_steps),
     )
-    meter = Meter([Jsonl(folder / "metrics.jsonl"), look])
-    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-        summary = await train(config, roles, Prompts(), [], Path(run_dir), meter)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        run_dir = Path(name)
+        write = Jsonl(run_dir / FILE, msgspec.json.encode)
+        with observed({"spans": lambda: Window(run_dir, trace_steps, write)}) as (spans,):
+            meter = Meter([Jsonl(folder / "metrics.jsonl"), look], spans=spans if trace_steps else None)
+            summary = await train(config, roles, Prompts(), [], run_dir, meter)
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps
     return looks
 
@@ -125,15 +130,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
     parser.add_argument("--repeat", type=int, default=1, help="repetitions of each setting, in turn")
+    parser.add_argument("--trace-steps", type=int, default=50, help="of which spans are kept; 0: none")
     args = parser.parse_args()
     raw: dict[int, list] = {generators: [] for generators in GENERATORS}
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(measure(1, 1_000, Path(folder)))  # imports and first calls are nobody's
+        asyncio.run(measure(1, 1_000, Path(folder), args.trace_steps))  # imports and first calls are nobody's
         gc.collect()
         gc.freeze()  # as `async_opd.run` does before training
         for _ in range(args.repeat):
             for generators in GENERATORS:
-                raw[generators].append(asyncio.run(measure(generators, LOOKS[-1], Path(folder))))
+                raw[generators].append(asyncio.run(measure(generators, LOOKS[-1], Path(folder), args.trace_steps)))
     print("CPU, us a trajectory")
     titles = (*(f"first {n:,}" for n in LOOKS), "last / first", "calls each", "objects +", "MiB +")
     print(f"{'generators':>10}{'a step':>8}" + "".join(f"{title:>15}" for title in titles) + "  limited by")

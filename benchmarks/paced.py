@@ -232,9 +232,15 @@ def _prompt(id: str) -> Prompt:
 
 
 async def measure(
-    pace: Pace, *overrides: str, bound: int, steps: int = STEPS, seed: int = 0, sinks: Sequence[Sink] = ()
+    pace: Pace,
+    *overrides: str,
+    bound: int,
+    steps: int = STEPS,
+    seed: int = 0,
+    sinks: Sequence[Sink] = (),
+    spans: Sink | None = None,
 ) -> Row:
-    """One run of the real driver over paced roles; its rows go to `sinks`."""
+    """One run of the real driver over paced roles; its rows go to `sinks`, what each actor did to `spans`."""
     settings = (f"run.steps={steps}", f"run.max_lag_steps={bound}", f"learner.trajectories_per_step={PER_STEP}")
     config = load(DEMO, [*settings, "run.dir=runs/paced", "teacher.evaluate=false", *overrides])
     generator, teacher, learner = PacedGenerator(pace, seed), PacedTeacher(pace), PacedLearner(pace, bound)
@@ -251,7 +257,7 @@ async def measure(
         marks[row["step"]] = np.array([now(), time.process_time(), *own])
         excluded += row["tokens_excluded"]
 
-    meter = Meter([mark, *sinks], clock=asyncio.get_running_loop().time)
+    meter = Meter([mark, *sinks], clock=asyncio.get_running_loop().time, spans=spans)
     with tempfile.TemporaryDirectory() as folder:
         summary = await train(config, roles, Prompts(), [], Path(folder), meter)
     wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()

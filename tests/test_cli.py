@@ -50,6 +50,8 @@ def runs(monkeypatch, tmp_path):
         (["logs"], "usage: async-opd logs [-h] [--follow] [--address URL] ID"),
         (["stop"], "usage: async-opd stop [-h] [--address URL] ID"),
         (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
+        (["export"], "usage: async-opd export [-h] [-o DIR] [--checkpoint N|best] RUN"),
+        (["trace"], "usage: async-opd trace [-h] [-o FILE] RUN"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
         (["scale"], "usage: async-opd scale [-h] [--address URL] RUN POOL=NUMBER [POOL=NUMBER ...]"),

@@ -12,6 +12,7 @@ from async_opd.stream.ledger import Ledger
 from async_opd.stream.pool import Pool
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
+from async_opd.stream.timed import GROUP
 from async_opd.wire import GroupMeta, Prompt, Verdict
 
 MAX_LOSSES = 5  # members that a group may cost in a row: it may be what kills them
@@ -82,6 +83,7 @@ class Producer:
 
     async def _produce(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the generator, then for scorers and verifier together; `queue.put` unblocks the learner."""
+        GROUP.set(prompt.id)
         try:
             meta, group = await self._generated(prompt)
             tokens = sum(meta.lengths)
@@ -103,6 +105,7 @@ class Producer:
 
     async def _teach(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the teacher's own generator, then for the verifier alone."""
+        GROUP.set(prompt.id)
         since = self._taught.version()
         try:
             meta, group = await self._taught.answer(prompt, self._losses(prompt.id, self._ledger.returned))

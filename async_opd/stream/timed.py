@@ -15,15 +15,17 @@ request that waits for a place in the engine) the driver cannot see.
 """
 
 from collections.abc import Awaitable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 
-from async_opd.metrics import ActorTime
 from async_opd.ports import Generator, Ref, Teacher, Verifier
+from async_opd.spans import CUT_OFF, ActorTime, Of
 from async_opd.wire import GroupMeta, Prompt, Rollout, Verdict
 
 T = TypeVar("T")
+GROUP: ContextVar[str] = ContextVar("group", default="")  # whose `Ref` this task passes on: nobody looks into one
 
 
 class _Timed:
@@ -34,19 +36,23 @@ class _Timed:
         self.out, self._syncing, self._killed = 0, False, False  # `out`: calls without an answer yet
         self._tell()
 
-    def _tell(self) -> None:
-        if not self._killed:  # else the time may be another's by now
-            at_work = "busy" if self.out else self._idle
-            self._time.enter("syncing" if self._syncing else at_work)
+    def _tell(self) -> float:
+        """Returns when that is."""
+        if self._killed:  # the time may be another's by now
+            return self._time.now()
+        at_work = "busy" if self.out else self._idle
+        return self._time.enter("syncing" if self._syncing else at_work)
 
-    async def _work(self, call: Awaitable[T]) -> T:
+    async def _work(self, call: Awaitable[T], name: str, of: Of = "") -> T:
         self.out += 1
-        self._tell()
+        start, end = self._tell(), CUT_OFF
         try:
-            return await call
+            answer = await call
+            end = ""
+            return answer
         finally:
             self.out -= 1
-            self._tell()
+            self._time.called(name + end, of, start, self._tell())
 
     async def check_health(self) -> None:
         await self._port.check_health()
@@ -70,23 +76,23 @@ class TimedGenerator(_Timed):
         self._tell()
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self._work(self._port.generate(prompt))
+        return await self._work(self._port.generate(prompt), "generate", prompt.id)
 
     async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self._work(self._port.greedy(prompt))
+        return await self._work(self._port.greedy(prompt), "greedy", prompt.id)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
-        return await self._work(self._port.probe())
+        return await self._work(self._port.probe(), "probe")
 
     async def join_group(self, init_info: dict) -> None:
         await self._port.join_group(init_info)
 
     async def update(self, version: int, update_info: dict, oldest: int) -> None:
         self._syncing = True
-        await self._work(self._port.update(version, update_info, oldest))
+        await self._work(self._port.update(version, update_info, oldest), "update", version)
 
     async def resume(self) -> None:
-        await self._work(self._port.resume())
+        await self._work(self._port.resume(), "resume")
         self._syncing = False
         self._tell()
 
@@ -98,24 +104,24 @@ class TimedTeacher(_Timed):
         super().__init__(port, time, "starved")
 
     async def score(self, group: Ref) -> Ref:
-        return await self._work(self._port.score(group))
+        return await self._work(self._port.score(group), "score", GROUP.get())
 
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        return await self._work(self._port.greedy(prompts))
+        return await self._work(self._port.greedy(prompts), "greedy")
 
     async def load(self, folder: str) -> None:
         self._syncing = True
         try:
-            await self._work(self._port.load(folder))
+            await self._work(self._port.load(folder), "load")
         finally:
             self._syncing = False
             self._tell()
 
     async def save(self, file: str) -> None:
-        await self._work(self._port.save(file))
+        await self._work(self._port.save(file), "save")
 
     async def restore(self, file: str) -> None:
-        await self._work(self._port.restore(file))
+        await self._work(self._port.restore(file), "restore")
 
 
 class TimedVerifier(_Timed):
@@ -125,7 +131,7 @@ class TimedVerifier(_Timed):
         super().__init__(port, time, "starved")
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:
-        return await self._work(self._port.check(group))
+        return await self._work(self._port.check(group), "check", GROUP.get())
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
-        return await self._work(self._port.check_response(id, ids, answer))
+        return await self._work(self._port.check_response(id, ids, answer), "check", id)

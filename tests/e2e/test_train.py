@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from async_opd.cli import main
 from async_opd.metrics import ROLES, STATES
 from async_opd.toy import STUDENT
 from tests.e2e.conftest import SMALL, Job, demo
@@ -61,13 +62,23 @@ def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tm
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, start)
     assert AutoTokenizer.from_pretrained(run / "checkpoint")("1+2=").input_ids
 
+    assert main(["trace", str(run)]) == 0
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"driver", "learner", "generator 0", "teacher 0", "verifier 0"} <= lanes
+    steps = [event["args"] for event in events if event["name"] == "step"]
+    assert [args["step"] for args in steps] == list(range(1, 13))
+    followed = {event["args"]["group"] for event in events if event["name"] == "generate"}
+    assert {id for args in steps for id in args["groups"]} == followed
+
+    assert main(["export", str(run)]) == 0
     again = Job(
         "eval",
         "configs/demo.toml",
-        f"student.model={run}/checkpoint",
+        f"student.model={run}/export",
         f"run.dir={tmp_path}/eval",
         *SMALL,
         folder=tmp_path,
     )
     assert again.wait(200) == 0, again.text()
-    assert f"{summary['accuracy_after']:.1%} of 16 problems" in again.text()  # vLLM loads what was saved
+    assert f"{summary['accuracy_after']:.1%} of 16 problems" in again.text()  # vLLM loads what was exported
