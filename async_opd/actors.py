@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import msgspec
-import ray
+import ray.util.metrics
 from ray import exceptions
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from tokenizers import Tokenizer
@@ -291,3 +291,10 @@ def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> Grou
     """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
     decoder = Tokenizer.from_str(tokenizer)
     return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True), within_s)
+
+
+def gauge(name: str, meaning: str, run: str) -> ray.util.metrics.Gauge:
+    """To `set` what the agent of this node exports to Prometheus as `ray_<name>` with the label `run`."""
+    made = ray.util.metrics.Gauge(name, description=meaning, tag_keys=("run",))
+    made.set_default_tags({"run": run})
+    return made

@@ -19,7 +19,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     trust_remote_code: bool = False
-    wandb_project: str | None = None  # absent: jsonl only
+    sinks: tuple[Literal["wandb", "tensorboard", "prometheus"], ...] = ()  # of a row a step, besides metrics.jsonl
 
 
 class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,9 +1,9 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: errors → wire, metrics, mistakes, checkpoints → ports, collective,
-maths, cpu_engine → causal_lm, objectives → the roles (stream, rollout, teacher, verify, learner, toy) → scoring,
-sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies → actors → run → commands
-→ cli → __main__. Units of one rank never import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: errors, say, metric_names → wire, metrics, mistakes, checkpoints →
+ports, collective, maths, cpu_engine, console → causal_lm, objectives → the roles (stream, rollout, teacher, verify,
+learner, toy) → scoring, sections → config → inputs, evaluate, explain, audit, crew → scale, progress → train, proxies →
+actors → sinks → run → commands → cli → __main__. Units of one rank never import each other; a config.py is its role's.
 """
 
 import ast
@@ -21,12 +21,12 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors"], ["wire", "metrics", "mistakes", "checkpoints"],
-    ["ports", "collective", "maths", "cpu_engine"],
+    ["__init__", "errors", "say", "metric_names"], ["wire", "metrics", "mistakes", "checkpoints"],
+    ["ports", "collective", "maths", "cpu_engine", "console"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
     ["inputs", "evaluate", "explain", "audit", "crew"],
     ["scale", "progress"], ["train", "proxies"],
-    ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
+    ["actors"], ["sinks"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
@@ -35,8 +35,8 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {
-    "errors", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit",
-    "crew", "scale", "progress", "train", "commands", "cli",
+    "errors", "say", "metric_names", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify",
+    "config", "evaluate", "audit", "crew", "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 
