@@ -17,6 +17,7 @@ class Wandb:
     """Weights & Biases: offline, in RUN/wandb, where there is no key. Project and mode are its own variables'."""
 
     def __init__(self, config: Config, run_dir: Path):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which is sent offline too
         import wandb
 
         online = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
