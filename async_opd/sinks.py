@@ -41,10 +41,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, config: Config, run_dir: Path):
-        from tensorboard.compat.proto import (
-            event_pb2,
-            summary_pb2,
-        )  # not by way of torch, which the driver does without
+        # Not by way of torch, which the driver does without.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary

@@ -35,9 +35,8 @@ class Screen:
 
     def __init__(self, steps: int):
         self._steps, self._terminal, self._height = steps, sys.stdout, 0
-        self._row: Row | None = None
-        self._came = 0.0  # the row
-        self._events: deque[Row] = deque()
+        self._last: tuple[Row, float] | None = None  # a row, and when it came
+        self._events: tuple[Row, ...] = ()
         self._above: deque[str] = deque(maxlen=BACKLOG)
         self._ended, self._wake = False, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -45,11 +44,12 @@ class Screen:
 
     def __call__(self, row: Row) -> None:
         if "what" not in row:
-            self._row, self._came = row, time.monotonic()
+            self._last = row, time.monotonic()
             return
-        self._events.append(row)
-        if self._row is None or len(self._events) > EVENTS:
-            self.say(told(self._events.popleft()) + "\n")
+        self._events = (*self._events, row)
+        if self._last is None or len(self._events) > EVENTS:
+            self.say(told(self._events[0]) + "\n")
+            self._events = self._events[1:]
 
     def say(self, text: str) -> None:
         """Print whole lines above."""
@@ -72,15 +72,16 @@ class Screen:
                 last = self._ended
                 self._wake.clear()
                 with suppress(OSError):  # a terminal that is gone
-                    self._draw(0 if last else time.monotonic() - self._came)
+                    self._draw(still=last)
                 self._wake.wait(0 if last else EVERY_S)
 
-    def _draw(self, since_s: float) -> None:
+    def _draw(self, still: bool) -> None:
         width, height = os.get_terminal_size(self._terminal.fileno())
         lines = []
-        if self._row:  # a column and a line are left free: a full one would wrap, or scroll
-            shown = picture(self._row, tuple(self._events), self._steps, since_s)
-            lines = rendered(shown, width - 1)[: height - 1]
+        if self._last:  # a column and a line are left free: a full one would wrap, or scroll
+            row, came = self._last
+            shown = picture(row, self._events, self._steps, 0 if still else time.monotonic() - came)
+            lines = rendered(shown, (width or 80) - 1)[: (height or 24) - 1]  # 0: not known
         up = f"\x1b[{self._height}F" if self._height else ""
         said = "".join(self._above.popleft() for _ in range(len(self._above)))
         above = f"\x1b[J{said}" if said else ""
