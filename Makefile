@@ -25,8 +25,8 @@ soak: setup
 	$(BIN)/python -m pytest -m soak
 
 lint: setup
-	$(BIN)/ruff check async_opd tests benchmarks
-	$(BIN)/ruff format --check async_opd tests benchmarks
+	$(BIN)/ruff check async_opd tests benchmarks cluster
+	$(BIN)/ruff format --check async_opd tests benchmarks cluster
 
 clean:
 	rm -rf .venv runs

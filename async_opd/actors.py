@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import ray
+import ray.util.metrics
 from ray import exceptions
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -271,3 +271,10 @@ class Cluster:
         if blind:
             shared = "must lie on a disk that every node sees, or all of them must fit on the driver's node"
             raise ConfigError(f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it {shared}")
+
+
+def gauge(name: str, meaning: str, run: str) -> ray.util.metrics.Gauge:
+    """To `set` what the agent of this node exports to Prometheus as `ray_<name>` with the label `run`."""
+    made = ray.util.metrics.Gauge(name, description=meaning, tag_keys=("run",))
+    made.set_default_tags({"run": run})
+    return made

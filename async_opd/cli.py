@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    from async_opd.metrics import say
+    from async_opd.say import say
 
     say(f"async-opd: {text}", sys.stderr)
 

@@ -27,7 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import async_opd
 from async_opd.errors import ClusterError, ConfigError
-from async_opd.metrics import say
+from async_opd.say import say
 
 DEFAULT = "http://127.0.0.1:8265"
 ANSWER_S = 10.0  # within which a dashboard answers

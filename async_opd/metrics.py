@@ -1,30 +1,28 @@
 """What is measured and where it goes: one row a step to observers, a file and the console among them, which can never
-slow or stop training."""
+slow or stop training. What a key means: `async_opd.metric_names`."""
 
 import errno
-import io
 import itertools
 import json
-import os
 import queue
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from async_opd.say import say
 from async_opd.spans import STATES, ActorTime, Spans
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
 CLOSE_S = 5.0  # for all observers together to take, at the end of a run, what they were given
-SAY_S = 2.0  # for a line to leave
 ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
 
 Row = dict[str, float | int | str | None]
-Sink = Callable[[Row], None]
+Sink = Callable[[Row], None]  # one that has a `close` is closed behind the last row
 
 
 class Jsonl:
@@ -43,68 +41,6 @@ class Jsonl:
                 raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path))
 
 
-class Console:
-    """A line a step, at most one in `every_s` seconds; a header every 20 lines."""
-
-    COLUMNS = (  # title, key, width, format
-        ("accuracy", "accuracy", 8, ".1%"),
-        ("kl", "kl", 8, ".4f"),
-        ("loss", "loss", 8, ".4f"),
-        ("lag", "lag_mean", 5, ".1f"),
-        ("max", "lag_max", 4, ".0f"),
-        ("queue", "queue_ready", 6, "d"),
-        ("gen tok/s", "generators_tokens_per_s", 10, ".0f"),
-        ("teach tok/s", "teachers_tokens_per_s", 12, ".0f"),
-        ("train tok/s", "trained_tokens_per_s", 12, ".0f"),
-        ("busy: gen", "generators_busy", 9, ".0%"),
-        ("teach", "teachers_busy", 5, ".0%"),
-        ("verify", "verifier_busy", 6, ".0%"),
-        ("learn", "learner_busy", 5, ".0%"),
-        ("left, s", "left_s", 8, ".0f"),
-    )
-
-    def __init__(self, steps: int, every_s: float = 2.0):
-        self._steps, self._every_s, self._last, self._lines = steps, every_s, 0.0, 0
-
-    def __call__(self, row: Row) -> None:
-        now = time.monotonic()
-        if now - self._last < self._every_s and row["step"] not in (1, self._steps):
-            return
-        self._last = now
-        cells = [f"{row['step']}/{self._steps}".rjust(11)]
-        for _, key, width, spec in self.COLUMNS:
-            cells.append(("-" if row[key] is None else format(row[key], spec)).rjust(width))
-        titles = ["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]
-        lines = [titles, cells] if self._lines % 20 == 0 else [cells]
-        _write(sys.stdout, "".join(" ".join(line) + "\n" for line in lines))
-        self._lines += 1
-
-
-def say(text: str, to: TextIO | None = None) -> None:
-    """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it, and holds the caller
-    up for SAY_S seconds at most."""
-
-    def write() -> None:
-        with suppress(OSError):
-            _write(to or sys.stdout, f"{text}\n")
-
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    thread.join(SAY_S)
-
-
-def _write(to: TextIO, text: str) -> None:
-    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could not exit."""
-    try:
-        descriptor = to.fileno()
-    except io.UnsupportedOperation:  # no file: a notebook's
-        to.write(text)
-        return
-    data = text.encode()
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
 class Observed:
     """Runs a sink that may block or raise on a thread of its own behind a bounded queue."""
 
@@ -112,7 +48,7 @@ class Observed:
         """`make` is tried again with each row until it gives a sink; `name` is what messages call it."""
         self.name = name
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._given, self._taken = 0, 0
+        self._given, self._taken, self._told = 0, 0, False
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
         self._thread.start()
 
@@ -135,16 +71,23 @@ class Observed:
         self._thread.join(max(timeout_s, 0))
 
     def _run(self, make: Callable[[], Sink]) -> None:
-        sink, told = None, False
+        sink = None
         while (row := self._rows.get()) is not None:
-            try:
+            with self._survived():
                 sink = sink or make()
                 sink(row)
                 self._taken += 1
-            except Exception as error:  # whatever an observer does, training goes on
-                if not told:
-                    told = True
-                    say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
+        with self._survived():
+            getattr(sink, "close", lambda: None)()
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever an observer does, training goes on
+            if not self._told:
+                self._told = True
+                say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
 
 
 @contextmanager

@@ -129,6 +129,8 @@ def _allowed(info: inspect.Type) -> str:
             return f"{noun} {bounds}".rstrip()
         case inspect.TupleType(item_types=items):
             return f"[{', '.join(map(_allowed, items))}]"
+        case inspect.VarTupleType(item_type=item):
+            return f"a list of {_allowed(item)}"
         case inspect.UnionType(types=types):
             return " or ".join(_allowed(t) for t in types if not isinstance(t, inspect.NoneType))
     return "a table { name = value }"

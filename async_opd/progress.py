@@ -9,6 +9,7 @@ from async_opd.checkpoints import Checkpoint, Checkpoints, RunState
 from async_opd.ports import Learner, Ready
 from async_opd.stream.follow import Followers
 from async_opd.stream.ledger import Ledger
+from async_opd.stream.pool import Tell
 from async_opd.wire import Prompt
 
 
@@ -24,10 +25,10 @@ class Source(Protocol):
 class Progress:
     """The books of one run, and its checkpoints."""
 
-    def __init__(self, run_dir: Path, source: Source, learner: Learner, followers: Followers, keep: int):
-        """`keep` checkpoints of the last, and the best, stay."""
+    def __init__(self, run_dir: Path, source: Source, learner: Learner, followers: Followers, keep: int, tell: Tell):
+        """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is saved."""
         self.ledger, self._checkpoints = Ledger(run_dir / "ledger.jsonl"), Checkpoints(run_dir, keep)
-        self._source, self._learner, self._followers = source, learner, followers
+        self._source, self._learner, self._followers, self._tell = source, learner, followers, tell
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
@@ -74,3 +75,4 @@ class Progress:
         await self._followers.save(folder)
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
+        self._tell("saved", "checkpoint", f"step {version}")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from async_opd import checkpoints, evaluate, toy
 from async_opd.actors import Cluster, start_ray
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
+from async_opd.console import console
 from async_opd.errors import ActorLost, CallFailed, CheckpointError, DataError, SyncFailed, TimedOut
-from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
+from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.say import say
+from async_opd.sinks import SINKS
 from async_opd.spans import FILE, Window
 from async_opd.stream.pool import Pool, Tell
 from async_opd.toy.task import write_dataset
@@ -39,13 +43,14 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
-    with observed(_observers(config, run_dir)) as observers, observed(_records(config, run_dir)) as (log, spans):
+    with observed(_sinks(config, run_dir)) as sinks, observed(_records(config, run_dir)) as (log, spans, shown):
+        observers = [*sinks, shown]
 
         def tell(what: str, who: str, why: str) -> None:
-            now = time.time()
-            log({"time": now, "what": what, "who": who, "why": why})
+            event = {"time": time.time(), "what": what, "who": who, "why": why}
+            log(event)
             if what != "placed":  # of each member: for those who look for it
-                say(f"{time.strftime('%H:%M:%S', time.localtime(now))} {who}: {what}{why and ': '}{why}")
+                shown(event)
 
         for restarts in itertools.count():
             try:
@@ -184,24 +189,17 @@ def _roster(config: Config) -> str:
     )
 
 
-def _observers(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """What makes each observer, by its name."""
-    makers = {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl"), "console": lambda: Console(config.run.steps)}
-    return makers | ({"wandb": lambda: _wandb(config, run_dir)} if config.run.wandb_project else {})
-
-
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """What makes the observers of what is no row of metrics: events and spans."""
+    """What makes the observers of events and of spans, and the console, which has the rows of steps besides."""
     write = Jsonl(run_dir / FILE, msgspec.json.encode)
     return {
         "events": lambda: Jsonl(run_dir / "events.jsonl"),
         "spans": lambda: Window(run_dir, config.run.trace_steps, write),
+        "console": lambda: console(config.run.steps),
     }
 
 
-def _wandb(config: Config, run_dir: Path) -> Sink:
-    import wandb
-
-    mode = None if wandb.api.api_key else "offline"
-    started = wandb.init(project=config.run.wandb_project, dir=run_dir, mode=mode, config=msgspec.to_builtins(config))
-    return lambda row: started.log(row, step=row["step"])
+def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes each sink of the rows of steps, by its name."""
+    asked = {name: partial(SINKS[name], config, run_dir) for name in config.run.sinks}
+    return {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl")} | asked

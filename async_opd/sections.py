@@ -21,7 +21,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trace_steps: Annotated[int, Meta(ge=0)] = 50  # the last of them, at least, whose spans are kept; 0: none
     trust_remote_code: bool = False
     share_gpu: bool = False  # all on one card: each has its gpu_memory_utilization of it, the learner what is left
-    wandb_project: str | None = None  # absent: jsonl only
+    sinks: tuple[Literal["wandb", "tensorboard", "prometheus"], ...] = ()  # of a row a step, besides metrics.jsonl
 
 
 class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -99,7 +99,7 @@ class _Loop:
         )
         self._weights = asyncio.Lock()  # held while the learner's weights change or travel
         self._followers = _followers(config, roles.learner, self.crew, run_dir)
-        self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints)
+        self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints, tell)
         self._at_work: asyncio.Future | None = None  # what an interruption lets finish
         self._producer: Producer | None = None  # once training has started
         self._unsaid: tuple[StepResult, list[Ready]] | None = None  # a step without a row yet
@@ -154,7 +154,7 @@ class _Loop:
         self._meter.step(
             result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
             queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,
-            dropped=self.queue.dropped.total(),
+            queue_slots=self._slots.count, dropped=self.queue.dropped.total(),
         )  # fmt: skip
 
     async def _finished(self, work: Coroutine[Any, Any, None]) -> None:

@@ -249,7 +249,7 @@ def test_a_mistake_costs_under_two_seconds_from_the_shell(folder):
 def test_reading_a_config_loads_nothing_heavy():
     code = "import sys, async_opd, async_opd.config as c; c.load(c.Path(sys.argv[1])); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, DEMO], capture_output=True, text=True, check=True)
-    heavy = {"torch", "ray", "transformers", "vllm", "datasets", "deepspeed", "math_verify", "wandb"}
+    heavy = {"torch", "ray", "transformers", "vllm", "datasets", "deepspeed", "math_verify", "wandb", "rich"}
     assert heavy & set(found.stdout.split()) == set()
 
 
@@ -329,9 +329,9 @@ def test_overrides_replace_nested_keys_and_the_last_one_wins():
 
 def test_overrides_make_tables_and_sections_that_the_file_has_not():
     overrides = ["data.chat_template=true", "data.template_args.think=false", "data.template_args.lang=de"]
-    config = load(DEMO, [*overrides, "timeout.start_s=60", 'run.wandb_project="7"'])
+    config = load(DEMO, [*overrides, "timeout.start_s=60", 'eval.split="7"'])
     assert config.data.template_args == {"think": False, "lang": "de"}
-    assert (config.timeout.start_s, config.timeout.step_s, config.run.wandb_project) == (60.0, 600.0, "7")
+    assert (config.timeout.start_s, config.timeout.step_s, config.eval.split) == (60.0, 600.0, "7")
 
 
 def test_a_hub_id_is_not_looked_for_on_disk(folder):

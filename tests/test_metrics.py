@@ -6,7 +6,7 @@ import time
 import pytest
 
 from async_opd import metrics
-from async_opd.metrics import OBSERVER_BACKLOG, ROLES, STATES, Console, Jsonl, Meter, observed, time_table
+from async_opd.metrics import OBSERVER_BACKLOG, ROLES, STATES, Jsonl, Meter, observed, time_table
 
 STEP = {"tokens": 100.0, "lag_max": 2.0, "lag_mean": 1.0, "loss": 0.5, "kl": 0.25}
 
@@ -99,17 +99,6 @@ def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows_and_takes_the_next_
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
-def test_the_console_prints_what_the_reader_needs(capsys):
-    row = STEP | {"step": 1, "accuracy": None, "queue_ready": 3, "left_s": 9.0}
-    row |= {f"{role}_tokens_per_s": 10.0 for role in ("generators", "teachers", "trained")}
-    row |= {f"{role}_busy": 0.5 for role in ROLES}
-    Console(steps=5)(row)
-    header, line = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["step", "accuracy", "kl", "loss"]
-    assert line.split()[:4] == ["1/5", "-", "0.2500", "0.5000"]
-    assert len(header) == len(line)
-
-
 def test_rows_beyond_the_backlog_of_an_observer_that_blocks_are_lost_and_counted():
     release, entered, taken = threading.Event(), threading.Event(), []
 
@@ -187,4 +176,24 @@ def test_an_observer_that_raises_loses_those_rows_and_says_so_once(fails, lost, 
         for step in range(4):
             observer({"step": step})
     assert observer.lost == lost
+    assert capsys.readouterr().err == "observer file: OSError: disk full\n"
+
+
+def test_a_sink_is_closed_behind_its_last_row_and_an_error_in_that_is_said_like_any_other(capsys):
+    class File:
+        def __init__(self):
+            self.rows, self.closed = [], []
+
+        def __call__(self, row):
+            self.rows.append(row)
+
+        def close(self):
+            self.closed.append(len(self.rows))
+            raise OSError("disk full")
+
+    file = File()
+    with observed({"file": lambda: file}) as (observer,):
+        observer({"step": 1})
+        observer({"step": 2})
+    assert (file.closed, observer.lost) == ([2], 0)
     assert capsys.readouterr().err == "observer file: OSError: disk full\n"

@@ -232,7 +232,7 @@ def cancelled(tmp_path, step_s: float, fatal: int | None = None) -> tuple[float,
 
 
 def test_cancellation_lets_the_step_at_hand_finish_and_saves_it(tmp_path):
-    assert cancelled(tmp_path, step_s=3) == (6, [])
+    assert cancelled(tmp_path, step_s=3) == (6, [("saved", "checkpoint", "step 2")])
     assert checkpoints.find(tmp_path).state.version == 2
     assert audit(tmp_path).discrepancies == []
 

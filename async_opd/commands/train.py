@@ -44,8 +44,9 @@ def to_resume(path: Path, overrides: list[str]) -> "tuple[Config, Checkpoint]":
 
 def train(config: "Config", found: "Checkpoint | None" = None) -> int:
     """Run it to the end and say what it reached; the exit status."""
-    from async_opd.metrics import say, time_table
+    from async_opd.metrics import time_table
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
+    from async_opd.say import say
 
     summary = asyncio.run(run(config, found))
     lines = ["", time_table(summary)]

@@ -145,6 +145,7 @@ class Pool(Generic[P]):
 
     def resize(self, size: int) -> None:
         """Bring the pool to `size` members: start new ones, or retire the last, which hand back what they have."""
+        self._tell("scaled", self.name, f"{self.size} -> {size}")
         seats = sorted(self._wanted, key=lambda index: (index not in self._seats, index))
         for index in seats[size:]:
             self._wanted.discard(index)

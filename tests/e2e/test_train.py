@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from async_opd import metric_names
 from async_opd.cli import main
 from async_opd.metrics import ROLES, STATES
 from async_opd.toy import STUDENT
@@ -50,6 +51,7 @@ def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tm
     for role, row in itertools.product(ROLES, [*found, summary]):
         assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
     assert all(summary[f"{role}_busy"] > 0 for role in ROLES)
+    assert {metric_names.of(key).name for row in found for key in row} > {"lr", "grad_norm", "kl"}  # no unknown key
     assert summary["generators_syncing"] > 0 and summary["learner_syncing"] > 0
     assert summary["steps"] == 12
     assert summary["scored_dropped"] == 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from async_opd import metrics
-from async_opd.metrics import Console, Jsonl, observed
+from async_opd.console.lines import Lines
+from async_opd.metrics import Jsonl, observed
 from benchmarks.paced import LONGEST_S, STEPS, Pace, measure
 from tests.fakes import virtual
 
@@ -83,7 +84,7 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
         os.set_blocking(out, True)
         monkeypatch.setattr(sys, "stdout", stdout)
         printed = dict(accuracy=None, kl=0.0, loss=0.0, lag_mean=0.0)  # of the columns, what paced roles do not measure
-        with observed({"console": lambda: Console(STEPS, every_s=0)}) as (console,):
+        with observed({"console": lambda: Lines(STEPS, every_s=0)}) as (console,):
             found = virtual(measure(PACE, bound=4, sinks=[lambda row: console(printed | row)]))
         monkeypatch.undo()
     assert found["steps"] == STEPS
@@ -92,13 +93,14 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
 
 PRINTS = """
 import sys
-from async_opd import metrics
-metrics.CLOSE_S = metrics.SAY_S = 0.2
-row = {key: 1 for _, key, _, _ in metrics.Console.COLUMNS} | {"step": 1}
-with metrics.observed({"console": lambda: metrics.Console(1, every_s=0)}) as (console,):
+from async_opd import metrics, say
+from async_opd.console.lines import Lines
+metrics.CLOSE_S = say.SAY_S = 0.2
+row = {key: 1 for _, key, _, _ in Lines.COLUMNS} | {"step": 1}
+with metrics.observed({"console": lambda: Lines(1, every_s=0)}) as (console,):
     for _ in range(1000):
         console(row)
-metrics.say("the end")
+say.say("the end")
 print(console.lost, file=sys.stderr)
 """
 

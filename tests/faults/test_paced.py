@@ -102,7 +102,7 @@ def config_of(run_dir: Path, *overrides: str) -> Config:
 
 
 class Run:
-    """One job in virtual time, its events by the virtual second."""
+    """One job in virtual time, its events but for checkpoints by the virtual second."""
 
     def __init__(self, run_dir: Path, *overrides: str):
         self.run_dir, self.config = run_dir, config_of(run_dir, *overrides)
@@ -130,7 +130,8 @@ class Run:
         )
 
         def tell(what, who, why):
-            self.events.append((round(clock(), 3), what, who))
+            if who != "checkpoint":
+                self.events.append((round(clock(), 3), what, who))
 
         meter = Meter([self.rows.append], clock)
         async with asyncio.timeout(10**5):

@@ -1,7 +1,7 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one line
-never import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one
+line never import each other; a config.py is its role's.
 """
 
 import ast
@@ -19,12 +19,12 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
-    ["ports", "collective", "maths", "cpu_engine"],
+    ["__init__", "errors", "say", "metric_names"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
+    ["ports", "collective", "maths", "cpu_engine", "console"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
     ["inputs", "evaluate", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
     ["export", "scale", "progress", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
-    ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
+    ["actors"], ["sinks"], ["run"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
@@ -33,8 +33,8 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
 }
 SMALL = {
-    "errors", "spans", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify", "config", "evaluate",
-    "audit", "trace", "card", "crew", "export", "scale", "progress", "train", "commands", "cli",
+    "errors", "say", "metric_names", "spans", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify",
+    "config", "evaluate", "audit", "trace", "card", "crew", "export", "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 

@@ -176,11 +176,12 @@ def test_a_pool_grows_and_shrinks_and_those_who_leave_hand_back_what_they_have()
         await asyncio.sleep(0.5)
         pool.resize(1)
         answers = await asyncio.gather(*asked)
-        return grown, [seat.name for seat in pool.serving], answers
+        return grown, [seat.name for seat in pool.serving], answers, [what for what, _ in events]
 
-    grown, left, answers = scenario(workers, play, spawn=spare)
+    grown, left, answers, told = scenario(workers, play, spawn=spare)
     assert (grown, left) == (["worker 0", "worker 1", "worker 2"], ["worker 0"])
     assert answers == ["a: x", "a: y", "a: z"]
+    assert told == ["scaled", "serves", "scaled", "lost", "lost"]
     assert workers[1].killed and spare.started[0].killed
 
 

@@ -1,0 +1,35 @@
+"""A line for whoever watches, which can never hold a run up."""
+
+import io
+import os
+import sys
+import threading
+from contextlib import suppress
+from typing import TextIO
+
+SAY_S = 2.0  # for a line to leave
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it, and holds the caller
+    up for SAY_S seconds at most."""
+
+    def out() -> None:
+        with suppress(OSError):
+            write(to or sys.stdout, f"{text}\n")
+
+    thread = threading.Thread(target=out, daemon=True)
+    thread.start()
+    thread.join(SAY_S)
+
+
+def write(to: TextIO, text: str) -> None:
+    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could not exit."""
+    try:
+        descriptor = to.fileno()
+    except io.UnsupportedOperation:  # no file: a notebook's, or what has taken its place while a screen is up
+        to.write(text)
+        return
+    data = text.encode()
+    while data:
+        data = data[os.write(descriptor, data) :]

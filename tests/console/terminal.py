@@ -1,0 +1,34 @@
+"""As much of a terminal as a screen needs: text, lines, colours ignored, and three ways to move and erase."""
+
+import re
+
+SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
+
+
+def shown(text: str) -> list[str]:
+    """The lines that stand on an endless terminal after `text`. An unknown sequence is an error."""
+    lines, row, column, at = [""], 0, 0, 0
+    while at < len(text):
+        if found := SEQUENCE.match(text, at):
+            count, what = found.groups()
+            at = found.end()
+            if what == "F":
+                row, column = row - int(count), 0
+                assert row >= 0, "above the first line"
+            elif what == "K":
+                lines[row] = lines[row][:column]
+            elif what == "J":
+                lines[row:] = [lines[row][:column]]
+            else:
+                assert what == "m", f"{found[0]!r}: never sent"
+            continue
+        if text[at] == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        if text[at] in "\r\n":
+            column = 0
+        else:
+            lines[row] = lines[row][:column].ljust(column) + text[at] + lines[row][column + 1 :]
+            column += 1
+        at += 1
+    return lines
