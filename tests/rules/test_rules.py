@@ -1,7 +1,7 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one line
-never import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one
+line never import each other; a config.py is its role's.
 """
 
 import ast
@@ -21,10 +21,10 @@ ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine"],
-    ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
-    ["inputs", "evaluate", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
-    ["export", "scale", "progress", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
-    ["actors"], ["run"], ["commands"], ["cli"], ["__main__"],
+    ["causal_lm", "objectives"], ROLES, ["scoring", "sections", "files"], ["config"],
+    ["inputs", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
+    ["export", "scale", "progress", "evaluate", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
+    ["actors"], ["run"], ["run_eval"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
