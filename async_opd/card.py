@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from async_opd.checkpoints import Checkpoint
-from async_opd.config import HUB_ID, Config
+from async_opd.config import Config
+from async_opd.files import HUB_ID
 from async_opd.objectives import Objective
 
 LOAD = """\

@@ -1,7 +1,6 @@
 """The whole run in one typed TOML file: roles composed, cross-field rules, `load()` with overrides."""
 
 import json
-import re
 import tomllib
 from collections.abc import Iterator
 from functools import reduce
@@ -12,8 +11,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from async_opd import toy
 from async_opd.errors import ConfigError, RunMissing
+from async_opd.files import MODELS, check_data, check_model, local
 from async_opd.learner.config import LearnerConfig
 from async_opd.mistakes import beside, refuse_mistakes, wrong
 from async_opd.objectives import Objective, all_objectives
@@ -33,10 +32,6 @@ from async_opd.sections import EvalConfig, RunConfig, StudentConfig, SyncConfig,
 from async_opd.teacher.config import ReferenceConfig, ScorerConfig, TeacherConfig, TeacherSamplingConfig
 from async_opd.verify.checks import kinds, known
 from async_opd.verify.config import VerifyConfig
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_FILES = (".jsonl", ".json", ".parquet")
-
 
 AnyObjective = reduce(or_, all_objectives().values())
 
@@ -101,12 +96,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return found
 
 
-def load(path: str | Path, overrides: list[str] = (), *, training: bool = True, elsewhere: bool = False) -> Config:
+def load(path: str | Path, overrides: list[str] = (), *, elsewhere: bool = False) -> Config:
     """Read a TOML file, apply `key.path=value` overrides (values in TOML; a bare word is a string), check everything.
 
-    `training` adds what a new run directory asks for; `elsewhere`, for a run on other machines, takes an absolute path
-    that is not here for one of theirs. Raises ConfigError naming the key's path, the value, what is
-    allowed and the nearest spelling.
+    `elsewhere`, for a run on other machines, takes an absolute path that is not here for one of theirs. Raises
+    ConfigError naming the key's path, the value, what is allowed and the nearest spelling.
     """
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -116,13 +110,13 @@ def load(path: str | Path, overrides: list[str] = (), *, training: bool = True, 
         raise ConfigError(f"config {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
-    return _complete(tree, overrides, training, elsewhere)
+    return _complete(tree, overrides, new=True, elsewhere=elsewhere)
 
 
 def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
     """The config of the run in `run_dir`, to go on with, `overrides` applied. Raises ConfigError or RunMissing."""
     tree = _written(read_run(run_dir, dict))
-    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], training=False)
+    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], new=False)
 
 
 def read_run(run_dir: Path, kind: type = Config) -> Any:
@@ -142,15 +136,15 @@ def _written(tree: Any) -> Any:
     return {key: _written(value) for key, value in tree.items() if value is not None}
 
 
-def _complete(tree: dict, overrides: list[str], training: bool, elsewhere: bool = False) -> Config:
+def _complete(tree: dict, overrides: list[str], new: bool, elsewhere: bool = False) -> Config:
     for override in overrides:
-        _override(tree, override)
-    config = _checked(tree, Config)
+        apply_override(tree, override)
+    config = checked(tree, Config)
     for broken, message in _rules(config):
         if broken:
             raise ConfigError(message)
     _check_files(config, elsewhere)
-    _check_run_dir(config, training)
+    check_run_dir(config, new)
     return config
 
 
@@ -164,11 +158,12 @@ def load_objective(tag: str, overrides: list[str] = ()) -> Objective:
     """The objective of that tag by `key=value` settings of its section, checked as in a config."""
     tree = {"tag": tag}
     for override in overrides:
-        _override(tree, override)
-    return _checked({"objective": tree}, ObjectiveAlone).objective
+        apply_override(tree, override)
+    return checked({"objective": tree}, ObjectiveAlone).objective
 
 
-def _checked(tree: dict, kind: type[Struct]) -> Any:
+def checked(tree: dict, kind: type[Struct]) -> Any:
+    """A struct of `kind` from a tree of settings. Raises ConfigError."""
     refuse_mistakes(tree, kind)
     try:
         return msgspec.convert(tree, kind)
@@ -176,7 +171,8 @@ def _checked(tree: dict, kind: type[Struct]) -> Any:
         raise ConfigError(str(e)) from e
 
 
-def _override(tree: dict, override: str) -> None:
+def apply_override(tree: dict, override: str) -> None:
+    """Put the setting that `key.path=value` names into the tree. Raises ConfigError."""
     key, found, text = override.partition("=")
     if not found or not key:
         raise ConfigError(f"override {override!r}: write key.path=value, such as learner.lr=1e-4")
@@ -247,53 +243,18 @@ def _check_files(c: Config, elsewhere: bool) -> None:
     for at, s in c.scorers.items():
         models.append((at, s.model, *longest_sequence(at, s, c.data, c.rollout), s.backend == "vllm"))
     for at, model, bound, tokens, vllm in models:
-        if folder := _local(f"{at}.model", model, {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}, elsewhere):
-            _check_model(at, model, folder, f"{bound} = {tokens}", tokens, vllm)
+        if folder := local(f"{at}.model", model, MODELS, elsewhere):
+            check_model(at, model, folder, f"{bound} = {tokens}", tokens, vllm)
     for key, path in (("data.path", c.data.path), *([("eval.path", c.eval.path)] if c.eval else [])):
-        file = _local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
-        if file and file.is_file() and file.suffix not in DATA_FILES:
-            raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(DATA_FILES)}")
+        check_data(key, path, elsewhere)
 
 
-def _local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool) -> Path | None:
-    """Where `name` lies; None for what is made by the run, may be a hub id, or lies elsewhere."""
-    if name.startswith("toy:"):
-        if name not in shipped:
-            raise ConfigError(wrong(key, name, shipped))
-        return shipped[name]
-    path = Path(name)
-    if path.exists():
-        return path
-    if elsewhere and path.is_absolute():
-        return None
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in DATA_FILES:
-        return None
-    hint = beside(name) or "; hub ids are owner/name, and owner/ must not be a folder here"
-    raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
-
-
-def _check_model(at: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool) -> None:
-    """It is a model, with a context for `sequence`; vLLM samples one token behind what it scores."""
-    setting = f"{at}.model = {name!r}"
-    try:
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
-    except ValueError as e:
-        raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
-    context = model.get("max_position_embeddings") or longest + vllm
-    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}  # a scaled one may go further
-    if rope.get("rope_type", "default") == "default" and context < longest + vllm:
-        behind = f" less the 1 that {at}.backend = 'vllm' samples" if vllm else ""
-        raise ConfigError(f"{sequence}: must be <= {context - vllm}, the context of {setting}{behind}")
-
-
-def _check_run_dir(c: Config, training: bool) -> None:
-    """It can be made; and where training moves an earlier one aside, nothing that the run needs moves along."""
+def check_run_dir(c: Config, new: bool = True) -> None:
+    """It can be made; and where a new one moves an earlier one aside, nothing that the run needs moves along."""
     place = Path(c.run.dir).resolve()
     for folder in (place, *place.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
     for key, name in {**c.inputs, "the working directory": "."}.items():
-        if training and Path(name).exists() and Path(name).resolve().is_relative_to(place):
+        if new and Path(name).exists() and Path(name).resolve().is_relative_to(place):
             raise ConfigError(f"run.dir = {c.run.dir!r}: holds {key} = {name!r}, and a new run moves it aside")

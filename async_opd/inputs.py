@@ -22,22 +22,45 @@ class Inputs:
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: list[int]
-    prompts: PromptSource | None  # None: only for an evaluation
+    prompts: PromptSource
     held_out: list[Prompt]
 
 
-def read(config: Config, *, training: bool = True) -> Inputs:
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """What an evaluation reads: the model's tokenizer, end ids and context, and the problems."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: list[int]
+    context: int | None  # None: its config names none
+    prompts: list[Prompt]
+
+
+def read(config: Config) -> Inputs:
     """Read and check what `config` names. Raises DataError naming the key."""
-    tokenizer = _load("student.model", AutoTokenizer, config.student.model, config.run.trust_remote_code)
-    prompts = None
-    if training:
-        check_scorers(config, tokenizer)
-        if config.teacher_sampling:
-            check_ends(config)
-        prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
-        check_epochs(config, prompts)
-    eos = eos_ids("student.model", config.student.model, config.run.trust_remote_code)
+    tokenizer, eos = _student(config)
+    check_scorers(config, tokenizer)
+    if config.teacher_sampling:
+        check_ends(config)
+    prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
+    check_epochs(config, prompts)
     return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer))
+
+
+def read_problems(config: Config, count: int | None) -> Problems:
+    """The first `count` rows of `config.data`, or all, as problems for an evaluation. Raises DataError."""
+    tokenizer, eos = _student(config)
+    model = _load("student.model", AutoConfig, config.student.model, config.run.trust_remote_code).get_text_config()
+    data = msgspec.structs.replace(config.data, teacher=None, solution=None)
+    prompts = PromptSource(data, tokenizer, seed=0).first(count)
+    context = getattr(model, "max_position_embeddings", None)
+    return Problems(tokenizer=tokenizer, eos_ids=eos, context=context, prompts=prompts)
+
+
+def _student(config: Config) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """Tokenizer and end ids of the student."""
+    args = "student.model", config.student.model, config.run.trust_remote_code
+    return _load(args[0], AutoTokenizer, *args[1:]), eos_ids(*args)
 
 
 def views(config: Config) -> dict[str, TeacherView]:

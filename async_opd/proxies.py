@@ -10,7 +10,7 @@ from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.maths.packing import plan
 from async_opd.ports import Ready, Ref
-from async_opd.wire import GroupMeta, Prompt, Rollout, StepResult, Verdict
+from async_opd.wire import GroupMeta, Prompt, Rollout, Said, Sampling, StepResult, Verdict
 
 LAST_WORDS_S = 5.0  # for the other ranks, once one has failed
 
@@ -77,8 +77,8 @@ class GeneratorProxy(_Member):
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
         return await self._group("generate", prompt)
 
-    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self._group("greedy", prompt)
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]:
+        return await self._group("respond", prompt, sampling)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         self._sent += 1
@@ -96,9 +96,9 @@ class GeneratorProxy(_Member):
     async def resume(self) -> None:
         await self._actor.call(self._sync_s, "resume", self._sent)
 
-    async def _group(self, method: str, prompt: Prompt) -> tuple[GroupMeta, Ref]:
+    async def _group(self, method: str, *args: Any) -> tuple[GroupMeta, Ref]:
         self._sent += 1
-        meta, (group,) = await self._actor.spread(self._generate_s, 1, "call", method, prompt)
+        meta, (group,) = await self._actor.spread(self._generate_s, 1, "call", method, *args)
         return meta, group
 
 
@@ -146,6 +146,9 @@ class VerifierProxy(_Member):
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         return await self._actor.call(self._score_s, "check_response", id, ids, answer)
+
+    async def said(self, group: Ref, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
+        return await self._actor.call(self._score_s, "said", group, verdicts)
 
 
 class LearnerProxy:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd import checkpoints, evaluate, toy
+from async_opd import checkpoints, toy
 from async_opd.actors import Cluster, start_ray
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.console import console
-from async_opd.errors import ActorLost, CallFailed, CheckpointError, DataError, SyncFailed, TimedOut
+from async_opd.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
 from async_opd.say import say
 from async_opd.sinks import SINKS
 from async_opd.spans import FILE, Window
-from async_opd.stream.pool import Pool, Tell
+from async_opd.stream.pool import Tell
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
@@ -37,9 +37,9 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
     `run.max_restarts` times."""
-    run_dir = Path(config.run.dir) if found else _make_dir(Path(config.run.dir))
+    run_dir = Path(config.run.dir) if found else make_dir(Path(config.run.dir))
     config = resolve_toy(config, run_dir)
-    inputs = await _inputs(config, training=True)
+    inputs = await _inputs(config)
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -109,25 +109,13 @@ def _write(path: Path, content: bytes) -> None:
     beside.rename(path)
 
 
-async def run_eval(config: Config) -> evaluate.Accuracy:
-    """Greedy accuracy of `config.student.model` on the [eval] problems."""
-    if config.eval is None:
-        raise DataError("eval: the config has no [eval] section")
-    config = resolve_toy(config, Path(config.run.dir))
-    inputs = await _inputs(config, training=False)
-    with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
-        generators, verifiers = await cluster.evaluators()
-        pools = Pool("generator", generators), Pool("verifier", verifiers)
-        return await evaluate.of_generators(*pools, inputs.held_out)
-
-
-async def _inputs(config: Config, *, training: bool):
+async def _inputs(config: Config):
     """Tokenizer and data. Their libraries take seconds to import, and so does a cluster to start: side by side."""
 
     def read():
         from async_opd import inputs
 
-        return inputs.read(config, training=training)
+        return inputs.read(config)
 
     reading = asyncio.create_task(asyncio.to_thread(read))
     await asyncio.sleep(0)  # off to its thread, before Ray blocks this one
@@ -135,8 +123,8 @@ async def _inputs(config: Config, *, training: bool):
     return await reading
 
 
-def _make_dir(path: Path) -> Path:
-    """Make the run directory; one that is there already is kept beside under a number."""
+def make_dir(path: Path) -> Path:
+    """Make a run directory; one that is there already is kept beside under a number."""
     if path.exists():
         number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{n}").exists())
         path.rename(path.with_name(f"{path.name}.{number}"))

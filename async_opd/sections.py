@@ -41,11 +41,12 @@ class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greedy accuracy on held-out rows, before and after."""
+    """Greedy accuracy on held-out rows: before, after and beside training."""
 
     path: str  # as data.path, with the same columns
     split: str = "train"
     problems: Annotated[int, Meta(ge=1)] = 256
+    every_steps: Annotated[int, Meta(ge=0)] = 0  # by the generators while they train; 0: only before and after
 
 
 class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from async_opd import evaluate, scale
+from async_opd import scale
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.crew import Crew, Roles
 from async_opd.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
-from async_opd.evaluate import Accuracy
+from async_opd.evaluate.ask import Accuracy
+from async_opd.evaluate.live import HeldOut
 from async_opd.maths import lag
 from async_opd.metrics import Meter, Row
 from async_opd.ports import Generator, Learner, Ready, Teacher
@@ -42,7 +44,7 @@ async def train(
 
     On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
     """
-    loop = _Loop(config, roles, source, meter, run_dir, tell)
+    loop = _Loop(config, roles, source, held_out, meter, run_dir, tell)
     crew = loop.crew
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -50,11 +52,11 @@ async def train(
             await loop.publisher.publish(loop.version, admit=lambda: None)
             # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
             warm = (seat.hold(seat.port.probe()) for seat in crew.teacher_generators.serving)
-            await asyncio.gather(loop.measure(held_out), *warm)
+            await asyncio.gather(loop.held_out.begin(loop.version), *warm)
             crew.start(tasks)
             serving = tasks.create_task(scale.serve(run_dir, crew))
             await loop.run(prompts, tasks)
-            measured = await _evaluated(config, crew, held_out, loop.before) if held_out else {}
+            measured = await loop.held_out.end(loop.version)
             crew.stop()
             serving.cancel()
         loop.progress.ledger.finished()
@@ -85,11 +87,21 @@ async def train(
 class _Loop:
     """Pools, slots, queue, producer and the step loop of one run."""
 
-    def __init__(self, config: Config, roles: Roles, source: Source, meter: Meter, run_dir: Path, tell: Tell):
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        source: Source,
+        held_out: list[Prompt],
+        meter: Meter,
+        run_dir: Path,
+        tell: Tell,
+    ):
         self._config, self._learner, self._meter, self._tell = config, roles.learner, meter, tell
         self._learner_time = meter.actor("learner")
-        self.version, self.before = 0, Accuracy(0, 0, 0)
+        self.version = 0
         self.crew = Crew(config, roles, meter, tell, self._welcome)
+        self.held_out = HeldOut(config, self.crew, held_out, tell)
         self.publisher = Publisher(
             roles.learner,
             self.crew.generators,
@@ -136,6 +148,7 @@ class _Loop:
                 gap, _ = await asyncio.gather(publishing, syncing)
             learner_is("blocked")
             self._say(gap)
+            self.held_out.trained(self.version, tasks)
             if every and self.version % every == 0:
                 await self._finished(self.save())
         await self._finished(self.save())
@@ -154,7 +167,7 @@ class _Loop:
         self._meter.step(
             result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
             queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,
-            queue_slots=self._slots.count, dropped=self.queue.dropped.total(),
+            queue_slots=self._slots.count, dropped=self.queue.dropped.total(), **self.held_out.row(),
         )  # fmt: skip
 
     async def _finished(self, work: Coroutine[Any, Any, None]) -> None:
@@ -189,18 +202,13 @@ class _Loop:
         """Be where the run was at that checkpoint; returns its prompts from there on."""
         needed = (self._config.run.steps - found.state.version) * self._config.groups_per_step
         prompts, counters = await self.progress.restore(found, needed), found.state.counters
-        self.version, self.before = found.state.version, Accuracy(*counters["before"])
+        self.version, self.held_out.before = found.state.version, Accuracy(*counters["before"])
         self.queue.dropped.update(counters["dropped"])
         return prompts
 
-    async def measure(self, held_out: list[Prompt]) -> None:
-        """Accuracy before training, unless that is known from before a restart."""
-        if not self.before.problems:
-            self.before = await evaluate.of_generators(self.crew.generators, self.crew.verifier, held_out)
-
     async def save(self) -> None:
         """A checkpoint of the live version, which is in the books. The learner can do nothing else meanwhile."""
-        before = [self.before.right, self.before.unknown, self.before.problems]
+        before = astuple(self.held_out.before)
         async with self._weights, self._learner_time.call("checkpoint", self.version):
             await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
 
@@ -274,23 +282,6 @@ def _followers(config: Config, learner: Learner, crew: Crew, run_dir: Path) -> F
         if teacher.update != "frozen":
             due.setdefault(teacher.update_every_steps, []).append(crew.teachers[name])
     return Followers(learner, due, str(run_dir.resolve() / "self-teacher"))
-
-
-async def _evaluated(config: Config, crew: Crew, held_out: list[Prompt], before: Accuracy) -> Row:
-    """Accuracies for the summary. The teachers' come last: nobody waits for them, and their replicas are idle now."""
-    after = await evaluate.of_generators(crew.generators, crew.verifier, held_out)
-    teachers: Row = {}
-    for name, teacher in config.named_teachers.items():
-        own = [prompt for prompt in held_out if prompt.teacher == name] if teacher.evaluate else []
-        found = await evaluate.of_teacher(crew.teachers[name], crew.verifier, own) if own else None
-        teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = found and found.share
-    return {
-        **teachers,
-        "accuracy_before": before.share,
-        "accuracy_after": after.share,
-        "eval_problems": before.problems,
-        "eval_unknown": before.unknown + after.unknown,
-    }
 
 
 def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:

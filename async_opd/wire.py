@@ -69,6 +69,14 @@ class Prompt(Struct):
                     raise WireError(f"{self.id}: {field} is empty; a prompt has at least one token")
 
 
+class Sampling(Struct):
+    """How an evaluation has a prompt responded to. Made by the driver; consumed by a generator."""
+
+    samples: int = 1
+    temperature: float = 0.0  # 0: the likeliest token each time
+    top_p: float = 1.0
+
+
 class Span(Struct):
     """Tokens [start, end) of one response were sampled under `version`. Made by a generator; consumed by the queue and
     the learner."""
@@ -203,6 +211,7 @@ class Verdict(Struct):
     id: str
     correct: bool | None
     cause: str = ""  # "timed out after 5.0 s", "worker died (signal 9)", …; empty when the check decided
+    answer: str | None = None  # the part of the response that was read; "" where it holds none, None if nothing says
 
 
 class Check(Struct):
@@ -211,6 +220,13 @@ class Check(Struct):
     id: str
     response: str
     answer: str
+
+
+class Said(Struct):
+    """What a response says. Made by the verifier; consumed by an evaluation."""
+
+    text: str
+    vote: int | None  # the first response of its group with the same answer; None: it has no vote
 
 
 class StepResult(Struct):

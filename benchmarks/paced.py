@@ -23,7 +23,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,7 +38,7 @@ from async_opd.crew import Roles
 from async_opd.metrics import Meter, Row, Sink
 from async_opd.ports import Ready
 from async_opd.train import train
-from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
+from async_opd.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
 
 STEPS, PER_STEP, EDGE, LONGEST_S, MEAN_TOKENS, PROBE_TOKENS = 45, 16, 5, 0.25, 128, 8
 LOGP = np.full(PROBE_TOKENS, -1.0, np.float32)
@@ -73,21 +75,58 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
+class Places:
+    """So many at once; the others wait, in order but for those that go first."""
+
+    def __init__(self, count: int):
+        self._free, self._waiting = count, deque()
+
+    @asynccontextmanager
+    async def one(self, first: bool) -> AsyncIterator[None]:
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.get_running_loop().create_future()
+            (self._waiting.appendleft if first else self._waiting.append)(turn)
+            try:
+                await turn  # the place of one who leaves
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self._leave()
+                raise
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        while self._waiting:
+            if not (turn := self._waiting.popleft()).done():  # else it was cancelled
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
 class PacedGenerator:
     """`concurrency` requests at once, first come, first served; all stand still from `update` to `resume`."""
 
     def __init__(self, pace: Pace, seed: int = 0):
         self._pace, self._draw, self._version, self.tokens = pace, random.Random(seed), 0, 0
-        self._places = asyncio.Semaphore(pace.concurrency)
+        self._places = Places(pace.concurrency)
         self._running, self._halt = asyncio.Event(), asyncio.Event()
         self._running.set()
 
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Prompt]:
-        async with self._places:
+        return await self._respond(prompt, first=False)
+
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Prompt]:
+        """Goes before the requests of training."""
+        return await self._respond(prompt, first=True)
+
+    async def _respond(self, prompt: Prompt, first: bool) -> tuple[GroupMeta, Prompt]:
+        async with self._places.one(first):
             spans = await self._sample(self._pace.tokens(self._draw))
         return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(False,)), prompt
-
-    greedy = generate
 
     async def _sample(self, tokens: int) -> tuple[Span, ...]:
         spans, made, worked_s, token_s = [], 0, 0.0, self._pace.token_s

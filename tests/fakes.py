@@ -10,7 +10,7 @@ import numpy as np
 from async_opd.stream.ledger import Ledger
 from async_opd.stream.pool import Pool
 from async_opd.stream.produce import Producer
-from async_opd.wire import GroupMeta, Prompt, Rollout, Span, StepResult, Verdict
+from async_opd.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
 from benchmarks.paced import Prompts
 
 LOGP = np.array([-1.0, -2.0], np.float32)  # of the two tokens of every response
@@ -28,7 +28,8 @@ class FakeGenerator:
         spans = (Span(version=self.version, start=0, end=2),)
         return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(self.truncated,)), prompt
 
-    greedy = generate
+    async def respond(self, prompt: Prompt, sampling: Sampling):
+        return await self.generate(prompt)
 
     async def probe(self):
         spans = (Span(version=self.version, start=0, end=2),)

@@ -10,7 +10,7 @@ from async_opd.cli import COMMANDS, main
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError, TimedOut
-from async_opd.evaluate import Accuracy
+from async_opd.evaluate.result import Figure, Result, Settings
 from async_opd.metrics import ROLES, STATES
 
 SUMMARY = dict(
@@ -33,7 +33,7 @@ def runs(monkeypatch, tmp_path):
                 raise result
             return result
 
-        monkeypatch.setitem(sys.modules, "async_opd.run", SimpleNamespace(run=run, run_eval=run))
+        monkeypatch.setitem(sys.modules, "async_opd.run", SimpleNamespace(run=run))
 
     return end_with
 
@@ -49,7 +49,7 @@ def runs(monkeypatch, tmp_path):
         (["status"], "usage: async-opd status [-h] [--address URL] [ID]"),
         (["logs"], "usage: async-opd logs [-h] [--follow] [--address URL] ID"),
         (["stop"], "usage: async-opd stop [-h] [--address URL] ID"),
-        (["eval"], "usage: async-opd eval [-h] config [key=value ...]"),
+        (["eval"], "usage: async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]\n"),
         (["export"], "usage: async-opd export [-h] [-o DIR] [--checkpoint N|best] RUN"),
         (["trace"], "usage: async-opd trace [-h] [-o FILE] RUN"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
@@ -102,9 +102,8 @@ def test_help_loads_nothing_but_the_command_line():
     assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_a_config_that_is_not_there_exits_with_two(command, capsys):
-    assert main([command, "no/such.toml"]) == 2
+def test_a_config_that_is_not_there_exits_with_two(capsys):
+    assert main(["train", "no/such.toml"]) == 2
     assert capsys.readouterr().err == "async-opd: ConfigError: config no/such.toml: no such file\n"
 
 
@@ -147,20 +146,59 @@ def test_each_of_several_teachers_has_its_accuracy(runs, capsys):
     assert "\n  teacher math        75.0%\n  teacher code   not measured\n  student, before     25.0%\n" in said
 
 
-def test_an_evaluation_says_its_share(runs, capsys, tmp_path):
-    runs(Accuracy(right=3, unknown=1, problems=5))
-    (tmp_path / "a.toml").write_text(DEMO.read_text())
-    assert main(["eval", "a.toml"]) == 0
-    assert capsys.readouterr().out == "toy:student: 75.0% of 5 problems, 1 unknown\n"  # 3 of 4 decided
+@pytest.fixture
+def evaluations(monkeypatch, tmp_path):
+    """What `eval` asks for; it finds one right response of two to each of four problems."""
+    asked = []
+
+    async def run_eval(wanted):
+        asked.append(wanted)
+        settings = Settings(
+            rows="ab12", problems=4, k=wanted.k, max_new_tokens=64, chat_template=False, template_args={}, check="math",
+            **msgspec.structs.asdict(wanted.sampling),
+        )  # fmt: skip
+        return Result(
+            model=wanted.student.model, path=wanted.data.path, settings=settings, thinking=None, seed=0,
+            figures={"avg": Figure(mean=0.5, low=0.25, high=0.75, problems=4)}, interval="by hand", tokens=3.0,
+            truncated=0.0, unknown=0.0, wall_s=1.0, environment={},
+        )  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "async_opd.run_eval", SimpleNamespace(run_eval=run_eval))
+    return asked
 
 
-def test_an_evaluation_without_problems_is_refused_before_anything_starts(runs, capsys, tmp_path):
-    runs(ZeroDivisionError("started"))
-    (tmp_path / "a.toml").write_text(DEMO.read_text().replace('[eval]\npath = "toy:heldout"\nproblems = 256', ""))
-    assert main(["eval", "a.toml", "teacher.evaluate=false"]) == 2
-    assert capsys.readouterr().err == (
-        "async-opd: ConfigError: eval: missing; this command needs a section [eval] with path\n"
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["toy:student", "--data", "toy:heldout", "--k", "2", "--out", "here", "rollout.temperature=0.6"],
+        ["toy:student", "rollout.temperature=0.6", "--k=2", "--out", "here", "--data", "toy:heldout"],
+        ["toy:student", "data.path=toy:heldout", "k=2", "run.dir=here", "rollout.temperature=0.6"],
+    ],
+)
+def test_an_evaluation_takes_flags_and_settings_in_any_order_and_says_its_figures(words, evaluations, capsys):
+    assert main(["eval", *words]) == 0
+    (asked,) = evaluations
+    assert (asked.data.path, asked.k, asked.run.dir, asked.sampling.temperature) == ("toy:heldout", 2, "here", 0.6)
+    how = "toy:student on 4 problems of toy:heldout: 2 response(s) each, temperature 0.6, top-p 1, at most 64 tokens"
+    last = "  mean length 3.0 tokens, 0.0% truncated, 0.0% unknown; intervals: by hand"
+    files = "  here/result.json, here/problems.jsonl"
+    assert capsys.readouterr().out.splitlines() == [how, "  avg@2      50.0%  (25.0% to 75.0%)", last, files]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "eval: needs a model, a directory or hub id: async-opd eval MODEL --data PATH"),
+        (["--data", "toy:heldout"], "eval: needs a model"),
+        (["toy:student"], "eval: needs problems: --data PATH"),
+        (["--compare", "a", "b", "toy:student"], "eval --compare: takes two results and nothing else"),
+        (["--compare", "a", "b"], "a: holds no result of `async-opd eval`: result.json: No such file or directory"),
+    ],
+)
+def test_an_evaluation_of_nothing_exits_with_two(words, says, evaluations, capsys):
+    assert main(["eval", *words]) == 2
+    assert says in capsys.readouterr().err and not evaluations
 
 
 @pytest.fixture

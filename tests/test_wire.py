@@ -7,7 +7,20 @@ import pytest
 
 from async_opd import errors, wire
 from async_opd.errors import WireError
-from async_opd.wire import Check, Group, GroupMeta, Needs, Prompt, Rollout, Scores, Span, StepResult, Verdict
+from async_opd.wire import (
+    Check,
+    Group,
+    GroupMeta,
+    Needs,
+    Prompt,
+    Rollout,
+    Said,
+    Sampling,
+    Scores,
+    Span,
+    StepResult,
+    Verdict,
+)
 
 STRUCTS = [kind for kind in vars(wire).values() if inspect.isclass(kind) and issubclass(kind, wire.Struct)]
 MESSAGES = [kind for kind in STRUCTS if kind is not wire.Struct]
@@ -105,6 +118,8 @@ GOOD = [
     Needs(teacher_topk=2, student_entropy=True),
     Verdict(id="p7@0#1", correct=None, cause="timed out after 5.0 s"),
     Check(id="p7@0#1", response="5", answer="5"),
+    Sampling(samples=4, temperature=0.6, top_p=0.95),
+    Said(text="so it is 5", vote=None),
     StepResult(version=3, metrics={"loss": 0.5}),
 ]
 

@@ -1,26 +1,70 @@
-"""Greedy accuracy of student.model on the config's [eval] problems."""
+"""Measure a model on problems: avg@k, pass@k and maj@k, with intervals.
+
+Samples responses to each problem through the generators, has the verifier check them, and writes result.json and
+problems.jsonl, a line a problem, into a folder. avg@k is the share of right responses, pass@k the chance that one of k
+is right, maj@k the chance that the answer most of k agree on is. One response is greedy, several are sampled at
+temperature 1, and each may be as long as the model's context leaves. Settings have the words of a training config:
+data, rollout (with top_p), verify, timeout, run.seed; and k, problems.
+
+    async-opd eval runs/demo/checkpoint --data runs/demo/data/heldout.jsonl --k 4
+    async-opd eval Qwen/Qwen3-1.7B --data aime.parquet --k 8 --out runs/aime rollout.samples_per_prompt=32
+        rollout.temperature=0.6 rollout.top_p=0.95 data.chat_template=true data.template_args.enable_thinking=true
+
+Two results of the same problems and settings are compared by paired resamples:
+
+    async-opd eval --compare runs/before runs/after
+"""
 
 import argparse
 import asyncio
+import json
 from pathlib import Path
 
-from async_opd.commands import OVERRIDES
 from async_opd.errors import ConfigError
+
+USAGE = """async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]
+       async-opd eval --compare FOLDER FOLDER"""
+FLAGS = {"data": "data.path", "k": "k", "out": "run.dir"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.usage = USAGE
+    parser.add_argument("words", nargs="*", metavar="MODEL", help="a directory or hub id")
+    more = {"nargs": "+", "action": _Flag}  # argparse takes no positional words behind an option
+    parser.add_argument(
+        "--data", metavar=("PATH", "key=value"), help="the problems: a file, a folder or a hub id", **more
+    )
+    parser.add_argument("--k", metavar=("K", "key=value"), help="of the three figures; 1 by default", **more)
+    parser.add_argument(
+        "--out", metavar=("FOLDER", "key=value"), help="of the result, made new; runs/eval by default", **more
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FOLDER", help="two results of the same problems")
+    parser.set_defaults(settings=[])
+
+
+class _Flag(argparse.Action):
+    """A setting under a short name; words behind its value are settings too."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        value = values[0] if self.dest == "k" else json.dumps(values[0])
+        namespace.settings = [*namespace.settings, f"{FLAGS[self.dest]}={value}", *values[1:]]
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.config import load
+    from async_opd.evaluate import result
+    from async_opd.evaluate.settings import load_eval
 
-    config = load(args.config, args.overrides, training=False)
-    if config.eval is None:
-        raise ConfigError("eval: missing; this command needs a section [eval] with path")
-    from async_opd.run import run_eval
+    if args.compare:
+        if args.words or args.settings:
+            raise ConfigError("eval --compare: takes two results and nothing else")
+        print("\n".join(result.compare(*args.compare)))
+        return 0
+    if not args.words or "=" in args.words[0]:
+        raise ConfigError("eval: needs a model, a directory or hub id: async-opd eval MODEL --data PATH")
+    model, *settings = args.words
+    asked = load_eval(model, [*settings, *args.settings])
+    from async_opd.run_eval import run_eval  # the heavy imports wait until the settings are known to be right
 
-    found = asyncio.run(run_eval(config))
-    print(f"{config.student.model}: {found.share:.1%} of {found.problems} problems, {found.unknown} unknown")
+    found = asyncio.run(run_eval(asked))
+    print("\n".join([*result.lines_of(found), f"  {asked.run.dir}/result.json, {asked.run.dir}/problems.jsonl"]))
     return 0

@@ -25,17 +25,22 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shuffle_buffer: Annotated[int, Meta(ge=1)] = 10_000  # rows, for streaming sets only
 
 
-class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How responses are sampled. Temperature applies to student, behaviour and teacher alike."""
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The generators, whatever is sampled."""
 
-    max_new_tokens: Annotated[int, Meta(ge=1)]
     generators: Annotated[int, Meta(ge=1)] = 1
-    samples_per_prompt: Annotated[int, Meta(ge=1)] = 1
-    temperature: Annotated[float, Meta(gt=0)] = 1.0
     concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
-    truncated: Literal["train", "mask", "drop"] = "train"  # what becomes of a rollout cut by max_new_tokens
     dtype: Literal["float32", "bfloat16"] = "float32"
     enforce_eager: bool = False  # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory
+
+
+class RolloutConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How responses are sampled. Temperature applies to student, behaviour and teacher alike."""
+
+    max_new_tokens: Annotated[int, Meta(ge=1)]
+    samples_per_prompt: Annotated[int, Meta(ge=1)] = 1
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    truncated: Literal["train", "mask", "drop"] = "train"  # what becomes of a rollout cut by max_new_tokens

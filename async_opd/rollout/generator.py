@@ -22,9 +22,10 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost, ConfigError, OverAge, SyncFailed
 from async_opd.rollout.config import RolloutConfig
-from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span
+from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Sampling, Span
 
 PROBE_TOKENS = 8  # sampled by the parity probe
+EVALUATION = "evaluation/"  # ids of such requests begin with it
 
 
 class RolloutGenerator:
@@ -74,7 +75,7 @@ class RolloutGenerator:
             logprobs_mode="processed_logprobs",
             max_logprobs=needs.teacher_at_student_ids,
             worker_extension_cls="async_opd.rollout.candidates.Candidates",
-            scheduling_policy="priority",  # in order of arrival, but for the probe
+            scheduling_policy="priority",  # in order of arrival, but for the probe and evaluations
             generation_config="vllm",  # end tokens and penalties of the checkpoint's own are not asked for
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
@@ -110,9 +111,10 @@ class RolloutGenerator:
         ids = prompt.teacher_ids if prompt.taught and prompt.teacher_ids is not None else prompt.ids
         return self._group(prompt, await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates)))
 
-    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
-        """The likeliest response, for evaluation: one sample at temperature 0."""
-        return self._group(prompt, await self._run(prompt.id, prompt.ids, self.sampling(temperature=0.0, n=1)))
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Group]:
+        """Responses for an evaluation, in its own way of sampling. They are never cut off for their age."""
+        settings = self.sampling(temperature=sampling.temperature, top_p=sampling.top_p, n=sampling.samples)
+        return self._group(prompt, await self._run(f"{EVALUATION}{prompt.id}", prompt.ids, settings))
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
@@ -172,8 +174,9 @@ class RolloutGenerator:
         old = set()
         for request in self._engine.output_processor.request_states.values():
             versions = request.weight_version_starts
-            if versions and _version(versions[0][0]) < oldest:
-                old.add((request.parent_req or request).request_id)
+            id = (request.parent_req or request).request_id
+            if versions and _version(versions[0][0]) < oldest and not id.startswith(EVALUATION):
+                old.add(id)
         if old:
             await self._engine.abort(old, internal=True)
 
@@ -211,8 +214,10 @@ class RolloutGenerator:
     async def _add(self, id: str, prompt_ids: np.ndarray, sampling: SamplingParams) -> RequestOutputCollector:
         request_id = f"{id}/{next(self._request_ids)}"
         prompt = {"prompt_token_ids": prompt_ids.tolist()}
-        # The learner waits for the probe; an update has put every running request back in the engine's queue.
-        return await self._engine.add_request(request_id, prompt, sampling, priority=-1 if id == "probe" else 0)
+        # The learner waits for the probe; an update has put every running request back in the engine's queue. Of an
+        # evaluation no more are sent at a time than it may have places, so they need not wait.
+        priority = -2 if id == "probe" else -1 if id.startswith(EVALUATION) else 0
+        return await self._engine.add_request(request_id, prompt, sampling, priority=priority)
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(prompt=prompt, rollouts=tuple(self._rollout(prompt.id, output) for output in outputs))

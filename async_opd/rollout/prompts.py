@@ -120,12 +120,14 @@ class PromptSource:
             named = (self._at(position) for position in places if position < len(self))
         return islice(named, len(names))
 
-    def first(self, count: int) -> list[Prompt]:
-        """The first `count` prompts in file order, for evaluation."""
+    def first(self, count: int | None) -> list[Prompt]:
+        """The first `count` prompts in file order, or all, for evaluation."""
         prompts = (self.prompt(row, 0) for row in self._numbered(self._rows))
         found = list(islice((p for p in prompts if p is not None), count))
-        if len(found) < count:
-            raise DataError(f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems = {count}")
+        if len(found) < (count or 1):
+            raise DataError(
+                f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems = {count or 1}"
+            )
         return found
 
     def prompt(self, row: dict, epoch: int) -> Prompt | None:

@@ -108,7 +108,7 @@ class Producer:
         GROUP.set(prompt.id)
         since = self._taught.version()
         try:
-            meta, group = await self._taught.answer(prompt, self._losses(prompt.id, self._ledger.returned))
+            meta, group = await self._taught.answer(prompt, losses(prompt.id, self._ledger.returned))
             verdicts = await self._checked(prompt, group)
         except CallFailed:
             self._queue.drop(ticket, prompt, 1, "failed")
@@ -121,22 +121,11 @@ class Producer:
 
     async def _generated(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
         """The group of `prompt`, from another generator where one is lost with it."""
-        lost = self._losses(prompt.id, self._ledger.returned)
+        lost = losses(prompt.id, self._ledger.returned)
         return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
 
     async def _checked(self, prompt: Prompt, group: Ref) -> tuple[Verdict, ...]:
-        return await self._verifier.ask(lambda verifier: verifier.check(group), lost=self._losses(prompt.id))
-
-    def _losses(self, id: str, note: Callable[[str, str], None] = lambda id, why: None) -> Callable[[str], None]:
-        """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed at the last."""
-        losses = count(1)
-
-        def lost(why: str) -> None:
-            note(id, why)
-            if (number := next(losses)) == MAX_LOSSES:
-                raise CallFailed(f"{id}: {number} were lost with it, the last: {why}")
-
-        return lost
+        return await self._verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))
 
     async def _scored(self, pool: Pool[Teacher] | None, group: Ref, meta: GroupMeta) -> Ref | None:
         """Scores of `group`. What one replica cannot score, or not in time, another is asked for. Raises CallFailed
@@ -144,7 +133,7 @@ class Producer:
         if pool is None:
             return None
         failed: set[int] = set()
-        lost = self._losses(meta.id)
+        lost = losses(meta.id)
         for _ in range(SCORE_TRIES):
             try:
                 scores = await pool.ask(
@@ -160,3 +149,15 @@ class Producer:
         if self._unscored > self._slots.count:
             raise error
         raise CallFailed(f"{meta.id}: {SCORE_TRIES} tries to score it failed, the last: {error}") from error
+
+
+def losses(id: str, note: Callable[[str, str], None] = lambda id, why: None) -> Callable[[str], None]:
+    """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed at the last."""
+    number = count(1)
+
+    def lost(why: str) -> None:
+        note(id, why)
+        if (so_far := next(number)) == MAX_LOSSES:
+            raise CallFailed(f"{id}: {so_far} were lost with it, the last: {why}")
+
+    return lost

@@ -22,7 +22,7 @@ import numpy as np
 
 from async_opd.ports import Generator, Ref, Teacher, Verifier
 from async_opd.spans import CUT_OFF, ActorTime, Of
-from async_opd.wire import GroupMeta, Prompt, Rollout, Verdict
+from async_opd.wire import GroupMeta, Prompt, Rollout, Said, Sampling, Verdict
 
 T = TypeVar("T")
 GROUP: ContextVar[str] = ContextVar("group", default="")  # whose `Ref` this task passes on: nobody looks into one
@@ -78,8 +78,8 @@ class TimedGenerator(_Timed):
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
         return await self._work(self._port.generate(prompt), "generate", prompt.id)
 
-    async def greedy(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        return await self._work(self._port.greedy(prompt), "greedy", prompt.id)
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]:
+        return await self._work(self._port.respond(prompt, sampling), "respond", prompt.id)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         return await self._work(self._port.probe(), "probe")
@@ -135,3 +135,6 @@ class TimedVerifier(_Timed):
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         return await self._work(self._port.check_response(id, ids, answer), "check", id)
+
+    async def said(self, group: Ref, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
+        return await self._work(self._port.said(group, verdicts), "said", GROUP.get())

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 
 import numpy as np
 
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
-from async_opd.wire import Check, Group, Verdict
+from async_opd.wire import Check, Group, Said, Verdict
 
 SHARE = 0.9  # of the time that a caller waits, so that it hears of the verdict
 PATIENCE_S = 0.5  # the longest a quick check waits for a slow one beside it
@@ -21,6 +23,7 @@ class GroupVerifier:
         self._decode, self._within_s = decode, SHARE * within_s
         self._pool = VerifierPool(config)
         self._late: dict[str, asyncio.Task] = {}
+        self._tickets = count()
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
@@ -32,15 +35,43 @@ class GroupVerifier:
         return tuple(await asyncio.gather(*checks))
 
     async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
-        """The verdicts of each group; for one that is not decided in PATIENCE_S its id, to be asked for by `late`."""
-        checks = {group.prompt.id: asyncio.create_task(self.check(group)) for group in groups}
-        await asyncio.wait(checks.values(), timeout=PATIENCE_S)
-        self._late |= {id: check for id, check in checks.items() if not check.done()}
-        return [check.result() if check.done() else id for id, check in checks.items()]
+        """The verdicts of each group; for one that is not decided in PATIENCE_S a ticket, to be given to `late`. Groups
+        may share ids: a held-out problem is checked beside training."""
+        checks = [asyncio.create_task(self.check(group)) for group in groups]
+        await asyncio.wait(checks, timeout=PATIENCE_S)
+        return [check.result() if check.done() else self._later(check) for check in checks]
 
-    async def late(self, id: str) -> tuple[Verdict, ...]:
+    async def late(self, ticket: str) -> tuple[Verdict, ...]:
         """The verdicts of a group that was slow."""
-        return await self._late.pop(id)
+        return await self._late.pop(ticket)
+
+    async def said(self, group: Group, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
+        """What each rollout of `group` says and votes for. Right ones vote alike; wrong ones do where the check takes
+        the one's answer for the other's. What cannot be compared in time votes for itself."""
+        firsts: dict[str, int] = {}  # of each text, all right ones under ""
+        votes: list[int | None] = [None] * len(verdicts)
+        for at, verdict in enumerate(verdicts):
+            if verdict.answer or (verdict.correct and verdict.answer is not None):
+                votes[at] = firsts.setdefault("" if verdict.correct else verdict.answer, at)
+        same: dict[int, int] = {}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._within_s):
+                await self._compare(group.prompt.id, {at: text for text, at in firsts.items() if text}, same)
+        texts = [self._decode(rollout.ids) for rollout in group.rollouts]
+        return tuple(Said(text=text, vote=same.get(vote, vote)) for text, vote in zip(texts, votes, strict=True))
+
+    async def _compare(self, id: str, answers: dict[int, str], same: dict[int, int]) -> None:
+        """Fills `same`: for each of `answers` the first that equals it."""
+        for at, answer in answers.items():
+            firsts = sorted(set(same.values()))
+            checks = (self._pool.check(Check(id=id, response=answer, answer=answers[first])) for first in firsts)
+            verdicts = await asyncio.gather(*checks)
+            same[at] = next((first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct), at)
+
+    def _later(self, check: asyncio.Task) -> str:
+        ticket = f"{next(self._tickets)}"
+        self._late[ticket] = check
+        return ticket
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         """A verdict for one response; unknown, where the workers are too busy with others to give one in time."""

@@ -21,6 +21,7 @@ from async_opd.wire import Check, Verdict
 
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
+LONGEST = 500  # characters of an answer that is told
 
 
 def main(parent: int, config: VerifyConfig) -> None:
@@ -48,7 +49,11 @@ def main(parent: int, config: VerifyConfig) -> None:
 
 def judge(check: Check, decide: Decide) -> Verdict:
     try:
-        return Verdict(id=check.id, correct=decide(check.response, check.answer))
+        found = decide(check.response, check.answer)
+        correct, answer = found if isinstance(found, tuple) else (found, None)
+        if answer and len(answer) > LONGEST:
+            answer = ""
+        return Verdict(id=check.id, correct=correct, answer=answer)
     except Exception as error:  # foreign code met a model's text: whatever it raises, the verdict is unknown
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
 

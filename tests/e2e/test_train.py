@@ -13,7 +13,7 @@ from async_opd import metric_names
 from async_opd.cli import main
 from async_opd.metrics import ROLES, STATES
 from async_opd.toy import STUDENT
-from tests.e2e.conftest import SMALL, Job, demo
+from tests.e2e.conftest import Job, demo
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -45,7 +45,8 @@ def test_a_synchronous_run_is_on_policy_and_repeats_itself(tmp_path):
 
 
 def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tmp_path):
-    run = finished(tmp_path, "run.max_lag_steps=2", "rollout.samples_per_prompt=2", steps=12)
+    settings = ("run.max_lag_steps=2", "rollout.samples_per_prompt=2", "eval.every_steps=4")
+    run = finished(tmp_path, *settings, steps=12)
     found, summary = rows(run), json.loads((run / "summary.json").read_text())
     assert 0 < max(row["lag_max"] for row in found) == summary["max_lag_seen"] <= 2
     for role, row in itertools.product(ROLES, [*found, summary]):
@@ -56,6 +57,11 @@ def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tm
     assert summary["steps"] == 12
     assert summary["scored_dropped"] == 0
     assert {"accuracy_before", "accuracy_after", "teacher_accuracy", "trained_tokens_per_s", "wall_s"} <= summary.keys()
+    evaluated = [row for row in found if row["eval_accuracy"] is not None]
+    assert [row["eval_version"] for row in evaluated][:2] == [0, 4]  # before training, and beside it
+    for row in evaluated:
+        assert row["eval_version"] <= row["eval_version_min"] <= row["eval_version_max"] <= row["step"]
+        assert 0 <= row["eval_accuracy"] <= 1 and 0 < row["eval_tokens"] <= 64
     assert json.loads((run / "config.json").read_text())["run"]["max_lag_steps"] == 2
     assert json.loads((run / "environment.json").read_text())["versions"]["ray"]
 
@@ -74,13 +80,13 @@ def test_an_asynchronous_run_keeps_its_bound_and_leaves_a_loadable_checkpoint(tm
     assert {id for args in steps for id in args["groups"]} == followed
 
     assert main(["export", str(run)]) == 0
-    again = Job(
-        "eval",
-        "configs/demo.toml",
-        f"student.model={run}/export",
-        f"run.dir={tmp_path}/eval",
-        *SMALL,
-        folder=tmp_path,
-    )
+    settings = ("problems=16", "rollout.max_new_tokens=64", "rollout.enforce_eager=true")
+    words = (f"{run}/export", "--data", f"{run}/data/heldout.jsonl", "--out", f"{tmp_path}/eval", *settings)
+    again = Job("eval", *words, folder=tmp_path)
     assert again.wait(200) == 0, again.text()
-    assert f"{summary['accuracy_after']:.1%} of 16 problems" in again.text()  # vLLM loads what was exported
+    result = json.loads((tmp_path / "eval/result.json").read_text())
+    means = {name: figure["mean"] for name, figure in result["figures"].items()}
+    assert means == dict.fromkeys(("avg", "pass", "maj"), summary["accuracy_after"])  # vLLM loads what was exported
+    lines = [json.loads(line) for line in (tmp_path / "eval/problems.jsonl").read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines) == 16
+    assert all("boxed" in line["responses"][0]["text"] for line in lines if line["avg"])

@@ -49,6 +49,10 @@ class Generator(Mortal, PacedGenerator):
         self.asked.append(prompt.id)
         return await self._live(super().generate(prompt))
 
+    async def respond(self, prompt, sampling):
+        self.asked.append(prompt.id)
+        return await self._live(super().respond(prompt, sampling))
+
     async def update(self, *args):
         await self._live(super().update(*args))
 

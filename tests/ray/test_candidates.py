@@ -11,7 +11,7 @@ import torch
 from async_opd.learner import export
 from async_opd.learner.publish import GlooSender
 from async_opd.rollout.config import RolloutConfig
-from async_opd.wire import Needs, Prompt, Rollout
+from async_opd.wire import Needs, Prompt, Rollout, Sampling
 
 pytestmark = [
     pytest.mark.ray,
@@ -110,12 +110,23 @@ async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(genera
 
 async def test_neither_the_probe_nor_a_greedy_response_has_candidates(generator):
     sampling = asyncio.ensure_future(rollouts(generator, "sampled"))  # beside them, in the same batches
-    greedy = asyncio.ensure_future(generator.greedy(PROMPTS[0]))
+    greedy = asyncio.ensure_future(generator.respond(PROMPTS[0], Sampling()))
     _, probe = await generator.probe()
     assert not sampling.done() and not greedy.done()
     _, group = await greedy
     assert probe.candidate_ids is None and group.rollouts[0].candidate_ids is None
     await sampling
+
+
+async def test_an_evaluation_samples_in_its_own_way(generator, model):
+    _, greedy = await generator.respond(PROMPTS[0], Sampling())
+    (rollout,) = greedy.rollouts
+    likeliest_TV = forward(model, PROMPTS[0], rollout)
+    assert (np.take_along_axis(likeliest_TV, rollout.ids[:, None], 1)[:, 0] >= likeliest_TV.max(1) - 1e-4).all()
+    _, narrow = await generator.respond(PROMPTS[0], Sampling(samples=3, temperature=0.5, top_p=1e-3))
+    assert [each.ids[:20].tolist() for each in narrow.rollouts] == [rollout.ids[:20].tolist()] * 3  # one token is left
+    _, wide = await generator.respond(PROMPTS[0], Sampling(samples=3, temperature=2.0))
+    assert len({tuple(each.ids[:20]) for each in wide.rollouts}) == 3
 
 
 async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(generator, model):

@@ -14,6 +14,7 @@ from async_opd.ports import Ready
 from async_opd.stream.follow import Followers
 from async_opd.stream.pool import Pool
 from async_opd.toy import STUDENT
+from async_opd.wire import Sampling
 from tests.ray.conftest import demo_config, running
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -128,10 +129,13 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         fresh = await produced(roles, prompts, 2)
         publisher._max_age = 0  # as where stale groups are dropped, at bound 0
         stale = asyncio.ensure_future(generator.generate(next(prompts)))
-        await asyncio.sleep(0.2)  # it has tokens of the version before
+        evaluation = asyncio.ensure_future(generator.respond(next(prompts), Sampling()))
+        await asyncio.sleep(0.2)  # they have tokens of the version before
         await roles.learner.step(fresh)
         assert await publisher.publish(versions + 2, admit=lambda: None) <= 1e-4
         with pytest.raises(OverAge, match="cut it off, its first tokens are too old"):
             await stale
+        meta, _ = await evaluation  # which is none of training's
+        assert [span.version for span in meta.spans[0]] == [versions + 1, versions + 2]
         meta, _ = await generator.generate(next(prompts))
         assert {span.version for span in meta.spans[0]} == {versions + 2}

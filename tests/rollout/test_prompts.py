@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from async_opd import config
+from async_opd import files
 from async_opd.errors import DataError
 from async_opd.rollout.config import DataConfig
 from async_opd.rollout.privileged import TeacherView
@@ -325,7 +325,7 @@ def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):
 
 
 def test_the_config_knows_every_kind_of_file_that_can_be_read():
-    assert tuple(FILE_READERS) == config.DATA_FILES
+    assert tuple(FILE_READERS) == files.DATA_FILES
 
 
 LONG = [{"prompt": "100+100=", "answer": "200", "name": f"long-{n}"} for n in range(3)]

@@ -21,10 +21,10 @@ ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors", "say", "metric_names"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine", "console"],
-    ["causal_lm", "objectives"], ROLES, ["scoring", "sections"], ["config"],
-    ["inputs", "evaluate", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
-    ["export", "scale", "progress", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
-    ["actors"], ["sinks"], ["run"], ["commands"], ["cli"], ["__main__"],
+    ["causal_lm", "objectives"], ROLES, ["scoring", "sections", "files"], ["config"],
+    ["inputs", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
+    ["export", "scale", "progress", "evaluate", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
+    ["actors"], ["sinks"], ["run"], ["run_eval"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {

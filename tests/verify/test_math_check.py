@@ -29,7 +29,8 @@ from async_opd.verify.config import VerifyConfig
     ],
 )
 def test_equal_answers_are_right(response, answer):
-    assert check(response, answer) is True
+    right, read = check(response, answer)
+    assert right is True and check(read, answer) == (True, read)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,22 @@ def test_equal_answers_are_right(response, answer):
     ],
 )
 def test_other_and_unparseable_answers_are_wrong(response, answer):
-    assert check(response, answer) is False
+    right, read = check(response, answer)
+    assert right is False and check(read, answer) == (False, read)
+
+
+@pytest.mark.parametrize(
+    ("response", "read"),
+    [
+        (r"first \boxed{2}, no: \boxed{ 0.5 }", r"\boxed{0.5}"),
+        ("The answer is 41.", r"\boxed{41}"),
+        (r"2 \boxed{2", ""),
+        (r"\boxed{}", ""),
+        ("no idea", ""),
+    ],
+)
+def test_the_answer_that_was_read_is_told(response, read):
+    assert check(response, "7") == (False, read)
 
 
 @pytest.mark.parametrize("answer", ["", "  ", r"\boxed{", "$$"])

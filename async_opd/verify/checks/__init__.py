@@ -1,7 +1,8 @@
 """Checks found by name: modules beside this one, or a function of the user's as "package.module:function".
 
-A check is `(response, answer) -> bool`, True when the response is right. It may hang, crash or print: it only ever runs
-inside a worker process.
+A check is `(response, answer) -> bool`, True when the response is right. One that reads a single answer out of a
+response returns a pair of that and the answer: a text that checks as the response does, or "" where there is none. A
+check may hang, crash or print: it only ever runs inside a worker process.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from async_opd.errors import ConfigError
 from async_opd.verify.config import VerifyConfig
 
-Decide = Callable[[str, str], bool]
+Decide = Callable[[str, str], bool | tuple[bool, str]]
 OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 

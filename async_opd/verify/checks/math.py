@@ -19,12 +19,13 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not stru
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns once a process that timeouts are off
 
 
-def make(config: VerifyConfig) -> Callable[[str, str], bool]:
+def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
     return check
 
 
-def check(response: str, answer: str) -> bool:
-    """Whether the last boxed answer of `response`, or without a box what math-verify extracts, equals `answer`.
+def check(response: str, answer: str) -> tuple[bool, str]:
+    r"""Whether the last boxed answer of `response`, or without a box what math-verify extracts, equals `answer`; and
+    that answer as `\boxed{…}`, "" where there is none.
 
     What does not parse is wrong. Raises DataError if the reference does not parse.
     """
@@ -32,12 +33,13 @@ def check(response: str, answer: str) -> bool:
     if wanted is None:
         wanted = answer.strip()
     if wanted and given == wanted:
-        return True
+        return True, _boxed(given)
     reference = _parse_boxed(wanted)
     if not reference:
         raise DataError(f"reference answer {answer!r} does not parse")
     target = parse(response, parsing_timeout=None) if given is None else _parse_boxed(given)
-    return verify(reference, target, timeout_seconds=None, raise_on_error=True)
+    right = verify(reference, target, timeout_seconds=None, raise_on_error=True)
+    return right, _boxed(given if given is not None else target[-1] if target else "")
 
 
 def last_boxed(text: str) -> str | None:
@@ -55,4 +57,8 @@ def last_boxed(text: str) -> str | None:
 
 def _parse_boxed(text: str) -> list:
     """What math-verify makes of `text`, with or without `$`: an expression and its text, or nothing."""
-    return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    return parse(_boxed(text), parsing_timeout=None)
+
+
+def _boxed(text: str) -> str:
+    return text and f"\\boxed{{{text}}}"
