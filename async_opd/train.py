@@ -151,6 +151,7 @@ class _Loop:
         """The row of the last step."""
         result, batch = self._unsaid
         self._unsaid = None
+        self._meter.record(result.recorded)
         self._meter.step(
             result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
             queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,
