@@ -1,7 +1,8 @@
-"""One HTML page of a run, or of several side by side: curves, where the time went, rollouts token by token.
+"""Write one HTML page of a run, or of several side by side.
 
-Reads the run directories, which may still be at work, and writes one file that needs no network: open it in a
-browser, or send it. Several runs are drawn over one another, with the settings in which they differ.
+Curves, where the time of each role went, events, and rollouts with their tokens coloured by advantage, weight and
+selection. Reads the run directories, which may still be at work, and writes one file that needs no network: open it in
+a browser, or send it. Several runs are drawn over one another, with the settings in which they differ.
 
   async-opd report runs/demo                        writes runs/demo/report.html
   async-opd report runs/sync runs/async -o both.html
