@@ -60,6 +60,7 @@ class Casting:
             timeout_s=config.timeout.step_s,
             bucket_bytes=config.sync.bucket_mib << 20,
             taught_weight=sampling and sampling.weight,
+            record_every_steps=run.samples_every_steps,
             **self._remote_code,
         )
         return Part("async_opd.learner.engine:LearnerRank", (config.learner, config.objective), settings)

@@ -7,8 +7,8 @@ from importlib import import_module
 from async_opd.errors import AsyncOpdError, CallFailed
 
 COMMANDS = (  # files of `commands`, in the order help gives them
-    "train", "demo", "plan", "submit", "status", "logs", "stop", "scale", "eval", "export", 
-    "trace", "explain", "audit", "cluster",
+    "train", "demo", "plan", "submit", "status", "logs", "stop", "scale", "eval", "export",
+    "report", "trace", "explain", "audit", "cluster",
 )  # fmt: skip
 
 

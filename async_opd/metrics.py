@@ -112,12 +112,19 @@ class Meter:
         sinks: list[Sink],
         clock: Callable[[], float] = time.monotonic,
         spans: Callable[[Any], None] | None = None,
+        record: Callable[[Any], None] = lambda _: None,
     ):
-        """`spans`, where they are recorded, takes what each actor did, a line a step."""
-        self._sinks, self._clock = sinks, clock
+        """`spans`, where they are recorded, takes what each actor did, a line a step; `record` takes the trajectories
+        that the learner recorded in a step."""
+        self._sinks, self._clock, self.record = sinks, clock, record
         self._spans = Spans(spans, clock) if spans else None
         self._actors: dict[str, list[ActorTime]] = {role: [] for role in ROLES}
         self.start()
+
+    @property
+    def at(self) -> int:
+        """The step of the last row, since the start."""
+        return self._first + self._steps
 
     def actor(self, role: str, name: str = "") -> ActorTime:
         """Account for one more actor of `role`, which has no `name` where it is the only one."""

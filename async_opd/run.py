@@ -20,6 +20,7 @@ from async_opd.config import Config
 from async_opd.console import console
 from async_opd.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.samples import decoder, sample_file
 from async_opd.say import say
 from async_opd.sinks import SINKS
 from async_opd.spans import FILE, Window
@@ -43,18 +44,20 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
-    with observed(_sinks(config, run_dir)) as sinks, observed(_records(config, run_dir)) as (log, spans, shown):
-        observers = [*sinks, shown]
+    pieces = decoder(inputs.tokenizer.backend_tokenizer)
+    records = _records(config, run_dir) | {"samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)}
+    with observed(_sinks(config, run_dir)) as sinks, observed(records) as (log, spans, shown, record):
+        observers, meter = [*sinks, shown], None
 
         def tell(what: str, who: str, why: str) -> None:
-            event = {"time": time.time(), "what": what, "who": who, "why": why}
+            event = {"time": time.time(), "step": meter.at, "what": what, "who": who, "why": why}
             log(event)
             if what != "placed":  # of each member: for those who look for it
                 shown(event)
 
         for restarts in itertools.count():
             try:
-                meter = Meter(observers, spans=spans if config.run.trace_steps else None)
+                meter = Meter(observers, spans=spans if config.run.trace_steps else None, record=record)
                 summary = await _trained(config, inputs, run_dir, meter, tell, found)
                 break
             except LOST as e:
@@ -87,7 +90,8 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         gc.collect()
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
         if found:
-            _rewind_rows(run_dir / "metrics.jsonl", found.state.version)
+            for file in ("metrics.jsonl", "samples.jsonl"):
+                _rewind_rows(run_dir / file, found.state.version)
         try:
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:

@@ -13,8 +13,8 @@ from async_opd.errors import ConfigError
 from async_opd.evaluate.ask import ALL, of_all, respond
 from async_opd.evaluate.result import INTERVAL, Problem, Result, Settings, digest, figures, problem, table
 from async_opd.evaluate.settings import EvalRun, run_config
-from async_opd.metrics import say
 from async_opd.run import environment, make_dir, resolve_toy
+from async_opd.say import say
 from async_opd.stream.pool import Pool
 from async_opd.wire import Prompt
 

@@ -18,6 +18,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100  # 0: only at the end, and on Ctrl-C
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
+    samples_every_steps: Annotated[int, Meta(ge=0)] = 10  # between steps of which two responses are kept; 0: none
     trace_steps: Annotated[int, Meta(ge=0)] = 50  # the last of them, at least, whose spans are kept; 0: none
     trust_remote_code: bool = False
     share_gpu: bool = False  # all on one card: each has its gpu_memory_utilization of it, the learner what is left

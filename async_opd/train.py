@@ -162,8 +162,8 @@ class _Loop:
 
     def _say(self, gap: float | None = None) -> None:
         """The row of the last step."""
-        result, batch = self._unsaid
-        self._unsaid = None
+        (result, batch), self._unsaid = self._unsaid, None
+        self._meter.record(result.recorded)
         self._meter.step(
             result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
             queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,

@@ -229,11 +229,34 @@ class Said(Struct):
     vote: int | None  # the first response of its group with the same answer; None: it has no vote
 
 
+class Recorded(Struct):
+    """One trained response as the objective saw it, for people to look at. Made by learner rank 0, of a few only;
+    consumed by the recorder, which writes `samples.jsonl`."""
+
+    id: str  # the rollout's
+    step: int
+    prompt_ids: np.ndarray  # int32, the last of them where there are many
+    ids: np.ndarray  # int32 [T'], the first T' of the response
+    prompt_tokens: int
+    tokens: int  # T
+    truncated: bool
+    correct: bool | None
+    numbers: dict[str, np.ndarray]  # float32 [T'] by name
+
+    def __post_init__(self):
+        _array(self.id, "prompt_ids", self.prompt_ids, np.int32, 1)
+        _array(self.id, "ids", self.ids, np.int32, 1)
+        for name, value in self.numbers.items():
+            _array(self.id, name, value, np.float32, 1)
+            _rows(self.id, name, value, len(self.ids))
+
+
 class StepResult(Struct):
     """What one optimizer step did. Made by the learner, reduced over ranks; consumed by the driver."""
 
     version: int  # of the weights after the step
     metrics: dict[str, float]
+    recorded: tuple[Recorded, ...] = ()  # where the step is one to be recorded
 
 
 def _array(id: str, field: str, value: Any, dtype: type, ndim: int) -> None:

@@ -51,6 +51,7 @@ def runs(monkeypatch, tmp_path):
         (["stop"], "usage: async-opd stop [-h] [--address URL] ID"),
         (["eval"], "usage: async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]\n"),
         (["export"], "usage: async-opd export [-h] [-o DIR] [--checkpoint N|best] RUN"),
+        (["report"], "usage: async-opd report [-h] [-o FILE.html] RUN [RUN ...]"),
         (["trace"], "usage: async-opd trace [-h] [-o FILE] RUN"),
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),

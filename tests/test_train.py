@@ -16,7 +16,7 @@ from async_opd.crew import Roles
 from async_opd.errors import ActorLost, CheckpointError
 from async_opd.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.train import train
-from async_opd.wire import Verdict
+from async_opd.wire import StepResult, Verdict
 from benchmarks.paced import Prompts
 from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts, virtual
 
@@ -24,8 +24,9 @@ SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps
 
 
 async def run(
-    tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, **scorers
-):
+    tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, meter=None,
+    **scorers,
+):  # fmt: skip
     """(summary, learner, rows) of a whole run over fakes."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or FakeLearner(), []
@@ -35,7 +36,8 @@ async def run(
         learner=learner,
         **{"teachers": {"": [FakeScorer()]}} | scorers,
     )
-    summary = await train(config, roles, source or Prompts(), list(prompts(held_out)), tmp_path, Meter([rows.append]))
+    meter = meter or Meter([rows.append])
+    summary = await train(config, roles, source or Prompts(), list(prompts(held_out)), tmp_path, meter)
     return summary, learner, rows
 
 
@@ -48,6 +50,17 @@ async def test_every_step_trains_its_groups_once_and_within_the_bound(tmp_path, 
     assert summary["scored_dropped"] == 0
     assert learner.saved == [str(tmp_path / "checkpoints" / ".000005.partial" / "model")]
     assert checkpoints.find(tmp_path).state.version == 5
+
+
+async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
+    class Recording(FakeLearner):
+        async def step(self, groups):
+            result = await super().step(groups)
+            return StepResult(result.version, result.metrics, recorded=(f"of step {result.version}",))
+
+    taken = []
+    await run(tmp_path, learner=Recording(), meter=Meter([], record=taken.append))
+    assert taken == [(f"of step {step}",) for step in (1, 2, 3, 4, 5)]
 
 
 async def test_accuracy_is_measured_before_and_after(tmp_path):

@@ -13,6 +13,7 @@ from async_opd.wire import (
     GroupMeta,
     Needs,
     Prompt,
+    Recorded,
     Rollout,
     Said,
     Sampling,
@@ -58,6 +59,11 @@ SCORES = dict(
     candidate_logp=floats([-1], [-2], [-3]),
 )
 
+RECORDED = dict(
+    id="p7@0#1", step=3, prompt_ids=np.array([1, 2], np.int32), ids=np.array([3, 4], np.int32), prompt_tokens=9,
+    tokens=5, truncated=True, correct=None, numbers={"student": np.array([-0.5, -1], np.float32)},
+)  # fmt: skip
+
 BAD = {
     "prompt as a list": (Prompt, PROMPT, dict(ids=[3, 4]), "p7@0: ids must be a 1-d int32 array, got list"),
     "prompt of wide integers": (Prompt, PROMPT, dict(ids=np.array([3])), "p7@0: ids must be .* got int64"),
@@ -87,6 +93,7 @@ BAD = {
     "too few scores": (Scores, SCORES, dict(topk_logp=floats([-1], [-1], [-1])), r"p7@0#1: topk_logp.*\(3, 1\)"),
     "entropy in rows": (Scores, SCORES, dict(entropy=floats([0, 1, 2])), "p7@0#1: entropy must be a 1-d float32"),
     "candidates of two tokens": (Scores, SCORES, dict(candidate_logp=floats([-1], [-2])), r"candidate_logp .*\(2, 1\)"),
+    "a number missing": (Recorded, RECORDED, dict(numbers={"ratio": floats(1)}), "p7@0#1: ratio has 1 rows for 2"),
     "positive candidate": (Scores, SCORES, dict(candidate_logp=floats([-1], [2], [-3])), r"candidate_logp\[1\] = 2.0"),
 }  # fmt: skip
 
@@ -120,7 +127,8 @@ GOOD = [
     Check(id="p7@0#1", response="5", answer="5"),
     Sampling(samples=4, temperature=0.6, top_p=0.95),
     Said(text="so it is 5", vote=None),
-    StepResult(version=3, metrics={"loss": 0.5}),
+    Recorded(**RECORDED),
+    StepResult(version=3, metrics={"loss": 0.5}, recorded=(Recorded(**RECORDED),)),
 ]
 
 
@@ -135,6 +143,8 @@ def _plain(value):
     """Structs as dicts, so that arrays in them are compared by value and type."""
     if isinstance(value, msgspec.Struct):
         return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return (value.dtype.name, value) if isinstance(value, np.ndarray) else value

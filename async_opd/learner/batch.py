@@ -9,7 +9,7 @@ from torch import Tensor
 
 from async_opd.errors import StaleTrajectory, WireError
 from async_opd.maths import lag
-from async_opd.wire import Prompt, Rollout, Scores, Verdict
+from async_opd.wire import Group, Prompt, Rollout, Scores, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,27 @@ class Sample:
     scores: Scores | None  # None: the teacher's own answer
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
     reference: Scores | None = None
+
+
+def samples(plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], data: tuple) -> list[list[Sample]]:
+    """Of each micro-batch of `plan`, pairs of (index of group, sample); `data` as in `LearnerRank.step`."""
+    count = len(verdicts)
+    groups: tuple[Group, ...] = data[:count]
+    scores: tuple[tuple[Scores, ...] | None, ...] = data[count : 2 * count]
+    references: tuple[tuple[Scores, ...] | None, ...] = data[2 * count :] or (None,) * count
+    return [
+        [
+            Sample(
+                prompt=groups[g].prompt,
+                rollout=groups[g].rollouts[s],
+                scores=scores[g] and scores[g][s],
+                verdicts=verdicts[g],
+                reference=references[g] and references[g][s],
+            )
+            for g, s in pairs
+        ]
+        for pairs in plan
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

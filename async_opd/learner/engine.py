@@ -19,13 +19,14 @@ from async_opd import causal_lm
 from async_opd.collective import TensorMeta, buckets, tcp_store
 from async_opd.errors import Diverged, SyncFailed
 from async_opd.learner import checkpoint, export
-from async_opd.learner.batch import Sample, pack
+from async_opd.learner.batch import pack, samples
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.publish import SENDERS
+from async_opd.learner.record import Recorder
 from async_opd.learner.step import Moment, Student, accumulate
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
-from async_opd.wire import Group, Scores, StepResult, Verdict
+from async_opd.wire import StepResult, Verdict
 
 DEEPSPEED = "deepspeed"  # folder of its files in a rank's state
 
@@ -50,16 +51,19 @@ class LearnerRank:
         timeout_s: float,
         bucket_bytes: int,
         taught_weight: Callable[[int], float] | None = None,
+        record_every_steps: int = 0,
         trust_remote_code: bool = False,
     ):
         """Keep the settings; `start` does the work once rank 0 has an address.
 
         `cap` is the most tokens a response may have. `bucket_bytes` of weights are gathered and sent at once.
-        `taught_weight(step)` is that of the cross-entropy on the teacher's own answers.
+        `taught_weight(step)` is that of the cross-entropy on the teacher's own answers. Rank 0
+        returns a few trajectories with every `record_every_steps`-th step, with none where that is 0.
         """
         self._config, self._objective, self._model, self._temperature = config, objective, model, temperature
         self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap)
         self._steps, self._seed, self._rank, self._timeout_s = steps, seed, rank, timeout_s
+        self._record_every = record_every_steps
         self._taught_weight = taught_weight or (lambda step: 0.0)
         self._bucket_bytes, self._trust_remote_code = bucket_bytes, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,28 +126,10 @@ class LearnerRank:
         reference, its scores, in one order. Raises Diverged on every rank before the optimizer moves if a loss or
         gradient is not finite anywhere.
         """
-        count = len(verdicts)
-        groups: tuple[Group, ...] = data[:count]
-        scores: tuple[tuple[Scores, ...] | None, ...] = data[count : 2 * count]
-        references: tuple[tuple[Scores, ...] | None, ...] = data[2 * count :] or (None,) * count
-        micros = [
-            pack(
-                [
-                    Sample(
-                        prompt=groups[g].prompt,
-                        rollout=groups[g].rollouts[s],
-                        scores=scores[g] and scores[g][s],
-                        verdicts=verdicts[g],
-                        reference=references[g] and references[g][s],
-                    )
-                    for g, s in pairs
-                ],
-                live=self.version,
-                device=self._device,
-                **self._bounds,
-            )
-            for pairs in plan
-        ]
+        given = samples(plan, verdicts, data)
+        micros = [pack(own, live=self.version, device=self._device, **self._bounds) for own in given]
+        due = self._rank == 0 and self._record_every and (self.version + 1) % self._record_every == 0
+        recorder = Recorder(self._objective, given, micros, self.version) if due else None
         metrics, running = accumulate(
             self._engine,
             lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
@@ -156,6 +142,7 @@ class LearnerRank:
                 running=self._running,
                 taught_weight=self._taught_weight(self.version + 1),
             ),
+            recorder and recorder.look,
         )
         tokens = metrics["tokens"] + metrics["tokens_taught"]
         if not math.isfinite(metrics["loss"]) or tokens == 0:
@@ -167,7 +154,7 @@ class LearnerRank:
         zero = self._config.zero_stage > 0
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
         self.version, self._running = self.version + 1, running
-        return StepResult(version=self.version, metrics=metrics)
+        return StepResult(version=self.version, metrics=metrics, recorded=tuple(recorder.recorded if recorder else ()))
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         """Log-probs float32 [T] of `response_ids` after `prompt_ids` under the live student, for the parity probe."""

@@ -14,7 +14,7 @@ from async_opd.objectives.base import TokenBatch, TokenLoss
 FACTORS = ("method", "ratio", "advantage")  # of the importance weight W · ρ̃ · |A|
 SUMS = (
     "loss", "kl", "entries", "weight", "weight_squared", "ratio", "ratio_squared", "selected", "stale_log_ratio",
-    "stale", "lag", "excluded", "taught_loss", "logs", "log", "log_squared",
+    "stale", "lag", "excluded", "taught_loss", "surprise", "responses", "response_tokens", "logs", "log", "log_squared",
     *(f"log_{factor}" for factor in FACTORS), *(f"log_{factor}_log" for factor in FACTORS),
 )  # fmt: skip
 MAXIMA = ("weight", "ratio", "mismatch", "lag")
@@ -41,6 +41,9 @@ class Measured:
         self._sum("loss", loss_N[keep])
         self._sum("kl", (sampled_N - batch.teacher_logp_N)[keep])
         self._sum("selected", result.selected_N[keep])
+        self._sum("surprise", -batch.behaviour_logp_N[keep])
+        self._sum("responses", torch.ones_like(batch.reward_S))
+        self._sum("response_tokens", torch.ones_like(sampled_N))
         self._sum("stale_log_ratio", gap_N[stale])
         self._sum("stale", stale)
         self._sum("lag", micro.lag_N[keep])
@@ -127,6 +130,8 @@ def _metrics(statistics: dict[str, float], sums: dict[str, float], maxima: dict[
         "loss": sums["loss"],
         "loss_taught": sums["taught_loss"],  # mean cross-entropy of the teacher's own answers, nats a token
         "kl": sums["kl"] / tokens,  # nats a token: mean log π_student - log π_teacher of the sampled tokens
+        "entropy": sums["surprise"] / tokens,  # nats: of the policy that sampled, as its own tokens estimate it
+        "length_mean": sums["response_tokens"] / max(sums["responses"], 1),  # tokens of the student's responses
         "selected": sums["selected"] / tokens,
         "log_ratio_stale": sums["stale_log_ratio"] / max(sums["stale"], 1),  # nats, mean |student - behaviour|, lag > 0
         "log_ratio_fresh_max": maxima["mismatch"],  # nats, max |student - behaviour| at lag 0: engine mismatch alone

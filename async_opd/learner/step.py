@@ -19,6 +19,7 @@ from async_opd.wire import Needs
 
 COUNTS = ("tokens", "sequences", "taught")
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
+Look = Callable[[int, MicroBatch, TokenBatch], None]  # at a micro-batch of the student's, with its number
 
 
 class Student(nn.Module):
@@ -121,17 +122,19 @@ def accumulate(
     objective: Objective,
     micros: list[MicroBatch],
     moment: Moment,
+    look: Look | None = None,
 ) -> tuple[dict[str, float], dict[str, Moments]]:
     """Forward and backward over this rank's micro-batches; gradients add up to those of one big batch.
 
     loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says), all-reduced before the
     first backward, + α · mean cross-entropy of the teacher's own answers. `backward` takes this rank's share of it.
+    `look` is shown each micro-batch of the student's.
     Returns metrics, and the running moments with this step's trajectories; both are equal on all ranks.
     Non-finite losses show in `loss`: the caller must look before the optimizer moves.
     """
     statistics = batch_statistics(module, all_reduce, objective, micros, moment)
     needs, measured = objective.needs(), Measured(objective, moment.max_lag_steps, micros[0].ids_L.device)
-    for micro in micros:
+    for at, micro in enumerate(micros):
         read = module(micro, Needs() if micro.taught else needs)
         if not len(micro.targets_N):  # joins backward
             backward(read.sampled_N.sum())
@@ -141,6 +144,8 @@ def accumulate(
             measured.taught(moment.taught_weight, share)
         else:
             batch = token_batch(micro, read, moment, statistics)
+            if look:
+                look(at, micro, batch)
             result = objective.loss(batch)
             loss_N = result.loss_N * shares(objective, micro, statistics)
             backward(loss_N[micro.keep_N].sum().float())

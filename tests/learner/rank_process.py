@@ -93,7 +93,7 @@ def main(
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
         config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
-        truncated="mask", cap=64, seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096,
+        truncated="mask", cap=64, seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096, record_every_steps=2,
     )  # fmt: skip
     learner.start(rendezvous)
     held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
@@ -107,8 +107,12 @@ def main(
     def logprobs() -> list[float]:
         return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
 
+    recorded = []
+
     def step() -> dict[str, float]:
-        metrics = learner.step(pairs, list(verdicts), *groups, *scores).metrics
+        done = learner.step(pairs, list(verdicts), *groups, *scores)
+        metrics = done.metrics
+        recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
         moved = weights(learner)  # as an update does, between any two steps
         assert all(w.isfinite().all() for w in moved)
         if learner.version == SAVED:
@@ -121,7 +125,9 @@ def main(
     result = dict(held=held, micro_batches=len(pairs), before=logprobs())
     result["metrics"] = [step() for _ in range(steps - learner.version)]
     result |= dict(
-        random=torch.rand(3).tolist(), running=[value for moments in learner._running.values() for value in moments]
+        recorded=recorded,
+        random=torch.rand(3).tolist(),
+        running=[value for moments in learner._running.values() for value in moments],
     )
     if config.ranks == 1:
         result["full"] = on_a_full_disk(learner, f"{out}.full")

@@ -120,6 +120,15 @@ def test_metrics_count_the_lag_and_show_the_gradient_before_clipping(train):
     assert all(metrics["grad_norm"] > SETTINGS["grad_clip"] for metrics in one["metrics"])  # so clipping was at work
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+def test_rank_0_records_two_trajectories_of_every_second_step(train, ranks, stage):
+    first, *others = train(ranks, stage)[0]
+    assert [step for step, *_ in first["recorded"]] == [2, 2, 4, 4]
+    for _, _, names in first["recorded"]:
+        assert {"student", "behaviour", "teacher", "advantage", "weight", "selected", "version"} <= set(names)
+    assert [rank["recorded"] for rank in others] == [[]] * (ranks - 1)
+
+
 def test_a_saved_checkpoint_gives_the_log_probs_of_the_live_student(train):
     (one,), saved = train(1, 0)
     model = AutoModelForCausalLM.from_pretrained(saved).eval()

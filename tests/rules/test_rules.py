@@ -20,9 +20,9 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
     ["__init__", "errors", "say", "metric_names"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
-    ["ports", "collective", "maths", "cpu_engine", "console"],
+    ["ports", "collective", "maths", "cpu_engine", "console", "samples"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections", "files"], ["config"],
-    ["inputs", "explain", "audit", "trace", "card", "crew", "jobs", "placement"],
+    ["inputs", "explain", "audit", "report", "trace", "card", "crew", "jobs", "placement"],
     ["export", "scale", "progress", "evaluate", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
     ["actors"], ["sinks"], ["run"], ["run_eval"], ["commands"], ["cli"], ["__main__"],
 ]  # fmt: skip

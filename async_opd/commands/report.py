@@ -1,0 +1,32 @@
+"""Write one HTML page of a run, or of several side by side.
+
+Curves, where the time of each role went, events, and rollouts with their tokens coloured by advantage, weight and
+selection. Reads the run directories, which may still be at work, and writes one file that needs no network: open it in
+a browser, or send it. Several runs are drawn over one another, with the settings in which they differ.
+
+  async-opd report runs/demo                        writes runs/demo/report.html
+  async-opd report runs/sync runs/async -o both.html
+"""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="its directory")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.html", help="report.html in the first run, unless given"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.errors import ConfigError
+    from async_opd.report.page import page
+
+    html, file = page(args.runs), args.output or args.runs[0] / "report.html"
+    try:
+        file.write_text(html, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"report: {file} cannot be written: {e.strerror}") from e
+    print(f"{file}: {len(html.encode()) / 1e6:.1f} MB")
+    return 0
