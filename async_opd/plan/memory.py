@@ -102,21 +102,20 @@ def generator(
 ) -> Memory:
     """An engine that samples: weights, a forward of ENGINE_TOKENS with the logits of `concurrency` sequences, in
     float32, as log-probs and sorted, the buckets in which weights arrive, and all that is left for keys and values."""
-    logits = 3 * 4 * concurrency * shape.vocabulary
-    forward = _forward(shape, ENGINE_TOKENS, BYTES[config.dtype], config.tensor_parallel_size) + logits
+    held = forward(shape, ENGINE_TOKENS, BYTES[config.dtype], config.tensor_parallel_size)
     buckets = 2 * sync.bucket_mib * 2**20 if sync.backend == "nccl" else 0
-    return _engine(config, shape, {"forward": forward, "sync": buckets}, card)
+    return _engine(config, shape, {"forward": held + 3 * 4 * concurrency * shape.vocabulary, "sync": buckets}, card)
 
 
 def scorer(config: ScorerConfig, shape: Shape, card: float, *, follows_by_average: bool = False) -> Memory:
     """A teacher or reference: on vLLM weights, a forward of `batch_tokens` with the logits of PROMPT_ROWS of them, and
     keys and values; on transformers no cache, and the head's logits block by block. An average is the host's."""
     b, psi = BYTES[config.dtype], shape.parameters
-    forward = _forward(shape, config.batch_tokens, b, config.tensor_parallel_size)
+    held = forward(shape, config.batch_tokens, b, config.tensor_parallel_size)
     if config.backend == "vllm":
-        return _engine(config, shape, {"forward": forward + 3 * 4 * PROMPT_ROWS * shape.vocabulary}, card)
+        return _engine(config, shape, {"forward": held + 3 * 4 * PROMPT_ROWS * shape.vocabulary}, card)
     logits = 2 * config.head_chunk_rows * min(BLOCK_IDS, shape.vocabulary) * 4
-    return Memory(parts={"weights": b * psi, "forward": forward + logits}, host=4 * psi if follows_by_average else 0)
+    return Memory(parts={"weights": b * psi, "forward": held + logits}, host=4 * psi if follows_by_average else 0)
 
 
 def _engine(config: RolloutConfig | ScorerConfig, shape: Shape, parts: dict[str, float], card: float) -> Memory:
@@ -125,13 +124,11 @@ def _engine(config: RolloutConfig | ScorerConfig, shape: Shape, parts: dict[str,
     return Memory(parts=parts | {"kv_cache": max(config.gpu_memory_utilization * card - sum(parts.values()), 0.0)})
 
 
-def _forward(shape: Shape, tokens: int, b: int, tensor_parallel: int) -> float:
-    """The most that a forward without backward holds at once: the residual, a norm in float32, and either the parts of
-    attention or those of the MLP, or of the token's own experts, split over GPUs."""
+def forward(shape: Shape, tokens: int, b: int, tensor_parallel: int = 1) -> float:
+    """The most that a forward without backward holds at once, b bytes of each: four times the hidden state, and what a
+    layer's attention, its MLP or the token's own experts add while they run, split over GPUs. Of `transformers`; what
+    vLLM fuses is less."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widest = max(
-        shape.intermediate * bool(shape.layers - shape.expert_layers),
-        shape.experts_per_token * shape.expert_intermediate,
-    )
-    split = max(2 * queries + 2 * keys, 3 * widest) / tensor_parallel
-    return tokens * (b * (2 * shape.hidden + split) + 8 * shape.hidden)
+    mlp = 4 * shape.intermediate if shape.layers > shape.expert_layers else 0
+    moe = shape.experts_per_token * (4 * shape.expert_intermediate + 2 * shape.hidden)
+    return tokens * b * (4 * shape.hidden + max(3 * queries + 2 * keys, mlp, moe) / tensor_parallel)
