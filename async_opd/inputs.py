@@ -4,6 +4,7 @@ Importing this takes seconds (transformers, datasets): `run` does it beside the 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -14,6 +15,11 @@ from async_opd.rollout.privileged import TeacherView
 from async_opd.rollout.prompts import PromptSource
 from async_opd.scoring import longest_prompt, section
 from async_opd.wire import Prompt
+
+FILES_OF_MODELS = {
+    "weights": ("*.safetensors", "*.bin"),
+    "tokenizer": ("tokenizer*", "vocab*", "*.model", "tekken.json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,7 @@ class Inputs:
 
 def read(config: Config, *, training: bool = True) -> Inputs:
     """Read and check what `config` names. Raises DataError naming the key."""
-    tokenizer = _load("student.model", AutoTokenizer, config.student.model, config.run.trust_remote_code)
+    tokenizer = _tokenizer("student.model", config.student.model, config.run.trust_remote_code)
     prompts = None
     if training:
         check_scorers(config, tokenizer)
@@ -52,6 +58,15 @@ def views(config: Config) -> dict[str, TeacherView]:
     }
 
 
+def _tokenizer(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Of a model that can be loaded too. Where its files are missing transformers makes one of next to no words."""
+    for what, names in FILES_OF_MODELS.items():
+        if Path(model).is_dir() and not any(file for name in names for file in Path(model).glob(name)):
+            raise DataError(f"{key} = {model!r}: holds no {what} ({', '.join(names)})")
+    _load(key, AutoConfig, model, trust_remote_code)
+    return _load(key, AutoTokenizer, model, trust_remote_code)
+
+
 def _load(key: str, kind: type, model: str, trust_remote_code: bool):
     try:
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -73,7 +88,7 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     ours = tokenizer.get_vocab()
     for at, scorer in config.scorers.items():
         key, args = f"{at}.model", (scorer.model, config.run.trust_remote_code)
-        theirs = _load(key, AutoTokenizer, *args).get_vocab()
+        theirs = _tokenizer(key, *args).get_vocab()
         if ours != theirs:
             differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
             raise DataError(

@@ -4,19 +4,33 @@ import asyncio
 import gc
 import itertools
 import json
+import os
+import re
+import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
 from async_opd import checkpoints, evaluate, toy
-from async_opd.actors import Cluster, start_ray
+from async_opd.actors import Cluster
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
-from async_opd.errors import ActorLost, CallFailed, CheckpointError, DataError, SyncFailed, TimedOut
+from async_opd.errors import (
+    ActorLost,
+    AsyncOpdError,
+    CallFailed,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    SyncFailed,
+    TimedOut,
+)
 from async_opd.metrics import Console, Jsonl, Meter, Row, Sink, observed, say
 from async_opd.spans import FILE, Window
 from async_opd.stream.pool import Pool, Tell
@@ -33,9 +47,15 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
     `run.max_restarts` times."""
-    run_dir = Path(config.run.dir) if found else _make_dir(Path(config.run.dir))
+    if found:
+        return await _run(config, Path(config.run.dir), found)
+    with _new_dir(Path(config.run.dir)) as run_dir:
+        return await _run(config, run_dir, None)
+
+
+async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     config = resolve_toy(config, run_dir)
-    inputs = await _inputs(config, training=True)
+    inputs = _inputs(config, training=True)
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -109,34 +129,53 @@ async def run_eval(config: Config) -> evaluate.Accuracy:
     if config.eval is None:
         raise DataError("eval: the config has no [eval] section")
     config = resolve_toy(config, Path(config.run.dir))
-    inputs = await _inputs(config, training=False)
+    inputs = _inputs(config, training=False)
     with Cluster(config, eos_ids=inputs.eos_ids, tokenizer=inputs.tokenizer.backend_tokenizer) as cluster:
         generators, verifiers = await cluster.evaluators()
         pools = Pool("generator", generators), Pool("verifier", verifiers)
         return await evaluate.of_generators(*pools, inputs.held_out)
 
 
-async def _inputs(config: Config, *, training: bool):
-    """Tokenizer and data. Their libraries take seconds to import, and so does a cluster to start: side by side."""
+def _inputs(config: Config, *, training: bool):
+    """Tokenizer and data, checked before a cluster is started or asked for anything."""
+    _refuse_unreachable(os.environ.get("RAY_ADDRESS", ""))
+    from async_opd import inputs  # whose libraries take seconds to import
 
-    def read():
-        from async_opd import inputs
-
-        return inputs.read(config, training=training)
-
-    reading = asyncio.create_task(asyncio.to_thread(read))
-    await asyncio.sleep(0)  # off to its thread, before Ray blocks this one
-    start_ray()
-    return await reading
+    return inputs.read(config, training=training)
 
 
-def _make_dir(path: Path) -> Path:
-    """Make the run directory; one that is there already is kept beside under a number."""
-    if path.exists():
-        number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{n}").exists())
-        path.rename(path.with_name(f"{path.name}.{number}"))
-    path.mkdir(parents=True)
-    return path
+def _refuse_unreachable(address: str) -> None:
+    """Raise ConfigError where nobody listens at RAY_ADDRESS: Ray tries for three minutes, then ends the process."""
+    if place := re.fullmatch(r"(?:\w+://)?(.+):(\d+)", address):
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        except OSError as e:
+            raise ConfigError(f"RAY_ADDRESS = {address!r}: no cluster answers there: {e}") from e
+
+
+@contextmanager
+def _new_dir(path: Path) -> Iterator[Path]:
+    """The run directory, made new; one that is there already is kept beside under a number. A mistake that is found
+    before the first prompt is handed out leaves everything as it was."""
+    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+    earlier, parents = path.with_name(f"{path.name}.{number}"), [p for p in path.parents if not p.exists()]
+    try:
+        if path.exists():
+            path.rename(earlier)
+        path.mkdir(parents=True)
+    except OSError as e:
+        raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
+    try:
+        yield path
+    except AsyncOpdError as e:
+        if e.exit_status == 2 and not (path / "ledger.jsonl").exists():
+            shutil.rmtree(path)
+            for folder in parents:
+                with suppress(OSError):  # of what others have put there since
+                    folder.rmdir()
+            if earlier.exists():
+                earlier.rename(path)
+        raise
 
 
 def resolve_toy(config: Config, run_dir: Path) -> Config:

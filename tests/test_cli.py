@@ -64,25 +64,6 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
     assert says in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (
-            ["tarin"],
-            f"invalid choice: 'tarin' (choose from {NAMES})",
-        ),
-        ([], "the following arguments are required: COMMAND"),
-        (["scale", "runs/demo"], "the following arguments are required: POOL=NUMBER"),
-        (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
-    ],
-)
-def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(argv)
-    quoted = ", ".join(f"'{command}'" for command in NAMES.split(", "))
-    assert says in capsys.readouterr().err.replace(quoted, NAMES)
-
-
 def test_the_module_is_the_command():
     found = subprocess.run([sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("usage: async-opd [-h] COMMAND ...")

@@ -1,7 +1,7 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one line
-never import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one
+line never import each other; a config.py is its role's.
 """
 
 import ast
