@@ -19,9 +19,6 @@ SUMMARY = dict(
 ) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}  # fmt: skip
 
 
-NAMES = ", ".join(COMMANDS)
-
-
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Makes every command that runs something end with `result`: what it returns, or raises."""

@@ -20,6 +20,7 @@ from async_opd.scoring import refuse_without_gpus
 from async_opd.toy import STUDENT
 
 ROWS = "data.path=rows.jsonl"
+NOBODY = f"http://127.0.0.1:{free_port('127.0.0.1')}"
 LORA, SEQUENCE, TOOLS = "LoRA is", "sequence parallelism is", "multi-turn tools are"
 
 # A command line; then what its one line must say.
@@ -84,6 +85,17 @@ COMMAND_LINES = {
     "explain --objective dear": ["required: FILE.json", "usage: async-opd explain"],
     "explain --objective dear rollout.json": ["rollout.json: no such file; did you mean 'rollouts.json'?"],
     "explain --objective dear rollouts.json": ["rollouts.json: ", "`trajectories`"],
+    "plan nosuch.toml": ["config nosuch.toml: no such file"],
+    "plan demo.toml learner.lrr=3": ["learner.lrr = 3: no such setting; did you mean 'learner.lr'?"],
+    "submit demo.toml": ["run.dir = 'runs/demo': must be absolute"],
+    f"submit demo.toml run.dir=/shared/demo --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
+    f"status job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
+    f"logs job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
+    f"stop job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
+    "export nowhere": ["RunMissing: nowhere: no config.json in it"],
+    "trace nowhere": ["RunMissing: nowhere: is no run directory"],
+    "cluster": ["required: render", "usage: async-opd cluster"],
+    "cluster render demo.toml --kind kubray": ["--kind: invalid choice: 'kubray' (choose from 'kuberay'"],
     "audit nowhere": ["nowhere: no such file or folder; an audit needs the directory of a run"],
     "audit models": ["models/config.json: no such file or folder; an audit needs the directory of a run"],
     "audit finished damaged": ["damaged: no such option", "usage: async-opd audit"],

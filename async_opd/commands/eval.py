@@ -10,7 +10,7 @@ from async_opd.errors import ConfigError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
 
 
 def run(args: argparse.Namespace) -> int:
