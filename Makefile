@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test soak lint clean
+.PHONY: setup demo test soak lint docs clean
 
 setup: .venv/ready
 
@@ -28,5 +28,12 @@ lint: setup
 	$(BIN)/ruff check async_opd tests benchmarks cluster
 	$(BIN)/ruff format --check async_opd tests benchmarks cluster
 
+# Into build/docs. Any warning fails it but one: torch hides where Tensor is written, so pdoc cannot say whose that field
+# of it is. Platform checks of what is imported may run their programs.
+docs: setup
+	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning \
+		-W "ignore:Cannot determine where async_opd.explain.given.Absent._is_param is taken from" \
+		-m pdoc --docformat markdown --output-directory build/docs async_opd
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import os
 import signal
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -143,7 +144,10 @@ async def _as_future(ref: Ref) -> Any:
 def start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError) as e:
+            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS')!r}: {e}") from e
         signal.signal(signal.SIGTERM, interrupt)  # which ray.init takes for an exit at once
 
 
@@ -187,7 +191,8 @@ class Cluster:
         """Start the roles of a training run; at most `timeout.start_s`, once there is room for them."""
         config = self._config
         if not self._gpus:
-            refuse_without_gpus(config.scorers, config.rollout, config.objective, config.run.share_gpu)
+            needs_gpus = config.run.share_gpu, config.sync.backend
+            refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
         nodes = await self._room(self._asked.values())
         pools = [ask for ask in self._asked.values() if ask.role != RANK]
         learner, *found = await asyncio.gather(self._learner(nodes), *(self._pool(ask, nodes) for ask in pools))

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from async_opd.errors import AsyncOpdError, CallFailed
+from async_opd.errors import AsyncOpdError, CallFailed, ConfigError
 
 COMMANDS = (  # files of `commands`, in the order help gives them
     "train", "demo", "plan", "submit", "status", "logs", "stop", "scale", "eval", "export",
@@ -14,8 +14,8 @@ COMMANDS = (  # files of `commands`, in the order help gives them
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parsed(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except AsyncOpdError as e:
         if isinstance(e, CallFailed) and e.__cause__:
@@ -34,8 +34,26 @@ def _complain(text: str) -> None:
     say(f"async-opd: {text}", sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """The words of the command line. Raises ConfigError."""
+    parser = _parser()
+    if words and words[0] not in (*COMMANDS, "-h", "--help"):
+        from async_opd.mistakes import wrong
+
+        raise ConfigError(wrong("COMMAND", words[0], COMMANDS))
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        args.command.error(f"{unknown[0]}: no such option")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="async-opd", description="Asynchronous on-policy distillation.")
+    parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         command = import_module(f"async_opd.commands.{name}")
@@ -46,5 +64,5 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.arguments(own)
-        own.set_defaults(run=command.run)
+        own.set_defaults(run=command.run, command=own)
     return parser

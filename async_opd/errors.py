@@ -8,7 +8,7 @@ class AsyncOpdError(Exception):
 
 
 class ConfigError(AsyncOpdError):
-    """A setting is wrong. The message names the key's path, the value, and what is allowed."""
+    """A setting, or a word of the command line, is wrong. The message names it, and what is allowed."""
 
     exit_status = 2
 

@@ -4,6 +4,7 @@ Importing this takes seconds (transformers, datasets): `run` does it beside the 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -14,6 +15,11 @@ from async_opd.rollout.privileged import TeacherView
 from async_opd.rollout.prompts import PromptSource
 from async_opd.scoring import longest_prompt, section
 from async_opd.wire import Prompt
+
+FILES_OF_MODELS = {
+    "weights": ("*.safetensors", "*.bin"),
+    "tokenizer": ("tokenizer*", "vocab*", "*.model", "tekken.json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,7 @@ def read_problems(config: Config, count: int | None) -> Problems:
 def _student(config: Config) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Tokenizer and end ids of the student."""
     args = "student.model", config.student.model, config.run.trust_remote_code
-    return _load(args[0], AutoTokenizer, *args[1:]), eos_ids(*args)
+    return _tokenizer(*args), eos_ids(*args)
 
 
 def views(config: Config) -> dict[str, TeacherView]:
@@ -73,6 +79,15 @@ def views(config: Config) -> dict[str, TeacherView]:
         )
         for name, teacher in config.named_teachers.items()
     }
+
+
+def _tokenizer(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Of a model that can be loaded too. Where its files are missing transformers makes one of next to no words."""
+    for what, names in FILES_OF_MODELS.items():
+        if Path(model).is_dir() and not any(file for name in names for file in Path(model).glob(name)):
+            raise DataError(f"{key} = {model!r}: holds no {what} ({', '.join(names)})")
+    _load(key, AutoConfig, model, trust_remote_code)
+    return _load(key, AutoTokenizer, model, trust_remote_code)
 
 
 def _load(key: str, kind: type, model: str, trust_remote_code: bool):
@@ -96,7 +111,7 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     ours = tokenizer.get_vocab()
     for at, scorer in config.scorers.items():
         key, args = f"{at}.model", (scorer.model, config.run.trust_remote_code)
-        theirs = _load(key, AutoTokenizer, *args).get_vocab()
+        theirs = _tokenizer(key, *args).get_vocab()
         if ours != theirs:
             differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
             raise DataError(

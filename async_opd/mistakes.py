@@ -1,6 +1,7 @@
 """What is wrong with a tree of settings, in words: the key's path, the value, what is allowed, the nearest spelling."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +11,12 @@ import msgspec
 from msgspec import Struct, inspect
 
 from async_opd.errors import ConfigError
+
+OUT_OF_SCOPE = {  # by the words of a setting's name
+    "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
+    "(sequence|context)_parallel|ulysses": "sequence parallelism is out of scope for now: a rank takes whole sequences",
+    "tools?|turns|multi_?turn": "multi-turn tools are out of scope for now: a rollout is one answer to one prompt",
+}
 
 
 def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
@@ -95,6 +102,9 @@ def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]
 
 def _unknown(path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]) -> str:
     """Suggests the same name in another section, and the nearest one in this section."""
+    for words, why in OUT_OF_SCOPE.items():
+        if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
+            return f"{_at(path, name)}: {why}"
     homes = [
         _at(home, name) for home, kinds in root.items() if any(name in kind.__struct_encode_fields__ for kind in kinds)
     ]

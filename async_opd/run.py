@@ -4,9 +4,14 @@ import asyncio
 import gc
 import itertools
 import json
+import os
+import re
+import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +19,19 @@ from pathlib import Path
 import msgspec
 
 from async_opd import checkpoints, toy
-from async_opd.actors import Cluster, start_ray
+from async_opd.actors import Cluster
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.console import console
-from async_opd.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
+from async_opd.errors import (
+    ActorLost,
+    AsyncOpdError,
+    CallFailed,
+    CheckpointError,
+    ConfigError,
+    SyncFailed,
+    TimedOut,
+)
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
@@ -38,9 +51,18 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
     `run.max_restarts` times."""
-    run_dir = Path(config.run.dir) if found else make_dir(Path(config.run.dir))
+    if found:
+        return await _run(config, Path(config.run.dir), found)
+    with new_dir(Path(config.run.dir)) as run_dir:
+        return await _run(config, run_dir, None)
+
+
+async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     config = resolve_toy(config, run_dir)
-    inputs = await _inputs(config)
+    refuse_unreachable()
+    from async_opd.inputs import read  # whose libraries take seconds to import
+
+    inputs = read(config)
     _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -96,6 +118,7 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
             meter.flush()
+            gc.unfreeze()  # triton complains on leaving of what is never collected
 
 
 def _rewind_rows(path: Path, version: int) -> None:
@@ -113,27 +136,39 @@ def _write(path: Path, content: bytes) -> None:
     beside.rename(path)
 
 
-async def _inputs(config: Config):
-    """Tokenizer and data. Their libraries take seconds to import, and so does a cluster to start: side by side."""
-
-    def read():
-        from async_opd import inputs
-
-        return inputs.read(config)
-
-    reading = asyncio.create_task(asyncio.to_thread(read))
-    await asyncio.sleep(0)  # off to its thread, before Ray blocks this one
-    start_ray()
-    return await reading
+def refuse_unreachable() -> None:
+    """Raise ConfigError where nobody listens at RAY_ADDRESS: Ray tries for three minutes, then ends the process."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if place := re.fullmatch(r"(?:\w+://)?(.+):(\d+)", address):
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        except OSError as e:
+            raise ConfigError(f"RAY_ADDRESS = {address!r}: no cluster answers there: {e}") from e
 
 
-def make_dir(path: Path) -> Path:
-    """Make a run directory; one that is there already is kept beside under a number."""
-    if path.exists():
-        number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{n}").exists())
-        path.rename(path.with_name(f"{path.name}.{number}"))
-    path.mkdir(parents=True)
-    return path
+@contextmanager
+def new_dir(path: Path) -> Iterator[Path]:
+    """The run directory, made new; one that is there already is kept beside under a number. A mistake that is found
+    before the first prompt is handed out leaves everything as it was."""
+    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+    earlier, parents = path.with_name(f"{path.name}.{number}"), [p for p in path.parents if not p.exists()]
+    try:
+        if path.exists():
+            path.rename(earlier)
+        path.mkdir(parents=True)
+    except OSError as e:
+        raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
+    try:
+        yield path
+    except AsyncOpdError as e:
+        if e.exit_status == 2 and not (path / "ledger.jsonl").exists():
+            shutil.rmtree(path)
+            for folder in parents:
+                with suppress(OSError):  # of what others have put there since
+                    folder.rmdir()
+            if earlier.exists():
+                earlier.rename(path)
+        raise
 
 
 def resolve_toy(config: Config, run_dir: Path) -> Config:

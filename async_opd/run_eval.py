@@ -13,7 +13,7 @@ from async_opd.errors import ConfigError
 from async_opd.evaluate.ask import ALL, of_all, respond
 from async_opd.evaluate.result import INTERVAL, Problem, Result, Settings, digest, figures, problem, table
 from async_opd.evaluate.settings import EvalRun, run_config
-from async_opd.run import environment, make_dir, resolve_toy
+from async_opd.run import environment, new_dir, refuse_unreachable, resolve_toy
 from async_opd.say import say
 from async_opd.stream.pool import Pool
 from async_opd.wire import Prompt
@@ -21,9 +21,14 @@ from async_opd.wire import Prompt
 
 async def run_eval(asked: EvalRun) -> Result:
     """Do what is `asked`; returns what is in the folder too."""
+    with new_dir(Path(asked.run.dir)) as folder:
+        return await _run_eval(asked, folder)
+
+
+async def _run_eval(asked: EvalRun, folder: Path) -> Result:
     started = time.monotonic()
-    folder = make_dir(Path(asked.run.dir))
     config = resolve_toy(run_config(asked), folder)
+    refuse_unreachable()
     found = inputs.read_problems(config, asked.problems)
     config = _fitted(config, asked, found.prompts, found.context)
     with Cluster(config, eos_ids=found.eos_ids, tokenizer=found.tokenizer.backend_tokenizer) as cluster:

@@ -1,7 +1,7 @@
 """`async-opd scale`: the size of a running job's pools, asked for through a file in its run directory.
 
-A request is RUN/scale-<id>.json, {"generators": 3, "teachers.math": 2}; the driver takes it away and leaves its answer
-in RUN/scale-<id>.answer. A file, not a socket: it needs no port, no secret, and no rights but those to the directory.
+A request is RUN/scale-ID.json, {"generators": 3, "teachers.math": 2}; the driver takes it away and leaves its answer
+in RUN/scale-ID.answer. A file, not a socket: it needs no port, no secret, and no rights but those to the directory.
 """
 
 import asyncio

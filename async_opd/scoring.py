@@ -110,11 +110,13 @@ def backend_rules(
 
 
 def refuse_without_gpus(
-    scorers: Mapping[str, ScorerConfig], rollout: RolloutConfig, objective: Objective, share_gpu: bool
+    scorers: Mapping[str, ScorerConfig], rollout: RolloutConfig, objective: Objective, share_gpu: bool, backend: str
 ) -> None:
     """Raise ConfigError for what needs GPUs. Called on a cluster that has none, which only the cluster can tell."""
     if share_gpu:
         raise ConfigError("run.share_gpu = true: must be false on a cluster without GPUs")
+    if backend == "nccl":
+        raise ConfigError("sync.backend = 'nccl': must be 'gloo' on a cluster without GPUs")
     for at, s in scorers.items():
         if s.backend == "vllm" and isinstance(s, TeacherConfig) and objective.needs().teacher_at_student_ids:
             needs = f"for {tag(objective)}, which has given ids scored: without GPUs vLLM cannot"

@@ -19,9 +19,6 @@ SUMMARY = dict(
 ) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}  # fmt: skip
 
 
-NAMES = ", ".join(COMMANDS)
-
-
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Makes every command that runs something end with `result`: what it returns, or raises."""
@@ -63,25 +60,6 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert says in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (
-            ["tarin"],
-            f"invalid choice: 'tarin' (choose from {NAMES})",
-        ),
-        ([], "the following arguments are required: COMMAND"),
-        (["scale", "runs/demo"], "the following arguments are required: POOL=NUMBER"),
-        (["demo", "--lr=3"], "unrecognized arguments: --lr=3"),
-    ],
-)
-def test_a_misspelt_command_line_exits_with_two(argv, says, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(argv)
-    quoted = ", ".join(f"'{command}'" for command in NAMES.split(", "))
-    assert says in capsys.readouterr().err.replace(quoted, NAMES)
 
 
 def test_the_module_is_the_command():

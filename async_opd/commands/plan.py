@@ -31,7 +31,7 @@ ONLINE = ["config", "model files", "vocabularies", "columns and the first row of
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd plan CONFIG [key=value ...] [--offline] [--json] [options]"
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     parser.add_argument("--offline", action="store_true", help="ask neither hub nor data")
     parser.add_argument("--json", action="store_true", help="the plan as one object")
     parser.add_argument("--nodes", type=_count, metavar="N", help="of the cluster; absent: as many as are needed")

@@ -27,7 +27,7 @@ def magnitude(advantage_N: Tensor, *, tau: float) -> Tensor:
 def prefix_discrepancy(
     advantage_N: Tensor, segment_N: Tensor, count: int, *, gamma: float, through_last: bool = True
 ) -> Tensor:
-    """r = 1 + γ · (1 - Σ_{k<t}|A_k| / Σ_k|A_k|), the quotient in [0, 1] (IW-OPD Eq. 14-17, arXiv:2606.22600). [N].
+    """r = 1 + γ · (1 - Σ_{k < t}|A_k| / Σ_k|A_k|), the quotient in [0, 1] (IW-OPD Eq. 14-17, arXiv:2606.22600). [N].
 
     EXACT (code) where the sum below runs over all tokens, plus 1e-8; EXACT (paper) where it stops before the last.
 

@@ -40,7 +40,7 @@ def geometric_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N:
 
 
 def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor) -> Tensor:
-    """Π_{k<t} ρ_k: of the tokens before t, the state that a dense term at t is taken in. Returns [N].
+    """Π_{k < t} ρ_k: of the tokens before t, the state that a dense term at t is taken in. Returns [N].
 
     >>> prefix_ratio(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.1]).log(), torch.tensor([0, 0]))
     tensor([1., 2.])

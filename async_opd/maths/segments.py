@@ -37,7 +37,7 @@ def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
 
 
 def before(value_N: Tensor, segment_N: Tensor) -> Tensor:
-    """Σ_{k<t} over the tokens of the same trajectory, [N]; summed in float64.
+    """Σ_{k < t} over the tokens of the same trajectory, [N]; summed in float64.
 
     >>> before(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]))
     tensor([0., 1., 0.])

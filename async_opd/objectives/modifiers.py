@@ -67,7 +67,7 @@ class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k<t} ρ_k, then bounded."""
+    """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k < t} ρ_k, then bounded."""
 
     at_most: Bound | None = None  # min(ρ, c)
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]

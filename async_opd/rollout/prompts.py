@@ -212,6 +212,7 @@ class PromptSource:
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file, it raises too
     reader = FILE_READERS.get(Path(config.path).suffix)
     where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
     with _reading(config):

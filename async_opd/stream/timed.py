@@ -1,14 +1,14 @@
 """Ports that account for an actor's time as the driver sees it, from the start of a call to its answer.
 
-busy      generator: it has a request and is not syncing; teacher, verifier: it has a group; learner: in `step`
-starved   lacks input. Generator: it has no request and no prompt is left to hand out; one that holds the teacher: it
-          has no request; teacher, verifier: no group has come; learner: the queue holds less than a step
-blocked   held back from behind. Generator: it has no request, prompts are left, and every slot is held by a group that
-          is with a teacher, the verifier, the queue, the learner or another generator; learner: the driver, a
-          checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing behind them makes them wait
-syncing   generator: from the start of `update` to the end of `resume`; teacher: in `load`; learner: in
-          `Publisher.publish`
-down      from when it is given up until another takes its place
+- busy: generator: it has a request and is not syncing; teacher, verifier: it has a group; learner: in `step`
+- starved: lacks input. Generator: it has no request and no prompt is left to hand out; one that holds the teacher: it
+  has no request; teacher, verifier: no group has come; learner: the queue holds less than a step
+- blocked: held back from behind. Generator: it has no request, prompts are left, and every slot is held by a group that
+  is with a teacher, the verifier, the queue, the learner or another generator; learner: the driver, a
+  checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing behind them makes them wait
+- syncing: generator: from the start of `update` to the end of `resume`; teacher: in `load`; learner: in
+  `Publisher.publish`
+- down: from when it is given up until another takes its place
 
 The learner's states are set by the main loop. What an actor does inside a call (a rank that waits for another, a
 request that waits for a place in the engine) the driver cannot see.
