@@ -1,17 +1,17 @@
 #!/bin/bash
 # A run on 2 node(s) of 8 GPU(s) by Slurm: a Ray cluster of its own, with a token, gone when the run has ended.
-# Rendered by: async-opd cluster render --kind slurm configs/dear.toml run.dir=/shared/runs/dear learner.ranks=8 rollout.generators=6 teacher.replicas=2 --gpus-per-node 8 --image async-opd
+# Rendered by: async-opd cluster render --kind slurm configs/multi_node_deepmath.toml run.dir=/shared/runs/deepmath --gpus-per-node 8 --image async-opd
 #
 #   sbatch FILE                                       # from the folder where that command was typed, on a shared disk
 #   scancel --batch --signal=TERM JOBID               # ends it with a checkpoint; without --batch, without one
 #
 # Activate the environment that has async-opd before sbatch, which passes it on, or put that in this file.
-#SBATCH --job-name=dear
+#SBATCH --job-name=deepmath
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=40
+#SBATCH --cpus-per-task=48
 #SBATCH --mem=512G
 #SBATCH --signal=B:TERM@180
 #SBATCH --output=%x-%j.log
@@ -51,7 +51,7 @@ while (alive := sum(node["Alive"] for node in ray.nodes())) < 2:
     time.sleep(2)
 PYTHON
 
-python -m async_opd train configs/dear.toml run.dir=/shared/runs/dear learner.ranks=8 rollout.generators=6 teacher.replicas=2 &
+python -m async_opd train configs/multi_node_deepmath.toml run.dir=/shared/runs/deepmath &
 run=$!
 trap 'kill -TERM "$run"' TERM # of which the run makes a checkpoint
 status=0

@@ -13,18 +13,19 @@ import pytest
 import ray.autoscaler
 import yaml
 
-from async_opd import commands
 from async_opd.cli import main
 from async_opd.cluster.render import KINDS, render
 from async_opd.cluster.shape import shape_of
+from async_opd.commands.cluster import KINDS as OFFERED
 from async_opd.config import load
 from async_opd.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-RECIPE = Path("configs/dear.toml")
-SETTINGS = ["run.dir=/shared/runs/dear", "learner.ranks=8", "rollout.generators=6", "teacher.replicas=2"]
+RECIPE = Path("configs/multi_node_deepmath.toml")
+SETTINGS = ["run.dir=/shared/runs/deepmath"]
 THREE_ENGINES_OF_FOUR = [
-    "learner.ranks=1", "rollout.generators=3", "rollout.tensor_parallel_size=4", "teacher.replicas=1"
+    "learner.ranks=1", "rollout.generators=3", "rollout.tensor_parallel_size=4", "teacher.replicas=1",
+    "teacher.tensor_parallel_size=1",
 ]  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def pods(job: dict) -> list[dict]:
 
 
 def test_every_kind_can_be_asked_for():
-    assert tuple(KINDS) == commands.cluster.KINDS
+    assert tuple(KINDS) == OFFERED
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,12 +62,12 @@ def test_the_files_in_cluster_are_what_the_recipe_renders(kind, capsys):
 @pytest.mark.parametrize(
     ("settings", "per_node", "nodes", "gpus", "cpus", "memory"),
     [
-        ([], 8, 2, 8, 40, 512),  # 8 ranks, 6 generators, 2 teachers
-        ([], 4, 4, 4, 24, 256),
-        ([], 16, 1, 16, 72, 1024),
-        (["learner.ranks=1", "rollout.generators=1", "teacher.replicas=1"], 8, 1, 3, 20, 192),  # not eight for three
-        (["rollout.generators=2", "rollout.tensor_parallel_size=4"], 8, 3, 8, 40, 512),  # 18 GPUs
-        (THREE_ENGINES_OF_FOUR, 7, 3, 7, 36, 448),  # 14 GPUs, but two of the engines fit no node together
+        ([], 8, 2, 8, 48, 512),  # 6 ranks, 6 generators, 2 teachers of 2
+        ([], 4, 4, 4, 32, 256),
+        ([], 16, 1, 16, 80, 1024),
+        (["learner.ranks=1", "rollout.generators=1", "teacher.replicas=1"], 8, 1, 4, 32, 256),  # not eight for four
+        (["rollout.generators=2", "rollout.tensor_parallel_size=4"], 8, 3, 8, 48, 512),  # 18 GPUs
+        (THREE_ENGINES_OF_FOUR, 7, 3, 7, 44, 448),  # 14 GPUs, but two of the engines fit no node together
     ],
 )
 def test_there_are_as_few_nodes_as_hold_every_role(settings, per_node, nodes, gpus, cpus, memory):
@@ -85,7 +86,10 @@ def test_an_engine_wider_than_a_node_is_refused_with_its_setting():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_directory_that_only_one_node_sees_is_refused(kind, capsys):
     assert main(["cluster", "render", "--kind", kind, str(RECIPE)]) == 2
-    assert "run.dir = 'runs/dear': must be absolute, on a disk that every node sees" in capsys.readouterr().err
+    assert (
+        "run.dir = 'runs/multi_node_deepmath': must be absolute, on a disk that every node sees"
+        in capsys.readouterr().err
+    )
 
 
 def test_pods_are_not_given_a_path_of_this_machine(tmp_path, monkeypatch, capsys):
@@ -115,7 +119,7 @@ def test_the_manifest_gives_every_pod_what_a_node_has_and_asks_for_a_token():
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
     assert len(job["metadata"]["name"]) <= 47  # KubeRay's bound
-    amounts = {"cpu": "40", "memory": "512Gi", "nvidia.com/gpu": "8"}
+    amounts = {"cpu": "48", "memory": "512Gi", "nvidia.com/gpu": "8"}
     for pod in pods(job):
         (container,) = pod["containers"]
         assert container["resources"] == {"limits": amounts, "requests": amounts}
@@ -134,7 +138,7 @@ def test_the_manifest_trains_with_the_config_and_settings_it_was_rendered_from()
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[:5] == ["python", "-m", "async_opd", "train", "/config/config.toml"]
     assert words[5:] == [*SETTINGS, "run.seed=7"]
-    assert job["spec"]["metadata"] == {"async_opd_run_dir": "/shared/runs/dear"}
+    assert job["spec"]["metadata"] == {"async_opd_run_dir": "/shared/runs/deepmath"}
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
 
 
