@@ -55,6 +55,17 @@ TABLE = {  # by who makes them
         Metric("dropped_teacher_truncated", "trajectories", "of the teacher's, dropped as cut, in all"),
         Metric("dropped_teacher_late", "trajectories", "of the teacher's, dropped as they would weigh nothing, in all"),
     ),
+    "the driver, with `eval.every_steps`; null where no evaluation ended since the last row": (
+        Metric("eval_accuracy", "share", "right ones among the held-out problems whose verdict is known, greedy"),
+        Metric("eval_unknown", "problems", "whose verdict timed out or crashed"),
+        Metric("eval_version", "steps", "the version that was live when the evaluation began"),
+        Metric("eval_version_min", "steps", "the oldest version that sampled a token of it"),
+        Metric("eval_version_max", "steps", "the newest version that sampled a token of it"),
+        Metric("eval_tokens", "tokens", "mean length of a response"),
+        Metric("eval_truncated", "share", "of the responses, cut by the length limit"),
+        Metric("eval_s", "s", "that the evaluation took"),
+        Metric("eval_skipped", "evaluations", "in all: due while another ran, failed, or cut off by the end"),
+    ),
     "the learner": (
         Metric("tokens", "tokens", "of the student's rollouts that were trained"),
         Metric("tokens_excluded", "tokens", "left out of the loss: over age, or of a truncated rollout"),

@@ -55,7 +55,8 @@ def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, ge
         told = held_out(problems), tmp_path, meter, lambda *event: events.append(event)
         return await train(config, roles, Prompts(), *told)
 
-    return virtual(main()), rows, events, learner
+    summary = virtual(main())
+    return summary, rows, [event for event in events if event[0] != "saved"], learner
 
 
 def test_a_row_says_what_was_measured_and_of_which_versions(tmp_path):
