@@ -53,7 +53,7 @@ class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of every wait, in seconds."""
 
-    nodes_s: Annotated[float, Meta(ge=0)] = 30.0  # for GPUs that RAY_ADDRESS has not yet; an autoscaler takes minutes
+    nodes_s: Annotated[float, Meta(ge=0)] = 30.0  # for GPUs to be there, and free; an autoscaler takes minutes
     start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
     generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher

@@ -53,6 +53,7 @@ class Nodes:
         for node in self.nodes.values():
             for process in node.processes(everything=True):
                 process.kill()
+            node.wait(10)
         shutil.rmtree(self._sockets, ignore_errors=True)
         return [line for node in self.nodes.values() for line in node.gone_within(10)]
 

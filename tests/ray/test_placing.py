@@ -87,8 +87,9 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
 
         fourth = nodes.add_node(num_cpus=1, num_gpus=2).node_id
         nodes.remove_node(next(node for node in nodes.list_all_nodes() if node.node_id == first))
-        next(actor for actor in cluster._actors if actor.name == "generator 0").kill()
-        await cluster._spawn("generator", 0)
+        for actor in [actor for actor in cluster._actors if actor.node == first]:
+            actor.kill()  # as its pool does
+            await cluster._spawn(*actor.name.rsplit(" ", 1))
         again, cards = (await where(cluster))["generator 0"]
         assert again in (third, fourth) and again != first and sorted(cards.split(",")) == ["0", "1"]
 
