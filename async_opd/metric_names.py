@@ -76,6 +76,8 @@ TABLE = {  # by who makes them
         Metric("loss", "", "what is minimized"),
         Metric("loss_taught", "nats/token", "mean cross-entropy of the teacher's own answers"),
         Metric("kl", "nats/token", "mean log π_student - log π_teacher of the sampled tokens"),
+        Metric("entropy", "nats/token", "of the policy that sampled, estimated as mean -log π_behaviour of its tokens"),
+        Metric("length_mean", "tokens", "of the student's responses in the step, mean"),
         Metric("lr", "", "learning rate of the step"),
         Metric("grad_norm", "", "of the gradient, before clipping"),
         Metric("selected", "share", "of the trained tokens that the method selects"),

@@ -83,7 +83,7 @@ FLOW = (
         "groups",
         {"queue_ready": "ready", "queue_outstanding": "outstanding"},
     ),
-    Curves("Dropped groups", "For good or for another try, so far", "groups", {"dropped": "dropped"}),
+    Curves("Dropped", "Scored and never trained, so far", "trajectories", {"dropped": "dropped"}),
 )
 
 

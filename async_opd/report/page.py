@@ -142,7 +142,7 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("final KL, nats", [number(run.rows["kl"][-1]) if "kl" in run.rows else "–" for run in runs]),
         ("trained tokens/s", said("trained_tokens_per_s")),
         ("largest lag, steps", said("max_lag_seen")),
-        ("groups dropped once scored", said("scored_dropped")),
+        ("scored and dropped", said("scored_dropped")),
         ("restarts", said("restarts")),
         ("training time", [duration(run.rows["seconds"][-1]) for run in runs]),
     ]
