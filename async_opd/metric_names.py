@@ -1,4 +1,4 @@
-"""Every key of a row, the one place that says what they mean. METRICS.md is made of it:
+"""Every key of a row, the one place that says what they mean, in ASCII, as Ray wants it. METRICS.md is made of it:
 
 python -m async_opd.metric_names
 """
@@ -45,6 +45,17 @@ TABLE = {  # by who makes them
         Metric("queue_slots", "groups", "that may be outstanding"),
         Metric("dropped", "trajectories", "scored and never trained, in all"),
     ),
+    "the driver, under `eval.every_steps`; null in rows to which no evaluation came": (
+        Metric("eval_accuracy", "share", "right ones among the held-out problems whose verdict is known"),
+        Metric("eval_unknown", "problems", "whose verdict timed out or crashed"),
+        Metric("eval_version", "steps", "the version that was live when the evaluation began"),
+        Metric("eval_version_min", "steps", "oldest version of its tokens"),
+        Metric("eval_version_max", "steps", "newest version of its tokens"),
+        Metric("eval_tokens", "tokens", "of a response, mean"),
+        Metric("eval_truncated", "share", "of the responses, cut at the longest"),
+        Metric("eval_s", "s", "that the evaluation took"),
+        Metric("eval_skipped", "evaluations", "that did not take place, in all"),
+    ),
     "the driver, under [teacher_sampling]": (
         Metric("taught", "groups", "of the step, that the teacher answered"),
         Metric("taught_weight", "factor", "of the cross-entropy on them"),
@@ -75,23 +86,23 @@ TABLE = {  # by who makes them
         Metric("lag_max", "steps", "the same, largest"),
         Metric("loss", "", "what is minimized"),
         Metric("loss_taught", "nats/token", "mean cross-entropy of the teacher's own answers"),
-        Metric("kl", "nats/token", "mean log π_student - log π_teacher of the sampled tokens"),
-        Metric("entropy", "nats/token", "of the policy that sampled, estimated as mean -log π_behaviour of its tokens"),
-        Metric("length_mean", "tokens", "of the student's responses in the step, mean"),
+        Metric("kl", "nats/token", "mean of log p(student) - log p(teacher) over the sampled tokens"),
+        Metric("entropy", "nats/token", "of the policy that sampled, as its own tokens estimate it"),
+        Metric("length_mean", "tokens", "of a response of the student's, mean"),
         Metric("lr", "", "learning rate of the step"),
         Metric("grad_norm", "", "of the gradient, before clipping"),
         Metric("selected", "share", "of the trained tokens that the method selects"),
-        Metric("log_ratio_stale", "nats", "mean |log π_student - log π_behaviour| of tokens with a lag"),
+        Metric("log_ratio_stale", "nats", "mean |log p(student) - log p(behaviour)| of tokens with a lag"),
         Metric("log_ratio_fresh_max", "nats", "largest of the same at lag 0: what the two engines differ by"),
-        Metric("weight_mean", "factor", "W · ρ̃ · |A| of the selected tokens, mean"),
+        Metric("weight_mean", "factor", "W * ratio * |A|, the importance weight of the selected tokens, mean"),
         Metric("weight_max", "factor", "the same, largest"),
         Metric("weight_ess", "share", "the same, effective sample size over their number"),
-        Metric("ratio_mean", "factor", "ρ̃, the importance ratio, of the selected tokens, mean"),
+        Metric("ratio_mean", "factor", "the importance ratio of the selected tokens, mean"),
         Metric("ratio_max", "factor", "the same, largest"),
         Metric("ratio_ess", "share", "the same, effective sample size over their number"),
-        Metric("weight_by_method", "share", "of the variance of log(W · ρ̃ · |A|) that comes from W"),
-        Metric("weight_by_ratio", "share", "that comes from ρ̃"),
-        Metric("weight_by_advantage", "share", "that comes from |A|"),
+        Metric("weight_by_method", "share", "of the variance of log(W * ratio * |A|) that comes from W, the method"),
+        Metric("weight_by_ratio", "share", "that comes from the ratio"),
+        Metric("weight_by_advantage", "share", "that comes from |A|, the advantage"),
     ),
     "the learner, for `egrsd` and `cl_egrsd`": (
         Metric("direction", "factor", "the trajectory's reward against the running mean, mean over trained tokens"),

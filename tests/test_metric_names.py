@@ -26,7 +26,7 @@ def emitted(tmp_path) -> set[str]:
 
 
 async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(tmp_path, emitted):
-    _, _, rows = await run(tmp_path, "eval.every_steps=2", references=[FakeScorer()], held_out=1)
+    _, _, rows = await run(tmp_path, "eval.every_steps=1", references=[FakeScorer()], held_out=2)
     keys = emitted.union(*rows)
     assert {"tokens_lag_0", "reference_busy", "teacher_generators_down", "uncertain", "taught"} <= keys
     assert {metric_names.of(key).name for key in keys} == {metric.name for metric in NAMES} - FROM_DEEPSPEED
@@ -40,7 +40,7 @@ def test_a_key_that_is_in_no_entry_is_named():
 def test_an_entry_stands_for_one_thing():
     names = [metric.name for metric in NAMES]
     assert len(names) == len(set(names))
-    assert all(metric.meaning for metric in NAMES)
+    assert all(metric.meaning and metric.meaning.isascii() for metric in NAMES)  # Ray's metrics take no other letters
 
 
 def test_the_page_is_up_to_date():

@@ -180,7 +180,8 @@ def _lag(row: Row) -> str:
     counts = [value for key, value in row.items() if key.startswith("tokens_lag_")]
     most = max(counts, default=0)
     marks = "".join(SPARKS[int(count / most * (len(SPARKS) - 1))] if count else "·" for count in counts)
-    return f"0 {marks} {len(counts) - 1}   " + _cells(row, (("mean", "lag_mean", ".1f"), ("largest", "lag_max", ".0f")))
+    bars = f"0 {marks} {len(counts) - 1}   " if counts else ""
+    return bars + _cells(row, (("mean", "lag_mean", ".1f"), ("largest", "lag_max", ".0f")))
 
 
 def _cells(row: Row, cells: Sequence[tuple[str, str, str]]) -> str:
