@@ -139,7 +139,7 @@ class _Threads:
                 self.events.append({"ph": "C", "name": name, **place, "args": values})
 
     def names(self) -> Iterator[Event]:
-        """What the viewers show beside the threads, and in which order."""
+        """What a viewer shows beside the threads, and in which order."""
         for role in {_role(lane): None for lane, _ in self._threads}:
             yield from self._named("process", role, self._processes[role], {"pid": self._processes[role], "tid": 0})
         for order, (lane, row) in enumerate(sorted(self._threads, key=_in_order)):
@@ -163,7 +163,7 @@ def _role(lane: str) -> str:
 
 
 def _in_order(thread: tuple[str, int]) -> tuple:
-    """ "generator 10" comes behind "generator 9"."""
+    """By number: generator 10 comes behind generator 9."""
     lane, row = thread
     role, _, index = lane.partition(" ")
     return role, int(index or 0), row
