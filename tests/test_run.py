@@ -7,6 +7,7 @@ from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
 from async_opd.spans import FILE
+from async_opd.toy.tokenizer import build_tokenizer
 from async_opd.trace.read import recorded
 from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, Prompts
 
@@ -39,15 +40,13 @@ class PacedCluster:
 async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
     tmp_path, monkeypatch, kept, recorded_steps
 ):
-    async def inputs(config, *, training):
+    async def inputs(config):
         prompts = Prompts()
         prompts.skipped = 0
-        tokenizer = SimpleNamespace(backend_tokenizer=None)
-        return SimpleNamespace(prompts=prompts, held_out=[], eos_ids=[1], tokenizer=tokenizer)
+        return SimpleNamespace(prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer())
 
     monkeypatch.setattr(runs, "Cluster", PacedCluster)
     monkeypatch.setattr(runs, "_inputs", inputs)
-    monkeypatch.setattr(runs, "_observers", lambda *_: {})
     monkeypatch.setattr(runs.gc, "freeze", lambda: None)  # the tests that follow have garbage of their own
     settings = (f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", "run.steps=12", "teacher.evaluate=false")
     summary = await runs.run(load(DEMO, [*settings, "learner.trajectories_per_step=4"]))
