@@ -37,7 +37,7 @@ from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
 from async_opd.sinks import SINKS
-from async_opd.spans import FILE, Window
+from async_opd.spans import FILE, Window, encode
 from async_opd.stream.pool import Tell
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
@@ -220,7 +220,7 @@ def _roster(config: Config) -> str:
 
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """What makes the observers of events and of spans, and the console, which has the rows of steps besides."""
-    write = Jsonl(run_dir / FILE, msgspec.json.encode)
+    write = Jsonl(run_dir / FILE, encode)
     return {
         "events": lambda: Jsonl(run_dir / "events.jsonl"),
         "spans": lambda: Window(run_dir, config.run.trace_steps, write),

@@ -7,10 +7,12 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 FILE, EARLIER = "spans.jsonl", "spans.earlier.jsonl"
+HAND_OVER_S = 0.2  # so often at most: a file that is opened for every short step costs more than what is written to it
 CUT_OFF = ", cut off"  # behind the name of a call that ended without an answer
 COUNTED = ("queue_ready", "queue_outstanding", "generators_tokens_per_s", "teachers_tokens_per_s",
            "trained_tokens_per_s", "lag_mean", "lag_max")  # of a row of metrics  # fmt: skip
@@ -31,32 +33,30 @@ class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     counters: dict[str, float | None]  # COUNTED
 
 
+def encode(lines: list[Line]) -> bytes:
+    """As they stand in the file, but for the last line's end."""
+    return b"\n".join(map(msgspec.json.encode, lines))
+
+
 class Spans:
-    """Takes what happens and hands it to `sink` a line a step."""
+    """Takes what happens and hands it to `sink` a line a step, several at once where steps are short."""
 
-    def __init__(self, sink: Callable[[Line], None], clock: Callable[[], float]):
+    def __init__(self, sink: Callable[[list[Line]], None], clock: Callable[[], float]):
         self._sink, self._since = sink, clock()
-        self._epoch = time() - self._since
+        self._epoch, self._handed = time() - self._since, self._since
+        self._lines: list[Line] = []
         self._lanes: dict[str, str] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        """Start a line."""
-        self._at_start = self._lanes.copy()
+        self._at_start: dict[str, str] = {}
         self._states: list[tuple[str, str, float]] = []
-        self._calls: list[tuple[str, str, Of, float, float]] = []
+        self.calls: list[tuple[str, str, Of, float, float]] = []  # add to it: actor, call, what of, start, end
 
     def entered(self, lane: str, state: str, at: float) -> None:
         """The actor is in another state from `at` on."""
         self._lanes[lane] = state
         self._states.append((lane, state, at))
 
-    def called(self, lane: str, call: str, of: Of, start: float, end: float) -> None:
-        """The actor has answered a call."""
-        self._calls.append((lane, call, of, start, end))
-
     def flush(self, until: float, row: dict[str, Any]) -> None:
-        """All that was before `until` is known; `row` came then, or is empty."""
+        """All that was before `until` is known. `row` came then; where it is empty, there may come none for long."""
         if not self._lanes:  # nobody is there yet
             self._since = until
             return
@@ -67,12 +67,15 @@ class Spans:
             until=until,
             lanes=self._at_start,
             states=self._states,
-            calls=self._calls,
+            calls=self.calls[:],
             counters={key: row[key] for key in COUNTED if key in row},
         )
-        self._since = until
-        self.begin()
-        self._sink(line)
+        self.calls.clear()
+        self._since, self._at_start, self._states = until, self._lanes.copy(), []
+        self._lines.append(line)
+        if not row or until - self._handed >= HAND_OVER_S:
+            self._sink(self._lines)
+            self._lines, self._handed = [], until
 
 
 class ActorTime:
@@ -81,7 +84,7 @@ class ActorTime:
 
     def __init__(self, clock: Callable[[], float], name: str = "", spans: Spans | None = None):
         """`spans` takes each state and call under the actor's `name`."""
-        self._clock, self._name, self._spans, self._state = clock, name, spans, "starved"
+        self.now, self._name, self._spans, self._state = clock, name, spans, "starved"
         self.restart(clock())
         if spans:
             spans.entered(name, self._state, self._since)
@@ -90,13 +93,9 @@ class ActorTime:
         """Count from `now` on."""
         self._since, self._seconds = now, dict.fromkeys(STATES, 0.0)
 
-    def now(self) -> float:
-        """By the clock it counts by."""
-        return self._clock()
-
     def enter(self, state: str) -> float:
         """The actor is in `state` from now on; returns when that is."""
-        now = self._clock()
+        now = self.now()
         if state != self._state:
             self._seconds[self._state] += now - self._since
             self._state, self._since = state, now
@@ -107,17 +106,17 @@ class ActorTime:
     def called(self, call: str, of: Of, start: float, end: float) -> None:
         """The actor has answered a call."""
         if self._spans:
-            self._spans.called(self._name, call, of, start, end)
+            self._spans.calls.append((self._name, call, of, start, end))
 
     @asynccontextmanager
     async def call(self, call: str, of: Of) -> AsyncIterator[None]:
         """What is done inside is a call of the actor's."""
-        start, end = self._clock(), CUT_OFF
+        start, end = self.now(), CUT_OFF
         try:
             yield
             end = ""
         finally:
-            self.called(call + end, of, start, self._clock())
+            self.called(call + end, of, start, self.now())
 
     def seconds(self, state: str, now: float) -> float:
         """Spent in `state` from the last restart until `now`."""
@@ -128,14 +127,17 @@ class Window:
     """A file of the last `keep` lines at least: when it holds as many, it becomes the earlier one and a new one begins.
     Between them they never hold more than twice as many."""
 
-    def __init__(self, run_dir: Path, keep: int, write: Callable[[Line], None]):
-        """`write` adds a line to FILE in `run_dir`."""
+    def __init__(self, run_dir: Path, keep: int, write: Callable[[list[Line]], None]):
+        """`write` adds lines to FILE in `run_dir`."""
         self._path, self._keep, self._write = run_dir / FILE, keep, write
-        self._lines = self._path.read_bytes().count(b"\n") if self._path.exists() else 0
+        self._held = self._path.read_bytes().count(b"\n") if self._path.exists() else 0
 
-    def __call__(self, line: Line) -> None:
-        if self._lines >= self._keep:
-            self._path.replace(self._path.with_name(EARLIER))
-            self._lines = 0
-        self._write(line)
-        self._lines += 1
+    def __call__(self, lines: list[Line]) -> None:
+        while lines:
+            if self._held >= self._keep:
+                self._path.replace(self._path.with_name(EARLIER))
+                self._held = 0
+            room = self._keep - self._held
+            self._write(lines[:room])
+            self._held += len(lines[:room])
+            lines = lines[room:]

@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, Prompts
 
@@ -28,7 +27,7 @@ from async_opd.config import load
 from async_opd.crew import Roles
 from async_opd.metrics import Jsonl, Meter, Row, observed
 from async_opd.run import environment
-from async_opd.spans import FILE, Window
+from async_opd.spans import FILE, Window, encode
 from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, Verdict
 
@@ -118,10 +117,11 @@ async def measure(generators: int, trajectories: int, folder: Path, trace_steps:
     )
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run_dir = Path(name)
-        write = Jsonl(run_dir / FILE, msgspec.json.encode)
+        write = Jsonl(run_dir / FILE, encode)
         with observed({"spans": lambda: Window(run_dir, trace_steps, write)}) as (spans,):
             meter = Meter([Jsonl(folder / "metrics.jsonl"), look], spans=spans if trace_steps else None)
             summary = await train(config, roles, Prompts(), [], run_dir, meter)
+            meter.flush()
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps
     return looks
 

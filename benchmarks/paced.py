@@ -299,6 +299,7 @@ async def measure(
     meter = Meter([mark, *sinks], clock=asyncio.get_running_loop().time, spans=spans)
     with tempfile.TemporaryDirectory() as folder:
         summary = await train(config, roles, Prompts(), [], Path(folder), meter)
+    meter.flush()
     wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()
     longest = max(own)
     trajectories = (steps - 2 * EDGE) * PER_STEP

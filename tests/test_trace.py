@@ -5,13 +5,12 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from async_opd.cli import main
 from async_opd.errors import RunMissing
 from async_opd.metrics import ROLES, Jsonl, Meter
-from async_opd.spans import EARLIER, FILE, STATES, Window
+from async_opd.spans import EARLIER, FILE, STATES, Window, encode
 from async_opd.stream.timed import TimedGenerator
 from async_opd.trace.events import trace
 from async_opd.trace.read import calls, recorded, states
@@ -26,7 +25,7 @@ def ran(run_dir: Path, steps: int, keep: int = 50) -> dict:
     """Summary of a run over paced roles, in virtual time, whose spans lie in `run_dir`."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.json").write_text("{}")
-    spans = Window(run_dir, keep, Jsonl(run_dir / FILE, msgspec.json.encode))
+    spans = Window(run_dir, keep, Jsonl(run_dir / FILE, encode))
     return virtual(measure(PACE, bound=4, steps=steps, spans=spans))
 
 
@@ -139,7 +138,8 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
         assert event.get("ts", 0) >= 0 and event.get("dur", 0) >= 0
         if event["ph"] == "C":
             assert event["args"] and all(isinstance(value, int | float) for value in event["args"].values())
-    (lost,) = of(events, "i")  # the other is not of these steps
+    lost, saved = of(events, "i")  # the other loss is not of these steps
+    assert saved["name"] == "checkpoint 20"
     assert (lost["name"], lost["s"], lost["args"]) == ("generator 0: lost", "g", {"why": "killed"})
     names = threads(events)
     assert set(LANES.values()) <= set(names.values())
@@ -156,7 +156,8 @@ def test_a_long_run_keeps_its_last_steps_and_no_more_than_twice_as_many_as_it_is
     ran(tmp_path, 75, keep=10)
     lines = {name: (tmp_path / name).read_bytes().count(b"\n") for name in (EARLIER, FILE)}
     assert lines[EARLIER] == 10 and 0 < lines[FILE] <= 10
-    steps = [line.step for line in recorded(tmp_path).lines]
+    *steps, end = [line.step for line in recorded(tmp_path).lines]
+    assert end is None
     assert steps == list(range(76 - len(steps), 76)) and len(steps) >= 10
     assert len(of(trace(recorded(tmp_path), "run")["traceEvents"], "X")) > 10
 
@@ -175,7 +176,7 @@ def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_s
     async def twice():
         clock = asyncio.get_running_loop().time
         for _ in range(2):
-            meter = Meter([], clock, lines.append)
+            meter = Meter([], clock, lines.extend)
             meter.actor("learner").enter("busy")
             await asyncio.sleep(2)
             meter.flush()
@@ -194,7 +195,7 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
             await asyncio.sleep(10)
 
     async def killed():
-        meter = Meter([], asyncio.get_running_loop().time, lines.append)
+        meter = Meter([], asyncio.get_running_loop().time, lines.extend)
         generator = TimedGenerator(Stuck(), meter.actor("generators", "generator 3"))
         asking = asyncio.ensure_future(generator.generate(next(prompts())))
         await asyncio.sleep(1)
@@ -214,7 +215,7 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
 def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
     lines = (run[0] / FILE).read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / FILE).write_bytes(b"".join([*lines[:4], b'{"step":4\n', *lines[5:-1], lines[-1][:50]]))
+    (tmp_path / FILE).write_bytes(b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]]))
     assert main(["trace", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert said.err.startswith(f"{tmp_path / FILE}, line 5: left out: ") and said.err.count("\n") == 1

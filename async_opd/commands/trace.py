@@ -1,9 +1,9 @@
-"""Show what every actor of a run did when, in Perfetto or Chrome.
+"""Show what every actor of a run did when, in Perfetto.
 
 Writes a trace of the last steps of a run, which may be at work: a lane per actor with its states (busy, starved,
 blocked, syncing, down) and its calls, each group's way from its generator to the step that trained it, weight updates,
-checkpoints, who was lost and who came, the queue's depth and tokens/s. Open it at https://ui.perfetto.dev (nothing is
-uploaded) or chrome://tracing. `run.trace_steps` of a run says how many steps are kept, at least.
+checkpoints, who was lost and who came, the queue's depth and tokens/s. Open it at https://ui.perfetto.dev, which
+uploads nothing. `run.trace_steps` of a run says how many steps are kept, at least.
 
   async-opd trace runs/demo
   async-opd trace runs/demo -o demo.json
@@ -35,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
     about = written["otherData"]
     print(
         f"{output}: {len(written['traceEvents'])} events, steps {about['first_step']} to {about['last_step']}; "
-        "open it at https://ui.perfetto.dev or chrome://tracing"
+        "open it at https://ui.perfetto.dev"
     )
     return 0

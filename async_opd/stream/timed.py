@@ -43,7 +43,7 @@ class _Timed:
         at_work = "busy" if self.out else self._idle
         return self._time.enter("syncing" if self._syncing else at_work)
 
-    async def _work(self, call: Awaitable[T], name: str, of: Of = "") -> T:
+    async def _work(self, call: Awaitable[T], name: str = "", of: Of = "") -> T:
         self.out += 1
         start, end = self._tell(), CUT_OFF
         try:
@@ -52,7 +52,9 @@ class _Timed:
             return answer
         finally:
             self.out -= 1
-            self._time.called(name + end, of, start, self._tell())
+            ended = self._tell()
+            if name:
+                self._time.called(name + end, of, start, ended)
 
     async def check_health(self) -> None:
         await self._port.check_health()
@@ -92,7 +94,7 @@ class TimedGenerator(_Timed):
         await self._work(self._port.update(version, update_info, oldest), "update", version)
 
     async def resume(self) -> None:
-        await self._work(self._port.resume(), "resume")
+        await self._work(self._port.resume())
         self._syncing = False
         self._tell()
 

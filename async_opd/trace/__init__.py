@@ -1,1 +1,1 @@
-"""The spans of a run as a trace that Perfetto and chrome://tracing show."""
+"""The spans of a run as a trace that Perfetto shows."""

@@ -8,6 +8,7 @@ queue have threads of their own. Arrows follow a group from call to call into th
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from heapq import heappop, heappush
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -85,7 +86,8 @@ class _Threads:
         self._processes: dict[str, int] = {role: number for number, role in enumerate(FIRST, 1)}
         self._threads: dict[tuple[str, int], int] = {}  # of each actor: 0 its states, then its calls
         self._numbers = count(1001)  # of threads: never that of a process
-        self._free: dict[str, list[float]] = defaultdict(list)  # of each actor: when each row of calls is free again
+        self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)  # rows of calls: until when, which
+        self._free: dict[str, list[int]] = defaultdict(list)
         self._drawn: dict[Call, int] = {}  # the thread of each call
 
     def of(self, lane: str, row: int = 0) -> int:
@@ -102,12 +104,14 @@ class _Threads:
 
     def call(self, call: Call) -> None:
         """On the first row that is free: they come by their starts."""
-        rows = self._free[call.lane]
-        row = next((at for at, free in enumerate(rows) if free <= call.start), len(rows))
-        rows[row : row + 1] = [call.end]
+        busy, free = self._busy[call.lane], self._free[call.lane]
+        while busy and busy[0][0] <= call.start:
+            heappush(free, heappop(busy)[1])
+        row = heappop(free) if free else len(busy) + 1
+        heappush(busy, (call.end, row))
         args = {} if call.of == "" else {OF.get(call.name, "group"): call.of}
         args |= {} if call.step is None else {"step": call.step}
-        tid = self._drawn[call] = self.of(call.lane, row + 1)
+        tid = self._drawn[call] = self.of(call.lane, row)
         self.slice(call.lane, tid, call.name, "call", call.start, call.end, args)
 
     def arrows(self, number: int, group: Trained) -> None:
@@ -139,7 +143,7 @@ class _Threads:
                 self.events.append({"ph": "C", "name": name, **place, "args": values})
 
     def names(self) -> Iterator[Event]:
-        """What the viewers show beside the threads, and in which order."""
+        """What a viewer shows beside the threads, and in which order."""
         for role in {_role(lane): None for lane, _ in self._threads}:
             yield from self._named("process", role, self._processes[role], {"pid": self._processes[role], "tid": 0})
         for order, (lane, row) in enumerate(sorted(self._threads, key=_in_order)):
@@ -163,7 +167,7 @@ def _role(lane: str) -> str:
 
 
 def _in_order(thread: tuple[str, int]) -> tuple:
-    """ "generator 10" comes behind "generator 9"."""
+    """By number: generator 10 comes behind generator 9."""
     lane, row = thread
     role, _, index = lane.partition(" ")
     return role, int(index or 0), row

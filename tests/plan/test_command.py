@@ -186,8 +186,7 @@ def test_a_mistake_is_one_line_and_exits_with_two(words, says, capsys):
 
 @pytest.mark.parametrize("option", ["--nodes=0", "--gpus-per-node=x", "--gpu-memory-gib=-1", "--gpu-memory-gib=nan"])
 def test_a_cluster_of_no_shape_exits_with_two(option, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(ONE_NODE), option])
+    assert main(["plan", str(ONE_NODE), option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err
 
 
