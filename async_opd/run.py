@@ -120,7 +120,6 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
             meter.flush()
-            gc.unfreeze()  # triton complains on leaving of what is never collected
 
 
 def _rewind_rows(path: Path, version: int) -> None:

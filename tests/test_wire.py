@@ -202,7 +202,7 @@ def test_an_error_survives_the_trip_with_its_message(kind):
 
 
 def test_only_mistakes_in_what_was_asked_exit_with_two():
-    wrong = ["ConfigError", "DataError", "RunMissing", "CheckpointError"]
+    wrong = ["ConfigError", "ClusterTooSmall", "DataError", "RunMissing", "CheckpointError", "ClusterError"]
     assert [kind.__name__ for kind in ERRORS if kind.exit_status == 2] == wrong
     assert {kind.exit_status for kind in ERRORS} == {1, 2}
 

@@ -201,6 +201,8 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
             "tokens_excluded": 1,
             "loss": -0.1,  # (-2 · .3 · -1, -1.5 · -.6 · -1, 0): (.6 - .9 + 0) / 3
             "kl": 0.1,  # (-.3 + .6 + 0) / 3
+            "entropy": (4 + ln1_5) / 3,  # 1 + ln 2, 1 + ln 1.5, 2 - ln 2
+            "length_mean": 4 / 3,  # 2, 1 and 1 tokens
             "tokens_taught": 0,
             "loss_taught": 0,
             "selected": 1,
