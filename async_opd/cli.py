@@ -15,7 +15,7 @@ COMMANDS = (  # files of `commands`, in the order help gives them
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
     try:
-        args = _parsed(sys.argv[1:] if argv is None else argv)
+        args = parsed(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except AsyncOpdError as e:
         if isinstance(e, CallFailed) and e.__cause__:
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
-def _parsed(words: list[str]) -> argparse.Namespace:
+def parsed(words: list[str]) -> argparse.Namespace:
     """The words of the command line. Raises ConfigError."""
     parser = _parser()
     if words and words[0] not in (*COMMANDS, "-h", "--help"):

@@ -46,15 +46,6 @@ TABLE = {  # by who makes them
         Metric("dropped", "trajectories", "scored and never trained, in all"),
     ),
     "the driver, under `eval.every_steps`; null in rows to which no evaluation came": (
-        Metric("eval_accuracy", "share", "right ones among the held-out problems whose verdict is known"),
-        Metric("eval_unknown", "problems", "whose verdict timed out or crashed"),
-        Metric("eval_version", "steps", "the version that was live when the evaluation began"),
-        Metric("eval_version_min", "steps", "oldest version of its tokens"),
-        Metric("eval_version_max", "steps", "newest version of its tokens"),
-        Metric("eval_tokens", "tokens", "of a response, mean"),
-        Metric("eval_truncated", "share", "of the responses, cut at the longest"),
-        Metric("eval_s", "s", "that the evaluation took"),
-        Metric("eval_skipped", "evaluations", "that did not take place, in all"),
     ),
     "the driver, under [teacher_sampling]": (
         Metric("taught", "groups", "of the step, that the teacher answered"),
@@ -150,4 +141,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    Path("METRICS.md").write_text(markdown(), encoding="utf-8")
+    Path(__file__).with_name("METRICS.md").write_text(markdown(), encoding="utf-8")
