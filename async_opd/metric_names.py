@@ -45,8 +45,6 @@ TABLE = {  # by who makes them
         Metric("queue_slots", "groups", "that may be outstanding"),
         Metric("dropped", "trajectories", "scored and never trained, in all"),
     ),
-    "the driver, under `eval.every_steps`; null in rows to which no evaluation came": (
-    ),
     "the driver, under [teacher_sampling]": (
         Metric("taught", "groups", "of the step, that the teacher answered"),
         Metric("taught_weight", "factor", "of the cross-entropy on them"),
