@@ -215,8 +215,8 @@ def _token() -> str | None:
 def _this_package() -> list[str]:
     """async_opd as it is here, and its metadata, by which vLLM finds the plug-in: no node need have it installed."""
     own = distribution("async-opd-ray")
-    metadata = next(file for file in own.files if file.name == "METADATA")
-    return [str(Path(async_opd.__file__).parent), str(Path(own.locate_file(metadata)).resolve().parent)]
+    plugins = next(file for file in own.files if file.name == "entry_points.txt")  # in *.dist-info or *.egg-info
+    return [str(Path(async_opd.__file__).parent), str(Path(own.locate_file(plugins)).resolve().parent)]
 
 
 @contextmanager

@@ -400,8 +400,8 @@ def test_it_starts_without_ray_vllm_deepspeed_or_transformers(tmp_path):
     assert found.stdout.startswith("trajectory 0: 2 tokens\n")
 
 
-def test_the_example_of_the_readme_says_what_the_readme_shows(capsys):
+def test_the_example_shows_what_the_command_says(capsys):
     root = Path(__file__).parents[1]
     assert main(["explain", "--objective", "sg_opd", str(root / "configs/explain_example.json")]) == 0
     command = "async-opd explain --objective sg_opd configs/explain_example.json\n```\n\n```\n"
-    assert command + capsys.readouterr().out + "```\n" in (root / "README.md").read_text()
+    assert command + capsys.readouterr().out + "```\n" in (root / "configs/README.md").read_text()

@@ -20,7 +20,7 @@ from async_opd.scoring import refuse_without_gpus
 from async_opd.toy import STUDENT
 
 ROWS = "data.path=rows.jsonl"
-NOBODY = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+NOBODY = "http://127.0.0.1:9"  # where RFC 863 has a service that nobody runs
 LORA, SEQUENCE, TOOLS = "LoRA is", "sequence parallelism is", "multi-turn tools are"
 
 # A command line; then what its one line must say.

@@ -37,7 +37,7 @@ def test_phi_is_the_published_one_of_mean_one():
         (dict(fallback="preserve", lambda_base=1.25), lambda a1, a2, away: a2 + 0.25 * away),
         (dict(fallback="grpo"), lambda a1, a2, away: a1),
     ],
-    ids=str,
+    ids=["beta 0.3", "beta 0", "preserve", "grpo"],
 )
 def test_advantage_and_weight_are_those_of_a_loop_by_each_fallback(settings, conflict):
     given, advantage, phi = ragged(5), [], []
