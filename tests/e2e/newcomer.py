@@ -2,10 +2,9 @@
 
     python tests/e2e/newcomer.py --out transcript.md
 
-clones the commit that is checked out, runs the bash blocks of README one after another in one shell, and writes them with
-shortened output. Ends with 1 at the first command that fails. `--clone FOLDER` keeps the clone; `--from "A day with it"` starts at
-that heading, in one that was kept. It takes about 40 minutes on two cores, most of them `make test`; `--skip "make test"`
-leaves one out.
+clones the commit that is checked out, runs the bash blocks of README one after another in one shell, and writes them
+with shortened output. Ends with 1 at the first command that fails. `--clone FOLDER` keeps the clone; `--from "A day with
+it"` starts at that heading, in one that was kept. `--skip "make test"` leaves a command out, here the longest.
 """
 
 import argparse
