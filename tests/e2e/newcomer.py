@@ -3,8 +3,8 @@
     python tests/e2e/newcomer.py --out transcript.md
 
 clones the commit that is checked out, runs the bash blocks of README one after another in one shell, and writes them
-with shortened output. Ends with 1 at the first command that fails. `--clone FOLDER` keeps the clone; `--from "A day with
-it"` starts at that heading, in one that was kept. `--skip "make test"` leaves a command out, here the longest.
+with shortened output. Ends with 1 at the first command that fails. `--clone FOLDER` keeps the clone; `--from "A day
+with it"` starts at that heading, in one that was kept. `--skip "make test"` leaves a command out, here the longest.
 """
 
 import argparse
