@@ -234,3 +234,8 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
     assert main(["trace", str(tmp_path)]) == 2
     said = f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where that is not 0"
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
+
+
+def test_a_trace_that_cannot_be_written_is_refused(run, tmp_path, capsys):
+    assert main(["trace", str(run[0]), "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"async-opd: ConfigError: {tmp_path}: cannot be written: Is a directory\n")

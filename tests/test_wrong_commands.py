@@ -96,6 +96,10 @@ COMMAND_LINES = {
     "trace nowhere": ["RunMissing: nowhere: is no run directory"],
     "cluster": ["required: render", "usage: async-opd cluster"],
     "cluster render demo.toml --kind kubray": ["--kind: invalid choice: 'kubray' (choose from 'kuberay'"],
+    "cluster render demo.toml --kind slurm --gpus-per-node 0": ["--gpus-per-node: 0: must be an integer >= 1"],
+    "cluster render demo.toml run.dir=/shared/runs/a --kind slurm -o no/a.sh": [
+        "no/a.sh: cannot be written: No such file"
+    ],
     "audit nowhere": ["nowhere: no such file or folder; an audit needs the directory of a run"],
     "audit models": ["models/config.json: no such file or folder; an audit needs the directory of a run"],
     "audit finished damaged": ["damaged: no such option", "usage: async-opd audit"],

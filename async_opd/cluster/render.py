@@ -9,17 +9,11 @@ from pathlib import Path
 from string import Template
 from textwrap import indent
 
+from async_opd.cluster import KINDS
 from async_opd.cluster.shape import shape_of
 from async_opd.config import load
 from async_opd.errors import ConfigError
 from async_opd.jobs import RUN_DIR, STOP_S
-
-KINDS = {  # each with its template
-    "kuberay": "kuberay.yaml",
-    "slurm": "slurm.sh",
-    "launcher": "launcher.yaml",
-    "container": "Containerfile",
-}
 
 
 class _Filled(Template):

@@ -9,10 +9,8 @@ container (the image of either). run.dir must be absolute; the first folder of i
 import argparse
 from pathlib import Path
 
-from async_opd.commands import OVERRIDES
-from async_opd.errors import ConfigError
-
-KINDS = ("kuberay", "slurm", "launcher", "container")
+from async_opd.cluster import KINDS
+from async_opd.commands import OVERRIDES, count, write
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--kind", required=True, choices=KINDS, help="of file")
     one.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
     one.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    one.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="how many a node has; absent, 8")
+    one.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="how many a node has; absent, 8")
     one.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
 
@@ -29,14 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from async_opd.cluster.render import render
 
-    if args.gpus_per_node < 1:
-        raise ConfigError(f"--gpus-per-node {args.gpus_per_node}: must be at least 1")
     text = render(args.kind, args.config, args.overrides, args.gpus_per_node, args.image)
     if args.output is None:
         print(text, end="")
-        return 0
-    try:
-        args.output.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"-o {args.output}: {e.strerror}") from e
+    else:
+        write(args.output, text)
     return 0

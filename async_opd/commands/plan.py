@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from async_opd.commands import OVERRIDES
+from async_opd.commands import OVERRIDES, count
 from async_opd.errors import ClusterTooSmall, ConfigError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     parser.add_argument("--offline", action="store_true", help="ask neither hub nor data")
     parser.add_argument("--json", action="store_true", help="the plan as one object")
-    parser.add_argument("--nodes", type=_count, metavar="N", help="of the cluster; absent: as many as are needed")
-    parser.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="8 unless said")
+    parser.add_argument("--nodes", type=count, metavar="N", help="of the cluster; absent: as many as are needed")
+    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="8 unless said")
     parser.add_argument("--gpu-memory-gib", type=_size, default=80.0, metavar="GIB", help="80 unless said")
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--like", type=Path, metavar="RUN", help="a short run's directory, to take rates from")
@@ -131,13 +131,6 @@ def _balance(args: argparse.Namespace, config: "Config") -> "Balance | None":
         rates, differs = balance.measured(args.like, config)
         return balance.balance(config, rates, f"rates of {args.like}", differs)
     return None
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be an integer >= 1")
-    return count
 
 
 def _size(text: str) -> float:

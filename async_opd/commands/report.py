@@ -11,6 +11,8 @@ a browser, or send it. Several runs are drawn over one another, with the setting
 import argparse
 from pathlib import Path
 
+from async_opd.commands import write
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="its directory")
@@ -20,13 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.errors import ConfigError
     from async_opd.report.page import page
 
     html, file = page(args.runs), args.output or args.runs[0] / "report.html"
-    try:
-        file.write_text(html, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"report: {file} cannot be written: {e.strerror}") from e
+    write(file, html)
     print(f"{file}: {len(html.encode()) / 1e6:.1f} MB")
     return 0

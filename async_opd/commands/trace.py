@@ -12,6 +12,8 @@ uploads nothing. `run.trace_steps` of a run says how many steps are kept, at lea
 import argparse
 from pathlib import Path
 
+from async_opd.commands import write
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     found = recorded(args.run_dir)
     output = args.output or args.run_dir / "trace.json"
     written = trace(found, str(args.run_dir))
-    output.write_bytes(msgspec.json.encode(written))
+    write(output, msgspec.json.encode(written).decode())
     for damaged in found.damaged:
         print(damaged, file=sys.stderr)
     about = written["otherData"]

@@ -44,6 +44,11 @@ def test_a_folder_that_is_no_run_exits_with_two(make_run, tmp_path, capsys):
         page([tmp_path / "empty"])
 
 
+def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, capsys):
+    assert main(["report", str(make_run()), "-o", str(tmp_path)]) == 2
+    assert f"ConfigError: {tmp_path}: cannot be written: Is a directory\n" in capsys.readouterr().err
+
+
 def test_it_needs_neither_torch_nor_ray(make_run):
     code = "import sys; from async_opd.cli import main; main(sys.argv[1:]); print(*sys.modules)"
     found = subprocess.run(
