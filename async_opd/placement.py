@@ -72,6 +72,21 @@ def place(asked: Sequence[Ask], nodes: Sequence[Node], home: str = "") -> dict[s
     raise _too_small(asked, nodes, missing)
 
 
+def place_on_alike(asked: Sequence[Ask], gpus: int, count: int | None = None) -> dict[str, list[str]]:
+    """The members on each of `count` empty nodes of that many GPUs, or of as few as hold them. Raises
+    ClusterTooSmall."""
+    enough = sum(ask.count for ask in asked) if all(ask.gpus <= gpus for ask in asked) else 1  # a node for each member
+    for size in range(count or 1, (count or enough) + 1):
+        nodes = [Node(id=f"{at}", address=f"node {at}", cpus=1, gpus=gpus, free=gpus) for at in range(size)]
+        try:
+            found = place(asked, nodes, nodes[0].id)
+        except ClusterTooSmall:
+            if size == (count or enough):
+                raise
+        else:
+            return {n.address: [member for member, at in found.items() if at.id == n.id] for n in nodes}
+
+
 def choose(ask: Ask, nodes: Sequence[Node], home: str = "", left: int = 1, lost: str = "") -> Node | None:
     """The node for one more member, of `left` that are to come; None where there is no room. One in place of a member
     that was `lost` with its node should not go there: Ray takes a dead node for a living one for some time."""

@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from math import ceil
 from pathlib import PurePosixPath
 
 from async_opd.config import Config
-from async_opd.errors import ClusterTooSmall, ConfigError
-from async_opd.placement import Node, asks, place
+from async_opd.errors import ConfigError
+from async_opd.placement import asks, place_on_alike
 
 CPUS_A_GPU = 4  # its actor, the engine's process, and the threads of both; none is reserved
 GIB_A_GPU = 64  # of host memory, a rule of thumb: more for `learner.offload_optimizer` of a large model
@@ -40,17 +41,15 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
         raise ConfigError(f"run.dir = {config.run.dir!r}: must be absolute, {where}")
     asked = asks(config, gpus=True)
     wanted = sum(ask.count * ask.gpus for ask in asked)
-    gpus = min(gpus_per_node, -int(-wanted // 1))
-    members = sum(ask.count for ask in asked)
-    nodes = next((count for count in range(1, members + 1) if _holds(asked, count, gpus)), None)
-    if nodes is None:
-        largest = max(asked, key=lambda ask: ask.gpus)
+    gpus = min(gpus_per_node, ceil(wanted))
+    largest = max(asked, key=lambda ask: ask.gpus)
+    if largest.gpus > gpus:
         needs = f"{largest.role} asks for {largest.gpus:g} on one node: lower {' or '.join(largest.settings)}"
         raise ConfigError(f"--gpus-per-node {gpus_per_node}: too few: {needs}")
     memory = GIB_A_GPU * gpus
     return Shape(
         name=re.sub("[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")[:40] or "run",
-        nodes=nodes,
+        nodes=len(place_on_alike(asked, gpus)),
         gpus=gpus,
         cpus=CPUS_A_GPU * gpus + config.verify.workers,
         memory_gib=memory,
@@ -59,12 +58,3 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
         runs=str(run_dir.parent),
         shared=str(PurePosixPath(*run_dir.parts[:2])),
     )
-
-
-def _holds(asked: list, count: int, gpus: int) -> bool:
-    nodes = [Node(id=f"{at:04}", address=f"node {at}", cpus=1, gpus=gpus, free=gpus) for at in range(count)]
-    try:
-        place(asked, nodes, nodes[0].id)
-    except ClusterTooSmall:
-        return False
-    return True

@@ -7,9 +7,8 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.config import Config
-from async_opd.errors import ClusterTooSmall
 from async_opd.maths.lag import slots
-from async_opd.placement import RANK, Ask, Node, asks, place
+from async_opd.placement import RANK, Ask, asks, place_on_alike
 from async_opd.plan import memory
 from async_opd.plan.memory import HEADROOM, Memory
 from async_opd.plan.shape import Shape
@@ -147,18 +146,7 @@ def _engine(config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape]
 
 def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
     """The members on each node. Raises ClusterTooSmall."""
-    asked = asks(config, gpus=True)
-    gpus, count = cluster.gpus_per_node, cluster.nodes or 1
-    enough = sum(ask.count for ask in asked) if all(ask.gpus <= gpus for ask in asked) else 1  # a node for each member
-    while True:
-        names = [f"node {index}" for index in range(count)]
-        try:
-            found = place(asked, [Node(id=n, address=n, cpus=1, gpus=gpus, free=gpus) for n in names], names[0])
-            return {name: [member for member, node in found.items() if node.id == name] for name in names}
-        except ClusterTooSmall:
-            if cluster.nodes or count >= enough:
-                raise
-            count += 1
+    return place_on_alike(asks(config, gpus=True), cluster.gpus_per_node, cluster.nodes)
 
 
 def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -> tuple[int, list[str]]:
