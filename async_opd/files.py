@@ -7,17 +7,17 @@ from pathlib import Path
 from async_opd import toy
 from async_opd.errors import ConfigError
 from async_opd.mistakes import beside, wrong
+from async_opd.rollout.config import FILE_READERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_FILES = (".jsonl", ".json", ".parquet")
 MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are shipped
 
 
 def check_data(key: str, path: str, elsewhere: bool = False) -> None:
     """It is there, in a known format, or may be a hub id or lie elsewhere."""
     file = local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
-    if file and file.is_file() and file.suffix not in DATA_FILES:
-        raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(DATA_FILES)}")
+    if file and file.is_file() and file.suffix not in FILE_READERS:
+        raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(FILE_READERS)}")
 
 
 def local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool = False) -> Path | None:
@@ -31,7 +31,7 @@ def local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool 
         return path
     if elsewhere and path.is_absolute():
         return None
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in DATA_FILES:
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir() and path.suffix not in FILE_READERS:
         return None
     hint = beside(name) or "; hub ids are owner/name, and owner/ must not be a folder here"
     raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
@@ -46,8 +46,14 @@ def check_model(at: str, name: str, folder: Path, sequence: str, longest: int, v
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
     except ValueError as e:
         raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
-    context = model.get("max_position_embeddings") or longest + vllm
-    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}  # a scaled one may go further
-    if rope.get("rope_type", "default") == "default" and context < longest + vllm:
+    most = context(model)
+    if most and most < longest + vllm:
         behind = f" less the 1 that {at}.backend = 'vllm' samples" if vllm else ""
-        raise ConfigError(f"{sequence}: must be <= {context - vllm}, the context of {setting}{behind}")
+        raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
+
+
+def context(model: dict) -> int | None:
+    """The most tokens of a sequence by a model's config.json; None where it names none, or where a scaled rotary
+    embedding may go further."""
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    return model.get("max_position_embeddings") if rope.get("rope_type", "default") == "default" else None

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from async_opd import toy
 from async_opd.errors import ConfigError
+from async_opd.files import MODELS, context
 
-SHIPPED = Path(__file__).with_name(
-    "shapes.json"
-)  # config.json of common models, with the context of each by its hub id
+SHIPPED = Path(__file__).with_name("shapes.json")  # config.json of common models, and each one's context by hub id
 BIASED = {"qwen2"}  # families whose queries, keys and values have a bias that config.json does not mention
 NORMED = {"qwen3", "qwen3_moe"}
 FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -84,7 +82,7 @@ def read(tree: dict, setting: str) -> Shape:
             intermediate=tree["intermediate_size"],
             vocabulary=tree["vocab_size"],
             tied=tree.get("tie_word_embeddings", family == "gemma"),
-            context=_context(tree),
+            context=context(tree),
             experts=experts,
             experts_per_token=tree.get("num_experts_per_tok", 0) if experts else 0,
             expert_intermediate=tree.get("moe_intermediate_size") or tree["intermediate_size"],
@@ -98,8 +96,7 @@ def read(tree: dict, setting: str) -> Shape:
 
 def local(setting: str, model: str) -> Shape | None:
     """The shape of a model that lies on this machine, or is the demo's; None for a hub id."""
-    folder = toy.WEIGHTS / model.removeprefix("toy:") if model.startswith("toy:") else Path(model)
-    file = folder / "config.json"
+    file = MODELS.get(model, Path(model)) / "config.json"
     return read(json.loads(file.read_text(encoding="utf-8")), setting) if file.is_file() else None
 
 
@@ -121,9 +118,3 @@ def _shipped() -> dict[str, dict]:
 
 def _trees() -> list[dict]:
     return json.loads(SHIPPED.read_text(encoding="utf-8"))
-
-
-def _context(tree: dict) -> int | None:
-    """The most tokens of a sequence; None where a scaled rotary embedding may go further, as `config` has it."""
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    return tree.get("max_position_embeddings") if rope.get("rope_type", "default") == "default" else None

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`, by a file's ending
+
 
 class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Any dataset that `datasets` loads: a hub id, a folder, or jsonl/parquet files."""

@@ -12,11 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from async_opd.errors import DataError
 from async_opd.mistakes import wrong
-from async_opd.rollout.config import DataConfig
+from async_opd.rollout.config import FILE_READERS, DataConfig
 from async_opd.rollout.privileged import TeacherView
 from async_opd.wire import Prompt
-
-FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class PromptSource:

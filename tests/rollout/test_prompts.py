@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from async_opd import files
 from async_opd.errors import DataError
 from async_opd.rollout.config import DataConfig
 from async_opd.rollout.privileged import TeacherView
-from async_opd.rollout.prompts import FILE_READERS, PromptSource
+from async_opd.rollout.prompts import PromptSource
 from async_opd.toy import STUDENT
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "name": f"row-{n}"} for n in range(8)]
@@ -322,10 +321,6 @@ def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(DataError, match=r"rows.jsonl"):
         list(islice(prompts, 16))
-
-
-def test_the_config_knows_every_kind_of_file_that_can_be_read():
-    assert tuple(FILE_READERS) == files.DATA_FILES
 
 
 LONG = [{"prompt": "100+100=", "answer": "200", "name": f"long-{n}"} for n in range(3)]
