@@ -68,6 +68,11 @@ class Prompt(Struct):
                 if not len(value):
                     raise WireError(f"{self.id}: {field} is empty; a prompt has at least one token")
 
+    @property
+    def shown_to_teacher(self) -> np.ndarray:
+        """As its teacher reads it."""
+        return self.ids if self.teacher_ids is None else self.teacher_ids
+
 
 class Sampling(Struct):
     """How an evaluation has a prompt responded to. Made by the driver; consumed by a generator."""

@@ -78,7 +78,7 @@ async def of_all(problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T
 
 async def of_teacher(teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]) -> Accuracy:
     """The teacher's own accuracy, by its own greedy responses."""
-    prompts = [p.ids if p.teacher_ids is None else p.teacher_ids for p in held_out]
+    prompts = [prompt.shown_to_teacher for prompt in held_out]
     responses = await teachers.ask(lambda teacher: teacher.greedy(prompts))
 
     async def one(prompt: Prompt, ids: np.ndarray) -> Verdict:

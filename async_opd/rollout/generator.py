@@ -108,7 +108,7 @@ class RolloutGenerator:
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """Sample all responses of one prompt; a taught one, which the teacher answers, in the teacher's own rendering.
         Raises ActorLost when the engine died."""
-        ids = prompt.teacher_ids if prompt.taught and prompt.teacher_ids is not None else prompt.ids
+        ids = prompt.shown_to_teacher if prompt.taught else prompt.ids
         return self._group(prompt, await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates)))
 
     async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Group]:

@@ -50,8 +50,7 @@ class TransformersTeacher:
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
-        own = None if self._as_student else group.prompt.teacher_ids
-        prompt = group.prompt.ids if own is None else own
+        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
         futures = [loop.create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]

@@ -58,8 +58,7 @@ class VllmTeacher:
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died."""
-        own = None if self._as_student else group.prompt.teacher_ids
-        prompt = group.prompt.ids if own is None else own
+        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
         return matched(group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts))))
 
     async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
