@@ -77,6 +77,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return found | ({"eval.path": self.eval.path} if self.eval else {})
 
     @property
+    def relative_inputs(self) -> dict[str, str]:
+        """Of these what is here by a relative path; the rest is made by the run, of a hub, or another machine's."""
+        return {key: name for key, name in self.inputs.items() if not Path(name).is_absolute() and Path(name).exists()}
+
+    @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """What scores rollouts, each with a `model`, by its section; the reference only where it is needed."""
         found: dict[str, ScorerConfig] = {section(name): teacher for name, teacher in self.named_teachers.items()}

@@ -25,7 +25,7 @@ class _Filled(Template):
 def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, image: str) -> str:
     """The file of that kind for the config at `path` with `overrides`. Raises ConfigError."""
     config = load(path, overrides, elsewhere=True)
-    here = [f"{key} = {name!r}" for key, name in config.inputs.items() if _is_local(name)]
+    here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
     if kind == "kuberay" and here:
         raise ConfigError(f"{', '.join(here)}: the pods see no file of this machine: name an absolute path of theirs")
     shape = shape_of(config, gpus_per_node)
@@ -45,10 +45,6 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         vllm=_vllm(),
         worker_ips=json.dumps([f"worker-{at}.example" for at in range(1, shape.nodes)]),
     )
-
-
-def _is_local(name: str) -> bool:
-    return not Path(name).is_absolute() and Path(name).exists()
 
 
 def _vllm() -> str:

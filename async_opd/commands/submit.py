@@ -14,13 +14,9 @@ that every node sees. vLLM, DeepSpeed and the like are those of the cluster's im
 import argparse
 from contextlib import chdir
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from async_opd.commands import ADDRESS, OVERRIDES
 from async_opd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from async_opd.config import Config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +63,9 @@ def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tup
         if not run_dir.is_absolute():
             why = f"a job's working directory is a copy that goes with it: run.dir=/shared/{run_dir.name}"
             raise ConfigError(f"run.dir = {found.run.dir!r}: must be absolute, on a disk that every node sees; {why}")
-        for key, name in _files(found):
+        for key, name in found.relative_inputs.items():
             needed[f"{key} = {name!r}"] = _inside(folder, f"{key} = {name!r}", Path(name).absolute())
     return [config.as_posix(), *overrides], str(run_dir)
-
-
-def _files(config: "Config") -> list[tuple[str, str]]:
-    """What it reads that is here and may have to travel; the rest is made by the run, of a hub, or the cluster's."""
-    return [(key, name) for key, name in config.inputs.items() if not Path(name).is_absolute() and Path(name).exists()]
 
 
 def _inside(folder: Path, key: str, path: Path) -> Path:
