@@ -36,24 +36,20 @@ class Response(Struct):
     truncated: bool
 
 
-class Problem(Struct, rename={"pass_": "pass"}):
-    """A line of `problems.jsonl`: the responses to one problem, and its share in each figure where it has one."""
-
-    id: str
-    answer: str
-    avg: float | None
-    pass_: float | None
-    maj: float | None
-    responses: list[Response]
-
-
 class Shares(Struct, rename={"pass_": "pass"}):
-    """What is read again of a `Problem`."""
+    """Of one problem: its share in each figure where it has one."""
 
     id: str
     avg: float | None
     pass_: float | None
     maj: float | None
+
+
+class Problem(Shares):
+    """A line of `problems.jsonl`. Only its shares are read again."""
+
+    answer: str
+    responses: list[Response]
 
 
 class Figure(Struct):
@@ -127,7 +123,7 @@ def _response(verdict: Verdict, said: Said, tokens: int, truncated: bool) -> Res
     return Response(said.text, verdict.correct, verdict.cause, verdict.answer, said.vote, tokens, truncated)
 
 
-def table(shares: Iterable[Shares | Problem]) -> np.ndarray:
+def table(shares: Iterable[Shares]) -> np.ndarray:
     """Their shares by FIGURES, [P, 3]; NaN where there is none."""
     return np.array([(one.avg, one.pass_, one.maj) for one in shares], np.float64)
 
