@@ -216,7 +216,7 @@ def test_an_audit_names_what_is_wrong_and_exits_with_one(audited, capsys):
 
 def test_an_audit_of_no_run_exits_with_two(tmp_path, capsys):
     assert main(["audit", str(tmp_path / "rum")]) == 2
-    said = f"{tmp_path / 'rum'}: no such file or folder; an audit needs the directory of a run"
+    said = f"{tmp_path / 'rum'}: no config.json in it: No such file or directory"
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
 
 

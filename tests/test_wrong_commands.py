@@ -100,8 +100,8 @@ COMMAND_LINES = {
     "cluster render demo.toml run.dir=/shared/runs/a --kind slurm -o no/a.sh": [
         "no/a.sh: cannot be written: No such file"
     ],
-    "audit nowhere": ["nowhere: no such file or folder; an audit needs the directory of a run"],
-    "audit models": ["models/config.json: no such file or folder; an audit needs the directory of a run"],
+    "audit nowhere": ["RunMissing: nowhere: no config.json in it"],
+    "audit models": ["RunMissing: models: no config.json in it"],
     "audit finished damaged": ["damaged: no such option", "usage: async-opd audit"],
 }
 

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from async_opd.audit.replay import Replay
 from async_opd.audit.timeline import Timeline
-from async_opd.config import Config
+from async_opd.config import read_run
 from async_opd.errors import RunMissing
 
 
@@ -56,14 +56,9 @@ class Books(Struct, kw_only=True):
 def audit(run_dir: Path) -> Books:
     """The books of a run, which may be at work. Memory is bounded by what is outstanding at once, checkpoints, and 8
     bytes a prompt. Raises RunMissing, and LedgerError for a line that is no record."""
-    path, settings = run_dir / "ledger.jsonl", run_dir / "config.json"
-    for needed in (run_dir, settings, path):
-        if not needed.exists():
-            raise RunMissing(f"{needed}: no such file or folder; an audit needs the directory of a run")
-    try:
-        config = msgspec.json.decode(settings.read_bytes(), type=Config)
-    except msgspec.DecodeError as e:
-        raise RunMissing(f"{settings}: not the config of a run: {e}") from e
+    config, path = read_run(run_dir), run_dir / "ledger.jsonl"
+    if not path.exists():
+        raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
     found: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
     checkpoints, rows = _complete(run_dir / "checkpoints"), _rows(run_dir / "metrics.jsonl", found)
