@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from async_opd.config import read_run
 from async_opd.crew import Crew
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.mistakes import wrong
@@ -34,10 +35,9 @@ def parse(words: list[str]) -> dict[str, int]:
 
 
 def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
-    """Ask the job in `run_dir` for these sizes; returns what it says. Raises ConfigError for what it refuses, TimedOut
-    when no job answers."""
-    if not (run_dir / "config.json").is_file():
-        raise ConfigError(f"scale: {run_dir} is no run directory: it holds no config.json")
+    """Ask the job in `run_dir` for these sizes; returns what it says. Raises RunMissing, ConfigError for what it
+    refuses, TimedOut when no job answers."""
+    read_run(run_dir, dict)
     id = uuid.uuid4().hex
     request, answer = run_dir / REQUEST.format(id), run_dir / ANSWER.format(id)
     _put(request, sizes)

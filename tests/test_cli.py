@@ -231,7 +231,7 @@ def test_train_needs_a_config_or_a_run(capsys):
         (["generators"], "'generators': write POOL=NUMBER with a number of at least 1"),
         (["generators=0"], "'generators=0': write POOL=NUMBER"),
         (["generators=-1"], "'generators=-1': write POOL=NUMBER"),
-        (["generators=2"], "is no run directory: it holds no config.json"),
+        (["generators=2"], "RunMissing: "),
     ],
 )
 def test_a_size_that_cannot_be_asked_for_exits_with_two(words, says, tmp_path, capsys):

@@ -228,7 +228,7 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
 
 
 def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys):
-    with pytest.raises(RunMissing, match="is no run directory"):
+    with pytest.raises(RunMissing, match=r"rum: no config\.json in it"):
         recorded(tmp_path / "rum")
     (tmp_path / "config.json").write_text("{}")
     assert main(["trace", str(tmp_path)]) == 2

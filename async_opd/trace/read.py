@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from async_opd.config import read_run
 from async_opd.errors import RunMissing
 from async_opd.spans import EARLIER, FILE, Line, Of
 
@@ -40,8 +41,7 @@ class Recorded(NamedTuple):
 
 def recorded(run_dir: Path) -> Recorded:
     """What there is of the run, which may be at work. Raises RunMissing."""
-    if not (run_dir / "config.json").exists():
-        raise RunMissing(f"{run_dir}: is no run directory: it holds no config.json")
+    read_run(run_dir, dict)
     damaged: list[str] = []
     lines = [line for name in (EARLIER, FILE) for line in _lines(run_dir / name, Line, damaged)]
     if not lines:
