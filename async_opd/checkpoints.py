@@ -253,6 +253,13 @@ def _score(folder: Path) -> float | None:
         return None
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A file beside the checkpoints, whole or not at all: a full disk must not cost what is there."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    beside.rename(path)
+
+
 def _write(path: Path, content: bytes) -> None:
     with _about(path), path.open("wb") as handle:
         handle.write(content)

@@ -64,7 +64,7 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
-    _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
+    checkpoints.write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
@@ -127,14 +127,7 @@ def _rewind_rows(path: Path, version: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
-        _write(path, b"".join(kept))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a full disk must not cost what is there."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    beside.rename(path)
+        checkpoints.write_whole(path, b"".join(kept))
 
 
 def refuse_unreachable() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from async_opd.checkpoints import write_whole
 from async_opd.config import read_run
 from async_opd.crew import Crew
 from async_opd.errors import ConfigError, TimedOut
@@ -40,7 +41,7 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
     read_run(run_dir, dict)
     id = uuid.uuid4().hex
     request, answer = run_dir / REQUEST.format(id), run_dir / ANSWER.format(id)
-    _put(request, sizes)
+    write_whole(request, msgspec.json.encode(sizes))
     deadline = time.monotonic() + timeout_s
     while not answer.exists():
         if time.monotonic() > deadline:
@@ -70,14 +71,7 @@ def _answer(request: Path, crew: Crew) -> None:
         answer = False, _resize(crew, msgspec.json.decode(asked, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
-    _put(request.with_suffix(".answer"), answer)
-
-
-def _put(path: Path, message: object) -> None:
-    """Whole or not at all: the other side may look at any moment."""
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(msgspec.json.encode(message))
-    beside.rename(path)
+    write_whole(request.with_suffix(".answer"), msgspec.json.encode(answer))
 
 
 def _resize(crew: Crew, sizes: dict[str, int]) -> str:
