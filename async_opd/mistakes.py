@@ -28,8 +28,12 @@ def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
 def wrong(path: str, value: Any, choices: Iterable) -> str:
     """The message for a `value` that is none of `choices`."""
     choices = list(choices)
-    near = get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5)
-    return f"{path} = {value!r}: must be {_either(choices)}{_did_you_mean(near)}"
+    return f"{path} = {value!r}: must be {_either(choices)}{nearest(value, choices)}"
+
+
+def nearest(value: Any, choices: Iterable) -> str:
+    """A suggestion where one of `choices` is spelt almost as `value` is; else nothing."""
+    return _did_you_mean(get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5))
 
 
 def beside(path: str | Path) -> str:

@@ -7,7 +7,7 @@ from async_opd.plan.make import GIB, Need, Problem
 
 Retry = Callable[[list[str]], set[str] | None]  # roles that do not fit with more overrides; None: they are refused
 Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
-MASTERS = "learner.zero_stage"
+ZERO_STAGE = "learner.zero_stage"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
@@ -85,10 +85,10 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     if now.micro_batch_tokens > need.longest:
         yield [[f"learner.micro_batch_tokens={need.longest}"]]
     if now.dtype == "float32":
-        yield [["learner.dtype=bfloat16", f"{MASTERS}={max(now.zero_stage, 2)}", ROUGH]]
+        yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}", ROUGH]]
     if not now.offload_optimizer:
-        yield [["learner.offload_optimizer=true", *([f"{MASTERS}=2"] if now.zero_stage == 0 else [])]]
-    yield [[f"{MASTERS}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
+        yield [["learner.offload_optimizer=true", *([f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else [])]]
+    yield [[f"{ZERO_STAGE}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
     if not config.run.share_gpu:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]

@@ -1,7 +1,6 @@
 """What a model's config.json says of its size: parameters, experts, key-value cache."""
 
 import json
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from msgspec import Struct
 
 from async_opd.errors import ConfigError
 from async_opd.files import MODELS, context
+from async_opd.mistakes import nearest
 
 SHIPPED = Path(__file__).with_name("shapes.json")  # config.json of common models, and each one's context by hub id
 BIASED = {"qwen2"}  # families whose queries, keys and values have a bias that config.json does not mention
@@ -104,10 +104,9 @@ def shipped(setting: str, model: str) -> Shape:
     """The shape of a hub model without asking the hub. Raises ConfigError naming those that are known."""
     if model in (known := _shipped()):
         return read(known[model], setting)
-    near = get_close_matches(model, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     sizes = ", ".join(next(iter(tree["contexts"])) for tree in _trees())
-    raise ConfigError(f"{setting} = {model!r}: --offline knows {sizes}, their Base, Instruct and other variants{hint}")
+    others = f"their Base, Instruct and other variants{nearest(model, known)}"
+    raise ConfigError(f"{setting} = {model!r}: --offline knows {sizes}, {others}")
 
 
 @cache

@@ -36,7 +36,7 @@ def plot(figure: Figure, axis: str) -> Plot | None:
     if not right > 0 or all(np.isnan(x).all() for x in xs):
         return None
     tops = _tops(figure)
-    low, high = _range(figure, tops)
+    low, high = _range(figure)
     scale = Scale(right, low, high)
     paths: list[tuple[str, str]] = []
     dots: list[tuple[str, float, float]] = []
@@ -107,7 +107,7 @@ def _tops(figure: Figure) -> list[np.ndarray]:
     return [np.zeros(shares.shape[1]), *np.cumsum(shares, 0)]
 
 
-def _range(figure: Figure, tops: list[np.ndarray]) -> tuple[float, float]:
+def _range(figure: Figure) -> tuple[float, float]:
     """Of the vertical axis, 0 within; shares go to 1."""
     if figure.unit == "share":
         return 0.0, 1.0
