@@ -56,7 +56,7 @@ class Crew:
             "teacher-generator",
             "teacher_generators",
             roles.teacher_generators,
-            lambda port, time: TimedGenerator(port, time, "starved"),
+            TimedGenerator,
         )
 
     def __iter__(self) -> Iterator[Pool]:

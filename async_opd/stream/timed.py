@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from async_opd.ports import Generator, Ref, Teacher, Verifier
+from async_opd.ports import Ref
 from async_opd.spans import CUT_OFF, ActorTime, Of
 from async_opd.wire import GroupMeta, Prompt, Rollout, Said, Sampling, Verdict
 
@@ -31,7 +31,7 @@ GROUP: ContextVar[str] = ContextVar("group", default="")  # whose `Ref` this tas
 class _Timed:
     """Enters the state that follows from the calls that are out; with none, the actor is `idle`."""
 
-    def __init__(self, port: Any, time: ActorTime, idle: str):
+    def __init__(self, port: Any, time: ActorTime, idle: str = "starved"):
         self._port, self._time, self._idle = port, time, idle
         self.out, self._syncing, self._killed = 0, False, False  # `out`: calls without an answer yet
         self._tell()
@@ -66,11 +66,7 @@ class _Timed:
 
 
 class TimedGenerator(_Timed):
-    """`ports.Generator` that accounts for its time: idle, it is blocked until no prompt is left. `idle` is for one that
-    holds the teacher: "starved"."""
-
-    def __init__(self, port: Generator, time: ActorTime, idle: str = "blocked"):
-        super().__init__(port, time, idle)
+    """`ports.Generator` that accounts for its time: one that waits for a slot is "blocked" until no prompt is left."""
 
     def no_prompt_is_left(self) -> None:
         """From now on it idles because there is nothing to hand out."""
@@ -102,9 +98,6 @@ class TimedGenerator(_Timed):
 class TimedTeacher(_Timed):
     """`ports.Teacher` that accounts for its time; the reference is one too."""
 
-    def __init__(self, port: Teacher, time: ActorTime):
-        super().__init__(port, time, "starved")
-
     async def score(self, group: Ref) -> Ref:
         return await self._work(self._port.score(group), "score", GROUP.get())
 
@@ -128,9 +121,6 @@ class TimedTeacher(_Timed):
 
 class TimedVerifier(_Timed):
     """`ports.Verifier` that accounts for its time."""
-
-    def __init__(self, port: Verifier, time: ActorTime):
-        super().__init__(port, time, "starved")
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:
         return await self._work(self._port.check(group), "check", GROUP.get())

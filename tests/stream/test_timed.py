@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,8 @@ from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 from benchmarks.paced import Pace, measure
 from tests.fakes import FakeGenerator, FakeScorer, prompts, virtual
+
+WITH_SLOTS = partial(TimedGenerator, idle="blocked")
 
 
 class Slow(FakeGenerator, FakeScorer):
@@ -54,7 +57,7 @@ def test_a_generator_is_busy_while_any_request_is_out_and_else_blocked_until_no_
         generator.no_prompt_is_left()
         await asyncio.sleep(4)
 
-    assert spent(scenario, TimedGenerator, "generators") == {"busy": 1.5, "blocked": 2, "starved": 4}
+    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.5, "blocked": 2, "starved": 4}
 
 
 def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
@@ -67,7 +70,7 @@ def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
         await asking
         await generator.generate(next(prompts()))
 
-    assert spent(scenario, TimedGenerator, "generators") == {"busy": 1.25, "syncing": 3}
+    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "syncing": 3}
 
 
 def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_still_comes_back():
@@ -77,11 +80,11 @@ def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_st
         timed.kill()
         await asking  # its late answer, at 1 s
         await asyncio.sleep(2)
-        another = TimedGenerator(Slow(), timed._time)
+        another = WITH_SLOTS(Slow(), timed._time)
         await another.generate(next(prompts()))
         await asyncio.sleep(1)
 
-    assert spent(scenario, TimedGenerator, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
+    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
 
 
 @pytest.mark.parametrize(("wrap", "call"), [(TimedTeacher, "score"), (TimedVerifier, "check")])
