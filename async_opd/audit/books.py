@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from async_opd.audit.replay import Replay
 from async_opd.audit.timeline import Timeline
+from async_opd.checkpoints import FOLDER, MANIFEST, STATE, RunState
 from async_opd.config import read_run
 from async_opd.errors import RunMissing
 
@@ -61,7 +62,7 @@ def audit(run_dir: Path) -> Books:
         raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
     found: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
-    checkpoints, rows = _complete(run_dir / "checkpoints"), _rows(run_dir / "metrics.jsonl", found)
+    checkpoints, rows = _complete(run_dir / FOLDER), _rows(run_dir / "metrics.jsonl", found)
     timeline = Timeline(path, found)
     checkpoint, at = timeline.newest(checkpoints)
     replay = Replay(config.groups_per_step, found)
@@ -88,13 +89,6 @@ def audit(run_dir: Path) -> Books:
     )
 
 
-class _State(Struct):
-    """Of a checkpoint's run.json, what the ledger knows too."""
-
-    version: int
-    outstanding: list[str]
-
-
 class _Row(Struct):
     """Of a row of metrics.jsonl."""
 
@@ -103,14 +97,14 @@ class _Row(Struct):
 
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints, the newest first."""
-    found = [path.parent for path in folder.glob("*/manifest.json") if path.parent.name.isdecimal()]
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
-def _state(checkpoint: Path, found: list[str]) -> _State | None:
+def _state(checkpoint: Path, found: list[str]) -> RunState | None:
     """Its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
     try:
-        state = msgspec.json.decode((checkpoint / "run.json").read_bytes(), type=_State)
+        state = msgspec.json.decode((checkpoint / STATE).read_bytes(), type=RunState)
     except (OSError, msgspec.DecodeError) as e:
         found.append(f"{checkpoint}: its run.json cannot be read: {e}")
         return None
