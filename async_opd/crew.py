@@ -53,10 +53,7 @@ class Crew:
         self.references = self._scorers("reference", "reference", roles.references) if roles.references else None
         self.verifier: Pool[Verifier] = self._pool("verifier", "verifier", [roles.verifier], TimedVerifier)
         self.teacher_generators: Pool[Generator] = self._pool(
-            "teacher-generator",
-            "teacher_generators",
-            roles.teacher_generators,
-            TimedGenerator,
+            "teacher-generator", "teacher_generators", roles.teacher_generators, TimedGenerator
         )
 
     def __iter__(self) -> Iterator[Pool]:

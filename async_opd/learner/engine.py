@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from async_opd import causal_lm
 from async_opd.collective import TensorMeta, buckets, tcp_store
 from async_opd.errors import Diverged, SyncFailed
-from async_opd.learner import checkpoint, export
+from async_opd.learner import checkpoint, conversion
 from async_opd.learner.batch import pack, samples
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.publish import SENDERS
@@ -87,7 +87,7 @@ class LearnerRank:
         sharded = config.zero_stage == 3
         host = torch.device("cpu") if sharded else self._device
         lm = causal_lm.load(self._model, config.dtype, host, trust_remote_code=self._trust_remote_code)
-        self._pieces, self._width = export.pieces(lm), lm.config.get_text_config().hidden_size
+        self._pieces, self._width = conversion.pieces(lm), lm.config.get_text_config().hidden_size
         lm.train()
         for module in lm.modules():  # the network that learns must be the one that sampled
             if isinstance(module, torch.nn.Dropout):
@@ -188,7 +188,7 @@ class LearnerRank:
 
     def send_weights(self) -> None:
         """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or too slow."""
-        weights = (w for bucket in self._gathered() for w in export.tensors(self._lm, bucket, self._parameters))
+        weights = (w for bucket in self._gathered() for w in conversion.tensors(self._lm, bucket, self._parameters))
         try:
             if self._rank == 0:
                 self._sender.send(self._described(), weights)
@@ -237,7 +237,7 @@ class LearnerRank:
             if device in state.random:
                 generator.set_rng_state(torch.frombuffer(bytearray(state.random[device]), dtype=torch.uint8))
 
-    def _gathered(self) -> Iterator[list[export.Piece]]:
+    def _gathered(self) -> Iterator[list[conversion.Piece]]:
         """Collective: all weights, a bucket at a time; only those of the bucket in hand are whole under ZeRO-3."""
         for bucket in buckets(self._pieces, self._bucket_bytes):
             names = (name for piece in bucket for name in piece.parameters)

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from async_opd.learner import export
+from async_opd.learner import conversion
 from async_opd.learner.publish import GlooSender
 from async_opd.rollout.config import RolloutConfig
 from async_opd.wire import Needs, Prompt, Rollout, Sampling
@@ -132,7 +132,7 @@ async def test_an_evaluation_samples_in_its_own_way(generator, model):
 async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(generator, model):
     sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=20.0)
     await asyncio.gather(generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2))
-    pieces, models, rng = export.pieces(model), [model], torch.Generator().manual_seed(0)
+    pieces, models, rng = conversion.pieces(model), [model], torch.Generator().manual_seed(0)
     described = [meta for piece in pieces for meta in piece.tensors]
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
     info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
@@ -144,7 +144,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
         with torch.no_grad():
             for weight in moved.parameters():
                 weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
-        weights = export.tensors(moved, pieces, dict(moved.named_parameters()))
+        weights = conversion.tensors(moved, pieces, dict(moved.named_parameters()))
         await asyncio.gather(generator.update(len(models), info, 0), asyncio.to_thread(sender.send, described, weights))
         models.append(moved)
         await generator.resume(0)

@@ -8,7 +8,7 @@ import torch
 
 from async_opd import causal_lm
 from async_opd.collective import buckets
-from async_opd.learner import export
+from async_opd.learner import conversion
 from async_opd.learner.publish import GlooSender
 from async_opd.maths.logprobs import read_logprobs
 
@@ -87,7 +87,7 @@ def test_after_each_update_generators_and_learner_agree(vllm, tiny_lm, tmp_path,
     results(started)
     probe = check(vllm, model, generators)
 
-    pieces = export.pieces(model)
+    pieces = conversion.pieces(model)
     described = [meta for piece in pieces for meta in piece.tensors]
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
     update_info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
@@ -101,6 +101,6 @@ def test_after_each_update_generators_and_learner_agree(vllm, tiny_lm, tmp_path,
         move(model, version)
         assert (learner_logp(model, probe) - before).abs().max() > 0.05  # far more than the tolerance
         updated = vllm("update", [(update_info,)] * generators)
-        sender.send(described, export.tensors(model, pieces, dict(model.named_parameters())))
+        sender.send(described, conversion.tensors(model, pieces, dict(model.named_parameters())))
         results(updated)
         check(vllm, model, generators)

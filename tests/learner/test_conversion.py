@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from async_opd.errors import DataError
-from async_opd.learner import export
+from async_opd.learner import conversion
 
 EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16)
 FAMILIES = [
@@ -17,9 +17,9 @@ FAMILIES = [
 
 
 def exported(model):
-    pieces = export.pieces(model)
+    pieces = conversion.pieces(model)
     described = [meta for piece in pieces for meta in piece.tensors]
-    tensors = export.tensors(model, pieces, dict(model.named_parameters()))
+    tensors = conversion.tensors(model, pieces, dict(model.named_parameters()))
     return list(zip(described, tensors, strict=True))
 
 
@@ -40,10 +40,10 @@ def test_a_tied_weight_leaves_once(tiny_lm):
 
 
 def test_what_the_checkpoint_fuses_goes_back_together_and_all_else_alone(tiny_lm):
-    pieces = export.pieces(tiny_lm("HrmText"))
+    pieces = conversion.pieces(tiny_lm("HrmText"))
     fused = [len(piece.parameters) for piece in pieces if "qkv" in piece.tensors[0].name]
     assert fused and set(fused) == {4}
-    assert {len(piece.parameters) for piece in export.pieces(tiny_lm("Qwen3Moe", **EXPERTS))} == {1}
+    assert {len(piece.parameters) for piece in conversion.pieces(tiny_lm("Qwen3Moe", **EXPERTS))} == {1}
 
 
 class OneWay(ConversionOps):
@@ -76,4 +76,4 @@ def test_a_weight_without_a_way_back_is_refused_by_name(tiny_lm, operation, comp
     model = tiny_lm()
     model._weight_conversions = [WeightConverter("mlp.w2.weight", "mlp.down_proj.weight", [operation()])]
     with pytest.raises(DataError, match=complaint):
-        export.pieces(model)
+        conversion.pieces(model)
