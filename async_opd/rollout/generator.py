@@ -165,10 +165,6 @@ class RolloutGenerator:
         except EngineDeadError as e:
             raise ActorLost(f"{self._name}: its engine died") from e
 
-    async def close(self) -> None:
-        """Stop the engine and its processes."""
-        self._engine.shutdown()
-
     async def _cut(self, oldest: int) -> None:
         """End the requests that hold a token of a version before `oldest`; `generate` raises OverAge for them."""
         old = set()

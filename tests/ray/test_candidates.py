@@ -45,7 +45,7 @@ async def generator(model, tmp_path_factory):
             vocabulary=VOCABULARY, backend="gloo", seed=0,
         )  # fmt: skip
     yield started
-    await started.close()
+    started._engine.shutdown()
 
 
 async def rollouts(generator, which: str) -> list[tuple[Prompt, Rollout]]:
