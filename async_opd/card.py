@@ -64,10 +64,8 @@ def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tupl
     yield "learning rate", f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up"
     yield "weights", learner.dtype
     yield "seed", run.seed
-    yield (
-        "staleness bound",
-        f"{run.max_lag_steps} steps; what is older is {'masked' if run.stale == 'mask' else 'dropped'}",
-    )
+    older = "masked" if run.stale == "mask" else "dropped"
+    yield "staleness bound", f"{run.max_lag_steps} steps; what is older is {older}"
     rows = _rows(run_dir / "metrics.jsonl", found.state.version)
     if len(rows) == found.state.version:  # else the file is not whole
         yield "largest lag seen", f"{int(max(row['lag_max'] for row in rows))} steps"

@@ -222,12 +222,10 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     broken = learner.warmup_steps >= c.run.steps
     yield broken, f"learner.warmup_steps = {learner.warmup_steps}: must be < run.steps = {c.run.steps}"
     broken = learner.dtype == "bfloat16" and learner.zero_stage == 0
-    yield (
-        broken,
-        "learner.dtype = 'bfloat16': needs learner.zero_stage 1, 2 or 3, which keep float32 weights to update",
-    )
+    stages = "needs learner.zero_stage 1, 2 or 3"
+    yield broken, f"learner.dtype = 'bfloat16': {stages}, which keep float32 weights to update"
     broken = learner.offload_optimizer and learner.zero_stage == 0
-    yield broken, "learner.offload_optimizer = true: needs learner.zero_stage 1, 2 or 3"
+    yield broken, f"learner.offload_optimizer = true: {stages}"
     dtypes, tolerance = (learner.dtype, c.rollout.dtype), c.sync.parity_tolerance
     broken = "bfloat16" in dtypes and tolerance < 0.01
     yield broken, f"sync.parity_tolerance = {tolerance}: learner and rollout dtypes {dtypes} need about 0.2"

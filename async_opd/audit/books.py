@@ -49,9 +49,8 @@ class Books(Struct, kw_only=True):
         ):
             yield f"{name:14}{count:9}  {more}".rstrip()
         yield from self.discrepancies
-        yield (
-            f"the books do not balance: {len(self.discrepancies)} found" if self.discrepancies else "the books balance"
-        )
+        found = len(self.discrepancies)
+        yield f"the books do not balance: {found} found" if found else "the books balance"
 
 
 def audit(run_dir: Path) -> Books:

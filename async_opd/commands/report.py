@@ -16,9 +16,7 @@ from async_opd.commands import write
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="its directory")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE.html", help="report.html in the first run, unless given"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="absent: report.html of the first run")
 
 
 def run(args: argparse.Namespace) -> int:

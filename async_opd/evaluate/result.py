@@ -101,9 +101,8 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 def problem(prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: Sequence[Said], k: int) -> Problem:
     """What the responses to `prompt` came to."""
-    known = [
-        (verdict.correct, one.vote) for verdict, one in zip(verdicts, said, strict=True) if verdict.correct is not None
-    ]
+    pairs = zip(verdicts, said, strict=True)
+    known = [(verdict.correct, one.vote) for verdict, one in pairs if verdict.correct is not None]
     n, right = len(known), sum(correct for correct, _ in known)
     enough, votes = n >= k, all(verdict.answer is not None for verdict in verdicts if verdict.correct is not None)
     wrong = Counter(vote for correct, vote in known if not correct and vote is not None)

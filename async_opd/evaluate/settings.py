@@ -22,9 +22,7 @@ from async_opd.wire import Sampling
 class ResponseConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the responses that are evaluated are sampled."""
 
-    max_new_tokens: Annotated[int, Meta(ge=1)] | None = (
-        None  # absent: what the context leaves behind the longest prompt
-    )
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None  # absent: what the longest prompt leaves of the context
     samples_per_prompt: Annotated[int, Meta(ge=1)] | None = None  # absent: k; more make every figure surer
     temperature: Annotated[float, Meta(ge=0)] | None = None  # 0: greedy; absent: that for one response, else 1
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0

@@ -41,9 +41,7 @@ class TokenBatch:
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
     hidden_ND: Tensor | None = None  # what the student's head reads, detached
-    statistics: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # 0-d float64, by the names `needs` declares, and `tokens`
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # 0-d float64, by names in `needs`, and `tokens`
     running: dict[str, Moments] = field(default_factory=dict)  # of all past steps, by the names `needs` declares
 
     @property

@@ -120,11 +120,9 @@ def _engine(config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape]
     role, at, _, _, each = pool
     answers, scorer = role == "teacher-generator", config.scorers.get(at)
     model = scorer.model if scorer else config.student.model
-    longest = (
-        longest_sequence(at, scorer, config.data, config.rollout)[1]
-        if scorer
-        else config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if scorer:
+        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
     if scorer and not answers:
         average = isinstance(scorer, TeacherConfig) and scorer.update == "ema"
         held = memory.scorer(scorer, shapes[model], card, follows_by_average=average)
@@ -157,9 +155,8 @@ def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -
     bound = min(contexts.values(), default=UNBOUNDED)
 
     def full(response: int) -> list[str]:
-        return [
-            f"the memory of a {n.ask.role}" for n in needs(_stretched(config, response), shapes, card) if not n.fits
-        ]
+        found = needs(_stretched(config, response), shapes, card)
+        return [f"the memory of a {need.ask.role}" for need in found if not need.fits]
 
     fits, over = 0, bound + 1
     while over - fits > 1:

@@ -92,10 +92,7 @@ def _panels(section: str, found: list[figures.Figure]) -> list[Panel]:
 def _constants(found: list[figures.Figure]) -> str:
     """The figures that are a straight line, in words."""
     values = ((figure, figures.constant(figure)) for figure in found)
-    said = (
-        f"{figure.title.lower()} {plot.number(value, figure.unit)}" for figure, value in values if value is not None
-    )
-    return ", ".join(said)
+    return ", ".join(f"{each.title.lower()} {number(value, each.unit)}" for each, value in values if value is not None)
 
 
 def _share(value: Any) -> str:
