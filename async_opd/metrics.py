@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,9 +196,14 @@ class Meter:
         }
 
 
+def roles_of(row: Iterable[str]) -> list[str]:
+    """The roles whose time a row, or a summary, accounts for."""
+    return [key.removesuffix("_busy") for key in row if key.endswith("_busy")]
+
+
 def time_table(summary: Row) -> str:
     """Where each role's time went, a line a role."""
-    roles = [key.removesuffix("_busy") for key in summary if key.endswith("_busy")]
     lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
-    lines += [role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES) for role in roles]
+    for role in roles_of(summary):
+        lines.append(role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES))
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from async_opd.console.lines import told
-from async_opd.metrics import STATES, Row
+from async_opd.metrics import STATES, Row, roles_of
 from async_opd.say import write
 
 EVERY_S = 1.0  # between two drawings, unless something is said
@@ -151,8 +151,7 @@ def _roles(row: Row) -> Table:
 
 def _names(row: Row) -> dict[str, str]:
     """The roles that `row` accounts for, and what they are called."""
-    roles = (key.removesuffix("_busy") for key in row if key.endswith("_busy"))
-    return {role: role.replace("_", " ") for role in roles}
+    return {role: role.replace("_", " ") for role in roles_of(row)}
 
 
 class _Bar:

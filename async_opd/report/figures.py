@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from async_opd.metrics import ROLES, STATES
+from async_opd.metrics import ROLES, STATES, roles_of
 from async_opd.objectives import all_objectives
 from async_opd.report.read import Run
 
@@ -172,8 +172,7 @@ def _lags(run: Run) -> Iterator[tuple[str, str, dict]]:
 
 
 def _states(run: Run) -> Iterator[tuple[str, str, dict]]:
-    roles = [key.removesuffix("_busy") for key in run.rows if key.endswith("_busy")]
-    for role in sorted(roles, key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)):
+    for role in sorted(roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)):
         bands = {f"{role}_{state}": (state, f"s-{state}") for state in STATES if f"{role}_{state}" in run.rows}
         yield role.capitalize().replace("_", " "), "Share of time in each state", bands
 
