@@ -31,7 +31,7 @@ vllm serve {name}
 
 def card(run_dir: Path, config: Config, found: Checkpoint, name: str) -> str:
     """README.md of the folder `name`."""
-    tag, student = _tag(config.objective), config.student.model
+    tag, student = config.objective.tag, config.student.model
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": student} if _on_hub(student) else {}
     front |= {"datasets": [config.data.path]} if _on_hub(config.data.path) else {}
@@ -75,7 +75,7 @@ def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tupl
 def _method(objective: Objective) -> Iterator[str]:
     """What its file says of it, with the certainty of the formula."""
     what = " ".join(sys.modules[type(objective).__module__].__doc__.partition("\n\n")[0].split())
-    yield f"`{_tag(objective)}`: " + re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what)
+    yield f"`{objective.tag}`: " + re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what)
     yield f"```text\n{inspect.cleandoc(type(objective).__doc__)}\n```"
     given = msgspec.to_builtins(objective).items()
     yield _table((key, f"`{json.dumps(value)}`") for key, value in given if key != "tag" and value is not None)
@@ -124,10 +124,6 @@ def _rows(path: Path, version: int) -> list[dict[str, Any]]:
     except (OSError, msgspec.DecodeError):
         return []
     return [row for row in rows if row["step"] <= version]
-
-
-def _tag(objective: Objective) -> str:
-    return type(objective).__struct_config__.tag
 
 
 def _named(name: str) -> str:

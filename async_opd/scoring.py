@@ -30,7 +30,7 @@ def section(name: str) -> str:
 
 def tag(objective: Objective) -> str:
     """How an objective is named in a message."""
-    return f"objective.tag = {type(objective).__struct_config__.tag!r}"
+    return f"objective.tag = {objective.tag!r}"
 
 
 def longest_prompt(at: str, scorer: ScorerConfig, data: DataConfig) -> tuple[str, int]:

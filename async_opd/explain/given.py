@@ -135,7 +135,7 @@ class Given:
     """Makes the batch of `rollouts`, which were read from `file`, for `objective`."""
 
     def __init__(self, objective: Objective, rollouts: Rollouts, file: str | Path):
-        self._tag, self._needs = type(objective).__struct_config__.tag, objective.needs()
+        self._tag, self._needs = objective.tag, objective.needs()
         self._rollouts, self._trajectories, self._file = rollouts, rollouts.trajectories, file
         self._count = sum(t.length for t in rollouts.trajectories)
 

@@ -84,6 +84,11 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mean_one: ClassVar[bool] = False  # whether the method's own weight has mean one over the kept tokens
     shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
 
+    @property
+    def tag(self) -> str:
+        """Its name in a config."""
+        return self.__struct_config__.tag
+
     def wants(self) -> Needs:
         """What this method must be supplied with."""
         return Needs()
