@@ -86,6 +86,8 @@ COMMAND_LINES = {
     "explain --objective dear rollout.json": ["rollout.json: no such file; did you mean 'rollouts.json'?"],
     "explain --objective dear rollouts.json": ["rollouts.json: ", "`trajectories`"],
     "plan nosuch.toml": ["config nosuch.toml: no such file"],
+    "plan demo.toml --nodes x": ["--nodes: x: must be an integer >= 1"],
+    "plan demo.toml --gpu-memory-gib 80GB": ["--gpu-memory-gib: 80GB: must be a finite number > 0"],
     "plan demo.toml learner.lrr=3": ["learner.lrr = 3: no such setting; did you mean 'learner.lr'?"],
     "submit demo.toml": ["run.dir = 'runs/demo': must be absolute"],
     f"submit demo.toml run.dir=/shared/demo --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],

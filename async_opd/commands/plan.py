@@ -11,6 +11,7 @@ config is wrong. With --offline neither hub nor data is asked: shapes of common 
 
 import argparse
 import math
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -134,7 +135,7 @@ def _balance(args: argparse.Namespace, config: "Config") -> "Balance | None":
 
 
 def _size(text: str) -> float:
-    size = float(text)
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0")
-    return size
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0")
