@@ -23,13 +23,17 @@ def run(args: argparse.Namespace) -> int:
 
     import msgspec
 
+    from async_opd.errors import ConfigError
     from async_opd.trace.events import trace
     from async_opd.trace.read import recorded
 
     found = recorded(args.run_dir)
     output = args.output or args.run_dir / "trace.json"
     written = trace(found, str(args.run_dir))
-    output.write_bytes(msgspec.json.encode(written))
+    try:
+        output.write_bytes(msgspec.json.encode(written))
+    except OSError as e:
+        raise ConfigError(f"trace: {output} cannot be written: {e.strerror}") from e
     for damaged in found.damaged:
         print(damaged, file=sys.stderr)
     about = written["otherData"]
