@@ -34,6 +34,7 @@ from async_opd.errors import (
     TimedOut,
 )
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.progress import write_whole
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
 from async_opd.sinks import SINKS
@@ -64,7 +65,7 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
-    _write(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
+    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
@@ -113,28 +114,10 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         gc.collect()
         atexit.register(gc.unfreeze)  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        if found:
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                _rewind_rows(run_dir / file, found.state.version)
         try:
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
             meter.flush()
-
-
-def _rewind_rows(path: Path, version: int) -> None:
-    """Cut off the rows of steps that are void: training goes on behind `version`."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
-        _write(path, b"".join(kept))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a full disk must not cost what is there."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    beside.rename(path)
 
 
 def refuse_unreachable() -> None:
