@@ -60,12 +60,13 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
 
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
-    config = resolve_toy(config, run_dir)
+    asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
-    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
+    # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
+    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
