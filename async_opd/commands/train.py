@@ -30,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
     return train(*to_resume(args.resume, args.words))
 
 
-def to_resume(path: Path, overrides: list[str]) -> "tuple[Config, Checkpoint]":
-    """The config of the run at `path` and the checkpoint to go on from. Raises ConfigError where nothing is left."""
+def to_resume(path: Path, overrides: list[str], *, elsewhere: bool = False) -> "tuple[Config, Checkpoint]":
+    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from. Raises ConfigError where
+    nothing is left."""
     from async_opd.checkpoints import find, run_of
     from async_opd.config import load_run
 
-    config, found = load_run(run_of(path), overrides), find(path)
+    config, found = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
     if found.state.version >= config.run.steps:
         done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
         raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
