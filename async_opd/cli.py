@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
         _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
-    except KeyboardInterrupt:
-        _complain("interrupted; what was trained is in the newest checkpoint, unless it says otherwise above")
+    except KeyboardInterrupt as e:
+        _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
         return 130
 
 

@@ -83,6 +83,8 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
         for restarts in itertools.count():
             try:
                 meter = Meter(observers, spans=spans if config.run.trace_steps else None, record=record)
+                if found:  # what is told until it goes on belongs behind that step, too
+                    meter.start(found.state.version)
                 summary = await _trained(config, inputs, run_dir, meter, tell, found)
                 break
             except LOST as e:

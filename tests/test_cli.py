@@ -105,7 +105,17 @@ def test_a_bug_keeps_its_trace(runs):
 def test_an_interrupt_exits_with_130(runs, capsys):
     runs(KeyboardInterrupt())
     assert main(["demo"]) == 130
-    assert capsys.readouterr().err.startswith("async-opd: interrupted")
+    kept = "what was trained is in the newest checkpoint, unless it says otherwise above"
+    assert capsys.readouterr().err == f"async-opd: interrupted; {kept}\n"
+
+
+def test_an_interrupt_of_what_trains_nothing_promises_no_checkpoint(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("async_opd.audit.books.audit", interrupted)
+    assert main(["audit", "runs/demo"]) == 130
+    assert capsys.readouterr().err == "async-opd: interrupted\n"
 
 
 def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):

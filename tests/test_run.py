@@ -1,3 +1,4 @@
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from async_opd import run as runs
 from async_opd import toy
+from async_opd.checkpoints import find
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load, load_run
 from async_opd.crew import Roles
@@ -51,8 +53,8 @@ def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
 class PacedCluster:
     """In place of Ray's: roles that take hardly any time."""
 
-    def __init__(self, config, **_):
-        self._config, self._pace = config, Pace.of(0.01, 0.01)
+    def __init__(self, config, tell, **_):
+        self._config, self._tell, self._pace = config, tell, Pace.of(0.01, 0.01)
 
     def __enter__(self):
         return self
@@ -60,6 +62,7 @@ class PacedCluster:
     def __exit__(self, *_): ...
 
     async def roles(self):
+        self._tell("placed", "learner", "")
         learner = PacedLearner(self._pace, self._config.run.max_lag_steps)
         one, teacher, verifier = PacedGenerator(self._pace), PacedTeacher(self._pace), PacedVerifier(self._pace)
         return Roles(generators=[one], teachers={"": [teacher]}, verifier=verifier, learner=learner)
@@ -105,3 +108,13 @@ async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(tm
     assert config.student.model == str(toy.STUDENT)
     assert config.data.path == str(tmp_path / "moved" / "data" / "train.jsonl")
     assert all(Path(file).exists() for file in config.inputs.values())
+
+
+async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_paced_roles):
+    config = load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL])
+    await runs.run(config)
+    await runs.run(load_run(tmp_path / "run", ["run.steps=14"]), find(tmp_path / "run"))
+    rows = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [(event["what"], event["step"]) for event in map(json.loads, rows)]
+    assert events == [("placed", 0), ("saved", 12), ("placed", 12), ("saved", 14)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["version"] == 14

@@ -49,7 +49,11 @@ def train(config: "Config", found: "Checkpoint | None" = None) -> int:
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
     from async_opd.say import say
 
-    summary = asyncio.run(run(config, found))
+    try:
+        summary = asyncio.run(run(config, found))
+    except KeyboardInterrupt as e:
+        e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
+        raise
     lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
         lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
