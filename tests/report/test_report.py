@@ -81,6 +81,17 @@ def test_what_a_run_lacks_is_left_out_with_a_word(make_run):
     assert 'class="plot x-time"' not in html
 
 
+def test_what_happens_in_every_run_hides_no_loss(make_run):
+    run = make_run()
+    routine = [{"step": 20, "who": "checkpoint", "what": "saved", "why": ""}, {"step": 0, "who": "a", "what": "placed"}]
+    with (run / "events.jsonl").open("a") as lines:
+        lines.writelines(json.dumps(event) + "\n" for event in routine * 40)
+    text = said(page([run]))
+    assert "generator 0 lost it died" in " ".join(text.split()) and "placed" not in text and "saved" not in text
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in routine))
+    assert "a member was lost" not in said(page([run]))
+
+
 def test_a_rollout_line_without_its_numbers_is_named(make_run):
     broken = rollout(20, ["a", "b"]) | {"student": [-0.5]}
     run = make_run(rollouts=[rollout(10, ["a"]), broken])
