@@ -107,6 +107,13 @@ def test_seconds_go_on_over_a_restart(make_run):
     assert read(run, "run", 2).rows["seconds"].tolist() == [2, 4, 6, 7, 9, 9.5]
 
 
+def test_tokens_in_all_are_those_of_every_start(make_run):
+    run = make_run(steps=30)  # of 3,000 tokens each
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"steps": 10, "trained_tokens": 30_000}))
+    assert "90k in all" in page([run])
+
+
 def test_means_and_extremes_of_neighbours_leave_out_what_is_not_there():
     values = np.array([1.0, 3, np.nan, 5, np.nan, np.nan])
     np.testing.assert_array_equal(figures.averaged(values, 3), [2, 5, np.nan])
