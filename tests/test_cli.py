@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -116,6 +117,22 @@ def test_an_interrupt_of_what_trains_nothing_promises_no_checkpoint(monkeypatch,
     monkeypatch.setattr("async_opd.audit.books.audit", interrupted)
     assert main(["audit", "runs/demo"]) == 130
     assert capsys.readouterr().err == "async-opd: interrupted\n"
+
+
+@pytest.mark.parametrize("length", [10, 10**6])  # in one piece at the end, or in many
+def test_a_reader_that_has_seen_enough_is_no_error(length):
+    code = f"""
+import sys
+from async_opd import cli
+from async_opd.commands import audit
+audit.run = lambda args: print("x" * {length}) or 0
+sys.exit(cli.main(["audit", "runs/demo"]))
+"""
+    reader, stdout = os.pipe()
+    os.close(reader)
+    found = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
