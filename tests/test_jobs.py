@@ -18,8 +18,11 @@ from ray.job_submission import JobStatus
 from async_opd import jobs
 from async_opd.checkpoints import Checkpoints, RunState
 from async_opd.cli import main
+from async_opd.commands import stop
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
+from async_opd.console import lines
+from async_opd.train import INTERRUPT_S
 
 
 @pytest.fixture(autouse=True)
@@ -283,12 +286,18 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
     assert capsys.readouterr().out == "one\ntwo"
 
 
-def test_stop_says_how_to_go_on(cluster, capsys):
-    cluster(job("raysubmit_a", "RUNNING", "step 7\nasync-opd: interrupted\nnoise of a library\n"))
+def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
+    told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
+    saved, not_saved = lines.told(told), lines.told(told | {"what": "not saved", "why": "the disk is full"})
+    cluster(
+        job("raysubmit_a", "RUNNING", f"{saved}\nstep 7\n{not_saved}\nasync-opd: interrupted\nnoise of a library\n")
+    )
     assert main(["stop", "raysubmit_a"]) == 0
     assert capsys.readouterr().out == (
+        f"{not_saved}\n"
         "raysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume /shared/a --address http://127.0.0.1:8265\n"
     )
+    assert f"at most {INTERRUPT_S:g} s;" in stop.__doc__ and jobs.STOP_S == 60  # "a minute"
 
 
 def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys):
