@@ -1,13 +1,16 @@
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from async_opd.cli import COMMANDS, main
+from async_opd.cli import COMMANDS, main, parsed
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError, TimedOut
@@ -61,6 +64,13 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_commands(command):
+    text = import_module(f"async_opd.commands.{command}").__doc__.replace("\n        ", " ")  # a line that goes on
+    examples = re.findall(r"^ +async-opd (.*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    assert examples and all(parsed(shlex.split(example, comments=True)).run for example in examples)
 
 
 def test_the_module_is_the_command():

@@ -1,4 +1,14 @@
-"""Distil a student as a TOML config says, or go on with a run."""
+"""Distil a student as a TOML config says, or go on with a run.
+
+Checks the whole config, then starts generators, teachers, verifier and learner on a Ray cluster: that of RAY_ADDRESS,
+one that runs here, or one of its own. Everything goes into run.dir; an earlier run there is kept beside it. One Ctrl-C
+lets the step at hand finish, saves a checkpoint and ends; --resume goes on from the newest checkpoint, or from the one
+that is named, with other settings where they are given.
+
+  async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
+  async-opd train --resume runs/slow run.steps=200
+  async-opd train --resume runs/slow/checkpoints/000100
+"""
 
 import argparse
 import asyncio

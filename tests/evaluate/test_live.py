@@ -157,4 +157,4 @@ async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
     found = await respond(generators, verifier, next(prompts()))
     meter.flush()
     assert found.prompt.id == "0"
-    assert [(call.name, call.of) for call in calls(lines)] == [("respond", "held-out 0"), ("check", "held-out 0")]
+    assert [(call.name, call.of) for call in calls(lines)] == [("respond", "evaluation/0"), ("check", "evaluation/0")]
