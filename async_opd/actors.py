@@ -142,17 +142,18 @@ async def _as_future(ref: Ref) -> Any:
 
 
 def start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start a local one, unless that is done. From the main thread only."""
+    """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start a local one, unless
+    that is done. From the main thread only."""
     if not ray.is_initialized():
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError) as e:
-            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS')!r}: {e}") from e
+        except (ConnectionError, ValueError, exceptions.AuthenticationError) as e:
+            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
         signal.signal(signal.SIGTERM, interrupt)  # which ray.init takes for an exit at once
 
 
 class Cluster:
-    """Every actor of one run, started side by side on the cluster at RAY_ADDRESS, or on a local one made for this run.
+    """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes for this run.
 
     A context manager: on leaving, however that comes about, its actors are killed and a local cluster is stopped.
     """

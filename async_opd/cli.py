@@ -1,6 +1,7 @@
 """The command line. The one place that prints an error without a trace."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -16,15 +17,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
     try:
         args = parsed(sys.argv[1:] if argv is None else argv)
-        return args.run(args)
+        status = args.run(args)
+        print(end="", flush=True)
+        return status
     except AsyncOpdError as e:
         if isinstance(e, CallFailed) and e.__cause__:
             _complain(f"{e.__cause__}")  # with the trace of where it was raised
         notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
         _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
-    except KeyboardInterrupt:
-        _complain("interrupted; what was trained is in the newest checkpoint, unless it says otherwise above")
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what would be written at exit
+        return 141
+    except KeyboardInterrupt as e:
+        _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
         return 130
 
 

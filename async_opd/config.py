@@ -118,10 +118,10 @@ def load(path: str | Path, overrides: list[str] = (), *, elsewhere: bool = False
     return _complete(tree, overrides, new=True, elsewhere=elsewhere)
 
 
-def load_run(run_dir: Path, overrides: list[str] = ()) -> Config:
-    """The config of the run in `run_dir`, to go on with, `overrides` applied. Raises ConfigError or RunMissing."""
+def load_run(run_dir: Path, overrides: list[str] = (), *, elsewhere: bool = False) -> Config:
+    """The config of the run in `run_dir`, to go on with, as `load` has it. Raises ConfigError or RunMissing."""
     tree = _written(read_run(run_dir, dict))
-    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], new=False)
+    return _complete(tree, [*overrides, f"run.dir={json.dumps(str(run_dir))}"], new=False, elsewhere=elsewhere)
 
 
 def read_run(run_dir: Path, kind: type = Config) -> Any:

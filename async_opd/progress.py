@@ -1,11 +1,12 @@
 """What a run leaves behind so that another can go on: its ledger, and checkpoints of everything that is trained."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from async_opd.checkpoints import Checkpoint, Checkpoints, RunState
+from async_opd.checkpoints import Checkpoint, Checkpoints, RunState, write_whole
 from async_opd.ports import Learner, Ready
 from async_opd.stream.follow import Followers
 from async_opd.stream.ledger import Ledger
@@ -28,6 +29,7 @@ class Progress:
     def __init__(self, run_dir: Path, source: Source, learner: Learner, followers: Followers, keep: int, tell: Tell):
         """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is saved."""
         self.ledger, self._checkpoints = Ledger(run_dir / "ledger.jsonl"), Checkpoints(run_dir, keep)
+        self._run_dir = run_dir
         self._source, self._learner, self._followers, self._tell = source, learner, followers, tell
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
@@ -45,6 +47,7 @@ class Progress:
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
+        await asyncio.to_thread(_rewind, self._run_dir, state.version)
         self._saved = state.version
         return prompts
 
@@ -76,3 +79,14 @@ class Progress:
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
         self._tell("saved", "checkpoint", f"step {version}")
+
+
+def _rewind(run_dir: Path, version: int) -> None:
+    """Cut off the rows of steps that are void, and what was said of a run that had ended: training goes on behind
+    `version`. Not before the books say so: they would miss the rows."""
+    for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
+            write_whole(path, b"".join(kept))
+    (run_dir / "summary.json").unlink(missing_ok=True)

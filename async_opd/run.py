@@ -21,7 +21,7 @@ import msgspec
 
 from async_opd import checkpoints, toy
 from async_opd.actors import Cluster
-from async_opd.checkpoints import Checkpoint
+from async_opd.checkpoints import Checkpoint, write_whole
 from async_opd.config import Config
 from async_opd.console import console
 from async_opd.errors import (
@@ -59,12 +59,13 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 
 
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
-    config = resolve_toy(config, run_dir)
+    asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
-    checkpoints.write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(config)))
+    # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
+    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
@@ -81,6 +82,8 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
         for restarts in itertools.count():
             try:
                 meter = Meter(observers, spans=spans if config.run.trace_steps else None, record=record)
+                if found:  # what is told until it goes on belongs behind that step, too
+                    meter.start(found.state.version)
                 summary = await _trained(config, inputs, run_dir, meter, tell, found)
                 break
             except LOST as e:
@@ -113,21 +116,10 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         gc.collect()
         atexit.register(gc.unfreeze)  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
-        if found:
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                _rewind_rows(run_dir / file, found.state.version)
         try:
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
             meter.flush()
-
-
-def _rewind_rows(path: Path, version: int) -> None:
-    """Cut off the rows of steps that are void: training goes on behind `version`."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
-        checkpoints.write_whole(path, b"".join(kept))
 
 
 def refuse_unreachable() -> None:

@@ -1,8 +1,9 @@
 import pytest
+from ray.exceptions import AuthenticationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from async_opd.actors import Cluster
+from async_opd.actors import Cluster, start_ray
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
@@ -30,3 +31,14 @@ async def test_what_needs_gpus_is_refused_before_any_actor_starts(overrides, nee
     with pytest.raises(ConfigError, match=f"^{message}"):
         await cluster.roles()
     assert cluster._actors == []
+
+
+def test_a_cluster_that_refuses_the_token_is_a_mistake_in_words(monkeypatch):
+    def refuses(**_):
+        raise AuthenticationError("Token authentication is enabled but no authentication token was found")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuses)
+    with pytest.raises(ConfigError, match=r"^RAY_ADDRESS = '10\.0\.0\.1:6379': .*no authentication token was found"):
+        start_ray()

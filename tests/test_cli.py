@@ -1,12 +1,16 @@
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from async_opd.cli import COMMANDS, main
+from async_opd.cli import COMMANDS, main, parsed
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError, TimedOut
@@ -62,6 +66,13 @@ def test_help_of_a_command_is_its_usage(command, says, capsys):
     assert says in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_commands(command):
+    text = import_module(f"async_opd.commands.{command}").__doc__.replace("\n        ", " ")  # a line that goes on
+    examples = re.findall(r"^ +async-opd (.*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    assert examples and all(parsed(shlex.split(example, comments=True)).run for example in examples)
+
+
 def test_the_module_is_the_command():
     found = subprocess.run([sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("usage: async-opd [-h] COMMAND ...")
@@ -74,6 +85,7 @@ def test_help_loads_nothing_but_the_command_line():
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
         "async_opd.cli",
+        "async_opd.cluster",  # the names of its kinds
         "async_opd.commands",
         *(f"async_opd.commands.{command}" for command in COMMANDS),
         "async_opd.errors",
@@ -105,7 +117,33 @@ def test_a_bug_keeps_its_trace(runs):
 def test_an_interrupt_exits_with_130(runs, capsys):
     runs(KeyboardInterrupt())
     assert main(["demo"]) == 130
-    assert capsys.readouterr().err.startswith("async-opd: interrupted")
+    kept = "what was trained is in the newest checkpoint, unless it says otherwise above"
+    assert capsys.readouterr().err == f"async-opd: interrupted; {kept}\n"
+
+
+def test_an_interrupt_of_what_trains_nothing_promises_no_checkpoint(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("async_opd.audit.books.audit", interrupted)
+    assert main(["audit", "runs/demo"]) == 130
+    assert capsys.readouterr().err == "async-opd: interrupted\n"
+
+
+@pytest.mark.parametrize("length", [10, 10**6])  # in one piece at the end, or in many
+def test_a_reader_that_has_seen_enough_is_no_error(length):
+    code = f"""
+import sys
+from async_opd import cli
+from async_opd.commands import audit
+audit.run = lambda args: print("x" * {length}) or 0
+sys.exit(cli.main(["audit", "runs/demo"]))
+"""
+    reader, stdout = os.pipe()
+    os.close(reader)
+    found = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):

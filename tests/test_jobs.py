@@ -11,12 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from ray.job_submission import JobStatus
 
 from async_opd import jobs
+from async_opd.checkpoints import Checkpoints, RunState
 from async_opd.cli import main
+from async_opd.commands import stop
 from async_opd.commands.demo import CONFIG as DEMO
+from async_opd.config import load
+from async_opd.console import lines
+from async_opd.train import INTERRUPT_S
 
 
 @pytest.fixture(autouse=True)
@@ -280,12 +286,18 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
     assert capsys.readouterr().out == "one\ntwo"
 
 
-def test_stop_says_how_to_go_on(cluster, capsys):
-    cluster(job("raysubmit_a", "RUNNING", "step 7\nasync-opd: interrupted\nnoise of a library\n"))
+def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
+    told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
+    saved, not_saved = lines.told(told), lines.told(told | {"what": "not saved", "why": "the disk is full"})
+    cluster(
+        job("raysubmit_a", "RUNNING", f"{saved}\nstep 7\n{not_saved}\nasync-opd: interrupted\nnoise of a library\n")
+    )
     assert main(["stop", "raysubmit_a"]) == 0
     assert capsys.readouterr().out == (
+        f"{not_saved}\n"
         "raysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume /shared/a --address http://127.0.0.1:8265\n"
     )
+    assert f"at most {INTERRUPT_S:g} s;" in stop.__doc__ and jobs.STOP_S == 60  # "a minute"
 
 
 def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys):
@@ -334,6 +346,37 @@ def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(words, 
 def test_a_run_that_can_be_seen_from_here_is_checked_here(project, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "Jobs", None)
     assert "RunMissing: " in said(capsys, "submit", "--resume", str(project))
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """A run of the project's that was stopped after step 3, on a disk that is seen from here too."""
+    run_dir = tmp_path / "shared"
+    run_dir.mkdir()
+    config = load(DEMO, ["teacher.model=/cluster/teacher", f"run.dir={run_dir}"], elsewhere=True)
+    tree = msgspec.to_builtins(config) | {"data": msgspec.to_builtins(config.data) | {"path": "data/train.jsonl"}}
+    (run_dir / "config.json").write_text(json.dumps(tree))
+    checkpoints = Checkpoints(run_dir, keep=1)
+    checkpoints.begin(3)
+    checkpoints.commit(3, RunState(version=3, position={}, outstanding=[]))
+    return run_dir
+
+
+def test_a_run_is_gone_on_with_in_its_working_directory_wherever_one_stands(
+    stopped, project, cluster, monkeypatch, capsys
+):
+    found = cluster()
+    monkeypatch.chdir(project.parent)  # where no data/train.jsonl is
+    assert main(["submit", "--resume", str(stopped), "--working-dir", "project", "--no-wait"]) == 0
+    assert found["raysubmit_new"].asked[0] == f"python -m async_opd train --resume {stopped}"
+    capsys.readouterr()
+    assert "data.path = 'data/train.jsonl': no such file" in said(capsys, "submit", "--resume", str(stopped))
+
+
+def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(stopped, project, cluster, capsys):
+    (project / ".gitignore").write_text("*.jsonl\n")
+    line = said(capsys, "submit", "--resume", str(stopped))
+    assert "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a .rayignore" in line
 
 
 def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, cluster, capsys):

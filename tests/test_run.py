@@ -1,11 +1,16 @@
+import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from async_opd import run as runs
+from async_opd import toy
+from async_opd.checkpoints import find
 from async_opd.commands.demo import CONFIG as DEMO
-from async_opd.config import load
+from async_opd.config import load, load_run
 from async_opd.crew import Roles
 from async_opd.errors import ActorLost, AsyncOpdError, DataError
 from async_opd.spans import FILE
@@ -48,8 +53,8 @@ def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
 class PacedCluster:
     """In place of Ray's: roles that take hardly any time."""
 
-    def __init__(self, config, **_):
-        self._config, self._pace = config, Pace.of(0.01, 0.01)
+    def __init__(self, config, tell, **_):
+        self._config, self._tell, self._pace = config, tell, Pace.of(0.01, 0.01)
 
     def __enter__(self):
         return self
@@ -57,15 +62,16 @@ class PacedCluster:
     def __exit__(self, *_): ...
 
     async def roles(self):
+        self._tell("placed", "learner", "")
         learner = PacedLearner(self._pace, self._config.run.max_lag_steps)
         one, teacher, verifier = PacedGenerator(self._pace), PacedTeacher(self._pace), PacedVerifier(self._pace)
         return Roles(generators=[one], teachers={"": [teacher]}, verifier=verifier, learner=learner)
 
 
-@pytest.mark.parametrize(("kept", "recorded_steps"), [(50, [None, *range(1, 13), None]), (0, None)])
-async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
-    tmp_path, monkeypatch, kept, recorded_steps
-):
+@pytest.fixture
+def over_paced_roles(monkeypatch):
+    """Runs are over paced roles and made prompts."""
+
     def inputs(config):
         prompts = Prompts()
         prompts.skipped = 0
@@ -74,9 +80,41 @@ async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
     monkeypatch.setattr(runs, "Cluster", PacedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
     monkeypatch.setattr(runs.gc, "freeze", lambda: None)  # the tests that follow have garbage of their own
-    settings = (f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", "run.steps=12", "teacher.evaluate=false")
-    summary = await runs.run(load(DEMO, [*settings, "learner.trajectories_per_step=4"]))
+
+
+SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=false")
+
+
+@pytest.mark.parametrize(("kept", "recorded_steps"), [(50, [None, *range(1, 13), None]), (0, None)])
+async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
+    tmp_path, over_paced_roles, kept, recorded_steps
+):
+    summary = await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", *SMALL]))
     assert summary["steps"] == summary["version"] == 12
     assert (tmp_path / "run" / FILE).exists() == (recorded_steps is not None)
     if recorded_steps:
         assert [line.step for line in recorded(tmp_path / "run").lines] == recorded_steps
+
+
+async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(tmp_path, over_paced_roles, monkeypatch):
+    job = tmp_path / "job"  # which unpacks the package, and is gone with it
+    shutil.copytree(toy.WEIGHTS, job / "weights")
+    with monkeypatch.context() as there:
+        there.setattr(toy, "WEIGHTS", job / "weights")
+        await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL]))
+    shutil.rmtree(job)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config = runs.resolve_toy(load_run(tmp_path / "moved"), tmp_path / "moved")
+    assert config.student.model == str(toy.STUDENT)
+    assert config.data.path == str(tmp_path / "moved" / "data" / "train.jsonl")
+    assert all(Path(file).exists() for file in config.inputs.values())
+
+
+async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_paced_roles):
+    config = load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL])
+    await runs.run(config)
+    await runs.run(load_run(tmp_path / "run", ["run.steps=14"]), find(tmp_path / "run"))
+    rows = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [(event["what"], event["step"]) for event in map(json.loads, rows)]
+    assert events == [("placed", 0), ("saved", 12), ("placed", 12), ("saved", 14)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["version"] == 14

@@ -121,12 +121,11 @@ FIELDS = {  # of the trace event format, beside name, ph, pid and tid
 
 def test_the_file_is_of_the_trace_event_format(run, capsys):
     run_dir, _ = run
-    (run_dir / "events.jsonl").write_text(
-        "".join(
-            json.dumps({"time": at, "what": "lost", "who": "generator 0", "why": "killed"}) + "\n"
-            for at in (1.0, recorded(run_dir).lines[3].until + recorded(run_dir).lines[3].epoch)
-        )
-    )
+    third = recorded(run_dir).lines[3].until + recorded(run_dir).lines[3].epoch
+    happened = [(1.0, "lost", "generator 0", "killed"), (third, "lost", "generator 0", "killed")]
+    happened += [(third, "saved", "checkpoint", "step 3")]
+    rows = [dict(zip(("time", "what", "who", "why"), event, strict=True)) for event in happened]
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["trace", str(run_dir), "-o", str(run_dir / "out.json")]) == 0
     said = capsys.readouterr().out
     written = json.loads((run_dir / "out.json").read_text())
@@ -139,7 +138,7 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
         if event["ph"] == "C":
             assert event["args"] and all(isinstance(value, int | float) for value in event["args"].values())
     lost, saved = of(events, "i")  # the other loss is not of these steps
-    assert saved["name"] == "checkpoint 20"
+    assert (saved["name"], saved["args"]) == ("checkpoint: saved", {"why": "step 3"})  # once, though it is a call too
     assert (lost["name"], lost["s"], lost["args"]) == ("generator 0: lost", "g", {"why": "killed"})
     names = threads(events)
     assert set(LANES.values()) <= set(names.values())
@@ -227,6 +226,12 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
     assert len(gaps) == 1  # the step that was lost
 
 
+def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    assert main(["trace", str(run[0]), "-o", str(tmp_path / "no" / "trace.json")]) == 2
+    said = f"async-opd: ConfigError: {tmp_path}/no/trace.json: cannot be written: No such file or directory\n"
+    assert capsys.readouterr() == ("", said)
+
+
 def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys):
     with pytest.raises(RunMissing, match=r"rum: no config\.json in it"):
         recorded(tmp_path / "rum")
@@ -234,8 +239,3 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
     assert main(["trace", str(tmp_path)]) == 2
     said = f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where that is not 0"
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
-
-
-def test_a_trace_that_cannot_be_written_is_refused(run, tmp_path, capsys):
-    assert main(["trace", str(run[0]), "-o", str(tmp_path)]) == 2
-    assert capsys.readouterr() == ("", f"async-opd: ConfigError: {tmp_path}: cannot be written: Is a directory\n")

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -276,6 +278,53 @@ def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
 
     virtual(main())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000005"]
+
+
+def gone_on_with(run_dir: Path, learner: FakeLearner) -> None:
+    """A run of five steps with a checkpoint at 2, which it goes back to with `learner`; ended after a second."""
+
+    async def main():
+        config = load("configs/demo.toml", [*SMALL, "run.checkpoint_every_steps=2"])
+        (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
+        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
+        meter = Meter([Jsonl(run_dir / "metrics.jsonl")])
+        summary = await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], run_dir, meter)
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")  # each line has its step, too
+        found = checkpoints.find(run_dir / "checkpoints" / "000002")
+        again = train(config, Roles(learner=learner, **roles), Prompts(), [], run_dir, Meter([]), found=found)
+        running = asyncio.ensure_future(again)
+        await asyncio.sleep(1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    virtual(main())
+
+
+def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
+    class Stuck(FakeLearner):
+        async def step(self, groups):
+            await asyncio.sleep(3600)
+
+    gone_on_with(tmp_path, Stuck())
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert [json.loads(line)["step"] for line in (tmp_path / file).read_text().splitlines()] == [1, 2]
+    assert not (tmp_path / "summary.json").exists()  # it was that of the run that had ended
+    assert audit(tmp_path).discrepancies == []
+
+
+def test_a_run_that_cannot_go_back_leaves_everything_as_it_was(tmp_path):
+    class NeverLoads(FakeLearner):
+        async def load_state(self, folder):
+            await asyncio.sleep(3600)
+
+    gone_on_with(tmp_path, NeverLoads())
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert len((tmp_path / file).read_text().splitlines()) == 5
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
+    assert checkpoints.find(tmp_path).state.version == 5
+    assert audit(tmp_path).discrepancies == []
 
 
 def test_cancellation_does_not_wait_for_a_step_that_takes_too_long(tmp_path):

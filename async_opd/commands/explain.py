@@ -1,4 +1,11 @@
-"""What an objective does to given rollouts, token by token."""
+"""What an objective does to given rollouts, token by token.
+
+Prints for each token the advantage, weight, selection, ratio and coefficient that the learner's own functions give, and
+starts nothing. The file has rollouts with their log-probs; settings of the objective may stand before it.
+
+  async-opd explain --objective sg_opd configs/explain_example.json
+  async-opd explain --objective opd correction.tag=ppo configs/explain_example.json
+"""
 
 import argparse
 import json

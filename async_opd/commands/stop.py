@@ -1,6 +1,7 @@
 """End a submitted run as Ctrl-C would: with a checkpoint to go on from.
 
-The step at hand is finished and saved, within a minute; after that the run is killed. `submit --resume` goes on.
+The step at hand is finished and saved, where both take at most 18 s; else the checkpoint before it is the last. What
+has not ended within a minute is killed. `submit --resume` goes on.
 
   async-opd stop raysubmit_4LamXRuQpYdSMg7J
 """
@@ -19,8 +20,9 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.jobs import RUN_DIR, Jobs, last_word
 
     jobs = Jobs(args.address)
-    ended = jobs.stop(args.id)
-    print(f"{args.id} {ended.status.value}: {last_word(jobs.logs(args.id))}")
+    ended, log = jobs.stop(args.id), jobs.logs(args.id)
+    checkpoints = [line for line in log.splitlines() if " checkpoint: " in line]  # saved, or why not
+    print(*checkpoints[-1:], f"{args.id} {ended.status.value}: {last_word(log)}", sep="\n")
     if ended.status == "STOPPED" and RUN_DIR in (ended.metadata or {}):
         print(f"async-opd submit --resume {ended.metadata[RUN_DIR]} --address {jobs.address}")
     return 0

@@ -14,9 +14,13 @@ that every node sees. vLLM, DeepSpeed and the like are those of the cluster's im
 import argparse
 from contextlib import chdir
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from async_opd.commands import ADDRESS, OVERRIDES
 from async_opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from async_opd.config import Config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--working-dir {args.working_dir}: no such folder")
     needed: dict[str, Path] = {}
     if args.resume:
-        words, run_dir = ["--resume", str(args.resume), *args.words], _run_to_resume(args.resume, args.words)
+        words = ["--resume", str(args.resume), *args.words]
+        run_dir = _run_to_resume(folder, needed, args.resume, args.words)
     elif args.words:
         needed["config"] = _inside(folder, "config", Path(args.words[0]).absolute())
         words, run_dir = _checked(folder, needed, args.words[1:])
@@ -63,9 +68,14 @@ def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tup
         if not run_dir.is_absolute():
             why = f"a job's working directory is a copy that goes with it: run.dir=/shared/{run_dir.name}"
             raise ConfigError(f"run.dir = {found.run.dir!r}: must be absolute, on a disk that every node sees; {why}")
-        for key, name in found.relative_inputs.items():
-            needed[f"{key} = {name!r}"] = _inside(folder, f"{key} = {name!r}", Path(name).absolute())
+        needed |= _files(folder, found)
     return [config.as_posix(), *overrides], str(run_dir)
+
+
+def _files(folder: Path, config: "Config") -> dict[str, Path]:
+    """What it reads that is here and has to travel."""
+    here = {f"{key} = {name!r}": Path(name).absolute() for key, name in config.relative_inputs.items()}
+    return {key: _inside(folder, key, path) for key, path in here.items()}
 
 
 def _inside(folder: Path, key: str, path: Path) -> Path:
@@ -77,13 +87,15 @@ def _inside(folder: Path, key: str, path: Path) -> Path:
     return path.resolve()
 
 
-def _run_to_resume(path: Path, overrides: list[str]) -> str:
-    """Its run directory, which is checked where it can be seen from here; the job checks it anyway."""
+def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]) -> str:
+    """Its run directory. A run that can be seen from here is checked as a new one is; the job checks it anyway."""
     from async_opd.checkpoints import run_of
     from async_opd.commands.train import to_resume
 
     if not path.is_absolute():
         raise ConfigError(f"--resume {path}: must be absolute: the run's directory as the cluster's nodes see it")
     if path.exists():
-        to_resume(path, overrides)
+        with chdir(folder):
+            config, _ = to_resume(path, overrides, elsewhere=True)
+            needed |= _files(folder, config)
     return str(run_of(path))

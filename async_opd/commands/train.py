@@ -1,4 +1,14 @@
-"""Distil a student as a TOML config says, or go on with a run."""
+"""Distil a student as a TOML config says, or go on with a run.
+
+Checks the whole config, then starts generators, teachers, verifier and learner on a Ray cluster: that of RAY_ADDRESS,
+one that runs here, or one of its own. Everything goes into run.dir; an earlier run there is kept beside it. One Ctrl-C
+lets the step at hand finish, saves a checkpoint and ends; --resume goes on from the newest checkpoint, or from the one
+that is named, with other settings where they are given.
+
+  async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
+  async-opd train --resume runs/slow run.steps=200
+  async-opd train --resume runs/slow/checkpoints/000100
+"""
 
 import argparse
 import asyncio
@@ -30,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     return train(*to_resume(args.resume, args.words))
 
 
-def to_resume(path: Path, overrides: list[str]) -> "tuple[Config, Checkpoint]":
-    """The config of the run at `path` and the checkpoint to go on from. Raises ConfigError where nothing is left."""
+def to_resume(path: Path, overrides: list[str], *, elsewhere: bool = False) -> "tuple[Config, Checkpoint]":
+    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from. Raises ConfigError where
+    nothing is left."""
     from async_opd.checkpoints import find, run_of
     from async_opd.config import load_run
 
-    config, found = load_run(run_of(path), overrides), find(path)
+    config, found = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
     if found.state.version >= config.run.steps:
         done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
         raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
@@ -48,7 +59,11 @@ def train(config: "Config", found: "Checkpoint | None" = None) -> int:
     from async_opd.run import run  # the heavy imports wait until the config is known to be right
     from async_opd.say import say
 
-    summary = asyncio.run(run(config, found))
+    try:
+        summary = asyncio.run(run(config, found))
+    except KeyboardInterrupt as e:
+        e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
+        raise
     lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
         lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")

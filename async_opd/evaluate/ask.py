@@ -52,7 +52,7 @@ async def respond(
     generators: Pool[Generator], verifier: Pool[Verifier], prompt: Prompt, sampling: Sampling = GREEDY
 ) -> Responded:
     """Have `prompt` responded to and the responses checked, by others where somebody is lost meanwhile."""
-    GROUP.set(prompt.id)
+    GROUP.set(f"evaluation/{prompt.id}")  # a prompt of training may have the same: ids are rows of their own data
     lost = losses(prompt.id)
     meta, group = await generators.ask(lambda generator: generator.respond(prompt, sampling), lost=lost)
     verdicts = await verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))

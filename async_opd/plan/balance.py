@@ -76,6 +76,8 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
     counts, tokens, seconds = _counts(then), dict.fromkeys(ROLES, 0.0), dict.fromkeys(ROLES, 0.0)
     for before, row in zip(rows[WARM - 1 :], rows[WARM:], strict=False):
         passed = row["elapsed_s"] - before["elapsed_s"]
+        if passed <= 0:  # the run was gone on with, and counts anew
+            continue
         for role, (name, counted, at_work) in ROLES.items():
             tokens[role] += row[f"{counted}_tokens_per_s"] * passed
             seconds[role] += sum(row[f"{name}_{state}"] for state in at_work) * passed * counts[role]

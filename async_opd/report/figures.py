@@ -195,8 +195,7 @@ def constant(figure: Figure) -> float | None:
 
 def marks_of(run: Run) -> list[tuple[str, float, float]]:
     """At most 60 of a kind, evenly."""
-    told = (e for e in run.events if e.get("what") not in ("placed", "saved"))
-    happened = [e["step"] for e in told if isinstance(e.get("step"), int)]
+    happened = [event["step"] for event in run.events if isinstance(event.get("step"), int)]
     found = []
     for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted({*happened}))):
         steps = [steps[at] for at in np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from async_opd.errors import ConfigError
@@ -110,7 +111,9 @@ def _merit(run: Run) -> list[tuple[str, str, str]]:
         found.append((f"{number(kl[0])} → {number(kl[-1])}", "KL to the teacher", "nats a token, first and last step"))
     speed = summary.get("trained_tokens_per_s")
     if isinstance(speed, float):
-        found.append((number(speed), "trained tokens/s", f"{number(summary.get('trained_tokens', 0))} in all"))
+        # Of all starts: the summary's are those of the last.
+        trained = sum(float(np.nansum(run.rows[key])) for key in ("tokens", "tokens_taught") if key in run.rows)
+        found.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
     asked = run.config.get("run.steps", "?")
     steps = number(run.rows["step"][-1])
     found.append((duration(run.rows["seconds"][-1]), "of training", f"{steps} of {asked} steps"))

@@ -14,6 +14,7 @@ from async_opd.errors import RunMissing
 from async_opd.mistakes import beside
 
 ROLLOUTS = "samples.jsonl"
+ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
 CHUNK = 1000  # rows that become numbers at once
 
 
@@ -27,7 +28,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [steps] by key, NaN where there is none
-    events: list[dict] = field(default_factory=list)
+    events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
     rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
     recorded: int = 0  # lines in samples.jsonl
@@ -52,7 +53,8 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
-    run.events = list(_records(run, "events.jsonl")) if (folder / "events.jsonl").is_file() else []
+    found = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
+    run.events = [event for event in found if event.get("what") not in ROUTINE]
     run.checkpoints = _checkpoints(folder / "ledger.jsonl")
     _read_rollouts(run, rollouts)
     return run

@@ -77,7 +77,7 @@ class TimedGenerator(_Timed):
         return await self._work(self._port.generate(prompt), "generate", prompt.id)
 
     async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]:
-        return await self._work(self._port.respond(prompt, sampling), "respond", prompt.id)
+        return await self._work(self._port.respond(prompt, sampling), "respond", GROUP.get())
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         return await self._work(self._port.probe(), "probe")

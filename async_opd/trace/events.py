@@ -45,7 +45,7 @@ def trace(recorded: Recorded, name: str) -> dict[str, Any]:
         threads.call(call)
     for number, group in enumerate(groups, 1):
         threads.arrows(number, group)
-    threads.instants(recorded.events, [call for call in found if call.name == "checkpoint"])
+    threads.instants(recorded.events)
     for line in recorded.lines:
         threads.counters(line.until + line.epoch, line.counters)
     steps = [line.step for line in recorded.lines if line.step is not None]
@@ -125,15 +125,13 @@ class _Threads:
         place = self._at(call.lane, self._drawn[call], call.start)
         self.events.append({**phase, "id": number, "name": "group", "cat": "group", **place})
 
-    def instants(self, events: list[Event], checkpoints: list[Call]) -> None:
+    def instants(self, events: list[Event]) -> None:
         """Who was lost, who came, and what was saved: a line from top to bottom each."""
-        saved = {call.of: call.end for call in checkpoints}  # the last of a version finds it there
-        for at, name, why in [
-            *((event["time"], f"{event['who']}: {event['what']}", event["why"]) for event in events),
-            *((at, f"checkpoint {version}", "") for version, at in saved.items()),
-        ]:
-            place = self._at(DRIVER, self.of(DRIVER), at)
-            self.events.append({"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": {"why": why}})
+        for event in events:
+            place = self._at(DRIVER, self.of(DRIVER), event["time"])
+            name = f"{event['who']}: {event['what']}"
+            args = {"why": event["why"]}
+            self.events.append({"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args})
 
     def counters(self, at: float, row: dict[str, float | None]) -> None:
         place = self._at(DRIVER, self.of(DRIVER), at)

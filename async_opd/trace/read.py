@@ -35,7 +35,7 @@ class Recorded(NamedTuple):
     """The last steps of a run."""
 
     lines: list[Line]
-    events: list[dict[str, Any]]  # who was lost and who came, within that time
+    events: list[dict[str, Any]]  # who was lost, who came and what was saved, within that time
     damaged: list[str]  # which lines of the files could not be read, and why
 
 

@@ -9,11 +9,15 @@ from msgspec.structs import replace
 from async_opd.audit.books import audit
 from async_opd.crew import Roles
 from async_opd.errors import CallFailed
+from async_opd.evaluate.ask import respond
 from async_opd.metrics import Meter
+from async_opd.stream.pool import Pool
+from async_opd.stream.timed import TimedGenerator, TimedVerifier
+from async_opd.trace.read import calls
 from async_opd.train import train
 from async_opd.wire import Prompt, Verdict
 from benchmarks.paced import Pace, PacedLearner, PacedTeacher, PacedVerifier, Prompts
-from tests.fakes import virtual
+from tests.fakes import FakeGenerator, FakeScorer, prompts, virtual
 from tests.faults.test_paced import Generator, config_of
 
 STEPS, BOUND = 30, 4
@@ -143,3 +147,14 @@ def test_without_a_period_rows_say_nothing_of_it(tmp_path):
     summary, rows, *_ = run(tmp_path)
     assert not any(key.startswith("eval_") for row in rows for key in row)
     assert summary["accuracy_before"] == pytest.approx(2 / 3) and "eval_skipped" not in summary
+
+
+async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
+    lines = []
+    meter = Meter([], spans=lines.extend)
+    generators = Pool("generator", [TimedGenerator(FakeGenerator(), meter.actor("generators", "generator 0"))])
+    verifier = Pool("verifier", [TimedVerifier(FakeScorer(), meter.actor("verifier", "verifier 0"))])
+    found = await respond(generators, verifier, next(prompts()))
+    meter.flush()
+    assert found.prompt.id == "0"
+    assert [(call.name, call.of) for call in calls(lines)] == [("respond", "evaluation/0"), ("check", "evaluation/0")]

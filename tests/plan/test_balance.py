@@ -46,6 +46,20 @@ def test_rates_are_tokens_by_the_seconds_a_member_was_at_work(run_dir):
     assert rates["learner"] == pytest.approx(tokens / (2 * 0.5 * seconds))
 
 
+def test_a_run_that_was_gone_on_with_has_the_rates_of_its_steps(run_dir):
+    rates, _ = measured(run_dir, load(DEMO))
+    metrics = run_dir / "metrics.jsonl"
+    *_, last = metrics.read_text().splitlines()
+    for elapsed_s in (1, 4):  # from anew, and the same step once more
+        with metrics.open("a") as file:
+            file.write(json.dumps(json.loads(last) | {"elapsed_s": elapsed_s}) + "\n")
+    again, _ = measured(run_dir, load(DEMO))
+    tokens, seconds = 100 + 6 * 200, 7
+    assert again["teacher"] == pytest.approx(tokens / (0.5 * seconds))
+    assert again["generator"] == pytest.approx(tokens / (2 * 0.75 * seconds))
+    assert rates != again
+
+
 def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
     _, differs = measured(run_dir, load(DEMO, ["learner.gradient_checkpointing=true"]))
     assert differs == [

@@ -86,6 +86,17 @@ def test_what_a_run_lacks_is_left_out_with_a_word(make_run):
     assert 'class="plot x-time"' not in html
 
 
+def test_what_happens_in_every_run_hides_no_loss(make_run):
+    run = make_run()
+    routine = [{"step": 20, "who": "checkpoint", "what": "saved", "why": ""}, {"step": 0, "who": "a", "what": "placed"}]
+    with (run / "events.jsonl").open("a") as lines:
+        lines.writelines(json.dumps(event) + "\n" for event in routine * 40)
+    text = said(page([run]))
+    assert "generator 0 lost it died" in " ".join(text.split()) and "placed" not in text and "saved" not in text
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in routine))
+    assert "a member was lost" not in said(page([run]))
+
+
 def test_a_rollout_line_without_its_numbers_is_named(make_run):
     broken = rollout(20, ["a", "b"]) | {"student": [-0.5]}
     run = make_run(rollouts=[rollout(10, ["a"]), broken])
@@ -99,6 +110,13 @@ def test_seconds_go_on_over_a_restart(make_run):
     rows = [{"step": step, "elapsed_s": s} for step, s in enumerate([2.0, 4.0, 6.0, 1.0, 3.0, 0.5], 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(run, "run", 2).rows["seconds"].tolist() == [2, 4, 6, 7, 9, 9.5]
+
+
+def test_tokens_in_all_are_those_of_every_start(make_run):
+    run = make_run(steps=30)  # of 3,000 tokens each
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"steps": 10, "trained_tokens": 30_000}))
+    assert "90k in all" in page([run])
 
 
 def test_means_and_extremes_of_neighbours_leave_out_what_is_not_there():
