@@ -28,7 +28,7 @@ from async_opd.ports import Ref
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.scoring import refuse_without_gpus, section
 from async_opd.stream.pool import Tell
-from async_opd.stream.supervise import bounded, interrupt
+from async_opd.stream.supervise import bounded, interrupted_by_signal
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
@@ -149,7 +149,6 @@ def start_ray() -> None:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, exceptions.AuthenticationError) as e:
             raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
-        signal.signal(signal.SIGTERM, interrupt)  # which ray.init takes for an exit at once
 
 
 class Cluster:
@@ -177,6 +176,8 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         start_ray()
+        handler = interrupted_by_signal(asyncio.current_task())
+        signal.signal(signal.SIGTERM, handler)  # which ray.init takes for an exit at once
         self._gpus = bool(ray.cluster_resources().get("GPU"))
         self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
         return self

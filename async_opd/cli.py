@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from asyncio import CancelledError
 from importlib import import_module
 
 from async_opd.errors import AsyncOpdError, CallFailed, ConfigError
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what would be written at exit
         return 141
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, CancelledError) as e:
         _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
         return 130
 

@@ -61,7 +61,7 @@ def train(config: "Config", found: "Checkpoint | None" = None) -> int:
 
     try:
         summary = asyncio.run(run(config, found))
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, asyncio.CancelledError) as e:
         e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
         raise
     lines = ["", time_table(summary)]

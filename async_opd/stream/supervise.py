@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import TypeVar
 
@@ -30,7 +30,16 @@ def first_cause(error: BaseException) -> BaseException:
     return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """What SIGTERM does, from `async-opd stop`, Slurm or Kubernetes: what Ctrl-C does, where that is ignored too."""
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
-    (on_ctrl_c if callable(on_ctrl_c) else signal.default_int_handler)(number, frame)
+def interrupted_by_signal(task: asyncio.Task) -> Callable[[int, FrameType | None], None]:
+    """What handles SIGTERM, from `async-opd stop`, Slurm or Kubernetes, while the main `task` runs: as Ctrl-C, the
+    first cancels it and the second ends at once. So also where Ctrl-C is ignored, as a script's background jobs do."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if callable(on_ctrl_c := signal.getsignal(signal.SIGINT)):
+            on_ctrl_c(number, frame)
+        elif task.cancelling():
+            raise KeyboardInterrupt
+        else:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    return handle
