@@ -1,4 +1,4 @@
-"""Plain role classes as Ray actors, behind the ports. Only this file and `nodes` import ray."""
+"""Plain role classes as Ray actors, behind the ports. Only this file, `nodes` and `jobs` import ray."""
 
 import asyncio
 import gc
