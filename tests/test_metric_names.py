@@ -7,8 +7,8 @@ import pytest
 
 from async_opd import metric_names
 from async_opd.metric_names import NAMES
-from tests.fakes import FakeScorer
 from tests.objectives.test_contract import PLAIN, WHOLE, accumulated, packed
+from tests.simulated.roles import SimulatedTeacher
 from tests.stream.test_taught import run as run_taught
 from tests.test_train import run
 
@@ -26,7 +26,7 @@ def emitted(tmp_path) -> set[str]:
 
 
 async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(tmp_path, emitted):
-    _, _, rows = await run(tmp_path, "eval.every_steps=1", references=[FakeScorer()], held_out=2)
+    _, _, rows = await run(tmp_path, "eval.every_steps=1", references=[SimulatedTeacher()], held_out=2)
     keys = emitted.union(*rows)
     assert {"tokens_lag_0", "reference_busy", "teacher_generators_down", "uncertain", "taught"} <= keys
     assert {metric_names.of(key).name for key in keys} == {metric.name for metric in NAMES} - FROM_DEEPSPEED

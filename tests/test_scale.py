@@ -11,11 +11,10 @@ from async_opd.crew import Roles
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.metrics import Meter
 from async_opd.train import train
-from benchmarks.paced import Prompts
-from tests.fakes import FakeGenerator, FakeLearner, FakeScorer
+from tests.simulated.roles import Prompts, RecordingLearner, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
 
 
-class Paced(FakeLearner):
+class Holds(RecordingLearner):
     """Trains until it is let go."""
 
     def __init__(self):
@@ -34,16 +33,16 @@ async def job(run_dir: Path, play):
     (run_dir / "config.json").write_text("{}")
     settings = ["run.steps=8", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false"]
     config = load("configs/demo.toml", settings)
-    learner, started = Paced(), []
+    learner, started = Holds(), []
 
     async def spawn(name: str, index: int):
         started.append(f"{name} {index}")
-        return FakeGenerator() if name == "generator" else FakeScorer()
+        return SimulatedGenerator() if name == "generator" else SimulatedTeacher()
 
     roles = Roles(
-        generators=[FakeGenerator()],
-        teachers={"": [FakeScorer()]},
-        verifier=FakeScorer(),
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
         learner=learner,
         spawn=spawn,
     )

@@ -1,4 +1,4 @@
-"""The main loop over fakes: no Ray, no engine, no model."""
+"""The main loop over simulated roles: no Ray, no engine, no model."""
 
 import asyncio
 import gc
@@ -19,8 +19,15 @@ from async_opd.errors import ActorLost, CheckpointError
 from async_opd.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.train import train
 from async_opd.wire import StepResult, Verdict
-from benchmarks.paced import Prompts
-from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts, virtual
+from tests.simulated.roles import (
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
 
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
@@ -29,17 +36,17 @@ async def run(
     tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, meter=None,
     **scorers,
 ):  # fmt: skip
-    """(summary, learner, rows) of a whole run over fakes."""
+    """(summary, learner, rows) of a whole run over simulated roles."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
-    learner, rows = learner or FakeLearner(), []
+    learner, rows = learner or RecordingLearner(), []
     roles = Roles(
-        generators=generators or [generator or FakeGenerator(), FakeGenerator()],
-        verifier=FakeScorer(),
+        generators=generators or [generator or SimulatedGenerator(), SimulatedGenerator()],
+        verifier=SimulatedVerifier(),
         learner=learner,
-        **{"teachers": {"": [FakeScorer()]}} | scorers,
+        **{"teachers": {"": [SimulatedTeacher()]}} | scorers,
     )
     meter = meter or Meter([rows.append])
-    summary = await train(config, roles, source or Prompts(), list(prompts(held_out)), tmp_path, meter)
+    summary = await train(config, roles, source or Prompts(), list(Prompts(held_out)), tmp_path, meter)
     return summary, learner, rows
 
 
@@ -55,7 +62,7 @@ async def test_every_step_trains_its_groups_once_and_within_the_bound(tmp_path, 
 
 
 async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
-    class Recording(FakeLearner):
+    class Recording(RecordingLearner):
         async def step(self, groups):
             result = await super().step(groups)
             return StepResult(result.version, result.metrics, recorded=(f"of step {result.version}",))
@@ -81,7 +88,7 @@ async def test_checkpoints_are_saved_on_the_way(tmp_path):
 
 
 async def test_a_checkpoint_blocks_the_learner(tmp_path):
-    class SlowDisk(FakeLearner):
+    class SlowDisk(RecordingLearner):
         async def save(self, folder):
             await super().save(folder)
             await asyncio.sleep(0.05)
@@ -95,14 +102,14 @@ async def test_a_checkpoint_blocks_the_learner(tmp_path):
 
 
 async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_published(tmp_path):
-    class Follows(FakeScorer):
+    class Follows(SimulatedTeacher):
         async def load(self, folder):
             loaded.append((folder, learner.version, generator.version))
 
         async def save(self, file):
             Path(file).write_text("its own weights")
 
-    loaded, learner, generator = [], FakeLearner(), FakeGenerator()
+    loaded, learner, generator = [], RecordingLearner(), SimulatedGenerator()
     settings = ("teacher.model=toy:student", "teacher.update=copy", "teacher.update_every_steps=2")
     await run(tmp_path, *settings, learner=learner, generator=generator, teachers={"": [Follows(), Follows()]})
     folder = str(tmp_path / "self-teacher")
@@ -111,7 +118,7 @@ async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_pu
 
 
 async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
-    class Asked(FakeScorer):
+    class Asked(SimulatedTeacher, SimulatedVerifier):
         async def greedy(self, prompts):
             asked.append(len(prompts))
             return prompts
@@ -125,9 +132,12 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
     more = ("data.teacher=kind", "teachers.code.model=toy:student", "teachers.math.evaluate=true")
     config = load(tmp_path / "several.toml", [*SMALL[:3], *more])
     roles = Roles(
-        generators=[FakeGenerator()], teachers={"math": [both], "code": [both]}, verifier=both, learner=FakeLearner()
+        generators=[SimulatedGenerator()],
+        teachers={"math": [both], "code": [both]},
+        verifier=both,
+        learner=RecordingLearner(),
     )
-    named = [replace(p, teacher=t) for p, t in zip(prompts(3), ("math", "code", "math"), strict=True)]
+    named = [replace(p, teacher=t) for p, t in zip(Prompts(3), ("math", "code", "math"), strict=True)]
 
     class Code(Prompts):
         def __iter__(self):
@@ -139,7 +149,7 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
 
 
 async def test_a_reference_has_times_of_its_own(tmp_path):
-    summary, _, rows = await run(tmp_path, references=[FakeScorer()])
+    summary, _, rows = await run(tmp_path, references=[SimulatedTeacher()])
     for row in (*rows, summary):
         assert sum(row[f"reference_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
     without, _, _ = await run(tmp_path)
@@ -147,21 +157,6 @@ async def test_a_reference_has_times_of_its_own(tmp_path):
 
 
 async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
-    class Forgetful(FakeGenerator, FakeLearner):
-        """Generator or learner that keeps no list of what it did."""
-
-        def __init__(self):
-            FakeLearner.__init__(self)
-            FakeGenerator.__init__(self)
-
-        async def generate(self, prompt):
-            self.served.clear()
-            return await super().generate(prompt)
-
-        async def step(self, groups):
-            self.trained.clear()
-            return await super().step(groups)
-
     held = {}
 
     def look(row):
@@ -170,7 +165,12 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
             held[row["step"]] = tracemalloc.get_traced_memory()[0]
 
     config = load("configs/demo.toml", [*SMALL, "run.steps=300"])
-    roles = Roles(generators=[Forgetful()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Forgetful())
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
+        learner=SimulatedLearner(),
+    )
     tracemalloc.start()
     try:
         await train(config, roles, Prompts(), [], tmp_path, Meter([look]))
@@ -180,7 +180,7 @@ async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
 
 
 async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_version(tmp_path):
-    class DiesLater(FakeGenerator):
+    class DiesLater(SimulatedGenerator):
         async def generate(self, prompt):
             if self.version == 2:
                 raise ActorLost("generator 0 died")
@@ -192,7 +192,7 @@ async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_ver
 
 
 async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
-    class Dead(FakeGenerator):
+    class Dead(SimulatedGenerator):
         async def generate(self, prompt):
             await asyncio.sleep(3600)
 
@@ -205,7 +205,7 @@ async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
         await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()])
 
 
-class Slow(FakeLearner):
+class Slow(RecordingLearner):
     """A step takes `step_s`; it dies in step `fatal`."""
 
     def __init__(self, step_s: float, fatal: int | None = None):
@@ -227,9 +227,9 @@ def cancelled(tmp_path, step_s: float, fatal: int | None = None) -> tuple[float,
         told = []
         config = load("configs/demo.toml", [*SMALL])
         roles = Roles(
-            generators=[FakeGenerator()],
-            teachers={"": [FakeScorer()]},
-            verifier=FakeScorer(),
+            generators=[SimulatedGenerator()],
+            teachers={"": [SimulatedTeacher()]},
+            verifier=SimulatedVerifier(),
             learner=Slow(step_s, fatal),
         )
         (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
@@ -258,14 +258,16 @@ def test_cancellation_stays_one_where_the_learner_dies_at_the_same_moment(tmp_pa
 
 
 def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
-    class NeverLoads(FakeLearner):
+    class NeverLoads(RecordingLearner):
         async def load_state(self, folder):
             await asyncio.sleep(3600)
 
     async def main():
         config = load("configs/demo.toml", [*SMALL])
-        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
-        await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
+        roles = dict(
+            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+        )
+        await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
         found = checkpoints.find(tmp_path)
         resumed = Roles(learner=NeverLoads(), **roles)
         running = asyncio.ensure_future(
@@ -280,15 +282,17 @@ def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000005"]
 
 
-def gone_on_with(run_dir: Path, learner: FakeLearner) -> None:
+def gone_on_with(run_dir: Path, learner: RecordingLearner) -> None:
     """A run of five steps with a checkpoint at 2, which it goes back to with `learner`; ended after a second."""
 
     async def main():
         config = load("configs/demo.toml", [*SMALL, "run.checkpoint_every_steps=2"])
         (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
-        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
+        roles = dict(
+            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+        )
         meter = Meter([Jsonl(run_dir / "metrics.jsonl")])
-        summary = await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], run_dir, meter)
+        summary = await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], run_dir, meter)
         (run_dir / "summary.json").write_text(json.dumps(summary))
         shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")  # each line has its step, too
         found = checkpoints.find(run_dir / "checkpoints" / "000002")
@@ -303,7 +307,7 @@ def gone_on_with(run_dir: Path, learner: FakeLearner) -> None:
 
 
 def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
-    class Stuck(FakeLearner):
+    class Stuck(RecordingLearner):
         async def step(self, groups):
             await asyncio.sleep(3600)
 
@@ -315,7 +319,7 @@ def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
 
 
 def test_a_run_that_cannot_go_back_leaves_everything_as_it_was(tmp_path):
-    class NeverLoads(FakeLearner):
+    class NeverLoads(RecordingLearner):
         async def load_state(self, folder):
             await asyncio.sleep(3600)
 

@@ -12,8 +12,9 @@ import pytest
 from async_opd import metrics
 from async_opd.console.lines import Lines
 from async_opd.metrics import Jsonl, observed
-from benchmarks.paced import LONGEST_S, STEPS, Pace, measure
-from tests.fakes import virtual
+from tests.simulated.roles import LONGEST_S, Pace
+from tests.simulated.runs import STEPS, measure
+from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1)
 
@@ -83,7 +84,9 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
                 os.write(out, b"." * 4096)
         os.set_blocking(out, True)
         monkeypatch.setattr(sys, "stdout", stdout)
-        printed = dict(accuracy=None, kl=0.0, loss=0.0, lag_mean=0.0)  # of the columns, what paced roles do not measure
+        printed = dict(
+            accuracy=None, kl=0.0, loss=0.0, lag_mean=0.0
+        )  # of the columns, what simulated roles do not measure
         with observed({"console": lambda: Lines(STEPS, every_s=0)}) as (console,):
             found = virtual(measure(PACE, bound=4, sinks=[lambda row: console(printed | row)]))
         monkeypatch.undo()

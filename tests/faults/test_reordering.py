@@ -11,7 +11,7 @@ import pytest
 from async_opd.maths import lag
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
-from tests.fakes import producer_over
+from tests.simulated.runs import producer_over
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 

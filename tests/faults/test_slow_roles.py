@@ -6,8 +6,9 @@ import tracemalloc
 
 import pytest
 
-from benchmarks.paced import PER_STEP, Pace, measure
-from tests.fakes import virtual
+from tests.simulated.roles import PER_STEP, Pace
+from tests.simulated.runs import measure
+from tests.simulated.virtual_time import virtual
 
 BOUND, STEPS = 4, 60
 

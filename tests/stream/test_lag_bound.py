@@ -13,7 +13,7 @@ from async_opd.maths import lag
 from async_opd.ports import Ready
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.wire import GroupMeta, Prompt, Span, Verdict
-from tests.fakes import producer_over
+from tests.simulated.runs import producer_over
 
 GROUPS_PER_STEP = 8
 
