@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from async_opd.collective import TensorMeta, broadcast, buckets, free_port, gloo_group
 
 HOST = "127.0.0.1"
+SOON_S = 30.0  # behind a timeout of a second or less, on a busy machine; torch's own timeouts are minutes
 dtypes = st.sampled_from(["float32", "bfloat16", "int64"])
 metas = st.lists(st.builds(TensorMeta, name=st.text(max_size=3), dtype=dtypes, shape=st.tuples(st.integers(0, 40))))
 
@@ -38,7 +39,7 @@ def test_a_broadcast_delivers_to_every_member(dtype):
     port, weights = free_port(HOST), torch.arange(5, dtype=dtype)
 
     def member(rank):
-        group = gloo_group(HOST, port, rank=rank, world=3, timeout_s=10.0)
+        group = gloo_group(HOST, port, rank=rank, world=3, timeout_s=60.0)
         flat = weights.clone() if rank == 0 else torch.zeros_like(weights)
         broadcast(group, flat).wait()
         return flat
@@ -51,18 +52,18 @@ def test_a_broadcast_delivers_to_every_member(dtype):
 def test_a_member_that_never_comes_is_an_error_soon_after_the_timeout(rank):
     started = time.monotonic()
     with pytest.raises(RuntimeError):
-        gloo_group(HOST, free_port(HOST), rank=rank, world=2, timeout_s=2.0)
-    assert time.monotonic() - started < 8
+        gloo_group(HOST, free_port(HOST), rank=rank, world=2, timeout_s=0.5)
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_member_that_stops_taking_part_is_an_error_soon_after_the_timeout():
     port = free_port(HOST)
     with ThreadPoolExecutor(2) as pool:
-        groups = list(pool.map(lambda r: gloo_group(HOST, port, rank=r, world=2, timeout_s=2.0), range(2)))
+        groups = list(pool.map(lambda r: gloo_group(HOST, port, rank=r, world=2, timeout_s=1.0), range(2)))
     started = time.monotonic()
     with pytest.raises(RuntimeError):
         broadcast(groups[1], torch.zeros(5)).wait()  # rank 0 sends nothing
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_free_port_can_be_listened_on_at_once():

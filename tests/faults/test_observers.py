@@ -1,6 +1,7 @@
 """Observers that block, raise or fill the disk: training does not notice, and what they miss is counted."""
 
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -70,14 +71,14 @@ def test_an_observer_moves_the_step_time_by_less_than_a_hundredth_and_its_lost_r
 
         found = virtual(measure(PACE, bound=4, sinks=[both]))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
-    assert sum(spent) < 0.01 * STEPS * LONGEST_S  # all that the driver's thread has to do with them
+    assert statistics.median(spent) < 0.01 * LONGEST_S  # of a step, all that the driver's thread has to do with them
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert (bad.lost, good.lost) == (lost, 0)
 
 
 def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_else(quick_end, monkeypatch):
     unread, out = os.pipe()
-    with os.fdopen(unread, "rb"), os.fdopen(out, "w") as stdout:
+    with os.fdopen(unread, "rb") as reader, os.fdopen(out, "w") as stdout:
         os.set_blocking(out, False)
         with pytest.raises(BlockingIOError):
             while True:
@@ -89,9 +90,11 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
         )  # of the columns, what simulated roles do not measure
         with observed({"console": lambda: Lines(STEPS, every_s=0)}) as (console,):
             found = virtual(measure(PACE, bound=4, sinks=[lambda row: console(printed | row)]))
-        monkeypatch.undo()
+        lost = console.lost
+        reader.close()  # what still waits to be printed finds no reader, and not the stdout of the next test
+        console.join(30)
     assert found["steps"] == STEPS
-    assert console.lost == STEPS
+    assert lost == STEPS
 
 
 PRINTS = """
