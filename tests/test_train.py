@@ -45,7 +45,7 @@ async def run(
         learner=learner,
         **{"teachers": {"": [SimulatedTeacher()]}} | scorers,
     )
-    meter = meter or Meter([rows.append])
+    meter = meter or Meter([rows.append], asyncio.get_running_loop().time)
     summary = await train(config, roles, source or Prompts(), list(Prompts(held_out)), tmp_path, meter)
     return summary, learner, rows
 
@@ -87,15 +87,19 @@ async def test_checkpoints_are_saved_on_the_way(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "000005"]
 
 
-async def test_a_checkpoint_blocks_the_learner(tmp_path):
+def test_a_checkpoint_blocks_the_learner(tmp_path):
     class SlowDisk(RecordingLearner):
+        async def step(self, groups):
+            await asyncio.sleep(1)
+            return await super().step(groups)
+
         async def save(self, folder):
             await super().save(folder)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(3)
 
-    summary, _, rows = await run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk())
-    assert summary["learner_blocked"] > 0.5  # 4 x 0.05 s before the last row; nothing else takes time
-    assert rows[0]["learner_blocked"] < 0.5  # the first row comes before the first checkpoint
+    summary, _, rows = virtual(run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk()))
+    assert summary["learner_blocked"] == pytest.approx(4 * 3 / (5 * 1 + 4 * 3))  # until the last row
+    assert [row["learner_blocked"] for row in rows] == pytest.approx([0, *[3 / 4] * 4])  # the first is before a save
     for row in (*rows, summary):
         for role in ROLES:
             assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
@@ -191,7 +195,7 @@ async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_ver
     assert failure.value.__notes__ == ["at version 2"]
 
 
-async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
+def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
     class Dead(SimulatedGenerator):
         async def generate(self, prompt):
             await asyncio.sleep(3600)
@@ -202,7 +206,7 @@ async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
     sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
     settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
     with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
-        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()])
+        virtual(run(tmp_path, *settings, learner=Slow(step_s=1), teacher_generators=[Dead()]))
 
 
 class Slow(RecordingLearner):

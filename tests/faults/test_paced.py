@@ -153,7 +153,7 @@ class Run:
 
 def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_prompt_is_lost(tmp_path):
     pace = replace(PACE, step_s=PACE.step_s / 100, score_s=1e-6, sync_s=1e-6)  # generation alone takes time
-    run = Run(tmp_path, "run.steps=600", "run.max_lag_steps=8")
+    run = Run(tmp_path, "run.steps=300", "run.max_lag_steps=8")
 
     async def main():
         generators = [Generator(pace, seed) for seed in range(3)]
@@ -183,7 +183,7 @@ def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_pro
     assert after[1] == 0
     assert all(now >= 0.95 * then for now, then in zip(after[::2], before[::2], strict=True))
     assert run.when("lost") == 15
-    assert len(learner.trained) == len(set(learner.trained)) == 600 * 16
+    assert len(learner.trained) == len(set(learner.trained)) == 300 * 16
     assert summary["generator_lost"] == 1 and summary["max_lag_seen"] <= 8
     books = audit(tmp_path)
     assert (books.discrepancies, sum(books.dropped.values()), books.outstanding) == ([], 0, [])

@@ -75,17 +75,23 @@ def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
 
 
 def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_still_comes_back():
+    times = []
+
+    def wrap(port, time):
+        times.append(time)
+        return WITH_SLOTS(port, time)
+
     async def scenario(timed):
         asking = asyncio.ensure_future(timed.generate(next(iter(Prompts()))))
         await asyncio.sleep(0.25)
         timed.kill()
         await asking  # its late answer, at 1 s
         await asyncio.sleep(2)
-        another = WITH_SLOTS(Slow(), timed._time)
+        another = WITH_SLOTS(Slow(), *times)
         await another.generate(next(iter(Prompts())))
         await asyncio.sleep(1)
 
-    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
+    assert spent(scenario, wrap, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
 
 
 @pytest.mark.parametrize(("wrap", "call"), [(TimedTeacher, "score"), (TimedVerifier, "check")])
