@@ -246,7 +246,7 @@ def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_s
 
 
 def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(tmp_path):
-    run = Run(tmp_path, "run.steps=200")
+    run = Run(tmp_path, "run.steps=150")
     killed = []
 
     class Refuses(Generator):
@@ -267,12 +267,12 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
     assert killed == run.spawned and len(killed) == 3
     waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
     assert waited < 5
-    assert len(set(learner.trained)) == 200 * 16
+    assert len(set(learner.trained)) == 150 * 16
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
 def test_a_dead_teacher_is_rerouted_around_or_waited_for_and_nothing_is_dropped(tmp_path, teachers):
-    run = Run(tmp_path, "run.steps=200")
+    run = Run(tmp_path, "run.steps=150")
 
     async def main():
         pool, learner = [Teacher(PACE) for _ in range(teachers)], Learner(PACE, 4)
@@ -285,7 +285,7 @@ def test_a_dead_teacher_is_rerouted_around_or_waited_for_and_nothing_is_dropped(
     assert told == (["lost", "serves"] if teachers == 2 else ["lost", "none left", "serves"])
     waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
     assert waited > 15 if teachers == 1 else waited < 1  # seconds without a step
-    assert len(learner.trained) == len(set(learner.trained)) == 200 * 16
+    assert len(learner.trained) == len(set(learner.trained)) == 150 * 16
     assert (summary["scored_dropped"], summary["max_lag_seen"] <= 4) == (0, True)
     assert audit(tmp_path).discrepancies == []
 
