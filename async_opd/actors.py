@@ -22,6 +22,7 @@ from async_opd.casting import Casting, Part
 from async_opd.config import Config
 from async_opd.crew import Roles
 from async_opd.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
+from async_opd.imports import without_collections
 from async_opd.nodes import home, living, room
 from async_opd.placement import RANK, Ask, Node, asks, choose
 from async_opd.ports import Ref
@@ -47,7 +48,8 @@ class _Host:
 
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
-        self._role = getattr(import_module(module), name)(*part.args, **part.settings)
+        with without_collections():
+            self._role = getattr(import_module(module), name)(*part.args, **part.settings)
         gc.collect()
         gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it
 

@@ -33,6 +33,7 @@ from async_opd.errors import (
     SyncFailed,
     TimedOut,
 )
+from async_opd.imports import without_collections
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
@@ -61,7 +62,8 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    from async_opd.inputs import read  # whose libraries take seconds to import
+    with without_collections():
+        from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
     # As asked: where a job unpacks what is shipped is gone when the run is gone on with.

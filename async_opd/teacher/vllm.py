@@ -50,8 +50,8 @@ class VllmTeacher:
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            enforce_eager=current_platform.is_cpu(),  # it would be compiled for lengths that never come again
-            **(cpu_engine(config.memory_gib) if current_platform.is_cpu() else {}),
+            # On CPU it would be compiled for lengths that never come again.
+            **(cpu_engine(config.memory_gib, enforce_eager=True) if current_platform.is_cpu() else {}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
         self._padding = self._engine.model_config.get_vocab_size() - vocabulary
