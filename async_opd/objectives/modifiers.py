@@ -41,7 +41,8 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on the first or the last share of each response: an ablation (IW-OPD fig. 1a).
+    """Trains on the first or the last ⌈share · length⌉ tokens of each response: an ablation (IW-OPD fig. 1a; EXACT
+    (code) for the prefix, the code has no suffix).
 
     `mean_over = "selected"` takes the mean over that share, as `dear` does; otherwise the loss shrinks with it.
     """

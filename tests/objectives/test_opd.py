@@ -121,8 +121,8 @@ def test_the_drift_gate_is_that_of_a_loop_over_blocks_of_each_trajectory(block, 
 @pytest.mark.parametrize(
     ("share", "part", "expected"),  # of 5, 1, 7, 3 and 2 tokens
     [
-        (0.3, "prefix", ["11000", "1", "1100000", "100", "10"]),  # 1.5 → 2, .3 → 1, 2.1 → 2, .9 → 1, .6 → 1
-        (0.3, "suffix", ["00011", "1", "0000011", "001", "01"]),
+        (0.3, "prefix", ["11000", "1", "1110000", "100", "10"]),  # 1.5 → 2, .3 → 1, 2.1 → 3, .9 → 1, .6 → 1
+        (0.3, "suffix", ["00011", "1", "0000111", "001", "01"]),
         (0.5, "prefix", ["11100", "1", "1111000", "110", "10"]),  # 2.5 → 3, .5 → 1, 3.5 → 4, 1.5 → 2, 1
         (0.01, "suffix", ["00001", "1", "0000001", "001", "01"]),
         (1.0, "suffix", ["11111", "1", "1111111", "111", "11"]),
@@ -132,6 +132,12 @@ def test_position_selects_a_share_of_each_response_from_its_start_or_end(share, 
     result = Opd(position=Position(share=share, part=part)).loss(ragged(0))
     assert "".join(str(int(x)) for x in result.selected_N) == "".join(expected)
     assert result.loss_N.bool().tolist() == result.selected_N.tolist()
+
+
+@pytest.mark.parametrize(("part", "expected"), [("prefix", [0, 1, 2, 3]), ("suffix", [7, 8, 9, 10])])
+def test_position_takes_the_ceiling_of_its_share_as_the_papers_code_does(part, expected):
+    result = Opd(position=Position(share=0.3, part=part)).loss(batch([-1.0] * 11, [-2.0] * 11))  # 3.3 of them
+    assert result.selected_N.nonzero()[:, 0].tolist() == expected
 
 
 def test_random_selects_as_many_of_each_response_wherever_it_is():
