@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import msgspec
@@ -70,7 +70,6 @@ NEEDED = {  # command: the fields without which it cannot be
     "opd": SAMPLED,
     "opd correction.tag=importance correction.ratio=none": {"student_logp", "teacher_logp"},
     "opd correction.tag=ppo": SAMPLED,
-    "opd correction.tag=decoupled": SAMPLED | {"proximal_logp"},  # of all trajectories, if of any
     "g_opd": SAMPLED | {"reference_logp"},
     "g_opd lambda=1": SAMPLED,
     "iw_opd": SAMPLED,
@@ -224,7 +223,7 @@ def test_it_is_what_the_learner_computes(command):
     moment = Moment(step=7, running=batch.running)
     statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], moment)
     seen = token_batch(micro, read, moment, statistics)
-    learned = objective.loss(replace(seen, proximal_logp_N=batch.proximal_logp_N))
+    learned = objective.loss(seen)
     learned.loss_N.sum().backward()
     found = explain(objective, rollouts, "file")
     assert [x for each in found for x in each["weight"]] == learned.weight_N.tolist()
@@ -255,6 +254,10 @@ MALFORMED = {  # the file; what the message says after its name
     "a misspelt field of a candidate": (
         {"trajectories": [ONE | {"candidates": [[], [{"tok": 1, "student_logp": -1, "teacher_logp": -1}]]}]},
         ": trajectories[0].candidates[1][0]: field = 'tok': must be ", "did you mean 'token'?",
+    ),
+    "a proximal policy, of which there is none": (
+        {"trajectories": [ONE | {"proximal_logp": [-1, -2]}]},
+        ": trajectories[0]: field = 'proximal_logp': must be ",
     ),
     "a misspelt moment": (
         {"trajectories": [ONE], "running": {"reward": {"count": 1, "maen": 0, "mean": 0, "squares": 0}}},
@@ -324,7 +327,7 @@ def test_other_candidates_than_the_objective_asks_for_are_refused(say):
         ("dera", "objective.tag = 'dera': must be 'cl_egrsd', 'dear', "),
         ("dear p=2", "objective.p = 2: must be a finite number > 0 and <= 1"),
         ("dear pp=0.2", "objective.pp = 0.2: no such setting; did you mean 'objective.p'?"),
-        ("opd correction.tag=pp", "objective.correction.tag = 'pp': must be 'decoupled', 'importance' or 'ppo'"),
+        ("opd correction.tag=pp", "objective.correction.tag = 'pp': must be 'importance' or 'ppo'"),
         ("opd corection.tag=ppo", "objective.corection: no such section; did you mean 'objective.correction'?"),
         ("opd correction.tag=importance correction.between=[2,1]", "between = [2.0, 1.0]: must be [least, most]"),
         ("topk_kl", "objective.k: missing; must be an integer >= 1"),

@@ -50,7 +50,6 @@ class Trajectory(Struct):
     behaviour_logp: list[float] | UnsetType = UNSET
     teacher_logp: list[float] | UnsetType = UNSET
     reference_logp: list[float] | UnsetType = UNSET
-    proximal_logp: list[float] | UnsetType = UNSET  # left out everywhere: the live student's, as in training
     student_entropy: list[float] | UnsetType = UNSET
     teacher_entropy: list[float] | UnsetType = UNSET
     hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
@@ -144,13 +143,11 @@ class Given:
         here for what cannot be, and from the objective for what it reads and the file lacks."""
         self._check_lengths()
         lengths = torch.tensor([t.length for t in self._trajectories])
-        anywhere = any(t.proximal_logp is not UNSET for t in self._trajectories)
         return TokenBatch(
             student_logp_N=_leaf(self._tokens("student_logp", LOGP)),
             behaviour_logp_N=self._tokens("behaviour_logp", LOGP),
             teacher_logp_N=self._tokens("teacher_logp", LOGP),
             reference_logp_N=self._tokens("reference_logp", LOGP),
-            proximal_logp_N=self._tokens("proximal_logp", LOGP) if anywhere else None,
             student_entropy_N=self._tokens("student_entropy", ENTROPY),
             teacher_entropy_N=self._tokens("teacher_entropy", ENTROPY),
             hidden_ND=self._tokens("hidden", FINITE),

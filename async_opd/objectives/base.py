@@ -34,7 +34,6 @@ class TokenBatch:
     cap_S: Tensor  # most tokens a response may have
     step: int = 1  # the optimizer step that is being made, from 1
     reference_logp_N: Tensor | None = None
-    proximal_logp_N: Tensor | None = None  # student before its step; None: the live one, as one step a batch has it
     student_logp_NK: Tensor | None = None  # at the candidates
     behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
     teacher_logp_NK: Tensor | None = None

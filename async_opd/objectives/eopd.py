@@ -10,7 +10,7 @@ from msgspec import Meta
 from async_opd import maths
 from async_opd.objectives.base import Terms, TokenBatch
 from async_opd.objectives.modifiers import PrefixRatio
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.wire import Needs
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Eopd(Sampled, tag="eopd"):
 
     shown = ("uncertain",)
 
-    correction: Importance | Ppo | Decoupled = Ppo()
+    correction: Importance | Ppo = Ppo()
     tau: Annotated[float, Meta(ge=0)] = 0.8  # nats
     k: Annotated[int, Meta(ge=1)] = 16
     alpha: Annotated[float, Meta(ge=0)] = 1.0

@@ -64,29 +64,10 @@ class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pp
         return -factor * signal, factor.detach()
 
 
-class Decoupled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="decoupled", tag_field="tag"):
-    """sg[min(π_prox/π_behaviour, c)] · PPO(π/π_prox) (arXiv:2505.24298 Eq. 5; AsyncOPD's code zeroes a token over c
-    instead). π_prox is the student before its step: with one step a batch the live one, so that nothing is clipped."""
-
-    clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    dual_clip: Annotated[float, Meta(gt=1)] | None = None
-    at_most: Bound = 5.0
-
-    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """(the surrogate's negative, both its factors multiplied and detached)."""
-        given = batch.proximal_logp_N
-        known = given is not None and given.numel() == logp.numel()  # of the sampled token alone
-        proximal_logp = given.view_as(logp) if known else logp.detach()
-        stale = maths.importance.ratio(proximal_logp, behaviour_logp).clamp(max=self.at_most)
-        ratio = maths.importance.ratio(logp, proximal_logp)
-        factor = stale * maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
-        return -factor * signal, factor.detach()
-
-
 class Sampled(Objective, frozen=True, kw_only=True):
     """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has one."""
 
-    correction: Importance | Ppo | Decoupled = Importance()
+    correction: Importance | Ppo = Importance()
     student_signal: Literal["live", "cached"] = "live"  # cached: the signal takes the behaviour policy's log-prob
 
     def advantage(self, batch: TokenBatch) -> Tensor:

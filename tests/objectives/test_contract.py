@@ -23,7 +23,7 @@ from async_opd.maths.logprobs import Head, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.wire import Prompt, Rollout, Scores, Span, Verdict
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
@@ -51,7 +51,6 @@ SETTINGS = {  # the required settings of each tag, then those of its other branc
 CORRECTIONS = [
     Importance(), Importance(ratio="none"), Importance(at_most=1.5), Importance(between=(0.3, 3.0)),
     Importance(ratio="sequence", at_most=5.0), Importance(ratio="geometric"), Ppo(), Ppo(clip=0.3, dual_clip=1.5),
-    Decoupled(at_most=2.0),
 ]  # fmt: skip
 PREFIXES = [None, PrefixRatio(), PrefixRatio(at_most=1.5), PrefixRatio(between=(0.3, 3.0))]
 COMPOSED = [

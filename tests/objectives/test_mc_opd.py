@@ -6,7 +6,7 @@ import torch
 from given import LENGTHS, ragged
 
 from async_opd.objectives.mc_opd import McOpd
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.objectives.sampled import Importance, Ppo
 from async_opd.wire import Needs
 
 FACTORS = {
@@ -15,7 +15,6 @@ FACTORS = {
     Importance(at_most=1.2): lambda rho, a: min(rho, 1.2),
     Importance(between=(0.5, 2.0)): lambda rho, a: rho if 0.5 <= rho <= 2 else 0.0,
     Ppo(): lambda rho, a: 0.0 if (a > 0 and rho > 1.2) or (a < 0 and rho < 0.8) else rho,
-    Decoupled(at_most=1.2): lambda rho, a: min(rho, 1.2),
 }
 M = 4
 

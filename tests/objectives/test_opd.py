@@ -1,4 +1,3 @@
-from dataclasses import replace
 from math import exp
 
 import pytest
@@ -7,7 +6,7 @@ from given import KEPT, LENGTHS, STUDENT, TEACHER, batch, coefficients, ragged, 
 
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
 from async_opd.objectives.opd import Opd
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.objectives.sampled import Importance, Ppo
 
 CORRECTIONS = {  # the factor that multiplies A, of the ratios of a trajectory, of the t-th token and its advantage
     Importance(): lambda rho, t, a: rho[t],
@@ -22,7 +21,6 @@ CORRECTIONS = {  # the factor that multiplies A, of the ratios of a trajectory, 
     Ppo(clip=0.4, dual_clip=3.0): lambda rho, t, a: (
         0.0 if (a > 0 and rho[t] > 1.4) or (a < 0 and (rho[t] < 0.6 or rho[t] > 3)) else rho[t]
     ),
-    Decoupled(at_most=1.5): lambda rho, t, a: min(rho[t], 1.5),  # the proximal policy is the live one
 }
 
 
@@ -73,16 +71,6 @@ def test_the_loss_of_ppo_is_the_negative_of_the_printed_minimum():
     # -1.2 · .5; -min(e · -.5, 1.2 · -.5) = .5 e; -min(e^-.8 · -.5, .8 · -.5) = .8 · .5; e² is over 3: 3 · .5
     assert result.loss_N.tolist() == pytest.approx([-0.6, 1.359141, 0.4, 1.5], abs=1e-6)
     assert result.ratio.tolist() == pytest.approx([1.2, 2.718282, 0.8, 3.0], abs=1e-6)
-
-
-def test_decoupled_is_a_truncated_ratio_times_ppo_from_the_proximal_policy():
-    given = batch([-1.0, -1.0], [-0.5, -2.0], behaviour=[-3.1, -1.3], proximal_logp_N=[-1.1, -1.2])
-    result = Opd(correction=Decoupled(at_most=5.0)).loss(given)
-    # min(e², 5) · e^.1 = 5.525855, e^.1 · min-of-clips: e^.2 = 1.221403 unclipped for A < 0
-    assert result.ratio.tolist() == pytest.approx([5.525855, 1.105171 * 1.221403], abs=1e-5)
-    assert coefficients(Opd(correction=Decoupled()), given) == pytest.approx([2.762927, -1.349859], abs=1e-5)
-    clipped = replace(given, proximal_logp_N=torch.tensor([-1.3, -0.7]).double())  # ρ_prox: e^.3 over, e^-.3 under
-    assert coefficients(Opd(correction=Decoupled()), clipped) == [0.0, 0.0]
 
 
 def test_cached_signals_take_the_advantage_of_the_behaviour_policy():
