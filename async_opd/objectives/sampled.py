@@ -38,17 +38,14 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
             return logp.new_ones(logp.shape)
         if self.ratio == "token":
             return maths.importance.ratio(logp, behaviour_logp)
-        of_sequence = dict(sequence=maths.importance.sequence_ratio, geometric=maths.importance.geometric_ratio)[
-            self.ratio
-        ]
-        student_logp_N = batch.student_logp_N.detach()
-        ratio_N = of_sequence(student_logp_N, batch.behaviour_logp_N, batch.segment_N, batch.trajectories)
-        if logp.ndim == 1:
-            return ratio_N
-        length_N = maths.segments.lengths(batch.segment_N, batch.trajectories)[batch.segment_N]
-        power_N = 1 / length_N if self.ratio == "geometric" else ratio_N.new_ones(len(ratio_N))
-        log_ratio_N = student_logp_N - batch.behaviour_logp_N
-        return maths.importance.exchanged(ratio_N, log_ratio_N, logp - behaviour_logp, power_N)
+        of_sequence = {"sequence": maths.importance.sequence_ratio, "geometric": maths.importance.geometric_ratio}
+        return of_sequence[self.ratio](
+            batch.student_logp_N.detach(),
+            batch.behaviour_logp_N,
+            batch.segment_N,
+            batch.trajectories,
+            instead_NM=logp - behaviour_logp if logp.ndim == 2 else None,
+        )
 
 
 class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"):
