@@ -101,7 +101,7 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return None
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each sum or maximum that the method declares is taken of, [N] by name."""
+        """What each sum or maximum that the method declares is taken of, [N] by name, in a new dict."""
         return {}
 
     def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -117,15 +117,18 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         live = bool(own.first_pass or gate or selects)
         return msgspec.structs.replace(own, sums=(*own.sums, *gate, *chosen), first_pass=live)
 
-    def statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each declared sum or maximum is taken of, [N] by name; the learner reduces it over the kept tokens of
-        every micro-batch and rank, without gradient, before any `loss` is asked for. It adds `tokens`, their number."""
-        found = self.measures(batch)
+    def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
+        """The declared sums and maxima over the kept tokens of one batch, at least one, and their number, `tokens`;
+        0-d float64. The learner reduces them over micro-batches and ranks, before any `loss` is asked for."""
+        value_N = self.measures(batch)
         if self.drift_gate:
-            found["drift_gate"] = self.drift_gate.gate(batch)
+            value_N["drift_gate"] = self.drift_gate.gate(batch)
         if self.mean_over == "selected":
-            found["selected"] = self._selected(batch).float()
-        return found
+            value_N["selected"] = self._selected(batch)
+        needs = self.needs()
+        sums = {name: value_N[name][kept_N].double().sum() for name in needs.sums}
+        maxima = {name: value_N[name][kept_N].double().max() for name in needs.maxima}
+        return {"tokens": kept_N.double().sum()} | sums | maxima
 
     def loss(self, batch: TokenBatch) -> TokenLoss:
         """The method's terms times the weights that compose with it, on what it and they select."""

@@ -59,10 +59,8 @@ def rows(batch, *names):
 def with_statistics(objective, batch, kept=None):
     """The batch with what the learner reduces over the `kept` tokens of a whole step, which this is (all: None)."""
     kept_N = torch.ones(len(batch.segment_N), dtype=bool) if kept is None else torch.tensor(kept)
-    needs, found = objective.needs(), objective.statistics(batch)
-    statistics = {name: found[name][kept_N].sum().detach() for name in needs.sums}
-    statistics |= {name: found[name][kept_N].max().detach() for name in needs.maxima}
-    return replace(batch, statistics=statistics | {"tokens": kept_N.sum().double()})
+    with torch.no_grad():
+        return replace(batch, statistics=objective.statistics(batch, kept_N))
 
 
 def coefficients(objective, batch):
