@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 
 class Eopd(Sampled, tag="eopd"):
-    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; SECOND-HAND: by
-    notes on the paper, which disagree on whether π_T is renormalised over the k; π is not). It adds, and switches
+    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; EXACT (code): π_T is
+    renormalised over the k, π is not, and ℓ_OPD of all tokens is PPO's without dual clip). It adds, and switches
     nothing off. With the rest a "bucket" instead, the added term is a divergence, zero where they agree.
+
+    The code takes ℓ_OPD's advantage from the policy that sampled, `student_signal = "cached"`; the live one, our
+    default, does not go stale.
     """
 
     shown = ("uncertain",)
