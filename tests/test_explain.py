@@ -66,6 +66,7 @@ PUBLISHED = {  # command, rollouts; trajectory, field, its numbers
 }  # fmt: skip
 
 SAMPLED = {"student_logp", "behaviour_logp", "teacher_logp"}
+TAILED = {"candidates", "student_tail_logp", "teacher_tail_logp"}
 NEEDED = {  # command: the fields without which it cannot be
     "opd": SAMPLED,
     "opd correction.tag=importance correction.ratio=none": {"student_logp", "teacher_logp"},
@@ -79,10 +80,12 @@ NEEDED = {  # command: the fields without which it cannot be
     "cl_egrsd": SAMPLED | {"teacher_entropy", "reward", "length_cap"},
     "mc_opd m=4": SAMPLED | {"candidates"},
     "mc_opd m=1": SAMPLED,
-    "topk_kl k=3": {"candidates"},
-    "topk_kl k=3 prefix.at_most=2": {"candidates", "student_logp", "behaviour_logp"},
-    "topk_kl k=3 drift_gate.block=2": {"candidates", "student_logp", "behaviour_logp"},
+    "topk_kl k=3": TAILED,
+    "topk_kl k=3 rest=renormalise": {"candidates"},
+    "topk_kl k=3 prefix.at_most=2": TAILED | {"student_logp", "behaviour_logp"},
+    "topk_kl k=3 drift_gate.block=2": TAILED | {"student_logp", "behaviour_logp"},
     "eopd k=3": SAMPLED | {"candidates", "teacher_entropy"},
+    "eopd k=3 tau=0 rest=bucket": SAMPLED | TAILED,
 }
 LENGTHS, PROMPTS, REWARDS = (4, 1, 6, 3), ("a", "a", "b", "a"), (1, 0, None, 1)
 
@@ -209,6 +212,23 @@ def test_candidates_have_coefficients_of_their_own(say):
             assert both["candidate_coefficient"][t] == pytest.approx(added)
 
 
+def test_a_tail_has_a_coefficient_of_its_own(say):
+    one = (
+        {"student_logp": -0.51082579, "teacher_logp": -0.69314718},
+        {"student_logp": -0.91629073, "teacher_logp": -0.7985077},
+    )
+    tails = {
+        "student_tail_logp": [-16.11809565],
+        "teacher_tail_logp": [-2.99573227],
+    }  # .6 - 1e-7, .4, 1e-7; .5, .45, .05
+    given = {"trajectories": [{"candidates": [one]} | tails]}
+    (found,) = say("topk_kl k=2 divergence=forward", given)["trajectories"]
+    assert found["coefficient"] == [pytest.approx([0.5, 0.45])]
+    assert found["tail_coefficient"] == pytest.approx([0.05])
+    *_, last = say("topk_kl k=2 divergence=forward", given, as_json=False).splitlines()
+    assert " ".join(last.split()) == "· all others -16.1181 - -2.9957 - - - 0.0500"
+
+
 @pytest.mark.parametrize("command", [*NEEDED, "egrsd drift_gate.block=2 random.share=0.5 mean_over=selected"])
 def test_it_is_what_the_learner_computes(command):
     tag, *settings = command.split()
@@ -219,7 +239,10 @@ def test_it_is_what_the_learner_computes(command):
     others = dict.fromkeys({f.name for f in fields(MicroBatch)} - set(given))
     kept = {"ids_L": torch.zeros(14), "keep_N": torch.ones(14, dtype=bool), "taught": False}
     micro = MicroBatch(**(others | given | kept))
-    read = Read(batch.student_logp_N, batch.student_entropy_N, batch.student_logp_NK, None, None, batch.hidden_ND)
+    read = Read(
+        batch.student_logp_N, batch.student_entropy_N, batch.student_logp_NK, None, None, batch.student_tail_logp_N,
+        batch.hidden_ND,
+    )  # fmt: skip
     moment = Moment(step=7, running=batch.running)
     statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], moment)
     seen = token_batch(micro, read, moment, statistics)
@@ -376,7 +399,8 @@ def test_the_table_has_a_row_a_token_and_one_for_each_of_its_candidates(say):
     for command in NEEDED:
         table = say(command, whole, as_json=False).splitlines()
         candidates = 3 * 14 if "candidates" in NEEDED[command] else 0
-        assert len(table) == 2 * 4 + 3 + 14 + candidates and max(map(len, table)) <= 120
+        tails = 14 if "student_tail_logp" in NEEDED[command] else 0
+        assert len(table) == 2 * 4 + 3 + 14 + candidates + tails and max(map(len, table)) <= 120
     mc = say("mc_opd m=4", whole, as_json=False).splitlines()
     found = say("mc_opd m=4", whole)["trajectories"][0]["coefficient"][0]
     assert [float(line.split()[-1]) for line in mc[2:6]] == pytest.approx(found, abs=1e-4)

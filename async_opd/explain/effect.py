@@ -24,6 +24,7 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
     live = {
         "coefficient": batch.student_logp_N,
         "candidate_coefficient": batch.student_logp_NK,
+        "tail_coefficient": batch.student_tail_logp_N,
     }
     columns = effect(objective.loss(batch), {name: x for name, x in live.items() if not isinstance(x, Absent)})
     lengths = [t.length for t in rollouts.trajectories]

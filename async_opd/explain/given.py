@@ -54,6 +54,8 @@ class Trajectory(Struct):
     teacher_entropy: list[float] | UnsetType = UNSET
     hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
+    student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all other tokens than the candidates
+    teacher_tail_logp: list[float] | UnsetType = UNSET
     reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
 
@@ -154,6 +156,8 @@ class Given:
             student_logp_NK=_leaf(self._candidates("student_logp")),
             behaviour_logp_NK=self._candidates("behaviour_logp"),
             teacher_logp_NK=self._candidates("teacher_logp"),
+            student_tail_logp_N=_leaf(self._tokens("student_tail_logp", LOGP)),
+            teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor([zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]),
             reward_S=self._each("reward"),

@@ -41,6 +41,7 @@ class Student(nn.Module):
             chunk_rows=self.chunk_rows,
             entropy=needs.student_entropy,
             candidate_ids_NK=micro.candidate_ids_NK,
+            tail=needs.tail,
         )
         return read._replace(hidden_ND=hidden_ND.detach()) if needs.hidden_state else read
 
@@ -74,6 +75,8 @@ def token_batch(
         student_logp_NK=read.candidates_NK,
         behaviour_logp_NK=micro.behaviour_logp_NK,
         teacher_logp_NK=micro.teacher_logp_NK,
+        student_tail_logp_N=read.tail_N,
+        teacher_tail_logp_N=micro.teacher_tail_logp_N,
         student_entropy_N=read.entropy_N,
         teacher_entropy_N=micro.teacher_entropy_N,
         hidden_ND=read.hidden_ND,

@@ -37,6 +37,8 @@ class TokenBatch:
     student_logp_NK: Tensor | None = None  # at the candidates
     behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
     teacher_logp_NK: Tensor | None = None
+    student_tail_logp_N: Tensor | None = None  # log-mass of all ids but the candidates
+    teacher_tail_logp_N: Tensor | None = None
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
     hidden_ND: Tensor | None = None  # what the student's head reads, detached

@@ -41,8 +41,8 @@ class Eopd(Sampled, tag="eopd"):
         return self.rest != "bucket"
 
     def wants(self) -> Needs:
-        """The teacher's k likeliest tokens and its exact entropy."""
-        return Needs(teacher_topk=self.k, teacher_entropy=True)
+        """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ > 0."""
+        return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π of the sampled token, [N]."""
@@ -50,10 +50,16 @@ class Eopd(Sampled, tag="eopd"):
 
     def terms(self, batch: TokenBatch) -> Terms:
         sampled = super().terms(batch)
-        student = maths.divergences.outcomes(batch.student_logp_NK, rest="bucket" if self.rest == "bucket" else "drop")
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
-        uncertain_N = (batch.teacher_entropy_N >= self.tau).to(student.dtype)
+        plain = "drop" if self.rest == "renormalise" else self.rest
+        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=plain)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
+        uncertain_N = self._uncertain(batch)
         more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)
         if self.prefix:
             more_N = self.prefix.factor(batch) * more_N
         return replace(sampled, loss_N=sampled.loss_N + more_N, shown={"uncertain": uncertain_N})
+
+    def _uncertain(self, batch: TokenBatch) -> Tensor:
+        """1[H_T ≥ τ] as a number, [N]."""
+        one_N = batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
+        return one_N.where(batch.teacher_entropy_N >= self.tau, 0) if self.tau else one_N

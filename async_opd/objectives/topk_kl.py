@@ -15,9 +15,9 @@ from async_opd.wire import Needs
 class TopkKl(Objective, tag="topk_kl"):
     """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each position.
 
-    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), which makes it a divergence; K = V makes
-    it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops the rest, so that agreement
-    is no minimum.
+    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), of the log-mass of its ids, which makes
+    it a divergence; K = V makes it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops
+    the rest, so that agreement is no minimum.
     Dense over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or none.
     """
 
@@ -34,13 +34,16 @@ class TopkKl(Objective, tag="topk_kl"):
         return self.rest == "drop" and self.divergence != "jensen_shannon"
 
     def wants(self) -> Needs:
-        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's."""
-        return Needs(teacher_topk=self.k) if self.support == "teacher" else Needs(teacher_at_student_ids=self.k)
+        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the tail of a bucket."""
+        tail = self.rest == "bucket"
+        if self.support == "teacher":
+            return Needs(teacher_topk=self.k, tail=tail)
+        return Needs(teacher_at_student_ids=self.k, tail=tail)
 
     def terms(self, batch: TokenBatch) -> Terms:
         """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
-        student = maths.divergences.outcomes(batch.student_logp_NK, rest=self.rest)
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
+        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=self.rest)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
         if self.divergence == "forward":
             loss_N = maths.divergences.kl(teacher, student)
         elif self.divergence == "reverse":

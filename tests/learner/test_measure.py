@@ -63,7 +63,7 @@ def test_each_of_several_samples_is_a_weight_of_its_own(sample, packed):
 def test_a_divergence_without_a_ratio_has_weights_of_one(sample, packed):
     top = dict(topk_ids=np.array([[5, 6]] * 2, np.int32), topk_logp=np.log(np.float32([[0.5, 0.25]] * 2)))
     micro = packed(sample(spans=[(0, 2)], **top))
-    found, _ = measured(TopkKl(k=2), micro, [-1.0, -1.0], np.log(np.float32([[0.25, 0.5]] * 2)))
+    found, _ = measured(TopkKl(k=2, rest="renormalise"), micro, [-1.0, -1.0], np.log(np.float32([[0.25, 0.5]] * 2)))
     assert [found[f"{w}_{m}"] for w in ("weight", "ratio") for m in ("mean", "max", "ess")] == [1.0] * 6
     assert [found[f"weight_by_{factor}"] for factor in ("method", "ratio", "advantage")] == [0.0] * 3
 

@@ -50,6 +50,18 @@ def ragged(seed, **more):
     )  # fmt: skip
 
 
+def with_candidates(batch, student_NV, teacher_NV, ids_NK):
+    """The batch with the log-probs of some ids of the vocabulary, and the log-mass of all others."""
+
+    def outside_N(logp_NV):
+        return logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1)
+
+    return replace(
+        batch, student_logp_NK=student_NV.gather(1, ids_NK), teacher_logp_NK=teacher_NV.gather(1, ids_NK),
+        student_tail_logp_N=outside_N(student_NV), teacher_tail_logp_N=outside_N(teacher_NV),
+    )  # fmt: skip
+
+
 def rows(batch, *names):
     """The tokens' values as lists, one of tuples for each trajectory."""
     columns = list(zip(*(getattr(batch, name).tolist() for name in names), strict=True))

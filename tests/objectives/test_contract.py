@@ -111,8 +111,9 @@ class Tiny(torch.nn.Module):
         self.inputs_LD.append(inputs_LD)
         hidden_ND = (torch.cat(parts) + inputs_LD)[micro.rows_N]
         settings = dict(temperature=1.0, chunk_rows=64, candidate_ids_NK=micro.candidate_ids_NK)
-        entropy = bool(needs and needs.student_entropy)
-        read = read_logprobs(hidden_ND, Head(self.head_VD), micro.targets_N, entropy=entropy, **settings)
+        if needs:
+            settings |= dict(entropy=needs.student_entropy, tail=needs.tail)
+        read = read_logprobs(hidden_ND, Head(self.head_VD), micro.targets_N, **settings)
         return read._replace(hidden_ND=hidden_ND.detach() if needs and needs.hidden_state else None)
 
 
@@ -132,6 +133,7 @@ def sample(i, needs):
     sampled = needs.student_ids == "sampled"
     own = torch.multinomial(behaviour.exp(), max(more, 1), replacement=True, generator=generator)
     own = (own if sampled else behaviour.topk(max(more, 1)).indices)[:, :more]
+    outside = teacher.scatter(1, own if more else top.indices, -torch.inf).logsumexp(1)
     array = lambda x: x.float().numpy()  # noqa: E731
     ends = np.cumsum([n for _, n in spans]).tolist()
     id = f"{i}@0#0"
@@ -147,6 +149,7 @@ def sample(i, needs):
         topk_logp=array(top.values) if needs.teacher_topk else None,
         entropy=array(-(teacher.exp() * teacher).sum(-1)) if needs.teacher_entropy else None,
         candidate_logp=array(teacher.gather(1, own)) if more else None,
+        tail_logp=array(outside) if needs.tail else None,
     )  # fmt: skip
     words = tuple(Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v)) for j, v in enumerate(verdicts))
     from_reference = Scores(id=id, sampled_logp=array(reference.gather(1, at)[:, 0])) if needs.reference else None
@@ -290,7 +293,7 @@ def test_nothing_but_the_student_carries_gradient(objective):
     batch, _ = whole_batch(objective)
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     carrying = {name for name, x in values.items() if torch.is_tensor(x) and x.requires_grad}
-    assert carrying <= {"student_logp_N", "student_logp_NK", "student_entropy_N"}
+    assert carrying <= {"student_logp_N", "student_logp_NK", "student_tail_logp_N", "student_entropy_N"}
     assert not any(x.requires_grad for x in batch.statistics.values())
 
 
@@ -301,6 +304,8 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
     same = dict(behaviour_logp_N=student_N, teacher_logp_N=student_N)
     if student_NK is not None:
         same |= dict(behaviour_logp_NK=student_NK.detach(), teacher_logp_NK=student_NK.detach())
+    if batch.student_tail_logp_N is not None:
+        same |= dict(teacher_tail_logp_N=batch.student_tail_logp_N.detach())
     loss = objective.loss(replace(batch, **same)).loss_N.sum()
     gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
     largest = max(0.0 if g is None else g.abs().max().item() for g in gradients)
