@@ -200,6 +200,9 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
     broken = c.objective.needs().groups and samples < 2
     yield broken, f"rollout.samples_per_prompt = {samples}: must be >= 2 for {tag(c.objective)}, which compares them"
+    broken = bool(c.objective.needs().running) and c.rollout.truncated == "drop"
+    limit = f"must be 'train' or 'mask' for {tag(c.objective)}, whose running mean would leave out what is dropped"
+    yield broken, f"rollout.truncated = 'drop': {limit}"
     yield from form_rules(c.teacher, c.teachers, c.data)
     broken = learner.trajectories_per_step % samples != 0
     yield broken, f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"

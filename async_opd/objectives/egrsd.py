@@ -23,7 +23,8 @@ class Egrsd(Sampled, tag="egrsd"):
 
     γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a reference solution
     in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is over all ranks, and stale tokens get ρ̃, as
-    the paper is on-policy. An unknown verdict gives no reward term, so no loss.
+    the paper is on-policy. An unknown verdict gives no reward term, so no loss. The running moments are those of every
+    response, also one that left the loss, so `rollout.truncated = "drop"` is refused.
     """
 
     learns_from_agreement = True

@@ -96,6 +96,20 @@ def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sam
     assert found["direction"] == 1 and found["certainty"] == pytest.approx(0.85)  # 1 - .3 · .5 / 1
 
 
+def test_a_wrong_answer_that_was_cut_and_left_the_loss_counts_in_the_running_mean(sample, packed):
+    short = dict(spans=[(0, 3)], correct=True)
+    cut = sample(spans=[(0, 4)], id="cut", correct=False, truncated=True)
+    trajectories = [sample(id="a", **short), sample(id="b", **short), cut]
+    scored = []
+    for one in trajectories:
+        entropy = np.full(len(one.rollout.ids), 0.5, np.float32)
+        scored.append(replace(one, scores=msgspec.structs.replace(one.scores, entropy=entropy)))
+    micro = packed(*scored, cap=4, truncated="mask")
+    found, after = measured(Egrsd(), micro, [-1.0] * 10, running={"reward": Moments()})
+    assert found["tokens"] == 6 and found["tokens_excluded"] == 4
+    assert after["reward"].count == 3 and after["reward"].mean == pytest.approx(0.75)  # (1.125 + 1.125 + 0) / 3
+
+
 def test_the_histogram_of_lag_counts_every_trained_token_once_whatever_the_split(sample, packed):
     own = [sample(spans=[(3, 2), (4, 1)], id="a"), sample(spans=[(2, 4), (5, 3)], id="b"), sample(spans=[(1, 9)])]
     bounds = dict(live=5, max_lag_steps=3)
