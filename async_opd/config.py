@@ -1,6 +1,7 @@
 """The whole run in one typed TOML file: roles composed, cross-field rules, `load()` with overrides."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from functools import reduce
@@ -172,8 +173,9 @@ def checked(tree: dict, kind: type[Struct]) -> Any:
     refuse_mistakes(tree, kind)
     try:
         return msgspec.convert(tree, kind)
-    except msgspec.ValidationError as e:  # an invariant of a section's own
-        raise ConfigError(str(e)) from e
+    except msgspec.ValidationError as e:  # an invariant of a section's own, whose message begins with the key
+        place = re.fullmatch(r"(.*) - at `\$\.(.*)`", str(e))
+        raise ConfigError(f"{place[2]}.{place[1]}" if place else str(e)) from e
 
 
 def apply_override(tree: dict, override: str) -> None:

@@ -85,6 +85,11 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mean_one: ClassVar[bool] = False  # whether the method's own weight has mean one over the kept tokens
     shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
 
+    def __post_init__(self):
+        selects = self.position or self.random or type(self).selection is not Objective.selection
+        if self.mean_over == "selected" and not selects:
+            raise ValueError("mean_over = 'selected': has no effect without position or random")
+
     @property
     def tag(self) -> str:
         """Its name in a config."""

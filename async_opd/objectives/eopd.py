@@ -31,7 +31,7 @@ class Eopd(Sampled, tag="eopd"):
     correction: Importance | Ppo = Ppo()
     tau: Annotated[float, Meta(ge=0)] = 0.8  # nats
     k: Annotated[int, Meta(ge=1)] = 16
-    alpha: Annotated[float, Meta(ge=0)] = 1.0
+    alpha: Annotated[float, Meta(gt=0)] = 1.0
     rest: Literal["bucket", "renormalise", "drop"] = "renormalise"
     prefix: PrefixRatio | None = None  # of the added term
 

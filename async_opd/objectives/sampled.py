@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from async_opd import maths
 from async_opd.objectives.base import Objective, Terms, TokenBatch
-from async_opd.objectives.modifiers import Bound, Range, refuse_empty
+from async_opd.objectives.modifiers import Bound, Range, check_bounds, refuse_change
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,10 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
 
     def __post_init__(self):
-        refuse_empty(self.between)
-        if self.ratio == "none" and (self.at_most or self.between):
-            raise ValueError("at_most and between: have no effect with ratio = 'none'")
+        check_bounds(self.at_most, self.between)
+        if self.ratio == "none":
+            refuse_change(self, "at_most", "ratio = 'none'")
+            refuse_change(self, "between", "ratio = 'none'")
 
     def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""

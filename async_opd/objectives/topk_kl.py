@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from async_opd import maths
 from async_opd.objectives.base import Objective, Terms, TokenBatch
-from async_opd.objectives.modifiers import PrefixRatio
+from async_opd.objectives.modifiers import PrefixRatio, refuse_change
 from async_opd.wire import Needs
 
 
@@ -27,6 +27,13 @@ class TopkKl(Objective, tag="topk_kl"):
     support: Literal["teacher", "student"] = "teacher"  # whose likeliest tokens
     rest: Literal["bucket", "renormalise", "drop"] = "bucket"  # what becomes of the tokens outside
     prefix: PrefixRatio | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.divergence != "jensen_shannon":
+            refuse_change(self, "beta", f"divergence = {self.divergence!r}")
+        if self.k == 1 and self.rest == "renormalise":
+            raise ValueError("k = 1: must be > 1 with rest = 'renormalise', or the one candidate is certain to both")
 
     @property
     def learns_from_agreement(self) -> bool:

@@ -63,7 +63,7 @@ MEANS = ["tokens", "selected", "sequences"]
 
 def combinations() -> Iterator:
     """Each objective with each of its corrections, and its other branches with two of them; each time with the next of
-    what composes and the next mean."""
+    what composes and the next mean, over the selected tokens where some are selected."""
     composed, means = cycle(COMPOSED), cycle(MEANS)
     for tag, cls in all_objectives().items():
         known = {f.name for f in msgspec.structs.fields(cls)}
@@ -72,7 +72,10 @@ def combinations() -> Iterator:
         others = cycle(stale)
         for i, settings in enumerate(SETTINGS.get(tag, [])):
             for changes in stale if i == 0 else islice(others, 2):
-                yield cls(**(next(composed) | dict(mean_over=next(means)) | changes | settings))
+                more, mean = next(composed), next(means)
+                if mean == "selected" and tag != "dear" and not {"position", "random"} & set(more):
+                    mean = "tokens"
+                yield cls(**(more | dict(mean_over=mean) | changes | settings))
 
 
 PLAIN = [cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from given import KEPT, LENGTHS, STUDENT, TEACHER, batch, coefficients, ragged, rows, with_statistics
 
-from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
+from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance, Ppo
 
@@ -80,6 +80,25 @@ def test_cached_signals_take_the_advantage_of_the_behaviour_policy():
     assert coefficients(Opd(student_signal="cached"), given) == pytest.approx([2.718282 * 1.5, -0.2], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Importance(ratio="none", at_most=2.0), r"at_most = 2\.0: has no effect with ratio = 'none'"),
+        (lambda: Importance(ratio="none", between=(1.0, 2.0)), r"between = .* has no effect with ratio = 'none'"),
+        (
+            lambda: Importance(at_most=2.0, between=(1.0, 2.0)),
+            r"at_most = 2\.0: has no effect with between = \[1\.0, 2\.0",
+        ),
+        (lambda: PrefixRatio(at_most=3.0, between=(1.0, 2.0)), r"at_most = 3\.0: has no effect with between"),
+        (lambda: Position(share=1.0, part="suffix"), "part = 'suffix': has no effect with share = 1"),
+        (lambda: Opd(mean_over="selected"), "mean_over = 'selected': has no effect without position or random"),
+    ],
+)
+def test_settings_without_effect_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
 # --- weights and masks that compose ---------------------------------------------------------------------------------
 
 
@@ -113,7 +132,7 @@ def test_the_drift_gate_is_that_of_a_loop_over_blocks_of_each_trajectory(block, 
         (0.3, "suffix", ["00011", "1", "0000111", "001", "01"]),
         (0.5, "prefix", ["11100", "1", "1111000", "110", "10"]),  # 2.5 → 3, .5 → 1, 3.5 → 4, 1.5 → 2, 1
         (0.01, "suffix", ["00001", "1", "0000001", "001", "01"]),
-        (1.0, "suffix", ["11111", "1", "1111111", "111", "11"]),
+        (1.0, "prefix", ["11111", "1", "1111111", "111", "11"]),
     ],
 )
 def test_position_selects_a_share_of_each_response_from_its_start_or_end(share, part, expected):

@@ -183,3 +183,14 @@ def test_the_tail_is_read_only_where_it_is_an_outcome(rest):
 def test_no_candidates_at_all_are_refused():
     with pytest.raises(msgspec.ValidationError, match=">= 1"):
         msgspec.convert({"k": 0, "tag": "topk_kl"}, TopkKl)
+
+
+def test_one_candidate_that_is_renormalised_is_refused():
+    with pytest.raises(ValueError, match="k = 1: must be > 1 with rest = 'renormalise'"):
+        TopkKl(k=1, rest="renormalise")
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_a_share_of_the_mixture_is_refused_without_one(divergence):
+    with pytest.raises(ValueError, match=rf"beta = 0\.3: has no effect with divergence = '{divergence}'"):
+        TopkKl(k=2, divergence=divergence, beta=0.3)
