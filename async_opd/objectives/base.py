@@ -82,7 +82,6 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     # each trajectory's, then over trajectories
 
     learns_from_agreement: ClassVar[bool] = False  # whether there is a signal where student and teacher agree
-    mean_one: ClassVar[bool] = False  # whether the method's own weight has mean one over the kept tokens
     shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
 
     def __post_init__(self):

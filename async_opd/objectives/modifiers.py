@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import fields
@@ -22,8 +22,6 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weight g/ḡ, g = exp(-τ|mean of log π - log π_behaviour over a block|), mean one over the kept tokens (blockwise
     policy-drift gate, arXiv:2606.24084; EXACT). Its π_old is the behaviour policy here, so it weighs staleness."""
-
-    mean_one: ClassVar[bool] = True
 
     block: Annotated[int, Meta(ge=1)] = 64  # tokens
     tau: Annotated[float, Meta(gt=0)] = 1.0  # per nat

@@ -27,7 +27,6 @@ class SgOpd(Sampled, tag="sg_opd"):
     names but does not give them: `preserve` = A(λ_base), `grpo` = a₁, τ, and which tokens φ's mean is over.
     """
 
-    mean_one = True
     shown = ("agree", "disagree", "no_sign")
 
     lambda_high: Annotated[float, Meta(ge=1)] = 1.8

@@ -84,6 +84,27 @@ def test_sg_opd_shows_the_shares_of_kept_tokens_that_agree_disagree_or_have_no_s
     assert [found[name] for name in ("agree", "disagree", "no_sign")] == pytest.approx([0.2, 0.2, 0.6])
 
 
+def test_each_response_has_the_same_say_in_a_step_of_sg_opd_however_long_it_is(sample, packed):
+    short, long = (
+        in_group(sample(spans=[(0, n)], id=f"{n}", behaviour=[-1] * n, teacher=[gap - 1] * n), None, True)
+        for n, gap in ((1, -0.5), (3, -0.2))
+    )
+    found, _ = measured(SgOpd(), packed(short, long), [-1.0] * 4)
+    # an unknown verdict leaves A = log π_T - log π and φ = 1: losses of -.5 once and of -.2 three times
+    assert found["loss"] == pytest.approx(-0.35)  # over all tokens it would be -.275
+
+
+@pytest.mark.parametrize(
+    ("mean_over", "loss"),  # -1 and -2 of the one response, -4 of the other; its first half is selected
+    [("tokens", -5 / 3), ("selected", -5 / 2), ("sequences", (-1 / 2 - 4) / 2)],
+)
+def test_a_mean_is_over_tokens_or_the_selected_of_them_or_first_over_each_response(mean_over, loss, sample, packed):
+    long = sample(spans=[(0, 2)], id="a", behaviour=[-1] * 2, teacher=[-2, -3])
+    short = sample(spans=[(0, 1)], id="b", behaviour=[-1], teacher=[-5])
+    objective = Opd(position=Position(share=0.5), mean_over=mean_over)
+    assert measured(objective, packed(long, short), [-1.0] * 3)[0]["loss"] == pytest.approx(loss)
+
+
 def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sample, packed):
     entropy = dict(entropy=np.float32([0.5, 0.5]))
     trajectories = [sample(spans=[(0, 2)], id=str(i), correct=v) for i, v in enumerate([True, False, None])]
