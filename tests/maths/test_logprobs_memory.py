@@ -16,11 +16,16 @@ hidden = torch.randn(rows, width, requires_grad=True)
 weight = torch.randn(vocabulary, width, requires_grad=True)
 hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
 warm, head = torch.ones(512, width, requires_grad=True), Head(weight[:5000])  # loads the kernels
-asked = dict(temperature=1.0, chunk_rows=512, entropy=True)
-sum(x.sum() for x in read_logprobs(warm, head, torch.zeros(512).long(), **asked)[:2]).backward()
+asked = dict(temperature=1.0, chunk_rows=512, entropy=True, tail=True)
+
+def read(hidden, head):
+    ids = torch.zeros(len(hidden), dtype=torch.int64)
+    found = read_logprobs(hidden, head, ids, candidate_ids_NK=ids[:, None], **asked)
+    (found.sampled_N.sum() + found.entropy_N.sum() + found.candidates_NK.sum() + found.tail_N.sum()).backward()
+
+read(warm, head)
 before = peak()
-ids = torch.zeros(rows, dtype=torch.int64)
-sum(x.sum() for x in read_logprobs(hidden, Head(weight), ids, **asked)[:2]).backward()
+read(hidden, Head(weight))
 print(peak() - before - weight.nbytes)  # the new gradient, before it is added to the old one
 """
 
