@@ -68,12 +68,9 @@ class _Host:
         if check := getattr(self._role, "check_health", None):
             await check()
 
-    async def address(self) -> tuple[str, int]:
-        """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
-        from async_opd.collective import free_port  # here, so that the driver and the verifier do without torch
-
-        host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+    async def address(self) -> str:
+        """This node's address."""
+        return ray.util.get_node_ip_address()
 
     async def place(self) -> str:
         """This node's address and the GPUs that are this actor's."""
@@ -114,8 +111,8 @@ class _Actor:
         self.killed = True
         ray.kill(self.handle)
 
-    async def address(self, timeout_s: float) -> tuple[str, int]:
-        """Where the actor runs; answered once its role is built."""
+    async def address(self, timeout_s: float) -> str:
+        """Of the node where the actor runs; answered once its role is built."""
         return await self.result(self.handle.address.remote(), timeout_s, "start")
 
     async def sees(self, file: str, timeout_s: float) -> bool:
@@ -229,8 +226,9 @@ class Cluster:
         async with self._turn:
             parts = map(self._casting.learner_rank, range(ask.count))
             ranks = [self._make(name, part, nodes[name]) for name, part in zip(ask.members, parts, strict=True)]
-            address, port = await ranks[0].address(start_s)
-            await asyncio.gather(*(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks))
+            address = await ranks[0].address(start_s)
+            rendezvous = await ranks[0].call(start_s, "listen", address)
+            await asyncio.gather(*(rank.call(start_s, "start", rendezvous) for rank in ranks))
         await asyncio.gather(*map(self._settled, ranks))
         return LearnerProxy(ranks, address, self._config)
 

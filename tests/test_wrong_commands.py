@@ -12,7 +12,7 @@ import pytest
 
 from async_opd.checkpoints import Checkpoints, RunState
 from async_opd.cli import COMMANDS, main
-from async_opd.collective import free_port
+from async_opd.collective import held_port
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
@@ -194,9 +194,10 @@ def test_every_command_refuses_an_option_that_is_none(command, refused):
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_not_there_is_said_at_once(scheme, refused, monkeypatch):
-    address = f"{scheme}127.0.0.1:{free_port('127.0.0.1')}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused("demo")
+    with held_port("127.0.0.1") as held:
+        address = f"{scheme}127.0.0.1:{held.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused("demo")
 
 
 def test_nccl_is_refused_on_a_cluster_without_gpus():
