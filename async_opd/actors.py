@@ -121,7 +121,7 @@ class _Actor:
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
         except GONE as e:
-            lines = str(e).partition("Some common causes")[0].strip().splitlines()
+            lines = str(e).partition("Some common causes")[0].strip().splitlines() or [type(e).__name__]
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # a failed constructor ends with its own error
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
         except RayTaskError as e:

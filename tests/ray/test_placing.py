@@ -62,6 +62,10 @@ async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anyth
         assert time.monotonic() - begun < 5
         assert cluster._actors == []
     assert [what for what, _ in told] == ["waits"] and "asked are 5 GPUs" in told[0][1]
+    with starting("rollout.generators=3", "timeout.nodes_s=0") as cluster:
+        with pytest.raises(ClusterTooSmall, match=r"asked are 3 GPUs \(generator 3 x 1\), free are 2 "):
+            await cluster.evaluators()
+        assert cluster._actors == []
 
 
 async def test_nodes_that_come_in_time_are_waited_for(nodes, idle):
