@@ -35,8 +35,8 @@ CONFINED = {
 }
 SMALL = {
     "aio", "errors", "say", "metric_names", "process_wide", "run_dir", "spans", "wire", "mistakes", "metrics",
-    "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit", "trace", "card", "crew", "export", "scale",
-    "progress", "train", "commands", "cli",
+    "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit", "trace", "card", "crew", "export",
+    "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 
