@@ -1,7 +1,6 @@
 """One run from its config, or from its last checkpoint, to its run directory."""
 
 import asyncio
-import atexit
 import gc
 import itertools
 import json
@@ -40,6 +39,7 @@ from async_opd.say import say
 from async_opd.sinks import SINKS
 from async_opd.spans import FILE, Window, encode
 from async_opd.stream.pool import Tell
+from async_opd.stream.supervise import interrupted_by_signal
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
@@ -52,11 +52,12 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     written to `summary.json`.
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
-    `run.max_restarts` times."""
-    if found:
-        return await _run(config, Path(config.run.dir), found)
-    with new_dir(Path(config.run.dir)) as run_dir:
-        return await _run(config, run_dir, None)
+    `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
+    with interrupted_by_signal(asyncio.current_task()):
+        if found:
+            return await _run(config, Path(config.run.dir), found)
+        with new_dir(Path(config.run.dir)) as run_dir:
+            return await _run(config, run_dir, None)
 
 
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
@@ -116,11 +117,11 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         roles = await cluster.roles()
         say(f"every actor is ready after {time.monotonic() - started:.0f} s")
         gc.collect()
-        atexit.register(gc.unfreeze)  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
         try:
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
+            gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
             meter.flush()
 
 

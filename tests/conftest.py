@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable
 
@@ -17,6 +18,17 @@ TINY = dict(
     max_position_embeddings=64,
     initializer_range=0.3,  # wide, so that a random model is sure of some tokens
 )
+
+
+@pytest.fixture
+def unheard(caplog) -> Callable[[], list[str]]:
+    """What asyncio says of errors that nobody has asked for, once what is done with is gone."""
+
+    def said() -> list[str]:
+        gc.collect()
+        return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+    return said
 
 
 @pytest.fixture(scope="session")

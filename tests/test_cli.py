@@ -57,7 +57,7 @@ def runs(monkeypatch, tmp_path):
         (["explain"], "usage: async-opd explain --objective NAME [key=value ...] FILE.json [--json]"),
         (["audit"], "usage: async-opd audit [-h] [--json] RUN"),
         (["scale"], "usage: async-opd scale [-h] [--address URL] RUN POOL=NUMBER [POOL=NUMBER ...]"),
-        (["cluster"], "usage: async-opd cluster [-h] render ..."),
+        (["cluster"], "usage: async-opd cluster render --kind KIND CONFIG [key=value ...] [-o FILE] [options]"),
     ],
 )
 def test_help_of_a_command_is_its_usage(command, says, capsys):

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from async_opd.checkpoints import Checkpoints, RunState, find
-from async_opd.collective import free_port
 from async_opd.errors import CheckpointError
 from async_opd.toy.tokenizer import build_tokenizer
 
@@ -39,9 +39,9 @@ def train(tiny_lm, tmp_path_factory):
         ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, resume=None, **settings
     ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
-        job = dict(rendezvous=f"tcp://127.0.0.1:{free_port('127.0.0.1')}", model=student(family), steps=STEPS)
         settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype) | settings
-        job |= dict(settings=settings, objective=objective, lopsided=lopsided, resume=resume and str(resume))
+        job = dict(model=student(family), steps=STEPS, settings=settings, objective=objective, lopsided=lopsided)
+        job |= dict(resume=resume and str(resume), meeting=str(folder / uuid.uuid4().hex))
         name = f"{ranks}-{zero_stage}-{dtype}-{family}-{objective}{'-resumed' if resume else ''}"
         outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
         jobs = [json.dumps(job | dict(rank=rank, out=str(out))) for rank, out in enumerate(outs)]

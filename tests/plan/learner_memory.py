@@ -34,14 +34,14 @@ def peak(work) -> int:
     return int(np.cumsum(changes).max())
 
 
-def main(model: str, rendezvous: str, settings: dict, tokens: list[int]) -> None:
+def main(model: str, settings: dict, tokens: list[int]) -> None:
     learner = LearnerRank(
         LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings),
         Opd(),
         model=model, temperature=1.0, steps=10, max_lag_steps=9, stale="mask", truncated="train", cap=4096, seed=0,
         rank=0, timeout_s=60.0, bucket_bytes=2**20,
     )  # fmt: skip
-    learner.start(rendezvous)
+    learner.start(learner.listen("127.0.0.1"))
 
     def step(length: int) -> None:
         ids = np.zeros(length, np.int32)
