@@ -45,7 +45,7 @@ class Hurt:
         """What the driver told so far."""
         return events(self.run_dir)
 
-    def told(self, what: str, who: str, since: float, within_s: float) -> float:
+    def told(self, what: str, who: str, since: float, within_s: float = 240) -> float:
         """Seconds from `since` until the driver told `what` of one whose name begins with `who`."""
         while True:
             for event in self.events():
@@ -59,14 +59,14 @@ class Hurt:
         """Steps in the log so far."""
         return len(rows(self.run_dir))
 
-    def trains(self, steps: int, within_s: float = 90) -> None:
+    def trains(self, steps: int, within_s: float = 240) -> None:
         """Wait for so many steps more."""
         wait_for_steps(self.job, self.run_dir, self.steps() + steps, within_s)
 
     def interrupt(self) -> None:
-        """Ctrl-C, as a terminal sends it; the job saves a checkpoint and ends in 30 s."""
+        """Ctrl-C, as a terminal sends it; the job saves a checkpoint and ends."""
         os.killpg(self.job.process.pid, signal.SIGINT)
-        assert self.job.wait(30) == 130, self.job.text()
+        assert self.job.wait(120) == 130, self.job.text()
 
     def books(self) -> Books:
         """The audit, which must balance."""

@@ -1,11 +1,10 @@
 """One learner rank in a process of its own: trains on the same random groups in every run and saves what came of it.
 
-`python rank_process.py <json>` with the fields of `main`. Not a test: `test_engine.py` starts it.
+Not a test: `test_engine.py` starts `main`.
 """
 
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from centred import Centred, Remembering
 
 from async_opd.checkpoints import write_whole
 from async_opd.errors import CheckpointError, Diverged
@@ -23,6 +21,7 @@ from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from tests.learner.centred import Centred, Remembering
 
 LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
 VOCABULARY = 40
@@ -159,7 +158,3 @@ def main(
     Path(out).write_text(json.dumps(result))
     dist.barrier()  # rank 0 holds the store: the others abort when it goes first
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))

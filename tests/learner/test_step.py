@@ -4,13 +4,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from centred import Centred
 
 from async_opd.learner.step import Moment, accumulate, batch_statistics
 from async_opd.maths.logprobs import NOTHING, Read
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
+from tests.learner.centred import Centred
 
 
 def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
