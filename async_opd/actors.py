@@ -20,10 +20,10 @@ from async_opd.casting import Casting, Part
 from async_opd.config import Config
 from async_opd.crew import Roles
 from async_opd.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
-from async_opd.imports import without_collections
 from async_opd.nodes import home, living, room, start_ray, taken_over
 from async_opd.placement import RANK, Ask, Node, asks, choose
 from async_opd.ports import Ref
+from async_opd.process_wide import no_garbage_collection
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.scoring import refuse_without_gpus, section
 from async_opd.stream.pool import Tell
@@ -46,7 +46,7 @@ class _Host:
 
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
-        with without_collections():
+        with no_garbage_collection():
             self._role = getattr(import_module(module), name)(*part.args, **part.settings)
         gc.collect()
         gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it

@@ -32,8 +32,8 @@ from async_opd.errors import (
     SyncFailed,
     TimedOut,
 )
-from async_opd.imports import without_collections
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.process_wide import no_garbage_collection
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
 from async_opd.sinks import SINKS
@@ -63,7 +63,7 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    with without_collections():
+    with no_garbage_collection():
         from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
