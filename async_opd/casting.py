@@ -4,6 +4,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from tokenizers import Tokenizer
 
 from async_opd.config import Config
@@ -11,6 +12,7 @@ from async_opd.rollout.config import RolloutConfig
 from async_opd.scoring import longest_sequence
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.group import GroupVerifier
+from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Needs
 
 
@@ -113,4 +115,8 @@ class Casting:
 def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
     """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
     decoder = Tokenizer.from_str(tokenizer)
-    return GroupVerifier(config, lambda ids: decoder.decode(ids.tolist(), skip_special_tokens=True), within_s)
+
+    def decode(ids: np.ndarray) -> str:
+        return decoder.decode(ids.tolist(), skip_special_tokens=True)
+
+    return GroupVerifier(VerifierPool(config), decode, within_s)

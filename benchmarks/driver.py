@@ -15,13 +15,14 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from paced import LOGP, PROBE_TOKENS, Pace, PacedLearner, Prompts
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.crew import Roles
@@ -30,15 +31,16 @@ from async_opd.run import environment
 from async_opd.spans import FILE, Window, encode
 from async_opd.train import train
 from async_opd.wire import GroupMeta, Prompt, Rollout, Span, Verdict
+from tests.simulated.roles import AT_ONCE, LOGP, PROBE_TOKENS, Prompts, SimulatedLearner
 
 GENERATORS, LOOKS = (1, 8, 64, 512), (1_000, 10_000, 100_000)
-AT_ONCE = Pace(token_s=0, step_s=0, sync_s=0)
 PROBED = np.zeros(PROBE_TOKENS, np.int32)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Instant:
-    """Generator, teacher and verifier that answer when the loop comes round; `calls` counts what is asked of all."""
+    """Generator, teacher and verifier that answer when the loop comes round; `calls` counts what is asked of all. The
+    simulated roles of the tests keep times and places, which would be part of what is measured here."""
 
     calls = 0
 
@@ -113,7 +115,7 @@ async def measure(generators: int, trajectories: int, folder: Path, trace_steps:
         generators=[Instant() for _ in range(generators)],
         teachers={"": [Instant()]},
         verifier=Instant(),
-        learner=PacedLearner(AT_ONCE, config.run.max_lag_steps),
+        learner=SimulatedLearner(AT_ONCE, config.run.max_lag_steps),
     )
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run_dir = Path(name)

@@ -13,15 +13,17 @@ import json
 import os
 import platform
 import statistics
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from paced import Pace, measure
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.run import environment
 from async_opd.stream.ledger import Ledger
 from async_opd.stream.pool import Pool
+from tests.simulated.roles import Pace
+from tests.simulated.runs import measure
 
 PACE, STEPS = Pace.of(1, 1), 60
 

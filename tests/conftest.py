@@ -1,6 +1,7 @@
 import gc
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,6 +19,17 @@ TINY = dict(
     max_position_embeddings=64,
     initializer_range=0.3,  # wide, so that a random model is sure of some tokens
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cluster() -> Iterator[None]:
+    """No test finds a cluster that runs on this machine, of a user or of another process of tests: Ray leaves where one
+    is in its folder for temporary files."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", folder)
+            patch.delenv("RAY_ADDRESS", raising=False)
+            yield
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group, held_port, join_store, open_store
 
 HOST = "127.0.0.1"
+SOON_S = 30.0  # behind a timeout of a second or less, on a busy machine; torch's own timeouts are minutes
 dtypes = st.sampled_from(["float32", "bfloat16", "int64"])
-metas = st.lists(st.builds(TensorMeta, name=st.text(max_size=3), dtype=dtypes, shape=st.tuples(st.integers(0, 40))))
+metas = st.lists(st.builds(TensorMeta, name=st.sampled_from("abc"), dtype=dtypes, shape=st.tuples(st.integers(0, 40))))
 
 
 @given(metas=metas, bucket_bytes=st.integers(1, 300))
@@ -45,7 +46,7 @@ def test_a_broadcast_delivers_to_every_member(dtype):
     opened, weights = open_store(HOST, 10.0), torch.arange(5, dtype=dtype)
 
     def member(rank):
-        group = member_of(opened, rank, world=3, timeout_s=10.0)
+        group = member_of(opened, rank, world=3, timeout_s=60.0)
         flat = weights.clone() if rank == 0 else torch.zeros_like(weights)
         broadcast(group, flat).wait()
         return flat
@@ -57,25 +58,25 @@ def test_a_broadcast_delivers_to_every_member(dtype):
 def test_a_member_that_never_comes_is_an_error_soon_after_the_timeout():
     opened, started = open_store(HOST, 2.0), time.monotonic()
     with pytest.raises(RuntimeError):
-        gloo_group(opened, rank=0, world=2, timeout_s=2.0)
-    assert time.monotonic() - started < 8
+        gloo_group(opened, rank=0, world=2, timeout_s=0.5)
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_store_that_nobody_opens_is_an_error_soon_after_the_timeout():
     started = time.monotonic()
     with held_port(HOST) as held, pytest.raises(RuntimeError):
-        join_store(*held.getsockname(), timeout_s=2.0)
-    assert time.monotonic() - started < 8
+        join_store(*held.getsockname(), timeout_s=0.5)
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_member_that_stops_taking_part_is_an_error_soon_after_the_timeout():
     opened = open_store(HOST, 2.0)
     with ThreadPoolExecutor(2) as pool:
-        groups = list(pool.map(lambda rank: member_of(opened, rank, world=2, timeout_s=2.0), range(2)))
+        groups = list(pool.map(lambda rank: member_of(opened, rank, world=2, timeout_s=1.0), range(2)))
     started = time.monotonic()
     with pytest.raises(RuntimeError):
         broadcast(groups[1], torch.zeros(5)).wait()  # rank 0 sends nothing
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_held_port_is_nobodys_but_his_who_asks_for_it_by_number():

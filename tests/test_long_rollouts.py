@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import itertools
 import pickle
 import sys
 from types import SimpleNamespace
@@ -16,9 +15,11 @@ from async_opd.learner.batch import Sample, pack
 from async_opd.maths.packing import plan
 from async_opd.objectives import all_objectives
 from async_opd.ports import Ready
+from async_opd.rollout.config import RolloutConfig
 from async_opd.stream.queue import TrajectoryQueue
 from async_opd.teacher.config import TeacherConfig
 from async_opd.teacher.scorer import TransformersTeacher
+from async_opd.toy import STUDENT, TEACHER
 from async_opd.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
 from tests.objectives.test_contract import CASES
 
@@ -52,9 +53,9 @@ def teacher(tiny_lm, tmp_path):
     return lambda needs: TransformersTeacher(config, needs, temperature=1.0, vocabulary=40)
 
 
-def messages(teacher: TransformersTeacher, tokens: int):
+def messages(teacher: TransformersTeacher, needs: Needs, tokens: int):
     """All that is made of one trajectory and sent: by generator (twice), teacher and verifier."""
-    rollout = response(tokens, teacher._needs)
+    rollout = response(tokens, needs)
     prompt = Prompt(id="train-123456@0", ids=np.zeros(P, np.int32), answer="12345")
     meta = GroupMeta(id=prompt.id, prompt_len=P, spans=(rollout.spans,), truncated=(False,))
     scores = teacher.score_rollouts([(prompt.ids, rollout)])
@@ -84,7 +85,7 @@ def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher):
     numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
     rest = 512 + 16 * arrays + 4 * P
     total = 0
-    for message in messages(teacher(needs), LONG):
+    for message in messages(teacher(needs), needs, LONG):
         data, buffers = sent(message)
         total += len(data) + sum(buffer.raw().nbytes for buffer in buffers)
     assert LONG * 4 * numbers < total <= LONG * (4 * numbers + 8 * needs.teacher_topk) + rest
@@ -94,10 +95,10 @@ def test_every_objective_is_priced():
     assert {type(case) for case in CASES} == set(all_objectives().values())
 
 
-def way(teacher: TransformersTeacher, tokens: int) -> None:
+def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
     """A response's way from the teacher's forward over wire and queue into the learner's batch."""
     meta, group, scores, verdicts = (
-        pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, tokens))
+        pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, needs, tokens))
     )
     queue = TrajectoryQueue(
         groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ticket, prompt, cause: None, wait_s=60.0
@@ -113,13 +114,6 @@ def way(teacher: TransformersTeacher, tokens: int) -> None:
     bounds = dict(live=104, max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
     micro = pack([sample], **bounds, device=torch.device("cpu"))
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
-
-
-def result(coroutine):
-    """Of a coroutine that has nothing to wait for."""
-    with pytest.raises(StopIteration) as end:
-        coroutine.send(None)
-    return end.value.value
 
 
 def steps(call, *args) -> int:
@@ -144,10 +138,11 @@ def steps(call, *args) -> int:
 
 
 def test_no_python_runs_for_each_token_from_teacher_to_learner(teacher):
-    scorer = teacher(Needs(teacher_topk=4, teacher_entropy=True, teacher_at_student_ids=2, student_ids="sampled"))
+    needs = Needs(teacher_topk=4, teacher_entropy=True, teacher_at_student_ids=2, student_ids="sampled")
+    scorer = teacher(needs)
     for tokens in (1_000, LONG):
-        way(scorer, tokens)  # what runs once only: imports, and the layout cached by lengths
-    assert steps(way, scorer, 1_000) == steps(way, scorer, LONG) > 1_000
+        way(scorer, needs, tokens)  # what runs once only: imports, and the layout cached by lengths
+    assert steps(way, scorer, needs, 1_000) == steps(way, scorer, needs, LONG) > 1_000
 
 
 def test_one_comprehension_over_tokens_would_show():
@@ -158,39 +153,83 @@ def test_one_comprehension_over_tokens_would_show():
     assert steps(loop, response(LONG)) - steps(loop, response(1_000)) >= more
 
 
+class Engine:
+    """In the place of vLLM's: answers a generator with `output`, and a teacher with log-probs of every token."""
+
+    def __init__(self, vocabulary: int = 0, output=None):
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: vocabulary)
+        self.output = output
+
+    async def collective_rpc(self, method: str, args: tuple) -> None: ...
+
+    async def add_request(self, id: str, prompt: dict, sampling, *, priority: int):
+        assert type(prompt["prompt_token_ids"]) is list
+
+        async def get() -> SimpleNamespace:
+            return SimpleNamespace(outputs=[self.output])
+
+        return SimpleNamespace(get=get)
+
+    async def generate(self, prompt: dict, sampling, id: str):
+        assert type(prompt["prompt_token_ids"]) is list
+        given = sampling.prompt_logprob_token_ids
+        yield SimpleNamespace(
+            prompt_logprobs=flat(len(prompt["prompt_token_ids"]) - 1, 1 + sampling.prompt_logprobs),
+            prompt_token_id_logprobs=None if given is None else -np.asarray(given, np.float32),
+        )
+
+
+def flat(rows: int, width: int):
+    """Log-probs of ids 0, 1, … at each of `rows` tokens, as vLLM gives them."""
+    from vllm.logprobs import FlatLogprobs
+
+    return FlatLogprobs(token_ids=list(range(width)) * rows, logprobs=[-1.0] * width * rows)
+
+
+@pytest.fixture
+def around_vllm(monkeypatch):
+    """Makes a generator, and a teacher without and one with padding among the likeliest, on engines of ours."""
+    from async_opd.rollout import generator
+    from async_opd.teacher import vllm as teacher
+
+    engine = Engine()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # restored, whatever is set
+    for module in (generator, teacher):
+        monkeypatch.setattr(module, "cpu_engine", lambda memory_gib: {})  # it is the engine's process that reads those
+    monkeypatch.setattr(generator, "AsyncLLM", SimpleNamespace(from_engine_args=lambda args: engine))
+    with_padding = SimpleNamespace(from_engine_args=lambda args: Engine(vocabulary=5))
+    monkeypatch.setattr(teacher, "AsyncLLM", with_padding)
+
+    def make(needs: Needs):
+        sampler = generator.RolloutGenerator(
+            RolloutConfig(max_new_tokens=LONG, enforce_eager=True), needs, name="generator 0", model=str(STUDENT),
+            eos_ids=[1], max_prompt_tokens=P, vocabulary=24, backend="gloo", seed=0,
+        )  # fmt: skip
+        config = TeacherConfig(model=str(TEACHER), backend="vllm")
+        asked = Needs(teacher_topk=4, teacher_at_student_ids=needs.teacher_at_student_ids)
+        teachers = [
+            teacher.VllmTeacher(config, asked, role="teacher 0", vocabulary=vocabulary, longest=P + LONG)
+            for vocabulary in (5, 2)
+        ]
+        return engine, sampler, teachers
+
+    return make
+
+
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
 @pytest.mark.parametrize("needs", [NOTHING, LIKELIEST, SAMPLED], ids=["nothing", "likeliest", "sampled"])
-def test_no_python_of_ours_runs_for_each_token_around_vllm(needs):
-    from vllm.logprobs import FlatLogprobs
+def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
     from vllm.outputs import CompletionOutput, WeightVersionSpan
 
-    from async_opd.rollout.generator import RolloutGenerator
-    from async_opd.teacher.vllm import VllmTeacher
-
-    def flat(rows: int, width: int) -> FlatLogprobs:
-        return FlatLogprobs(token_ids=list(range(width)) * rows, logprobs=[-1.0] * width * rows)
-
-    async def engine_takes(id: str, prompt: dict, sampling: None, *, priority: int) -> None:
-        assert type(prompt["prompt_token_ids"]) is list
-
-    async def engine_scores(
-        ids: np.ndarray, *, prompt_logprobs: int, prompt_logprob_token_ids: np.ndarray | None = None, **_
-    ) -> SimpleNamespace:
-        given = None if prompt_logprob_token_ids is None else -prompt_logprob_token_ids.astype(np.float32)
-        return SimpleNamespace(prompt_logprobs=flat(len(ids) - 1, 1 + prompt_logprobs), prompt_token_id_logprobs=given)
-
+    engine, generator, teachers = around_vllm(needs)
     k = needs.teacher_at_student_ids
-    generator, teacher = object.__new__(RolloutGenerator), object.__new__(VllmTeacher)
-    generator._needs = needs
-    generator._engine, generator._request_ids = SimpleNamespace(add_request=engine_takes), itertools.count()
-    teacher._run, teacher._topk, teacher._padding, teacher._at_candidates = engine_scores, 4, 3, bool(k)
 
-    def around(prompt: Prompt, output: CompletionOutput) -> None:
-        result(generator._add(prompt.id, prompt.ids, None))
-        meta, group = generator._group(prompt, [output])
-        for teacher._vocabulary in (8, 2):  # without and with padding among the likeliest
-            scores = result(teacher._score(prompt.ids, group.rollouts[0]))
+    async def through(prompt: Prompt) -> None:
+        await generator.start()
+        meta, group = await generator.generate(prompt)
+        for teacher in teachers:
+            (scores,) = await teacher.score(group)
             assert scores.topk_ids.shape == (*meta.lengths, 4)
             assert np.shape(scores.candidate_logp) == ((*meta.lengths, k) if k else ())
 
@@ -198,7 +237,8 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs):
         prompt = Prompt(id="a", ids=np.zeros(tokens, np.int32), answer="")
         output = CompletionOutput(0, "", [5] * tokens, None, flat(tokens, 1 + k), finish_reason="stop")
         output.weight_versions = [WeightVersionSpan("3", 0, tokens)]
-        return steps(around, prompt, output)
+        engine.output = output
+        return steps(asyncio.run, through(prompt))
 
     count(1_000)
     assert count(1_000) == count(LONG) > 100

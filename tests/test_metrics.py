@@ -114,12 +114,12 @@ def test_rows_beyond_the_backlog_of_an_observer_that_blocks_are_lost_and_counted
 
     def block(row):
         entered.set()
-        release.wait(10)
+        release.wait(60)
         taken.append(row["step"])
 
     with observed({"slow": lambda: block}) as (observer,):
         observer({"step": 0})
-        assert entered.wait(5)
+        assert entered.wait(60)
         for step in range(1, OBSERVER_BACKLOG + 6):
             observer({"step": step})
         release.set()
@@ -136,7 +136,7 @@ def test_an_observer_that_blocks_for_ever_holds_up_the_end_for_a_bounded_time_an
         for observer in observers:
             for step in range(3):
                 observer({"step": step})
-    assert 0.2 <= time.monotonic() - started < 2  # once for all of them
+    assert 0.2 <= time.monotonic() - started < 30  # once for all of them, and not the 60 s that they take
     assert [observer.lost for observer in observers] == [3, 3]
     release.set()
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks.paced import EDGE, PER_STEP, REGIMES, Pace, measure
-from tests.fakes import virtual
+from tests.simulated.roles import PER_STEP, Pace
+from tests.simulated.runs import EDGE, REGIMES, measure
+from tests.simulated.virtual_time import virtual
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])

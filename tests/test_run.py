@@ -22,7 +22,13 @@ from async_opd.errors import ActorLost, AsyncOpdError, DataError
 from async_opd.spans import FILE
 from async_opd.toy.tokenizer import build_tokenizer
 from async_opd.trace.read import recorded
-from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, Prompts
+from tests.simulated.roles import (
+    Prompts,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
 
 
 def test_an_earlier_run_directory_is_kept_beside_the_new_one(tmp_path):
@@ -56,11 +62,11 @@ def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
     assert begun == [*lost, "runs/b", "runs/b/config.json", "runs/b/ledger.jsonl"]
 
 
-class PacedCluster:
-    """In place of Ray's: roles that take hardly any time."""
+class SimulatedCluster:
+    """In place of Ray's: roles that answer at once."""
 
     def __init__(self, config, tell, **_):
-        self._config, self._tell, self._pace = config, tell, Pace.of(0.01, 0.01)
+        self._config, self._tell = config, tell
 
     def __enter__(self):
         return self
@@ -69,21 +75,25 @@ class PacedCluster:
 
     async def roles(self):
         self._tell("placed", "learner", "")
-        learner = PacedLearner(self._pace, self._config.run.max_lag_steps)
-        one, teacher, verifier = PacedGenerator(self._pace), PacedTeacher(self._pace), PacedVerifier(self._pace)
-        return Roles(generators=[one], teachers={"": [teacher]}, verifier=verifier, learner=learner)
+        learner = SimulatedLearner(max_lag_steps=self._config.run.max_lag_steps)
+        return Roles(
+            generators=[SimulatedGenerator()],
+            teachers={"": [SimulatedTeacher()]},
+            verifier=SimulatedVerifier(),
+            learner=learner,
+        )
 
 
 @pytest.fixture
-def over_paced_roles(monkeypatch):
-    """Runs are over paced roles and made prompts."""
+def over_simulated_roles(monkeypatch):
+    """Runs are over simulated roles and made prompts."""
 
     def inputs(config):
         prompts = Prompts()
         prompts.skipped = 0
         return SimpleNamespace(prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer())
 
-    monkeypatch.setattr(runs, "Cluster", PacedCluster)
+    monkeypatch.setattr(runs, "Cluster", SimulatedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
 
 
@@ -92,7 +102,7 @@ SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=fa
 
 @pytest.mark.parametrize(("kept", "recorded_steps"), [(50, [None, *range(1, 13), None]), (0, None)])
 async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
-    tmp_path, over_paced_roles, kept, recorded_steps
+    tmp_path, over_simulated_roles, kept, recorded_steps
 ):
     summary = await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", *SMALL]))
     assert summary["steps"] == summary["version"] == 12
@@ -113,7 +123,7 @@ def process_wide() -> dict:
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
-async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_paced_roles, monkeypatch):
+async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_simulated_roles, monkeypatch):
     meanwhile = []
 
     async def train(*args):
@@ -130,7 +140,9 @@ async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_paced_rol
     assert meanwhile[0]["signals"] != before["signals"] and meanwhile[0]["frozen"] > 10_000
 
 
-async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(tmp_path, over_paced_roles, monkeypatch):
+async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(
+    tmp_path, over_simulated_roles, monkeypatch
+):
     job = tmp_path / "job"  # which unpacks the package, and is gone with it
     shutil.copytree(toy.WEIGHTS, job / "weights")
     with monkeypatch.context() as there:
@@ -144,7 +156,7 @@ async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(tm
     assert all(Path(file).exists() for file in config.inputs.values())
 
 
-async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_paced_roles):
+async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_simulated_roles):
     config = load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL])
     await runs.run(config)
     await runs.run(load_run(tmp_path / "run", ["run.steps=14"]), find(tmp_path / "run"))

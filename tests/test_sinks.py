@@ -44,7 +44,12 @@ def fed(run_dir, sinks: str, **environment: str) -> list[str]:
         capture_output=True, text=True, check=True, timeout=90,
     )  # fmt: skip
     assert ended.stderr == ""
-    assert [process.cmdline() for process in psutil.process_iter() if home(process) == str(run_dir)] == []
+    deadline = time.monotonic() + 30
+    while left := [
+        process.info["cmdline"] for process in psutil.process_iter(["cmdline"]) if home(process) == str(run_dir)
+    ]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
     return ended.stdout.splitlines()
 
 

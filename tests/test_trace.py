@@ -14,15 +14,16 @@ from async_opd.spans import EARLIER, FILE, STATES, Window, encode
 from async_opd.stream.timed import TimedGenerator
 from async_opd.trace.events import trace
 from async_opd.trace.read import calls, recorded, states
-from benchmarks.paced import PER_STEP, Pace, measure
-from tests.fakes import FakeGenerator, prompts, virtual
+from tests.simulated.roles import PER_STEP, Pace, Prompts, SimulatedGenerator
+from tests.simulated.runs import measure
+from tests.simulated.virtual_time import virtual
 
 PACE = replace(Pace.of(1, 1, heavy_tail=True), sync_s=0.05)
 LANES = {"generators": "generator 0", "teachers": "teacher 0", "verifier": "verifier 0", "learner": "learner"}
 
 
 def ran(run_dir: Path, steps: int, keep: int = 50) -> dict:
-    """Summary of a run over paced roles, in virtual time, whose spans lie in `run_dir`."""
+    """Summary of a run over simulated roles, in virtual time, whose spans lie in `run_dir`."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.json").write_text("{}")
     spans = Window(run_dir, keep, Jsonl(run_dir / FILE, encode))
@@ -189,14 +190,14 @@ def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_s
 def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
     lines = []
 
-    class Stuck(FakeGenerator):
+    class Stuck(SimulatedGenerator):
         async def generate(self, prompt):
             await asyncio.sleep(10)
 
     async def killed():
         meter = Meter([], asyncio.get_running_loop().time, lines.extend)
         generator = TimedGenerator(Stuck(), meter.actor("generators", "generator 3"))
-        asking = asyncio.ensure_future(generator.generate(next(prompts())))
+        asking = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
         await asyncio.sleep(1)
         generator.kill()
         asking.cancel()

@@ -1,4 +1,4 @@
-"""The main loop over fakes: no Ray, no engine, no model."""
+"""The main loop over simulated roles: no Ray, no engine, no model."""
 
 import asyncio
 import gc
@@ -19,8 +19,15 @@ from async_opd.errors import ActorLost, CheckpointError
 from async_opd.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.train import train
 from async_opd.wire import StepResult, Verdict
-from benchmarks.paced import Prompts
-from tests.fakes import FakeGenerator, FakeLearner, FakeScorer, prompts, virtual
+from tests.simulated.roles import (
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
 
 SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
 
@@ -29,17 +36,17 @@ async def run(
     tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, meter=None,
     **scorers,
 ):  # fmt: skip
-    """(summary, learner, rows) of a whole run over fakes."""
+    """(summary, learner, rows) of a whole run over simulated roles."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
-    learner, rows = learner or FakeLearner(), []
+    learner, rows = learner or RecordingLearner(), []
     roles = Roles(
-        generators=generators or [generator or FakeGenerator(), FakeGenerator()],
-        verifier=FakeScorer(),
+        generators=generators or [generator or SimulatedGenerator(), SimulatedGenerator()],
+        verifier=SimulatedVerifier(),
         learner=learner,
-        **{"teachers": {"": [FakeScorer()]}} | scorers,
+        **{"teachers": {"": [SimulatedTeacher()]}} | scorers,
     )
-    meter = meter or Meter([rows.append])
-    summary = await train(config, roles, source or Prompts(), list(prompts(held_out)), tmp_path, meter)
+    meter = meter or Meter([rows.append], asyncio.get_running_loop().time)
+    summary = await train(config, roles, source or Prompts(), list(Prompts(held_out)), tmp_path, meter)
     return summary, learner, rows
 
 
@@ -55,7 +62,7 @@ async def test_every_step_trains_its_groups_once_and_within_the_bound(tmp_path, 
 
 
 async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
-    class Recording(FakeLearner):
+    class Recording(RecordingLearner):
         async def step(self, groups):
             result = await super().step(groups)
             return StepResult(result.version, result.metrics, recorded=(f"of step {result.version}",))
@@ -80,29 +87,33 @@ async def test_checkpoints_are_saved_on_the_way(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "000005"]
 
 
-async def test_a_checkpoint_blocks_the_learner(tmp_path):
-    class SlowDisk(FakeLearner):
+def test_a_checkpoint_blocks_the_learner(tmp_path):
+    class SlowDisk(RecordingLearner):
+        async def step(self, groups):
+            await asyncio.sleep(1)
+            return await super().step(groups)
+
         async def save(self, folder):
             await super().save(folder)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(3)
 
-    summary, _, rows = await run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk())
-    assert summary["learner_blocked"] > 0.5  # 4 x 0.05 s before the last row; nothing else takes time
-    assert rows[0]["learner_blocked"] < 0.5  # the first row comes before the first checkpoint
+    summary, _, rows = virtual(run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk()))
+    assert summary["learner_blocked"] == pytest.approx(4 * 3 / (5 * 1 + 4 * 3))  # until the last row
+    assert [row["learner_blocked"] for row in rows] == pytest.approx([0, *[3 / 4] * 4])  # the first is before a save
     for row in (*rows, summary):
         for role in ROLES:
             assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
 
 
 async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_published(tmp_path):
-    class Follows(FakeScorer):
+    class Follows(SimulatedTeacher):
         async def load(self, folder):
             loaded.append((folder, learner.version, generator.version))
 
         async def save(self, file):
             Path(file).write_text("its own weights")
 
-    loaded, learner, generator = [], FakeLearner(), FakeGenerator()
+    loaded, learner, generator = [], RecordingLearner(), SimulatedGenerator()
     settings = ("teacher.model=toy:student", "teacher.update=copy", "teacher.update_every_steps=2")
     await run(tmp_path, *settings, learner=learner, generator=generator, teachers={"": [Follows(), Follows()]})
     folder = str(tmp_path / "self-teacher")
@@ -111,7 +122,7 @@ async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_pu
 
 
 async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
-    class Asked(FakeScorer):
+    class Asked(SimulatedTeacher, SimulatedVerifier):
         async def greedy(self, prompts):
             asked.append(len(prompts))
             return prompts
@@ -125,9 +136,12 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
     more = ("data.teacher=kind", "teachers.code.model=toy:student", "teachers.math.evaluate=true")
     config = load(tmp_path / "several.toml", [*SMALL[:3], *more])
     roles = Roles(
-        generators=[FakeGenerator()], teachers={"math": [both], "code": [both]}, verifier=both, learner=FakeLearner()
+        generators=[SimulatedGenerator()],
+        teachers={"math": [both], "code": [both]},
+        verifier=both,
+        learner=RecordingLearner(),
     )
-    named = [replace(p, teacher=t) for p, t in zip(prompts(3), ("math", "code", "math"), strict=True)]
+    named = [replace(p, teacher=t) for p, t in zip(Prompts(3), ("math", "code", "math"), strict=True)]
 
     class Code(Prompts):
         def __iter__(self):
@@ -139,7 +153,7 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
 
 
 async def test_a_reference_has_times_of_its_own(tmp_path):
-    summary, _, rows = await run(tmp_path, references=[FakeScorer()])
+    summary, _, rows = await run(tmp_path, references=[SimulatedTeacher()])
     for row in (*rows, summary):
         assert sum(row[f"reference_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
     without, _, _ = await run(tmp_path)
@@ -147,40 +161,30 @@ async def test_a_reference_has_times_of_its_own(tmp_path):
 
 
 async def test_nothing_grows_with_the_length_of_a_run(tmp_path):
-    class Forgetful(FakeGenerator, FakeLearner):
-        """Generator or learner that keeps no list of what it did."""
-
-        def __init__(self):
-            FakeLearner.__init__(self)
-            FakeGenerator.__init__(self)
-
-        async def generate(self, prompt):
-            self.served.clear()
-            return await super().generate(prompt)
-
-        async def step(self, groups):
-            self.trained.clear()
-            return await super().step(groups)
-
     held = {}
 
     def look(row):
-        if row["step"] in (100, 300):
+        if row["step"] in (50, 150):
             gc.collect()
             held[row["step"]] = tracemalloc.get_traced_memory()[0]
 
-    config = load("configs/demo.toml", [*SMALL, "run.steps=300"])
-    roles = Roles(generators=[Forgetful()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Forgetful())
+    config = load("configs/demo.toml", [*SMALL, "run.steps=150"])
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
+        learner=SimulatedLearner(),
+    )
     tracemalloc.start()
     try:
         await train(config, roles, Prompts(), [], tmp_path, Meter([look]))
     finally:
         tracemalloc.stop()
-    assert held[300] - held[100] < 20_000  # bytes, in 200 steps of 4 groups; a row alone is 3,000
+    assert held[150] - held[50] < 10_000  # bytes, in 100 steps of 4 groups; a row alone is 3,000
 
 
 async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_version(tmp_path):
-    class DiesLater(FakeGenerator):
+    class DiesLater(SimulatedGenerator):
         async def generate(self, prompt):
             if self.version == 2:
                 raise ActorLost("generator 0 died")
@@ -191,8 +195,8 @@ async def test_the_last_member_of_a_role_ends_the_run_with_its_error_and_the_ver
     assert failure.value.__notes__ == ["at version 2"]
 
 
-async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
-    class Dead(FakeGenerator):
+def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
+    class Dead(SimulatedGenerator):
         async def generate(self, prompt):
             await asyncio.sleep(3600)
 
@@ -202,10 +206,10 @@ async def test_a_dead_engine_of_the_teachers_own_ends_the_run_by_name(tmp_path):
     sampling = {"share": 0.5, "full_until_step": 2, "until_step": 2}
     settings = [f"teacher_sampling.{key}={value}" for key, value in sampling.items()]
     with pytest.raises(ActorLost, match="teacher-generator 0: its engine died"):
-        await run(tmp_path, *settings, "timeout.health_s=0.01", teacher_generators=[Dead()])
+        virtual(run(tmp_path, *settings, learner=Slow(step_s=1), teacher_generators=[Dead()]))
 
 
-class Slow(FakeLearner):
+class Slow(RecordingLearner):
     """A step takes `step_s`; it dies in step `fatal`."""
 
     def __init__(self, step_s: float, fatal: int | None = None):
@@ -227,9 +231,9 @@ def cancelled(tmp_path, step_s: float, fatal: int | None = None) -> tuple[float,
         told = []
         config = load("configs/demo.toml", [*SMALL])
         roles = Roles(
-            generators=[FakeGenerator()],
-            teachers={"": [FakeScorer()]},
-            verifier=FakeScorer(),
+            generators=[SimulatedGenerator()],
+            teachers={"": [SimulatedTeacher()]},
+            verifier=SimulatedVerifier(),
             learner=Slow(step_s, fatal),
         )
         (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
@@ -258,14 +262,16 @@ def test_cancellation_stays_one_where_the_learner_dies_at_the_same_moment(tmp_pa
 
 
 def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
-    class NeverLoads(FakeLearner):
+    class NeverLoads(RecordingLearner):
         async def load_state(self, folder):
             await asyncio.sleep(3600)
 
     async def main():
         config = load("configs/demo.toml", [*SMALL])
-        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
-        await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
+        roles = dict(
+            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+        )
+        await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
         found = checkpoints.find(tmp_path)
         resumed = Roles(learner=NeverLoads(), **roles)
         running = asyncio.ensure_future(
@@ -280,15 +286,17 @@ def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000005"]
 
 
-def gone_on_with(run_dir: Path, learner: FakeLearner) -> None:
+def gone_on_with(run_dir: Path, learner: RecordingLearner) -> None:
     """A run of five steps with a checkpoint at 2, which it goes back to with `learner`; ended after a second."""
 
     async def main():
         config = load("configs/demo.toml", [*SMALL, "run.checkpoint_every_steps=2"])
         (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
-        roles = dict(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer())
+        roles = dict(
+            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+        )
         meter = Meter([Jsonl(run_dir / "metrics.jsonl")])
-        summary = await train(config, Roles(learner=FakeLearner(), **roles), Prompts(), [], run_dir, meter)
+        summary = await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], run_dir, meter)
         (run_dir / "summary.json").write_text(json.dumps(summary))
         shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")  # each line has its step, too
         found = checkpoints.find(run_dir / "checkpoints" / "000002")
@@ -303,7 +311,7 @@ def gone_on_with(run_dir: Path, learner: FakeLearner) -> None:
 
 
 def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
-    class Stuck(FakeLearner):
+    class Stuck(RecordingLearner):
         async def step(self, groups):
             await asyncio.sleep(3600)
 
@@ -315,7 +323,7 @@ def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
 
 
 def test_a_run_that_cannot_go_back_leaves_everything_as_it_was(tmp_path):
-    class NeverLoads(FakeLearner):
+    class NeverLoads(RecordingLearner):
         async def load_state(self, folder):
             await asyncio.sleep(3600)
 

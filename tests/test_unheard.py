@@ -21,8 +21,7 @@ from async_opd.stream.pool import Pool
 from async_opd.stream.publish import Publisher
 from async_opd.train import train
 from async_opd.wire import Group, Prompt, Rollout, Span
-from benchmarks.paced import Prompts
-from tests.fakes import FakeGenerator, FakeLearner, FakeScorer
+from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedLearner, SimulatedTeacher, SimulatedVerifier
 
 DEMO = load("configs/demo.toml")
 
@@ -73,19 +72,19 @@ async def test_of_a_rank_that_dies_once_nobody_waits_for_it(unheard):
 
 
 async def test_of_a_probe_that_fails_beside_another(unheard):
-    class Broken(FakeGenerator):
+    class Broken(SimulatedGenerator):
         async def probe(self):
             raise CallFailed("no probe")
 
     pool = Pool("generator", [Broken(), Broken()])
     with pytest.raises(CallFailed, match="no probe"):
-        await Publisher(FakeLearner(), pool, parity_every=1, tolerance=1e-3).publish(1, admit=lambda: None)
+        await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(1, admit=lambda: None)
     del pool
     assert unheard() == []
 
 
 async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path, monkeypatch):
-    class Hangs(FakeLearner):
+    class Hangs(SimulatedLearner):
         begun, died = asyncio.Event(), asyncio.Event()
 
         async def step(self, groups):
@@ -94,7 +93,12 @@ async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path
             raise ActorLost("learner rank 0 died")
 
     monkeypatch.setattr("async_opd.train.INTERRUPT_S", 0.01)
-    roles = Roles(generators=[FakeGenerator()], teachers={"": [FakeScorer()]}, verifier=FakeScorer(), learner=Hangs())
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
+        learner=Hangs(),
+    )
     running = asyncio.ensure_future(train(DEMO, roles, Prompts(), [], tmp_path, Meter([])))
     await Hangs.begun.wait()
     running.cancel()

@@ -129,6 +129,6 @@ def forward(shape: Shape, tokens: int, b: int, tensor_parallel: int = 1) -> floa
     layer's attention, its MLP or the token's own experts add while they run, split over GPUs. Of `transformers`; what
     vLLM fuses is less."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    mlp = 4 * shape.intermediate if shape.layers > shape.expert_layers else 0
+    mlp = 3 * shape.intermediate if shape.layers > shape.expert_layers else 0  # gate, up and their product
     moe = shape.experts_per_token * (4 * shape.expert_intermediate + 2 * shape.hidden)
     return tokens * b * (4 * shape.hidden + max(3 * queries + 2 * keys, mlp, moe) / tensor_parallel)

@@ -11,6 +11,7 @@ two-digit sum, then by the boxed answer:
 
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -99,13 +100,18 @@ def write_dataset(folder: Path) -> None:
     """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "heldout"):
-        rows = (
-            {
-                "id": f"{name}-{index:05d}",
-                "prompt": prompt(problem),
-                "answer": answer(problem),
-                "solution": response(problem),
-            }
-            for index, problem in enumerate(dataset(heldout=name == "heldout"))
-        )
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(_rows(name), encoding="utf-8")
+
+
+@cache  # a run asks for both sets, each time for both
+def _rows(name: str) -> str:
+    rows = (
+        {
+            "id": f"{name}-{index:05d}",
+            "prompt": prompt(problem),
+            "answer": answer(problem),
+            "solution": response(problem),
+        }
+        for index, problem in enumerate(dataset(heldout=name == "heldout"))
+    )
+    return "".join(f"{json.dumps(row)}\n" for row in rows)

@@ -8,7 +8,6 @@ from itertools import count
 import numpy as np
 
 from async_opd.aio import retrieved
-from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check, Group, Said, Verdict
 
@@ -19,10 +18,9 @@ PATIENCE_S = 0.5  # the longest a quick check waits for a slow one beside it
 class GroupVerifier:
     """Decodes responses and has each checked against its prompt's reference answer."""
 
-    def __init__(self, config: VerifyConfig, decode: Callable[[np.ndarray], str], within_s: float):
-        """`within_s` is how long its caller waits for a verdict."""
-        self._decode, self._within_s = decode, SHARE * within_s
-        self._pool = VerifierPool(config)
+    def __init__(self, pool: VerifierPool, decode: Callable[[np.ndarray], str], within_s: float):
+        """`pool` decides; `within_s` is how long its caller waits for a verdict."""
+        self._pool, self._decode, self._within_s = pool, decode, SHARE * within_s
         self._late: dict[str, asyncio.Task] = {}
         self._tickets = count()
 

@@ -1,4 +1,4 @@
-"""Held-out accuracy beside training, over paced roles in virtual time."""
+"""Held-out accuracy beside training, over simulated roles in virtual time."""
 
 import asyncio
 from itertools import islice
@@ -16,25 +16,22 @@ from async_opd.stream.timed import TimedGenerator, TimedVerifier
 from async_opd.trace.read import calls
 from async_opd.train import train
 from async_opd.wire import Prompt, Verdict
-from benchmarks.paced import Pace, PacedLearner, PacedTeacher, PacedVerifier, Prompts
-from tests.fakes import FakeGenerator, FakeScorer, prompts, virtual
 from tests.faults.test_paced import Generator, config_of
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
 
 STEPS, BOUND = 30, 4
 GENERATION_BOUND = Pace.of(1, 0.5)
 
 
-class Learner(PacedLearner):
-    def __init__(self, pace):
-        super().__init__(pace, BOUND)
-        self.trained = []
-
-    async def step(self, groups):
-        self.trained += [ready.prompt.id for ready in groups]
-        return await super().step(groups)
-
-
-class Verifier(PacedVerifier):
+class Verifier(SimulatedVerifier):
     """Every third held-out problem is wrong."""
 
     async def check(self, group):
@@ -48,13 +45,15 @@ def held_out(count: int) -> list[Prompt]:
 
 def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, generators=None):
     """(summary, rows, events, learner) of a whole run."""
-    settings = [f"run.steps={STEPS}", f"run.max_lag_steps={BOUND}", "rollout.concurrency=16", "run.dir=runs/paced"]
-    config, rows, events, learner = config_of(tmp_path, *settings, *overrides), [], [], Learner(pace)
+    settings = [f"run.steps={STEPS}", f"run.max_lag_steps={BOUND}", "rollout.concurrency=16", "run.dir=runs/simulated"]
+    config, rows, events, learner = config_of(tmp_path, *settings, *overrides), [], [], RecordingLearner(pace, BOUND)
 
     async def main():
         clock = asyncio.get_running_loop().time
         pool = generators or [Generator(pace, 0)]
-        roles = Roles(generators=pool, teachers={"": [PacedTeacher(pace)]}, verifier=Verifier(pace), learner=learner)
+        roles = Roles(
+            generators=pool, teachers={"": [SimulatedTeacher(pace)]}, verifier=Verifier(pace), learner=learner
+        )
         meter = Meter([rows.append], clock)
         told = held_out(problems), tmp_path, meter, lambda *event: events.append(event)
         return await train(config, roles, Prompts(), *told)
@@ -117,7 +116,7 @@ def test_one_that_is_due_while_another_runs_is_skipped_and_counted(tmp_path):
 def test_what_a_lost_generator_had_is_asked_of_another(tmp_path):
     class Dies(Generator):
         async def respond(self, prompt, sampling):
-            if self._version:  # in the first that runs beside training
+            if self.version:  # in the first that runs beside training
                 asyncio.get_running_loop().call_later(0.1, self.died.set)
             return await super().respond(prompt, sampling)
 
@@ -132,7 +131,7 @@ def test_what_a_lost_generator_had_is_asked_of_another(tmp_path):
 def test_an_evaluation_that_fails_costs_training_nothing(tmp_path):
     class Refuses(Generator):
         async def respond(self, prompt, sampling):
-            if self._version and prompt.id == "held 7" and self._version < STEPS:
+            if self.version and prompt.id == "held 7" and self.version < STEPS:
                 raise CallFailed("generator 0, respond: ValueError: no")
             return await super().respond(prompt, sampling)
 
@@ -152,9 +151,9 @@ def test_without_a_period_rows_say_nothing_of_it(tmp_path):
 async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
     lines = []
     meter = Meter([], spans=lines.extend)
-    generators = Pool("generator", [TimedGenerator(FakeGenerator(), meter.actor("generators", "generator 0"))])
-    verifier = Pool("verifier", [TimedVerifier(FakeScorer(), meter.actor("verifier", "verifier 0"))])
-    found = await respond(generators, verifier, next(prompts()))
+    generators = Pool("generator", [TimedGenerator(SimulatedGenerator(), meter.actor("generators", "generator 0"))])
+    verifier = Pool("verifier", [TimedVerifier(SimulatedVerifier(), meter.actor("verifier", "verifier 0"))])
+    found = await respond(generators, verifier, next(iter(Prompts())))
     meter.flush()
     assert found.prompt.id == "0"
     assert [(call.name, call.of) for call in calls(lines)] == [("respond", "evaluation/0"), ("check", "evaluation/0")]

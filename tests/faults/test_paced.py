@@ -1,4 +1,4 @@
-"""Faults over paced roles in virtual time. Lengths are a function of the prompt, so that runs can be compared."""
+"""Faults over simulated roles in virtual time. Lengths are a function of the prompt, so that runs can be compared."""
 
 import asyncio
 from dataclasses import replace
@@ -17,8 +17,15 @@ from async_opd.errors import ActorLost, SyncFailed, TimedOut, WireError
 from async_opd.metrics import Meter
 from async_opd.train import train
 from async_opd.wire import StepResult
-from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, Prompts
-from tests.fakes import virtual
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1)
 
@@ -44,7 +51,7 @@ class Mortal:
             death.cancel()
 
 
-class Generator(Mortal, PacedGenerator):
+class Generator(Mortal, SimulatedGenerator):
     async def generate(self, prompt):
         self.asked.append(prompt.id)
         return await self._live(super().generate(prompt))
@@ -60,7 +67,7 @@ class Generator(Mortal, PacedGenerator):
         await self._live(super().check_health())
 
 
-class Teacher(Mortal, PacedTeacher):
+class Teacher(Mortal, SimulatedTeacher):
     async def score(self, group):
         self.asked.append(group.id)
         await self._live(super().score(group))
@@ -69,12 +76,12 @@ class Teacher(Mortal, PacedTeacher):
         await self._live(super().check_health())
 
 
-class Learner(PacedLearner):
+class Learner(RecordingLearner):
     """Momentum on one number: what it learns at a step depends on every step before. Dies in step `fatal`."""
 
     def __init__(self, pace: Pace, bound: int, fatal: int | None = None):
         super().__init__(pace, bound)
-        self.weight, self.momentum, self.fatal, self.trained, self.losses = 0.0, 0.0, fatal, [], []
+        self.weight, self.momentum, self.fatal, self.losses = 0.0, 0.0, fatal, []
 
     async def step(self, groups) -> StepResult:
         if self.version + 1 == self.fatal:
@@ -86,7 +93,6 @@ class Learner(PacedLearner):
         )
         self.momentum = 0.9 * self.momentum + loss
         self.weight -= 0.1 * self.momentum
-        self.trained += [ready.prompt.id for ready in groups]
         self.losses.append(loss)
         return result
 
@@ -128,7 +134,7 @@ class Run:
         roles = Roles(
             generators=generators,
             teachers={"": teachers},
-            verifier=PacedVerifier(PACE),
+            verifier=SimulatedVerifier(PACE),
             learner=learner,
             spawn=spawn if start_s is not None else None,
         )
@@ -147,7 +153,7 @@ class Run:
 
 def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_prompt_is_lost(tmp_path):
     pace = replace(PACE, step_s=PACE.step_s / 100, score_s=1e-6, sync_s=1e-6)  # generation alone takes time
-    run = Run(tmp_path, "run.steps=600", "run.max_lag_steps=8")
+    run = Run(tmp_path, "run.steps=300", "run.max_lag_steps=8")
 
     async def main():
         generators = [Generator(pace, seed) for seed in range(3)]
@@ -161,7 +167,7 @@ def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_pro
                 marks[at] = [generator.tokens for generator in generators]
 
         watching = asyncio.ensure_future(watch())
-        summary = await run.train(generators, [PacedTeacher(pace)], learner, start_s=10**5)
+        summary = await run.train(generators, [SimulatedTeacher(pace)], learner, start_s=10**5)
         await watching
         return summary, learner, marks
 
@@ -177,7 +183,7 @@ def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_pro
     assert after[1] == 0
     assert all(now >= 0.95 * then for now, then in zip(after[::2], before[::2], strict=True))
     assert run.when("lost") == 15
-    assert len(learner.trained) == len(set(learner.trained)) == 600 * 16
+    assert len(learner.trained) == len(set(learner.trained)) == 300 * 16
     assert summary["generator_lost"] == 1 and summary["max_lag_seen"] <= 8
     books = audit(tmp_path)
     assert (books.discrepancies, sum(books.dropped.values()), books.outstanding) == ([], 0, [])
@@ -197,7 +203,7 @@ def test_a_generator_that_stands_still_for_a_minute_is_replaced_and_what_it_says
             generators[0].silent = False
 
         stopping = asyncio.ensure_future(stop())
-        await run.train(generators, [PacedTeacher(PACE)], learner)
+        await run.train(generators, [SimulatedTeacher(PACE)], learner)
         stopping.cancel()
         return learner
 
@@ -230,7 +236,7 @@ def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_s
     async def main():
         generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], OneAtATime(PACE, 4)
         asyncio.get_running_loop().call_later(40 * PACE.step_s - 5, generators[0].died.set)  # 20 s before it serves
-        await run.train(generators, [PacedTeacher(PACE)], learner)
+        await run.train(generators, [SimulatedTeacher(PACE)], learner)
         return learner
 
     learner = virtual(main())
@@ -240,7 +246,7 @@ def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_s
 
 
 def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(tmp_path):
-    run = Run(tmp_path, "run.steps=200")
+    run = Run(tmp_path, "run.steps=150")
     killed = []
 
     class Refuses(Generator):
@@ -253,7 +259,7 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
     async def main():
         generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], Learner(PACE, 4)
         asyncio.get_running_loop().call_later(10, generators[0].died.set)
-        await run.train(generators, [PacedTeacher(PACE)], learner, start_s=5, replacement=Refuses)
+        await run.train(generators, [SimulatedTeacher(PACE)], learner, start_s=5, replacement=Refuses)
         return learner
 
     learner = virtual(main())
@@ -261,12 +267,12 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
     assert killed == run.spawned and len(killed) == 3
     waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
     assert waited < 5
-    assert len(set(learner.trained)) == 200 * 16
+    assert len(set(learner.trained)) == 150 * 16
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
 def test_a_dead_teacher_is_rerouted_around_or_waited_for_and_nothing_is_dropped(tmp_path, teachers):
-    run = Run(tmp_path, "run.steps=200")
+    run = Run(tmp_path, "run.steps=150")
 
     async def main():
         pool, learner = [Teacher(PACE) for _ in range(teachers)], Learner(PACE, 4)
@@ -279,7 +285,7 @@ def test_a_dead_teacher_is_rerouted_around_or_waited_for_and_nothing_is_dropped(
     assert told == (["lost", "serves"] if teachers == 2 else ["lost", "none left", "serves"])
     waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
     assert waited > 15 if teachers == 1 else waited < 1  # seconds without a step
-    assert len(learner.trained) == len(set(learner.trained)) == 200 * 16
+    assert len(learner.trained) == len(set(learner.trained)) == 150 * 16
     assert (summary["scored_dropped"], summary["max_lag_seen"] <= 4) == (0, True)
     assert audit(tmp_path).discrepancies == []
 
@@ -342,13 +348,13 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 def test_a_teacher_that_spoils_everything_ends_the_run_with_what_it_said(tmp_path):
     run = Run(tmp_path, "run.steps=20")
     with pytest.raises(WireError, match="is not a finite log-prob"):
-        virtual(run.train([PacedGenerator(PACE)], [Bad(PACE, NAN, 10**6)], Learner(PACE, 4)))
+        virtual(run.train([SimulatedGenerator(PACE)], [Bad(PACE, NAN, 10**6)], Learner(PACE, 4)))
 
 
 def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path):
     run = Run(tmp_path, "run.steps=20", "run.max_attempts=2")
 
-    class Allergic(PacedGenerator):
+    class Allergic(SimulatedGenerator):
         async def generate(self, prompt):
             if prompt.id == "5":
                 raise ActorLost("it died of 5")
@@ -357,7 +363,7 @@ def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path)
     async def main():
         learner = Learner(PACE, 4)
         roles = [Allergic(PACE, seed) for seed in range(12)]
-        return await run.train(roles, [PacedTeacher(PACE)], learner, start_s=None), learner
+        return await run.train(roles, [SimulatedTeacher(PACE)], learner, start_s=None), learner
 
     summary, learner = virtual(main())
     assert summary["generator_lost"] == 10  # two attempts of five generators each
@@ -369,7 +375,7 @@ def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path)
 
 def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
     run, tokens = Run(tmp_path, "run.steps=12", "run.checkpoint_every_steps=6"), []
-    generator = PacedGenerator(PACE)
+    generator = SimulatedGenerator(PACE)
 
     class SlowDisk(Learner):
         async def save(self, folder):
@@ -378,7 +384,7 @@ def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
             tokens.append(generator.tokens)
             await super().save(folder)
 
-    virtual(run.train([generator], [PacedTeacher(PACE)], SlowDisk(PACE, 4)))
+    virtual(run.train([generator], [SimulatedTeacher(PACE)], SlowDisk(PACE, 4)))
     pace = (tokens[1] - tokens[0]) / (2 * PACE.step_s)
     assert pace > 0.8 * PACE.concurrency / PACE.token_s  # of its full speed
 
@@ -389,7 +395,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(t
         run = Run(tmp_path / name, "run.steps=20", "run.max_lag_steps=0", "run.checkpoint_every_steps=3")
 
         async def main():
-            await run.train([PacedGenerator(PACE)], [PacedTeacher(PACE)], learner, found)
+            await run.train([SimulatedGenerator(PACE)], [SimulatedTeacher(PACE)], learner, found)
 
         virtual(main())
         return learner
@@ -412,7 +418,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(t
 def test_a_run_that_goes_on_for_fewer_steps_than_it_was_to_have_balances_its_books(tmp_path):
     def job(learner: Learner, steps: int, found: Checkpoint | None = None) -> None:
         run = Run(tmp_path, f"run.steps={steps}", "run.checkpoint_every_steps=3")
-        virtual(run.train([PacedGenerator(PACE)], [PacedTeacher(PACE)], learner, found))
+        virtual(run.train([SimulatedGenerator(PACE)], [SimulatedTeacher(PACE)], learner, found))
 
     with pytest.raises(ActorLost):
         job(Learner(PACE, 4, fatal=12), 20)

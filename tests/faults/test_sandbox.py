@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import psutil
@@ -17,6 +16,7 @@ import pytest
 
 from async_opd.errors import ConfigError
 from async_opd.verify.sandbox import PROCESSES, probe
+from tests.verify.conftest import runs, until
 
 try:
     probe(isolated=True, memory=512 << 20)
@@ -32,24 +32,20 @@ HARMLESS = "print('ok')"
 
 @pytest.fixture
 async def run(start_pool, check, workers):
-    """Has a program checked; then nothing of it is there, and the same worker decides the next one."""
+    """Has programs checked side by side, a worker each, and returns whether each is right. Their verdicts come in time;
+    then nothing of them is there, and the same workers decide the next ones."""
 
-    async def decide(program: str, timeout_s: float = 10.0, **settings) -> bool:
-        pool = await start_pool(check="code", timeout_s=timeout_s, **settings)
-        (before,) = workers()
-        started = time.monotonic()
-        verdict = await pool.check(check(program, TESTS))
-        assert time.monotonic() - started < timeout_s
-        assert verdict.cause == ""
-        for _ in range(50):
-            if not (left := before.children(recursive=True)):
-                break
-            await asyncio.sleep(0.02)
-        assert left == []
-        assert (await pool.check(check(HARMLESS, TESTS))).correct is True
-        assert workers() == [before]
+    async def decide(*programs: str, timeout_s: float = 30.0, **settings) -> list[bool]:
+        pool = await start_pool(check="code", timeout_s=timeout_s, workers=len(programs), **settings)
+        before = workers()
+        verdicts = await asyncio.gather(*(pool.check(check(program, TESTS)) for program in programs))
+        assert {verdict.cause for verdict in verdicts} == {""}
+        await until(lambda: not any(worker.children(recursive=True) for worker in before))
+        again = await asyncio.gather(*(pool.check(check(HARMLESS, TESTS)) for _ in programs))
+        assert {verdict.correct for verdict in again} == {True}
+        assert workers() == before
         await pool.close()
-        return verdict.correct
+        return [verdict.correct for verdict in verdicts]
 
     return decide
 
@@ -67,28 +63,27 @@ async def test_a_fork_bomb_stays_small_and_ends(run, workers):
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
-    assert await run(bomb, timeout_s=3.0) is False
+    assert await run(bomb, timeout_s=2.5) == [False]
     watching.cancel()
     assert PROCESSES <= most <= PROCESSES + OURS
 
 
+BEYOND_A_LIMIT = {
+    "memory": "kept = []\nwhile True: kept.append(bytearray(1 << 20))",
+    "output": "while True: print('x' * 1000)",
+    "errors": "import os\nwhile True: os.write(2, b'x' * 1000)",
+    "sleep": "import time\ntime.sleep(3600)",
+    "loop": "while True: pass",
+    "no output": "import sys\nsys.stdout.close()\nimport time\ntime.sleep(3600)",
+    "exit": "import os\nos.close(1)\nos._exit(0)",
+    "limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))\nprint('ok')",
+}
+
+
 @needs_namespaces
-@pytest.mark.parametrize(
-    ("program", "timeout_s"),
-    [
-        ("kept = []\nwhile True: kept.append(bytearray(1 << 20))", 10.0),
-        ("while True: print('x' * 1000)", 10.0),
-        ("import os\nwhile True: os.write(2, b'x' * 1000)", 2.0),
-        ("import time\ntime.sleep(3600)", 2.0),
-        ("while True: pass", 2.0),
-        ("import sys\nsys.stdout.close()\nimport time\ntime.sleep(3600)", 2.0),
-        ("import os\nos.close(1)\nos._exit(0)", 10.0),
-        ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))\nprint('ok')", 10.0),
-    ],
-    ids=["memory", "output", "errors", "sleep", "loop", "no output", "exit", "limits"],
-)
-async def test_a_limit_hit_is_wrong(run, program, timeout_s):
-    assert await run(program, timeout_s) is False
+async def test_a_limit_hit_is_wrong(run):
+    right = await run(*BEYOND_A_LIMIT.values(), timeout_s=3.0)
+    assert [name for name, correct in zip(BEYOND_A_LIMIT, right, strict=True) if correct] == []
 
 
 @needs_namespaces
@@ -111,7 +106,7 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
-    assert await run(greedy, timeout_s=3.0, memory_gib=0.5) is False
+    assert await run(greedy, timeout_s=2.5, memory_gib=0.5) == [False]
     watching.cancel()
     assert 100 << 20 < most < 512 << 20
 
@@ -120,9 +115,9 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
 async def test_files_are_bounded_one_by_one_and_together(run):
     one = "import os\nfor _ in range(9): os.write(fd, bytes(1 << 20))\nprint('ok')"
     many = "for n in range(20):\n    with open(str(n), 'wb') as file: file.write(bytes(1 << 20))\nprint('ok')"
-    assert await run(f"import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\n{one}") is False
-    assert await run(many) is False
-    assert await run("for n in range(2000): open(str(n), 'w').close()\nprint('ok')") is False
+    one = f"import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\n{one}"
+    empty = "for n in range(2000): open(str(n), 'w').close()\nprint('ok')"
+    assert await run(one, many, empty) == [False] * 3
 
 
 @needs_namespaces
@@ -139,7 +134,7 @@ for path in {paths}:
 """
     tmp_path.chmod(0o777)
     tmp_path.joinpath("kept").chmod(0o666)
-    assert await run(write) is False
+    assert await run(write) == [False]
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
     assert tmp_path.joinpath("kept").read_text() == "kept"
 
@@ -165,7 +160,7 @@ for family, address in (
         break
     except OSError: pass
 """
-        assert await run(connect) is False
+        assert await run(connect) == [False]
         for listener in (server, hidden):
             with pytest.raises(BlockingIOError):
                 listener.accept()
@@ -186,7 +181,7 @@ for fd in range(3, 1024):
     except OSError: pass
 if found: print('ok')
 """
-    assert await run(look) is False
+    assert await run(look) == [False]
 
 
 @needs_namespaces
@@ -205,7 +200,7 @@ if any(attempt() != -1 for attempt in tries): print('ok')
     with_ctypes = subprocess.run([sys.executable, "-I", "-S", "-c", "import ctypes"], capture_output=True)
     if with_ctypes.returncode:
         climb = climb.replace("import ctypes, os\nlibc = ctypes.CDLL(None)", "raise SystemExit")
-    assert await run(climb) is False
+    assert await run(climb) == [False]
 
 
 @needs_namespaces
@@ -219,7 +214,7 @@ for pid in (os.getppid(), 1, 0, -1):
         except OSError: pass
 print('ok')
 """
-    assert await run(kill) is True  # and did no harm: the worker is the same, and goes on
+    assert await run(kill) == [True]  # and did no harm: the worker is the same, and goes on
 
 
 @needs_namespaces
@@ -236,38 +231,34 @@ if os.fork() == 0:
 time.sleep(0.3)
 print('ok')
 """
-    assert await run(leave) is True  # as a program it did what it should
+    assert await run(leave) == [True]  # as a program it did what it should
     assert [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])] == []
 
 
 @needs_namespaces
 async def test_a_worker_killed_in_the_middle_leaves_no_program(start_pool, check, workers):
-    pool = await start_pool(check="code", timeout_s=30.0)
+    pool = await start_pool(check="code")
     pending = asyncio.create_task(pool.check(check("import time\ntime.sleep(3600)", TESTS)))
-    await asyncio.sleep(1.0)
     (worker,) = workers()
+    await until(lambda: [child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()])
     inside = worker.children(recursive=True)
     assert len(inside) == OURS + 1
     worker.kill()
     assert (await pending).correct is None
-    _, alive = psutil.wait_procs(inside, timeout=5.0)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    await until(lambda: not any(map(runs, inside)))
     assert (await pool.check(check(HARMLESS, TESTS))).correct is True
 
 
 async def test_without_namespaces_the_limits_stay(run):
-    assert await run("kept = []\nwhile True: kept.append(bytearray(1 << 20))", sandbox="none") is False
-    assert await run("import time\ntime.sleep(3600)", 2.0, sandbox="none") is False
-    assert (
-        await run("import os\nos.write(os.open('x', 65), bytes(9 << 20)) == 9 << 20 and print('ok')", sandbox="none")
-        is False
-    )
+    memory, sleep = (BEYOND_A_LIMIT[name] for name in ("memory", "sleep"))
+    file = "import os\nos.write(os.open('x', 65), bytes(9 << 20)) == 9 << 20 and print('ok')"
+    assert await run(memory, sleep, file, timeout_s=2.5, sandbox="none") == [False] * 3
 
 
 async def test_without_namespaces_its_environment_is_empty_and_its_directory_goes(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     look = "import os\nopen('x', 'w').close()\nif not set(os.environ) - {'LC_CTYPE'}: print('ok')"
-    assert await run(look, sandbox="none") is True
+    assert await run(look, sandbox="none") == [True]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,15 +6,16 @@ import tracemalloc
 
 import pytest
 
-from benchmarks.paced import PER_STEP, Pace, measure
-from tests.fakes import virtual
+from tests.simulated.roles import PER_STEP, Pace
+from tests.simulated.runs import measure
+from tests.simulated.virtual_time import virtual
 
 BOUND, STEPS = 4, 60
 
 
-def run(pace: Pace):
-    """(summary, groups outstanding at each row, bytes in use at the tenth from either end)"""
-    outstanding, used = [], []
+@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
+def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped(lengths):
+    outstanding, used = [], []  # groups at each row, and bytes at the tenth from either end
 
     def look(row):
         outstanding.append(row["queue_outstanding"])
@@ -22,16 +23,12 @@ def run(pace: Pace):
             gc.collect()
             used.append(tracemalloc.get_traced_memory()[0])
 
+    pace = Pace.of(0.1, 1, heavy_tail=lengths == "heavy-tailed")
     tracemalloc.start()
     try:
-        return virtual(measure(pace, bound=BOUND, steps=STEPS, sinks=[look])), outstanding, used
+        found = virtual(measure(pace, bound=BOUND, steps=STEPS, sinks=[look]))
     finally:
         tracemalloc.stop()
-
-
-@pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
-def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped(lengths):
-    found, outstanding, used = run(Pace.of(0.1, 1, heavy_tail=lengths == "heavy-tailed"))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
     assert found["max_lag_seen"] <= BOUND
     assert found["generators_blocked"] > 0.5 and found["learner_busy"] > 0.95
@@ -41,6 +38,7 @@ def test_a_learner_ten_times_slower_holds_generation_back_and_nothing_is_dropped
 
 @pytest.mark.parametrize("lengths", ["fixed", "heavy-tailed"])
 def test_a_generator_ten_times_slower_starves_the_learner_and_nothing_is_dropped(lengths):
-    found, _, _ = run(Pace.of(1, 0.1, heavy_tail=lengths == "heavy-tailed"))
+    pace = Pace.of(1, 0.1, heavy_tail=lengths == "heavy-tailed")
+    found = virtual(measure(pace, bound=BOUND, steps=STEPS))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
     assert found["learner_starved"] > 0.8 and found["generators_busy"] > 0.9

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,8 +25,8 @@ def test_a_rank_holds_and_allocates_what_is_estimated(tiny_lm, tmp_path):
     model.save_pretrained(tmp_path)
     settings, tokens = dict(zero_stage=1, dtype="bfloat16", head_chunk_rows=64), [16, 1024]
     job = dict(model=str(tmp_path), settings=settings, tokens=tokens)
-    script = Path(__file__).with_name("learner_memory.py")
-    ran = subprocess.run([sys.executable, script, json.dumps(job)], capture_output=True, text=True, timeout=100)
+    script = [sys.executable, "-m", "tests.plan.learner_memory", json.dumps(job)]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     measured = json.loads(ran.stdout.splitlines()[-1])
 

@@ -31,7 +31,7 @@ RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
     "ray": {"actors.py", "nodes.py", "jobs.py"},
     "deepspeed": {"learner/engine.py"},
-    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},  # at most four
+    "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},
 }
 SMALL = {
     "aio", "errors", "say", "metric_names", "process_wide", "run_dir", "spans", "wire", "mistakes", "metrics",
@@ -82,7 +82,6 @@ def test_imports_flow_one_way(name):
 
 @pytest.mark.parametrize("package", CONFINED)
 def test_a_big_dependency_stays_in_its_files(package):
-    assert len(CONFINED[package]) <= 4
     assert {name for name in FILES if package in third_parties(name)} == CONFINED[package]
 
 

@@ -141,7 +141,7 @@ async def test_a_sync_fsyncs_its_batch_once_off_the_event_loop(path, monkeypatch
 
 async def test_batches_keep_their_order_whoever_waits_for_them(path, monkeypatch):
     ledger, release, fsync = Ledger(path), threading.Event(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (release.wait(5), fsync(fd)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (release.wait(60), fsync(fd)))
     syncs = []
     for at in range(5):
         ledger.handed_out(str(at))

@@ -7,7 +7,7 @@ import pytest
 
 from async_opd.errors import ActorLost, CallFailed, TimedOut
 from async_opd.stream.pool import MAX_FAILED_STARTS, Loads, Pool
-from tests.fakes import virtual
+from tests.simulated.virtual_time import virtual
 
 
 class Worker:

@@ -9,14 +9,27 @@ from async_opd.stream.produce import Producer
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
 from async_opd.wire import Span, Verdict
-from tests.fakes import FakeGenerator, FakeScorer, books, prompts
+from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.runs import books
+
+
+class Generator(SimulatedGenerator):
+    """Keeps the prompts it was given."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.served = []
+
+    async def generate(self, prompt):
+        self.served.append(prompt)
+        return await super().generate(prompt)
 
 
 def stream(
     tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=(),
-    verifier=None, taught=None,
+    verifier=None, taught=None, source=None,
 ):  # fmt: skip
-    """(producer, queue, slots) over fakes."""
+    """(producer, queue, slots) over simulated roles."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
         groups_per_step=1,
@@ -27,13 +40,13 @@ def stream(
         taught=taught,
     )
     producer = Producer(
-        prompts=prompts(),
+        prompts=iter(source or Prompts()),
         needed=needed,
         samples=1,
         generators=Pool("generator", generators),
-        teachers={name: Pool("teacher", pool) for name, pool in (teachers or {"": [FakeScorer()]}).items()},
+        teachers={name: Pool("teacher", pool) for name, pool in (teachers or {"": [SimulatedTeacher()]}).items()},
         references=Pool("reference", references) if references else None,
-        verifier=Pool("verifier", [verifier or FakeScorer()]),
+        verifier=Pool("verifier", [verifier or SimulatedVerifier()]),
         slots=limit,
         queue=queue,
         tasks=tasks,
@@ -52,7 +65,7 @@ async def settle() -> None:
 
 
 async def test_no_more_groups_are_outstanding_than_slots():
-    generator = FakeGenerator()
+    generator = Generator()
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(tasks, [generator])
         producer.fill()
@@ -65,21 +78,21 @@ async def test_no_more_groups_are_outstanding_than_slots():
 
 
 async def test_exactly_the_needed_groups_are_admitted():
-    generator = FakeGenerator()
+    generator = Generator()
     async with asyncio.TaskGroup() as tasks:
         stream(tasks, [generator], slots=8, needed=3)[0].fill()
     assert len(generator.served) == 3
 
 
 async def test_work_is_spread_over_generators():
-    generators = [FakeGenerator(), FakeGenerator()]
+    generators = [Generator(), Generator()]
     async with asyncio.TaskGroup() as tasks:
         stream(tasks, generators, slots=6, needed=6)[0].fill()
     assert [len(g.served) for g in generators] == [3, 3]
 
 
 async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():
-    generator = FakeGenerator()
+    generator = Generator()
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(tasks, [generator], slots=1)
         producer.fill()
@@ -92,7 +105,7 @@ async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot
 
 
 async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
-    generator = FakeGenerator(truncated=True)
+    generator = Generator(truncated=True)
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2)
         producer.fill()
@@ -105,7 +118,7 @@ async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_las
 
 
 async def test_the_last_generator_that_dies_ends_the_stream_with_its_own_error():
-    class Dead(FakeGenerator):
+    class Dead(SimulatedGenerator):
         async def generate(self, prompt):
             raise ActorLost("generator 0 died")
 
@@ -114,10 +127,11 @@ async def test_the_last_generator_that_dies_ends_the_stream_with_its_own_error()
             stream(tasks, [Dead()], slots=1)[0].fill()
 
 
-class Named(FakeScorer):
-    """A scorer that keeps what it was asked, and whose scores are its name."""
+class Named(SimulatedTeacher):
+    """Keeps what it was asked; its scores are its name."""
 
     def __init__(self, name: str = ""):
+        super().__init__()
         self.name, self.asked = name, []
 
     async def score(self, group):
@@ -130,19 +144,19 @@ async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
     named = ("math", "code", "math", "math")
     teachers = {"math": [Named("math 0"), Named("math 1")], "code": [Named("code 0")]}
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, _ = stream(tasks, [FakeGenerator()], slots=4, needed=4, teachers=teachers)
-        producer._prompts = (msgspec.structs.replace(p, teacher=t) for p, t in zip(prompts(4), named, strict=True))
+        source = [msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(4), named, strict=True)]
+        producer, queue, _ = stream(tasks, [Generator()], slots=4, needed=4, teachers=teachers, source=source)
         producer.fill()
-        await settle()
+        groups = [(await queue.take(0))[0] for _ in named]
     assert [teacher.asked for pool in teachers.values() for teacher in pool] == [["0", "3"], ["2"], ["1"]]
-    scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in queue._ready}
+    scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in groups}
     assert scored == {"0": ("math 0", None), "1": ("code 0", None), "2": ("math 1", None), "3": ("math 0", None)}
 
 
 async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
     meet = asyncio.Barrier(3)  # none of the three goes on before the others have begun
 
-    class Meets(Named):
+    class Meets(Named, SimulatedVerifier):
         async def score(self, group):
             await meet.wait()
             return await super().score(group)
@@ -154,7 +168,7 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
     references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
     async with asyncio.TaskGroup() as tasks:
         producer, queue, _ = stream(
-            tasks, [FakeGenerator()], needed=2, teachers={"": [both]}, references=references, verifier=both
+            tasks, [Generator()], needed=2, teachers={"": [both]}, references=references, verifier=both
         )
         producer.fill()
         ready = [(await queue.take(0))[0] for _ in range(2)]
@@ -165,14 +179,15 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
     # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 = 1413 against 512.
     lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
 
-    class HeavyTail(FakeGenerator):
+    class HeavyTail(SimulatedGenerator):
         async def generate(self, prompt):
             meta, _ = await super().generate(prompt)
             spans = ((Span(version=0, start=0, end=next(lengths)),),)
             return msgspec.structs.replace(meta, spans=spans), prompt
 
-    class Slow(FakeScorer):
+    class Slow(SimulatedTeacher):
         def __init__(self):
+            super().__init__()
             self.asked = []
 
         async def score(self, group):
@@ -199,10 +214,11 @@ def half_taught(*generators, until: int = 99, keeps_truncated=True) -> Taught:
     )
 
 
-class Judge(FakeScorer):
+class Judge(SimulatedTeacher, SimulatedVerifier):
     """Finds every response `correct`, and scores nothing that the teacher answered."""
 
     def __init__(self, correct: bool | None = True):
+        super().__init__()
         self._correct = correct
 
     async def score(self, group):
@@ -213,7 +229,7 @@ class Judge(FakeScorer):
 
 
 async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
-    student, own = FakeGenerator(), [FakeGenerator(), FakeGenerator()]
+    student, own = Generator(), [Generator(), Generator()]
     async with asyncio.TaskGroup() as tasks:
         producer, queue, _ = stream(
             tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, taught=half_taught(*own)
@@ -240,7 +256,7 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
 async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_and_the_student_asked_in_its_place(
     correct, truncated, policy, cause
 ):
-    student, own = FakeGenerator(), FakeGenerator(truncated=truncated)
+    student, own = Generator(), Generator(truncated=truncated)
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(
             tasks, [student], slots=2, needed=2, verifier=Judge(correct), 

@@ -4,7 +4,9 @@ import pytest
 from async_opd.errors import ActorLost, ParityError, SyncFailed
 from async_opd.stream.pool import Pool, Seat
 from async_opd.stream.publish import Publisher
-from tests.fakes import LOGP, FakeGenerator, FakeLearner
+from tests.simulated.roles import LOGP, SimulatedGenerator, SimulatedLearner
+
+BESIDE = LOGP + 0.01 * (np.arange(len(LOGP)) == 1).astype(np.float32)  # of the second token
 
 
 def publisher_of(learner, *generators, every: int = 1) -> Publisher:
@@ -12,59 +14,59 @@ def publisher_of(learner, *generators, every: int = 1) -> Publisher:
 
 
 async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_version():
-    generators, seen = (FakeGenerator(), FakeGenerator()), []
-    publisher = publisher_of(FakeLearner(), *generators)
+    generators, seen = (SimulatedGenerator(), SimulatedGenerator()), []
+    publisher = publisher_of(SimulatedLearner(), *generators)
     await publisher.publish(3, admit=lambda: seen.extend((g.version, g.paused) for g in generators))
     assert seen == [(3, True), (3, True)]
     assert [g.paused for g in generators] == [False, False]
 
 
 async def test_the_probe_runs_at_every_kth_version():
-    publisher = publisher_of(FakeLearner(), FakeGenerator(), every=2)
+    publisher = publisher_of(SimulatedLearner(), SimulatedGenerator(), every=2)
     assert [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)] == [None, 0.0, None, 0.0]
 
 
 async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
-    class Disagrees(FakeLearner):
+    class Disagrees(SimulatedLearner):
         async def logprobs(self, prompt_ids, response_ids):
-            return LOGP + np.array([0, 0.01], np.float32)
+            return BESIDE
 
-    publisher = publisher_of(Disagrees(), FakeGenerator())
+    publisher = publisher_of(Disagrees(), SimulatedGenerator())
     with pytest.raises(ParityError, match=r"differ by 1\.00e-02 nats from the learner's at version 1"):
         await publisher.publish(1, admit=lambda: None)
 
 
 async def test_a_log_prob_that_is_not_a_number_is_no_agreement():
-    class Broken(FakeLearner):
+    class Broken(SimulatedLearner):
         async def logprobs(self, prompt_ids, response_ids):
             return LOGP * np.nan
 
     with pytest.raises(ParityError):
-        await (publisher_of(Broken(), FakeGenerator())).publish(1, admit=lambda: None)
+        await (publisher_of(Broken(), SimulatedGenerator())).publish(1, admit=lambda: None)
 
 
 async def test_a_generator_that_samples_under_another_version_stops_the_run():
-    class Stuck(FakeGenerator):
+    class Stuck(SimulatedGenerator):
         async def update(self, version, update_info, oldest): ...
 
     with pytest.raises(ParityError, match="expected version 1"):
-        await (publisher_of(FakeLearner(), Stuck())).publish(1, admit=lambda: None)
+        await (publisher_of(SimulatedLearner(), Stuck())).publish(1, admit=lambda: None)
 
 
 async def test_a_failed_update_admits_nothing_and_leaves_the_generators_paused():
-    class Aborted(FakeGenerator):
+    class Aborted(SimulatedGenerator):
         async def update(self, version, update_info, oldest):
-            self.paused = True
+            await super().update(version, update_info, oldest)
             raise SyncFailed("generator 0 did not take version 1")
 
     generator, admitted = Aborted(), []
-    publisher = publisher_of(FakeLearner(), generator)
+    publisher = publisher_of(SimulatedLearner(), generator)
     with pytest.raises(SyncFailed, match="did not take version 1"):
         await publisher.publish(1, admit=lambda: admitted.append(1))
     assert (generator.paused, admitted) == (True, [])
 
 
-class Breaks(FakeGenerator):
+class Breaks(SimulatedGenerator):
     """Dies in the update to `fatal`; notes the groups it joined and the versions it was sent."""
 
     def __init__(self, fatal: int | None = None):
@@ -84,7 +86,7 @@ class Breaks(FakeGenerator):
         self.killed = True
 
 
-class Epochs(FakeLearner):
+class Epochs(SimulatedLearner):
     """Counts groups; a broadcast fails where a member did."""
 
     def __init__(self):
@@ -120,13 +122,13 @@ async def test_a_version_that_no_group_takes_ends_in_the_cause_after_three_tries
 
     generator = Refuses()
     with pytest.raises(SyncFailed, match="did not take version 1"):
-        await publisher_of(FakeLearner(), generator).publish(1, admit=lambda: None)
+        await publisher_of(SimulatedLearner(), generator).publish(1, admit=lambda: None)
     assert generator.sent == [1, 1, 1]
     assert len(generator.joined) == 3  # a new group each time
 
 
 async def test_a_learner_that_dies_in_a_broadcast_is_not_tried_again():
-    class Dies(FakeLearner):
+    class Dies(SimulatedLearner):
         async def send_weights(self):
             raise ActorLost("learner rank 0 died")
 
@@ -146,7 +148,7 @@ async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_non
 
     class Disagrees(Epochs):
         async def logprobs(self, prompt_ids, response_ids):
-            return LOGP + np.array([0, 0.01], np.float32)
+            return BESIDE
 
     publisher = Publisher(Disagrees(), pool, parity_every=100, tolerance=1e-3)
     with pytest.raises(ParityError):
@@ -163,7 +165,7 @@ async def test_with_every_generator_lost_the_learner_goes_on_alone():
 
 async def test_where_stale_groups_are_dropped_an_update_cuts_those_that_are_over_age():
     generator = Breaks()
-    publisher = Publisher(FakeLearner(), Pool("generator", [generator]), parity_every=9, tolerance=1e-3, max_age=2)
+    publisher = Publisher(SimulatedLearner(), Pool("generator", [generator]), parity_every=9, tolerance=1e-3, max_age=2)
     for version in (1, 2, 3, 7):
         await publisher.publish(version, admit=lambda: None)
     assert generator.sent == [(1, 0), (2, 0), (3, 1), (7, 5)]

@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from async_opd.ports import Ready
 from async_opd.stream.queue import Slots, TrajectoryQueue
 from async_opd.stream.taught import Taught
 from async_opd.wire import GroupMeta, Prompt, Span
+from tests.simulated.virtual_time import virtual
 
 
 def ready(ticket: int, *spans: tuple[int, int], taught_since: int | None = None) -> Ready:
@@ -27,20 +29,24 @@ def queue_of(
     bound: int = 2,
     per_step: int = 2,
     teaches_until: int = 99,
-    outstanding: int = 99,
+    outstanding: Callable[[], int] = lambda: 99,
+    wait_s: float = 60.0,
+    told: str = "",
 ):
+    """(queue, [(ticket, cause)] of what it dropped). `told` is what it is told of those that are outstanding."""
     dropped = []
     taught = Taught(
         share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0,
-        outstanding=lambda: outstanding, keeps_truncated=True,
+        outstanding=outstanding, keeps_truncated=True,
     )  # fmt: skip
     queue = TrajectoryQueue(
         groups_per_step=per_step,
         max_lag_steps=bound,
         stale=stale,
         on_drop=lambda ticket, prompt, cause: dropped.append((ticket, cause)),
-        wait_s=60.0,
+        wait_s=wait_s,
         taught=taught,
+        outstanding=lambda: told,
     )
     for item in items:
         queue.put(item)
@@ -107,19 +113,22 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
     assert queue.looks == 500
 
 
-async def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
-    queue, _ = queue_of(ready(1, (5, 3)), per_step=3)
-    queue.dropped["truncated"] = 7
-    queue._wait_s, queue._outstanding = 0.1, lambda: "4 of at most 6"
-    taking = asyncio.ensure_future(queue.take(5))
-    await asyncio.sleep(0.06)
-    queue.put(ready(2, (5, 3)))  # the wait begins anew
-    await asyncio.sleep(0.06)
-    assert not taking.done()
-    queue.drop(3, ready(3, (5, 3)).prompt, 1, "truncated")  # but not for one that is dropped
-    said = "no group came in 0.1 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8 truncated"
-    with pytest.raises(TimedOut, match=said):
-        await taking
+def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
+    async def main():
+        queue, _ = queue_of(ready(1, (5, 3)), per_step=3, wait_s=10, told="4 of at most 6")
+        queue.dropped["truncated"] = 7
+        taking = asyncio.ensure_future(queue.take(5))
+        await asyncio.sleep(6)
+        queue.put(ready(2, (5, 3)))  # the wait begins anew
+        await asyncio.sleep(6)
+        assert not taking.done()
+        queue.drop(3, ready(3, (5, 3)).prompt, 1, "truncated")  # but not for one that is dropped
+        said = "no group came in 10 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8 truncated"
+        with pytest.raises(TimedOut, match=said):
+            await taking
+        assert asyncio.get_running_loop().time() == 16
+
+    virtual(main())
 
 
 async def test_a_group_leaves_the_queue_once():
@@ -149,7 +158,7 @@ async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_m
 
 
 async def test_a_step_takes_no_more_than_the_share_of_the_teachers_answers_while_others_are_to_come():
-    queue, _ = queue_of(*(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=5)
+    queue, _ = queue_of(*(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=lambda: 5)
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
     assert not taking.done()  # half of two is one
@@ -159,11 +168,10 @@ async def test_a_step_takes_no_more_than_the_share_of_the_teachers_answers_while
 
 async def test_a_step_takes_what_there_is_once_nothing_else_is_to_come():
     own = [ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2)]
-    queue, _ = queue_of(*own, outstanding=2)
+    queue, _ = queue_of(*own, outstanding=lambda: 2)
     assert await queue.take(0) == own
     outstanding = [*own, ready(3, (0, 9), taught_since=0)]
-    queue, _ = queue_of(*own)
-    queue._taught.outstanding = lambda: len(outstanding)
+    queue, _ = queue_of(*own, outstanding=lambda: len(outstanding))
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
     assert not taking.done()

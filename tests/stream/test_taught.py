@@ -1,4 +1,4 @@
-"""Phased teacher sampling in whole runs of the real driver over paced roles, in virtual time."""
+"""Phased teacher sampling in whole runs of the real driver over simulated roles, in virtual time."""
 
 import asyncio
 import random
@@ -13,8 +13,15 @@ from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.taught import Taught
 from async_opd.train import train
 from async_opd.wire import Prompt, StepResult, Verdict
-from benchmarks.paced import Pace, PacedGenerator, PacedLearner, PacedTeacher, PacedVerifier, Prompts
-from tests.fakes import virtual
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1, heavy_tail=True)
 PER_STEP, STEPS = 8, 24
@@ -22,11 +29,11 @@ SHARE = 0.25  # prompts 3, 7, 11, … in order of admission
 SLOW = replace(PACE, token_s=PACE.token_s * 3)
 
 
-class Asked(PacedGenerator):
+class Asked(SimulatedGenerator):
     """The teacher's own generator; keeps (live version, prompt) of each request. It has sampled before training starts,
     and is never updated."""
 
-    def __init__(self, pace: Pace, learner: PacedLearner):
+    def __init__(self, pace: Pace, learner: SimulatedLearner):
         super().__init__(pace, seed=1)
         self._learner, self.asked, self.warm = learner, [], False
 
@@ -43,7 +50,7 @@ class Asked(PacedGenerator):
         raise AssertionError("the teacher takes no weights")
 
 
-class Judge(PacedVerifier):
+class Judge(SimulatedVerifier):
     """A verdict on a response is what `judge` says of its prompt."""
 
     def __init__(self, pace: Pace, judge: Callable[[Prompt], bool | None]):
@@ -61,13 +68,13 @@ def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
     return lambda prompt: draw.choice(outcomes) if prompt.taught else True
 
 
-class Unscoring(PacedTeacher):
+class Unscoring(SimulatedTeacher):
     async def score(self, group):
         assert not group.taught
         await super().score(group)
 
 
-class Learns(PacedLearner):
+class Learns(SimulatedLearner):
     """Keeps (step, prompt) of what it trained; lags are those of the student's tokens."""
 
     def __init__(self, pace: Pace, bound: int):
@@ -80,7 +87,7 @@ class Learns(PacedLearner):
             assert (ready.scores is None and ready.since <= self.version) or not ready.prompt.taught
         if own := [ready for ready in groups if not ready.prompt.taught]:
             return await super().step(own)
-        await asyncio.sleep(self._pace.step_s)
+        await asyncio.sleep(self.pace.step_s)
         self.version += 1
         return StepResult(version=self.version, metrics={"tokens": 0, "tokens_excluded": 0, "lag_max": 0})
 
@@ -105,7 +112,7 @@ def run(tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pa
     learner, rows = Learns(PACE, bound), []
     pool = [Asked(pace, learner), Asked(pace, learner)]
     roles = Roles(
-        generators=[PacedGenerator(PACE), PacedGenerator(PACE, seed=2)],
+        generators=[SimulatedGenerator(PACE), SimulatedGenerator(PACE, seed=2)],
         teachers={"": [Unscoring(PACE)]},
         verifier=Judge(PACE, judge),
         learner=learner,

@@ -8,13 +8,14 @@ import pytest
 
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
-from benchmarks.paced import Pace, measure
-from tests.fakes import FakeGenerator, FakeScorer, prompts, virtual
+from tests.simulated.roles import Pace, Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.runs import measure
+from tests.simulated.virtual_time import virtual
 
 WITH_SLOTS = partial(TimedGenerator, idle="blocked")
 
 
-class Slow(FakeGenerator, FakeScorer):
+class Slow(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
     """Generator, teacher or verifier whose every answer takes a second."""
 
     async def generate(self, prompt):
@@ -49,9 +50,9 @@ def spent(scenario, wrap, role: str) -> dict[str, float]:
 
 def test_a_generator_is_busy_while_any_request_is_out_and_else_blocked_until_no_prompt_is_left():
     async def scenario(generator):
-        first = asyncio.ensure_future(generator.generate(next(prompts())))
+        first = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
         await asyncio.sleep(0.5)
-        await generator.generate(next(prompts()))  # overlaps the first: busy for 1.5 s
+        await generator.generate(next(iter(Prompts())))  # overlaps the first: busy for 1.5 s
         await first
         await asyncio.sleep(2)  # prompts are left, but no slot: blocked
         generator.no_prompt_is_left()
@@ -62,29 +63,35 @@ def test_a_generator_is_busy_while_any_request_is_out_and_else_blocked_until_no_
 
 def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
     async def scenario(generator):
-        asking = asyncio.ensure_future(generator.generate(next(prompts())))
+        asking = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
         await asyncio.sleep(0.25)
         await generator.update(1, {}, 0)  # 1 s, in which the request ends
         await asyncio.sleep(2)  # until it is told to run on
         await generator.resume()
         await asking
-        await generator.generate(next(prompts()))
+        await generator.generate(next(iter(Prompts())))
 
     assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "syncing": 3}
 
 
 def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_still_comes_back():
+    times = []
+
+    def wrap(port, time):
+        times.append(time)
+        return WITH_SLOTS(port, time)
+
     async def scenario(timed):
-        asking = asyncio.ensure_future(timed.generate(next(prompts())))
+        asking = asyncio.ensure_future(timed.generate(next(iter(Prompts()))))
         await asyncio.sleep(0.25)
         timed.kill()
         await asking  # its late answer, at 1 s
         await asyncio.sleep(2)
-        another = WITH_SLOTS(Slow(), timed._time)
-        await another.generate(next(prompts()))
+        another = WITH_SLOTS(Slow(), *times)
+        await another.generate(next(iter(Prompts())))
         await asyncio.sleep(1)
 
-    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
+    assert spent(scenario, wrap, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
 
 
 @pytest.mark.parametrize(("wrap", "call"), [(TimedTeacher, "score"), (TimedVerifier, "check")])
@@ -111,7 +118,7 @@ BALANCED = Pace.of(1, 1)
 
 
 def run(pace: Pace, *, bound: int = 4, steps: int = 20) -> dict:
-    """Summary of a whole run over paced roles, in virtual time."""
+    """Summary of a whole run over simulated roles, in virtual time."""
     return virtual(measure(pace, bound=bound, steps=steps))
 
 

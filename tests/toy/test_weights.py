@@ -30,7 +30,6 @@ def test_the_shipped_files_are_four_megabytes_at_most():
     ("folder", "size", "low", "high"), [(TEACHER, 498_752, 0.95, 1.0), (STUDENT, 161_920, 0.1, 0.35)]
 )
 def test_heldout_accuracy_is_in_range(folder, size, low, high):
-    torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.num_parameters(), model.dtype) == (size, torch.float32)
     assert low <= accuracy(model, dataset(heldout=True)[:256]) <= high

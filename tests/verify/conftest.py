@@ -1,5 +1,8 @@
+import asyncio
+import time
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 
 import psutil
 import pytest
@@ -7,6 +10,24 @@ import pytest
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check
+
+WITHIN_S = 30.0  # for what happens soon: on a busy machine not at once
+
+
+async def until(happened: Callable[[], object]) -> None:
+    """Waits for what happens soon."""
+    deadline = time.monotonic() + WITHIN_S
+    while not happened():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is neither gone nor a zombie."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
@@ -30,11 +51,11 @@ def workers() -> Callable[[], list[psutil.Process]]:
 
 @pytest.fixture
 async def start_pool(workers):
-    """Starts a pool, of one worker and a deadline of 1 s unless told otherwise; no worker outlives the test."""
+    """Starts a pool, of one worker and a generous deadline unless told otherwise; no worker outlives the test."""
     pools = []
 
     async def start(start_timeout_s: float = 60.0, **settings) -> VerifierPool:
-        pools.append(VerifierPool(VerifyConfig(**{"timeout_s": 1.0} | settings), start_timeout_s))
+        pools.append(VerifierPool(VerifyConfig(**{"timeout_s": WITHIN_S} | settings), start_timeout_s))
         await pools[-1].start()
         return pools[-1]
 
@@ -42,6 +63,48 @@ async def start_pool(workers):
     for pool in pools:
         await pool.close()
     assert workers() == []
+
+
+@pytest.fixture
+def own_check(tmp_path, monkeypatch):
+    """Puts a module `mine` where workers find it."""
+
+    def write(source: str) -> None:
+        tmp_path.joinpath("mine.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    return write
+
+
+class Patient:
+    """A check that hangs on "hang", and finds everything else right. Its workers start sooner than math-verify's."""
+
+    check = "mine:patient"
+
+    def __init__(self, log: Path):
+        self._log = log
+        log.touch()
+
+    @property
+    def begun(self) -> int:
+        """How many hanging checks have begun."""
+        return self._log.stat().st_size
+
+
+@pytest.fixture
+def patient(own_check, tmp_path) -> Patient:
+    log = tmp_path / "begun"
+    own_check(f"""
+import time
+def patient(response, answer):
+    if response == "hang":
+        with open({str(log)!r}, "a") as file:
+            file.write("x")
+        time.sleep(3600)
+    return True
+""")
+    return Patient(log)
 
 
 @pytest.fixture

@@ -1,19 +1,21 @@
 import asyncio
-import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from async_opd.verify.config import VerifyConfig
-from async_opd.verify.group import PATIENCE_S, GroupVerifier
-from async_opd.wire import Group, Prompt, Rollout, Span, Verdict
+from async_opd.verify.group import PATIENCE_S, SHARE, GroupVerifier
+from async_opd.wire import Check, Group, Prompt, Rollout, Span, Verdict
+from tests.simulated.virtual_time import virtual
 
 
-def group(id: str, answer: str) -> Group:
-    ids = np.array([1], np.int32)
-    logp = np.array([-1.0], np.float32)
-    spans = (Span(version=0, start=0, end=1),)
-    rollout = Rollout(id=f"{id}#0", ids=ids, behaviour_logp=logp, spans=spans, truncated=False)
-    return Group(prompt=Prompt(id=id, ids=ids, answer=answer), rollouts=(rollout,))
+def group(id: str, answer: str, responses: int = 1) -> Group:
+    """Responses of one token each, 0, 1, …"""
+    logp, spans = np.array([-1.0], np.float32), (Span(version=0, start=0, end=1),)
+    rollouts = tuple(
+        Rollout(id=f"{id}#{at}", ids=np.array([at], np.int32), behaviour_logp=logp, spans=spans, truncated=False)
+        for at in range(responses)
+    )
+    return Group(prompt=Prompt(id=id, ids=np.array([1], np.int32), answer=answer), rollouts=rollouts)
 
 
 class Pool:
@@ -22,59 +24,63 @@ class Pool:
     def __init__(self):
         self.decided = asyncio.Event()
 
-    async def check(self, check) -> Verdict:
+    async def check(self, check: Check) -> Verdict:
         if check.answer == "slow":
             await self.decided.wait()
         return Verdict(id=check.id, correct=True)
 
 
-async def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=60.0)
-    verifier._pool = pool = Pool()
-    started = time.monotonic()
-    quick, slow = await verifier.check_all(group("0@0", "2"), group("1@0", "slow"))
-    assert quick == (Verdict(id="0@0#0", correct=True),) and isinstance(slow, str)
-    assert PATIENCE_S <= time.monotonic() - started < PATIENCE_S + 1
-    pool.decided.set()
-    assert await verifier.late(slow) == (Verdict(id="1@0#0", correct=True),)
+def verifier_of(pool, texts: Sequence[str] = ("",), within_s: float = 60.0) -> GroupVerifier:
+    """Token 0 decodes to the first of `texts`, and so on."""
+    return GroupVerifier(pool, lambda ids: texts[ids[0]], within_s)
 
 
-async def test_quick_checks_do_not_wait_at_all():
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=60.0)
-    verifier._pool = Pool()
-    started = time.monotonic()
-    assert len(await verifier.check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
-    assert time.monotonic() - started < PATIENCE_S
+def now() -> float:
+    return asyncio.get_running_loop().time()
 
 
-async def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller():
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=0.5)
-    verifier._pool = Pool()
-    async with asyncio.timeout(0.5):
-        verdicts = await verifier.check(group("0@0", "slow"))
-    assert verdicts == (Verdict(id="0@0#0", correct=None, cause="no worker was free within 0.5 s"),)
+def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
+    async def main():
+        verifier = verifier_of(pool := Pool())
+        quick, slow = await verifier.check_all(group("0@0", "2"), group("1@0", "slow"))
+        assert quick == (Verdict(id="0@0#0", correct=True),) and isinstance(slow, str)
+        assert now() == PATIENCE_S
+        pool.decided.set()
+        assert await verifier.late(slow) == (Verdict(id="1@0#0", correct=True),)
+
+    virtual(main())
 
 
-async def test_groups_that_share_an_id_each_get_their_own_verdicts():
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=60.0)
-    verifier._pool = pool = Pool()
-    first, second, third = await verifier.check_all(group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2"))
-    assert isinstance(third, tuple) and first != second
-    pool.decided.set()
-    assert await verifier.late(first) == await verifier.late(second) == third
+def test_quick_checks_do_not_wait_at_all():
+    async def main():
+        assert len(await verifier_of(Pool()).check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
+        assert now() == 0
+
+    virtual(main())
 
 
-def responses(*texts: str) -> Group:
-    """A group whose rollouts decode to these texts."""
-    spans, logp = (Span(version=0, start=0, end=1),), np.array([-1.0], np.float32)
-    rollouts = tuple(
-        Rollout(id=f"0@0#{at}", ids=np.array([at], np.int32), behaviour_logp=logp, spans=spans, truncated=False)
-        for at in range(len(texts))
-    )
-    return Group(prompt=Prompt(id="0@0", ids=np.array([1], np.int32), answer="2"), rollouts=rollouts)
+def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller():
+    async def main():
+        async with asyncio.timeout(10):
+            verdicts = await verifier_of(Pool(), within_s=10).check(group("0@0", "slow"))
+        assert verdicts == (Verdict(id="0@0#0", correct=None, cause="no worker was free within 9.0 s"),)
+        assert now() == SHARE * 10
+
+    virtual(main())
 
 
-async def test_responses_vote_by_what_math_verify_holds_equal():
+def test_groups_that_share_an_id_each_get_their_own_verdicts():
+    async def main():
+        verifier = verifier_of(pool := Pool())
+        first, second, third = await verifier.check_all(group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2"))
+        assert isinstance(third, tuple) and first != second
+        pool.decided.set()
+        assert await verifier.late(first) == await verifier.late(second) == third
+
+    virtual(main())
+
+
+async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callable):
     texts = [
         r"\boxed{0.5}",
         r"\boxed{2}",
@@ -84,37 +90,36 @@ async def test_responses_vote_by_what_math_verify_holds_equal():
         r"\boxed{4/2}",
         r"so \boxed{7}",
     ]
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: texts[ids[0]], within_s=60.0)
-    await verifier.start()
-    try:
-        verdicts = await verifier.check(responses(*texts))
-        said = await verifier.said(responses(*texts), verdicts)
-    finally:
-        await verifier._pool.close()
+    verifier = verifier_of(await start_pool(timeout_s=60.0), texts)
+    asked = group("0@0", "2", responses=len(texts))
+    verdicts = await verifier.check(asked)
+    said = await verifier.said(asked, verdicts)
     assert [verdict.correct for verdict in verdicts] == [False, True, False, False, False, True, False]
     assert [one.vote for one in said] == [0, 1, 0, None, 4, 1, 4]
     assert [one.text for one in said] == texts
 
 
-async def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_vote_alike():
+def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_vote_alike():
     class Hangs(Pool):
-        async def check(self, check) -> Verdict:
+        async def check(self, check: Check) -> Verdict:
             await self.decided.wait()
 
-    verifier = GroupVerifier(VerifyConfig(), lambda ids: "", within_s=0.3)
-    verifier._pool = Hangs()
-    answers = [r"\boxed{1}", r"\boxed{3}", r"\boxed{1}", ""]
-    verdicts = tuple(Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers))
-    async with asyncio.timeout(0.3):
-        said = await verifier.said(responses(*answers), verdicts)
-    assert [one.vote for one in said] == [0, 1, 0, None]
+    async def main():
+        answers = [r"\boxed{1}", r"\boxed{3}", r"\boxed{1}", ""]
+        verdicts = tuple(Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers))
+        verifier = verifier_of(Hangs(), answers, within_s=10)
+        async with asyncio.timeout(10):
+            said = await verifier.said(group("0@0", "2", responses=4), verdicts)
+        assert [one.vote for one in said] == [0, 1, 0, None]
+
+    virtual(main())
 
 
 async def test_a_check_that_reads_no_answer_gives_no_votes():
-    verifier = GroupVerifier(VerifyConfig(check="code"), lambda ids: "", within_s=60.0)
     verdicts = (
         Verdict(id="0", correct=True),
         Verdict(id="1", correct=False),
         Verdict(id="2", correct=None, cause="late"),
     )
-    assert [one.vote for one in await verifier.said(responses("", "", ""), verdicts)] == [None, None, None]
+    said = await verifier_of(Pool(), ["", "", ""]).said(group("0@0", "2", responses=3), verdicts)
+    assert [one.vote for one in said] == [None, None, None]

@@ -5,18 +5,6 @@ import pytest
 from async_opd.errors import ConfigError
 
 
-@pytest.fixture
-def own_check(tmp_path, monkeypatch):
-    """Puts a module `mine` where workers find it."""
-
-    def write(source: str) -> None:
-        tmp_path.joinpath("mine.py").write_text(source)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-
-    return write
-
-
 async def test_a_function_of_the_users_decides(start_pool, check, own_check):
     own_check("def ends(response, answer):\n    return response.endswith(answer)")
     pool = await start_pool(check="mine:ends")

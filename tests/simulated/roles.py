@@ -1,0 +1,288 @@
+"""Every role of a run without a model: tokens, scores and steps are made up; versions, pauses and times are real.
+
+A role takes the times that a `Pace` sets. At `AT_ONCE`, the default, it answers when the event loop comes round.
+"""
+
+import asyncio
+import math
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from async_opd.ports import Ready
+from async_opd.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
+
+PER_STEP = 16  # trajectories
+LONGEST_S = 0.25  # what a step's work takes the longest role
+MEAN_TOKENS = 128
+PROBE_TOKENS = 8
+LOGP = np.full(PROBE_TOKENS, -1.0, np.float32)  # of the probe's tokens, by generator and learner alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Set times, in seconds, of one generator, teacher, verifier and learner."""
+
+    token_s: float  # one token of each running request
+    step_s: float
+    concurrency: int = PER_STEP  # requests a generator runs at once
+    heavy_tail: bool = False
+    score_s: float = LONGEST_S / PER_STEP / 4  # one group
+    score_batch: int = 8  # groups the teacher takes at once
+    check_s: float = 0.005
+    sync_s: float = 0.005
+
+    @classmethod
+    def of(cls, generation: float, learning: float, **more) -> "Pace":
+        """A pace at which generation and learning take these shares of LONGEST_S a step."""
+        concurrency = more.get("concurrency", cls.concurrency)
+        token_s = generation * LONGEST_S * concurrency / (PER_STEP * MEAN_TOKENS)
+        return cls(token_s=token_s, step_s=learning * LONGEST_S, **more)
+
+    def tokens(self, draw: random.Random) -> int:
+        """The length of one response."""
+        if not self.heavy_tail:
+            return MEAN_TOKENS
+        return min(max(1, round(draw.lognormvariate(math.log(MEAN_TOKENS) - 0.5, 1.0))), 16 * MEAN_TOKENS)
+
+
+AT_ONCE = Pace(token_s=0, step_s=0, score_s=0, check_s=0, sync_s=0)
+
+
+class Places:
+    """So many at once; the others wait, in order but for those that go first."""
+
+    def __init__(self, count: int):
+        self._free, self._waiting = count, deque()
+
+    @asynccontextmanager
+    async def one(self, first: bool) -> AsyncIterator[None]:
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.get_running_loop().create_future()
+            (self._waiting.appendleft if first else self._waiting.append)(turn)
+            try:
+                await turn  # the place of one who leaves
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self._leave()
+                raise
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        while self._waiting:
+            if not (turn := self._waiting.popleft()).done():  # else it was cancelled
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class SimulatedGenerator:
+    """`concurrency` requests at once, first come, first served; all stand still from `update` to `resume`.
+
+    Every response is `truncated` or none is. `tokens` counts those it has made.
+    """
+
+    def __init__(self, pace: Pace = AT_ONCE, seed: int = 0, *, truncated: bool = False):
+        self.pace, self.version, self.tokens, self.truncated = pace, 0, 0, truncated
+        self._draw = random.Random(seed)
+        self._places = Places(pace.concurrency)
+        self._running = asyncio.Event()
+        self._halt = asyncio.Event()
+        self._running.set()
+
+    @property
+    def paused(self) -> bool:
+        return not self._running.is_set()
+
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Prompt]:
+        return await self._respond(prompt, first=False)
+
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Prompt]:
+        """Goes before the requests of training."""
+        return await self._respond(prompt, first=True)
+
+    async def _respond(self, prompt: Prompt, first: bool) -> tuple[GroupMeta, Prompt]:
+        async with self._places.one(first):
+            spans = await self._sample(self.pace.tokens(self._draw))
+        return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(self.truncated,)), prompt
+
+    async def _sample(self, tokens: int) -> tuple[Span, ...]:
+        if not self.pace.token_s:
+            await self._running.wait()
+            await asyncio.sleep(0)
+            self.tokens += tokens
+            return (Span(version=self.version, start=0, end=tokens),)
+        spans, made, worked_s, token_s = [], 0, 0.0, self.pace.token_s
+        clock = asyncio.get_running_loop().time
+        while made < tokens:
+            await self._running.wait()
+            version, began = self.version, clock()
+            try:
+                async with asyncio.timeout(tokens * token_s - worked_s):
+                    await self._halt.wait()
+                worked_s += clock() - began
+                at = min(int(worked_s / token_s), tokens)
+            except TimeoutError:
+                at = tokens
+            if at > made:
+                spans.append(Span(version=version, start=made, end=at))
+            self.tokens += at - made
+            made = at
+        return tuple(spans)
+
+    async def probe(self) -> tuple[np.ndarray, Rollout]:
+        """Waits for no place: it goes before the requests that an update has put back in the engine's queue."""
+        spans, ids = await self._sample(PROBE_TOKENS), np.zeros(PROBE_TOKENS, np.int32)
+        return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
+
+    async def join_group(self, init_info: dict) -> None: ...
+
+    async def update(self, version: int, update_info: dict, oldest: int) -> None:
+        self._running.clear()
+        self._halt.set()
+        await asyncio.sleep(self.pace.sync_s)
+        self.version = version
+
+    async def resume(self) -> None:
+        self._halt.clear()
+        self._running.set()
+
+    async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class SimulatedTeacher:
+    """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. There are no scores."""
+
+    def __init__(self, pace: Pace = AT_ONCE):
+        self.pace, self.groups = pace, 0
+        self._free = asyncio.Lock()
+        self._queued: list[asyncio.Event] = []
+
+    async def score(self, group: Prompt) -> None:
+        scored = asyncio.Event()
+        self._queued.append(scored)
+        async with self._free:  # first come, first served: whoever gets it unscored is the first in the queue
+            if not scored.is_set():
+                batch, self._queued = self._queued[: self.pace.score_batch], self._queued[self.pace.score_batch :]
+                await asyncio.sleep(self.pace.score_s * len(batch))
+                self.groups += len(batch)
+                for each in batch:
+                    each.set()
+
+    async def load(self, folder: str) -> None: ...
+
+    async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class SimulatedVerifier:
+    """As many checks at once as there are, `check_s` each. Every response is right."""
+
+    def __init__(self, pace: Pace = AT_ONCE):
+        self.pace = pace
+
+    async def check(self, group: Prompt) -> tuple[Verdict, ...]:
+        await asyncio.sleep(self.pace.check_s)
+        return (Verdict(id=f"{group.id}#0", correct=True),)
+
+    async def check_health(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class SimulatedLearner:
+    """A step takes `step_s`; tokens over the bound, where there is one, leave the loss and are counted."""
+
+    def __init__(self, pace: Pace = AT_ONCE, max_lag_steps: int | None = None):
+        self.pace, self.version = pace, 0
+        self._bound = math.inf if max_lag_steps is None else max_lag_steps
+
+    async def step(self, groups: list[Ready]) -> StepResult:
+        await asyncio.sleep(self.pace.step_s)
+        lags: dict[int, int] = {}
+        for span in (span for ready in groups for span in ready.meta.spans[0]):
+            lag = self.version - span.version
+            lags[lag] = lags.get(lag, 0) + span.end - span.start
+        trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
+        self.version += 1
+        metrics = {"tokens": sum(trained.values()), "lag_max": max(trained)}
+        metrics["lag_mean"] = sum(lag * tokens for lag, tokens in trained.items()) / metrics["tokens"]
+        metrics["tokens_excluded"] = sum(lags.values()) - metrics["tokens"]
+        return StepResult(version=self.version, metrics=metrics)
+
+    async def open_group(self, generators: int) -> list[dict]:
+        return [{}] * generators
+
+    async def join_group(self, generators: int) -> None: ...
+
+    async def update_info(self) -> dict:
+        return {}
+
+    async def send_weights(self) -> None:
+        await asyncio.sleep(self.pace.sync_s)
+
+    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        return LOGP
+
+    async def save(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+    async def save_state(self, folder: str) -> None:
+        Path(folder).mkdir()
+        Path(folder, "version").write_text(str(self.version))
+
+    async def load_state(self, folder: str) -> None:
+        self.version = int(Path(folder, "version").read_text())
+
+
+class RecordingLearner(SimulatedLearner):
+    """Keeps the ids of what it trained, in order, and the folders that it saved weights to."""
+
+    def __init__(self, pace: Pace = AT_ONCE, max_lag_steps: int | None = None):
+        super().__init__(pace, max_lag_steps)
+        self.trained: list[str] = []
+        self.saved: list[str] = []
+
+    async def step(self, groups: list[Ready]) -> StepResult:
+        result = await super().step(groups)
+        self.trained += [ready.prompt.id for ready in groups]
+        return result
+
+    async def save(self, folder: str) -> None:
+        await super().save(folder)
+        self.saved.append(folder)
+
+
+class Prompts:
+    """Prompts "0", "1", … of one token, which can be gone on with."""
+
+    def __init__(self, count: int = 10**9):
+        self._count, self.position = count, {"drawn": 0}
+
+    def __iter__(self) -> Iterator[Prompt]:
+        while (at := self.position["drawn"]) < self._count:
+            self.position = {"drawn": at + 1}
+            yield _prompt(f"{at}")
+
+    def continued(self, position: dict, outstanding: Sequence[str]) -> Iterator[Prompt]:
+        """Those that were `outstanding`, then those behind `position`."""
+        self.position = position
+        return chain(map(_prompt, outstanding), self)
+
+
+def _prompt(id: str) -> Prompt:
+    return Prompt(id=id, ids=np.zeros(1, np.int32), answer="")

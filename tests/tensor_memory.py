@@ -1,0 +1,32 @@
+"""How much memory the tensors of a piece of work take, on any processor.
+
+What a library allocates for itself inside an operation depends on the processor and is not counted.
+"""
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class TensorMemory(TorchDispatchMode):
+    """While it is entered, `most` is the largest number of bytes that tensors made under it have held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+        self._bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for given in _storages((args, kwargs)):
+            self._bytes.setdefault(StorageWeakRef(given), 0)  # made before, by somebody else
+        result = function(*args, **(kwargs or {}))
+        for made in _storages(result):
+            self._bytes.setdefault(StorageWeakRef(made), made.nbytes())
+        self._bytes = {storage: size for storage, size in self._bytes.items() if not storage.expired()}
+        self.most = max(self.most, sum(self._bytes.values()))
+        return result
+
+
+def _storages(tree) -> list:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
