@@ -17,10 +17,10 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/async-opd demo
 
-# First what needs no cluster, on every core; then what starts one, by itself.
+# First what needs no cluster, on every core; then what starts one, two files at a time: each waits as much as it computes.
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not (ray or e2e or browser or gpu or soak)"
-	$(BIN)/python -m pytest -m "(ray or e2e or browser) and not (gpu or soak)"
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "(ray or e2e or browser) and not (gpu or soak)"
 
 # What takes longer: a random killer over all roles, thousands of hostile answers.
 soak: setup

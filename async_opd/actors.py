@@ -3,8 +3,6 @@
 import asyncio
 import gc
 import inspect
-import os
-import signal
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -22,13 +20,14 @@ from async_opd.casting import Casting, Part
 from async_opd.config import Config
 from async_opd.crew import Roles
 from async_opd.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
-from async_opd.nodes import home, living, room
+from async_opd.nodes import home, living, room, start_ray, taken_over
 from async_opd.placement import RANK, Ask, Node, asks, choose
 from async_opd.ports import Ref
+from async_opd.process_wide import no_garbage_collection
 from async_opd.proxies import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 from async_opd.scoring import refuse_without_gpus, section
 from async_opd.stream.pool import Tell
-from async_opd.stream.supervise import bounded, interrupted_by_signal
+from async_opd.stream.supervise import bounded
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
@@ -47,7 +46,8 @@ class _Host:
 
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
-        self._role = getattr(import_module(module), name)(*part.args, **part.settings)
+        with no_garbage_collection():
+            self._role = getattr(import_module(module), name)(*part.args, **part.settings)
         gc.collect()
         gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it
 
@@ -68,12 +68,9 @@ class _Host:
         if check := getattr(self._role, "check_health", None):
             await check()
 
-    async def address(self) -> tuple[str, int]:
-        """This node's address and a TCP port that is free on it. For roles that hold a model: it needs torch."""
-        from async_opd.collective import free_port  # here, so that the driver and the verifier do without torch
-
-        host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+    async def address(self) -> str:
+        """This node's address."""
+        return ray.util.get_node_ip_address()
 
     async def place(self) -> str:
         """This node's address and the GPUs that are this actor's."""
@@ -114,8 +111,8 @@ class _Actor:
         self.killed = True
         ray.kill(self.handle)
 
-    async def address(self, timeout_s: float) -> tuple[str, int]:
-        """Where the actor runs; answered once its role is built."""
+    async def address(self, timeout_s: float) -> str:
+        """Of the node where the actor runs; answered once its role is built."""
         return await self.result(self.handle.address.remote(), timeout_s, "start")
 
     async def sees(self, file: str, timeout_s: float) -> bool:
@@ -126,7 +123,7 @@ class _Actor:
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
         except GONE as e:
-            lines = str(e).partition("Some common causes")[0].strip().splitlines()
+            lines = str(e).partition("Some common causes")[0].strip().splitlines() or [type(e).__name__]
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # a failed constructor ends with its own error
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
         except RayTaskError as e:
@@ -141,20 +138,11 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
-def start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start a local one, unless
-    that is done. From the main thread only."""
-    if not ray.is_initialized():
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, exceptions.AuthenticationError) as e:
-            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
-
-
 class Cluster:
     """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes for this run.
 
-    A context manager: on leaving, however that comes about, its actors are killed and a local cluster is stopped.
+    A context manager: on leaving, however that comes about, its actors are killed, and what `start_ray` has begun is
+    ended.
     """
 
     def __init__(
@@ -175,19 +163,18 @@ class Cluster:
         self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
 
     def __enter__(self) -> "Cluster":
-        start_ray()
-        handler = interrupted_by_signal(asyncio.current_task())
-        signal.signal(signal.SIGTERM, handler)  # which ray.init takes for an exit at once
-        self._gpus = bool(ray.cluster_resources().get("GPU"))
-        self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
+        with ExitStack() as leaving:
+            start_ray()
+            leaving.enter_context(taken_over())
+            self._gpus = bool(ray.cluster_resources().get("GPU"))
+            self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
+            self._leaving = leaving.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            for actor in self._actors:
-                actor.kill()
-        finally:
-            ray.shutdown()
+        for actor in self._actors:
+            self._leaving.callback(actor.kill)
+        self._leaving.close()
 
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`, once there is room for them."""
@@ -229,8 +216,9 @@ class Cluster:
         async with self._turn:
             parts = map(self._casting.learner_rank, range(ask.count))
             ranks = [self._make(name, part, nodes[name]) for name, part in zip(ask.members, parts, strict=True)]
-            address, port = await ranks[0].address(start_s)
-            await asyncio.gather(*(rank.call(start_s, "start", f"tcp://{address}:{port}") for rank in ranks))
+            address = await ranks[0].address(start_s)
+            rendezvous = await ranks[0].call(start_s, "listen", address)
+            await asyncio.gather(*(rank.call(start_s, "start", rendezvous) for rank in ranks))
         await asyncio.gather(*map(self._settled, ranks))
         return LearnerProxy(ranks, address, self._config)
 

@@ -24,8 +24,9 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.errors import CheckpointError
+from async_opd.run_dir import CHECKPOINTS, checkpoint_at
 
-FOLDER, LINK = "checkpoints", "checkpoint"
+LINK = "checkpoint"
 STATE, MANIFEST = "run.json", "manifest.json"
 
 
@@ -57,7 +58,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, keep: int):
         """`keep` of the last are kept, and the best."""
-        self._root, self._link, self._keep = run_dir / FOLDER, run_dir / LINK, keep
+        self._root, self._link, self._keep = run_dir / CHECKPOINTS, run_dir / LINK, keep
 
     def begin(self, step: int) -> Path:
         """A fresh folder to write the checkpoint of `step` into. Raises CheckpointError."""
@@ -130,7 +131,7 @@ class Checkpoints:
         shutil.rmtree(self._partial(step), ignore_errors=True)  # `recover` tries again
 
     def _point(self, folder: Path) -> None:
-        target = Path(FOLDER, folder.name, "model")
+        target = Path(CHECKPOINTS, folder.name, "model")
         if self._link.is_symlink() and self._link.readlink() == target:
             return
         beside = self._link.with_name(f".{LINK}.partial")
@@ -148,23 +149,17 @@ class Checkpoints:
         return self._root / f".{step:06d}.old"
 
 
-def run_of(path: Path) -> Path:
-    """The run directory that `path`, which is one or one of its checkpoints, belongs to."""
-    return path.parent.parent if path.resolve().parent.name == FOLDER else path
-
-
 def find(path: str | Path) -> Checkpoint:
     """The newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes nothing.
 
     Raises CheckpointError naming the checkpoint, the file and what is wrong with it, and the last intact one before.
     """
     path = Path(path)
-    if path.parent.name == FOLDER or (path / MANIFEST).exists():
-        folder = path
-    else:
-        committed = _committed(path / FOLDER)
+    folder = checkpoint_at(path) or (path if (path / MANIFEST).exists() else None)
+    if folder is None:
+        committed = _committed(path / CHECKPOINTS)
         if not committed:
-            raise CheckpointError(f"{path}: no complete checkpoint in {path / FOLDER}")
+            raise CheckpointError(f"{path}: no complete checkpoint in {path / CHECKPOINTS}")
         folder = committed[max(committed)]
     try:
         return _verified(folder)
@@ -174,11 +169,12 @@ def find(path: str | Path) -> Checkpoint:
 
 def choose(run_dir: Path, which: str) -> Checkpoint:
     """The checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as `find` does."""
-    committed, best = _committed(run_dir / FOLDER), _best(run_dir / FOLDER)
+    committed, best = _committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
     step = best if which == "best" else int(which) if which.isdecimal() else None
     if step not in committed:
         there = ", ".join(f"{step} (best)" if step == best else f"{step}" for step in sorted(committed))
-        raise CheckpointError(f"{run_dir}: no checkpoint {which!r} in {run_dir / FOLDER}; there are: {there or 'none'}")
+        where = f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}"
+        raise CheckpointError(f"{where}; there are: {there or 'none'}")
     return find(committed[step])
 
 

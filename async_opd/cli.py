@@ -5,6 +5,7 @@ import os
 import sys
 from asyncio import CancelledError
 from importlib import import_module
+from itertools import pairwise
 
 from async_opd.errors import AsyncOpdError, CallFailed, ConfigError
 
@@ -47,19 +48,43 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    """The words of the command line. Raises ConfigError."""
-    parser = _parser()
+    """The words of the command line; behind the command, options may stand anywhere. Raises ConfigError."""
+    parser, commands = _parsers()
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         from async_opd.mistakes import wrong
 
         raise ConfigError(wrong("COMMAND", words[0], COMMANDS))
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        args.command.error(f"{unknown[0]}: no such option")
+    if not words or words[0] not in COMMANDS:
+        parser.parse_args(words)  # prints the help and ends, or says what is missing
+    command, behind = commands[words[0]], words[1:]
+    flags = {name for option in command._actions if option.nargs == 0 for name in option.option_strings}
+    for flag, _, value in (word.partition("=") for word in behind):
+        if flag in flags and value:
+            _refuse_value(command, flag, value)
+    args, unknown = command.parse_known_intermixed_args(behind)
+    one_too_many = len(_names(command, args)) + len(unknown) > 1  # a command with flags wants one
+    for flag, word in pairwise(behind):
+        if flag in flags and one_too_many and not word.startswith("-") and "=" not in word:
+            _refuse_value(command, flag, word)
+    for word in unknown:
+        command.error(f"{word}: {'no such option' if word.startswith('-') else 'one word too many'}")
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse_value(command: argparse.ArgumentParser, flag: str, value: str) -> None:
+    instead = f"; it prints: for a file, end the command with > {value}" if flag == "--json" else ""
+    command.error(f"{flag} {value}: {flag} takes no value{instead}")
+
+
+def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The words that are neither an option's nor a setting: of a config, a run, a file."""
+    values = [getattr(args, option.dest) for option in command._actions if not option.option_strings]
+    words = [f"{word}" for value in values for word in (value if isinstance(value, list) else [value])]
+    return [word for word in words if "=" not in word]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the whole command line, which knows the help of all commands, and that of each command."""
     parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -71,5 +96,5 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.arguments(own)
-        own.set_defaults(run=command.run, command=own)
-    return parser
+        own.set_defaults(run=command.run)
+    return parser, commands.choices

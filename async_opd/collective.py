@@ -35,37 +35,49 @@ class Sized(Protocol):
 Item = TypeVar("Item", bound=Sized)
 
 
-def free_port(host: str) -> int:
-    """A TCP port that is free on `host` (an address of this machine) right now."""
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
+def held_port(host: str) -> socket.socket:
+    """A socket that keeps a port of `host` for one who will listen there, until it is closed.
+
+    The system gives the port to nobody else; a server that asks for it by its number and with SO_REUSEADDR, as servers
+    do, gets it. Until then nobody listens there.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((host, 0))
+    return held
 
 
-def tcp_store(host: str, port: int, *, rank: int, world: int, timeout_s: float) -> TCPStore:
-    """Where `world` members meet; rank 0 listens at host:port, and there alone: torch by itself would listen on every
-    interface. Raises RuntimeError (torch's DistError) when rank 0 does not listen in time."""
-    listening = socket.create_server((host, port)).detach() if rank == 0 else None
+def open_store(host: str, timeout_s: float) -> TCPStore:
+    """Open the store where the members of a group meet: this process listens from now on, at `host` (an address of this
+    machine) and there alone, where torch by itself would on every interface. The system chooses the store's `port`."""
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
     return TCPStore(
         host,
         port,
-        world,
-        is_master=rank == 0,
+        is_master=True,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
-        master_listen_fd=listening,
+        master_listen_fd=listening.detach(),
     )
 
 
-def gloo_group(host: str, port: int, *, rank: int, world: int, timeout_s: float) -> ProcessGroupGloo:
-    """Join a group of `world` members whose rank 0 listens at host:port; each collective is bounded by `timeout_s`.
+def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """Reach the store that rank 0 has opened at host:port. Raises RuntimeError (torch's DistError) when it does not
+    answer in time."""
+    return TCPStore(host, port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
-    Traffic uses the interface that reaches `host`, so a group on one machine stays on loopback.
+
+def gloo_group(store: TCPStore, *, rank: int, world: int, timeout_s: float) -> ProcessGroupGloo:
+    """Join a group of `world` members that meet in `store`, which rank 0 has opened; each collective is bounded by
+    `timeout_s`.
+
+    Traffic uses the interface that reaches the store, so a group on one machine stays on loopback.
     Raises RuntimeError (torch's DistError) when the members do not meet in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    store = tcp_store(host, port, rank=rank, world=world, timeout_s=timeout_s)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
+        probe.connect((store.host, store.port))
         local = probe.getsockname()[0]
     options = ProcessGroupGloo._Options()
     options._timeout = timeout

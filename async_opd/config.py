@@ -1,6 +1,7 @@
 """The whole run in one typed TOML file: roles composed, cross-field rules, `load()` with overrides."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from functools import reduce
@@ -172,8 +173,9 @@ def checked(tree: dict, kind: type[Struct]) -> Any:
     refuse_mistakes(tree, kind)
     try:
         return msgspec.convert(tree, kind)
-    except msgspec.ValidationError as e:  # an invariant of a section's own
-        raise ConfigError(str(e)) from e
+    except msgspec.ValidationError as e:  # an invariant of a section's own, whose message begins with the key
+        place = re.fullmatch(r"(.*) - at `\$\.(.*)`", str(e))
+        raise ConfigError(f"{place[2]}.{place[1]}" if place else str(e)) from e
 
 
 def apply_override(tree: dict, override: str) -> None:
@@ -200,6 +202,9 @@ def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
     broken = c.objective.needs().groups and samples < 2
     yield broken, f"rollout.samples_per_prompt = {samples}: must be >= 2 for {tag(c.objective)}, which compares them"
+    broken = bool(c.objective.needs().running) and c.rollout.truncated == "drop"
+    limit = f"must be 'train' or 'mask' for {tag(c.objective)}, whose running mean would leave out what is dropped"
+    yield broken, f"rollout.truncated = 'drop': {limit}"
     yield from form_rules(c.teacher, c.teachers, c.data)
     broken = learner.trajectories_per_step % samples != 0
     yield broken, f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}"

@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 from async_opd.card import card
-from async_opd.checkpoints import Checkpoint, choose, find, run_of
+from async_opd.checkpoints import Checkpoint, choose, find
 from async_opd.config import read_run
 from async_opd.errors import CheckpointError, DataError
+from async_opd.run_dir import run_of
 
 
 def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoint, Path]:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPException
 from importlib.metadata import distribution
 from pathlib import Path
@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import async_opd
 from async_opd.errors import ClusterError, ConfigError
+from async_opd.process_wide import environment, log_level
 from async_opd.say import say
 
 DEFAULT = "http://127.0.0.1:8265"
@@ -47,10 +48,8 @@ class Jobs:
         """`address`: absent, that of Ray's environment variables, or of this machine."""
         self.address = _url(address)
         token = _token_for(self.address)
-        for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.WARNING)
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray takes its environment before what it is given
-        with self._asking():
+        # Ray takes its environment before what it is given.
+        with self._asking(), environment(RAY_API_SERVER_ADDRESS=self.address):
             self._client = JobSubmissionClient(headers={"Authorization": f"Bearer {token}"} if token else None)
 
     def submit(self, words: list[str], run_dir: str, package: Path) -> str:
@@ -124,12 +123,18 @@ class Jobs:
     def _asking(self, behind: str = "") -> Iterator[None]:
         """Ray's errors, of which some are pages, as one line."""
         try:
-            yield
+            with _quietly():
+                yield
         except AuthenticationError as e:
             raise ClusterError(f"{self.address}: refuses the token found here; {HOW_TO_GET_A_TOKEN}") from e
         except (RuntimeError, OSError, aiohttp.ClientError) as e:  # RuntimeError: what Ray makes of an HTTP status
             last = str(e).strip().rpartition("\n")[2] or type(e).__name__
             raise ClusterError(f"{self.address}: {last}{behind}") from e
+
+
+def _quietly() -> AbstractContextManager[None]:
+    """Ray says nothing of the packages that it makes and sends."""
+    return log_level(logging.WARNING, *logging.getLogger("ray").handlers)
 
 
 def last_word(text: str) -> str:
@@ -225,7 +230,8 @@ def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
     settings that name it, is left out, and where it is more than Ray takes."""
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch, "working_dir.zip")
-        create_package(str(folder), package, include_gitignore=True, excludes=LEFT_OUT)
+        with _quietly():
+            create_package(str(folder), package, include_gitignore=True, excludes=LEFT_OUT)
         with zipfile.ZipFile(package) as archive:
             inside = set(archive.namelist())
         for key, path in needed.items():

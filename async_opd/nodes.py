@@ -1,18 +1,50 @@
-"""The nodes of the cluster as Ray has them, and room on them for what a run asks for."""
+"""The connection to a cluster, its nodes as Ray has them, and room on them for what a run asks for."""
 
 import asyncio
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from async_opd.errors import ClusterTooSmall
+from async_opd.errors import ClusterTooSmall, ConfigError
 from async_opd.placement import Ask, Node, place
+from async_opd.process_wide import log_level, sigterm_as_before
 from async_opd.stream.pool import Tell
 
 POLL_S = 1.0  # between two looks for room
+_started = ExitStack()  # ends what `start_ray` has begun
+
+
+def start_ray() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start a local one, unless
+    that is done: a caller's own connection stays the caller's. From the main thread only."""
+    if ray.is_initialized():
+        return
+    with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
+        undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
+        undo.callback(ray.shutdown)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, AuthenticationError) as e:
+            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
+        _started.push(undo.pop_all())
+
+
+def stop_ray() -> None:
+    """End what `start_ray` has begun and nobody has taken over; nothing of a caller's."""
+    _started.close()
+
+
+def taken_over() -> ExitStack:
+    """What `start_ray` has begun, to be ended by the one who takes it and by nobody else; nothing, where it has begun
+    nothing."""
+    return _started.pop_all()
 
 
 def home() -> str:

@@ -122,9 +122,12 @@ def _too_small(asked: Sequence[Ask], nodes: Sequence[Node], missing: Ask) -> Clu
     roles = ", ".join(f"{ask.role} {ask.count} x {ask.gpus:g}" for ask in asking)
     held = ", ".join(f"{node.address} {node.free:g} of {node.gpus:g}" for node in nodes if node.gpus) or "no node"
     settings = list(dict.fromkeys(setting for ask in asking for setting in ask.settings))
-    lower = " or ".join(filter(None, [", ".join(settings[:-1]), settings[-1]]))
+    change = "add nodes"
+    if settings:
+        *most, last = settings
+        change = f"lower {', '.join(most)} or {last}, or add nodes" if most else f"lower {last}, or add nodes"
     return ClusterTooSmall(
         f"asked are {sum(ask.count * ask.gpus for ask in asking):g} GPUs ({roles}), "
         f"free are {sum(node.free for node in nodes):g} ({held}): no node has {missing.gpus:g} left for the next "
-        f"{missing.role}; lower {lower}, or add nodes"
+        f"{missing.role}; {change}"
     )

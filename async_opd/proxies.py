@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from async_opd.aio import retrieved
 from async_opd.config import Config
 from async_opd.errors import ActorLost, AsyncOpdError
 from async_opd.maths.packing import plan
@@ -39,7 +40,7 @@ class Together:
     async def __call__(self, item: Ref) -> Any:
         """The result of `item`, raised where it is an error; an error of the call is every item's."""
         if not self._batch:
-            self._sent = asyncio.create_task(self._flush())
+            self._sent = retrieved(asyncio.create_task(self._flush()))
         self._batch.append(item)
         at, sent = len(self._batch) - 1, self._sent
         result = (await asyncio.shield(sent))[at]
@@ -225,7 +226,7 @@ class LearnerProxy:
 
 async def _of_all(calls: Iterable[Coroutine]) -> list[Any]:
     """Results of what all ranks do with one another. Where one is lost, that is the error, whatever the others say."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    tasks = [retrieved(asyncio.ensure_future(call)) for call in calls]
     done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     if others:  # a dead rank is noticed later than what its death did to them
         done |= (await asyncio.wait(others, timeout=LAST_WORDS_S))[0]

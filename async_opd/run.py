@@ -1,7 +1,6 @@
 """One run from its config, or from its last checkpoint, to its run directory."""
 
 import asyncio
-import atexit
 import gc
 import itertools
 import json
@@ -34,11 +33,13 @@ from async_opd.errors import (
     TimedOut,
 )
 from async_opd.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.process_wide import no_garbage_collection
 from async_opd.samples import decoder, sample_file
 from async_opd.say import say
 from async_opd.sinks import SINKS
 from async_opd.spans import FILE, Window, encode
 from async_opd.stream.pool import Tell
+from async_opd.stream.supervise import interrupted_by_signal
 from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
@@ -51,17 +52,19 @@ async def run(config: Config, found: Checkpoint | None = None) -> Row:
     written to `summary.json`.
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
-    `run.max_restarts` times."""
-    if found:
-        return await _run(config, Path(config.run.dir), found)
-    with new_dir(Path(config.run.dir)) as run_dir:
-        return await _run(config, run_dir, None)
+    `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
+    with interrupted_by_signal(asyncio.current_task()):
+        if found:
+            return await _run(config, Path(config.run.dir), found)
+        with new_dir(Path(config.run.dir)) as run_dir:
+            return await _run(config, run_dir, None)
 
 
 async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    from async_opd.inputs import read  # whose libraries take seconds to import
+    with no_garbage_collection():
+        from async_opd.inputs import read  # whose libraries take seconds to import
 
     inputs = read(config)
     # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
@@ -114,11 +117,11 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         roles = await cluster.roles()
         say(f"every actor is ready after {time.monotonic() - started:.0f} s")
         gc.collect()
-        atexit.register(gc.unfreeze)  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
         gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
         try:
             return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
         finally:
+            gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
             meter.flush()
 
 

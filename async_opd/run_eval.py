@@ -1,5 +1,6 @@
 """One evaluation from its settings to its folder."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from async_opd.evaluate.settings import EvalRun, run_config
 from async_opd.run import environment, new_dir, refuse_unreachable, resolve_toy
 from async_opd.say import say
 from async_opd.stream.pool import Pool
+from async_opd.stream.supervise import interrupted_by_signal
 from async_opd.wire import Prompt
 
 
 async def run_eval(asked: EvalRun) -> Result:
-    """Do what is `asked`; returns what is in the folder too."""
-    with new_dir(Path(asked.run.dir)) as folder:
+    """Do what is `asked`; returns what is in the folder too. Until it ends SIGTERM is as Ctrl-C."""
+    with interrupted_by_signal(asyncio.current_task()), new_dir(Path(asked.run.dir)) as folder:
         return await _run_eval(asked, folder)
 
 

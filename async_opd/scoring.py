@@ -154,6 +154,9 @@ def sampling_rules(
     first, last = sampling.full_until_step, sampling.until_step
     broken = last < first
     yield broken, f"teacher_sampling.until_step = {last}: must be >= teacher_sampling.full_until_step = {first}"
+    weight = f"teacher_sampling.weight_end = {sampling.weight_end}"
+    unless = f"has no effect with teacher_sampling.until_step = full_until_step = {last}"
+    yield last == first and sampling.weight_end != 0, f"{weight}: {unless}"
     tokens, longest = sampling.max_new_tokens or 0, rollout.max_new_tokens
     broken = tokens > longest
     yield broken, f"teacher_sampling.max_new_tokens = {tokens}: must be <= rollout.max_new_tokens = {longest}"

@@ -11,24 +11,26 @@ from async_opd import metric_names
 from async_opd.actors import gauge
 from async_opd.config import Config
 from async_opd.metrics import Row, Sink
+from async_opd.process_wide import environment
 
 
 class Wandb:
     """Weights & Biases: offline, in RUN/wandb, where there is no key. Project and mode are its own variables'."""
 
     def __init__(self, config: Config, run_dir: Path):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which is sent offline too
-        import wandb
+        reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")  # it is sent offline too
+        with environment(WANDB_ERROR_REPORTING=reporting):
+            import wandb
 
-        online = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "async-opd"),
-            name=run_dir.name,
-            dir=run_dir,
-            mode=None if online else "offline",
-            config=msgspec.to_builtins(config),
-            settings=wandb.Settings(console="off", silent=True),  # the terminal is the console's
-        )
+            online = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "async-opd"),
+                name=run_dir.name,
+                dir=run_dir,
+                mode=None if online else "offline",
+                config=msgspec.to_builtins(config),
+                settings=wandb.Settings(console="off", silent=True),  # the terminal is the console's
+            )
 
     def __call__(self, row: Row) -> None:
         self._run.log(row, step=row["step"])

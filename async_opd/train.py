@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from async_opd import scale
+from async_opd.aio import retrieved
 from async_opd.checkpoints import Checkpoint
 from async_opd.config import Config
 from async_opd.crew import Crew, Roles
@@ -172,7 +173,7 @@ class _Loop:
 
     async def _finished(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, which goes on where the caller is cancelled: `interrupted` and `settled` wait for it."""
-        self._at_work = asyncio.ensure_future(work)
+        self._at_work = retrieved(asyncio.ensure_future(work))
         await asyncio.shield(self._at_work)
 
     async def interrupted(self) -> None:
@@ -195,8 +196,6 @@ class _Loop:
         """Wait for what is still at work: a save that goes on behind the next start would be taken for its own."""
         if self._at_work:
             await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
-            if self._at_work.done() and not self._at_work.cancelled():
-                self._at_work.exception()  # it has been told
 
     async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
         """Be where the run was at that checkpoint; returns its prompts from there on."""

@@ -162,6 +162,7 @@ class Needs(Struct):
     teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
     teacher_at_student_ids: int = 0  # K: the teacher's log-probs at the rollout's own `candidate_ids`, which are
     student_ids: Literal["likeliest", "sampled"] = "likeliest"  # these of the behaviour policy at each position
+    tail: bool = False  # log-mass of all ids but these candidates, under student and teacher
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
     reference: bool = False  # log-prob of the sampled token under the reference
     student_entropy: bool = False
@@ -182,6 +183,7 @@ class Scores(Struct):
     topk_logp: np.ndarray | None = None  # float32 [T, K]
     entropy: np.ndarray | None = None  # float32 [T], nats
     candidate_logp: np.ndarray | None = None  # float32 [T, K], at the rollout's candidate_ids
+    tail_logp: np.ndarray | None = None  # float32 [T], log-mass of all other ids than these, or than topk_ids
 
     def __post_init__(self):
         tokens = np.shape(self.sampled_logp)[:1]
@@ -191,6 +193,8 @@ class Scores(Struct):
             _logp(self.id, "topk_logp", self.topk_logp, (*tokens, self.topk_ids.shape[1]))
         if self.candidate_logp is not None:
             _logp(self.id, "candidate_logp", self.candidate_logp, (*tokens, np.shape(self.candidate_logp)[-1]))
+        if self.tail_logp is not None:
+            _logp(self.id, "tail_logp", self.tail_logp, tokens)
         if self.entropy is not None:
             _array(self.id, "entropy", self.entropy, np.float32, 1)
             _rows(self.id, "entropy", self.entropy, *tokens)

@@ -35,7 +35,6 @@ TAUGHT = (
 METHODS = {  # name: the objective, and overrides
     "opd": ('{tag="opd"}',),
     "opd, PPO with dual clip": ('{tag="opd", correction={tag="ppo", dual_clip=3.0}}',),
-    "opd, decoupled": ('{tag="opd", correction={tag="decoupled"}}',),
     "opd, gate, prefix, random, constant": (
         '{tag="opd", drift_gate={block=8}, position={share=0.8}, random={share=0.5}, constant=1.2}',
     ),

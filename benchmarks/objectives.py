@@ -59,6 +59,7 @@ def micro_batch(needs: Needs) -> MicroBatch:
         candidate_ids_NK=torch.randint(VOCABULARY, (TOKENS, candidates)) if candidates else None,
         behaviour_logp_NK=logp_NK,
         teacher_logp_NK=logp_NK,
+        teacher_tail_logp_N=-1 - torch.rand(TOKENS) if needs.tail else None,
         teacher_entropy_N=torch.rand(TOKENS) * 3,
         reference_logp_N=-torch.rand(TOKENS) * 3,
         taught=False,
@@ -84,7 +85,8 @@ def objective_seconds(objective: Objective) -> float:
     candidates_NK = None if micro.candidate_ids_NK is None else micro.teacher_logp_NK.clone().requires_grad_()
     entropy_N = torch.rand(TOKENS) * 3 if needs.student_entropy else None
     hidden_ND = torch.randn(TOKENS, WIDTH) if needs.hidden_state else None
-    read = Read(logp_N, entropy_N, candidates_NK, None, None, hidden_ND)
+    tail_N = (-1 - torch.rand(TOKENS)).requires_grad_() if needs.tail else None
+    read = Read(logp_N, entropy_N, candidates_NK, None, None, tail_N, hidden_ND)
     moment = Moment(step=11, running={name: Moments(100, 0.5, 25.0) for name in needs.running})
     found = batch_statistics(lambda *_: read, lambda tensor, op: None, objective, [micro], moment)
     started = time.perf_counter()

@@ -1,5 +1,7 @@
+import gc
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -17,6 +19,28 @@ TINY = dict(
     max_position_embeddings=64,
     initializer_range=0.3,  # wide, so that a random model is sure of some tokens
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cluster() -> Iterator[None]:
+    """No test finds a cluster that runs on this machine, of a user or of another process of tests: Ray leaves where one
+    is in its folder for temporary files."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", folder)
+            patch.delenv("RAY_ADDRESS", raising=False)
+            yield
+
+
+@pytest.fixture
+def unheard(caplog) -> Callable[[], list[str]]:
+    """What asyncio says of errors that nobody has asked for, once what is done with is gone."""
+
+    def said() -> list[str]:
+        gc.collect()
+        return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+    return said
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,32 @@ MISTAKES = {
             'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',
             'tag = "opd"\ncorrection = {tag="importance", ratio="none", at_most=2}',
         ),
-        ["at_most and between: have no effect with ratio = 'none'"],
+        ["objective.correction.at_most = 2.0: has no effect with ratio = 'none'"],
+    ),
+    "share of no mixture": (
+        "objective.beta=0.3",
+        ["objective.beta = 0.3: has no effect with divergence = 'reverse'"],
+    ),
+    "mean over what nothing selects": (
+        "objective.mean_over=selected",
+        ["objective.mean_over = 'selected': has no effect without position or random"],
+    ),
+    "end of all of it": (
+        'objective.position={share=1.0,part="suffix"}',
+        ["objective.position.part = 'suffix': has no effect with share = 1"],
+    ),
+    "proximal policy that would be the live one": (
+        'objective={tag="opd",correction={tag="decoupled"}}',
+        ["objective.correction.tag = 'decoupled': must be 'importance' or 'ppo'"],
+    ),
+    "nothing added": ('objective={tag="eopd",alpha=0}', ["objective.alpha = 0: must be a finite number > 0"]),
+    "running mean without what is dropped": (
+        'objective={tag="egrsd"} rollout.truncated=drop',
+        ["rollout.truncated = 'drop': must be 'train' or 'mask' for objective.tag = 'egrsd', whose running mean would"],
+    ),
+    "last weight of no fall": (
+        f"{SAMPLING} teacher_sampling.full_until_step=35 teacher_sampling.weight_end=0.5",
+        ["teacher_sampling.weight_end = 0.5: has no effect with teacher_sampling.until_step = full_until_step = 35"],
     ),
     "answers longer than what is checked": (
         f"{SAMPLING} teacher_sampling.max_new_tokens=65",

@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import msgspec
@@ -66,24 +66,29 @@ PUBLISHED = {  # command, rollouts; trajectory, field, its numbers
 }  # fmt: skip
 
 SAMPLED = {"student_logp", "behaviour_logp", "teacher_logp"}
+TAILED = {"candidates", "student_tail_logp", "teacher_tail_logp"}
 NEEDED = {  # command: the fields without which it cannot be
     "opd": SAMPLED,
     "opd correction.tag=importance correction.ratio=none": {"student_logp", "teacher_logp"},
     "opd correction.tag=ppo": SAMPLED,
-    "opd correction.tag=decoupled": SAMPLED | {"proximal_logp"},  # of all trajectories, if of any
     "g_opd": SAMPLED | {"reference_logp"},
     "g_opd lambda=1": SAMPLED,
     "iw_opd": SAMPLED,
     "dear": SAMPLED | {"student_entropy", "hidden"},
     "sg_opd": SAMPLED | {"reference_logp", "prompt", "reward"},
+    "sg_opd lambda_high=1": SAMPLED | {"prompt", "reward"},
     "egrsd": SAMPLED | {"teacher_entropy", "reward", "length_cap"},
+    "egrsd length_bonus=0": SAMPLED | {"teacher_entropy", "reward"},
+    "egrsd gamma=0": SAMPLED | {"reward", "length_cap"},
     "cl_egrsd": SAMPLED | {"teacher_entropy", "reward", "length_cap"},
     "mc_opd m=4": SAMPLED | {"candidates"},
     "mc_opd m=1": SAMPLED,
-    "topk_kl k=3": {"candidates"},
-    "topk_kl k=3 prefix.at_most=2": {"candidates", "student_logp", "behaviour_logp"},
-    "topk_kl k=3 drift_gate.block=2": {"candidates", "student_logp", "behaviour_logp"},
+    "topk_kl k=3": TAILED,
+    "topk_kl k=3 rest=renormalise": {"candidates"},
+    "topk_kl k=3 prefix.at_most=2": TAILED | {"student_logp", "behaviour_logp"},
+    "topk_kl k=3 drift_gate.block=2": TAILED | {"student_logp", "behaviour_logp"},
     "eopd k=3": SAMPLED | {"candidates", "teacher_entropy"},
+    "eopd k=3 tau=0 rest=bucket": SAMPLED | TAILED,
 }
 LENGTHS, PROMPTS, REWARDS = (4, 1, 6, 3), ("a", "a", "b", "a"), (1, 0, None, 1)
 
@@ -210,6 +215,23 @@ def test_candidates_have_coefficients_of_their_own(say):
             assert both["candidate_coefficient"][t] == pytest.approx(added)
 
 
+def test_a_tail_has_a_coefficient_of_its_own(say):
+    one = (
+        {"student_logp": -0.51082579, "teacher_logp": -0.69314718},
+        {"student_logp": -0.91629073, "teacher_logp": -0.7985077},
+    )
+    tails = {
+        "student_tail_logp": [-16.11809565],
+        "teacher_tail_logp": [-2.99573227],
+    }  # .6 - 1e-7, .4, 1e-7; .5, .45, .05
+    given = {"trajectories": [{"candidates": [one]} | tails]}
+    (found,) = say("topk_kl k=2 divergence=forward", given)["trajectories"]
+    assert found["coefficient"] == [pytest.approx([0.5, 0.45])]
+    assert found["tail_coefficient"] == pytest.approx([0.05])
+    *_, last = say("topk_kl k=2 divergence=forward", given, as_json=False).splitlines()
+    assert " ".join(last.split()) == "· all others -16.1181 - -2.9957 - - - 0.0500"
+
+
 @pytest.mark.parametrize("command", [*NEEDED, "egrsd drift_gate.block=2 random.share=0.5 mean_over=selected"])
 def test_it_is_what_the_learner_computes(command):
     tag, *settings = command.split()
@@ -220,11 +242,14 @@ def test_it_is_what_the_learner_computes(command):
     others = dict.fromkeys({f.name for f in fields(MicroBatch)} - set(given))
     kept = {"ids_L": torch.zeros(14), "keep_N": torch.ones(14, dtype=bool), "taught": False}
     micro = MicroBatch(**(others | given | kept))
-    read = Read(batch.student_logp_N, batch.student_entropy_N, batch.student_logp_NK, None, None, batch.hidden_ND)
+    read = Read(
+        batch.student_logp_N, batch.student_entropy_N, batch.student_logp_NK, None, None, batch.student_tail_logp_N,
+        batch.hidden_ND,
+    )  # fmt: skip
     moment = Moment(step=7, running=batch.running)
     statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], moment)
     seen = token_batch(micro, read, moment, statistics)
-    learned = objective.loss(replace(seen, proximal_logp_N=batch.proximal_logp_N))
+    learned = objective.loss(seen)
     learned.loss_N.sum().backward()
     found = explain(objective, rollouts, "file")
     assert [x for each in found for x in each["weight"]] == learned.weight_N.tolist()
@@ -255,6 +280,10 @@ MALFORMED = {  # the file; what the message says after its name
     "a misspelt field of a candidate": (
         {"trajectories": [ONE | {"candidates": [[], [{"tok": 1, "student_logp": -1, "teacher_logp": -1}]]}]},
         ": trajectories[0].candidates[1][0]: field = 'tok': must be ", "did you mean 'token'?",
+    ),
+    "a proximal policy, of which there is none": (
+        {"trajectories": [ONE | {"proximal_logp": [-1, -2]}]},
+        ": trajectories[0]: field = 'proximal_logp': must be ",
     ),
     "a misspelt moment": (
         {"trajectories": [ONE], "running": {"reward": {"count": 1, "maen": 0, "mean": 0, "squares": 0}}},
@@ -324,9 +353,13 @@ def test_other_candidates_than_the_objective_asks_for_are_refused(say):
         ("dera", "objective.tag = 'dera': must be 'cl_egrsd', 'dear', "),
         ("dear p=2", "objective.p = 2: must be a finite number > 0 and <= 1"),
         ("dear pp=0.2", "objective.pp = 0.2: no such setting; did you mean 'objective.p'?"),
-        ("opd correction.tag=pp", "objective.correction.tag = 'pp': must be 'decoupled', 'importance' or 'ppo'"),
+        ("opd correction.tag=pp", "objective.correction.tag = 'pp': must be 'importance' or 'ppo'"),
         ("opd corection.tag=ppo", "objective.corection: no such section; did you mean 'objective.correction'?"),
-        ("opd correction.tag=importance correction.between=[2,1]", "between = [2.0, 1.0]: must be [least, most]"),
+        (
+            "opd correction.tag=importance correction.between=[2,1]",
+            "objective.correction.between = [2.0, 1.0]: must be [least, most]",
+        ),
+        ("egrsd floor=0.5", "objective.floor = 0.5: has no effect with gamma = 0.3, which leaves at least 0.7"),
         ("topk_kl", "objective.k: missing; must be an integer >= 1"),
         ("opd other.json", "explain: needs one file with rollouts, got other.json, rollouts.json"),
     ],
@@ -373,7 +406,8 @@ def test_the_table_has_a_row_a_token_and_one_for_each_of_its_candidates(say):
     for command in NEEDED:
         table = say(command, whole, as_json=False).splitlines()
         candidates = 3 * 14 if "candidates" in NEEDED[command] else 0
-        assert len(table) == 2 * 4 + 3 + 14 + candidates and max(map(len, table)) <= 120
+        tails = 14 if "student_tail_logp" in NEEDED[command] else 0
+        assert len(table) == 2 * 4 + 3 + 14 + candidates + tails and max(map(len, table)) <= 120
     mc = say("mc_opd m=4", whole, as_json=False).splitlines()
     found = say("mc_opd m=4", whole)["trajectories"][0]["coefficient"][0]
     assert [float(line.split()[-1]) for line in mc[2:6]] == pytest.approx(found, abs=1e-4)

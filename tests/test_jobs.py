@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import os
 import socket
 import subprocess
 import sys
@@ -30,7 +32,6 @@ def a_home_without_a_token(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # restored, whatever a command sets
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
 
 
@@ -235,6 +236,21 @@ def cluster(monkeypatch):
         return Client.found
 
     return has
+
+
+def test_what_ray_reads_of_the_process_is_put_back(cluster, monkeypatch):
+    handlers = logging.getLogger("ray").handlers
+
+    def said_to_ray() -> tuple:
+        return os.environ.get("RAY_API_SERVER_ADDRESS"), [handler.level for handler in handlers]
+
+    read = []
+    monkeypatch.setattr(Client, "__init__", lambda self, headers: read.append(said_to_ray()))
+    before = said_to_ray()
+    cluster()
+    assert main(["status"]) == 0
+    assert said_to_ray() == before
+    assert read == [("http://127.0.0.1:8265", [logging.WARNING for _ in handlers])]
 
 
 @pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 130)])
@@ -444,16 +460,16 @@ async def step():
     print("step", flush=True)
 
 async def run():
-    signal.signal(signal.SIGTERM, interrupted_by_signal(asyncio.current_task()))
     for n in range({signals}):
         asyncio.get_running_loop().call_later(0.1 + 0.1 * n, signal.raise_signal, signal.SIGTERM)
     at_work = asyncio.ensure_future(step())
-    try:
-        await asyncio.shield(at_work)
-    except asyncio.CancelledError:
-        await asyncio.shield(at_work)
-        print("saved", flush=True)
-        raise
+    with interrupted_by_signal(asyncio.current_task()):
+        try:
+            await asyncio.shield(at_work)
+        except asyncio.CancelledError:
+            await asyncio.shield(at_work)
+            print("saved", flush=True)
+            raise
 
 try:
     asyncio.run(run())

@@ -77,12 +77,12 @@ def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher):
     Group (to teacher, verifier, learner), Scores and Verdict (to the learner). Ray's own frame around it does not.
 
     Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which every objective gets;
-    the teacher's entropy and, per id of the student's own, id, the teacher's log-prob and, where it was sampled, that
+    the teacher's entropy and tail and, per id of the student's own, id, the teacher's log-prob and, where sampled, that
     under behaviour, where declared. 8 bytes for each of the teacher's top k. Nothing else grows with the response: 512
     bytes, and 16 for each array of the student's own ids. One sample a prompt: the dearest case for that rest.
     """
     arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
-    numbers = 3 + needs.teacher_entropy + arrays * needs.teacher_at_student_ids
+    numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
     rest = 512 + 16 * arrays + 4 * P
     total = 0
     for message in messages(teacher(needs), needs, LONG):

@@ -9,6 +9,7 @@ import pytest
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ClusterTooSmall, ConfigError
+from async_opd.evaluate.settings import load_eval, run_config
 from async_opd.placement import Node, asks, choose, place
 
 BIG = [
@@ -103,6 +104,22 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_numbers_and_what_to_cha
     for setting in ("learner.ranks", "rollout.generators", "rollout.tensor_parallel_size", "teacher.replicas"):
         assert setting in said
     assert refused.value.exit_status == 2 and "\n" not in said
+
+
+def test_a_cluster_too_small_for_an_evaluation_is_refused_with_the_numbers_too():
+    config = run_config(load_eval("toy:student", ["data.path=toy:heldout", "rollout.generators=3"]))
+    generator, verifier = (ask for ask in asks(config, True) if ask.role in ("generator", "verifier"))
+    with pytest.raises(ClusterTooSmall) as refused:
+        place([generator, verifier], cluster(1, 1))
+    assert str(refused.value) == (
+        "asked are 3 GPUs (generator 3 x 1), free are 2 (a 1 of 1, b 1 of 1): "
+        "no node has 1 left for the next generator; lower rollout.generators, or add nodes"
+    )
+    with pytest.raises(ClusterTooSmall) as refused:
+        place([verifier], [])  # of which no setting says how many there are
+    assert str(refused.value) == (
+        "asked are 0 GPUs (verifier 1 x 0), free are 0 (no node): no node has 0 left for the next verifier; add nodes"
+    )
 
 
 def test_a_member_in_place_of_a_lost_one_goes_where_few_of_its_role_are_and_room_is():

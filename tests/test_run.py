@@ -1,6 +1,12 @@
+import atexit
+import gc
 import json
+import logging
+import os
 import shutil
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +95,6 @@ def over_simulated_roles(monkeypatch):
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
-    monkeypatch.setattr(runs.gc, "freeze", lambda: None)  # the tests that follow have garbage of their own
 
 
 SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=false")
@@ -104,6 +109,35 @@ async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
     assert (tmp_path / "run" / FILE).exists() == (recorded_steps is not None)
     if recorded_steps:
         assert [line.step for line in recorded(tmp_path / "run").lines] == recorded_steps
+
+
+def process_wide() -> dict:
+    """What a run could leave changed in the process of who called it."""
+    return {
+        "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)],
+        "frozen": gc.get_freeze_count(),
+        "called at exit": atexit._ncallbacks(),
+        "environment": dict(os.environ),
+        "log levels": {name: logging.getLogger(name).level for name in ("", "ray", "datasets", "huggingface_hub")},
+    }
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_simulated_roles, monkeypatch):
+    meanwhile = []
+
+    async def train(*args):
+        meanwhile.append(process_wide())
+        if ends == "badly":
+            raise ActorLost("teacher 0")
+        return {}
+
+    monkeypatch.setattr(runs, "train", train)
+    before = process_wide()
+    with pytest.raises(ActorLost) if ends == "badly" else nullcontext():
+        await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL]))
+    assert process_wide() == before
+    assert meanwhile[0]["signals"] != before["signals"] and meanwhile[0]["frozen"] > 10_000
 
 
 async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(

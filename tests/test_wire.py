@@ -57,6 +57,7 @@ SCORES = dict(
     topk_logp=floats([-1, -2], [-1, -2], [-1, -2]),
     entropy=floats(0, 1, 2),
     candidate_logp=floats([-1], [-2], [-3]),
+    tail_logp=floats(-3, -2, -100),
 )
 
 RECORDED = dict(
@@ -95,6 +96,8 @@ BAD = {
     "candidates of two tokens": (Scores, SCORES, dict(candidate_logp=floats([-1], [-2])), r"candidate_logp .*\(2, 1\)"),
     "a number missing": (Recorded, RECORDED, dict(numbers={"ratio": floats(1)}), "p7@0#1: ratio has 1 rows for 2"),
     "positive candidate": (Scores, SCORES, dict(candidate_logp=floats([-1], [2], [-3])), r"candidate_logp\[1\] = 2.0"),
+    "tail of two tokens": (Scores, SCORES, dict(tail_logp=floats(-1, -2)), r"p7@0#1: tail_logp has shape \(2,\), exp"),
+    "tail of no log": (Scores, SCORES, dict(tail_logp=floats(-1, -INF, -3)), r"p7@0#1: tail_logp\[1\] = -inf is not"),
 }  # fmt: skip
 
 

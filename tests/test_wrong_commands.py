@@ -12,7 +12,7 @@ import pytest
 
 from async_opd.checkpoints import Checkpoints, RunState
 from async_opd.cli import COMMANDS, main
-from async_opd.collective import free_port
+from async_opd.collective import held_port
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
@@ -96,7 +96,9 @@ COMMAND_LINES = {
     f"stop job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
     "export nowhere": ["RunMissing: nowhere: no config.json in it"],
     "trace nowhere": ["RunMissing: nowhere: no config.json in it"],
-    "cluster": ["required: render", "usage: async-opd cluster"],
+    "cluster": ["required: ", "--kind", "usage: async-opd cluster render"],
+    "cluster rendr demo.toml --kind slurm": ["invalid choice: 'rendr' (choose from 'render')"],
+    "cluster render demo.toml --kind slurm run.dir=/shared/runs/a learner.lrr=3": ["learner.lrr = 3: no such setting"],
     "cluster render demo.toml --kind kubray": ["--kind: invalid choice: 'kubray' (choose from 'kuberay'"],
     "cluster render demo.toml --kind slurm --gpus-per-node 0": ["--gpus-per-node: 0: must be an integer >= 1"],
     "cluster render demo.toml run.dir=/shared/runs/a --kind slurm -o no/a.sh": [
@@ -104,7 +106,25 @@ COMMAND_LINES = {
     ],
     "audit nowhere": ["RunMissing: nowhere: no config.json in it"],
     "audit models": ["RunMissing: models: no config.json in it"],
-    "audit finished damaged": ["damaged: no such option", "usage: async-opd audit"],
+    "audit finished damaged": ["damaged: one word too many", "usage: async-opd audit"],
+    "audit finished --json out.json": [
+        "--json out.json: --json takes no value",
+        "for a file, end the command with > out.json; usage: ",
+    ],
+    "audit finished --json=out.json": ["--json out.json: --json takes no value", "usage: async-opd audit"],
+    "plan demo.toml --json out.json": ["--json out.json: --json takes no value", "usage: async-opd plan CONFIG"],
+    "plan demo.toml learner.lr=1 --offline now": ["--offline now: --offline takes no value; usage: "],
+    "explain --objective opd rollouts.json --json out.json": ["--json out.json: --json takes no value"],
+    "explain --objective opd --json rollouts.json": ["rollouts.json: ", "`trajectories`"],
+    "explain --json correction.tag=ppo rollouts.json --objective opd": ["rollouts.json: ", "`trajectories`"],
+    "explain --json --objective opd rollout.json": ["rollout.json: no such file; did you mean 'rollouts.json'?"],
+    "submit demo.toml --no-wait now": ["--no-wait now: --no-wait takes no value", "usage: async-opd submit CONFIG"],
+    "submit demo.toml --no-wait learner.lrr=3": ["learner.lrr = 3: no such setting"],
+    "logs job --follow now": ["--follow now: --follow takes no value", "usage: async-opd logs"],
+    "plan demo.toml --offline learner.lrr=3": ["learner.lrr = 3: no such setting; did you mean 'learner.lr'?"],
+    "train run.steps=9 --resume finished learner.lrr=3": ["learner.lrr = 3: no such setting"],
+    "scale finished --address http://a generators=no": ["'generators=no': write POOL=NUMBER"],
+    "report nowhere -o page.html finished": ["RunMissing: nowhere: "],
 }
 
 
@@ -194,9 +214,10 @@ def test_every_command_refuses_an_option_that_is_none(command, refused):
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_not_there_is_said_at_once(scheme, refused, monkeypatch):
-    address = f"{scheme}127.0.0.1:{free_port('127.0.0.1')}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused("demo")
+    with held_port("127.0.0.1") as held:
+        address = f"{scheme}127.0.0.1:{held.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused("demo")
 
 
 def test_nccl_is_refused_on_a_cluster_without_gpus():

@@ -11,9 +11,10 @@ from msgspec import Meta, Struct
 
 from async_opd.audit.replay import Replay
 from async_opd.audit.timeline import Timeline
-from async_opd.checkpoints import FOLDER, MANIFEST, STATE, RunState
+from async_opd.checkpoints import MANIFEST, STATE, RunState
 from async_opd.config import read_run
 from async_opd.errors import RunMissing
+from async_opd.run_dir import CHECKPOINTS
 
 
 class Books(Struct, kw_only=True):
@@ -61,7 +62,7 @@ def audit(run_dir: Path) -> Books:
         raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
     found: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
-    checkpoints, rows = _complete(run_dir / FOLDER), _rows(run_dir / "metrics.jsonl", found)
+    checkpoints, rows = _complete(run_dir / CHECKPOINTS), _rows(run_dir / "metrics.jsonl", found)
     timeline = Timeline(path, found)
     checkpoint, at = timeline.newest(checkpoints)
     replay = Replay(config.groups_per_step, found)

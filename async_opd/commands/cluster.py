@@ -14,14 +14,14 @@ from async_opd.commands import OVERRIDES, count, write
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(required=True, metavar="render")
-    one = what.add_parser("render", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one.add_argument("--kind", required=True, choices=KINDS, help="of file")
-    one.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
-    one.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    one.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="how many a node has; absent, 8")
-    one.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
-    one.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
+    parser.usage = "async-opd cluster render --kind KIND CONFIG [key=value ...] [-o FILE] [options]"
+    parser.add_argument("render", choices=["render"], metavar="render", help="what is to be done")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.add_argument("--kind", required=True, choices=KINDS, help="of file")
+    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="how many a node has; absent, 8")
+    parser.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
 
 
 def run(args: argparse.Namespace) -> int:

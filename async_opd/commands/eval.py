@@ -24,30 +24,17 @@ from async_opd.errors import ConfigError
 
 USAGE = """async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]
        async-opd eval --compare FOLDER FOLDER"""
-FLAGS = {"data": "data.path", "k": "k", "out": "run.dir"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = USAGE
     parser.add_argument("words", nargs="*", metavar="MODEL", help="a directory or hub id")
-    more = {"nargs": "+", "action": _Flag}  # argparse takes no positional words behind an option
-    parser.add_argument(
-        "--data", metavar=("PATH", "key=value"), help="the problems: a file, a folder or a hub id", **more
-    )
-    parser.add_argument("--k", metavar=("K", "key=value"), help="of the three figures; 1 by default", **more)
-    parser.add_argument(
-        "--out", metavar=("FOLDER", "key=value"), help="of the result, made new; runs/eval by default", **more
-    )
+    short = {"dest": "settings", "action": "append", "default": []}
+    data, out = (lambda text, key=key: f"{key}={json.dumps(text)}" for key in ("data.path", "run.dir"))
+    parser.add_argument("--data", type=data, metavar="PATH", help="the problems: a file, a folder or a hub id", **short)
+    parser.add_argument("--k", type="k={}".format, metavar="K", help="of the three figures; 1 by default", **short)
+    parser.add_argument("--out", type=out, metavar="FOLDER", help="of the result, made new; absent, runs/eval", **short)
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FOLDER", help="two results of the same problems")
-    parser.set_defaults(settings=[])
-
-
-class _Flag(argparse.Action):
-    """A setting under a short name; words behind its value are settings too."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        value = values[0] if self.dest == "k" else json.dumps(values[0])
-        namespace.settings = [*namespace.settings, f"{FLAGS[self.dest]}={value}", *values[1:]]
 
 
 def run(args: argparse.Namespace) -> int:

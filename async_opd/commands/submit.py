@@ -89,8 +89,8 @@ def _inside(folder: Path, key: str, path: Path) -> Path:
 
 def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]) -> str:
     """Its run directory. A run that can be seen from here is checked as a new one is; the job checks it anyway."""
-    from async_opd.checkpoints import run_of
     from async_opd.commands.train import to_resume
+    from async_opd.run_dir import run_of
 
     if not path.is_absolute():
         raise ConfigError(f"--resume {path}: must be absolute: the run's directory as the cluster's nodes see it")

@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
 def to_resume(path: Path, overrides: list[str], *, elsewhere: bool = False) -> "tuple[Config, Checkpoint]":
     """The config of the run at `path`, read as `load` does, and the checkpoint to go on from. Raises ConfigError where
     nothing is left."""
-    from async_opd.checkpoints import find, run_of
+    from async_opd.checkpoints import find
     from async_opd.config import load_run
+    from async_opd.run_dir import run_of
 
     config, found = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
     if found.state.version >= config.run.steps:

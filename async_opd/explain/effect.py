@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from async_opd.explain.given import Absent, Given, Rollouts
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.effect import effect
 
 
@@ -20,8 +18,14 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
     objective where `file`, which `rollouts` were read from, lacks what the objective reads, or holds what cannot be.
     """
     batch = Given(objective, rollouts, file).batch()
-    batch = replace(batch, statistics=_statistics(objective, batch))
-    live = {"coefficient": batch.student_logp_N, "candidate_coefficient": batch.student_logp_NK}
+    with torch.no_grad():
+        statistics = objective.statistics(batch, torch.ones(len(batch.segment_N), dtype=torch.bool))
+    batch = replace(batch, statistics=statistics)
+    live = {
+        "coefficient": batch.student_logp_N,
+        "candidate_coefficient": batch.student_logp_NK,
+        "tail_coefficient": batch.student_tail_logp_N,
+    }
     columns = effect(objective.loss(batch), {name: x for name, x in live.items() if not isinstance(x, Absent)})
     lengths = [t.length for t in rollouts.trajectories]
     split = {
@@ -29,12 +33,3 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
         for name, value in columns.items()
     }
     return [{name: parts[i] for name, parts in split.items()} for i in range(len(lengths))]
-
-
-@torch.no_grad()
-def _statistics(objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
-    """What the learner reduces over the kept tokens of every micro-batch and rank, here over all tokens."""
-    needs, value_N = objective.needs(), objective.statistics(batch)
-    found = {"tokens": torch.tensor(len(batch.segment_N), dtype=torch.float64)}
-    found |= {name: value_N[name].sum(dtype=torch.float64) for name in needs.sums}
-    return found | {name: value_N[name].max().double() for name in needs.maxima}

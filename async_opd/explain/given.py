@@ -50,11 +50,12 @@ class Trajectory(Struct):
     behaviour_logp: list[float] | UnsetType = UNSET
     teacher_logp: list[float] | UnsetType = UNSET
     reference_logp: list[float] | UnsetType = UNSET
-    proximal_logp: list[float] | UnsetType = UNSET  # left out everywhere: the live student's, as in training
     student_entropy: list[float] | UnsetType = UNSET
     teacher_entropy: list[float] | UnsetType = UNSET
     hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
+    student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all other tokens than the candidates
+    teacher_tail_logp: list[float] | UnsetType = UNSET
     reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
 
@@ -144,19 +145,19 @@ class Given:
         here for what cannot be, and from the objective for what it reads and the file lacks."""
         self._check_lengths()
         lengths = torch.tensor([t.length for t in self._trajectories])
-        anywhere = any(t.proximal_logp is not UNSET for t in self._trajectories)
         return TokenBatch(
             student_logp_N=_leaf(self._tokens("student_logp", LOGP)),
             behaviour_logp_N=self._tokens("behaviour_logp", LOGP),
             teacher_logp_N=self._tokens("teacher_logp", LOGP),
             reference_logp_N=self._tokens("reference_logp", LOGP),
-            proximal_logp_N=self._tokens("proximal_logp", LOGP) if anywhere else None,
             student_entropy_N=self._tokens("student_entropy", ENTROPY),
             teacher_entropy_N=self._tokens("teacher_entropy", ENTROPY),
             hidden_ND=self._tokens("hidden", FINITE),
             student_logp_NK=_leaf(self._candidates("student_logp")),
             behaviour_logp_NK=self._candidates("behaviour_logp"),
             teacher_logp_NK=self._candidates("teacher_logp"),
+            student_tail_logp_N=_leaf(self._tokens("student_tail_logp", LOGP)),
+            teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor([zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]),
             reward_S=self._each("reward"),

@@ -15,8 +15,8 @@ Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a da
 
 
 def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
-    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with a row below it for each of
-    its candidates. With `colour`, what becomes likelier is green, and what becomes less likely red."""
+    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with rows below it for its
+    candidates and their tail. With `colour`, what becomes likelier is green, and what becomes less likely red."""
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
         reward = "" if t.reward is UNSET else f"reward {'unknown' if t.reward is None else t.reward}, "
@@ -30,7 +30,7 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
 
 
 def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
-    """One for the generated token, and one for each candidate that has a coefficient."""
+    """One for the generated token, one for each candidate that has a coefficient, and one for the tail that has."""
     here = {name: values and values[place] for name, values in effect.items()}
     advantages, ratios = _several(here["advantage"]), _several(here["ratio"])
     coefficients = _several(here["coefficient"]) + here.get("candidate_coefficient", [])
@@ -44,6 +44,9 @@ def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
         behaviour = None if c.behaviour_logp is UNSET else c.behaviour_logp
         logps = [c.student_logp, behaviour, c.teacher_logp, None]
         yield "", f"· {_shown(c.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]
+    if "tail_coefficient" in here:
+        logps = [t.student_tail_logp[place], None, t.teacher_tail_logp[place], None]
+        yield "", "· all others", [*logps, None, "", "", None, here["tail_coefficient"]]
 
 
 def _several(value: Any) -> list[Any]:

@@ -64,6 +64,7 @@ class MicroBatch:
     candidate_ids_NK: Tensor | None
     behaviour_logp_NK: Tensor | None
     teacher_logp_NK: Tensor | None
+    teacher_tail_logp_N: Tensor | None
     teacher_entropy_N: Tensor | None
     reference_logp_N: Tensor | None
     taught: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
@@ -124,6 +125,7 @@ def pack(
         candidate_ids_NK=optional(candidates, torch.int64),
         behaviour_logp_NK=optional([s.rollout.candidate_logp for s in samples], torch.float32),
         teacher_logp_NK=optional([s.candidate_logp if own else s.topk_logp for s in scores], torch.float32),
+        teacher_tail_logp_N=optional([s.tail_logp for s in scores], torch.float32),
         teacher_entropy_N=optional([s.entropy for s in scores], torch.float32),
         reference_logp_N=optional([s.reference and s.reference.sampled_logp for s in samples], torch.float32),
         taught=taught,

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore
 from transformers import get_scheduler
 
 from async_opd import causal_lm
-from async_opd.collective import TensorMeta, buckets, tcp_store
+from async_opd.collective import TensorMeta, buckets, join_store, open_store
 from async_opd.errors import Diverged, SyncFailed
 from async_opd.learner import checkpoint, conversion
 from async_opd.learner.batch import pack, samples
@@ -54,7 +55,7 @@ class LearnerRank:
         record_every_steps: int = 0,
         trust_remote_code: bool = False,
     ):
-        """Keep the settings; `start` does the work once rank 0 has an address.
+        """Keep the settings; `start` does the work once rank 0 listens.
 
         `cap` is the most tokens a response may have. `bucket_bytes` of weights are gathered and sent at once.
         `taught_weight(step)` is that of the cross-entropy on the teacher's own answers. Rank 0
@@ -68,17 +69,24 @@ class LearnerRank:
         self._bucket_bytes, self._trust_remote_code = bucket_bytes, trust_remote_code
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._running = {name: Moments() for name in objective.needs().running}
+        self._store: TCPStore | None = None  # of rank 0
         self.version = 0
 
+    def listen(self, host: str) -> str:
+        """Rank 0: open the store where all ranks meet, at `host`, an address of this machine; returns "tcp://host:port",
+        the port being one that the system has chosen."""
+        self._store = open_store(host, self._timeout_s)
+        return f"tcp://{host}:{self._store.port}"
+
     def start(self, rendezvous: str) -> None:
-        """Join the process group at `rendezvous` ("tcp://host:port") and load the student."""
+        """Join the process group at `rendezvous`, where rank 0 listens, and load the student."""
         config = self._config
         host, port = rendezvous.removeprefix("tcp://").rsplit(":", 1)
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)  # one visible device an actor
         deepspeed.ops.__compatible_ops__ = {}  # or it compiles, for half a minute, an all-reduce for inference alone
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            store=tcp_store(host, int(port), rank=self._rank, world=config.ranks, timeout_s=self._timeout_s),
+            store=self._store or join_store(host, int(port), self._timeout_s),
             rank=self._rank,
             world_size=config.ranks,
             timeout=timedelta(seconds=self._timeout_s),

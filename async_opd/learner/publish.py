@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from async_opd.collective import TensorMeta, broadcast, buckets, free_port, gloo_group
+from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group, held_port, open_store
 
 
 class GlooSender:
     """Broadcasts by way of host memory: for CPUs, and for GPUs without a common NCCL fabric."""
 
     def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
-        self.host, self.port = host, free_port(host)
+        self._store = open_store(host, timeout_s)
+        self.host, self.port = host, self._store.port
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._flats: list[Tensor] = []
 
@@ -31,7 +32,7 @@ class GlooSender:
 
     def join(self, world: int) -> None:
         """Wait until every worker has joined, at most the timeout."""
-        self._group = gloo_group(self.host, self.port, rank=0, world=world, timeout_s=self._timeout_s)
+        self._group = gloo_group(self._store, rank=0, world=world, timeout_s=self._timeout_s)
 
     def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
         """Broadcast `weights`, which are `described`: one bucket travels while the next is gathered and copied.
@@ -58,7 +59,8 @@ class NcclSender:
     """Broadcasts GPU to GPU, packed, to vLLM's own `nccl` engine."""
 
     def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
-        self.host, self.port = host, free_port(host)
+        self._held = held_port(host)  # vLLM listens there itself, once all are to join
+        self.host, self.port = self._held.getsockname()
         self._bucket_bytes = bucket_bytes
 
     def init_info(self, rank_offset: int, world: int) -> dict:
@@ -76,7 +78,8 @@ class NcclSender:
         """Wait until every worker has joined."""
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        self._group = trainer_init(dict(master_address=self.host, master_port=self.port, world_size=world))
+        with self._held:
+            self._group = trainer_init(dict(master_address=self.host, master_port=self.port, world_size=world))
 
     def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
         """Broadcast `weights`, which are `described`, in vLLM's packed chunks."""

@@ -40,9 +40,13 @@ class Recorder:
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
         """[N] by name; where a position has several samples, of the one that was generated. The loss is taken once
         more, on leaves: DeepSpeed forbids to differentiate what its module gave by anything but its own backward."""
-        live = {"coefficient": _leaf(batch.student_logp_N), "candidate_coefficient": _leaf(batch.student_logp_NK)}
-        student_logp_N, student_logp_NK = live.values()
-        result = self._objective.loss(replace(batch, student_logp_N=student_logp_N, student_logp_NK=student_logp_NK))
+        leaves = {
+            "student_logp_N": _leaf(batch.student_logp_N),
+            "student_logp_NK": _leaf(batch.student_logp_NK),
+            "student_tail_logp_N": _leaf(batch.student_tail_logp_N),
+        }
+        result = self._objective.loss(replace(batch, **leaves))
+        live = dict(zip(("coefficient", "candidate_coefficient", "tail_coefficient"), leaves.values(), strict=True))
         columns = {
             "version": self._live - micro.lag_N,
             "kept": micro.keep_N,  # in the loss: no staler than the bound, and no truncated response where they are out
@@ -56,7 +60,8 @@ class Recorder:
         }
         sampled = result.advantage is not None
         columns = {k: v[:, 0] if sampled and v.ndim == 2 else v for k, v in columns.items() if v is not None}
-        columns.pop("candidate_coefficient", None)
+        for other in ("candidate_coefficient", "tail_coefficient"):
+            columns.pop(other, None)
         return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
 
     def _record(self, sample: Sample, columns: dict[str, Tensor], here_N: Tensor) -> Recorded:

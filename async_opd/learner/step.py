@@ -41,6 +41,7 @@ class Student(nn.Module):
             chunk_rows=self.chunk_rows,
             entropy=needs.student_entropy,
             candidate_ids_NK=micro.candidate_ids_NK,
+            tail=needs.tail,
         )
         return read._replace(hidden_ND=hidden_ND.detach()) if needs.hidden_state else read
 
@@ -74,6 +75,8 @@ def token_batch(
         student_logp_NK=read.candidates_NK,
         behaviour_logp_NK=micro.behaviour_logp_NK,
         teacher_logp_NK=micro.teacher_logp_NK,
+        student_tail_logp_N=read.tail_N,
+        teacher_tail_logp_N=micro.teacher_tail_logp_N,
         student_entropy_N=read.entropy_N,
         teacher_entropy_N=micro.teacher_entropy_N,
         hidden_ND=read.hidden_ND,
@@ -102,14 +105,12 @@ def batch_statistics(
     found = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in start.items()}
     for micro in micros:
         read = module(micro, needs) if needs.first_pass else None
-        found["taught" if micro.taught else "tokens"] += micro.keep_N.sum()
-        if micro.keep_N.any() and not micro.taught:
+        if micro.taught:
+            found["taught"] += micro.keep_N.sum()
+        elif micro.keep_N.any():
             found["sequences"] += len(micro.segment_N[micro.keep_N].unique())
-            value_N = objective.statistics(token_batch(micro, read, moment))
-            for name in needs.sums:
-                found[name] += value_N[name][micro.keep_N].sum(dtype=torch.float64)
-            for name in needs.maxima:
-                found[name] = torch.maximum(found[name], value_N[name][micro.keep_N].max().double())
+            for name, value in objective.statistics(token_batch(micro, read, moment), micro.keep_N).items():
+                found[name] = torch.maximum(found[name], value) if name in needs.maxima else found[name] + value
     for name, value in found.items():
         all_reduce(value, "max" if name in needs.maxima else "sum")
     return found

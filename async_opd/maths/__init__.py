@@ -11,7 +11,10 @@ from types import ModuleType
 
 
 def __getattr__(name: str) -> ModuleType:
+    module = f"{__name__}.{name}"
     try:
-        return import_module(f"{__name__}.{name}")
+        return import_module(module)
     except ModuleNotFoundError as e:
-        raise AttributeError(name) from e
+        if e.name != module:  # what the module itself needs, such as torch
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from e

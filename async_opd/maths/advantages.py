@@ -17,14 +17,15 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return teacher_logp - student_logp
 
 
-def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor, *, lam: float) -> Tensor:
+def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor | None, *, lam: float) -> Tensor:
     """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref) (G-OPD Eq. 14, arXiv:2602.12125; EXACT, REPAIRED: printed
-    is the cost, its negative). Any shape.
+    is the cost, its negative). Any shape. λ = 1 needs no reference.
 
     >>> extrapolated(torch.tensor([-1.2]), torch.tensor([-0.7]), torch.tensor([-1.1]), lam=1.25)
     tensor([0.6000])
     """
-    return reverse_kl(student_logp, teacher_logp) + (lam - 1) * (teacher_logp - reference_logp)
+    advantage = reverse_kl(student_logp, teacher_logp)
+    return advantage if lam == 1 else advantage + (lam - 1) * (teacher_logp - reference_logp)
 
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:

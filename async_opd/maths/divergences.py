@@ -3,27 +3,20 @@
 import torch
 from torch import Tensor
 
-TAIL_FLOOR = 1e-6  # probability below which the rest counts as this much on both sides, so K = V is exact
 
+def outcomes(logp_NK: Tensor, tail_N: Tensor | None, *, rest: str) -> Tensor:
+    """Log-probs that a divergence over K candidates is taken of: with the tail, the log-mass of everything outside, as
+    one more outcome, a "bucket" ([N, K+1]), or with the rest left out, which is to "renormalise" (a distribution over
+    the K) or to "drop" (as they are).
 
-def with_tail(logp_NK: Tensor) -> Tensor:
-    """Append the log-mass of everything outside the K candidates: log max(1 - Σ_k p_k, 1e-6). Returns [N, K+1].
-
-    >>> with_tail(torch.tensor([[0.5, 0.25]]).log()).exp()
+    >>> outcomes(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0.25]).log(), rest="bucket").exp()
     tensor([[0.5000, 0.2500, 0.2500]])
-    """
-    tail_N = (1 - logp_NK.exp().sum(-1)).clamp(min=TAIL_FLOOR)
-    return torch.cat([logp_NK, tail_N.log()[:, None]], dim=-1)
-
-
-def outcomes(logp_NK: Tensor, *, rest: str) -> Tensor:
-    """Log-probs that a divergence over K candidates is taken of: with a "bucket" for the rest ([N, K+1]), or with the
-    rest left out, which is to "renormalise" (a distribution over the K) or to "drop" (as they are).
-
-    >>> outcomes(torch.tensor([[0.5, 0.25]]).log(), rest="renormalise").exp()
+    >>> outcomes(torch.tensor([[0.5, 0.25]]).log(), None, rest="renormalise").exp()
     tensor([[0.6667, 0.3333]])
     """
-    return {"bucket": with_tail, "renormalise": lambda x: x.log_softmax(-1), "drop": lambda x: x}[rest](logp_NK)
+    if rest == "bucket":
+        return torch.cat([logp_NK, tail_N[:, None]], dim=-1)
+    return logp_NK.log_softmax(-1) if rest == "renormalise" else logp_NK
 
 
 def kl(p_logp_NK: Tensor, q_logp_NK: Tensor) -> Tensor:

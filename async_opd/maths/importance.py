@@ -20,23 +20,30 @@ def ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor) -> Tensor:
     return _exp(student_logp_N - behaviour_logp_N)
 
 
-def sequence_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
-    """Π_t ρ_t over the token's trajectory, [N].
+def sequence_ratio(
+    student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int, *, instead_NM: Tensor | None = None
+) -> Tensor:
+    """Π_t ρ_t over the token's trajectory, [N]; or of those with one of M others in place of the t-th, by their
+    log-ratios `instead_NM`, [N, M].
 
-    >>> sequence_ratio(torch.tensor([0.5, 0.3]).log(), torch.tensor([0.25, 0.2]).log(), torch.tensor([0, 0]), 1)
+    >>> student, behaviour = torch.tensor([0.5, 0.3]).log(), torch.tensor([0.25, 0.2]).log()
+    >>> sequence_ratio(student, behaviour, torch.tensor([0, 0]), 1)
     tensor([3., 3.])
     """
-    return _exp(segments.sums(student_logp_N - behaviour_logp_N, segment_N, count)[segment_N])
+    return _exp(_log_product(student_logp_N - behaviour_logp_N, segment_N, count, instead_NM))
 
 
-def geometric_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
-    """(Π_t ρ_t)^(1/T) over the token's trajectory of T tokens, [N].
+def geometric_ratio(
+    student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int, *, instead_NM: Tensor | None = None
+) -> Tensor:
+    """(Π_t ρ_t)^(1/T) over the token's trajectory of T tokens, [N] or [N, M] as in `sequence_ratio`.
 
     >>> geometric_ratio(torch.tensor([0.5, 0.4]).log(), torch.tensor([0.25, 0.2]).log(), torch.tensor([0, 0]), 1)
     tensor([2., 2.])
     """
-    total_S = segments.sums(student_logp_N - behaviour_logp_N, segment_N, count)
-    return _exp((total_S / segments.lengths(segment_N, count).clamp(min=1))[segment_N])
+    total = _log_product(student_logp_N - behaviour_logp_N, segment_N, count, instead_NM)
+    length_N = segments.lengths(segment_N, count)[segment_N]
+    return _exp(total / (length_N if instead_NM is None else length_N[:, None]))
 
 
 def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor) -> Tensor:
@@ -46,17 +53,6 @@ def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Te
     tensor([1., 2.])
     """
     return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
-
-
-def exchanged(ratio_N: Tensor, sampled_N: Tensor, other_NM: Tensor, power_N: Tensor) -> Tensor:
-    """ρ̃ of a trajectory's tokens with another in place of the t-th: ρ̃ · (ρ(a) / ρ(y_t))^power, from the log-ratios of
-    the sampled tokens and of the others. Returns [N, M].
-
-    >>> ratio_N, log2 = torch.tensor([6.0]), torch.tensor([2.0]).log()
-    >>> exchanged(ratio_N, log2, log2 * torch.tensor([[1.0, 2.0]]), torch.tensor([1.0]))
-    tensor([[ 6., 12.]])
-    """
-    return ratio_N[:, None] * _exp((other_NM - sampled_N[:, None]) * power_N[:, None])
 
 
 def bounded(ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None) -> Tensor:
@@ -89,6 +85,12 @@ def effective_sample_size(total: float, squares: float, count: float) -> float:
     0.25
     """
     return total * total / (count * squares) if squares else 0.0
+
+
+def _log_product(log_ratio_N: Tensor, segment_N: Tensor, count: int, instead_NM: Tensor | None) -> Tensor:
+    """Σ_t log ρ_t of the token's trajectory, unclamped: of each of the others in its place, where there are such."""
+    total_N = segments.sums(log_ratio_N, segment_N, count)[segment_N]
+    return total_N if instead_NM is None else (total_N - log_ratio_N)[:, None] + instead_NM
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

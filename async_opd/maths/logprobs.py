@@ -1,6 +1,7 @@
 """Log-probs from hidden states through a language-model head, a block of logits at a time: [N, V] is never held.
 
-`N` positions, `D` width, `V` vocabulary, `K` candidates; `R` positions and `B` ids of one block.
+`N` positions, `D` width, `V` vocabulary, `K` candidates; `R` positions and `B` ids of one block;
+`I` the sampled id and, behind it, the candidates of a position.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK_IDS = 4096  # of the vocabulary; with some hundred rows the block stays in a CPU's cache over all its passes
+NOTHING = -100.0  # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 
 
 class Head(NamedTuple):
@@ -36,7 +38,29 @@ class Read(NamedTuple):
     candidates_NK: Tensor | None  # log-probs of `candidate_ids_NK`
     topk_ids_NK: Tensor | None  # int64
     topk_NK: Tensor | None  # log-probs, largest first; without gradient
+    tail_N: Tensor | None = None  # log-mass of all ids but the candidates, given ones or the topk
     hidden_ND: Tensor | None = None  # what it was read from, detached, where the caller adds it
+
+
+class _Asked(NamedTuple):
+    temperature: float
+    chunk_rows: int
+    entropy: bool
+    topk: int
+    topk_below: int
+    tail: bool
+
+
+class _Rows(NamedTuple):
+    """What is read of R rows, and what the backward pass needs of them."""
+
+    largest_R: Tensor  # z
+    log_R: Tensor  # of Σ exp(z - largest)
+    given_logp_RI: Tensor
+    entropy_R: Tensor | None
+    topk_ids_RK: Tensor | None
+    topk_RK: Tensor | None
+    tail_z_R: Tensor | None  # log Σ exp z over what is no candidate, -inf of nothing
 
 
 def read_logprobs(
@@ -50,91 +74,86 @@ def read_logprobs(
     candidate_ids_NK: Tensor | None = None,
     topk: int = 0,
     topk_below: int | None = None,
+    tail: bool = False,
 ) -> Read:
     """Read log-probs of softmax(head(h) / temperature) for N positions, `chunk_rows` at a time.
 
     logp = z - log Σ_v exp z_v,  z = head(h) / T;  H = -Σ_v exp(logp_v) · logp_v
+    tail = log Σ_v exp(logp_v) over the v that are no candidates
 
-    The backward pass computes each block of logits again, so at most two of [chunk_rows, BLOCK_IDS] live at once.
-    `topk` picks among ids below `topk_below` (a padded vocabulary is never a candidate), normalised over all of V.
+    The backward pass computes each block of logits again, so at most two of [chunk_rows, BLOCK_IDS]
+    live at once, or three where it takes the gradient of both entropy and tail.
+    `topk` picks among ids below `topk_below` (a padded vocabulary is never a candidate), normalised
+    over all of V.
+    `tail` is what `candidate_ids_NK` leave, or where none are given what the topk leave, without
+    gradient. It is summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small.
+    It is NOTHING where the candidates are all of V.
+    The log-prob of an id beyond the head's is NaN.
 
     >>> eye = torch.eye(2) * 0.6931472
     >>> read_logprobs(eye, Head(torch.eye(2)), torch.tensor([0, 0]), temperature=1.0, chunk_rows=1).sampled_N
     tensor([-0.4055, -1.0986])
     """
-    asked = (temperature, chunk_rows, entropy, topk, topk_below)
-    return Read(*_ReadLogprobs.apply(hidden_ND, *head, ids_N, candidate_ids_NK, *asked))
+    below = len(head.weight_VD) if topk_below is None else topk_below
+    asked = _Asked(temperature, chunk_rows, entropy, topk, below, tail)
+    return Read(*_ReadLogprobs.apply(hidden_ND, *head, ids_N, candidate_ids_NK, asked))
 
 
 class _ReadLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden_ND, weight_VD, bias_V, cap, ids_N, candidate_ids_NK, temperature, chunk_rows, entropy, topk, below
-    ):
-        head, vocabulary = Head(weight_VD, bias_V, cap), len(weight_VD)
-        below = vocabulary if below is None else below
-        given_NI = ids_N[:, None] if candidate_ids_NK is None else torch.cat([ids_N[:, None], candidate_ids_NK], 1)
-        parts = []
-        for rows in _slices(len(hidden_ND), chunk_rows):
-            largest_R = total_R = moment_R = None  # of exp(z - largest), and of (z - largest) · exp(z - largest)
-            given_RI, top_RK, top_ids_RK = 0.0, None, None
-            for ids in _slices(vocabulary, BLOCK_IDS):
-                z_RB = head.logits(hidden_ND[rows], ids).div_(temperature)
-                at_RI, inside_RI = _inside(given_NI[rows], ids)
-                given_RI = given_RI + z_RB.gather(1, at_RI) * inside_RI
-                if topk and ids.start < below:
-                    best = z_RB[:, : below - ids.start].topk(min(topk, z_RB.shape[1], below - ids.start))
-                    top_RK, top_ids_RK = _merge(top_RK, top_ids_RK, best.values, best.indices + ids.start, topk)
-                block_R = z_RB.amax(1)
-                before_R, largest_R = largest_R, block_R if largest_R is None else torch.maximum(largest_R, block_R)
-                z_RB.sub_(largest_R[:, None])
-                p_RB = z_RB.exp() if entropy else z_RB.exp_()
-                if before_R is not None:
-                    shift_R = before_R - largest_R
-                    if entropy:
-                        moment_R = shift_R.exp() * (moment_R + shift_R * total_R)
-                    total_R = total_R * shift_R.exp()
-                total_R = p_RB.sum(1) if total_R is None else total_R + p_RB.sum(1)
-                if entropy:
-                    here_R = p_RB.mul_(z_RB).sum(1)
-                    moment_R = here_R if moment_R is None else moment_R + here_R
-            log_R = total_R.log()
-            parts.append(
-                (
-                    largest_R,
-                    log_R,
-                    (given_RI - largest_R[:, None]).sub_(log_R[:, None]),  # in this order: exact for large logits too
-                    log_R - moment_R / total_R if entropy else None,
-                    top_ids_RK,
-                    (top_RK - largest_R[:, None]).sub_(log_R[:, None]) if topk else None,
-                )
-            )
-        largest_N, log_N, given_logp_NI, entropy_N, top_ids_NK, top_NK = (
-            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    def forward(ctx, hidden_ND, weight_VD, bias_V, cap, ids_N, candidate_ids_NK, asked):
+        head = Head(weight_VD, bias_V, cap)
+        given_NI = ids_N[:, None]
+        if candidate_ids_NK is not None:
+            given_NI = torch.cat([given_NI, candidate_ids_NK], 1)
+        chunks = [
+            _read_rows(head, hidden_ND[rows], given_NI[rows], asked)
+            for rows in _slices(len(hidden_ND), asked.chunk_rows)
+        ]
+        columns = zip(*chunks, strict=True)
+        read = _Rows(*(None if column[0] is None else torch.cat(column) for column in columns))
+        ctx.save_for_backward(
+            hidden_ND, weight_VD, bias_V, given_NI, read.largest_R, read.log_R, read.entropy_R, read.tail_z_R
         )
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N)
-        ctx.settings = cap, temperature, chunk_rows
-        ctx.mark_non_differentiable(*(x for x in (top_ids_NK, top_NK) if x is not None))
-        candidates_NK = None if candidate_ids_NK is None else given_logp_NI[:, 1:].contiguous()
-        return given_logp_NI[:, 0].contiguous(), entropy_N, candidates_NK, top_ids_NK, top_NK
+        ctx.cap, ctx.asked = cap, asked
+        tail_N = None
+        if asked.tail:
+            tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)
+            tail_N.masked_fill_(tail_N.isneginf(), NOTHING)
+        without = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
+        ctx.mark_non_differentiable(*(x for x in without if x is not None))
+        candidates_NK = None if candidate_ids_NK is None else read.given_logp_RI[:, 1:].contiguous()
+        sampled_N = read.given_logp_RI[:, 0].contiguous()
+        return sampled_N, read.entropy_R, candidates_NK, read.topk_ids_RK, read.topk_RK, tail_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, sampled_grad_N, entropy_grad_N, candidates_grad_NK, *_):
-        hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N = ctx.saved_tensors
-        cap, temperature, chunk_rows = ctx.settings
-        head = Head(weight_VD, bias_V, cap)
+    def backward(ctx, sampled_grad_N, entropy_grad_N, candidates_grad_NK, _ids, _topk, tail_grad_N):
+        hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = ctx.saved_tensors
+        head, temperature = Head(weight_VD, bias_V, ctx.cap), ctx.asked.temperature
         grad_NI = sampled_grad_N[:, None]
         if candidates_grad_NK is not None:
             grad_NI = torch.cat([grad_NI, candidates_grad_NK], 1)
+        tail = ctx.asked.tail and candidates_grad_NK is not None
+        if tail:
+            nothing_N = tail_z_N.isneginf()
+            tail_z_N = tail_z_N.masked_fill(nothing_N, 0)
+            tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
         hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
-        for rows in _slices(len(hidden_ND), chunk_rows):
+        for rows in _slices(len(hidden_ND), ctx.asked.chunk_rows):
             outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
+            if tail:
+                outer_R = outer_R + tail_grad_N[rows, None]
             for ids in _slices(len(weight_VD), BLOCK_IDS):
                 z_RB = head.logits(hidden_ND[rows], ids)
-                slope_RB = None if cap is None else 1 - (z_RB / cap) ** 2
-                z_RB.div_(temperature).sub_(largest_N[rows, None])
+                slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
+                z_RB.div_(temperature)
+                at_RI, inside_RI = _inside(given_NI[rows], ids)
+                if tail:  # of the tail: its own softmax, and - p below
+                    tail_RB = _without(z_RB, at_RI[:, 1:], inside_RI[:, 1:])
+                    tail_RB.sub_(tail_z_N[rows, None]).exp_().mul_(tail_grad_N[rows, None])
+                z_RB.sub_(largest_N[rows, None])
                 if entropy_N is None:
                     grad_RB = z_RB.exp_().mul_(-outer_R / total_R)  # of given ids: onehots - p, the onehots below
                 else:  # and of the entropy: -p (logp + H)
@@ -142,7 +161,8 @@ class _ReadLogprobs(torch.autograd.Function):
                     rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_R
                     scale_RB = (z_RB * entropy_grad_R).add_(rest_R)
                     grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_R)
-                at_RI, inside_RI = _inside(given_NI[rows], ids)
+                if tail:
+                    grad_RB.add_(tail_RB)
                 grad_RB.scatter_add_(1, at_RI, grad_NI[rows] * inside_RI)
                 if slope_RB is not None:
                     grad_RB.mul_(slope_RB)
@@ -151,7 +171,56 @@ class _ReadLogprobs(torch.autograd.Function):
                 weight_grad_VD[ids].addmm_(grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
-        return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 8
+        return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 4
+
+
+def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -> _Rows:
+    """One pass over the vocabulary, block by block."""
+    largest_R = total_R = moment_R = None  # of exp(z - largest), and of (z - largest) · exp(z - largest)
+    given_z_RI = torch.nan
+    tails = []  # log Σ exp z of parts of it
+    top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
+    top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
+    for ids in _slices(len(head.weight_VD), BLOCK_IDS):
+        z_RB = head.logits(hidden_RD, ids).div_(asked.temperature)
+        at_RI, inside_RI = _inside(given_RI, ids)
+        given_z_RI = torch.where(inside_RI, z_RB.gather(1, at_RI), given_z_RI)
+        taken_RK = at_RI[:, 1:], inside_RI[:, 1:]
+        if asked.topk and ids.start < asked.topk_below:
+            best = _largest(z_RB[:, : asked.topk_below - ids.start], asked.topk)
+            both_RK = torch.cat([top_RK, best.values], 1)
+            kept = _largest(both_RK, asked.topk)
+            top_RK = kept.values
+            top_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1).gather(1, kept.indices)
+            if asked.tail and given_RI.shape[1] == 1:  # no candidates but these
+                taken_RK = (best.indices,)
+                tails.append(_log_mass(_without(both_RK, kept.indices)))
+        if asked.tail:
+            tails.append(_log_mass(_without(z_RB, *taken_RK)))
+        block_R = z_RB.amax(1)
+        before_R, largest_R = largest_R, block_R if largest_R is None else torch.maximum(largest_R, block_R)
+        z_RB.sub_(largest_R[:, None])
+        p_RB = z_RB.exp() if asked.entropy else z_RB.exp_()
+        if before_R is not None:
+            shift_R = before_R - largest_R
+            if asked.entropy:
+                moment_R = shift_R.exp() * (moment_R + shift_R * total_R)
+            total_R = total_R * shift_R.exp()
+        total_R = p_RB.sum(1) if total_R is None else total_R + p_RB.sum(1)
+        if asked.entropy:
+            here_R = p_RB.mul_(z_RB).sum(1)
+            moment_R = here_R if moment_R is None else moment_R + here_R
+    log_R = total_R.log()
+    return _Rows(
+        largest_R=largest_R,
+        log_R=log_R,
+        # in this order, which is exact for large z too
+        given_logp_RI=(given_z_RI - largest_R[:, None]).sub_(log_R[:, None]),
+        entropy_R=log_R - moment_R / total_R if asked.entropy else None,
+        topk_ids_RK=top_ids_RK if asked.topk else None,
+        topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if asked.topk else None,
+        tail_z_R=torch.stack(tails, 1).logsumexp(1) if asked.tail else None,
+    )
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -165,10 +234,20 @@ def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return at_RI.clamp(0, block.stop - block.start - 1), (ids_RI >= block.start) & (ids_RI < block.stop)
 
 
-def _merge(values, ids, more_values, more_ids, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of two runs, each [R, ·]."""
-    if values is None:
-        return more_values, more_ids
-    values, ids = torch.cat([values, more_values], 1), torch.cat([ids, more_ids], 1)
-    best = values.topk(min(k, values.shape[1]))
-    return best.values, ids.gather(1, best.indices)
+def _largest(values: Tensor, k: int) -> torch.return_types.topk:
+    """The `k` largest of each row, or all of a shorter one."""
+    return values.topk(min(k, values.shape[1]))
+
+
+def _without(z_RB: Tensor, at_RK: Tensor, inside_RK: Tensor | None = None) -> Tensor:
+    """A copy of `z_RB` with -inf at these places, or at those that are inside."""
+    less_RK = z_RB.new_full(at_RK.shape, -torch.inf)
+    if inside_RK is not None:
+        less_RK.masked_fill_(~inside_RK, 0)
+    return z_RB.scatter_add(1, at_RK, less_RK)
+
+
+def _log_mass(z_RB: Tensor) -> Tensor:
+    """log Σ exp z of each row, -inf where all are; overwrites `z_RB`."""
+    largest_R = z_RB.amax(1, keepdim=True).clamp_(min=torch.finfo(z_RB.dtype).min)
+    return z_RB.sub_(largest_R).exp_().sum(1).log_().add_(largest_R[:, 0])

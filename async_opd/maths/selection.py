@@ -5,7 +5,7 @@ from torch import Tensor
 
 from async_opd.maths import segments
 
-HALF = 0.5 + 1e-9  # so that 0.29 · 50, a hair below 14.5 in binary, is rounded up too
+ROUNDING = 1e-9  # 0.29 · 50 is a hair below 14.5 in binary, and 0.07 · 100 a hair above 7
 SIMILARITY_ROWS = 1024  # decisions compared with all other tokens at once: memory is linear in the response
 
 
@@ -15,7 +15,7 @@ def count(share: float, of: int) -> int:
     >>> count(0.2, 8), count(0.5, 5), count(0.01, 3), count(0.2, 0)
     (2, 3, 1, 0)
     """
-    return min(of, max(1, int(share * of + HALF)))
+    return min(of, max(1, int(share * of + 0.5 + ROUNDING)))
 
 
 def largest(value_T: Tensor, how_many: int) -> Tensor:
@@ -30,12 +30,14 @@ def largest(value_T: Tensor, how_many: int) -> Tensor:
 
 
 def part(segment_N: Tensor, count_S: Tensor, *, share: float, end: bool) -> Tensor:
-    """The first (or at the `end` the last) share of each trajectory's tokens, `count_S` [S] of them; bool [N].
+    """The first (or at the `end` the last) ⌈share · length⌉ of each trajectory's tokens, `count_S` [S] of them; bool
+    [N].
 
-    >>> part(torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1]), share=0.5, end=False)
+    >>> part(torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1]), share=0.4, end=False)
     tensor([ True,  True, False,  True])
     """
-    place_N, kept_N = segments.places(segment_N), kept(count_S, share)[segment_N]
+    place_N = segments.places(segment_N)
+    kept_N = (share * count_S.double() - ROUNDING).ceil().long().clamp(min=1)[segment_N]
     return place_N >= count_S[segment_N] - kept_N if end else place_N < kept_N
 
 
@@ -62,7 +64,7 @@ def kept(length_S: Tensor, share: float) -> Tensor:
     >>> kept(torch.tensor([8, 5, 1]), 0.2)
     tensor([2, 1, 1])
     """
-    return torch.minimum((share * length_S.double() + HALF).long().clamp(min=1), length_S)
+    return torch.minimum((share * length_S.double() + 0.5 + ROUNDING).long().clamp(min=1), length_S)
 
 
 def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class TokenBatch:
     cap_S: Tensor  # most tokens a response may have
     step: int = 1  # the optimizer step that is being made, from 1
     reference_logp_N: Tensor | None = None
-    proximal_logp_N: Tensor | None = None  # student before its step; None: the live one, as one step a batch has it
     student_logp_NK: Tensor | None = None  # at the candidates
     behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
     teacher_logp_NK: Tensor | None = None
+    student_tail_logp_N: Tensor | None = None  # log-mass of all ids but the candidates
+    teacher_tail_logp_N: Tensor | None = None
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
     hidden_ND: Tensor | None = None  # what the student's head reads, detached
@@ -81,8 +82,12 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     # each trajectory's, then over trajectories
 
     learns_from_agreement: ClassVar[bool] = False  # whether there is a signal where student and teacher agree
-    mean_one: ClassVar[bool] = False  # whether the method's own weight has mean one over the kept tokens
     shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
+
+    def __post_init__(self):
+        selects = self.position or self.random or type(self).selection is not Objective.selection
+        if self.mean_over == "selected" and not selects:
+            raise ValueError("mean_over = 'selected': has no effect without position or random")
 
     @property
     def tag(self) -> str:
@@ -102,7 +107,7 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return None
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each sum or maximum that the method declares is taken of, [N] by name."""
+        """What each sum or maximum that the method declares is taken of, [N] by name, in a new dict."""
         return {}
 
     def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -118,15 +123,18 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         live = bool(own.first_pass or gate or selects)
         return msgspec.structs.replace(own, sums=(*own.sums, *gate, *chosen), first_pass=live)
 
-    def statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each declared sum or maximum is taken of, [N] by name; the learner reduces it over the kept tokens of
-        every micro-batch and rank, without gradient, before any `loss` is asked for. It adds `tokens`, their number."""
-        found = self.measures(batch)
+    def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
+        """The declared sums and maxima over the kept tokens of one batch, at least one, and their number, `tokens`;
+        0-d float64. The learner reduces them over micro-batches and ranks, before any `loss` is asked for."""
+        value_N = self.measures(batch)
         if self.drift_gate:
-            found["drift_gate"] = self.drift_gate.gate(batch)
+            value_N["drift_gate"] = self.drift_gate.gate(batch)
         if self.mean_over == "selected":
-            found["selected"] = self._selected(batch).float()
-        return found
+            value_N["selected"] = self._selected(batch)
+        needs = self.needs()
+        sums = {name: value_N[name][kept_N].double().sum() for name in needs.sums}
+        maxima = {name: value_N[name][kept_N].double().max() for name in needs.maxima}
+        return {"tokens": kept_N.double().sum()} | sums | maxima
 
     def loss(self, batch: TokenBatch) -> TokenLoss:
         """The method's terms times the weights that compose with it, on what it and they select."""

@@ -9,6 +9,7 @@ from msgspec import Meta
 from async_opd import maths
 from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.egrsd import Egrsd
+from async_opd.objectives.modifiers import refuse_change
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,11 @@ class ClEgrsd(Egrsd, tag="cl_egrsd"):
     """
 
     window: Annotated[int, Meta(ge=0)] = 3  # tokens ahead
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.gamma:
+            refuse_change(self, "window", "gamma = 0")
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
         """The least entropy from the token on, [N]."""

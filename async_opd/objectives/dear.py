@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from async_opd import maths
 from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.wire import Needs
 
@@ -32,6 +33,11 @@ class Dear(Sampled, tag="dear"):
     p: Share = 0.2
     q: Share = 0.2
     mean_over: Literal["tokens", "selected", "sequences"] = "selected"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.p == 1:
+            refuse_change(self, "q", "p = 1")
 
     def wants(self) -> Needs:
         """The student's own entropy and hidden states."""

@@ -16,10 +16,11 @@ def effect(result: TokenLoss, live: dict[str, Tensor | None]) -> dict[str, Tenso
     advantage: [N], [N, m] of m samples a position, or None for a divergence; weight: [N], the method's own and what
     composes with it; selected: [N], 0 or 1; ratio: [N] or [N, m], the factor for staleness; coefficient:
     -∂Σℓ/∂log π by autograd before the one reduction, [N], of samples [N, m] with the generated token first, or [N, K]
-    of candidates; candidate_coefficient: [N, K], where the objective reads both; then what the objective itself shows.
+    of candidates; candidate_coefficient: [N, K], where the objective reads both; tail_coefficient: [N], of all other
+    ids than the candidates, where it reads their log-mass; then what the objective itself shows.
 
-    `live` holds the student's log-probs, of sampled tokens as "coefficient" and of candidates as
-    "candidate_coefficient".
+    `live` holds the student's log-probs, of sampled tokens as "coefficient", of candidates as "candidate_coefficient"
+    and of all other ids as "tail_coefficient".
     """
     import torch
 
@@ -35,7 +36,7 @@ def _coefficients(result: TokenLoss, live: dict[str, Tensor | None]) -> dict[str
     slopes = torch.autograd.grad(result.loss_N.sum(), list(leaves.values()), allow_unused=True)
     found = {name: 0 - slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
     if "coefficient" not in found:
-        return {"coefficient": found["candidate_coefficient"]}
+        return {"coefficient": found.pop("candidate_coefficient")} | found
     if result.advantage is not None and result.advantage.ndim == 2:
         first, *more = found.values()
         return {"coefficient": torch.cat([first[:, None], *more], 1)}

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from async_opd import maths
 from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.wire import Needs
 
@@ -23,7 +24,8 @@ class Egrsd(Sampled, tag="egrsd"):
 
     γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a reference solution
     in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is over all ranks, and stale tokens get ρ̃, as
-    the paper is on-policy. An unknown verdict gives no reward term, so no loss.
+    the paper is on-policy. An unknown verdict gives no reward term, so no loss. The running moments are those of every
+    response, also one that left the loss, so `rollout.truncated = "drop"` is refused.
     """
 
     learns_from_agreement = True
@@ -34,16 +36,25 @@ class Egrsd(Sampled, tag="egrsd"):
     floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
     length_bonus: Annotated[float, Meta(ge=0)] = 0.5  # β_L: a right answer of no length is worth 1 + β_L
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.floor <= 1 - self.gamma:
+            refuse_change(self, "floor", f"gamma = {self.gamma}, which leaves at least {1 - self.gamma:g}")
+
     def wants(self) -> Needs:
-        """The teacher's exact entropy, its maximum over the step, and the running moments of rewards."""
+        """The teacher's exact entropy and its maximum over the step, unless γ = 0; the running moments of rewards."""
+        if not self.gamma:
+            return Needs(running=("reward",))
         return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
         """H_T."""
-        return {"teacher_entropy": batch.teacher_entropy_N}
+        return {"teacher_entropy": batch.teacher_entropy_N} if self.gamma else {}
 
     def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
         """The length-aware reward."""
+        if not self.length_bonus:
+            return {"reward": batch.reward_S}
         length_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
         return {"reward": maths.advantages.length_aware(batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus)}
 
@@ -74,5 +85,7 @@ class Egrsd(Sampled, tag="egrsd"):
         return maths.gates.direction(self.teacher_minus_student(batch), sign_N, clip=self.clip)
 
     def _certainty(self, batch: TokenBatch) -> Tensor:
+        if not self.gamma:
+            return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
         largest = batch.statistics["teacher_entropy"]
         return maths.gates.certainty(self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor)

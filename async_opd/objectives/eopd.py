@@ -10,7 +10,7 @@ from msgspec import Meta
 from async_opd import maths
 from async_opd.objectives.base import Terms, TokenBatch
 from async_opd.objectives.modifiers import PrefixRatio
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.wire import Needs
 
 if TYPE_CHECKING:
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 
 
 class Eopd(Sampled, tag="eopd"):
-    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; SECOND-HAND: by
-    notes on the paper, which disagree on whether π_T is renormalised over the k; π is not). It adds, and switches
+    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; EXACT (code): π_T is
+    renormalised over the k, π is not, and ℓ_OPD of all tokens is PPO's without dual clip). It adds, and switches
     nothing off. With the rest a "bucket" instead, the added term is a divergence, zero where they agree.
+
+    The code takes ℓ_OPD's advantage from the policy that sampled, `student_signal = "cached"`; the live one, our
+    default, does not go stale.
     """
 
     shown = ("uncertain",)
 
-    correction: Importance | Ppo | Decoupled = Ppo()
+    correction: Importance | Ppo = Ppo()
     tau: Annotated[float, Meta(ge=0)] = 0.8  # nats
     k: Annotated[int, Meta(ge=1)] = 16
-    alpha: Annotated[float, Meta(ge=0)] = 1.0
+    alpha: Annotated[float, Meta(gt=0)] = 1.0
     rest: Literal["bucket", "renormalise", "drop"] = "renormalise"
     prefix: PrefixRatio | None = None  # of the added term
 
@@ -38,8 +41,8 @@ class Eopd(Sampled, tag="eopd"):
         return self.rest != "bucket"
 
     def wants(self) -> Needs:
-        """The teacher's k likeliest tokens and its exact entropy."""
-        return Needs(teacher_topk=self.k, teacher_entropy=True)
+        """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ > 0."""
+        return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π of the sampled token, [N]."""
@@ -47,10 +50,16 @@ class Eopd(Sampled, tag="eopd"):
 
     def terms(self, batch: TokenBatch) -> Terms:
         sampled = super().terms(batch)
-        student = maths.divergences.outcomes(batch.student_logp_NK, rest="bucket" if self.rest == "bucket" else "drop")
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
-        uncertain_N = (batch.teacher_entropy_N >= self.tau).to(student.dtype)
+        plain = "drop" if self.rest == "renormalise" else self.rest
+        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=plain)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
+        uncertain_N = self._uncertain(batch)
         more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)
         if self.prefix:
             more_N = self.prefix.factor(batch) * more_N
         return replace(sampled, loss_N=sampled.loss_N + more_N, shown={"uncertain": uncertain_N})
+
+    def _uncertain(self, batch: TokenBatch) -> Tensor:
+        """1[H_T ≥ τ] as a number, [N]."""
+        one_N = batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
+        return one_N.where(batch.teacher_entropy_N >= self.tau, 0) if self.tau else one_N

@@ -34,8 +34,6 @@ class GOpd(Sampled, tag="g_opd"):
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """A(λ) [N]."""
-        if self.lam == 1:
-            return self.teacher_minus_student(batch)
         return maths.advantages.extrapolated(
             self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=self.lam
         )

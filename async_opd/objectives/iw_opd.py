@@ -9,6 +9,7 @@ from msgspec import Meta, field
 from async_opd import maths
 from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.g_opd import GOpd
+from async_opd.objectives.modifiers import refuse_change
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,11 @@ class IwOpd(GOpd, tag="iw_opd"):
     gamma: Annotated[float, Meta(ge=0)] = 0.5
     lam: Annotated[float, Meta(gt=0)] = field(default=1.0, name="lambda")
     total: Literal["all", "before_last"] = "all"  # tokens in the sum below: the code's, or the paper's
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.gamma:
+            refuse_change(self, "total", "gamma = 0")
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """W [N]."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import fields
 
 from async_opd import maths
 
@@ -21,8 +22,6 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weight g/ḡ, g = exp(-τ|mean of log π - log π_behaviour over a block|), mean one over the kept tokens (blockwise
     policy-drift gate, arXiv:2606.24084; EXACT). Its π_old is the behaviour policy here, so it weighs staleness."""
-
-    mean_one: ClassVar[bool] = True
 
     block: Annotated[int, Meta(ge=1)] = 64  # tokens
     tau: Annotated[float, Meta(gt=0)] = 1.0  # per nat
@@ -41,13 +40,18 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on the first or the last share of each response: an ablation (IW-OPD fig. 1a).
+    """Trains on the first or the last ⌈share · length⌉ tokens of each response: an ablation (IW-OPD fig. 1a; EXACT
+    (code) for the prefix, the code has no suffix).
 
     `mean_over = "selected"` takes the mean over that share, as `dear` does; otherwise the loss shrinks with it.
     """
 
     share: Share
     part: Literal["prefix", "suffix"] = "prefix"
+
+    def __post_init__(self):
+        if self.share == 1:
+            refuse_change(self, "part", "share = 1")
 
     def chosen(self, batch: TokenBatch) -> Tensor:
         """bool [N]; at least one token of each trajectory."""
@@ -73,7 +77,7 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
 
     def __post_init__(self):
-        refuse_empty(self.between)
+        check_bounds(self.at_most, self.between)
 
     def factor(self, batch: TokenBatch) -> Tensor:
         """Detached, [N]."""
@@ -82,7 +86,19 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return maths.importance.bounded(ratio_N, at_most=self.at_most, between=self.between)
 
 
-def refuse_empty(between: Range | None) -> None:
-    """Raise ValueError for a range that holds nothing."""
-    if between and between[0] > between[1]:
+def check_bounds(at_most: Bound | None, between: Range | None) -> None:
+    """Raise ValueError for a range that holds nothing, and for a bound that lowers no ratio inside it."""
+    if between is None:
+        return
+    if between[0] > between[1]:
         raise ValueError(f"between = {list(between)}: must be [least, most]")
+    if at_most is not None and at_most >= between[1]:
+        raise ValueError(f"at_most = {at_most}: has no effect with between = {list(between)}")
+
+
+def refuse_change(settings: Struct, name: str, others: str) -> None:
+    """Raise ValueError where setting `name`, which has no effect with these `others`, is not left at its default."""
+    (field,) = (f for f in fields(settings) if f.name == name)
+    value = getattr(settings, name)
+    if value != field.default:
+        raise ValueError(f"{field.encode_name} = {value!r}: has no effect with {others}")

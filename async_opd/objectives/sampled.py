@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from async_opd import maths
 from async_opd.objectives.base import Objective, Terms, TokenBatch
-from async_opd.objectives.modifiers import Bound, Range, refuse_empty
+from async_opd.objectives.modifiers import Bound, Range, check_bounds, refuse_change
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,10 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
 
     def __post_init__(self):
-        refuse_empty(self.between)
-        if self.ratio == "none" and (self.at_most or self.between):
-            raise ValueError("at_most and between: have no effect with ratio = 'none'")
+        check_bounds(self.at_most, self.between)
+        if self.ratio == "none":
+            refuse_change(self, "at_most", "ratio = 'none'")
+            refuse_change(self, "between", "ratio = 'none'")
 
     def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""
@@ -38,17 +39,14 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
             return logp.new_ones(logp.shape)
         if self.ratio == "token":
             return maths.importance.ratio(logp, behaviour_logp)
-        of_sequence = dict(sequence=maths.importance.sequence_ratio, geometric=maths.importance.geometric_ratio)[
-            self.ratio
-        ]
-        student_logp_N = batch.student_logp_N.detach()
-        ratio_N = of_sequence(student_logp_N, batch.behaviour_logp_N, batch.segment_N, batch.trajectories)
-        if logp.ndim == 1:
-            return ratio_N
-        length_N = maths.segments.lengths(batch.segment_N, batch.trajectories)[batch.segment_N]
-        power_N = 1 / length_N if self.ratio == "geometric" else ratio_N.new_ones(len(ratio_N))
-        log_ratio_N = student_logp_N - batch.behaviour_logp_N
-        return maths.importance.exchanged(ratio_N, log_ratio_N, logp - behaviour_logp, power_N)
+        of_sequence = {"sequence": maths.importance.sequence_ratio, "geometric": maths.importance.geometric_ratio}
+        return of_sequence[self.ratio](
+            batch.student_logp_N.detach(),
+            batch.behaviour_logp_N,
+            batch.segment_N,
+            batch.trajectories,
+            instead_NM=logp - behaviour_logp if logp.ndim == 2 else None,
+        )
 
 
 class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"):
@@ -64,29 +62,10 @@ class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pp
         return -factor * signal, factor.detach()
 
 
-class Decoupled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="decoupled", tag_field="tag"):
-    """sg[min(π_prox/π_behaviour, c)] · PPO(π/π_prox) (arXiv:2505.24298 Eq. 5; AsyncOPD's code zeroes a token over c
-    instead). π_prox is the student before its step: with one step a batch the live one, so that nothing is clipped."""
-
-    clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    dual_clip: Annotated[float, Meta(gt=1)] | None = None
-    at_most: Bound = 5.0
-
-    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """(the surrogate's negative, both its factors multiplied and detached)."""
-        given = batch.proximal_logp_N
-        known = given is not None and given.numel() == logp.numel()  # of the sampled token alone
-        proximal_logp = given.view_as(logp) if known else logp.detach()
-        stale = maths.importance.ratio(proximal_logp, behaviour_logp).clamp(max=self.at_most)
-        ratio = maths.importance.ratio(logp, proximal_logp)
-        factor = stale * maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
-        return -factor * signal, factor.detach()
-
-
 class Sampled(Objective, frozen=True, kw_only=True):
     """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has one."""
 
-    correction: Importance | Ppo | Decoupled = Importance()
+    correction: Importance | Ppo = Importance()
     student_signal: Literal["live", "cached"] = "live"  # cached: the signal takes the behaviour policy's log-prob
 
     def advantage(self, batch: TokenBatch) -> Tensor:

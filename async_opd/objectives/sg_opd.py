@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from async_opd import maths
 from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.wire import Needs
 
@@ -26,7 +27,6 @@ class SgOpd(Sampled, tag="sg_opd"):
     names but does not give them: `preserve` = A(λ_base), `grpo` = a₁, τ, and which tokens φ's mean is over.
     """
 
-    mean_one = True
     shown = ("agree", "disagree", "no_sign")
 
     lambda_high: Annotated[float, Meta(ge=1)] = 1.8
@@ -36,14 +36,22 @@ class SgOpd(Sampled, tag="sg_opd"):
     tau: Annotated[float, Meta(gt=0)] = 1.0  # nats
     mean_over: Literal["tokens", "selected", "sequences"] = "sequences"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fallback != "interp":
+            refuse_change(self, "beta", f"fallback = {self.fallback!r}")
+        if self.fallback != "preserve":
+            refuse_change(self, "lambda_base", f"fallback = {self.fallback!r}")
+
     @property
     def learns_from_agreement(self) -> bool:
         """Only by a fallback other than the plain signal."""
         return self.fallback == "grpo" or (self.fallback == "preserve" and self.lambda_base != 1)
 
     def wants(self) -> Needs:
-        """Log-probs of the reference; the mean of φ under the live student."""
-        return Needs(reference=True, groups=True, sums=("phi",), first_pass=self.student_signal == "live")
+        """Log-probs of the reference, unless no λ reads them; the mean of φ under the live student."""
+        reference = self.lambda_high != 1 or self.lambda_base != 1
+        return Needs(reference=reference, groups=True, sums=("phi",), first_pass=self.student_signal == "live")
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
         """φ before its mean is divided out."""

@@ -8,16 +8,16 @@ from msgspec import Meta
 
 from async_opd import maths
 from async_opd.objectives.base import Objective, Terms, TokenBatch
-from async_opd.objectives.modifiers import PrefixRatio
+from async_opd.objectives.modifiers import PrefixRatio, refuse_change
 from async_opd.wire import Needs
 
 
 class TopkKl(Objective, tag="topk_kl"):
     """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each position.
 
-    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), which makes it a divergence; K = V makes
-    it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops the rest, so that agreement
-    is no minimum.
+    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), of the log-mass of its ids, which makes
+    it a divergence; K = V makes it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops
+    the rest, so that agreement is no minimum.
     Dense over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or none.
     """
 
@@ -28,19 +28,29 @@ class TopkKl(Objective, tag="topk_kl"):
     rest: Literal["bucket", "renormalise", "drop"] = "bucket"  # what becomes of the tokens outside
     prefix: PrefixRatio | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.divergence != "jensen_shannon":
+            refuse_change(self, "beta", f"divergence = {self.divergence!r}")
+        if self.k == 1 and self.rest == "renormalise":
+            raise ValueError("k = 1: must be > 1 with rest = 'renormalise', or the one candidate is certain to both")
+
     @property
     def learns_from_agreement(self) -> bool:
         """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it cancels)."""
         return self.rest == "drop" and self.divergence != "jensen_shannon"
 
     def wants(self) -> Needs:
-        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's."""
-        return Needs(teacher_topk=self.k) if self.support == "teacher" else Needs(teacher_at_student_ids=self.k)
+        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the tail of a bucket."""
+        tail = self.rest == "bucket"
+        if self.support == "teacher":
+            return Needs(teacher_topk=self.k, tail=tail)
+        return Needs(teacher_at_student_ids=self.k, tail=tail)
 
     def terms(self, batch: TokenBatch) -> Terms:
         """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
-        student = maths.divergences.outcomes(batch.student_logp_NK, rest=self.rest)
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, rest=self.rest)
+        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=self.rest)
+        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
         if self.divergence == "forward":
             loss_N = maths.divergences.kl(teacher, student)
         elif self.divergence == "reverse":

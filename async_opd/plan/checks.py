@@ -12,6 +12,7 @@ from async_opd.config import Config
 from async_opd.errors import DataError
 from async_opd.plan.make import models
 from async_opd.plan.shape import Shape, local, read
+from async_opd.process_wide import log_level
 
 
 def shapes(config: Config) -> dict[str, Shape]:
@@ -42,9 +43,9 @@ def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
 
 @contextmanager
 def _hinting() -> Iterator[None]:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
-        yield
+        with log_level(logging.ERROR, logging.getLogger("huggingface_hub")):  # it tells of every try
+            yield
     except DataError as e:
         raise DataError(
             f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it skipped"

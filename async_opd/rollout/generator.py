@@ -54,8 +54,8 @@ class RolloutGenerator:
         self._held: list[tuple[str, np.ndarray, SamplingParams, asyncio.Future]] | None = None  # a list: paused
         self._arrived = asyncio.Condition()
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)  # tied heads
-        cpu = current_platform.is_cpu()
-        if cpu and not config.enforce_eager and not shutil.which(os.environ.get("CXX", "g++")):
+        cpu, eager = current_platform.is_cpu(), config.enforce_eager
+        if cpu and not eager and not shutil.which(os.environ.get("CXX", "g++")):
             raise ConfigError("rollout.enforce_eager = false: compiling on CPU needs a C++ compiler; set it to true")
         self._block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be hit, and show.
@@ -79,9 +79,8 @@ class RolloutGenerator:
             generation_config="vllm",  # end tokens and penalties of the checkpoint's own are not asked for
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
-            enforce_eager=config.enforce_eager,
             disable_log_stats=True,
-            **(cpu_engine(config.memory_gib) if cpu else {}),
+            **(cpu_engine(config.memory_gib, enforce_eager=eager) if cpu else {"enforce_eager": eager}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
 

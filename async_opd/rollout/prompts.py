@@ -1,7 +1,8 @@
 """Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle per epoch."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from async_opd.errors import DataError
 from async_opd.mistakes import wrong
+from async_opd.process_wide import log_level
 from async_opd.rollout.config import FILE_READERS, DataConfig
 from async_opd.rollout.privileged import TeacherView
 from async_opd.wire import Prompt
@@ -203,18 +205,33 @@ class PromptSource:
         return {**self._rows[position], "_position": position}
 
     def _numbered(self, rows) -> Iterator[dict]:
-        with _reading(self._config):
-            for position, row in enumerate(rows):
-                yield {**row, "_position": position}
+        numbered = enumerate(rows)
+        quiet = _quietly if self._config.streaming else nullcontext  # the rows of a stream are read here
+        while True:
+            with _reading(self._config), quiet():
+                found = next(numbered, None)
+            if found is None:
+                return
+            position, row = found
+            yield {**row, "_position": position}
 
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file, it raises too
     reader = FILE_READERS.get(Path(config.path).suffix)
     where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
-    with _reading(config):
+    with _reading(config), _quietly():
         return datasets.load_dataset(**where, name=config.subset, split=config.split, streaming=config.streaming)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """`datasets` draws no bars and logs nothing: what it logs of a broken file, it raises too."""
+    with ExitStack() as undo:
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        undo.enter_context(log_level(logging.CRITICAL, logging.getLogger("datasets")))
+        yield
 
 
 @contextmanager

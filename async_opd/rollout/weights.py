@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group
+from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group, join_store
 
 
 @dataclass
@@ -50,9 +50,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._init = init_info
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = gloo_group(
-            init_info.host, init_info.port, rank=rank, world=init_info.world, timeout_s=init_info.timeout_s
-        )
+        store = join_store(init_info.host, init_info.port, init_info.timeout_s)
+        self._group = gloo_group(store, rank=rank, world=init_info.world, timeout_s=init_info.timeout_s)
 
     def start_weight_update(self) -> None:
         """Nothing yet: from here to the last received byte the model must stay whole."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from async_opd.aio import retrieved
 from async_opd.errors import DataError, LedgerError
 
 
@@ -149,7 +150,7 @@ class Ledger:
         """Put on disk what was added so far. Raises LedgerError when the disk refuses, then and ever after. Its batch
         is written even where the caller is cancelled."""
         loop = asyncio.get_running_loop()
-        await asyncio.shield(loop.run_in_executor(self._writer, self._write, self._taken()))
+        await asyncio.shield(retrieved(loop.run_in_executor(self._writer, self._write, self._taken())))
 
     def close(self) -> None:
         """Put the rest on disk and close the file. Raises as `sync` does."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 import numpy as np
 
+from async_opd.aio import retrieved
 from async_opd.errors import ActorLost, ParityError, SyncFailed, TimedOut
 from async_opd.ports import Generator, Learner
 from async_opd.stream.pool import Pool, Seat
@@ -45,7 +46,7 @@ class Publisher:
         admit()
         probing = version % self._parity_every == 0
         probed = members if probing else [seat for seat in members if seat in newcomers]
-        probes = [(seat, asyncio.ensure_future(seat.hold(seat.port.probe()))) for seat in probed]
+        probes = [(seat, retrieved(asyncio.ensure_future(seat.hold(seat.port.probe())))) for seat in probed]
         await asyncio.sleep(0)  # requests and probes are submitted by tasks that have not run yet
         resumed = [seat.hold(seat.port.resume()) for seat in members]
         self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))

@@ -2,11 +2,13 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
 from async_opd.errors import AsyncOpdError, TimedOut
+from async_opd.process_wide import sigterm_as_before
 
 T = TypeVar("T")
 
@@ -30,9 +32,10 @@ def first_cause(error: BaseException) -> BaseException:
     return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])
 
 
-def interrupted_by_signal(task: asyncio.Task) -> Callable[[int, FrameType | None], None]:
-    """What handles SIGTERM, from `async-opd stop`, Slurm or Kubernetes, while the main `task` runs: as Ctrl-C, the
-    first cancels it and the second ends at once. So also where Ctrl-C is ignored, as a script's background jobs do."""
+@contextmanager
+def interrupted_by_signal(task: asyncio.Task) -> Iterator[None]:
+    """Meanwhile SIGTERM, from `async-opd stop`, Slurm or Kubernetes, is to the main `task` as Ctrl-C is: the first
+    cancels it and the second ends at once. So also where Ctrl-C is ignored, as a script's background jobs do."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         if callable(on_ctrl_c := signal.getsignal(signal.SIGINT)):
@@ -42,4 +45,6 @@ def interrupted_by_signal(task: asyncio.Task) -> Callable[[int, FrameType | None
         else:
             task.get_loop().call_soon_threadsafe(task.cancel)
 
-    return handle
+    with sigterm_as_before():
+        signal.signal(signal.SIGTERM, handle)
+        yield

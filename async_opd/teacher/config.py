@@ -10,7 +10,8 @@ from async_opd.maths import schedules
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`replicas` copies of one model."""
 
-    backend: Literal["transformers", "vllm"] = "transformers"  # vllm: for larger models; temperature 1, no entropy
+    # vllm: for larger models; temperature 1, no entropy, of a tail what its candidates leave and no less than 1e-6
+    backend: Literal["transformers", "vllm"] = "transformers"
     replicas: Annotated[int, Meta(ge=1)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192  # of one forward, prompts included; vllm on CPU holds their logits

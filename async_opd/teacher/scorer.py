@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from async_opd import causal_lm
 from async_opd.errors import WireError
 from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.teacher.candidates import refuse_unknown_ids
 from async_opd.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.teacher.follow import Follower, read
 from async_opd.wire import Group, Needs, Rollout, Scores, matched
@@ -32,11 +33,12 @@ class TransformersTeacher:
         """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates.
         `as_student`: it reads the student's rendering of a prompt, also where the teacher has one of its own."""
         self._config, self._needs, self._temperature, self._vocabulary = config, needs, temperature, vocabulary
-        self._as_student = as_student
+        self._as_student, self._at_candidates = as_student, bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
         ).eval()
+        self._logits = len(causal_lm.head(self._model).weight_VD)
         self._model.generation_config = GenerationConfig()  # penalties of the checkpoint's own would bend `greedy`
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
@@ -46,11 +48,14 @@ class TransformersTeacher:
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`. Waits until a batch with them has been through the model."""
+        """Scores of each rollout of `group`. Waits until a batch with them has been through the model. Raises WireError
+        for an id that it has no logit of."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
         prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        for rollout in group.rollouts:
+            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         futures = [loop.create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
@@ -126,7 +131,6 @@ class TransformersTeacher:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
 
         hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
-        given = bool(self._needs.teacher_at_student_ids)
         read = read_logprobs(
             hidden_LD[tensor(rows)],
             causal_lm.head(self._model),
@@ -134,9 +138,10 @@ class TransformersTeacher:
             temperature=self._temperature,
             chunk_rows=self._config.head_chunk_rows,
             entropy=self._needs.teacher_entropy,
-            candidate_ids_NK=tensor([r.candidate_ids for _, r in items]) if given else None,
+            candidate_ids_NK=tensor([r.candidate_ids for _, r in items]) if self._at_candidates else None,
             topk=self._needs.teacher_topk,
             topk_below=self._vocabulary,
+            tail=self._needs.tail,
         )
         return _split(read, [r for _, r in items])
 
@@ -177,12 +182,13 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
         parts(read.topk_NK),
         parts(read.entropy_N),
         parts(read.candidates_NK),
+        parts(read.tail_N),
         strict=True,
     )
     return [_scores(rollout.id, *row) for rollout, *row in columns]
 
 
-def _scores(id: str, logp, topk_ids, topk_logp, entropy, given) -> Scores | WireError:
+def _scores(id: str, logp, topk_ids, topk_logp, entropy, given, tail) -> Scores | WireError:
     try:
         return Scores(
             id=id,
@@ -191,6 +197,7 @@ def _scores(id: str, logp, topk_ids, topk_logp, entropy, given) -> Scores | Wire
             topk_logp=topk_logp,
             entropy=entropy,
             candidate_logp=given,
+            tail_logp=tail,
         )
     except WireError as e:
         return e

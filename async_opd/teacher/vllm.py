@@ -12,12 +12,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.cpu_engine import cpu_engine
 from async_opd.errors import ActorLost
+from async_opd.teacher.candidates import refuse_unknown_ids, tail_left_by
 from async_opd.teacher.config import ScorerConfig
 from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
 
 class VllmTeacher:
-    """Scores responses as the ends of prompts, whose log-probs vLLM gives at temperature 1 and without entropy."""
+    """Scores responses as the ends of prompts, whose log-probs vLLM gives at temperature 1 and without entropy.
+
+    It gives them of the candidates alone: the tail is what these leave of 1, and no less than TAIL_FLOOR."""
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class VllmTeacher:
         the teacher has one of its own. `role` is its name in messages."""
         self._role, self._vocabulary, self._as_student = role, vocabulary, as_student
         self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
+        self._tail = needs.tail
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
@@ -50,14 +54,18 @@ class VllmTeacher:
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            enforce_eager=current_platform.is_cpu(),  # it would be compiled for lengths that never come again
-            **(cpu_engine(config.memory_gib) if current_platform.is_cpu() else {}),
+            # On CPU it would be compiled for lengths that never come again.
+            **(cpu_engine(config.memory_gib, enforce_eager=True) if current_platform.is_cpu() else {}),
         )
         self._engine = AsyncLLM.from_engine_args(args)
-        self._padding = self._engine.model_config.get_vocab_size() - vocabulary
+        self._logits = self._engine.model_config.get_vocab_size()
+        self._padding = self._logits - vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died."""
+        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died, and
+        WireError for an id that it has no logit of."""
+        for rollout in group.rollouts:
+            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
         return matched(group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts))))
 
@@ -70,12 +78,14 @@ class VllmTeacher:
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
+        candidates = given if self._at_candidates else topk_logp
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
             topk_ids=topk_ids if k else None,
             topk_logp=topk_logp if k else None,
             candidate_logp=given,
+            tail_logp=tail_left_by(candidates) if self._tail else None,
         )
 
     async def _read(

@@ -7,6 +7,7 @@ from itertools import count
 
 import numpy as np
 
+from async_opd.aio import retrieved
 from async_opd.verify.pool import VerifierPool
 from async_opd.wire import Check, Group, Said, Verdict
 
@@ -35,7 +36,7 @@ class GroupVerifier:
     async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
         """The verdicts of each group; for one that is not decided in PATIENCE_S a ticket, to be given to `late`. Groups
         may share ids: a held-out problem is checked beside training."""
-        checks = [asyncio.create_task(self.check(group)) for group in groups]
+        checks = [retrieved(asyncio.create_task(self.check(group))) for group in groups]
         await asyncio.wait(checks, timeout=PATIENCE_S)
         return [check.result() if check.done() else self._later(check) for check in checks]
 

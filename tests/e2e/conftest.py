@@ -1,5 +1,6 @@
 """The command line as a user runs it, and the processes it leaves behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -94,9 +95,32 @@ def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
     return Job("demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder)
 
 
-@pytest.fixture(autouse=True)
-def no_job_outlives_its_test() -> Iterator[None]:
-    """Whatever a test that fails leaves running is killed."""
+def rows(run: Path) -> list[dict]:
+    """Those of every step so far."""
+    return _lines(run / "metrics.jsonl")
+
+
+def events(run: Path) -> list[dict]:
+    """What the driver told so far."""
+    return _lines(run / "events.jsonl")
+
+
+def _lines(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for_steps(job: Job, run: Path, count: int, timeout_s: float = 240) -> None:
+    """Wait until `count` steps are logged; fails with the job's log if it ends or takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while len(rows(run)) < count:
+        assert job.process.poll() is None, job.text()
+        assert time.monotonic() < deadline, job.text()
+        time.sleep(0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_job_outlives_its_module() -> Iterator[None]:
+    """Whatever tests that fail leave running is killed."""
     yield
     for job in Job.started:
         for process in job.processes():

@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.2, 127.0.0.3 …"""
 
+import re
 import shutil
-import socket
 import sys
 import tempfile
 import uuid
@@ -22,22 +22,23 @@ class Nodes:
         self._env = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         (folder / ".ray").mkdir()
         (folder / ".ray" / "auth_token").write_text(uuid.uuid4().hex)
-        gcs, dashboard = _free_port(), _free_port()
-        self.api, self.nodes = f"http://127.0.0.1:{dashboard}", {}
+        self.nodes: dict[str, Job] = {}
         self.head = "127.0.0.2"  # of 127.0.0.1 Ray makes the machine's own
-        self._start(self.head, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}")
+        head = self._start(self.head, "--head", "--port=0", "--dashboard-port=0")  # of Ray's own choice
+        address, self.api = _said(head, "--address='(.+)'"), _said(head, "RAY_API_SERVER_ADDRESS='(.+)' ray job submit")
         self._env["RAY_AUTH_MODE"] = "token"
         for at in range(3, count + 2):
-            self._start(f"127.0.0.{at}", f"--address={self.head}:{gcs}")
+            self._start(f"127.0.0.{at}", f"--address={address}")
 
-    def _start(self, address: str, *args: str) -> None:
+    def _start(self, address: str, *args: str) -> Job:
         """One more node, up."""
         size = "--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"
         ports = "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"  # any: nodes share them
         where = f"--node-ip-address={address}", f"--temp-dir={self._sockets}"
         job = Job("start", "--block", *args, *where, *ports, *size, folder=self._folder, program=RAY, env=self._env)
         self.nodes[address] = job
-        job.until("Ray runtime started")
+        job.until("To terminate the Ray runtime")  # behind its addresses
+        return job
 
     def submit(self, *command: str) -> Job:
         """A job of the cluster; what it says is followed, and its end ends this."""
@@ -58,6 +59,6 @@ class Nodes:
         return [line for node in self.nodes.values() for line in node.gone_within(10)]
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def _said(head: Job, what: str) -> str:
+    """What the head node has printed, without colours, in the place of a pattern's group."""
+    return re.search(what, re.sub(r"\x1b\[[\d;]*m", "", head.text()))[1]

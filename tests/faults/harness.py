@@ -1,6 +1,5 @@
 """A real job to hurt: who its processes are, what it says of them, and what its books say in the end."""
 
-import json
 import os
 import signal
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from async_opd.audit.books import Books, audit
-from tests.e2e.conftest import Job, demo
+from tests.e2e.conftest import Job, demo, events, rows, wait_for_steps
 
 TITLES = {
     "generator": "ray::Generator",
@@ -44,10 +43,9 @@ class Hurt:
 
     def events(self) -> list[dict]:
         """What the driver told so far."""
-        path = self.run_dir / "events.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return events(self.run_dir)
 
-    def told(self, what: str, who: str, since: float, within_s: float) -> float:
+    def told(self, what: str, who: str, since: float, within_s: float = 240) -> float:
         """Seconds from `since` until the driver told `what` of one whose name begins with `who`."""
         while True:
             for event in self.events():
@@ -59,21 +57,16 @@ class Hurt:
 
     def steps(self) -> int:
         """Steps in the log so far."""
-        path = self.run_dir / "metrics.jsonl"
-        return len(path.read_bytes().splitlines()) if path.exists() else 0
+        return len(rows(self.run_dir))
 
-    def trains(self, steps: int, within_s: float = 90) -> None:
+    def trains(self, steps: int, within_s: float = 240) -> None:
         """Wait for so many steps more."""
-        goal, deadline = self.steps() + steps, time.monotonic() + within_s
-        while self.steps() < goal:
-            assert self.job.process.poll() is None, self.job.text()
-            assert time.monotonic() < deadline, self.job.text()
-            time.sleep(0.1)
+        wait_for_steps(self.job, self.run_dir, self.steps() + steps, within_s)
 
     def interrupt(self) -> None:
-        """Ctrl-C, as a terminal sends it; the job saves a checkpoint and ends in 30 s."""
+        """Ctrl-C, as a terminal sends it; the job saves a checkpoint and ends."""
         os.killpg(self.job.process.pid, signal.SIGINT)
-        assert self.job.wait(30) == 130, self.job.text()
+        assert self.job.wait(120) == 130, self.job.text()
 
     def books(self) -> Books:
         """The audit, which must balance."""

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
+from torch.distributed import ProcessGroupGloo, TCPStore
 
-from async_opd.collective import broadcast, free_port, gloo_group, tcp_store
+from async_opd.collective import broadcast, gloo_group, join_store, open_store
 
 HOST, TIMEOUT_S = "127.0.0.1", 60.0
 HELLO = struct.pack("<BI", 0, 0x3C85F7CE)  # torch's: query VALIDATE and its magic number; SET is 1
@@ -24,33 +25,32 @@ NASTY = {
 
 def stranger(port: int, message: bytes) -> socket.socket:
     """A connection that has said `message` and stays open."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            connection = socket.create_connection((HOST, port), timeout=TIMEOUT_S)
-            break
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+    connection = socket.create_connection((HOST, port), timeout=TIMEOUT_S)
     connection.sendall(message)
     return connection
 
 
+def first(store: TCPStore, timeout_s: float = TIMEOUT_S) -> ProcessGroupGloo:
+    """The group of two that meets in `store`, as the one who opened it sees it."""
+    return gloo_group(store, rank=0, world=2, timeout_s=timeout_s)
+
+
+def second(store: TCPStore) -> ProcessGroupGloo:
+    """The same, as the other member sees it."""
+    return gloo_group(join_store(HOST, store.port, TIMEOUT_S), rank=1, world=2, timeout_s=TIMEOUT_S)
+
+
 @pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
 def test_a_weight_group_forms_and_carries_weights_whatever_a_stranger_sends(message):
-    port = free_port(HOST)
-
-    def member(rank):
-        return gloo_group(HOST, port, rank=rank, world=2, timeout_s=TIMEOUT_S)
-
+    store = open_store(HOST, TIMEOUT_S)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(member, 0)
-        early = stranger(port, message)
+        one = pool.submit(first, store)
+        early = stranger(store.port, message)
         time.sleep(0.1)
-        second = pool.submit(member, 1)
-        during = stranger(port, message)
-        groups = [first.result(), second.result()]
-        later = stranger(port, message)
+        other = pool.submit(second, store)
+        during = stranger(store.port, message)
+        groups = [one.result(), other.result()]
+        later = stranger(store.port, message)
         flats = [torch.arange(5.0), torch.zeros(5)]
         for work in [broadcast(group, flat) for group, flat in zip(groups, flats, strict=True)]:
             work.wait()
@@ -61,10 +61,10 @@ def test_a_weight_group_forms_and_carries_weights_whatever_a_stranger_sends(mess
 
 @pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
 def test_a_group_whose_member_is_only_a_stranger_fails_by_name_within_its_timeout(message):
-    port, started = free_port(HOST), time.monotonic()
+    store, started = open_store(HOST, 0.5), time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        alone = pool.submit(gloo_group, HOST, port, rank=0, world=2, timeout_s=0.5)
-        with stranger(port, message), pytest.raises(RuntimeError):
+        alone = pool.submit(first, store, 0.5)
+        with stranger(store.port, message), pytest.raises(RuntimeError):
             alone.result()
     assert time.monotonic() - started < TIMEOUT_S
 
@@ -76,27 +76,27 @@ def listening() -> set[tuple[str, int]]:
 
 @pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
 def test_a_stranger_at_the_port_that_carries_the_weights_is_ignored(message):
-    port, before = free_port(HOST), listening()
+    store = open_store(HOST, TIMEOUT_S)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(gloo_group, HOST, port, rank=0, world=2, timeout_s=TIMEOUT_S)
-        while len(listening() - before) < 2:  # the store and gloo
-            assert not first.done()
+        before = listening()
+        one = pool.submit(first, store)
+        while not (opened := listening() - before):
+            assert not one.done()
             time.sleep(0.01)
-        (gloo,) = {own for _, own in listening() - before} - {port}
+        ((_, gloo),) = opened
         with stranger(gloo, message), stranger(gloo, b"\xff" * 4096):
-            second = pool.submit(gloo_group, HOST, port, rank=1, world=2, timeout_s=TIMEOUT_S)
+            other = pool.submit(second, store)
             flats = [torch.arange(5.0), torch.zeros(5)]
-            works = [broadcast(f.result(), flat) for f, flat in zip((first, second), flats, strict=True)]
+            works = [broadcast(f.result(), flat) for f, flat in zip((one, other), flats, strict=True)]
             for work in works:
                 work.wait()
     assert torch.equal(flats[1], torch.arange(5.0))
 
 
 def test_we_listen_on_the_address_of_the_host_alone():
-    port, before = free_port(HOST), listening()
-    store = tcp_store(HOST, port, rank=0, world=1, timeout_s=TIMEOUT_S)
-    group = gloo_group(HOST, free_port(HOST), rank=0, world=1, timeout_s=TIMEOUT_S)
-    ours = listening() - before
-    assert (HOST, port) in ours
-    assert {address for address, _ in ours} == {HOST}
-    del store, group
+    before = listening()
+    store = open_store(HOST, TIMEOUT_S)
+    assert (HOST, store.port) in listening() - before
+    group = gloo_group(store, rank=0, world=1, timeout_s=TIMEOUT_S)
+    assert {address for address, _ in listening() - before} == {HOST}
+    del group

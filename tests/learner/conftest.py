@@ -18,7 +18,7 @@ def sample() -> Callable[..., Sample]:
 
     def make(
         prompt_tokens=3, spans=((0, 4),), *, id="a", seed=0, truncated=False, correct=True, behaviour=None,
-        teacher=None, topk_ids=None, topk_logp=None, taught=False,
+        teacher=None, topk_ids=None, topk_logp=None, tail_logp=None, taught=False,
     ) -> Sample:  # fmt: skip
         random = np.random.default_rng(seed)
         ends = np.cumsum([tokens for _, tokens in spans]).tolist()
@@ -31,7 +31,8 @@ def sample() -> Callable[..., Sample]:
             spans=tuple(Span(version=v, start=end - n, end=end) for (v, n), end in zip(spans, ends, strict=True)),
             truncated=truncated,
         )
-        scores = Scores(id=id, sampled_logp=np.asarray(logp[1], np.float32), topk_ids=topk_ids, topk_logp=topk_logp)
+        sampled_logp = np.asarray(logp[1], np.float32)
+        scores = Scores(id=id, sampled_logp=sampled_logp, topk_ids=topk_ids, topk_logp=topk_logp, tail_logp=tail_logp)
         prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="", taught=taught)
         return Sample(
             prompt=prompt,

@@ -1,19 +1,19 @@
 """One learner rank in a process of its own: trains on the same random groups in every run and saves what came of it.
 
-`python rank_process.py <json>` with the fields of `main`. Not a test: `test_engine.py` starts it.
+Not a test: `test_engine.py` starts `main`.
 """
 
 import json
 import resource
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from centred import Centred, Remembering
 
+from async_opd.checkpoints import write_whole
 from async_opd.errors import CheckpointError, Diverged
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.engine import LearnerRank
@@ -21,6 +21,7 @@ from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from tests.learner.centred import Centred, Remembering
 
 LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
 VOCABULARY = 40
@@ -75,13 +76,22 @@ def on_a_full_disk(learner: LearnerRank, folder: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
+    """Where rank 0 listens, which it leaves in the file `meeting`."""
+    if rank == 0:
+        write_whole(meeting, learner.listen("127.0.0.1").encode())
+    while not meeting.exists():
+        time.sleep(0.01)
+    return meeting.read_text()
+
+
 OBJECTIVES = dict(opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering())
 SAVED = 3  # the step after which the state is saved
 
 
 def main(
     rank: int,
-    rendezvous: str,
+    meeting: str,
     model: str,
     out: str,
     steps: int,
@@ -95,7 +105,7 @@ def main(
         config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
         truncated="mask", cap=64, seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096, record_every_steps=2,
     )  # fmt: skip
-    learner.start(rendezvous)
+    learner.start(rendezvous(learner, rank, Path(meeting)))
     held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
     lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
@@ -148,7 +158,3 @@ def main(
     Path(out).write_text(json.dumps(result))
     dist.barrier()  # rank 0 holds the store: the others abort when it goes first
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))

@@ -1,7 +1,7 @@
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from async_opd.checkpoints import Checkpoints, RunState, find
-from async_opd.collective import free_port
 from async_opd.errors import CheckpointError
 from async_opd.toy.tokenizer import build_tokenizer
+from tests.learner import rank_process
 
 pytestmark = pytest.mark.ray
 STEPS = 5
@@ -26,6 +26,8 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, t
 def train(tiny_lm, tmp_path_factory):
     """Trains the same student on the same data, each rank in its own process, once for the same settings."""
     folder = tmp_path_factory.mktemp("ranks")
+    forked = multiprocessing.get_context("forkserver")  # from a process that has imported DeepSpeed
+    forked.set_forkserver_preload([rank_process.__name__])
 
     @cache
     def student(family):
@@ -39,16 +41,19 @@ def train(tiny_lm, tmp_path_factory):
         ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, resume=None, **settings
     ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
-        job = dict(rendezvous=f"tcp://127.0.0.1:{free_port('127.0.0.1')}", model=student(family), steps=STEPS)
         settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype) | settings
-        job |= dict(settings=settings, objective=objective, lopsided=lopsided, resume=resume and str(resume))
+        job = dict(model=student(family), steps=STEPS, settings=settings, objective=objective, lopsided=lopsided)
+        job |= dict(resume=resume and str(resume), meeting=str(folder / uuid.uuid4().hex))
         name = f"{ranks}-{zero_stage}-{dtype}-{family}-{objective}{'-resumed' if resume else ''}"
         outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
-        jobs = [json.dumps(job | dict(rank=rank, out=str(out))) for rank, out in enumerate(outs)]
-        script = Path(__file__).with_name("rank_process.py")
-        processes = [subprocess.Popen([sys.executable, script, job]) for job in jobs]
+        jobs = [job | dict(rank=rank, out=str(out)) for rank, out in enumerate(outs)]
+        processes = [forked.Process(target=rank_process.main, kwargs=job) for job in jobs]
         try:
-            assert [process.wait(100) for process in processes] == [0] * ranks
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(100)
+            assert [process.exitcode for process in processes] == [0] * ranks
         finally:
             for process in processes:
                 process.kill()

@@ -63,7 +63,7 @@ def test_each_of_several_samples_is_a_weight_of_its_own(sample, packed):
 def test_a_divergence_without_a_ratio_has_weights_of_one(sample, packed):
     top = dict(topk_ids=np.array([[5, 6]] * 2, np.int32), topk_logp=np.log(np.float32([[0.5, 0.25]] * 2)))
     micro = packed(sample(spans=[(0, 2)], **top))
-    found, _ = measured(TopkKl(k=2), micro, [-1.0, -1.0], np.log(np.float32([[0.25, 0.5]] * 2)))
+    found, _ = measured(TopkKl(k=2, rest="renormalise"), micro, [-1.0, -1.0], np.log(np.float32([[0.25, 0.5]] * 2)))
     assert [found[f"{w}_{m}"] for w in ("weight", "ratio") for m in ("mean", "max", "ess")] == [1.0] * 6
     assert [found[f"weight_by_{factor}"] for factor in ("method", "ratio", "advantage")] == [0.0] * 3
 
@@ -84,6 +84,27 @@ def test_sg_opd_shows_the_shares_of_kept_tokens_that_agree_disagree_or_have_no_s
     assert [found[name] for name in ("agree", "disagree", "no_sign")] == pytest.approx([0.2, 0.2, 0.6])
 
 
+def test_each_response_has_the_same_say_in_a_step_of_sg_opd_however_long_it_is(sample, packed):
+    short, long = (
+        in_group(sample(spans=[(0, n)], id=f"{n}", behaviour=[-1] * n, teacher=[gap - 1] * n), None, True)
+        for n, gap in ((1, -0.5), (3, -0.2))
+    )
+    found, _ = measured(SgOpd(), packed(short, long), [-1.0] * 4)
+    # an unknown verdict leaves A = log π_T - log π and φ = 1: losses of -.5 once and of -.2 three times
+    assert found["loss"] == pytest.approx(-0.35)  # over all tokens it would be -.275
+
+
+@pytest.mark.parametrize(
+    ("mean_over", "loss"),  # -1 and -2 of the one response, -4 of the other; its first half is selected
+    [("tokens", -5 / 3), ("selected", -5 / 2), ("sequences", (-1 / 2 - 4) / 2)],
+)
+def test_a_mean_is_over_tokens_or_the_selected_of_them_or_first_over_each_response(mean_over, loss, sample, packed):
+    long = sample(spans=[(0, 2)], id="a", behaviour=[-1] * 2, teacher=[-2, -3])
+    short = sample(spans=[(0, 1)], id="b", behaviour=[-1], teacher=[-5])
+    objective = Opd(position=Position(share=0.5), mean_over=mean_over)
+    assert measured(objective, packed(long, short), [-1.0] * 3)[0]["loss"] == pytest.approx(loss)
+
+
 def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sample, packed):
     entropy = dict(entropy=np.float32([0.5, 0.5]))
     trajectories = [sample(spans=[(0, 2)], id=str(i), correct=v) for i, v in enumerate([True, False, None])]
@@ -94,6 +115,20 @@ def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sam
     # 1.25 and 0 of mean .625 join two of mean 1: mean .8125, squares .5 + .78125 + .375² · 2 · 2 / 4
     assert tuple(after["reward"]) == pytest.approx((4, 0.8125, 1.421875))
     assert found["direction"] == 1 and found["certainty"] == pytest.approx(0.85)  # 1 - .3 · .5 / 1
+
+
+def test_a_wrong_answer_that_was_cut_and_left_the_loss_counts_in_the_running_mean(sample, packed):
+    short = dict(spans=[(0, 3)], correct=True)
+    cut = sample(spans=[(0, 4)], id="cut", correct=False, truncated=True)
+    trajectories = [sample(id="a", **short), sample(id="b", **short), cut]
+    scored = []
+    for one in trajectories:
+        entropy = np.full(len(one.rollout.ids), 0.5, np.float32)
+        scored.append(replace(one, scores=msgspec.structs.replace(one.scores, entropy=entropy)))
+    micro = packed(*scored, cap=4, truncated="mask")
+    found, after = measured(Egrsd(), micro, [-1.0] * 10, running={"reward": Moments()})
+    assert found["tokens"] == 6 and found["tokens_excluded"] == 4
+    assert after["reward"].count == 3 and after["reward"].mean == pytest.approx(0.75)  # (1.125 + 1.125 + 0) / 3
 
 
 def test_the_histogram_of_lag_counts_every_trained_token_once_whatever_the_split(sample, packed):

@@ -20,13 +20,17 @@ def test_each_response_token_is_predicted_from_the_position_before_it(sample, pa
 
 def test_log_probs_and_candidates_stay_with_their_token(sample, packed):
     ids, logp = np.arange(6, dtype=np.int32).reshape(3, 2), np.log(np.full((3, 2), 0.25, np.float32))
-    first = sample(spans=[(0, 1)], behaviour=[-1], teacher=[-2], topk_ids=ids[:1], topk_logp=logp[:1])
-    second = sample(spans=[(0, 2)], behaviour=[-3, -4], teacher=[-5, -6], topk_ids=ids[1:], topk_logp=logp[1:])
+    tail = np.log(np.array([0.5, 0.25, 0.125], np.float32))
+    first = dict(topk_ids=ids[:1], topk_logp=logp[:1], tail_logp=tail[:1])
+    first = sample(spans=[(0, 1)], behaviour=[-1], teacher=[-2], **first)
+    second = dict(topk_ids=ids[1:], topk_logp=logp[1:], tail_logp=tail[1:])
+    second = sample(spans=[(0, 2)], behaviour=[-3, -4], teacher=[-5, -6], **second)
     micro = packed(first, second)
     assert micro.behaviour_logp_N.tolist() == [-1, -3, -4]
     assert micro.teacher_logp_N.tolist() == [-2, -5, -6]
     assert micro.candidate_ids_NK.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert micro.teacher_logp_NK.tolist() == logp.tolist()
+    assert micro.teacher_tail_logp_N.tolist() == tail.tolist()
 
 
 def test_tokens_over_the_bound_leave_the_reduction_yet_stay_visible(sample, packed):

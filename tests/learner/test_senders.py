@@ -1,11 +1,12 @@
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.profiler import profile
 
-from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group
-from async_opd.learner.publish import GlooSender
+from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group, join_store
+from async_opd.learner.publish import SENDERS, GlooSender
 
 HOST, BUCKET = "127.0.0.1", 40_000
 
@@ -15,7 +16,8 @@ def wire():
     """A sender, and a function that runs a send beside a receiver and gives what arrived."""
     sender = GlooSender(HOST, bucket_bytes=BUCKET, timeout_s=10.0)
     with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(gloo_group, HOST, sender.port, rank=1, world=2, timeout_s=10.0)
+        store = join_store(HOST, sender.port, timeout_s=10.0)
+        joined = pool.submit(gloo_group, store, rank=1, world=2, timeout_s=10.0)
         sender.join(2)
         group = joined.result()
 
@@ -37,6 +39,15 @@ def model(count):
     """`count` weights of 8,000 bytes."""
     described = [TensorMeta(str(i), "float32", (40, 50)) for i in range(count)]
     return described, [torch.full((40, 50), float(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize("backend", SENDERS)
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # nobody joins it
+def test_the_port_that_the_members_are_told_is_the_senders_own(backend):
+    sender = SENDERS[backend](HOST, bucket_bytes=BUCKET, timeout_s=10.0)
+    told = sender.init_info(1, 2)
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind((HOST, told["port" if backend == "gloo" else "master_port"]))
 
 
 def test_every_weight_arrives_in_order_and_again_after_it_moved(wire):

@@ -4,13 +4,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from centred import Centred
 
 from async_opd.learner.step import Moment, accumulate, batch_statistics
-from async_opd.maths.logprobs import Read
+from async_opd.maths.logprobs import NOTHING, Read
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
+from tests.learner.centred import Centred
 
 
 def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
@@ -171,11 +171,32 @@ def test_all_of_the_vocabulary_as_candidates_trains_on_the_exact_kl(student, sam
     for i, tokens in enumerate([4, 2]):
         teacher_TV = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(i)).log_softmax(-1)
         top = teacher_TV.topk(40)
-        candidates = dict(topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy())
+        nothing = np.full(tokens, NOTHING, np.float32)
+        candidates = dict(topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=nothing)
         samples.append((sample(spans=[(0, tokens)], seed=i, **candidates), teacher_TV))
     metrics, gradients = run(student, TopkKl(k=40), [packed(*(s for s, _ in samples))])
     student_logp = [(plain_logp(student, s), teacher_TV) for s, teacher_TV in samples]
     exact = sum((p.exp() * (p - q)).sum() for p, q in student_logp) / 6
+    exact.backward()
+    assert metrics["loss"] == pytest.approx(exact.item(), abs=1e-5)
+    for got, parameter in zip(gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_few_of_the_vocabulary_as_candidates_train_on_these_and_the_log_mass_of_all_others(
+    student, sample, packed, divergence
+):
+    teacher_TV = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    top = teacher_TV.topk(3)
+    tail_T = teacher_TV.scatter(1, top.indices, -torch.inf).logsumexp(1)
+    candidates = dict(topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=tail_T.numpy())
+    one = sample(spans=[(0, 4)], **candidates)
+    metrics, gradients = run(student, TopkKl(k=3, divergence=divergence), [packed(one)])
+    student_TV = plain_logp(student, one)
+    others_TV = student_TV.scatter(1, top.indices, -torch.inf).logsumexp(1, keepdim=True)
+    p, q = torch.cat([student_TV.gather(1, top.indices), others_TV], 1), torch.cat([top.values, tail_T[:, None]], 1)
+    exact = ((q.exp() * (q - p)) if divergence == "forward" else (p.exp() * (p - q))).sum() / 4
     exact.backward()
     assert metrics["loss"] == pytest.approx(exact.item(), abs=1e-5)
     for got, parameter in zip(gradients, student.parameters(), strict=True):

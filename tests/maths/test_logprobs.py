@@ -40,7 +40,7 @@ def candidate_ids_NK():
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
 def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
-    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K)
+    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K, tail=True)
     read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     top = logp_NV.topk(K)
@@ -49,19 +49,65 @@ def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids
     torch.testing.assert_close(read.candidates_NK, logp_NV.gather(1, candidate_ids_NK))
     torch.testing.assert_close(read.topk_NK, top.values)
     assert torch.equal(read.topk_ids_NK, top.indices)
+    torch.testing.assert_close(read.tail_N, outside(logp_NV, candidate_ids_NK))
+
+
+def outside(logp_NV, ids_NK):
+    """Log of the sum over the ids that are none of these, one at a time."""
+    rows = zip(logp_NV.double().exp().tolist(), ids_NK.tolist(), strict=True)
+    left = [sum(p for v, p in enumerate(p_V) if v not in ids_K) for p_V, ids_K in rows]
+    return torch.tensor(left).log()
+
+
+@pytest.mark.parametrize("below", [None, 6])
+def test_without_given_candidates_the_tail_is_that_of_the_likeliest(hidden_ND, head, ids_N, below):
+    asked = dict(topk=K, topk_below=below, tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, **asked)
+    logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
+    torch.testing.assert_close(read.tail_N, outside(logp_NV, logp_NV[:, :below].topk(K).indices))
+    assert not read.tail_N.requires_grad
+
+
+def test_a_tail_far_below_what_float32_leaves_of_one_is_exact():
+    """z = 0, -1 and three at -40, -41, -42: the tail is e^-40 (1 + e^-1 + e^-2) of a whole of 1 + e^-1."""
+    head = Head(torch.tensor([[0.0], [-1.0], [-40.0], [-41.0], [-42.0]]))
+    for asked in (dict(candidate_ids_NK=torch.tensor([[1, 0]])), dict(topk=2)):
+        asked |= dict(temperature=1.0, chunk_rows=1, tail=True)
+        read = read_logprobs(torch.ones(1, 1), head, torch.tensor([0]), **asked)
+        expected = -40 + 0.407606 - 0.313262  # log(1 + e^-1 + e^-2) - log(1 + e^-1)
+        assert read.tail_N.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_all_of_the_vocabulary_are_candidates_the_tail_is_nothing_and_has_no_gradient(hidden_ND, head, ids_N):
+    hidden_ND.requires_grad_()
+    every = dict(candidate_ids_NK=torch.arange(V).expand(N, V), tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, **every)
+    own = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, topk=V, tail=True)
+    assert read.tail_N.tolist() == own.tail_N.tolist() == [logprobs.NOTHING] * N
+    read.tail_N.sum().backward()
+    assert not hidden_ND.grad.any() and not head.weight.grad.any()
+
+
+def test_an_id_that_the_head_has_not_has_no_log_prob(hidden_ND, head, ids_N):
+    ids_NK = torch.tensor([[V - 1, V, 10_000]]).expand(N, 3)
+    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, candidate_ids_NK=ids_NK)
+    assert read.candidates_NK[:, 0].isfinite().all() and read.candidates_NK[:, 1:].isnan().all()
+    assert read.sampled_N.isfinite().all()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     hidden_ND.requires_grad_()
-    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK)
+    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, tail=True)
     read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
     chunked = (read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()).double()
+    chunked += 4 * read.tail_N.sum()
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
     plain = (
         logp_NV.gather(1, ids_N[:, None]).sum() + 2 * entropy_N.sum() + 3 * logp_NV.gather(1, candidate_ids_NK).sum()
     )
+    plain += 4 * logp_NV.scatter(1, candidate_ids_NK, -torch.inf).logsumexp(1).sum()
     for got, expected in zip(
         torch.autograd.grad(chunked, [hidden_ND, head.weight, head.bias]),
         torch.autograd.grad(plain, [hidden_ND, head.weight, head.bias]),
@@ -72,7 +118,7 @@ def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK
 
 def test_no_rows_give_empty_fields_that_still_join_backward(head):
     hidden_ND = torch.zeros(0, D, requires_grad=True)
-    asked = dict(entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64))
+    asked = dict(entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64), tail=True)
     read = read_logprobs(
         hidden_ND,
         of(head),
@@ -81,13 +127,13 @@ def test_no_rows_give_empty_fields_that_still_join_backward(head):
         chunk_rows=4,
         **asked,
     )
-    assert [tuple(field.shape) for field in read[:5]] == [(0,), (0,), (0, K), (0, K), (0, K)]
+    assert [tuple(field.shape) for field in read[:6]] == [(0,), (0,), (0, K), (0, K), (0, K), (0,)]
     read.sampled_N.sum().backward()
     assert torch.equal(head.weight.grad, torch.zeros(V, D))
 
 
 def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
-    assert read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (None,) * 5
+    assert read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (None,) * 6
 
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
@@ -106,9 +152,9 @@ def test_temperature_divides_the_logits():
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("entropy", [False, True])
-def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, ids_N, candidate_ids_NK, cap, entropy):
-    asked = dict(temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK)
+@pytest.mark.parametrize(("entropy", "tail"), [(False, False), (True, False), (False, True), (True, True)])
+def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, ids_N, candidate_ids_NK, cap, entropy, tail):
+    asked = dict(temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK, tail=tail)
 
     def read(hidden, weight, bias):
         return tuple(x for x in read_logprobs(hidden, Head(weight, bias, cap), ids_N, **asked) if x is not None)
@@ -131,5 +177,7 @@ def test_nothing_as_wide_as_the_vocabulary_waits_for_the_backward_pass(hidden_ND
     waiting = []
     hidden_ND.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: waiting.append(x.shape) or x, lambda x: x):
-        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2, entropy=True)
+        ids_NK = ids_N[:, None]
+        asked = dict(entropy=True, candidate_ids_NK=ids_NK, tail=True)
+        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2, **asked)
     assert waiting and not [shape for shape in waiting if V in shape[1:]]

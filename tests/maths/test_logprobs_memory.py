@@ -12,7 +12,10 @@ def test_reading_adds_at_most_an_eighth_of_the_logits_to_memory():
     weight = torch.randn(vocabulary, width, requires_grad=True)
     ids = torch.zeros(rows, dtype=torch.int64)
     with TensorMemory() as held:
-        read = read_logprobs(hidden, Head(weight), ids, temperature=1.0, chunk_rows=128, entropy=True)
-        (read.sampled_N.sum() + read.entropy_N.sum()).backward()
+        read = read_logprobs(
+            hidden, Head(weight), ids, temperature=1.0, chunk_rows=128, candidate_ids_NK=ids[:, None], entropy=True,
+            tail=True,
+        )  # fmt: skip
+        (read.sampled_N.sum() + read.entropy_N.sum() + read.candidates_NK.sum() + read.tail_N.sum()).backward()
     assert weight.grad.any()
     assert held.most - weight.nbytes <= rows * vocabulary * 4 / 8  # beside the new gradient

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from math import ceil
 
 import pytest
 import torch
@@ -12,6 +13,22 @@ def test_shares_are_rounded_half_up_and_are_at_least_one_token(share):
     expected = [min(n, max(1, int(Fraction(share) * n + Fraction(1, 2)))) for n in sizes]
     assert [count(float(share), n) for n in sizes] == expected
     assert kept(torch.tensor(list(sizes)), float(share)).tolist() == expected
+
+
+@pytest.mark.parametrize("share", ["0.01", "0.07", "0.1", "0.29", "0.3", "0.5", "0.7", "1"])
+def test_a_prefix_is_the_share_rounded_up(share):
+    """Exactly: 0.07 · 100 is a hair above 7 in binary."""
+    sizes = range(1, 300)
+    expected = [ceil(Fraction(share) * n) for n in sizes]
+    assert [prefix(n, float(share)).sum().item() for n in sizes] == expected
+
+
+def test_a_prefix_of_three_tenths_of_eleven_tokens_is_four():
+    assert prefix(11, 0.3).tolist() == [True] * 4 + [False] * 7  # 3.3
+
+
+def prefix(length, share):
+    return part(torch.zeros(length, dtype=torch.int64), torch.tensor([length]), share=share, end=False)
 
 
 def test_a_share_of_no_tokens_is_none():

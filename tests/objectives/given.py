@@ -50,6 +50,18 @@ def ragged(seed, **more):
     )  # fmt: skip
 
 
+def with_candidates(batch, student_NV, teacher_NV, ids_NK):
+    """The batch with the log-probs of some ids of the vocabulary, and the log-mass of all others."""
+
+    def outside_N(logp_NV):
+        return logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1)
+
+    return replace(
+        batch, student_logp_NK=student_NV.gather(1, ids_NK), teacher_logp_NK=teacher_NV.gather(1, ids_NK),
+        student_tail_logp_N=outside_N(student_NV), teacher_tail_logp_N=outside_N(teacher_NV),
+    )  # fmt: skip
+
+
 def rows(batch, *names):
     """The tokens' values as lists, one of tuples for each trajectory."""
     columns = list(zip(*(getattr(batch, name).tolist() for name in names), strict=True))
@@ -59,10 +71,8 @@ def rows(batch, *names):
 def with_statistics(objective, batch, kept=None):
     """The batch with what the learner reduces over the `kept` tokens of a whole step, which this is (all: None)."""
     kept_N = torch.ones(len(batch.segment_N), dtype=bool) if kept is None else torch.tensor(kept)
-    needs, found = objective.needs(), objective.statistics(batch)
-    statistics = {name: found[name][kept_N].sum().detach() for name in needs.sums}
-    statistics |= {name: found[name][kept_N].max().detach() for name in needs.maxima}
-    return replace(batch, statistics=statistics | {"tokens": kept_N.sum().double()})
+    with torch.no_grad():
+        return replace(batch, statistics=objective.statistics(batch, kept_N))
 
 
 def coefficients(objective, batch):

@@ -23,7 +23,7 @@ from async_opd.maths.logprobs import Head, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo, Sampled
+from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.wire import Prompt, Rollout, Scores, Span, Verdict
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
@@ -51,7 +51,6 @@ SETTINGS = {  # the required settings of each tag, then those of its other branc
 CORRECTIONS = [
     Importance(), Importance(ratio="none"), Importance(at_most=1.5), Importance(between=(0.3, 3.0)),
     Importance(ratio="sequence", at_most=5.0), Importance(ratio="geometric"), Ppo(), Ppo(clip=0.3, dual_clip=1.5),
-    Decoupled(at_most=2.0),
 ]  # fmt: skip
 PREFIXES = [None, PrefixRatio(), PrefixRatio(at_most=1.5), PrefixRatio(between=(0.3, 3.0))]
 COMPOSED = [
@@ -64,7 +63,7 @@ MEANS = ["tokens", "selected", "sequences"]
 
 def combinations() -> Iterator:
     """Each objective with each of its corrections, and its other branches with two of them; each time with the next of
-    what composes and the next mean."""
+    what composes and the next mean, over the selected tokens where some are selected."""
     composed, means = cycle(COMPOSED), cycle(MEANS)
     for tag, cls in all_objectives().items():
         known = {f.name for f in msgspec.structs.fields(cls)}
@@ -73,7 +72,10 @@ def combinations() -> Iterator:
         others = cycle(stale)
         for i, settings in enumerate(SETTINGS.get(tag, [])):
             for changes in stale if i == 0 else islice(others, 2):
-                yield cls(**(next(composed) | dict(mean_over=next(means)) | changes | settings))
+                more, mean = next(composed), next(means)
+                if mean == "selected" and tag != "dear" and not {"position", "random"} & set(more):
+                    mean = "tokens"
+                yield cls(**(more | dict(mean_over=mean) | changes | settings))
 
 
 PLAIN = [cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])]
@@ -112,8 +114,9 @@ class Tiny(torch.nn.Module):
         self.inputs_LD.append(inputs_LD)
         hidden_ND = (torch.cat(parts) + inputs_LD)[micro.rows_N]
         settings = dict(temperature=1.0, chunk_rows=64, candidate_ids_NK=micro.candidate_ids_NK)
-        entropy = bool(needs and needs.student_entropy)
-        read = read_logprobs(hidden_ND, Head(self.head_VD), micro.targets_N, entropy=entropy, **settings)
+        if needs:
+            settings |= dict(entropy=needs.student_entropy, tail=needs.tail)
+        read = read_logprobs(hidden_ND, Head(self.head_VD), micro.targets_N, **settings)
         return read._replace(hidden_ND=hidden_ND.detach() if needs and needs.hidden_state else None)
 
 
@@ -133,6 +136,7 @@ def sample(i, needs):
     sampled = needs.student_ids == "sampled"
     own = torch.multinomial(behaviour.exp(), max(more, 1), replacement=True, generator=generator)
     own = (own if sampled else behaviour.topk(max(more, 1)).indices)[:, :more]
+    outside = teacher.scatter(1, own if more else top.indices, -torch.inf).logsumexp(1)
     array = lambda x: x.float().numpy()  # noqa: E731
     ends = np.cumsum([n for _, n in spans]).tolist()
     id = f"{i}@0#0"
@@ -148,6 +152,7 @@ def sample(i, needs):
         topk_logp=array(top.values) if needs.teacher_topk else None,
         entropy=array(-(teacher.exp() * teacher).sum(-1)) if needs.teacher_entropy else None,
         candidate_logp=array(teacher.gather(1, own)) if more else None,
+        tail_logp=array(outside) if needs.tail else None,
     )  # fmt: skip
     words = tuple(Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v)) for j, v in enumerate(verdicts))
     from_reference = Scores(id=id, sampled_logp=array(reference.gather(1, at)[:, 0])) if needs.reference else None
@@ -291,7 +296,7 @@ def test_nothing_but_the_student_carries_gradient(objective):
     batch, _ = whole_batch(objective)
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     carrying = {name for name, x in values.items() if torch.is_tensor(x) and x.requires_grad}
-    assert carrying <= {"student_logp_N", "student_logp_NK", "student_entropy_N"}
+    assert carrying <= {"student_logp_N", "student_logp_NK", "student_tail_logp_N", "student_entropy_N"}
     assert not any(x.requires_grad for x in batch.statistics.values())
 
 
@@ -302,23 +307,18 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
     same = dict(behaviour_logp_N=student_N, teacher_logp_N=student_N)
     if student_NK is not None:
         same |= dict(behaviour_logp_NK=student_NK.detach(), teacher_logp_NK=student_NK.detach())
+    if batch.student_tail_logp_N is not None:
+        same |= dict(teacher_tail_logp_N=batch.student_tail_logp_N.detach())
     loss = objective.loss(replace(batch, **same)).loss_N.sum()
     gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
     largest = max(0.0 if g is None else g.abs().max().item() for g in gradients)
     assert (largest > 1e-3) if objective.learns_from_agreement else (largest < 1e-5)
 
 
-@pytest.mark.parametrize("tag", [tag for tag, cls in all_objectives().items() if cls.mean_one])
-def test_a_weight_that_is_declared_of_mean_one_is_by_itself(tag):
-    batch, _ = whole_batch(objective := all_objectives()[tag](**SETTINGS[tag][0]))
-    assert objective.loss(batch).weight_N[torch.tensor(KEPT)].mean().item() == pytest.approx(1)
-
-
 @plain
 def test_the_drift_gate_has_mean_one_by_itself_whatever_it_composes_with(objective):
     gated = msgspec.structs.replace(objective, drift_gate=DriftGate(block=2), constant=1.0)
     weights = [o.loss(whole_batch(o)[0]).weight_N for o in (gated, msgspec.structs.replace(objective, constant=1.0))]
-    assert DriftGate.mean_one
     assert (weights[0] / weights[1])[torch.tensor(KEPT)].mean().item() == pytest.approx(1, abs=1e-5)
 
 

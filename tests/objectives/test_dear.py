@@ -2,7 +2,7 @@ from math import sqrt
 
 import pytest
 import torch
-from given import LENGTHS, batch, ragged
+from given import LENGTHS, batch, ragged, with_statistics
 
 from async_opd.maths.selection import evidence_scores
 from async_opd.objectives.dear import Dear
@@ -79,6 +79,11 @@ def test_a_response_that_is_all_decisions_has_no_evidence():
     assert selected(Dear(p=1.0), of(ENTROPY, GAP, HIDDEN)) == list(range(10))
 
 
+def test_a_share_of_evidence_is_refused_where_all_are_decisions():
+    with pytest.raises(ValueError, match=r"q = 0\.5: has no effect with p = 1"):
+        Dear(p=1.0, q=0.5)
+
+
 def test_a_hidden_state_of_zeros_is_no_evidence():
     given = of([2.0, 0.1, 0.1, 0.1], [0, 1, 1, 1], [(1, 0), (0, 0), (1, 1), (-1, 0)])
     assert selected(Dear(p=0.25, q=0.3), given) == [0, 2]
@@ -91,8 +96,8 @@ def test_evidence_may_stand_before_its_decision_but_not_in_another_trajectory():
 
 
 def test_the_mean_is_over_the_selected_tokens_and_nothing_is_learned_from_others():
-    given = of(ENTROPY, GAP, HIDDEN)
+    given = with_statistics(Dear(), of(ENTROPY, GAP, HIDDEN))
     result = Dear().loss(given)
-    assert Dear().mean_over == "selected" and Dear().needs().sums == ("selected",) and Dear().needs().first_pass
+    assert given.statistics["selected"] == 4  # what the learner divides by
     assert [t for t in range(10) if result.loss_N[t] != 0] == [0, 1, 2, 9]
     assert result.weight_N.tolist() == [1.0] * 10

@@ -8,6 +8,7 @@ from async_opd.maths.advantages import Moments
 from async_opd.objectives.cl_egrsd import ClEgrsd
 from async_opd.objectives.egrsd import Egrsd
 from async_opd.objectives.sampled import Importance
+from async_opd.wire import Needs
 
 ENTROPY = [0.05, 2, 1.5, 0.1, 3, 2.8]
 START = {"reward": Moments()}
@@ -103,6 +104,34 @@ def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_los
     assert result.advantage[[0, 2, 10, 11]].tolist() == [0.875, 0.5, 0.0, -0.5]
     assert result.weight_N[10] == 1 and result.loss_N[10] == 0  # w = 1 where A = 0
     assert result.loss_N.isfinite().all()
+
+
+def test_without_a_bonus_for_length_no_cap_is_read():
+    objective = Egrsd(length_bonus=0.0)
+    given = batch([-1.0] * 3, [-1.0] * 3, lengths=[1, 2], reward=[1.0, 0.0], teacher_entropy_N=[0.0] * 3, running=START)
+    given = replace(given, cap_S=None)
+    assert objective.episode(given)["reward"].tolist() == [1.0, 0.0]
+    assert objective.loss(with_statistics(objective, given)).advantage.tolist() == [0.5, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("objective", [Egrsd(gamma=0.0), ClEgrsd(gamma=0.0)], ids=str)
+def test_without_a_gate_no_entropy_is_read(objective):
+    assert objective.needs() == Needs(running=("reward",))
+    given = replace(batch(STUDENT, TEACHER, reward=[1.0], running=START), teacher_entropy_N=None)
+    result = objective.loss(with_statistics(objective, given))
+    assert result.shown["certainty"].tolist() == [1.0] * 6
+    assert result.weight_N.tolist() == pytest.approx([0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005], abs=1e-6)
+
+
+def test_a_floor_below_what_the_gate_leaves_is_refused():
+    with pytest.raises(ValueError, match=r"floor = 0\.6: has no effect with gamma = 0\.3, which leaves at least 0\.7"):
+        Egrsd(floor=0.6)
+    assert six(Egrsd(gamma=0.3, floor=0.8), 1.0).shown["certainty"].min().item() == 0.8  # .7 and .72 are raised
+
+
+def test_a_window_of_no_gate_is_refused():
+    with pytest.raises(ValueError, match="window = 5: has no effect with gamma = 0"):
+        ClEgrsd(gamma=0.0, window=5)
 
 
 def test_rewards_that_never_differed_count_as_in_the_first_steps():

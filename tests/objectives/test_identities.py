@@ -14,7 +14,7 @@ from async_opd.objectives.g_opd import GOpd
 from async_opd.objectives.iw_opd import IwOpd
 from async_opd.objectives.mc_opd import McOpd
 from async_opd.objectives.opd import Opd
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.objectives.sampled import Importance, Ppo
 from async_opd.objectives.sg_opd import SgOpd
 
 STUDENT = torch.tensor([0.3, -0.2, 0.5, -1.0]).double()  # logits over four actions
@@ -52,7 +52,6 @@ def test_the_true_gradient_is_that_of_finite_differences():
     ("objective", "expected"),
     [
         (Opd(), TRUE),
-        (Opd(correction=Decoupled(at_most=50.0)), TRUE),  # the proximal policy is the live one
         (Opd(correction=Importance(ratio="sequence")), TRUE),  # of one token
         (Opd(student_signal="cached"), CACHED),
         (Opd(correction=Importance(ratio="none")), UNCORRECTED),
@@ -126,7 +125,7 @@ def assert_same(left, right, given):
     torch.testing.assert_close(*parts, rtol=1e-12, atol=1e-12)
 
 
-CORRECTIONS = [Importance(), Importance(ratio="geometric"), Ppo(), Decoupled()]
+CORRECTIONS = [Importance(), Importance(ratio="geometric"), Ppo()]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
@@ -136,10 +135,8 @@ CORRECTIONS = [Importance(), Importance(ratio="geometric"), Ppo(), Decoupled()]
     ids=lambda objective: type(objective).__name__,
 )
 def test_each_is_opd_where_its_own_part_is_off(objective, correction, given):
-    proximal = replace(given, proximal_logp_N=0.5 * (given.behaviour_logp_N + given.teacher_logp_N))
     settings = {name: getattr(objective, name) for name in objective.__struct_fields__} | dict(correction=correction)
-    for prepared in (given, proximal):
-        assert_same(type(objective)(**settings), Opd(correction=correction), prepared)
+    assert_same(type(objective)(**settings), Opd(correction=correction), given)
 
 
 def test_iw_opd_with_lambda_and_without_gamma_is_g_opd(given):

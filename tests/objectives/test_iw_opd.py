@@ -47,6 +47,11 @@ def test_on_top_of_g_opd_the_plain_discrepancy_weighs_the_extrapolated_advantage
     assert result.weight_N.tolist() == pytest.approx([1.5, 1.493842, 1.432266, 1.062808, 1.001232, 1.001232], abs=1e-6)
 
 
+def test_the_sum_of_no_discrepancy_is_refused():
+    with pytest.raises(ValueError, match="total = 'before_last': has no effect with gamma = 0"):
+        IwOpd(gamma=0.0, total="before_last")
+
+
 def test_cached_signals_accumulate_what_the_behaviour_policy_disagreed_on():
     given = batch([-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], behaviour=[-2.0, -1.0, -4.0])  # |A| cached: 1, 0, 3
     assert IwOpd(student_signal="cached").loss(given).weight_N.tolist() == pytest.approx([1.5, 1.375, 1.375])

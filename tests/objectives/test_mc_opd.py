@@ -3,10 +3,10 @@ from math import exp
 
 import pytest
 import torch
-from given import LENGTHS, ragged
+from given import LENGTHS, batch, ragged
 
 from async_opd.objectives.mc_opd import McOpd
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.objectives.sampled import Importance, Ppo
 from async_opd.wire import Needs
 
 FACTORS = {
@@ -15,7 +15,6 @@ FACTORS = {
     Importance(at_most=1.2): lambda rho, a: min(rho, 1.2),
     Importance(between=(0.5, 2.0)): lambda rho, a: rho if 0.5 <= rho <= 2 else 0.0,
     Ppo(): lambda rho, a: 0.0 if (a > 0 and rho > 1.2) or (a < 0 and rho < 0.8) else rho,
-    Decoupled(at_most=1.2): lambda rho, a: min(rho, 1.2),
 }
 M = 4
 
@@ -63,6 +62,19 @@ def test_a_sample_stands_for_its_token_in_the_ratio_of_the_trajectory(ratio):
             expected_NM.append(exp(total if ratio == "sequence" else total / len(mine)))
     result = McOpd(m=M, correction=Importance(ratio=ratio)).loss(given)
     assert result.ratio.flatten().tolist() == pytest.approx(expected_NM)
+
+
+def test_the_ratio_of_a_trajectory_is_clamped_after_a_sample_has_taken_the_place_of_its_token():
+    given = batch([-1.0, -1.0], [-1.0, -1.0], behaviour=[-21.0, -11.0])  # log ρ 20 and 10
+    one_NK = -torch.ones(2, 1).double()
+    behaviour_NK = torch.tensor([[-6.0], [-1.0]]).double()  # log ρ 5 and 0
+    given = replace(given, student_logp_NK=one_NK, behaviour_logp_NK=behaviour_NK, teacher_logp_NK=one_NK)
+    result = McOpd(m=2, correction=Importance(ratio="sequence")).loss(given)
+    e10, e15, e20 = 22026.465795, 3269017.372472, 485165195.409790
+    # of the tokens themselves 20 + 10 nats, more than the bound of 20; of the samples 5 + 10 and 20 + 0
+    assert result.ratio.tolist() == [pytest.approx([e20, e15]), pytest.approx([e20, e20])]
+    geometric = McOpd(m=2, correction=Importance(ratio="geometric")).loss(given).ratio
+    assert geometric.tolist() == [pytest.approx([e15, 1808.042414]), pytest.approx([e15, e10])]  # e^7.5
 
 
 def test_one_less_than_m_samples_of_the_behaviour_policy_are_asked_for():

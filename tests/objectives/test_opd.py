@@ -1,13 +1,12 @@
-from dataclasses import replace
 from math import exp
 
 import pytest
 import torch
 from given import KEPT, LENGTHS, STUDENT, TEACHER, batch, coefficients, ragged, rows, with_statistics
 
-from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
+from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.opd import Opd
-from async_opd.objectives.sampled import Decoupled, Importance, Ppo
+from async_opd.objectives.sampled import Importance, Ppo
 
 CORRECTIONS = {  # the factor that multiplies A, of the ratios of a trajectory, of the t-th token and its advantage
     Importance(): lambda rho, t, a: rho[t],
@@ -22,7 +21,6 @@ CORRECTIONS = {  # the factor that multiplies A, of the ratios of a trajectory, 
     Ppo(clip=0.4, dual_clip=3.0): lambda rho, t, a: (
         0.0 if (a > 0 and rho[t] > 1.4) or (a < 0 and (rho[t] < 0.6 or rho[t] > 3)) else rho[t]
     ),
-    Decoupled(at_most=1.5): lambda rho, t, a: min(rho[t], 1.5),  # the proximal policy is the live one
 }
 
 
@@ -75,21 +73,30 @@ def test_the_loss_of_ppo_is_the_negative_of_the_printed_minimum():
     assert result.ratio.tolist() == pytest.approx([1.2, 2.718282, 0.8, 3.0], abs=1e-6)
 
 
-def test_decoupled_is_a_truncated_ratio_times_ppo_from_the_proximal_policy():
-    given = batch([-1.0, -1.0], [-0.5, -2.0], behaviour=[-3.1, -1.3], proximal_logp_N=[-1.1, -1.2])
-    result = Opd(correction=Decoupled(at_most=5.0)).loss(given)
-    # min(e², 5) · e^.1 = 5.525855, e^.1 · min-of-clips: e^.2 = 1.221403 unclipped for A < 0
-    assert result.ratio.tolist() == pytest.approx([5.525855, 1.105171 * 1.221403], abs=1e-5)
-    assert coefficients(Opd(correction=Decoupled()), given) == pytest.approx([2.762927, -1.349859], abs=1e-5)
-    clipped = replace(given, proximal_logp_N=torch.tensor([-1.3, -0.7]).double())  # ρ_prox: e^.3 over, e^-.3 under
-    assert coefficients(Opd(correction=Decoupled()), clipped) == [0.0, 0.0]
-
-
 def test_cached_signals_take_the_advantage_of_the_behaviour_policy():
     given = batch([-1.0, -0.2], [-0.5, -0.4], behaviour=[-2.0, -0.2])
     result = Opd(student_signal="cached").loss(given)
     assert result.advantage.tolist() == pytest.approx([1.5, -0.2])  # -.5 + 2, -.4 + .2
     assert coefficients(Opd(student_signal="cached"), given) == pytest.approx([2.718282 * 1.5, -0.2], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Importance(ratio="none", at_most=2.0), r"at_most = 2\.0: has no effect with ratio = 'none'"),
+        (lambda: Importance(ratio="none", between=(1.0, 2.0)), r"between = .* has no effect with ratio = 'none'"),
+        (
+            lambda: Importance(at_most=2.0, between=(1.0, 2.0)),
+            r"at_most = 2\.0: has no effect with between = \[1\.0, 2\.0",
+        ),
+        (lambda: PrefixRatio(at_most=3.0, between=(1.0, 2.0)), r"at_most = 3\.0: has no effect with between"),
+        (lambda: Position(share=1.0, part="suffix"), "part = 'suffix': has no effect with share = 1"),
+        (lambda: Opd(mean_over="selected"), "mean_over = 'selected': has no effect without position or random"),
+    ],
+)
+def test_settings_without_effect_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
 
 
 # --- weights and masks that compose ---------------------------------------------------------------------------------
@@ -121,17 +128,23 @@ def test_the_drift_gate_is_that_of_a_loop_over_blocks_of_each_trajectory(block, 
 @pytest.mark.parametrize(
     ("share", "part", "expected"),  # of 5, 1, 7, 3 and 2 tokens
     [
-        (0.3, "prefix", ["11000", "1", "1100000", "100", "10"]),  # 1.5 → 2, .3 → 1, 2.1 → 2, .9 → 1, .6 → 1
-        (0.3, "suffix", ["00011", "1", "0000011", "001", "01"]),
+        (0.3, "prefix", ["11000", "1", "1110000", "100", "10"]),  # 1.5 → 2, .3 → 1, 2.1 → 3, .9 → 1, .6 → 1
+        (0.3, "suffix", ["00011", "1", "0000111", "001", "01"]),
         (0.5, "prefix", ["11100", "1", "1111000", "110", "10"]),  # 2.5 → 3, .5 → 1, 3.5 → 4, 1.5 → 2, 1
         (0.01, "suffix", ["00001", "1", "0000001", "001", "01"]),
-        (1.0, "suffix", ["11111", "1", "1111111", "111", "11"]),
+        (1.0, "prefix", ["11111", "1", "1111111", "111", "11"]),
     ],
 )
 def test_position_selects_a_share_of_each_response_from_its_start_or_end(share, part, expected):
     result = Opd(position=Position(share=share, part=part)).loss(ragged(0))
     assert "".join(str(int(x)) for x in result.selected_N) == "".join(expected)
     assert result.loss_N.bool().tolist() == result.selected_N.tolist()
+
+
+@pytest.mark.parametrize(("part", "expected"), [("prefix", [0, 1, 2, 3]), ("suffix", [7, 8, 9, 10])])
+def test_position_takes_the_ceiling_of_its_share_as_the_papers_code_does(part, expected):
+    result = Opd(position=Position(share=0.3, part=part)).loss(batch([-1.0] * 11, [-2.0] * 11))  # 3.3 of them
+    assert result.selected_N.nonzero()[:, 0].tolist() == expected
 
 
 def test_random_selects_as_many_of_each_response_wherever_it_is():

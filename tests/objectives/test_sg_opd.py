@@ -1,3 +1,4 @@
+from dataclasses import replace
 from statistics import mean, pstdev
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_step_without_a_kept_token_gives_zeros_and_not_nan():
     assert gradient_N.tolist() == [0.0] * sum(LENGTHS)
 
 
-def test_the_settings_are_the_published_ones_and_the_mean_is_over_sequences():
-    assert (SgOpd().lambda_high, SgOpd().fallback, SgOpd().beta) == (1.8, "interp", 1.0)
-    assert SgOpd().mean_over == "sequences" and SgOpd().mean_one
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(fallback="grpo", beta=0.5), r"beta = 0\.5: has no effect with fallback = 'grpo'"),
+        (dict(fallback="preserve", beta=0.5), r"beta = 0\.5: has no effect with fallback = 'preserve'"),
+        (dict(lambda_base=1.25), r"lambda_base = 1\.25: has no effect with fallback = 'interp'"),
+    ],
+)
+def test_settings_of_another_fallback_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        SgOpd(**settings)
+
+
+def test_no_reference_is_read_where_nothing_is_extrapolated():
+    assert SgOpd().needs().reference and SgOpd(lambda_high=1.0, fallback="preserve", lambda_base=1.25).needs().reference
+    objective = SgOpd(lambda_high=1.0)
+    assert not objective.needs().reference
+    given = replace(one_of_two(1.0), reference_logp_N=None)
+    assert result(objective, given).advantage.tolist() == pytest.approx([-0.05, 0.5, -3.0, -0.5, 0.0, 0.01])

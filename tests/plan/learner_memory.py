@@ -1,6 +1,6 @@
 """A learner rank in a process of its own: what it holds between two steps, and the most it allocates in one.
 
-`python learner_memory.py <json>` with the fields of `main`; prints bytes as JSON. Not a test: `test_learner_memory.py`
+`python -m tests.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON. Not a test: `test_learner_memory.py`
 starts it.
 """
 
@@ -11,12 +11,12 @@ import sys
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from async_opd.learner.config import LearnerConfig
 from async_opd.learner.engine import LearnerRank
 from async_opd.objectives.opd import Opd
 from async_opd.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from tests.tensor_memory import TensorMemory
 
 
 def held() -> int:
@@ -27,21 +27,19 @@ def held() -> int:
 
 
 def peak(work) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with TensorMemory() as memory:
         work()
-    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return int(np.cumsum(changes).max())
+    return memory.most
 
 
-def main(model: str, rendezvous: str, settings: dict, tokens: list[int]) -> None:
+def main(model: str, settings: dict, tokens: list[int]) -> None:
     learner = LearnerRank(
         LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings),
         Opd(),
         model=model, temperature=1.0, steps=10, max_lag_steps=9, stale="mask", truncated="train", cap=4096, seed=0,
         rank=0, timeout_s=60.0, bucket_bytes=2**20,
     )  # fmt: skip
-    learner.start(rendezvous)
+    learner.start(learner.listen("127.0.0.1"))
 
     def step(length: int) -> None:
         ids = np.zeros(length, np.int32)

@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from async_opd.collective import free_port
 from async_opd.learner.config import LearnerConfig
 from async_opd.plan import memory
 from async_opd.plan.shape import read
@@ -26,10 +24,9 @@ def test_a_rank_holds_and_allocates_what_is_estimated(tiny_lm, tmp_path):
     model = tiny_lm("Qwen3", **SIZES)
     model.save_pretrained(tmp_path)
     settings, tokens = dict(zero_stage=1, dtype="bfloat16", head_chunk_rows=64), [16, 1024]
-    rendezvous = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
-    job = dict(model=str(tmp_path), rendezvous=rendezvous, settings=settings, tokens=tokens)
-    script = Path(__file__).with_name("learner_memory.py")
-    ran = subprocess.run([sys.executable, script, json.dumps(job)], capture_output=True, text=True, timeout=100)
+    job = dict(model=str(tmp_path), settings=settings, tokens=tokens)
+    script = [sys.executable, "-m", "tests.plan.learner_memory", json.dumps(job)]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     measured = json.loads(ran.stdout.splitlines()[-1])
 

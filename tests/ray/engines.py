@@ -1,14 +1,12 @@
 """A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny one is up in a second
 or two, where an actor with an engine of its own takes twenty."""
 
-import os
-
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-from async_opd.rollout.generator import RequestOutputKind, SamplingParams  # sets what vLLM reads when it is imported
-
-from vllm import LLM  # isort: skip
+from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.sampling_params import RequestOutputKind
+
+from async_opd.cpu_engine import cpu_engine
 
 _engines: list[LLM] = []
 
@@ -18,9 +16,9 @@ def start(model: str) -> None:
     stop()
     _engines[:] = [
         LLM(
-            model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, block_size=128,
-            max_num_seqs=8, logprobs_mode="processed_logprobs", disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend="gloo"),
+            model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, block_size=128, max_num_seqs=8,
+            logprobs_mode="processed_logprobs", disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend="gloo"), **cpu_engine(1, enforce_eager=True),
         )
     ]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from async_opd.learner import conversion
 from async_opd.learner.publish import GlooSender
 from async_opd.rollout.config import RolloutConfig
 from async_opd.wire import Needs, Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from async_opd.rollout.generator import RolloutGenerator
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,30 +33,40 @@ def model(tiny_lm):
     return tiny_lm(vocab_size=V, head_dim=32, max_position_embeddings=512, eos_token_id=None, bos_token_id=None)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def generator(model, tmp_path_factory):
-    """Two responses of 400 tokens a prompt. It still gives no candidates."""
+@pytest.fixture(scope="module")
+def started(model, tmp_path_factory) -> Iterator[Callable[[str], "RolloutGenerator"]]:
+    """Starts a generator of two responses of 400 tokens a prompt, with candidates of a kind."""
     from async_opd.rollout.generator import RolloutGenerator  # loads vLLM
 
-    folder = str(tmp_path_factory.mktemp("model"))
+    folder, engines = str(tmp_path_factory.mktemp("model")), []
     model.save_pretrained(folder)
     config = RolloutConfig(
         max_new_tokens=400, samples_per_prompt=2, temperature=TEMPERATURE, concurrency=64, enforce_eager=True
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-        started = RolloutGenerator(
-            config, Needs(teacher_at_student_ids=K), name="generator 0", model=folder, eos_ids=[], max_prompt_tokens=64,
-            vocabulary=VOCABULARY, backend="gloo", seed=0,
+
+    def start(which: str) -> "RolloutGenerator":
+        generator = RolloutGenerator(
+            config, Needs(teacher_at_student_ids=K, student_ids=which), name="generator 0", model=folder, eos_ids=[],
+            max_prompt_tokens=64, vocabulary=VOCABULARY, backend="gloo", seed=0,
         )  # fmt: skip
-    yield started
-    started._engine.shutdown()
+        engines.append(generator._engine)
+        return generator
+
+    yield start
+    for engine in engines:
+        engine.shutdown()
 
 
-async def rollouts(generator, which: str) -> list[tuple[Prompt, Rollout]]:
-    """Two for each prompt, with candidates of a kind."""
-    generator._needs = Needs(teacher_at_student_ids=K, student_ids=which)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def generator(started):
+    """A generator whose candidates are draws."""
+    generator = started("sampled")
     await generator.start()
+    return generator
+
+
+async def rollouts(generator: "RolloutGenerator") -> list[tuple[Prompt, Rollout]]:
+    """Two for each prompt."""
     groups = await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS))
     return [(group.prompt, rollout) for _, group in groups for rollout in group.rollouts]
 
@@ -73,7 +88,7 @@ def gaps(logp_TV: np.ndarray, rollout: Rollout) -> np.ndarray:
 
 
 async def test_samples_are_independent_draws_of_the_policy_with_its_log_probs(generator, model):
-    sampled = await rollouts(generator, "sampled")
+    sampled = await rollouts(generator)
     assert len(sampled) == 16 and not np.array_equal(sampled[0][1].candidate_ids, sampled[1][1].candidate_ids)
     logp = [forward(model, *each) for each in sampled]
     assert max(gaps(logp_TV, rollout).max() for logp_TV, (_, rollout) in zip(logp, sampled, strict=True)) <= 1e-4
@@ -97,8 +112,10 @@ async def test_samples_are_independent_draws_of_the_policy_with_its_log_probs(ge
     assert draws.min() > 0  # padding too is sampled, as the token could be
 
 
-async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(generator, model):
-    for prompt, rollout in await rollouts(generator, "likeliest"):
+async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(started, model):
+    likeliest = started("likeliest")
+    await likeliest.start()
+    for prompt, rollout in await rollouts(likeliest):
         logp_TV = forward(model, prompt, rollout)
         picked_TK = np.take_along_axis(logp_TV, rollout.candidate_ids, 1)
         largest_TK = np.sort(logp_TV[:, :VOCABULARY], 1)[:, : -K - 1 : -1]
@@ -109,7 +126,7 @@ async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(genera
 
 
 async def test_neither_the_probe_nor_a_greedy_response_has_candidates(generator):
-    sampling = asyncio.ensure_future(rollouts(generator, "sampled"))  # beside them, in the same batches
+    sampling = asyncio.ensure_future(rollouts(generator))  # beside them, in the same batches
     greedy = asyncio.ensure_future(generator.respond(PROMPTS[0], Sampling()))
     _, probe = await generator.probe()
     assert not sampling.done() and not greedy.done()
@@ -137,7 +154,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
     info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
 
-    running = asyncio.ensure_future(rollouts(generator, "sampled"))
+    running = asyncio.ensure_future(rollouts(generator))
     while len(models) < 4:
         await asyncio.sleep(0.3)
         moved = copy.deepcopy(models[-1])

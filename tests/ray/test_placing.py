@@ -14,7 +14,7 @@ from async_opd.actors import Cluster
 from async_opd.casting import Casting, Part
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
-from async_opd.errors import ClusterTooSmall, ConfigError
+from async_opd.errors import ActorLost, ClusterTooSmall, ConfigError
 from async_opd.nodes import home
 from async_opd.placement import asks
 
@@ -62,6 +62,10 @@ async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anyth
         assert time.monotonic() - begun < 5
         assert cluster._actors == []
     assert [what for what, _ in told] == ["waits"] and "asked are 5 GPUs" in told[0][1]
+    with starting("rollout.generators=3", "timeout.nodes_s=0") as cluster:
+        with pytest.raises(ClusterTooSmall, match=r"asked are 3 GPUs \(generator 3 x 1\), free are 2 "):
+            await cluster.evaluators()
+        assert cluster._actors == []
 
 
 async def test_nodes_that_come_in_time_are_waited_for(nodes, idle):
@@ -122,14 +126,17 @@ async def _no() -> bool:
 
 
 async def test_on_one_card_all_have_it_in_shares_and_start_one_after_the_other(idle, tmp_path):
-    ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
     shares = "rollout.gpu_memory_utilization=0.4", "teacher.gpu_memory_utilization=0.3"
-    with starting("run.share_gpu=true", *shares) as cluster:
-        await cluster.roles()
-        found = await where(cluster)
-        assert [found[f"{role} 0"][1] for role in ("learner rank", "generator", "teacher")] == ["0", "0", "0"]
-        await asyncio.sleep(1)
-        assert ray.available_resources()["GPU"] == pytest.approx(0.05)
+    with ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False):
+        with starting("run.share_gpu=true", *shares) as cluster:
+            await cluster.roles()
+            found = await where(cluster)
+            assert [found[f"{role} 0"][1] for role in ("learner rank", "generator", "teacher")] == ["0", "0", "0"]
+            await asyncio.sleep(1)
+            assert ray.available_resources()["GPU"] == pytest.approx(0.05)
+        for actor in cluster._actors:  # none goes on in the cluster that was there before, and is there still
+            with pytest.raises(ActorLost):
+                await actor.call(60, "where")
     times = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.iterdir() if file.is_file())
     assert len(times) == 4
     assert all(end <= begun for (_, end), (begun, _) in itertools.pairwise(times))

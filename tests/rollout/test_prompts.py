@@ -310,8 +310,18 @@ def test_a_file_that_cannot_be_read_says_why(source, rows, settings, message, st
         source(rows, streaming=streaming, **settings).first(1)
 
 
-def test_reading_prints_no_progress(source, capfd):
-    next(iter(source()))
+@pytest.mark.parametrize("streaming", [True, False])
+def test_reading_prints_nothing_and_leaves_datasets_as_talkative_as_it_was(source, streaming, capfd):
+    def talkative() -> tuple:
+        return datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+
+    datasets.enable_progress_bars()  # as they are by themselves
+    datasets.logging.set_verbosity_warning()
+    before = talkative()
+    next(iter(source(streaming=streaming)))
+    with pytest.raises(DataError):
+        source(['{"prompt": '], streaming=streaming).first(1)
+    assert talkative() == before
     assert capfd.readouterr() == ("", "")
 
 

@@ -19,7 +19,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "errors", "say", "metric_names"], ["spans"], ["wire", "metrics", "mistakes", "checkpoints"],
+    ["__init__", "aio", "errors", "say", "metric_names", "process_wide", "run_dir"], ["spans"],
+    ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine", "console", "samples"],
     ["causal_lm", "objectives"], ROLES, ["scoring", "sections", "files"], ["config"],
     ["inputs", "explain", "audit", "report", "trace", "card", "crew", "jobs", "placement"],
@@ -33,8 +34,9 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},
 }
 SMALL = {
-    "errors", "say", "metric_names", "spans", "wire", "mistakes", "metrics", "checkpoints", "ports", "stream", "verify",
-    "config", "evaluate", "audit", "trace", "card", "crew", "export", "scale", "progress", "train", "commands", "cli",
+    "aio", "errors", "say", "metric_names", "process_wide", "run_dir", "spans", "wire", "mistakes", "metrics",
+    "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit", "trace", "card", "crew", "export",
+    "scale", "progress", "train", "commands", "cli",
 }  # fmt: skip
 
 

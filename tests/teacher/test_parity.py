@@ -55,7 +55,7 @@ def groups() -> list[Group]:
 @torch.no_grad()
 def check(model, group: Group, scores) -> None:
     """Sampled and top-k log-probs against the model's own logits behind the prompt that the teacher is shown, to 1e-4
-    nats; no candidate is padding."""
+    nats, and the mass of all other ids to 1e-4 of it; no candidate is padding."""
     prompt = (group.prompt.ids if group.prompt.teacher_ids is None else group.prompt.teacher_ids).tolist()
     for rollout, got in zip(group.rollouts, scores, strict=True):
         ids = torch.tensor([[*prompt, *rollout.ids.tolist()]])
@@ -66,11 +66,13 @@ def check(model, group: Group, scores) -> None:
         np.testing.assert_allclose(got.topk_logp, logp_TV[:, :REAL].topk(K).values, atol=1e-4)
         np.testing.assert_allclose(got.topk_logp, logp_TV.gather(1, torch.tensor(got.topk_ids).long()), atol=1e-4)
         assert got.topk_ids.max() < REAL
+        others_TV = logp_TV.scatter(1, torch.tensor(got.topk_ids).long(), -torch.inf)
+        np.testing.assert_allclose(np.exp(got.tail_logp), others_TV.exp().sum(1), atol=1e-4)
 
 
 async def test_the_transformers_teacher_equals_a_plain_forward(model, tmp_path):
     config = TeacherConfig(model=str(tmp_path / "teacher"))
-    teacher = TransformersTeacher(config, Needs(teacher_topk=K), temperature=1.0, vocabulary=REAL)
+    teacher = TransformersTeacher(config, Needs(teacher_topk=K, tail=True), temperature=1.0, vocabulary=REAL)
     for group in groups():
         check(model, group, await teacher.score(group))
 

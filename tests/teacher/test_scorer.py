@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from async_opd import causal_lm
-from async_opd.errors import DataError
+from async_opd.errors import DataError, WireError
 from async_opd.maths.logprobs import Head
 from async_opd.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.teacher.follow import Follower
@@ -87,9 +87,21 @@ def close(got, expected):
     torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-5, rtol=0)
 
 
+def outside(logp_TV, ids_TK):
+    """Log of what is left by some ids, padding among it."""
+    return logp_TV.scatter(1, ids_TK, -torch.inf).logsumexp(1)
+
+
+async def test_the_tail_of_the_likeliest_is_that_of_all_other_ids(model, teacher, group):
+    one = group()
+    for rollout, got in zip(one.rollouts, await teacher(Needs(teacher_topk=3, tail=True)).score(one), strict=True):
+        logp_TV = plain_logp(model, one.prompt.ids, rollout)
+        close(got.tail_logp, outside(logp_TV, logp_TV[:, :REAL].topk(3).indices))
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher, group, forwards, chunk):
-    needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2)
+    needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2, tail=True)
     scorer = teacher(needs, head_chunk_rows=chunk)
     groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
     answers = await asyncio.gather(*(scorer.score(one) for one in groups))
@@ -102,6 +114,7 @@ async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher
             close(got.sampled_logp, logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0])
             close(got.candidate_logp, logp_TV.gather(1, torch.as_tensor(rollout.candidate_ids).long()))
             close(got.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+            close(got.tail_logp, outside(logp_TV, torch.as_tensor(rollout.candidate_ids).long()))
             close(got.topk_logp, top.values)
             assert got.topk_ids.tolist() == top.indices.tolist()
 
@@ -109,6 +122,7 @@ async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher
 async def test_what_no_objective_needs_is_not_computed(teacher, group):
     (scores, _) = await teacher().score(group())
     assert (scores.topk_ids, scores.topk_logp, scores.entropy, scores.candidate_logp) == (None,) * 4
+    assert scores.tail_logp is None
 
 
 async def test_only_response_positions_reach_the_head(teacher, group, forwards, monkeypatch):
@@ -282,10 +296,24 @@ def test_a_full_batch_does_not_wait_for_the_flush(teacher, group):
 async def test_an_error_reaches_its_callers_and_the_next_batch_is_served(teacher, group):
     scorer = teacher()
     bad = group(tokens=(4, 2))
-    bad.rollouts[1].ids[0] = V  # no such row in the embedding
+    bad.prompt.ids[0] = V  # no such row in the embedding
     with pytest.raises(IndexError):
         await scorer.score(bad)
     assert [scores.id for scores in await scorer.score(group(7))] == ["7@0#0", "7@0#1"]
+
+
+async def test_an_id_that_the_teacher_has_no_logit_of_is_named(teacher, group):
+    scorer, read = teacher(Needs(teacher_at_student_ids=2)), teacher()
+    beyond, unread = group(candidates=2), group(1, candidates=2)
+    beyond.rollouts[1].candidate_ids[1, 0] = V
+    with pytest.raises(WireError, match="0@0#1: candidate_ids holds 40: must be < 40, the number of the teacher's log"):
+        await scorer.score(beyond)
+    await read.score(beyond)  # which reads no candidates
+    unread.rollouts[0].ids[3] = V + 2
+    for each in (scorer, read):
+        with pytest.raises(WireError, match="1@0#0: ids holds 42: must be < 40"):
+            await each.score(unread)
+    assert [scores.id for scores in await scorer.score(group(7, candidates=2))] == ["7@0#0", "7@0#1"]
 
 
 async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):

@@ -1,0 +1,56 @@
+"""Settings of the whole process, changed for a while and put back: the process may be a caller's, who has others."""
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def log_level(level: int, *of: logging.Logger | logging.Handler) -> Iterator[None]:
+    """Each of these loggers and handlers lets nothing below `level` through meanwhile."""
+    with ExitStack() as undo:
+        for each in of:
+            undo.callback(each.setLevel, each.level)
+            each.setLevel(level)
+        yield
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """These variables of the environment have these values meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def sigterm_as_before() -> Iterator[None]:
+    """SIGTERM does afterwards what it did before, whoever has set a handler meanwhile. In the main thread only."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: it was not Python's
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Garbage is left alone meanwhile, as while vLLM, torch or transformers are imported: of the thousands of modules
+    that stay for good each full collection looks through all that are there, a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
