@@ -95,6 +95,9 @@ def over_simulated_roles(monkeypatch):
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
+    gc.unfreeze()  # what was imported for the tests; a user's process has nothing frozen
+    yield
+    gc.freeze()
 
 
 SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=false")

@@ -179,14 +179,11 @@ def test_nothing_grows_with_the_length_of_a_run(tmp_path):
         )
         await train(config, roles, Prompts(), [], tmp_path, Meter([look], asyncio.get_running_loop().time))
 
-    gc.collect()
-    gc.freeze()  # what others left is none of it, and takes long to look through
     tracemalloc.start()
     try:
         virtual(main())
     finally:
         tracemalloc.stop()
-        gc.unfreeze()
     # The event loop clears cancelled timers away a hundred at a time: what must not grow is the most that is held.
     most = [max(held[step] for step in range(first, first + 100, 10)) for first in (110, 210)]
     assert most[1] - most[0] < 10_000  # bytes, in 100 steps of 4 groups; a row alone is 3,000
