@@ -195,9 +195,11 @@ def around_vllm(monkeypatch):
     engine = Engine()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # restored, whatever is set
     for module in (generator, teacher):
-        monkeypatch.setattr(module, "cpu_engine", lambda memory_gib: {})  # it is the engine's process that reads those
+        monkeypatch.setattr(
+            module, "cpu_engine", lambda memory_gib, enforce_eager: {}
+        )  # it is the engine's process that reads those
     monkeypatch.setattr(generator, "AsyncLLM", SimpleNamespace(from_engine_args=lambda args: engine))
-    with_padding = SimpleNamespace(from_engine_args=lambda args: Engine(vocabulary=5))
+    with_padding = SimpleNamespace(from_engine_args=lambda args: Engine(vocabulary=9))
     monkeypatch.setattr(teacher, "AsyncLLM", with_padding)
 
     def make(needs: Needs):
@@ -209,7 +211,7 @@ def around_vllm(monkeypatch):
         asked = Needs(teacher_topk=4, teacher_at_student_ids=needs.teacher_at_student_ids)
         teachers = [
             teacher.VllmTeacher(config, asked, role="teacher 0", vocabulary=vocabulary, longest=P + LONG)
-            for vocabulary in (5, 2)
+            for vocabulary in (9, 2)
         ]
         return engine, sampler, teachers
 

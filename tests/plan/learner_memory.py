@@ -1,7 +1,7 @@
 """A learner rank in a process of its own: what it holds between two steps, and the most it allocates in one.
 
-`python -m tests.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON. Not a test: `test_learner_memory.py`
-starts it.
+`python -m tests.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON. Not a test:
+`test_learner_memory.py` starts it.
 """
 
 import gc
