@@ -20,8 +20,6 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns once a
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
-    """The check, once it was used: what the parser makes at first is not to be on the clock of a response."""
-    check(r"\boxed{1}", "2")
     return check
 
 
