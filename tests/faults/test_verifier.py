@@ -134,7 +134,7 @@ def _table(found: dict, took: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-async def test_hostile_answers_of_fourteen_families_are_decided_in_time_and_none_is_right(attack):
+async def test_hostile_answers_of_twenty_families_are_decided_in_time_and_none_is_right(attack):
     await attack(14, timeout_s=0.6, lanes=4)
 
 
