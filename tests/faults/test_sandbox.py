@@ -167,6 +167,27 @@ for family, address in (
 
 
 @needs_namespaces
+async def test_it_shares_no_namespace_with_the_host(start_pool, check, workers):
+    """Each is a layer of its own: refused calls alone would hide that the network is shared."""
+    pool = await start_pool(check="code")
+    pending = asyncio.create_task(pool.check(check("import time\ntime.sleep(3600)", TESTS)))
+    (worker,) = workers()
+    inside = []
+
+    def found() -> list:
+        inside[:] = [child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()]
+        return inside
+
+    await until(found)
+    kinds = ("ipc", "mnt", "net", "pid", "user", "uts")
+    of_host = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in kinds}
+    of_program = {kind: os.readlink(f"/proc/{inside[0].pid}/ns/{kind}") for kind in kinds}
+    assert [kind for kind in kinds if of_program[kind] == of_host[kind]] == []
+    worker.kill()
+    assert (await pending).correct is None
+
+
+@needs_namespaces
 async def test_no_secret_of_the_host_is_read(run, monkeypatch, tmp_path):
     monkeypatch.setenv("ASYNC_OPD_SECRET", "hunter2")
     tmp_path.joinpath("secret").write_text("hunter2")
