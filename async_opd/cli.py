@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from asyncio import CancelledError
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 
@@ -49,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parsed(words: list[str]) -> argparse.Namespace:
     """The words of the command line; behind the command, options may stand anywhere. Raises ConfigError."""
-    parser, commands = _parsers()
+    parser, commands = _parsers(words[:1] if words and words[0] in COMMANDS else COMMANDS)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         from async_opd.mistakes import wrong
 
@@ -83,11 +84,11 @@ def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[s
     return [word for word in words if "=" not in word]
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """That of the whole command line, which knows the help of all commands, and that of each command."""
+def _parsers(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the whole command line, which knows the help of the commands `names`, and that of each of them."""
     parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    for name in names:
         command = import_module(f"async_opd.commands.{name}")
         own = commands.add_parser(
             name,

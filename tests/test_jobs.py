@@ -456,12 +456,12 @@ signal.signal(signal.SIGINT, signal.{sigint})
 from async_opd.stream.supervise import interrupted_by_signal
 
 async def step():
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.25)
     print("step", flush=True)
 
 async def run():
     for n in range({signals}):
-        asyncio.get_running_loop().call_later(0.1 + 0.1 * n, signal.raise_signal, signal.SIGTERM)
+        asyncio.get_running_loop().call_later(0.05 + 0.05 * n, signal.raise_signal, signal.SIGTERM)
     at_work = asyncio.ensure_future(step())
     with interrupted_by_signal(asyncio.current_task()):
         try:

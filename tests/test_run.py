@@ -95,9 +95,8 @@ def over_simulated_roles(monkeypatch):
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
-    gc.unfreeze()  # what was imported for the tests; a user's process has nothing frozen
     yield
-    gc.freeze()
+    gc.freeze()  # again, what was imported for the tests
 
 
 SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=false")
@@ -136,6 +135,7 @@ async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_simulated
         return {}
 
     monkeypatch.setattr(runs, "train", train)
+    gc.unfreeze()  # what was imported for the tests: a user's process has nothing frozen
     before = process_wide()
     with pytest.raises(ActorLost) if ends == "badly" else nullcontext():
         await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", *SMALL]))

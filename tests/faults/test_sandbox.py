@@ -63,7 +63,7 @@ async def test_a_fork_bomb_stays_small_and_ends(run, workers):
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
-    assert await run(bomb, timeout_s=2.5) == [False]
+    assert await run(bomb, timeout_s=2.0) == [False]
     watching.cancel()
     assert PROCESSES <= most <= PROCESSES + OURS
 
@@ -82,7 +82,7 @@ BEYOND_A_LIMIT = {
 
 @needs_namespaces
 async def test_a_limit_hit_is_wrong(run):
-    right = await run(*BEYOND_A_LIMIT.values(), timeout_s=3.0)
+    right = await run(*BEYOND_A_LIMIT.values(), timeout_s=2.5)
     assert [name for name, correct in zip(BEYOND_A_LIMIT, right, strict=True) if correct] == []
 
 
@@ -106,7 +106,7 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
-    assert await run(greedy, timeout_s=2.5, memory_gib=0.5) == [False]
+    assert await run(greedy, timeout_s=2.0, memory_gib=0.5) == [False]
     watching.cancel()
     assert 100 << 20 < most < 512 << 20
 
@@ -273,7 +273,7 @@ async def test_a_worker_killed_in_the_middle_leaves_no_program(start_pool, check
 async def test_without_namespaces_the_limits_stay(run):
     memory, sleep = (BEYOND_A_LIMIT[name] for name in ("memory", "sleep"))
     file = "import os\nos.write(os.open('x', 65), bytes(9 << 20)) == 9 << 20 and print('ok')"
-    assert await run(memory, sleep, file, timeout_s=2.5, sandbox="none") == [False] * 3
+    assert await run(memory, sleep, file, timeout_s=2.0, sandbox="none") == [False] * 3
 
 
 async def test_without_namespaces_its_environment_is_empty_and_its_directory_goes(run, monkeypatch, tmp_path):

@@ -61,9 +61,9 @@ def test_a_weight_group_forms_and_carries_weights_whatever_a_stranger_sends(mess
 
 @pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
 def test_a_group_whose_member_is_only_a_stranger_fails_by_name_within_its_timeout(message):
-    store, started = open_store(HOST, 0.5), time.monotonic()
+    store, started = open_store(HOST, 0.25), time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        alone = pool.submit(first, store, 0.5)
+        alone = pool.submit(first, store, 0.25)
         with stranger(store.port, message), pytest.raises(RuntimeError):
             alone.result()
     assert time.monotonic() - started < TIMEOUT_S

@@ -15,7 +15,9 @@ from itertools import cycle, islice
 import psutil
 import pytest
 
+from async_opd.verify.pool import VerifierPool
 from async_opd.verify.process import WorkerProcess
+from async_opd.wire import Check
 
 REFERENCE = r"\frac{17}{19}"
 SLACK_S = 20.0  # for a kill, on a busy machine
@@ -115,12 +117,21 @@ def attack(start_pool, check, workers, monkeypatch):
         assert max(took.values()) < timeout_s + SLACK_S
         assert peak < MEMORY_GIB * 2**30
         for answer in (2, 3) * lanes:
-            assert (await pool.check(check(rf"\boxed{{{answer}}}", "2"))).correct is (answer == 2)
+            assert await decided(pool, check, rf"\boxed{{{answer}}}") is (answer == 2)
         assert len(workers()) == lanes
         return _table(found, took)
 
     monkeypatch.setattr(WorkerProcess, "ask", timed)
     return run
+
+
+async def decided(pool: VerifierPool, check: Callable[..., Check], response: str) -> bool:
+    """The verdict on an easy response against "2". On a busy machine it may take more than one deadline."""
+    for _ in range(20):
+        verdict = await pool.check(check(response, "2"))
+        if verdict.correct is not None:
+            return verdict.correct
+    raise AssertionError(verdict)
 
 
 def _table(found: dict, took: dict[str, float]) -> str:
@@ -135,7 +146,7 @@ def _table(found: dict, took: dict[str, float]) -> str:
 
 
 async def test_hostile_answers_of_twenty_families_are_decided_in_time_and_none_is_right(attack):
-    await attack(14, timeout_s=0.6, lanes=4)
+    await attack(20, timeout_s=0.6, lanes=4)
 
 
 @pytest.mark.soak
@@ -152,7 +163,7 @@ async def test_good_answers_among_hanging_ones_are_all_right(start_pool, check, 
     source = "import time\ndef patient(response, answer):\n    time.sleep(3600 * (response == 'hang'))\n    return True"
     tmp_path.joinpath("patience.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
-    pool = await start_pool(workers=4, timeout_s=0.7, check="patience:patient")
+    pool = await start_pool(workers=4, timeout_s=1.0, check="patience:patient")
     responses = ["2"] * good + ["hang"] * hanging
     random.Random(0).shuffle(responses)
     verdicts = await asyncio.gather(*(pool.check(check(response)) for response in responses))
