@@ -1,6 +1,7 @@
 # Everything lives in .venv. `make demo` and `make test` set it up first; `make setup` again is a no-op.
 PYTHON ?= python3
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE # hundreds of processes of the tests would compile what the first has compiled
 
 .PHONY: setup demo test soak lint docs clean
 
