@@ -36,11 +36,6 @@ def start_ray() -> None:
         _started.push(undo.pop_all())
 
 
-def stop_ray() -> None:
-    """End what `start_ray` has begun and nobody has taken over; nothing of a caller's."""
-    _started.close()
-
-
 def taken_over() -> ExitStack:
     """What `start_ray` has begun, to be ended by the one who takes it and by nobody else; nothing, where it has begun
     nothing."""

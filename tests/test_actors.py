@@ -10,7 +10,7 @@ from async_opd.actors import Cluster
 from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
-from async_opd.nodes import start_ray, stop_ray
+from async_opd.nodes import start_ray, taken_over
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.wire import Needs
 
@@ -91,7 +91,7 @@ def test_a_callers_own_connection_stays_when_the_cluster_is_left(connection):
     connection.connected = True
     with a_cluster():
         pass
-    stop_ray()
+    taken_over().close()
     assert connection.connected and connection.said == []
 
 
@@ -103,9 +103,9 @@ def test_of_two_clusters_the_one_that_began_the_connection_ends_it(connection):
     assert connection.said == ["connected", "ended"]
 
 
-def test_a_connection_that_no_cluster_took_is_ended_by_name(connection):
+def test_a_connection_that_no_cluster_took_is_ended_by_who_takes_it_over(connection):
     start_ray()
-    stop_ray()
+    taken_over().close()
     assert connection.said == ["connected", "ended"]
 
 

@@ -128,7 +128,7 @@ def test_an_unknown_sink_is_refused(sinks, says):
 def test_rays_node_exports_the_last_row_to_prometheus(tmp_path):
     import ray
 
-    from async_opd.nodes import start_ray, stop_ray
+    from async_opd.nodes import start_ray, taken_over
     from async_opd.sinks import Prometheus
 
     start_ray()
@@ -140,7 +140,7 @@ def test_rays_node_exports_the_last_row_to_prometheus(tmp_path):
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         found = exported(address)
     finally:
-        stop_ray()
+        taken_over().close()
     assert found == {"step": 2.0, "kl": 0.25, "accuracy": 0.75, "lag_max": 0.0}
 
 

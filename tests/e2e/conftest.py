@@ -105,6 +105,19 @@ def events(run: Path) -> list[dict]:
     return _lines(run / "events.jsonl")
 
 
+def wait_for_event(job: Job, run: Path, what: str, who: str, since: float = 0.0, timeout_s: float = 240) -> dict:
+    """The first event from the time `since` on of one whose name begins with `who`; fails with the job's log if it ends
+    or takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for event in events(run):
+            if event["what"] == what and event["who"].startswith(who) and event["time"] >= since:
+                return event
+        assert job.process.poll() is None, job.text()
+        assert time.monotonic() < deadline, f"{what} of {who} not told in {timeout_s} s: {events(run)}"
+        time.sleep(0.1)
+
+
 def _lines(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 

@@ -3,14 +3,13 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from async_opd.audit.books import audit
 from async_opd.checkpoints import find
-from tests.e2e.conftest import SMALL, Job, events, rows, wait_for_steps
+from tests.e2e.conftest import SMALL, Job, events, rows, wait_for_event, wait_for_steps
 from tests.e2e.nodes import Nodes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -20,15 +19,6 @@ def nodes_of(run: Path, member: str) -> list[str]:
     """Where a member has lived, one after the other."""
     placed = (event for event in events(run) if event["what"] == "placed" and event["who"] == member)
     return [event["why"].removeprefix("node ") for event in placed]
-
-
-def wait_for_event(job: Job, run: Path, what: str, who: str, timeout_s: float = 240) -> None:
-    """Wait until the driver has told it; fails with the job's log if it ends or takes too long."""
-    deadline = time.monotonic() + timeout_s
-    while (what, who) not in [(event["what"], event["who"]) for event in events(run)]:
-        assert job.process.poll() is None, job.text()
-        assert time.monotonic() < deadline, job.text()
-        time.sleep(0.1)
 
 
 def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stopped(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from async_opd.audit.books import Books, audit
-from tests.e2e.conftest import Job, demo, events, rows, wait_for_steps
+from tests.e2e.conftest import Job, demo, rows, wait_for_event, wait_for_steps
 
 TITLES = {
     "generator": "ray::Generator",
@@ -41,19 +41,9 @@ class Hurt:
         process.send_signal(how)
         return now
 
-    def events(self) -> list[dict]:
-        """What the driver told so far."""
-        return events(self.run_dir)
-
     def told(self, what: str, who: str, since: float, within_s: float = 240) -> float:
         """Seconds from `since` until the driver told `what` of one whose name begins with `who`."""
-        while True:
-            for event in self.events():
-                if event["what"] == what and event["who"].startswith(who) and event["time"] >= since:
-                    return event["time"] - since
-            assert self.job.process.poll() is None, self.job.text()
-            assert time.time() < since + within_s, f"{what} of {who} not told in {within_s} s: {self.events()}"
-            time.sleep(0.1)
+        return wait_for_event(self.job, self.run_dir, what, who, since, within_s)["time"] - since
 
     def steps(self) -> int:
         """Steps in the log so far."""

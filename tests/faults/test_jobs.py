@@ -8,6 +8,7 @@ import time
 import pytest
 
 from async_opd import checkpoints
+from tests.e2e.conftest import rows
 from tests.faults.harness import Hurt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -48,10 +49,10 @@ def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     assert sum(books.returned.values()) > 0  # what the lost ones had went to others
     assert books.dropped == {}
     assert hurt.job.gone_within(60) == []
-    rows = [json.loads(line) for line in (hurt.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert max(row["lag_max"] for row in rows) <= 4
-    gaps = [row["parity_gap"] for row in rows if row["parity_gap"] is not None]
+    steps = rows(hurt.run_dir)
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    assert max(row["lag_max"] for row in steps) <= 4
+    gaps = [row["parity_gap"] for row in steps if row["parity_gap"] is not None]
     assert max(gaps, default=0) < 1e-4
 
 
