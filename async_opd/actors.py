@@ -1,4 +1,5 @@
-"""Plain role classes as Ray actors, behind the ports. Only this file, `nodes` and `jobs` import ray."""
+"""Plain role classes as Ray actors, behind the ports. Only this file, `nodes` and `jobs` import
+ray."""
 
 import asyncio
 import gc
@@ -38,8 +39,9 @@ class _Host:
     """The actor: builds one role in its own process and forwards calls to it."""
 
     def __init__(self, part: Part, gpus: float):
-        """`gpus` below 1 is the share of the card's memory that PyTorch may take here; an engine of vLLM's, which runs
-        in a process of its own, is told the same by its gpu_memory_utilization."""
+        """`gpus` below 1 is the share of the card's memory that PyTorch may take here; an engine of
+        vLLM's, which runs in a process of its own, is told the same by its
+        gpu_memory_utilization."""
         module, name = part.target.split(":")
         if 0 < gpus < 1 and not part.engine:
             import torch
@@ -49,19 +51,27 @@ class _Host:
         with no_garbage_collection():
             self._role = getattr(import_module(module), name)(*part.args, **part.settings)
         gc.collect()
-        gc.freeze()  # what was imported and built is not garbage: a full collection need not look through it
+        # what was imported and built is not garbage: a full collection need not look through it
+        gc.freeze()
 
     async def call(self, method: str, *args: Any) -> Any:
         result = getattr(self._role, method)(*args)
         return await result if inspect.isawaitable(result) else result
 
     async def each(self, method: str, *args: Any) -> tuple[Any, ...]:
-        """`call` for each of `args`, whose results stay references: the caller awaits what comes before them, the error
-        of each, or None."""
-        found = await asyncio.gather(*(self.call(method, arg) for arg in args), return_exceptions=True)
+        """`call` for each of `args`, whose results stay references: the caller awaits what comes
+        before them, the error of each, or None."""
+        found = await asyncio.gather(
+            *(self.call(method, arg) for arg in args), return_exceptions=True
+        )
         errors = [result if isinstance(result, Exception) else None for result in found]
-        named = [e and (e if isinstance(e, AsyncOpdError) else CallFailed(f"{method}: {e!r}")) for e in errors]
-        return named, *(None if error else result for error, result in zip(named, found, strict=True))
+        named = [
+            e and (e if isinstance(e, AsyncOpdError) else CallFailed(f"{method}: {e!r}"))
+            for e in errors
+        ]
+        return named, *(
+            None if error else result for error, result in zip(named, found, strict=True)
+        )
 
     async def check_health(self) -> None:
         """Answered by a process that lives; a role with an engine of its own looks at it too."""
@@ -87,11 +97,16 @@ class _Actor:
 
     def __init__(self, name: str, part: Part, ask: Ask, node: str | None):
         """On that node, or where Ray finds room once there is some."""
-        self.name, self.ask, self.node, self.killed = name, ask, node, False
-        title = name.split()[0].split(".")[0].removesuffix("s").capitalize()  # of the process, in `ps` and Ray's tools
+        self.name = name
+        self.ask = ask
+        self.node = node
+        self.killed = False
+        # of the process, in `ps` and Ray's tools
+        title = name.split()[0].split(".")[0].removesuffix("s").capitalize()
         role = type(title, (_Host,), {})
         options = {"num_cpus": 0, "num_gpus": ask.gpus, "max_concurrency": CALLS_AT_ONCE}
-        options["memory"] = 1  # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
+        # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
+        options["memory"] = 1
         if node is not None:  # softly: a node that dies meanwhile keeps nobody waiting
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         self.handle = ray.remote(role).options(**options).remote(part, ask.gpus)
@@ -99,9 +114,13 @@ class _Actor:
     async def call(self, timeout_s: float, method: str, *args: Any) -> Any:
         return await self.result(self.handle.call.remote(method, *args), timeout_s, method)
 
-    async def spread(self, timeout_s: float, count: int, how: str, method: str, *args: Any) -> tuple[Any, list[Ref]]:
+    async def spread(
+        self, timeout_s: float, count: int, how: str, method: str, *args: Any
+    ) -> tuple[Any, list[Ref]]:
         """A call with 1 + `count` results: the first awaited, the others left where they are."""
-        first, *rest = getattr(self.handle, how).options(num_returns=1 + count).remote(method, *args)
+        first, *rest = (
+            getattr(self.handle, how).options(num_returns=1 + count).remote(method, *args)
+        )
         return await self.result(first, timeout_s, method), rest
 
     async def check_health(self, timeout_s: float) -> None:
@@ -116,15 +135,20 @@ class _Actor:
         return await self.result(self.handle.address.remote(), timeout_s, "start")
 
     async def sees(self, file: str, timeout_s: float) -> bool:
-        return await self.result(self.handle.sees.remote(file), timeout_s, "look at the run directory")
+        return await self.result(
+            self.handle.sees.remote(file), timeout_s, "look at the run directory"
+        )
 
     async def result(self, ref: Ref, timeout_s: float, what: str) -> Any:
         """Await a call's result. Raises the role's own named error, ActorLost, or TimedOut."""
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
         except GONE as e:
-            lines = str(e).partition("Some common causes")[0].strip().splitlines() or [type(e).__name__]
-            why = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # a failed constructor ends with its own error
+            lines = str(e).partition("Some common causes")[0].strip().splitlines() or [
+                type(e).__name__
+            ]
+            # a failed constructor ends with its own error
+            why = " … ".join(dict.fromkeys((lines[0], lines[-1])))
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
         except RayTaskError as e:
             if isinstance(e.cause, AsyncOpdError):
@@ -139,10 +163,11 @@ async def _as_future(ref: Ref) -> Any:
 
 
 class Cluster:
-    """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes for this run.
+    """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes
+    for this run.
 
-    A context manager: on leaving, however that comes about, its actors are killed, and what `start_ray` has begun is
-    ended.
+    A context manager: on leaving, however that comes about, its actors are killed, and what
+    `start_ray` has begun is ended.
     """
 
     def __init__(
@@ -154,12 +179,16 @@ class Cluster:
         first_seed: int | None = None,
         tell: Tell = lambda what, who, why: None,
     ):
-        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each member lives."""
-        self._config, self._eos_ids, self._tell = config, eos_ids, tell
+        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each
+        member lives."""
+        self._config = config
+        self._eos_ids = eos_ids
+        self._tell = tell
         seed = config.run.seed if first_seed is None else first_seed
         self._casting = Casting(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[_Actor] = []
-        # On a card that is shared one starts after the other: vLLM measures what is free while it starts.
+        # On a card that is shared one starts after the other: vLLM measures what is free while it
+        # starts.
         self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
 
     def __enter__(self) -> "Cluster":
@@ -177,14 +206,17 @@ class Cluster:
         self._leaving.close()
 
     async def roles(self) -> Roles:
-        """Start the roles of a training run; at most `timeout.start_s`, once there is room for them."""
+        """Start the roles of a training run; at most `timeout.start_s`, once there is room for
+        them."""
         config = self._config
         if not self._gpus:
             needs_gpus = config.run.share_gpu, config.sync.backend
             refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
         nodes = await self._room(self._asked.values())
         pools = [ask for ask in self._asked.values() if ask.role != RANK]
-        learner, *found = await asyncio.gather(self._learner(nodes), *(self._pool(ask, nodes) for ask in pools))
+        learner, *found = await asyncio.gather(
+            self._learner(nodes), *(self._pool(ask, nodes) for ask in pools)
+        )
         await self._share_files()
         members = {ask.role: ports for ask, ports in zip(pools, found, strict=True)}
         return Roles(
@@ -208,25 +240,37 @@ class Cluster:
 
     async def _pool(self, ask: Ask, nodes: Mapping[str, Node]) -> list[Member]:
         """Every member that `ask` is for."""
-        return await asyncio.gather(*(self._spawn(ask.role, index, nodes) for index in range(ask.count)))
+        return await asyncio.gather(
+            *(self._spawn(ask.role, index, nodes) for index in range(ask.count))
+        )
 
     async def _learner(self, nodes: Mapping[str, Node]) -> LearnerProxy:
         """Every rank, in one process group."""
         start_s, ask = self._config.timeout.start_s, self._asked[RANK]
         async with self._turn:
             parts = map(self._casting.learner_rank, range(ask.count))
-            ranks = [self._make(name, part, nodes[name]) for name, part in zip(ask.members, parts, strict=True)]
+            ranks = [
+                self._make(name, part, nodes[name])
+                for name, part in zip(ask.members, parts, strict=True)
+            ]
             address = await ranks[0].address(start_s)
             rendezvous = await ranks[0].call(start_s, "listen", address)
             await asyncio.gather(*(rank.call(start_s, "start", rendezvous) for rank in ranks))
         await asyncio.gather(*map(self._settled, ranks))
         return LearnerProxy(ranks, address, self._config)
 
-    async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Member:
-        """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where there is room now."""
-        start_s, name, ask = self._config.timeout.start_s, f"{pool} {index}", self._asked[pool]
+    async def _spawn(
+        self, pool: str, index: int, nodes: Mapping[str, Node] | None = None
+    ) -> Member:
+        """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
+        there is room now."""
+        start_s = self._config.timeout.start_s
+        name = f"{pool} {index}"
+        ask = self._asked[pool]
         async with self._turn:
-            lost = next((actor.node or "" for actor in reversed(self._actors) if actor.name == name), "")
+            lost = next(
+                (actor.node or "" for actor in reversed(self._actors) if actor.name == name), ""
+            )
             node = nodes[name] if nodes else choose(ask, living(self._members()), home(), lost=lost)
             actor = self._make(name, self._casting.member(pool, index), node)
             with ExitStack() as unless:
@@ -242,10 +286,14 @@ class Cluster:
     async def _settled(self, actor: _Actor) -> None:
         """Once its role is built, tell where it lives."""
         start_s = self._config.timeout.start_s
-        self._tell("placed", actor.name, await actor.result(actor.handle.place.remote(), start_s, "start"))
+        self._tell(
+            "placed", actor.name, await actor.result(actor.handle.place.remote(), start_s, "start")
+        )
 
     def _make(self, name: str, part: Part, node: Node | None) -> _Actor:
-        self._actors.append(_Actor(name, part, self._asked[name.rpartition(" ")[0]], node and node.id))
+        self._actors.append(
+            _Actor(name, part, self._asked[name.rpartition(" ")[0]], node and node.id)
+        )
         return self._actors[-1]
 
     def _members(self) -> list[tuple[str | None, Ask]]:
@@ -253,23 +301,38 @@ class Cluster:
         return [(actor.node, actor.ask) for actor in self._actors if not actor.killed]
 
     async def _share_files(self) -> None:
-        """Raise ConfigError where one that writes to the run directory, or reads there, has another disk."""
+        """Raise ConfigError where one that writes to the run directory, or reads there, has another
+        disk."""
         config = self._config
-        moving = (section(name) for name, teacher in config.named_teachers.items() if teacher.update != "frozen")
+        moving = (
+            section(name)
+            for name, teacher in config.named_teachers.items()
+            if teacher.update != "frozen"
+        )
         roles = {RANK, *moving}
         far = [actor for actor in self._actors if actor.ask.role in roles and actor.node != home()]
         if not far:
             return
-        with tempfile.NamedTemporaryFile(dir=Path(config.run.dir).resolve(), prefix=".seen-") as file:
-            seen = await asyncio.gather(*(actor.sees(file.name, config.timeout.start_s) for actor in far))
+        with tempfile.NamedTemporaryFile(
+            dir=Path(config.run.dir).resolve(), prefix=".seen-"
+        ) as file:
+            seen = await asyncio.gather(
+                *(actor.sees(file.name, config.timeout.start_s) for actor in far)
+            )
         blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
         if blind:
-            shared = "must lie on a disk that every node sees, or all of them must fit on the driver's node"
-            raise ConfigError(f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it {shared}")
+            shared = (
+                "must lie on a disk that every node sees, or all of them must fit on the driver's"
+                " node"
+            )
+            raise ConfigError(
+                f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it {shared}"
+            )
 
 
 def gauge(name: str, meaning: str, run: str) -> ray.util.metrics.Gauge:
-    """To `set` what the agent of this node exports to Prometheus as `ray_<name>` with the label `run`."""
+    """To `set` what the agent of this node exports to Prometheus as `ray_<name>` with the label
+    `run`."""
     made = ray.util.metrics.Gauge(name, description=meaning, tag_keys=("run",))
     made.set_default_tags({"run": run})
     return made

@@ -1,4 +1,5 @@
-"""The model card of an exported checkpoint: what the files of its run say. What they do not say is left out."""
+"""The model card of an exported checkpoint: what the files of its run say. What they do not say is
+left out."""
 
 import inspect
 import json
@@ -56,12 +57,27 @@ def card(run_dir: Path, config: Config, found: Checkpoint, name: str) -> str:
 
 
 def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tuple[str, Any]]:
-    run, data, rollout, learner = config.run, config.data, config.rollout, config.learner
+    run = config.run
+    data = config.data
+    rollout = config.rollout
+    learner = config.learner
     yield "optimizer steps", f"{found.state.version} of {run.steps}"
-    yield "trajectories a step", f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt"
-    yield "data", ", ".join(f"`{part}`" for part in (_named(data.path), data.subset, data.split) if part)
-    yield "sampling", f"temperature {rollout.temperature:g}, at most {rollout.max_new_tokens} tokens"
-    yield "learning rate", f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up"
+    yield (
+        "trajectories a step",
+        f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt",
+    )
+    yield (
+        "data",
+        ", ".join(f"`{part}`" for part in (_named(data.path), data.subset, data.split) if part),
+    )
+    yield (
+        "sampling",
+        f"temperature {rollout.temperature:g}, at most {rollout.max_new_tokens} tokens",
+    )
+    yield (
+        "learning rate",
+        f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up",
+    )
     yield "weights", learner.dtype
     yield "seed", run.seed
     older = "masked" if run.stale == "mask" else "dropped"
@@ -69,19 +85,30 @@ def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tupl
     rows = _rows(run_dir / "metrics.jsonl", found.state.version)
     if len(rows) == found.state.version:  # else the file is not whole
         yield "largest lag seen", f"{int(max(row['lag_max'] for row in rows))} steps"
-        yield "trained tokens", f"{int(sum(row['tokens'] + row.get('tokens_taught', 0) for row in rows))}"
+        yield (
+            "trained tokens",
+            f"{int(sum(row['tokens'] + row.get('tokens_taught', 0) for row in rows))}",
+        )
 
 
 def _method(objective: Objective) -> Iterator[str]:
     """What its file says of it, with the certainty of the formula."""
     what = " ".join(sys.modules[type(objective).__module__].__doc__.partition("\n\n")[0].split())
-    yield f"`{objective.tag}`: " + re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what)
+    yield f"`{objective.tag}`: " + re.sub(
+        r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what
+    )
     yield f"```text\n{inspect.cleandoc(type(objective).__doc__)}\n```"
     given = msgspec.to_builtins(objective).items()
-    yield _table((key, f"`{json.dumps(value)}`") for key, value in given if key != "tag" and value is not None)
+    yield _table(
+        (key, f"`{json.dumps(value)}`")
+        for key, value in given
+        if key != "tag" and value is not None
+    )
 
 
-def _accuracies(config: Config, found: Checkpoint, summary: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _accuracies(
+    config: Config, found: Checkpoint, summary: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
     """Greedy ones. That after training belongs to the last version."""
     right, unknown, problems = found.state.counters.get("before", (0, 0, 0))
     if not problems:
@@ -90,7 +117,11 @@ def _accuracies(config: Config, found: Checkpoint, summary: dict[str, Any]) -> I
     yield "before", f"{right / max(problems - unknown, 1):.1%}"
     if summary.get("version") == found.state.version:
         yield "after", f"{summary['accuracy_after']:.1%}"
-        for key in (key for key in summary if key.startswith("teacher_accuracy") and summary[key] is not None):
+        for key in (
+            key
+            for key in summary
+            if key.startswith("teacher_accuracy") and summary[key] is not None
+        ):
             yield key.replace("_accuracy", "").replace("_", " ", 1), f"{summary[key]:.1%}"
 
 
@@ -120,7 +151,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _rows(path: Path, version: int) -> list[dict[str, Any]]:
     """Those of the steps up to `version`; none where one cannot be read."""
     try:
-        rows = [msgspec.json.decode(line, type=dict[str, Any]) for line in path.read_bytes().splitlines()]
+        rows = [
+            msgspec.json.decode(line, type=dict[str, Any])
+            for line in path.read_bytes().splitlines()
+        ]
     except (OSError, msgspec.DecodeError):
         return []
     return [row for row in rows if row["step"] <= version]

@@ -1,4 +1,5 @@
-"""Who plays each role, and with what: the class that an actor builds in its own process, and its arguments."""
+"""Who plays each role, and with what: the class that an actor builds in its own process, and its
+arguments."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ class Part(NamedTuple):
 class Casting:
     """The parts of one run. No two engines that it casts have one seed."""
 
-    def __init__(self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer, first_seed: int):
+    def __init__(
+        self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer, first_seed: int
+    ):
         self._config, self._eos_ids = config, eos_ids
         self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
         self._seeds = itertools.count(first_seed)
@@ -38,7 +41,9 @@ class Casting:
         """For a seat of that pool."""
         config, name = self._config, f"{pool} {index}"
         if pool == "generator":
-            return self._generator(name, config.rollout, config.objective.needs(), config.student.model)
+            return self._generator(
+                name, config.rollout, config.objective.needs(), config.student.model
+            )
         if pool == "teacher-generator":
             return self._teacher_generator(name)
         if pool == "verifier":
@@ -48,7 +53,9 @@ class Casting:
 
     def learner_rank(self, rank: int) -> Part:
         """For a rank of the learner."""
-        config, run, sampling = self._config, self._config.run, self._config.teacher_sampling
+        config = self._config
+        run = self._config.run
+        sampling = self._config.teacher_sampling
         settings = dict(
             model=config.student.model,
             temperature=config.rollout.temperature,
@@ -65,11 +72,15 @@ class Casting:
             record_every_steps=run.samples_every_steps,
             **self._remote_code,
         )
-        return Part("async_opd.learner.engine:LearnerRank", (config.learner, config.objective), settings)
+        return Part(
+            "async_opd.learner.engine:LearnerRank", (config.learner, config.objective), settings
+        )
 
     def _teacher_generator(self, name: str) -> Part:
         """An engine that holds the teacher and samples as the student's do, once a prompt."""
-        config, teacher, sampling = self._config, self._config.teacher, self._config.teacher_sampling
+        config = self._config
+        teacher = self._config.teacher
+        sampling = self._config.teacher_sampling
         rollout = msgspec.structs.replace(
             config.rollout,
             samples_per_prompt=1,
@@ -83,7 +94,12 @@ class Casting:
         return self._generator(name, rollout, Needs(), teacher.model, teacher.max_prompt_tokens)
 
     def _generator(
-        self, name: str, rollout: RolloutConfig, needs: Needs, model: str, longest_prompt: int | None = None
+        self,
+        name: str,
+        rollout: RolloutConfig,
+        needs: Needs,
+        model: str,
+        longest_prompt: int | None = None,
     ) -> Part:
         settings = dict(
             name=name,
@@ -95,17 +111,29 @@ class Casting:
             seed=next(self._seeds),
             **self._remote_code,
         )
-        return Part("async_opd.rollout.generator:RolloutGenerator", (rollout, needs), settings, engine=True)
+        return Part(
+            "async_opd.rollout.generator:RolloutGenerator", (rollout, needs), settings, engine=True
+        )
 
     def _scorer(self, name: str, at: str) -> Part:
         """A replica of the teacher, or of the reference, in section `at`."""
-        config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
+        config = self._config
+        scorer = self._config.scorers[at]
+        reference = at == "reference"
         vllm = scorer.backend == "vllm"
         _, longest = longest_sequence(at, scorer, config.data, config.rollout)
-        own = {"role": name, "longest": longest} if vllm else {"temperature": config.rollout.temperature}
-        settings = dict(vocabulary=self._vocabulary, as_student=reference, **own, **self._remote_code)
+        own = (
+            {"role": name, "longest": longest}
+            if vllm
+            else {"temperature": config.rollout.temperature}
+        )
+        settings = dict(
+            vocabulary=self._vocabulary, as_student=reference, **own, **self._remote_code
+        )
         return Part(
-            "async_opd.teacher.vllm:VllmTeacher" if vllm else "async_opd.teacher.scorer:TransformersTeacher",
+            "async_opd.teacher.vllm:VllmTeacher"
+            if vllm
+            else "async_opd.teacher.scorer:TransformersTeacher",
             (scorer, Needs() if reference else config.objective.needs()),
             settings,
             engine=vllm,
@@ -113,7 +141,8 @@ class Casting:
 
 
 def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
-    """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by, without torch."""
+    """Runs in the verifier's actor: the pool, and the student's tokenizer (as JSON) to decode by,
+    without torch."""
     decoder = Tokenizer.from_str(tokenizer)
 
     def decode(ids: np.ndarray) -> str:

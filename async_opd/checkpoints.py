@@ -1,13 +1,15 @@
-"""The checkpoints of a run directory, from the driver's side: written whole or not at all, verified, pruned, found.
+"""The checkpoints of a run directory, from the driver's side: written whole or not at all,
+verified, pruned, found.
 
-RUN/checkpoints/000100 is the state after step 100: model/ and learner/, which the learner ranks write, whatever else
-the driver puts beside them, run.json and, last, manifest.json with size and sha256 of every file. RUN/checkpoint is a
-link to the newest one's model/. Driver and learner ranks must see the same files: a shared file system is assumed.
+RUN/checkpoints/000100 is the state after step 100: model/ and learner/, which the learner ranks
+write, whatever else the driver puts beside them, run.json and, last, manifest.json with size and
+sha256 of every file. RUN/checkpoint is a link to the newest one's model/. Driver and learner ranks
+must see the same files: a shared file system is assumed.
 
-While it is written, and again while it is removed, a checkpoint is called .000100.partial. One that is saved a second
-time is called .000100.old for the moment between the two renames, and it is the one that counts then. So whatever
-instruction is the last before a kill or a power cut, `find` sees the state before or the state after, and the link
-leads to a whole model.
+While it is written, and again while it is removed, a checkpoint is called .000100.partial. One that
+is saved a second time is called .000100.old for the moment between the two renames, and it is the
+one that counts then. So whatever instruction is the last before a kill or a power cut, `find` sees
+the state before or the state after, and the link leads to a whole model.
 """
 
 import hashlib
@@ -58,7 +60,9 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, keep: int):
         """`keep` of the last are kept, and the best."""
-        self._root, self._link, self._keep = run_dir / CHECKPOINTS, run_dir / LINK, keep
+        self._root = run_dir / CHECKPOINTS
+        self._link = run_dir / LINK
+        self._keep = keep
 
     def begin(self, step: int) -> Path:
         """A fresh folder to write the checkpoint of `step` into. Raises CheckpointError."""
@@ -71,7 +75,8 @@ class Checkpoints:
     def commit(self, step: int, state: RunState) -> None:
         """Make what was written since `begin` the newest checkpoint, on the disk when this returns.
 
-        Raises CheckpointError where something cannot be written: what was there before is there still.
+        Raises CheckpointError where something cannot be written: what was there before is there
+        still.
         """
         partial = self._partial(step)
         try:
@@ -102,18 +107,22 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
 
     def rewind(self, step: int) -> None:
-        """Training goes on from the checkpoint of `step`: what was saved later is void, and is removed.
+        """Training goes on from the checkpoint of `step`: what was saved later is void, and is
+        removed.
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
         with _named(step):
             self.recover()
             self._point(self._final(step))
-            for later in sorted((found for found in _committed(self._root) if found > step), reverse=True):
+            for later in sorted(
+                (found for found in _committed(self._root) if found > step), reverse=True
+            ):
                 self._remove(later)
 
     def _finish(self, step: int) -> None:
-        """The whole partial gets its name; an earlier one of the same step has already given it up."""
+        """The whole partial gets its name; an earlier one of the same step has already given it
+        up."""
         if self._old(step).exists():
             self._point(self._old(step))
         _rename(self._partial(step), self._final(step))
@@ -150,9 +159,11 @@ class Checkpoints:
 
 
 def find(path: str | Path) -> Checkpoint:
-    """The newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes nothing.
+    """The newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes
+    nothing.
 
-    Raises CheckpointError naming the checkpoint, the file and what is wrong with it, and the last intact one before.
+    Raises CheckpointError naming the checkpoint, the file and what is wrong with it, and the last
+    intact one before.
     """
     path = Path(path)
     folder = checkpoint_at(path) or (path if (path / MANIFEST).exists() else None)
@@ -168,11 +179,14 @@ def find(path: str | Path) -> Checkpoint:
 
 
 def choose(run_dir: Path, which: str) -> Checkpoint:
-    """The checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as `find` does."""
+    """The checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as `find`
+    does."""
     committed, best = _committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
     step = best if which == "best" else int(which) if which.isdecimal() else None
     if step not in committed:
-        there = ", ".join(f"{step} (best)" if step == best else f"{step}" for step in sorted(committed))
+        there = ", ".join(
+            f"{step} (best)" if step == best else f"{step}" for step in sorted(committed)
+        )
         where = f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}"
         raise CheckpointError(f"{where}; there are: {there or 'none'}")
     return find(committed[step])
@@ -222,7 +236,10 @@ def _offer(refused: Path) -> str:
     for earlier in sorted((found for found in committed if found < int(step[0])), reverse=True):
         with suppress(CheckpointError):
             intact = _verified(committed[earlier])
-            return f"the last intact one before it: async-opd train --resume {shlex.quote(str(intact.folder))}"
+            return (
+                "the last intact one before it: async-opd train --resume"
+                f" {shlex.quote(str(intact.folder))}"
+            )
     return "no intact one lies before it"
 
 
@@ -233,12 +250,20 @@ def _described(folder: Path) -> list[_File]:
         with path.open("rb") as handle, _about(path):
             sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
-            found.append(_File(path.relative_to(folder).as_posix(), os.fstat(handle.fileno()).st_size, sha256))
+            found.append(
+                _File(
+                    path.relative_to(folder).as_posix(), os.fstat(handle.fileno()).st_size, sha256
+                )
+            )
     return found
 
 
 def _best(root: Path) -> int | None:
-    scores = {step: score for step, folder in _committed(root).items() if (score := _score(folder)) is not None}
+    scores = {
+        step: score
+        for step, folder in _committed(root).items()
+        if (score := _score(folder)) is not None
+    }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
@@ -250,7 +275,8 @@ def _score(folder: Path) -> float | None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file beside the checkpoints, whole or not at all: a full disk must not cost what is there."""
+    """A file beside the checkpoints, whole or not at all: a full disk must not cost what is
+    there."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_bytes(content)
     beside.rename(path)

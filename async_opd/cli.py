@@ -11,13 +11,27 @@ from itertools import pairwise
 from async_opd.errors import AsyncOpdError, CallFailed, ConfigError
 
 COMMANDS = (  # files of `commands`, in the order help gives them
-    "train", "demo", "plan", "submit", "status", "logs", "stop", "scale", "eval", "export",
-    "report", "trace", "explain", "audit", "cluster",
-)  # fmt: skip
+    "train",
+    "demo",
+    "plan",
+    "submit",
+    "status",
+    "logs",
+    "stop",
+    "scale",
+    "eval",
+    "export",
+    "report",
+    "trace",
+    "explain",
+    "audit",
+    "cluster",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what was asked."""
+    """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what
+    was asked."""
     try:
         args = parsed(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
@@ -30,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
         return e.exit_status
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what would be written at exit
+        # for what would be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KeyboardInterrupt, CancelledError) as e:
         _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
@@ -49,7 +64,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    """The words of the command line; behind the command, options may stand anywhere. Raises ConfigError."""
+    """The words of the command line; behind the command, options may stand anywhere. Raises
+    ConfigError."""
     parser, commands = _parsers(words[:1] if words and words[0] in COMMANDS else COMMANDS)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         from async_opd.mistakes import wrong
@@ -58,7 +74,9 @@ def parsed(words: list[str]) -> argparse.Namespace:
     if not words or words[0] not in COMMANDS:
         parser.parse_args(words)  # prints the help and ends, or says what is missing
     command, behind = commands[words[0]], words[1:]
-    flags = {name for option in command._actions if option.nargs == 0 for name in option.option_strings}
+    flags = {
+        name for option in command._actions if option.nargs == 0 for name in option.option_strings
+    }
     for flag, _, value in (word.partition("=") for word in behind):
         if flag in flags and value:
             _refuse_value(command, flag, value)
@@ -68,7 +86,9 @@ def parsed(words: list[str]) -> argparse.Namespace:
         if flag in flags and one_too_many and not word.startswith("-") and "=" not in word:
             _refuse_value(command, flag, word)
     for word in unknown:
-        command.error(f"{word}: {'no such option' if word.startswith('-') else 'one word too many'}")
+        command.error(
+            f"{word}: {'no such option' if word.startswith('-') else 'one word too many'}"
+        )
     return args
 
 
@@ -79,13 +99,20 @@ def _refuse_value(command: argparse.ArgumentParser, flag: str, value: str) -> No
 
 def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """The words that are neither an option's nor a setting: of a config, a run, a file."""
-    values = [getattr(args, option.dest) for option in command._actions if not option.option_strings]
-    words = [f"{word}" for value in values for word in (value if isinstance(value, list) else [value])]
+    values = [
+        getattr(args, option.dest) for option in command._actions if not option.option_strings
+    ]
+    words = [
+        f"{word}" for value in values for word in (value if isinstance(value, list) else [value])
+    ]
     return [word for word in words if "=" not in word]
 
 
-def _parsers(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """That of the whole command line, which knows the help of the commands `names`, and that of each of them."""
+def _parsers(
+    names: Sequence[str],
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the whole command line, which knows the help of the commands `names`, and that of
+    each of them."""
     parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in names:

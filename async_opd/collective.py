@@ -1,4 +1,5 @@
-"""The group that carries weights from the learner to the generators' workers by gloo: joined by both sides."""
+"""The group that carries weights from the learner to the generators' workers by gloo: joined by
+both sides."""
 
 import math
 import socket
@@ -38,8 +39,8 @@ Item = TypeVar("Item", bound=Sized)
 def held_port(host: str) -> socket.socket:
     """A socket that keeps a port of `host` for one who will listen there, until it is closed.
 
-    The system gives the port to nobody else; a server that asks for it by its number and with SO_REUSEADDR, as servers
-    do, gets it. Until then nobody listens there.
+    The system gives the port to nobody else; a server that asks for it by its number and with
+    SO_REUSEADDR, as servers do, gets it. Until then nobody listens there.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,8 +49,9 @@ def held_port(host: str) -> socket.socket:
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Open the store where the members of a group meet: this process listens from now on, at `host` (an address of this
-    machine) and there alone, where torch by itself would on every interface. The system chooses the store's `port`."""
+    """Open the store where the members of a group meet: this process listens from now on, at `host`
+    (an address of this machine) and there alone, where torch by itself would on every interface.
+    The system chooses the store's `port`."""
     listening = socket.create_server((host, 0))
     port = listening.getsockname()[1]
     return TCPStore(
@@ -63,14 +65,14 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
 
 
 def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Reach the store that rank 0 has opened at host:port. Raises RuntimeError (torch's DistError) when it does not
-    answer in time."""
+    """Reach the store that rank 0 has opened at host:port. Raises RuntimeError (torch's DistError)
+    when it does not answer in time."""
     return TCPStore(host, port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 def gloo_group(store: TCPStore, *, rank: int, world: int, timeout_s: float) -> ProcessGroupGloo:
-    """Join a group of `world` members that meet in `store`, which rank 0 has opened; each collective is bounded by
-    `timeout_s`.
+    """Join a group of `world` members that meet in `store`, which rank 0 has opened; each
+    collective is bounded by `timeout_s`.
 
     Traffic uses the interface that reaches the store, so a group on one machine stays on loopback.
     Raises RuntimeError (torch's DistError) when the members do not meet in time.
@@ -86,7 +88,8 @@ def gloo_group(store: TCPStore, *, rank: int, world: int, timeout_s: float) -> P
 
 
 def buckets(items: Iterable[Item], bucket_bytes: int) -> Iterator[list[Item]]:
-    """Split weights, in order, into runs of one dtype and at most `bucket_bytes` (one larger weight goes alone)."""
+    """Split weights, in order, into runs of one dtype and at most `bucket_bytes` (one larger weight
+    goes alone)."""
     bucket: list[Item] = []
     size = 0
     for item in items:
@@ -100,7 +103,8 @@ def buckets(items: Iterable[Item], bucket_bytes: int) -> Iterator[list[Item]]:
 
 
 def broadcast(group: ProcessGroupGloo, flat: Tensor) -> Work:
-    """Start to broadcast a flat CPU tensor from rank 0 in place; `wait()` takes at most the group's timeout.
+    """Start to broadcast a flat CPU tensor from rank 0 in place; `wait()` takes at most the group's
+    timeout.
 
     Works of one group run in the order in which they were started, a few at a time.
     """

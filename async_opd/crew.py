@@ -14,7 +14,8 @@ from async_opd.spans import ActorTime
 from async_opd.stream.pool import Pool, Seat, Tell
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
 
-Spawn = Callable[[str, int], Awaitable[Any]]  # a new member of a pool, by the pool's name and the member's seat
+# a new member of a pool, by the pool's name and the member's seat
+Spawn = Callable[[str, int], Awaitable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +27,28 @@ class Roles:
     references: Sequence[Teacher] = ()  # replicas, where the objective needs a reference
     verifier: Verifier
     learner: Learner
-    teacher_generators: Sequence[Generator] = ()  # they hold the teacher and answer the taught prompts
+    # they hold the teacher and answer the taught prompts
+    teacher_generators: Sequence[Generator] = ()
     spawn: Spawn | None = None  # absent: who is lost is not replaced
 
 
 class Crew:
-    """The pools, each member accounting for its time. A self-teacher has no replacement: its weights are its own."""
+    """The pools, each member accounting for its time. A self-teacher has no replacement: its
+    weights are its own."""
 
     def __init__(
-        self, config: Config, roles: Roles, meter: Meter, tell: Tell, welcome: Callable[[Seat], Awaitable[None]]
+        self,
+        config: Config,
+        roles: Roles,
+        meter: Meter,
+        tell: Tell,
+        welcome: Callable[[Seat], Awaitable[None]],
     ):
         """`welcome` brings a new generator into the weight group before it serves."""
-        self._roles, self._meter, self._tell, self._timeout = roles, meter, tell, config.timeout
+        self._roles = roles
+        self._meter = meter
+        self._tell = tell
+        self._timeout = config.timeout
         self._idle = "blocked"  # what a generator without a request is
         self.generators: Pool[Generator] = self._pool(
             "generator",
@@ -47,22 +58,35 @@ class Crew:
             welcome=welcome,
         )
         self.teachers: dict[str, Pool[Teacher]] = {
-            name: self._scorers(section(name), "teachers", pool, config.named_teachers[name].update == "frozen")
+            name: self._scorers(
+                section(name), "teachers", pool, config.named_teachers[name].update == "frozen"
+            )
             for name, pool in roles.teachers.items()
         }
-        self.references = self._scorers("reference", "reference", roles.references) if roles.references else None
-        self.verifier: Pool[Verifier] = self._pool("verifier", "verifier", [roles.verifier], TimedVerifier)
+        self.references = (
+            self._scorers("reference", "reference", roles.references) if roles.references else None
+        )
+        self.verifier: Pool[Verifier] = self._pool(
+            "verifier", "verifier", [roles.verifier], TimedVerifier
+        )
         self.teacher_generators: Pool[Generator] = self._pool(
             "teacher-generator", "teacher_generators", roles.teacher_generators, TimedGenerator
         )
 
     def __iter__(self) -> Iterator[Pool]:
-        pools = (self.generators, *self.teachers.values(), self.references, self.verifier, self.teacher_generators)
+        pools = (
+            self.generators,
+            *self.teachers.values(),
+            self.references,
+            self.verifier,
+            self.teacher_generators,
+        )
         return (pool for pool in pools if pool)
 
     @property
     def scalable(self) -> dict[str, Pool]:
-        """Pools whose size may be changed, by the name a user has for them. A self-teacher's is none."""
+        """Pools whose size may be changed, by the name a user has for them. A self-teacher's is
+        none."""
         named = {section(name): pool for name, pool in self.teachers.items()}
         named |= {"generators": self.generators, "reference": self.references}
         return {name: pool for name, pool in named.items() if pool and pool.can_grow}
@@ -84,12 +108,20 @@ class Crew:
             for seat in self.generators.serving:
                 seat.port.no_prompt_is_left()
 
-    def _scorers(self, name: str, role: str, replicas: Sequence[Teacher], replaced: bool = True) -> Pool[Teacher]:
+    def _scorers(
+        self, name: str, role: str, replicas: Sequence[Teacher], replaced: bool = True
+    ) -> Pool[Teacher]:
         """A late teacher is not given up: it may have been sent more than it can score."""
         return self._pool(name, role, replicas, TimedTeacher, replaced, lost_by=(ActorLost,))
 
     def _pool(
-        self, name: str, role: str, ports: Sequence, timed: Callable, replaced: bool = True, **settings: Any
+        self,
+        name: str,
+        role: str,
+        ports: Sequence,
+        timed: Callable,
+        replaced: bool = True,
+        **settings: Any,
     ) -> Pool:
         times: dict[int, ActorTime] = {}  # of each seat, whoever holds it
 

@@ -1,59 +1,69 @@
-"""One tree of named errors. Each carries one message, so each pickles and survives a trip through Ray."""
+"""One tree of named errors. Each carries one message, so each pickles and survives a trip through
+Ray."""
 
 
 class AsyncOpdError(Exception):
-    """Root of every error this package raises on purpose. `exit_status` is what the command line returns."""
+    """Root of every error this package raises on purpose. `exit_status` is what the command line
+    returns."""
 
     exit_status = 1
 
 
 class ConfigError(AsyncOpdError):
-    """A setting, or a word of the command line, is wrong. The message names it, and what is allowed."""
+    """A setting, or a word of the command line, is wrong. The message names it, and what is
+    allowed."""
 
     exit_status = 2
 
 
 class ClusterTooSmall(AsyncOpdError):
-    """The cluster has not the GPUs that a config asks for. The message gives both, by role and by node."""
+    """The cluster has not the GPUs that a config asks for. The message gives both, by role and by
+    node."""
 
     exit_status = 2
 
 
 class DataError(AsyncOpdError):
-    """A dataset, a row, a model directory or a tokenizer cannot be used. The message names which and why."""
+    """A dataset, a row, a model directory or a tokenizer cannot be used. The message names which
+    and why."""
 
     exit_status = 2
 
 
 class RunMissing(AsyncOpdError):
-    """A run directory, or a file of it that a command needs, is not there or is another thing. The message names it."""
+    """A run directory, or a file of it that a command needs, is not there or is another thing. The
+    message names it."""
 
     exit_status = 2
 
 
 class CheckpointError(AsyncOpdError):
-    """A checkpoint cannot be written, or is refused. The message names it, the file and what is wrong."""
+    """A checkpoint cannot be written, or is refused. The message names it, the file and what is
+    wrong."""
 
     exit_status = 2
 
 
 class ClusterError(AsyncOpdError):
-    """A cluster cannot be asked, or refuses: its address, its token, or a job it does not know. The message names it
-    and what to do."""
+    """A cluster cannot be asked, or refuses: its address, its token, or a job it does not know. The
+    message names it and what to do."""
 
     exit_status = 2
 
 
 class LedgerError(AsyncOpdError):
-    """The ledger cannot be written, or a line of it is not a record. The message names the file, and the line."""
+    """The ledger cannot be written, or a line of it is not a record. The message names the file,
+    and the line."""
 
 
 class WireError(AsyncOpdError):
-    """A message that crossed a process boundary breaks an invariant. The message names its id and the field."""
+    """A message that crossed a process boundary breaks an invariant. The message names its id and
+    the field."""
 
 
 class TimedOut(AsyncOpdError):
-    """A bounded wait ran out. The message names who was waited for, how long, and at which version."""
+    """A bounded wait ran out. The message names who was waited for, how long, and at which
+    version."""
 
 
 class ActorLost(AsyncOpdError):
@@ -61,23 +71,28 @@ class ActorLost(AsyncOpdError):
 
 
 class CallFailed(AsyncOpdError):
-    """A role that lives raised something that has no name of its own. The message names the role, the call and it."""
+    """A role that lives raised something that has no name of its own. The message names the role,
+    the call and it."""
 
 
 class OverAge(AsyncOpdError):
-    """A group was cut off in flight: what it had sampled is too old to be trained. The message names its prompt."""
+    """A group was cut off in flight: what it had sampled is too old to be trained. The message
+    names its prompt."""
 
 
 class SyncFailed(AsyncOpdError):
-    """A weight update did not reach every generator. The message names the version and the cause."""
+    """A weight update did not reach every generator. The message names the version and the
+    cause."""
 
 
 class ParityError(AsyncOpdError):
-    """Generator and learner disagree about the log-probs of the same tokens under the same version."""
+    """Generator and learner disagree about the log-probs of the same tokens under the same
+    version."""
 
 
 class StaleTrajectory(AsyncOpdError):
-    """A token older than `max_lag_steps` reached the learner: the lag bound is broken, which is a bug."""
+    """A token older than `max_lag_steps` reached the learner: the lag bound is broken, which is a
+    bug."""
 
 
 class Diverged(AsyncOpdError):

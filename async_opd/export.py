@@ -11,10 +11,12 @@ from async_opd.run_dir import run_of
 
 
 def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoint, Path]:
-    """Copy the model of a run, or of one of its checkpoints, to `output`, with a card; returns which one and where to.
+    """Copy the model of a run, or of one of its checkpoints, to `output`, with a card; returns
+    which one and where to.
 
-    The newest, unless `which` names a step or says "best". It is verified first, and the folder appears whole or not at
-    all. Raises RunMissing, CheckpointError, and DataError where there is something in that place.
+    The newest, unless `which` names a step or says "best". It is verified first, and the folder
+    appears whole or not at all. Raises RunMissing, CheckpointError, and DataError where there is
+    something in that place.
     """
     run_dir = run_of(path)
     config = read_run(run_dir)
@@ -26,7 +28,9 @@ def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoi
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
         shutil.copytree(found.folder / "model", beside)
-        (beside / "README.md").write_text(card(run_dir, config, found, output.resolve().name), encoding="utf-8")
+        (beside / "README.md").write_text(
+            card(run_dir, config, found, output.resolve().name), encoding="utf-8"
+        )
         beside.rename(output)
     except OSError as e:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What settings name as local is there: models with room for what they are to read, data in a known format."""
+"""What settings name as local is there: models with room for what they are to read, data in a known
+format."""
 
 import json
 import re
@@ -17,10 +18,14 @@ def check_data(key: str, path: str, elsewhere: bool = False) -> None:
     """It is there, in a known format, or may be a hub id or lie elsewhere."""
     file = local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
     if file and file.is_file() and file.suffix not in FILE_READERS:
-        raise ConfigError(f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(FILE_READERS)}")
+        raise ConfigError(
+            f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(FILE_READERS)}"
+        )
 
 
-def local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool = False) -> Path | None:
+def local(
+    key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool = False
+) -> Path | None:
     """Where `name` lies; None for what is made by the run, may be a hub id, or lies elsewhere."""
     if name.startswith("toy:"):
         if name not in shipped:
@@ -38,7 +43,8 @@ def local(key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool 
 
 
 def check_model(at: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool) -> None:
-    """It is a model, with a context for `sequence`; vLLM samples one token behind what it scores."""
+    """It is a model, with a context for `sequence`; vLLM samples one token behind what it
+    scores."""
     setting = f"{at}.model = {name!r}"
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -53,7 +59,11 @@ def check_model(at: str, name: str, folder: Path, sequence: str, longest: int, v
 
 
 def context(model: dict) -> int | None:
-    """The most tokens of a sequence by a model's config.json; None where it names none, or where a scaled rotary
-    embedding may go further."""
+    """The most tokens of a sequence by a model's config.json; None where it names none, or where a
+    scaled rotary embedding may go further."""
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    return model.get("max_position_embeddings") if rope.get("rope_type", "default") == "default" else None
+    return (
+        model.get("max_position_embeddings")
+        if rope.get("rope_type", "default") == "default"
+        else None
+    )

@@ -1,6 +1,7 @@
 """What a run reads before its actors start: tokenizer, prompts and held-out problems, all checked.
 
-Importing this takes seconds (transformers, datasets): `run` does it beside the start of the cluster.
+Importing this takes seconds (transformers, datasets): `run` does it beside the start of the
+cluster.
 """
 
 from dataclasses import dataclass
@@ -50,13 +51,18 @@ def read(config: Config) -> Inputs:
         check_ends(config)
     prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
     check_epochs(config, prompts)
-    return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer))
+    return Inputs(
+        tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer)
+    )
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
-    """The first `count` rows of `config.data`, or all, as problems for an evaluation. Raises DataError."""
+    """The first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
+    DataError."""
     tokenizer, eos = _student(config)
-    model = _load("student.model", AutoConfig, config.student.model, config.run.trust_remote_code).get_text_config()
+    model = _load(
+        "student.model", AutoConfig, config.student.model, config.run.trust_remote_code
+    ).get_text_config()
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     prompts = PromptSource(data, tokenizer, seed=0).first(count)
     context = getattr(model, "max_position_embeddings", None)
@@ -82,9 +88,12 @@ def views(config: Config) -> dict[str, TeacherView]:
 
 
 def _tokenizer(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Of a model that can be loaded too. Where its files are missing transformers makes one of next to no words."""
+    """Of a model that can be loaded too. Where its files are missing transformers makes one of next
+    to no words."""
     for what, names in FILES_OF_MODELS.items():
-        if Path(model).is_dir() and not any(file for name in names for file in Path(model).glob(name)):
+        if Path(model).is_dir() and not any(
+            file for name in names for file in Path(model).glob(name)
+        ):
             raise DataError(f"{key} = {model!r}: holds no {what} ({', '.join(names)})")
     _load(key, AutoConfig, model, trust_remote_code)
     return _load(key, AutoTokenizer, model, trust_remote_code)
@@ -102,12 +111,14 @@ def check_epochs(config: Config, prompts: PromptSource) -> None:
     epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
     if epochs and not config.data.streaming and epochs * len(prompts) < needed:
         raise DataError(
-            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps = {config.run.steps} needs {needed}"
+            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps ="
+            f" {config.run.steps} needs {needed}"
         )
 
 
 def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher or reference whose tokens mean something else, or that cannot score all of them."""
+    """Refuse a teacher or reference whose tokens mean something else, or that cannot score all of
+    them."""
     ours = tokenizer.get_vocab()
     for at, scorer in config.scorers.items():
         key, args = f"{at}.model", (scorer.model, config.run.trust_remote_code)
@@ -115,32 +126,42 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         if ours != theirs:
             differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
             raise DataError(
-                f"{key} = {scorer.model!r}: its tokenizer disagrees with the student's on {len(differ)} "
-                f"tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {at} {theirs.get(differ[0])})"
+                f"{key} = {scorer.model!r}: its tokenizer disagrees with the student's on"
+                f" {len(differ)} tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {at}"
+                f" {theirs.get(differ[0])})"
             )
         size = _load(key, AutoConfig, *args).vocab_size
         if size < len(tokenizer):
             raise DataError(f"{key} = {scorer.model!r}: {size} logits for {len(tokenizer)} tokens")
     needs = config.objective.needs()
-    likeliest = max(needs.teacher_topk, needs.teacher_at_student_ids if needs.student_ids == "likeliest" else 0)
+    likeliest = max(
+        needs.teacher_topk, needs.teacher_at_student_ids if needs.student_ids == "likeliest" else 0
+    )
     if likeliest > len(tokenizer):
         raise DataError(f"objective.k = {likeliest}: the vocabulary has {len(tokenizer)}")
 
 
 def check_ends(config: Config) -> None:
-    """Refuse a teacher that is to answer prompts, but ends its answers by a token that ends none of the student's."""
+    """Refuse a teacher that is to answer prompts, but ends its answers by a token that ends none of
+    the student's."""
     remote_code = config.run.trust_remote_code
     ours, theirs = (
         eos_ids(key, model, remote_code)
-        for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model))
+        for key, model in (
+            ("student.model", config.student.model),
+            ("teacher.model", config.teacher.model),
+        )
     )
     if not set(theirs) <= set(ours):
         ends = f"its answers end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
-        raise DataError(f"teacher.model = {config.teacher.model!r}, with [teacher_sampling]: {ends}")
+        raise DataError(
+            f"teacher.model = {config.teacher.model!r}, with [teacher_sampling]: {ends}"
+        )
 
 
 def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
-    """Ids that end a response of `model`, from its generation config (they hold one id or several)."""
+    """Ids that end a response of `model`, from its generation config (they hold one id or
+    several)."""
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
@@ -154,8 +175,14 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt
     """Columns that are for teachers only are asked for where a teacher is measured."""
     if config.eval is None:
         return []
-    data = msgspec.structs.replace(config.data, path=config.eval.path, split=config.eval.split, streaming=False)
-    seen = views(config) if any(teacher.evaluate for teacher in config.named_teachers.values()) else None
+    data = msgspec.structs.replace(
+        config.data, path=config.eval.path, split=config.eval.split, streaming=False
+    )
+    seen = (
+        views(config)
+        if any(teacher.evaluate for teacher in config.named_teachers.values())
+        else None
+    )
     if seen is None:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
     return PromptSource(data, tokenizer, seed=0, views=seen).first(config.eval.problems)

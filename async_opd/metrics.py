@@ -1,5 +1,5 @@
-"""What is measured and where it goes: one row a step to observers, a file and the console among them, which can never
-slow or stop training. What a key means: `async_opd.metric_names`."""
+"""What is measured and where it goes: one row a step to observers, a file and the console among
+them, which can never slow or stop training. What a key means: `async_opd.metric_names`."""
 
 import errno
 import itertools
@@ -26,10 +26,12 @@ Sink = Callable[[Row], None]  # one that has a `close` is closed behind the last
 
 
 class Jsonl:
-    """One JSON object a line, in the file before the next is taken, whole or not at all. A file that could not be
-    written is tried again with the next row."""
+    """One JSON object a line, in the file before the next is taken, whole or not at all. A file
+    that could not be written is tried again with the next row."""
 
-    def __init__(self, path: Path, encode: Callable[[Any], bytes] = lambda row: json.dumps(row).encode()):
+    def __init__(
+        self, path: Path, encode: Callable[[Any], bytes] = lambda row: json.dumps(row).encode()
+    ):
         self._path, self._encode = path, encode
 
     def __call__(self, row: Any) -> None:
@@ -38,17 +40,22 @@ class Jsonl:
             written = file.write(line)
             if written < len(line):  # the disk filled up within the line
                 file.truncate(file.tell() - written)
-                raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path))
+                raise OSError(
+                    errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path)
+                )
 
 
 class Observed:
     """Runs a sink that may block or raise on a thread of its own behind a bounded queue."""
 
     def __init__(self, name: str, make: Callable[[], Sink]):
-        """`make` is tried again with each row until it gives a sink; `name` is what messages call it."""
+        """`make` is tried again with each row until it gives a sink; `name` is what messages call
+        it."""
         self.name = name
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._given, self._taken, self._told = 0, 0, False
+        self._given = 0
+        self._taken = 0
+        self._told = False
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
         self._thread.start()
 
@@ -92,7 +99,8 @@ class Observed:
 
 @contextmanager
 def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed]]:
-    """An observer for each of `makers`; on leaving they have CLOSE_S seconds to take what they were given."""
+    """An observer for each of `makers`; on leaving they have CLOSE_S seconds to take what they were
+    given."""
     observers = [Observed(name, make) for name, make in makers.items()]
     try:
         yield observers
@@ -105,7 +113,8 @@ def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed
 
 
 class Meter:
-    """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals, never rows."""
+    """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals,
+    never rows."""
 
     def __init__(
         self,
@@ -114,9 +123,11 @@ class Meter:
         spans: Callable[[Any], None] | None = None,
         record: Callable[[Any], None] = lambda _: None,
     ):
-        """`spans`, where they are recorded, takes what each actor did, a line a step; `record` takes the trajectories
-        that the learner recorded in a step."""
-        self._sinks, self._clock, self.record = sinks, clock, record
+        """`spans`, where they are recorded, takes what each actor did, a line a step; `record`
+        takes the trajectories that the learner recorded in a step."""
+        self._sinks = sinks
+        self._clock = clock
+        self.record = record
         self._spans = Spans(spans, clock) if spans else None
         self._actors: dict[str, list[ActorTime]] = {role: [] for role in ROLES}
         self.start()
@@ -147,8 +158,11 @@ class Meter:
         self._seconds = self._mean_seconds(self._started)
         self.flush(self._started)
 
-    def step(self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None) -> None:
-        """One row: `metrics` of the learner, rates and shares of time since the last row, and `more`."""
+    def step(
+        self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None
+    ) -> None:
+        """One row: `metrics` of the learner, rates and shares of time since the last row, and
+        `more`."""
         now = self._clock()
         passed, elapsed = now - self._last, now - self._started
         self._steps, self._max_lag = self._steps + 1, max(self._max_lag, int(metrics["lag_max"]))
@@ -159,9 +173,15 @@ class Meter:
         }
         seconds = self._mean_seconds(now)
         shares = {key: (seconds[key] - self._seconds[key]) / passed for key in seconds}
-        self._seen, self._seconds, self._last = self._tokens.copy(), seconds, now
+        self._seen = self._tokens.copy()
+        self._seconds = seconds
+        self._last = now
         row = (
-            {"step": step, "elapsed_s": elapsed, "left_s": elapsed / (step - self._first) * (steps - step)}
+            {
+                "step": step,
+                "elapsed_s": elapsed,
+                "left_s": elapsed / (step - self._first) * (steps - step),
+            }
             | metrics
             | rates
         )
@@ -171,7 +191,8 @@ class Meter:
         self.flush(now, row)
 
     def flush(self, until: float | None = None, row: Row | None = None) -> None:
-        """Hand over the spans up to now, or up to a moment that has just passed, with the `row` that belongs to it."""
+        """Hand over the spans up to now, or up to a moment that has just passed, with the `row`
+        that belongs to it."""
         if self._spans:
             self._spans.flush(self._clock() if until is None else until, row or {})
 
@@ -184,13 +205,17 @@ class Meter:
             "trained_tokens_per_s": self._tokens["trained"] / elapsed if self._steps else 0.0,
             "max_lag_seen": self._max_lag,
             "wall_s": elapsed,
-            **{key: seconds / elapsed if self._steps else 0.0 for key, seconds in self._seconds.items()},
+            **{
+                key: seconds / elapsed if self._steps else 0.0
+                for key, seconds in self._seconds.items()
+            },
         }
 
     def _mean_seconds(self, now: float) -> dict[str, float]:
         """Seconds from the start until `now` by role and state, averaged over the role's actors."""
         return {
-            f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors) / max(len(actors), 1)
+            f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors)
+            / max(len(actors), 1)
             for role, actors in self._actors.items()
             for state in STATES
         }
@@ -205,5 +230,7 @@ def time_table(summary: Row) -> str:
     """Where each role's time went, a line a role."""
     lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
     for role in roles_of(summary):
-        lines.append(role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES))
+        lines.append(
+            role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""What is wrong with a tree of settings, in words: the key's path, the value, what is allowed, the nearest spelling."""
+"""What is wrong with a tree of settings, in words: the key's path, the value, what is allowed, the
+nearest spelling."""
 
 import math
 import re
@@ -14,13 +15,18 @@ from async_opd.errors import ConfigError
 
 OUT_OF_SCOPE = {  # by the words of a setting's name
     "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
-    "(sequence|context)_parallel|ulysses": "sequence parallelism is out of scope for now: a rank takes whole sequences",
-    "tools?|turns|multi_?turn": "multi-turn tools are out of scope for now: a rollout is one answer to one prompt",
+    "(sequence|context)_parallel|ulysses": (
+        "sequence parallelism is out of scope for now: a rank takes whole sequences"
+    ),
+    "tools?|turns|multi_?turn": (
+        "multi-turn tools are out of scope for now: a rollout is one answer to one prompt"
+    ),
 }
 
 
 def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
-    """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds, in any section."""
+    """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds,
+    in any section."""
     fields = [f for f in msgspec.structs.fields(kind) if not _named(f.type)]
     _check(tree, kind, "", {f.name: _sections(f.type) for f in fields})
 
@@ -37,10 +43,13 @@ def nearest(value: Any, choices: Iterable) -> str:
 
 
 def beside(path: str | Path) -> str:
-    """A suggestion where `path` is not there, but something in its folder is called almost so; else nothing."""
+    """A suggestion where `path` is not there, but something in its folder is called almost so; else
+    nothing."""
     folder, name = Path(path).parent, Path(path).name
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    return _did_you_mean([str(folder / near) for near in get_close_matches(name, names, n=1, cutoff=0.75)])
+    return _did_you_mean(
+        [str(folder / near) for near in get_close_matches(name, names, n=1, cutoff=0.75)]
+    )
 
 
 def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
@@ -63,7 +72,9 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
             else:
                 _check_value(at, tree[name], field.type)
         elif field.required:
-            allowed = _a_section(at, sections) if sections else _allowed(inspect.type_info(field.type))
+            allowed = (
+                _a_section(at, sections) if sections else _allowed(inspect.type_info(field.type))
+            )
             raise ConfigError(f"{at}: missing; must be {allowed}")
 
 
@@ -88,7 +99,8 @@ def _sections(type_: Any) -> list[type[Struct]]:
 
 
 def _named(type_: Any) -> bool:
-    """Whether a type stands for a table of settings, or of sections, by names that the user gives."""
+    """Whether a type stands for a table of settings, or of sections, by names that the user
+    gives."""
     return getattr(type_, "__origin__", None) is dict
 
 
@@ -96,7 +108,10 @@ def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]
     """The section the tree's tag asks for."""
     if len(sections) == 1 or not isinstance(tree, dict):
         return sections[0]
-    field, known = sections[0].__struct_config__.tag_field, {s.__struct_config__.tag: s for s in sections}
+    field, known = (
+        sections[0].__struct_config__.tag_field,
+        {s.__struct_config__.tag: s for s in sections},
+    )
     if field not in tree:
         raise ConfigError(f"{_at(path, field)}: missing; must be {_either(sorted(known))}")
     if str(tree[field]) not in known:
@@ -104,13 +119,17 @@ def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]
     return known[str(tree[field])]
 
 
-def _unknown(path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]) -> str:
+def _unknown(
+    path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]
+) -> str:
     """Suggests the same name in another section, and the nearest one in this section."""
     for words, why in OUT_OF_SCOPE.items():
         if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
             return f"{_at(path, name)}: {why}"
     homes = [
-        _at(home, name) for home, kinds in root.items() if any(name in kind.__struct_encode_fields__ for kind in kinds)
+        _at(home, name)
+        for home, kinds in root.items()
+        if any(name in kind.__struct_encode_fields__ for kind in kinds)
     ]
     near = [_at(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
     others = [home for home in homes if home != _at(path, name)]
@@ -139,7 +158,9 @@ def _allowed(info: inspect.Type) -> str:
         case inspect.IntType() | inspect.FloatType():
             noun = "an integer" if isinstance(info, inspect.IntType) else "a finite number"
             signs = {">": info.gt, ">=": info.ge, "<": info.lt, "<=": info.le}
-            bounds = " and ".join(f"{sign} {bound}" for sign, bound in signs.items() if bound is not None)
+            bounds = " and ".join(
+                f"{sign} {bound}" for sign, bound in signs.items() if bound is not None
+            )
             return f"{noun} {bounds}".rstrip()
         case inspect.TupleType(item_types=items):
             return f"[{', '.join(map(_allowed, items))}]"

@@ -1,4 +1,5 @@
-"""The connection to a cluster, its nodes as Ray has them, and room on them for what a run asks for."""
+"""The connection to a cluster, its nodes as Ray has them, and room on them for what a run asks
+for."""
 
 import asyncio
 import logging
@@ -22,8 +23,9 @@ _started = ExitStack()  # ends what `start_ray` has begun
 
 
 def start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start a local one, unless
-    that is done: a caller's own connection stays the caller's. From the main thread only."""
+    """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start
+    a local one, unless that is done: a caller's own connection stays the caller's. From the main
+    thread only."""
     if ray.is_initialized():
         return
     with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
@@ -37,8 +39,8 @@ def start_ray() -> None:
 
 
 def taken_over() -> ExitStack:
-    """What `start_ray` has begun, to be ended by the one who takes it and by nobody else; nothing, where it has begun
-    nothing."""
+    """What `start_ray` has begun, to be ended by the one who takes it and by nobody else; nothing,
+    where it has begun nothing."""
     return _started.pop_all()
 
 
@@ -54,17 +56,22 @@ def living(members: Sequence[tuple[str | None, Ask]] = ()) -> list[Node]:
         id, resources = node["NodeID"], node["Resources"]
         ours = [ask for at, ask in members if at == id]
         gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-        # What has just started is not in Ray's books yet, and what others have is in no book of ours.
+        # What has just started is not in Ray's books yet, and what others have is in no book of
+        # ours.
         free = min(available.get(id, {}).get("GPU", 0.0), gpus - sum(ask.gpus for ask in ours))
         address = node["NodeManagerAddress"]
-        nodes.append(Node(id=id, address=address, cpus=cpus, gpus=gpus, free=round(free, 4), members=ours))
+        nodes.append(
+            Node(id=id, address=address, cpus=cpus, gpus=gpus, free=round(free, 4), members=ours)
+        )
     return nodes
 
 
 async def room(asked: Sequence[Ask], within_s: float, tell: Tell) -> Mapping[str, Node]:
-    """The node of each member. Waits for room at most `within_s`, while a placement group that asks for all of it shows
-    an autoscaler what is missing. Raises ClusterTooSmall."""
-    until, group, had = time.monotonic() + within_s, None, False
+    """The node of each member. Waits for room at most `within_s`, while a placement group that asks
+    for all of it shows an autoscaler what is missing. Raises ClusterTooSmall."""
+    until = time.monotonic() + within_s
+    group = None
+    had = False
     try:
         while True:
             try:
@@ -74,11 +81,14 @@ async def room(asked: Sequence[Ask], within_s: float, tell: Tell) -> Mapping[str
                     raise
                 if group is None:
                     tell("waits", "run", f"at most {within_s:g} s for room: {e}")
-                    group = placement_group([{"GPU": ask.gpus} for ask in asked for _ in ask.members if ask.gpus])
+                    group = placement_group(
+                        [{"GPU": ask.gpus} for ask in asked for _ in ask.members if ask.gpus]
+                    )
             if had:
                 await asyncio.sleep(POLL_S)
             elif had := await asyncio.to_thread(group.wait, POLL_S):
-                remove_placement_group(group)  # there is room: it is free as soon as Ray's books say so
+                # there is room: it is free as soon as Ray's books say so
+                remove_placement_group(group)
     finally:
         if group is not None and not had:
             remove_placement_group(group)

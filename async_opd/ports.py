@@ -1,7 +1,8 @@
-"""What the main loop needs of each role. `actors.py` implements these over Ray; tests implement them in a few lines.
+"""What the main loop needs of each role. `actors.py` implements these over Ray; tests implement
+them in a few lines.
 
-A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself in a test.
-The driver passes refs on and never looks inside.
+A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself
+in a test. The driver passes refs on and never looks inside.
 """
 
 from typing import Any, Protocol
@@ -27,7 +28,8 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores a group; the scores stay where they are made. The reference is one too, which is only asked for them."""
+    """Scores a group; the scores stay where they are made. The reference is one too, which is only
+    asked for them."""
 
     async def score(self, group: Ref) -> Ref: ...
     async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]: ...
@@ -63,11 +65,22 @@ class Learner(Protocol):
 
 
 class Ready:
-    """A scored and verified group in the queue: metadata the driver may read, and refs it may only pass on.
+    """A scored and verified group in the queue: metadata the driver may read, and refs it may only
+    pass on.
 
     What the teacher answered itself (`prompt.taught`) has no scores."""
 
-    __slots__ = ("group", "meta", "prompt", "reference", "samples", "scores", "since", "ticket", "verdicts")
+    __slots__ = (
+        "group",
+        "meta",
+        "prompt",
+        "reference",
+        "samples",
+        "scores",
+        "since",
+        "ticket",
+        "verdicts",
+    )
 
     def __init__(
         self,
@@ -82,7 +95,12 @@ class Ready:
         since: int | None = None,
     ):
         self.ticket = ticket  # order of admission; names the slot
-        self.prompt, self.meta, self.group, self.scores, self.verdicts = prompt, meta, group, scores, verdicts
+        self.prompt = prompt
+        self.meta = meta
+        self.group = group
+        self.scores = scores
+        self.verdicts = verdicts
         self.samples = samples  # which rollouts of the group are trained
         self.reference = reference  # scores of the reference, where the objective needs one
-        self.since = meta.oldest if since is None else since  # version that gives its place in the queue
+        # version that gives its place in the queue
+        self.since = meta.oldest if since is None else since

@@ -1,4 +1,5 @@
-"""Settings of the whole process, changed for a while and put back: the process may be a caller's, who has others."""
+"""Settings of the whole process, changed for a while and put back: the process may be a caller's,
+who has others."""
 
 import gc
 import logging
@@ -35,18 +36,21 @@ def environment(**values: str) -> Iterator[None]:
 
 @contextmanager
 def sigterm_as_before() -> Iterator[None]:
-    """SIGTERM does afterwards what it did before, whoever has set a handler meanwhile. In the main thread only."""
+    """SIGTERM does afterwards what it did before, whoever has set a handler meanwhile. In the main
+    thread only."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: it was not Python's
+        # None: it was not Python's
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Garbage is left alone meanwhile, as while vLLM, torch or transformers are imported: of the thousands of modules
-    that stay for good each full collection looks through all that are there, a fifth of the time."""
+    """Garbage is left alone meanwhile, as while vLLM, torch or transformers are imported: of the
+    thousands of modules that stay for good each full collection looks through all that are there, a
+    fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,5 @@
-"""What a run leaves behind so that another can go on: its ledger, and checkpoints of everything that is trained."""
+"""What a run leaves behind so that another can go on: its ledger, and checkpoints of everything
+that is trained."""
 
 import asyncio
 import json
@@ -20,23 +21,41 @@ class Source(Protocol):
     position: dict[str, Any]
 
     def __iter__(self) -> Iterator[Prompt]: ...
-    def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]: ...
+    def continued(
+        self, position: dict[str, Any], outstanding: Sequence[str]
+    ) -> Iterator[Prompt]: ...
 
 
 class Progress:
     """The books of one run, and its checkpoints."""
 
-    def __init__(self, run_dir: Path, source: Source, learner: Learner, followers: Followers, keep: int, tell: Tell):
-        """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is saved."""
-        self.ledger, self._checkpoints = Ledger(run_dir / "ledger.jsonl"), Checkpoints(run_dir, keep)
+    def __init__(
+        self,
+        run_dir: Path,
+        source: Source,
+        learner: Learner,
+        followers: Followers,
+        keep: int,
+        tell: Tell,
+    ):
+        """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is
+        saved."""
+        self.ledger, self._checkpoints = (
+            Ledger(run_dir / "ledger.jsonl"),
+            Checkpoints(run_dir, keep),
+        )
         self._run_dir = run_dir
-        self._source, self._learner, self._followers, self._tell = source, learner, followers, tell
+        self._source = source
+        self._learner = learner
+        self._followers = followers
+        self._tell = tell
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
     async def restore(self, found: Checkpoint, needed: int) -> Iterator[Prompt]:
-        """Bring learner and self-teachers to where they were; returns the prompts from there on: first those that were
-        outstanding, at most the `needed` ones (there may be fewer steps than there were to be)."""
+        """Bring learner and self-teachers to where they were; returns the prompts from there on:
+        first those that were outstanding, at most the `needed` ones (there may be fewer steps than
+        there were to be)."""
         state = found.state
         await self._learner.load_state(str(found.folder / "learner"))
         await self._followers.restore(found.folder)
@@ -59,8 +78,9 @@ class Progress:
         self._known += len(verdicts) - verdicts.count(None)
 
     async def save(self, version: int, counters: dict[str, Any]) -> None:
-        """A checkpoint of `version`, unless there is one. The best is the one with the largest share of right rollouts
-        since the one before. Generation goes on meanwhile. Raises CheckpointError or LedgerError."""
+        """A checkpoint of `version`, unless there is one. The best is the one with the largest
+        share of right rollouts since the one before. Generation goes on meanwhile. Raises
+        CheckpointError or LedgerError."""
         if version == self._saved:
             return
         state = RunState(
@@ -82,11 +102,15 @@ class Progress:
 
 
 def _rewind(run_dir: Path, version: int) -> None:
-    """Cut off the rows of steps that are void, and what was said of a run that had ended: training goes on behind
-    `version`. Not before the books say so: they would miss the rows."""
+    """Cut off the rows of steps that are void, and what was said of a run that had ended: training
+    goes on behind `version`. Not before the books say so: they would miss the rows."""
     for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
+            kept = [
+                line
+                for line in lines
+                if line.endswith(b"\n") and json.loads(line)["step"] <= version
+            ]
             write_whole(path, b"".join(kept))
     (run_dir / "summary.json").unlink(missing_ok=True)

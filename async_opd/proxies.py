@@ -28,8 +28,9 @@ class Actor(Protocol):
 
 
 class Together:
-    """Requests of the same few milliseconds travel in one remote call, which costs the driver the same for one group
-    as for many: prompts that were handed out together tend to finish together."""
+    """Requests of the same few milliseconds travel in one remote call, which costs the driver the
+    same for one group as for many: prompts that were handed out together tend to finish
+    together."""
 
     LINGER_S = 0.005
 
@@ -38,7 +39,8 @@ class Together:
         self._batch: list[Ref] = []
 
     async def __call__(self, item: Ref) -> Any:
-        """The result of `item`, raised where it is an error; an error of the call is every item's."""
+        """The result of `item`, raised where it is an error; an error of the call is every
+        item's."""
         if not self._batch:
             self._sent = retrieved(asyncio.create_task(self._flush()))
         self._batch.append(item)
@@ -126,7 +128,9 @@ class TeacherProxy(_Member):
         await self._actor.call(self._config.timeout.step_s, "restore", file)
 
     async def _score_all(self, groups: list[Ref]) -> list[Ref | AsyncOpdError]:
-        errors, scores = await self._actor.spread(self._score_s, len(groups), "each", "score", *groups)
+        errors, scores = await self._actor.spread(
+            self._score_s, len(groups), "each", "score", *groups
+        )
         return [error or score for error, score in zip(errors, scores, strict=True)]
 
 
@@ -140,7 +144,11 @@ class VerifierProxy(_Member):
 
     async def check(self, group: Ref) -> tuple[Verdict, ...]:
         verdicts = await self._together(group)
-        return await self._actor.call(self._score_s, "late", verdicts) if isinstance(verdicts, str) else verdicts
+        return (
+            await self._actor.call(self._score_s, "late", verdicts)
+            if isinstance(verdicts, str)
+            else verdicts
+        )
 
     async def _check_all(self, groups: list[Ref]) -> list[tuple[Verdict, ...] | str]:
         return await self._actor.call(self._score_s, "check_all", *groups)
@@ -156,22 +164,29 @@ class LearnerProxy:
     """`ports.Learner` over one actor a rank."""
 
     def __init__(self, ranks: list[Actor], address: str, config: Config):
-        self.ranks, self._address, self._config = ranks, address, config
+        self.ranks = ranks
+        self._address = address
+        self._config = config
         self._step_s, self._sync_s = config.timeout.step_s, config.sync.timeout_s
         self._width: int | None = None  # hidden size of the student, once it is known
 
     async def step(self, groups: list[Ready]) -> StepResult:
         self._width = self._width or await self.ranks[0].call(self._step_s, "width")
         shares = self._plan(groups)
-        steps = (self._rank_step(rank, share, groups) for rank, share in zip(self.ranks, shares, strict=True))
+        steps = (
+            self._rank_step(rank, share, groups)
+            for rank, share in zip(self.ranks, shares, strict=True)
+        )
         return (await _of_all(steps))[0]
 
     def _plan(self, groups: list[Ready]) -> list[list[list[tuple[int, int]]]]:
-        """[rank][micro-batch] of (group, sample), as many micro-batches on every rank. What the teacher answered
-        comes last, in micro-batches of its own: its loss is another."""
+        """[rank][micro-batch] of (group, sample), as many micro-batches on every rank. What the
+        teacher answered comes last, in micro-batches of its own: its loss is another."""
         shares = [[] for _ in self.ranks]
         for taught in (False, True):
-            index = [(g, s) for g, r in enumerate(groups) if r.prompt.taught == taught for s in r.samples]
+            index = [
+                (g, s) for g, r in enumerate(groups) if r.prompt.taught == taught for s in r.samples
+            ]
             if not index:
                 continue
             lengths = [groups[g].meta.prompt_len + groups[g].meta.lengths[s] for g, s in index]
@@ -181,7 +196,9 @@ class LearnerProxy:
                 share += [[index[i] for i in micro] for micro in micros]
         return shares
 
-    async def _rank_step(self, rank: Actor, share: list[list[tuple[int, int]]], groups: list[Ready]) -> StepResult:
+    async def _rank_step(
+        self, rank: Actor, share: list[list[tuple[int, int]]], groups: list[Ready]
+    ) -> StepResult:
         used = sorted({g for micro in share for g, _ in micro})
         here = {g: at for at, g in enumerate(used)}
         micros = [[(here[g], s) for g, s in micro] for micro in share]
@@ -194,7 +211,13 @@ class LearnerProxy:
     async def open_group(self, generators: int) -> list[dict]:
         size = self._config.rollout.tensor_parallel_size
         offsets = [1 + at * size for at in range(generators)]
-        args = self._config.sync.backend, self._address, offsets, 1 + generators * size, self._sync_s
+        args = (
+            self._config.sync.backend,
+            self._address,
+            offsets,
+            1 + generators * size,
+            self._sync_s,
+        )
         return await self.ranks[0].call(self._sync_s, "open_group", *args)
 
     async def join_group(self, generators: int) -> None:
@@ -225,7 +248,8 @@ class LearnerProxy:
 
 
 async def _of_all(calls: Iterable[Coroutine]) -> list[Any]:
-    """Results of what all ranks do with one another. Where one is lost, that is the error, whatever the others say."""
+    """Results of what all ranks do with one another. Where one is lost, that is the error, whatever
+    the others say."""
     tasks = [retrieved(asyncio.ensure_future(call)) for call in calls]
     done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     if others:  # a dead rank is noticed later than what its death did to them

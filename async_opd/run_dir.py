@@ -15,8 +15,9 @@ def run_of(path: Path) -> Path:
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The checkpoint that `path` names: as RUN/checkpoints/000100, from a working directory inside of that, by a link,
-    or by the model in it. None for anything else, such as a run directory that lies in a folder `checkpoints`."""
+    """The checkpoint that `path` names: as RUN/checkpoints/000100, from a working directory inside
+    of that, by a link, or by the model in it. None for anything else, such as a run directory that
+    lies in a folder `checkpoints`."""
     for named in (path, path.resolve()):
         folder = named.parent if named.name == "model" else named
         inside = folder.parent.name == CHECKPOINTS

@@ -12,7 +12,16 @@ from async_opd.actors import Cluster
 from async_opd.config import Config
 from async_opd.errors import ConfigError
 from async_opd.evaluate.ask import ALL, of_all, respond
-from async_opd.evaluate.result import INTERVAL, Problem, Result, Settings, digest, figures, problem, table
+from async_opd.evaluate.result import (
+    INTERVAL,
+    Problem,
+    Result,
+    Settings,
+    digest,
+    figures,
+    problem,
+    table,
+)
 from async_opd.evaluate.settings import EvalRun, run_config
 from async_opd.run import environment, new_dir, refuse_unreachable, resolve_toy
 from async_opd.say import say
@@ -33,7 +42,9 @@ async def _run_eval(asked: EvalRun, folder: Path) -> Result:
     refuse_unreachable()
     found = inputs.read_problems(config, asked.problems)
     config = _fitted(config, asked, found.prompts, found.context)
-    with Cluster(config, eos_ids=found.eos_ids, tokenizer=found.tokenizer.backend_tokenizer) as cluster:
+    with Cluster(
+        config, eos_ids=found.eos_ids, tokenizer=found.tokenizer.backend_tokenizer
+    ) as cluster:
         generators, verifiers = await cluster.evaluators()
         say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
         pools = Pool("generator", generators), Pool("verifier", verifiers)
@@ -44,22 +55,37 @@ async def _run_eval(asked: EvalRun, folder: Path) -> Result:
 
 
 def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int | None) -> Config:
-    """`config` with room for the longest prompt, and for responses as long as asked for, or as the context leaves."""
+    """`config` with room for the longest prompt, and for responses as long as asked for, or as the
+    context leaves."""
     longest = max(len(prompt.ids) for prompt in prompts)
     most = asked.rollout.max_new_tokens
     if most is None:
         most = (context or 0) - longest
         if most < 1:
-            why = f"the longest prompt has {longest} tokens, the context {context or 'an unknown number'}"
-            raise ConfigError(f"rollout.max_new_tokens: missing, and {why}; set it, or data.max_prompt_tokens")
-    data, rollout = replace(config.data, max_prompt_tokens=longest), replace(config.rollout, max_new_tokens=most)
+            why = (
+                f"the longest prompt has {longest} tokens, the context"
+                f" {context or 'an unknown number'}"
+            )
+            raise ConfigError(
+                f"rollout.max_new_tokens: missing, and {why}; set it, or data.max_prompt_tokens"
+            )
+    data, rollout = (
+        replace(config.data, max_prompt_tokens=longest),
+        replace(config.rollout, max_new_tokens=most),
+    )
     return replace(config, data=data, rollout=rollout)
 
 
 async def _problems(
-    config: Config, asked: EvalRun, generators: Pool, verifier: Pool, prompts: list[Prompt], path: Path
+    config: Config,
+    asked: EvalRun,
+    generators: Pool,
+    verifier: Pool,
+    prompts: list[Prompt],
+    path: Path,
 ) -> list[Problem]:
-    """Each of `prompts` responded to, a line of the file at `path`; what is returned is without the texts."""
+    """Each of `prompts` responded to, a line of the file at `path`; what is returned is without the
+    texts."""
     ended = 0
     with path.open("wb") as file:
 
@@ -72,13 +98,17 @@ async def _problems(
             ended += 1
             if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
                 say(f"{ended} of {len(prompts)} problems")
-            return replace(whole, responses=[replace(response, text="") for response in whole.responses])
+            return replace(
+                whole, responses=[replace(response, text="") for response in whole.responses]
+            )
 
         places = config.rollout.concurrency * generators.size
         return await of_all(prompts, one, max(1, int(ALL * places / asked.sampling.samples)))
 
 
-def _result(config: Config, asked: EvalRun, prompts: list[Prompt], problems: list[Problem], wall_s: float) -> Result:
+def _result(
+    config: Config, asked: EvalRun, prompts: list[Prompt], problems: list[Problem], wall_s: float
+) -> Result:
     sampling, data = asked.sampling, config.data
     responses = [response for one in problems for response in one.responses]
     return Result(

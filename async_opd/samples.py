@@ -10,8 +10,11 @@ from async_opd.metrics import Jsonl
 from async_opd.wire import Recorded
 
 
-def sample_file(path: Path, pieces: Callable[[np.ndarray], list[str]]) -> Callable[[tuple[Recorded, ...]], None]:
-    """An observer that adds a line for each trajectory to the file at `path`; `pieces` turns ids into text."""
+def sample_file(
+    path: Path, pieces: Callable[[np.ndarray], list[str]]
+) -> Callable[[tuple[Recorded, ...]], None]:
+    """An observer that adds a line for each trajectory to the file at `path`; `pieces` turns ids
+    into text."""
     write = Jsonl(path)
 
     def take(recorded: tuple[Recorded, ...]) -> None:
@@ -22,22 +25,28 @@ def sample_file(path: Path, pieces: Callable[[np.ndarray], list[str]]) -> Callab
 
 
 def line(recorded: Recorded, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
-    """What the file says of one trajectory: per-token lists by name, as long as `tokens`, numbers to 5 digits."""
+    """What the file says of one trajectory: per-token lists by name, as long as `tokens`, numbers
+    to 5 digits."""
     return {
         "step": recorded.step,
         "id": recorded.id,
         "prompt": "".join(pieces(recorded.prompt_ids)),
-        "prompt_cut": recorded.prompt_tokens - len(recorded.prompt_ids),  # tokens left out before it
+        # tokens left out before it
+        "prompt_cut": recorded.prompt_tokens - len(recorded.prompt_ids),
         "tokens": pieces(recorded.ids),
         "cut": recorded.tokens - len(recorded.ids),  # tokens left out behind them
         "truncated": recorded.truncated,
         "correct": recorded.correct,
-        **{name: [float(f"{x:.5g}") for x in value.tolist()] for name, value in recorded.numbers.items()},
+        **{
+            name: [float(f"{x:.5g}") for x in value.tolist()]
+            for name, value in recorded.numbers.items()
+        },
     }
 
 
 def decoder(tokenizer: Any) -> Callable[[np.ndarray], list[str]]:
-    """Text of each id by a `tokenizers.Tokenizer`; what only several ids spell together stands with the last."""
+    """Text of each id by a `tokenizers.Tokenizer`; what only several ids spell together stands with
+    the last."""
     from tokenizers.decoders import DecodeStream
 
     def pieces(ids: np.ndarray) -> Iterator[str]:

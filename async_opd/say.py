@@ -11,8 +11,8 @@ SAY_S = 2.0  # for a line to leave
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it, and holds the caller
-    up for SAY_S seconds at most."""
+    """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it,
+    and holds the caller up for SAY_S seconds at most."""
 
     def out() -> None:
         with suppress(OSError):
@@ -24,10 +24,12 @@ def say(text: str, to: TextIO | None = None) -> None:
 
 
 def write(to: TextIO, text: str) -> None:
-    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could not exit."""
+    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could
+    not exit."""
     try:
         descriptor = to.fileno()
-    except io.UnsupportedOperation:  # no file: a notebook's, or what has taken its place while a screen is up
+    except io.UnsupportedOperation:
+        # no file: a notebook's, or what has taken its place while a screen is up
         to.write(text)
         return
     data = text.encode()

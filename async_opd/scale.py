@@ -1,7 +1,9 @@
-"""`async-opd scale`: the size of a running job's pools, asked for through a file in its run directory.
+"""`async-opd scale`: the size of a running job's pools, asked for through a file in its run
+directory.
 
-A request is RUN/scale-ID.json, {"generators": 3, "teachers.math": 2}; the driver takes it away and leaves its answer
-in RUN/scale-ID.answer. A file, not a socket: it needs no port, no secret, and no rights but those to the directory.
+A request is RUN/scale-ID.json, {"generators": 3, "teachers.math": 2}; the driver takes it away and
+leaves its answer in RUN/scale-ID.answer. A file, not a socket: it needs no port, no secret, and no
+rights but those to the directory.
 """
 
 import asyncio
@@ -30,14 +32,17 @@ def parse(words: list[str]) -> dict[str, int]:
     for word in words:
         name, _, size = word.partition("=")
         if not re.fullmatch("[1-9][0-9]{0,5}", size):
-            raise ConfigError(f"scale: {word!r}: write POOL=NUMBER with a number of at least 1, such as generators=3")
+            raise ConfigError(
+                f"scale: {word!r}: write POOL=NUMBER with a number of at least 1, such as"
+                " generators=3"
+            )
         sizes[name] = int(size)
     return sizes
 
 
 def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
-    """Ask the job in `run_dir` for these sizes; returns what it says. Raises RunMissing, ConfigError for what it
-    refuses, TimedOut when no job answers."""
+    """Ask the job in `run_dir` for these sizes; returns what it says. Raises RunMissing,
+    ConfigError for what it refuses, TimedOut when no job answers."""
     read_run(run_dir, dict)
     id = uuid.uuid4().hex
     request, answer = run_dir / REQUEST.format(id), run_dir / ANSWER.format(id)

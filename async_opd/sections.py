@@ -11,18 +11,26 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dir: str  # run directory; made new
     steps: Annotated[int, Meta(ge=1)]  # optimizer steps
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    max_lag_steps: Annotated[int, Meta(ge=0)] = 4  # 0: strictly synchronous, 1: one step off, more: asynchronous
-    max_outstanding_steps: Annotated[float, Meta(ge=1)] | None = None  # steps' worth of groups; absent: the lag + 1
-    stale: Literal["mask", "drop"] = "mask"  # over-age tokens leave the loss, or their group is issued anew
+    # 0: strictly synchronous, 1: one step off, more: asynchronous
+    max_lag_steps: Annotated[int, Meta(ge=0)] = 4
+    # steps' worth of groups; absent: the lag + 1
+    max_outstanding_steps: Annotated[float, Meta(ge=1)] | None = None
+    # over-age tokens leave the loss, or their group is issued anew
+    stale: Literal["mask", "drop"] = "mask"
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
     checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100  # 0: only at the end, and on Ctrl-C
-    max_restarts: Annotated[int, Meta(ge=0)] = 3  # from the newest checkpoint, when what a run needs is lost
+    # from the newest checkpoint, when what a run needs is lost
+    max_restarts: Annotated[int, Meta(ge=0)] = 3
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
-    samples_every_steps: Annotated[int, Meta(ge=0)] = 10  # between steps of which two responses are kept; 0: none
-    trace_steps: Annotated[int, Meta(ge=0)] = 50  # the last of them, at least, whose spans are kept; 0: none
+    # between steps of which two responses are kept; 0: none
+    samples_every_steps: Annotated[int, Meta(ge=0)] = 10
+    # the last of them, at least, whose spans are kept; 0: none
+    trace_steps: Annotated[int, Meta(ge=0)] = 50
     trust_remote_code: bool = False
-    share_gpu: bool = False  # all on one card: each has its gpu_memory_utilization of it, the learner what is left
-    sinks: tuple[Literal["wandb", "tensorboard", "prometheus"], ...] = ()  # of a row a step, besides metrics.jsonl
+    # all on one card: each has its gpu_memory_utilization of it, the learner what is left
+    share_gpu: bool = False
+    # of a row a step, besides metrics.jsonl
+    sinks: tuple[Literal["wandb", "tensorboard", "prometheus"], ...] = ()
 
 
 class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,22 +55,25 @@ class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     path: str  # as data.path, with the same columns
     split: str = "train"
     problems: Annotated[int, Meta(ge=1)] = 256
-    every_steps: Annotated[int, Meta(ge=0)] = 0  # by the generators while they train; 0: only before and after
+    # by the generators while they train; 0: only before and after
+    every_steps: Annotated[int, Meta(ge=0)] = 0
 
 
 class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of every wait, in seconds."""
 
-    nodes_s: Annotated[float, Meta(ge=0)] = 30.0  # for GPUs to be there, and free; an autoscaler takes minutes
+    # for GPUs to be there, and free; an autoscaler takes minutes
+    nodes_s: Annotated[float, Meta(ge=0)] = 30.0
     start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
     generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher
     step_s: Annotated[float, Meta(gt=0)] = 600.0  # one optimizer step, or one checkpoint
     health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an actor and its engine
-    stall_s: Annotated[float, Meta(gt=0)] = 30.0  # without a sign of life, after which an actor is given up
+    # without a sign of life, after which an actor is given up
+    stall_s: Annotated[float, Meta(gt=0)] = 30.0
 
     @property
     def group_s(self) -> float:
-        """The longest that one group takes: its generator is lost at the last moment, and it is scored at the fourth
-        try."""
+        """The longest that one group takes: its generator is lost at the last moment, and it is
+        scored at the fourth try."""
         return 2 * self.generate_s + self.start_s + 4 * self.score_s

@@ -1,4 +1,5 @@
-"""Where rows go besides metrics.jsonl, asked for by `run.sinks`. Each is made and fed on a thread of its own."""
+"""Where rows go besides metrics.jsonl, asked for by `run.sinks`. Each is made and fed on a thread
+of its own."""
 
 import os
 import time
@@ -15,7 +16,8 @@ from async_opd.process_wide import environment
 
 
 class Wandb:
-    """Weights & Biases: offline, in RUN/wandb, where there is no key. Project and mode are its own variables'."""
+    """Weights & Biases: offline, in RUN/wandb, where there is no key. Project and mode are its own
+    variables'."""
 
     def __init__(self, config: Config, run_dir: Path):
         reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")  # it is sent offline too
@@ -29,7 +31,8 @@ class Wandb:
                 dir=run_dir,
                 mode=None if online else "offline",
                 config=msgspec.to_builtins(config),
-                settings=wandb.Settings(console="off", silent=True),  # the terminal is the console's
+                # the terminal is the console's
+                settings=wandb.Settings(console="off", silent=True),
             )
 
     def __call__(self, row: Row) -> None:
@@ -51,9 +54,13 @@ class TensorBoard:
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
 
     def __call__(self, row: Row) -> None:
-        values = [self._summary.Value(tag=key, simple_value=value) for key, value in _known(row).items()]
+        values = [
+            self._summary.Value(tag=key, simple_value=value) for key, value in _known(row).items()
+        ]
         summary = self._summary(value=values)
-        self._writer.add_event(self._event(wall_time=time.time(), step=row["step"], summary=summary))
+        self._writer.add_event(
+            self._event(wall_time=time.time(), step=row["step"], summary=summary)
+        )
         self._writer.flush()
 
     def close(self) -> None:
@@ -61,7 +68,8 @@ class TensorBoard:
 
 
 class Prometheus:
-    """Gauges of Ray's metrics, which the node exports as `ray_async_opd_<key>`, tagged with the run's name."""
+    """Gauges of Ray's metrics, which the node exports as `ray_async_opd_<key>`, tagged with the
+    run's name."""
 
     def __init__(self, config: Config, run_dir: Path):
         self._run, self._gauges = run_dir.name, {}
@@ -69,7 +77,9 @@ class Prometheus:
     def __call__(self, row: Row) -> None:
         for key, value in _known(row).items():
             if key not in self._gauges:
-                self._gauges[key] = gauge(metric_names.PREFIX + key, metric_names.of(key).meaning, self._run)
+                self._gauges[key] = gauge(
+                    metric_names.PREFIX + key, metric_names.of(key).meaning, self._run
+                )
             self._gauges[key].set(value)
 
 

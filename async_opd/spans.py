@@ -1,5 +1,6 @@
-"""What every actor does when, as the driver sees it: the time it has spent in each state, and, of the last steps of a
-run, its states and calls one by one in `spans.jsonl`, which `async-opd trace` shows."""
+"""What every actor does when, as the driver sees it: the time it has spent in each state, and, of
+the last steps of a run, its states and calls one by one in `spans.jsonl`, which `async-opd trace`
+shows."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,16 +13,25 @@ from msgspec import Struct
 
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 FILE, EARLIER = "spans.jsonl", "spans.earlier.jsonl"
-HAND_OVER_S = 0.2  # so often at most: a file that is opened for every short step costs more than what is written to it
+# so often at most: a file that is opened for every short step costs more than what is written to it
+HAND_OVER_S = 0.2
 CUT_OFF = ", cut off"  # behind the name of a call that ended without an answer
-COUNTED = ("queue_ready", "queue_outstanding", "generators_tokens_per_s", "teachers_tokens_per_s",
-           "trained_tokens_per_s", "lag_mean", "lag_max")  # of a row of metrics  # fmt: skip
+COUNTED = (
+    "queue_ready",
+    "queue_outstanding",
+    "generators_tokens_per_s",
+    "teachers_tokens_per_s",
+    "trained_tokens_per_s",
+    "lag_mean",
+    "lag_max",
+)  # of a row of metrics
 
 Of = str | int | tuple[str, ...]  # what a call is of: a group, a version, the groups of a step
 
 
 class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happened from `since` to `until`, in seconds of the driver's clock; with `epoch`, Unix time."""
+    """What happened from `since` to `until`, in seconds of the driver's clock; with `epoch`, Unix
+    time."""
 
     step: int | None  # whose row of metrics came at `until`; None: training starts or ends there
     epoch: float
@@ -29,7 +39,8 @@ class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     until: float
     lanes: dict[str, str]  # state of every actor at `since`
     states: list[tuple[str, str, float]]  # actor, the state it entered, when
-    calls: list[tuple[str, str, Of, float, float]]  # actor, call, what of, start, end; in the line where they end
+    # actor, call, what of, start, end; in the line where they end
+    calls: list[tuple[str, str, Of, float, float]]
     counters: dict[str, float | None]  # COUNTED
 
 
@@ -39,7 +50,8 @@ def encode(lines: list[Line]) -> bytes:
 
 
 class Spans:
-    """Takes what happens and hands it to `sink` a line a step, several at once where steps are short."""
+    """Takes what happens and hands it to `sink` a line a step, several at once where steps are
+    short."""
 
     def __init__(self, sink: Callable[[list[Line]], None], clock: Callable[[], float]):
         self._sink, self._since = sink, clock()
@@ -48,7 +60,8 @@ class Spans:
         self._lanes: dict[str, str] = {}
         self._at_start: dict[str, str] = {}
         self._states: list[tuple[str, str, float]] = []
-        self.calls: list[tuple[str, str, Of, float, float]] = []  # add to it: actor, call, what of, start, end
+        # add to it: actor, call, what of, start, end
+        self.calls: list[tuple[str, str, Of, float, float]] = []
 
     def entered(self, lane: str, state: str, at: float) -> None:
         """The actor is in another state from `at` on."""
@@ -56,7 +69,8 @@ class Spans:
         self._states.append((lane, state, at))
 
     def flush(self, until: float, row: dict[str, Any]) -> None:
-        """All that was before `until` is known. `row` came then; where it is empty, there may come none for long."""
+        """All that was before `until` is known. `row` came then; where it is empty, there may come
+        none for long."""
         if not self._lanes:  # nobody is there yet
             self._since = until
             return
@@ -71,7 +85,9 @@ class Spans:
             counters={key: row[key] for key in COUNTED if key in row},
         )
         self.calls.clear()
-        self._since, self._at_start, self._states = until, self._lanes.copy(), []
+        self._since = until
+        self._at_start = self._lanes.copy()
+        self._states = []
         self._lines.append(line)
         if not row or until - self._handed >= HAND_OVER_S:
             self._sink(self._lines)
@@ -79,12 +95,15 @@ class Spans:
 
 
 class ActorTime:
-    """The seconds one actor has spent in each of STATES. It is in one of them at any moment, so they add up to the
-    time that passed. What a state means for a role: `stream.timed`."""
+    """The seconds one actor has spent in each of STATES. It is in one of them at any moment, so
+    they add up to the time that passed. What a state means for a role: `stream.timed`."""
 
     def __init__(self, clock: Callable[[], float], name: str = "", spans: Spans | None = None):
         """`spans` takes each state and call under the actor's `name`."""
-        self.now, self._name, self._spans, self._state = clock, name, spans, "starved"
+        self.now = clock
+        self._name = name
+        self._spans = spans
+        self._state = "starved"
         self.restart(clock())
         if spans:
             spans.entered(name, self._state, self._since)
@@ -124,12 +143,14 @@ class ActorTime:
 
 
 class Window:
-    """A file of the last `keep` lines at least: when it holds as many, it becomes the earlier one and a new one begins.
-    Between them they never hold more than twice as many."""
+    """A file of the last `keep` lines at least: when it holds as many, it becomes the earlier one
+    and a new one begins. Between them they never hold more than twice as many."""
 
     def __init__(self, run_dir: Path, keep: int, write: Callable[[list[Line]], None]):
         """`write` adds lines to FILE in `run_dir`."""
-        self._path, self._keep, self._write = run_dir / FILE, keep, write
+        self._path = run_dir / FILE
+        self._keep = keep
+        self._write = write
         self._held = self._path.read_bytes().count(b"\n") if self._path.exists() else 0
 
     def __call__(self, lines: list[Line]) -> None:

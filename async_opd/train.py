@@ -40,8 +40,8 @@ async def train(
     tell: Tell = lambda what, who, why: None,
     found: Checkpoint | None = None,
 ) -> Row:
-    """Run the whole job, or from the checkpoint `found` on; returns what `summary.json` says of it. `tell` is told who
-    was lost and who came. Raises the named error that ended it.
+    """Run the whole job, or from the checkpoint `found` on; returns what `summary.json` says of it.
+    `tell` is told who was lost and who came. Raises the named error that ended it.
 
     On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
     """
@@ -51,7 +51,8 @@ async def train(
         async with asyncio.TaskGroup() as tasks:
             prompts = await loop.restore(found) if found else iter(source)
             await loop.publisher.publish(loop.version, admit=lambda: None)
-            # The first tokens of an engine may take seconds; the student's have sampled some when training starts.
+            # The first tokens of an engine may take seconds; the student's have sampled some when
+            # training starts.
             warm = (seat.hold(seat.port.probe()) for seat in crew.teacher_generators.serving)
             await asyncio.gather(loop.held_out.begin(loop.version), *warm)
             crew.start(tasks)
@@ -78,7 +79,9 @@ async def train(
     return {
         **measured,
         **meter.summary(),
-        "scored_dropped": sum(count for cause, count in loop.queue.dropped.items() if cause not in CAUSES),
+        "scored_dropped": sum(
+            count for cause, count in loop.queue.dropped.items() if cause not in CAUSES
+        ),
         **{f"dropped_{cause}": count for cause, count in loop.queue.dropped.items()},
         **(loop.taught.counts(loop.queue.dropped) if loop.taught else {}),
         **{f"{pool.name}_lost": pool.lost for pool in crew if pool.lost},
@@ -98,7 +101,10 @@ class _Loop:
         run_dir: Path,
         tell: Tell,
     ):
-        self._config, self._learner, self._meter, self._tell = config, roles.learner, meter, tell
+        self._config = config
+        self._learner = roles.learner
+        self._meter = meter
+        self._tell = tell
         self._learner_time = meter.actor("learner")
         self.version = 0
         self.crew = Crew(config, roles, meter, tell, self._welcome)
@@ -112,7 +118,9 @@ class _Loop:
         )
         self._weights = asyncio.Lock()  # held while the learner's weights change or travel
         self._followers = _followers(config, roles.learner, self.crew, run_dir)
-        self.progress = Progress(run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints, tell)
+        self.progress = Progress(
+            run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints, tell
+        )
         self._at_work: asyncio.Future | None = None  # what an interruption lets finish
         self._producer: Producer | None = None  # once training has started
         self._unsaid: tuple[StepResult, list[Ready]] | None = None  # a step without a row yet
@@ -129,7 +137,8 @@ class _Loop:
         )
 
     async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
-        """THE loop: take the oldest groups, train on them, publish the weights, give their slots back."""
+        """THE loop: take the oldest groups, train on them, publish the weights, give their slots
+        back."""
         steps, every = self._config.run.steps, self._config.run.checkpoint_every_steps
         self._producer, learner_is = self._make_producer(prompts, tasks), self._learner_time.enter
         learner_is("syncing")
@@ -144,8 +153,12 @@ class _Loop:
                 learner_is("blocked")
                 await self._followers.follow(self.version)
                 learner_is("syncing")
-                publishing = self.publisher.publish(self.version, admit=lambda batch=batch: self._admit(batch))
-                syncing = bounded(self.progress.ledger.sync(), self._config.timeout.step_s, "ledger, fsync")
+                publishing = self.publisher.publish(
+                    self.version, admit=lambda batch=batch: self._admit(batch)
+                )
+                syncing = bounded(
+                    self.progress.ledger.sync(), self._config.timeout.step_s, "ledger, fsync"
+                )
                 gap, _ = await asyncio.gather(publishing, syncing)
             learner_is("blocked")
             self._say(gap)
@@ -166,18 +179,27 @@ class _Loop:
         (result, batch), self._unsaid = self._unsaid, None
         self._meter.record(result.recorded)
         self._meter.step(
-            result.version, self._config.run.steps, result.metrics, **self._told(batch), parity_gap=gap,
-            queue_ready=len(self.queue), queue_outstanding=self._slots.count - self._slots.free,
-            queue_slots=self._slots.count, dropped=self.queue.dropped.total(), **self.held_out.row(),
-        )  # fmt: skip
+            result.version,
+            self._config.run.steps,
+            result.metrics,
+            **self._told(batch),
+            parity_gap=gap,
+            queue_ready=len(self.queue),
+            queue_outstanding=self._slots.count - self._slots.free,
+            queue_slots=self._slots.count,
+            dropped=self.queue.dropped.total(),
+            **self.held_out.row(),
+        )
 
     async def _finished(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for `work`, which goes on where the caller is cancelled: `interrupted` and `settled` wait for it."""
+        """Wait for `work`, which goes on where the caller is cancelled: `interrupted` and `settled`
+        wait for it."""
         self._at_work = retrieved(asyncio.ensure_future(work))
         await asyncio.shield(self._at_work)
 
     async def interrupted(self) -> None:
-        """A checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing of its own."""
+        """A checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing of its
+        own."""
         if self._producer is None:
             return  # nothing has been trained, or it is not restored yet
         try:
@@ -188,12 +210,17 @@ class _Loop:
                     self._say()
                 await self._finished(self.save())
         except TimeoutError:
-            self._tell("not saved", "checkpoint", f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s")
+            self._tell(
+                "not saved",
+                "checkpoint",
+                f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s",
+            )
         except AsyncOpdError as e:
             self._tell("not saved", "checkpoint", f"{e}")
 
     async def settled(self) -> None:
-        """Wait for what is still at work: a save that goes on behind the next start would be taken for its own."""
+        """Wait for what is still at work: a save that goes on behind the next start would be taken
+        for its own."""
         if self._at_work:
             await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
 
@@ -206,18 +233,23 @@ class _Loop:
         return prompts
 
     async def save(self) -> None:
-        """A checkpoint of the live version, which is in the books. The learner can do nothing else meanwhile."""
+        """A checkpoint of the live version, which is in the books. The learner can do nothing else
+        meanwhile."""
         before = astuple(self.held_out.before)
         async with self._weights, self._learner_time.call("checkpoint", self.version):
-            await self.progress.save(self.version, {"before": before, "dropped": dict(self.queue.dropped)})
+            await self.progress.save(
+                self.version, {"before": before, "dropped": dict(self.queue.dropped)}
+            )
 
-    async def _publish(self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()) -> None:
+    async def _publish(
+        self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()
+    ) -> None:
         async with self._weights:
             await self.publisher.publish(self.version, admit, newcomers)
 
     async def _welcome(self, seat: Seat[Generator]) -> None:
-        """Bring a generator into the weight group, to the live version and through the probe. Raises ActorLost where
-        that cannot be; the others then run on without it."""
+        """Bring a generator into the weight group, to the live version and through the probe.
+        Raises ActorLost where that cannot be; the others then run on without it."""
         try:
             await self._publish(admit=lambda: None, newcomers=[seat])
         except (SyncFailed, ParityError) as e:
@@ -236,8 +268,13 @@ class _Loop:
 
     def _outstanding(self) -> str:
         """How many groups there are, and the calls that are out for them."""
-        calls = (f"{sum(seat.port.out for seat in pool.serving)} with {pool.name}" for pool in self.crew)
-        return f"{self._slots.count - self._slots.free} of at most {self._slots.count}, {', '.join(calls)}"
+        calls = (
+            f"{sum(seat.port.out for seat in pool.serving)} with {pool.name}" for pool in self.crew
+        )
+        return (
+            f"{self._slots.count - self._slots.free} of at most {self._slots.count},"
+            f" {', '.join(calls)}"
+        )
 
     def _told(self, batch: list[Ready]) -> Row:
         """What a row says of the step's groups."""

@@ -1,9 +1,11 @@
-"""What a trajectory costs the driver, and what stays of it: the real loop, stream and metrics over roles that answer at
-once. Steps of 16 trajectories, or of as many as there are generators; bound 4; rows and spans go to files.
+"""What a trajectory costs the driver, and what stays of it: the real loop, stream and metrics over
+roles that answer at once. Steps of 16 trajectories, or of as many as there are generators; bound 4;
+rows and spans go to files.
 
-One run of 100,000 trajectories for each number of generators, looked at 1,000, 10,000 and 100,000 after its first step.
-CPU is the process's own since that step, stub ports and garbage collection included, looks excluded. Objects are those
-the collector tracks after a full collection, resident memory is the kernel's figure.
+One run of 100,000 trajectories for each number of generators, looked at 1,000, 10,000 and 100,000
+after its first step. CPU is the process's own since that step, stub ports and garbage collection
+included, looks excluded. Objects are those the collector tracks after a full collection, resident
+memory is the kernel's figure.
 
     python benchmarks/driver.py --out FILE [--repeat 3] [--trace-steps 0]
 """
@@ -39,8 +41,9 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Instant:
-    """Generator, teacher and verifier that answer when the loop comes round; `calls` counts what is asked of all. The
-    simulated roles of the tests keep times and places, which would be part of what is measured here."""
+    """Generator, teacher and verifier that answer when the loop comes round; `calls` counts what is
+    asked of all. The simulated roles of the tests keep times and places, which would be part of
+    what is measured here."""
 
     calls = 0
 
@@ -62,7 +65,9 @@ class Instant:
     async def probe(self) -> tuple[np.ndarray, Rollout]:
         await self._answer()
         spans = (Span(version=self.version, start=0, end=PROBE_TOKENS),)
-        return PROBED, Rollout(id="probe#0", ids=PROBED, behaviour_logp=LOGP, spans=spans, truncated=True)
+        return PROBED, Rollout(
+            id="probe#0", ids=PROBED, behaviour_logp=LOGP, spans=spans, truncated=True
+        )
 
     async def join_group(self, init_info: dict) -> None: ...
 
@@ -82,11 +87,17 @@ class Instant:
         await asyncio.sleep(0)
 
 
-async def measure(generators: int, trajectories: int, folder: Path, trace_steps: int) -> list[dict[str, float]]:
+async def measure(
+    generators: int, trajectories: int, folder: Path, trace_steps: int
+) -> list[dict[str, float]]:
     """One run; what each look saw."""
     per_step = max(16, generators)
     steps = 1 + -(-trajectories // per_step)
-    settings = (f"run.steps={steps}", f"learner.trajectories_per_step={per_step}", f"run.dir={folder}/run")
+    settings = (
+        f"run.steps={steps}",
+        f"learner.trajectories_per_step={per_step}",
+        f"run.dir={folder}/run",
+    )
     config = load(DEMO, [*settings, "teacher.evaluate=false"])
     looks, looking_s, due, began = [], 0.0, list(LOOKS), None
 
@@ -121,7 +132,9 @@ async def measure(generators: int, trajectories: int, folder: Path, trace_steps:
         run_dir = Path(name)
         write = Jsonl(run_dir / FILE, encode)
         with observed({"spans": lambda: Window(run_dir, trace_steps, write)}) as (spans,):
-            meter = Meter([Jsonl(folder / "metrics.jsonl"), look], spans=spans if trace_steps else None)
+            meter = Meter(
+                [Jsonl(folder / "metrics.jsonl"), look], spans=spans if trace_steps else None
+            )
             summary = await train(config, roles, Prompts(), [], run_dir, meter)
             meter.flush()
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps
@@ -129,25 +142,41 @@ async def measure(generators: int, trajectories: int, folder: Path, trace_steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
-    parser.add_argument("--repeat", type=int, default=1, help="repetitions of each setting, in turn")
-    parser.add_argument("--trace-steps", type=int, default=50, help="of which spans are kept; 0: none")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="repetitions of each setting, in turn"
+    )
+    parser.add_argument(
+        "--trace-steps", type=int, default=50, help="of which spans are kept; 0: none"
+    )
     args = parser.parse_args()
     raw: dict[int, list] = {generators: [] for generators in GENERATORS}
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(measure(1, 1_000, Path(folder), args.trace_steps))  # imports and first calls are nobody's
+        # imports and first calls are nobody's
+        asyncio.run(measure(1, 1_000, Path(folder), args.trace_steps))
         gc.collect()
         gc.freeze()  # as `async_opd.run` does before training
         for _ in range(args.repeat):
             for generators in GENERATORS:
-                raw[generators].append(asyncio.run(measure(generators, LOOKS[-1], Path(folder), args.trace_steps)))
+                raw[generators].append(
+                    asyncio.run(measure(generators, LOOKS[-1], Path(folder), args.trace_steps))
+                )
     print("CPU, us a trajectory")
     titles = (*(f"first {n:,}" for n in LOOKS), "last / first", "calls each", "objects +", "MiB +")
-    print(f"{'generators':>10}{'a step':>8}" + "".join(f"{title:>15}" for title in titles) + "  limited by")
+    print(
+        f"{'generators':>10}{'a step':>8}"
+        + "".join(f"{title:>15}" for title in titles)
+        + "  limited by"
+    )
     rows = []
     for generators, runs in raw.items():
-        cpu = [statistics.median(run[at]["cpu_us_per_trajectory"] for run in runs) for at in range(len(LOOKS))]
+        cpu = [
+            statistics.median(run[at]["cpu_us_per_trajectory"] for run in runs)
+            for at in range(len(LOOKS))
+        ]
         row = {
             "generators": generators,
             "trajectories_per_step": max(16, generators),
@@ -155,19 +184,31 @@ def main() -> None:
             "last_over_first": cpu[-1] / cpu[0],
             "calls_per_trajectory": runs[0][-1]["calls_per_trajectory"],
             "objects_grown": max(run[-1]["objects"] - run[0]["objects"] for run in runs),
-            "resident_mib_grown": max(run[-1]["resident_mib"] - run[0]["resident_mib"] for run in runs),
+            "resident_mib_grown": max(
+                run[-1]["resident_mib"] - run[0]["resident_mib"] for run in runs
+            ),
         }
         own = 3 / row["calls_per_trajectory"]  # of the calls
-        row["limited_by"] = f"asyncio's tasks and turns: {own:.0%} generate, score and check, the rest updates"
+        row["limited_by"] = (
+            f"asyncio's tasks and turns: {own:.0%} generate, score and check, the rest updates"
+        )
         rows.append(row | {"raw": runs})
-        cells = [*(f"{us:.0f}" for us in cpu), f"{row['last_over_first']:.2f}", f"{row['calls_per_trajectory']:.2f}"]
+        cells = [
+            *(f"{us:.0f}" for us in cpu),
+            f"{row['last_over_first']:.2f}",
+            f"{row['calls_per_trajectory']:.2f}",
+        ]
         cells += [f"{row['objects_grown']:,}", f"{row['resident_mib_grown']:.1f}"]
         print(
             f"{generators:>10}{row['trajectories_per_step']:>8}"
             + "".join(f"{cell:>15}" for cell in cells)
             + f"  {row['limited_by']}"
         )
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
     found = {"rows": rows, "hardware": hardware, "python": platform.python_version()}
     args.out.write_text(json.dumps(found | environment(), indent=2))
 

@@ -1,9 +1,11 @@
-"""Every injection on real jobs, with the time until it was noticed and until training was whole again.
+"""Every injection on real jobs, with the time until it was noticed and until training was whole
+again.
 
-A small demo (16 trajectories a step, 2 generators, 2 teachers, a checkpoint every 5 steps, an actor given up after 6 s
-without a sign of life) is hurt in one way after another. `noticed`: until the driver told of it; for a killed driver,
-until its processes were gone. `next step`: until a step more had been trained. `whole`: until the replacement served,
-or the run trained again. In the end the books are audited.
+A small demo (16 trajectories a step, 2 generators, 2 teachers, a checkpoint every 5 steps, an actor
+given up after 6 s without a sign of life) is hurt in one way after another. `noticed`: until the
+driver told of it; for a killed driver, until its processes were gone. `next step`: until a step
+more had been trained. `whole`: until the replacement served, or the run trained again. In the end
+the books are audited.
 
     python benchmarks/faults.py --out faults.json
 """
@@ -22,14 +24,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.run import environment
 from tests.faults.harness import Hurt
 
-SETTINGS = ("rollout.generators=2", "teacher.replicas=2", "run.checkpoint_every_steps=5", "run.max_restarts=9")
+SETTINGS = (
+    "rollout.generators=2",
+    "teacher.replicas=2",
+    "run.checkpoint_every_steps=5",
+    "run.max_restarts=9",
+)
 SETTINGS += ("timeout.stall_s=6", "sync.timeout_s=5")
 
 
 def replaced(hurt: Hurt, role: str, how: signal.Signals = signal.SIGKILL) -> dict[str, float]:
     """Hurt a member of `role`, which is replaced."""
     at = hurt.hurt(role, how)
-    return measured(hurt, at, hurt.told("lost", role, at, 60), lambda: hurt.told("serves", role, at, 180))
+    return measured(
+        hurt, at, hurt.told("lost", role, at, 60), lambda: hurt.told("serves", role, at, 180)
+    )
 
 
 def in_a_broadcast(hurt: Hurt) -> dict[str, float]:
@@ -61,7 +70,9 @@ def driver(hurt: Hurt) -> dict[str, float]:
     return measured(hurt, at, noticed, lambda: time.time() - at, steps_within_s=240)
 
 
-def measured(hurt: Hurt, at: float, noticed: float, whole, steps_within_s: float = 120) -> dict[str, float]:
+def measured(
+    hurt: Hurt, at: float, noticed: float, whole, steps_within_s: float = 120
+) -> dict[str, float]:
     hurt.trains(1, within_s=steps_within_s)
     found = {"noticed_s": noticed, "next_step_s": time.time() - at, "whole_s": whole()}
     hurt.trains(6, within_s=120)
@@ -80,17 +91,25 @@ INJECTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         hurt = Hurt(Path(folder), *SETTINGS)
         hurt.trains(6, within_s=240)
         found = {}
-        print(f"{'injection':34} {'noticed, s':>11} {'next step, s':>13} {'whole, s':>9}", flush=True)
+        print(
+            f"{'injection':34} {'noticed, s':>11} {'next step, s':>13} {'whole, s':>9}", flush=True
+        )
         for name, inject in INJECTIONS.items():
             row = found[name] = inject(hurt)
-            print(f"{name:34} {row['noticed_s']:11.1f} {row['next_step_s']:13.1f} {row['whole_s']:9.1f}", flush=True)
+            print(
+                f"{name:34} {row['noticed_s']:11.1f} {row['next_step_s']:13.1f}"
+                f" {row['whole_s']:9.1f}",
+                flush=True,
+            )
         hurt.interrupt()
         books = hurt.books()
         assert hurt.job.gone_within(60) == []
@@ -103,7 +122,11 @@ def main() -> None:
         "resumes": len(books.resumed_at),
     }
     print(f"{', '.join(f'{value} {name}' for name, value in totals.items())}; the books balance")
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
     result = {"injections": found, "books": totals, "hardware": hardware}
     args.out.write_text(json.dumps(result | environment(), indent=2))
 

@@ -1,4 +1,5 @@
-"""What the ledger costs a group on the driver's loop and a step on the disk, and how long the audit of them takes.
+"""What the ledger costs a group on the driver's loop and a step on the disk, and how long the audit
+of them takes.
 
 python benchmarks/ledger.py --out ledger.json [--groups 1000000] [--per-step 256]
 """
@@ -40,14 +41,19 @@ async def write(path: Path, steps: int, per_step: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
     parser.add_argument("--groups", type=int, default=1_000_000)
     parser.add_argument("--per-step", type=int, default=256)
     args = parser.parse_args()
     steps = args.groups // args.per_step
     with tempfile.TemporaryDirectory() as folder:
-        run, settings = Path(folder), (f"learner.trajectories_per_step={args.per_step}", f"run.steps={steps}")
+        run, settings = (
+            Path(folder),
+            (f"learner.trajectories_per_step={args.per_step}", f"run.steps={steps}"),
+        )
         (run / "config.json").write_bytes(msgspec.json.encode(load(DEMO, settings)))
         loop_s, sync_s = asyncio.run(write(run / "ledger.jsonl", steps, args.per_step))
         began = time.perf_counter()
@@ -62,7 +68,11 @@ def main() -> None:
         "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     print(*(f"{key:18} {value:12,.2f}" for key, value in result.items()), sep="\n")
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
     args.out.write_text(json.dumps(result | {"hardware": hardware} | environment(), indent=2))
 
 

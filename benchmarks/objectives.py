@@ -1,9 +1,10 @@
 """What an objective with its weights costs, against the learner's step it belongs to.
 
-16,384 response tokens in 8 trajectories, vocabulary 32,000, a Qwen3 student of width 1,024 and 4 layers with random
-weights, fp32, one micro-batch. The step is forward and backward of `opd`, once. Each objective then runs on log-probs
-made at random in the shapes it needs: its `loss` and the backward pass to them (median). Where a method needs a first
-pass, that is one forward more, reported apart.
+16,384 response tokens in 8 trajectories, vocabulary 32,000, a Qwen3 student of width 1,024 and 4
+layers with random weights, fp32, one micro-batch. The step is forward and backward of `opd`, once.
+Each objective then runs on log-probs made at random in the shapes it needs: its `loss` and the
+backward pass to them (median). Where a method needs a first pass, that is one forward more,
+reported apart.
 
     python benchmarks/objectives.py --out objectives.json [--threads 2] [--repeat 5]
 """
@@ -31,9 +32,13 @@ from async_opd.run import environment
 from async_opd.wire import Needs
 
 TOKENS, TRAJECTORIES, WIDTH, LAYERS, VOCABULARY, K = 16_384, 8, 1024, 4, 32_000, 16
-OBJECTIVES = [cls(**({"k": K} if tag == "topk_kl" else {})) for tag, cls in all_objectives().items()]
+OBJECTIVES = [
+    cls(**({"k": K} if tag == "topk_kl" else {})) for tag, cls in all_objectives().items()
+]
 OBJECTIVES.append(
-    all_objectives()["opd"](drift_gate=DriftGate(), position=Position(share=0.5), random=RandomShare(share=0.5))
+    all_objectives()["opd"](
+        drift_gate=DriftGate(), position=Position(share=0.5), random=RandomShare(share=0.5)
+    )
 )
 
 
@@ -41,7 +46,11 @@ def micro_batch(needs: Needs) -> MicroBatch:
     """Random ids and scores of every kind that `needs` names."""
     length = TOKENS // TRAJECTORIES
     candidates = needs.teacher_topk or needs.teacher_at_student_ids
-    logp_NK = torch.randn(TOKENS, VOCABULARY // 100).log_softmax(1)[:, :candidates] if candidates else None
+    logp_NK = (
+        torch.randn(TOKENS, VOCABULARY // 100).log_softmax(1)[:, :candidates]
+        if candidates
+        else None
+    )
     return MicroBatch(
         ids_L=torch.randint(VOCABULARY, (TOKENS + 1,))[:-1],
         segment_lengths=[length] * TRAJECTORIES,
@@ -70,7 +79,9 @@ def step_seconds(student: Student) -> dict[str, float]:
     """One forward and backward of `opd`, and one forward alone."""
     opd, micro = all_objectives()["opd"](), micro_batch(Needs())
     started = time.perf_counter()
-    accumulate(student, lambda loss: loss.backward(), lambda tensor, op: None, opd, [micro], Moment())
+    accumulate(
+        student, lambda loss: loss.backward(), lambda tensor, op: None, opd, [micro], Moment()
+    )
     whole = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
@@ -82,7 +93,9 @@ def objective_seconds(objective: Objective) -> float:
     """`loss`, and backward to the log-probs it is a function of."""
     micro, needs = micro_batch(objective.needs()), objective.needs()
     logp_N = (-torch.rand(TOKENS) * 3).requires_grad_()
-    candidates_NK = None if micro.candidate_ids_NK is None else micro.teacher_logp_NK.clone().requires_grad_()
+    candidates_NK = (
+        None if micro.candidate_ids_NK is None else micro.teacher_logp_NK.clone().requires_grad_()
+    )
     entropy_N = torch.rand(TOKENS) * 3 if needs.student_entropy else None
     hidden_ND = torch.randn(TOKENS, WIDTH) if needs.hidden_state else None
     tail_N = (-1 - torch.rand(TOKENS)).requires_grad_() if needs.tail else None
@@ -95,14 +108,21 @@ def objective_seconds(objective: Objective) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=5, help="repetitions of each objective")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, intermediate_size=3 * WIDTH)
+    shape = dict(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        intermediate_size=3 * WIDTH,
+    )
     heads = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=64)
     lm = Qwen3ForCausalLM(Qwen3Config(**shape, **heads, attn_implementation=causal_lm.ATTENTION))
     found = step_seconds(Student(lm, temperature=1.0, chunk_rows=1024))
@@ -111,11 +131,27 @@ def main() -> None:
     print(f"step {found['step_s']:.1f} s, of a first pass {found['forward_s']:.1f} s")
     for objective in OBJECTIVES:
         seconds = [objective_seconds(objective) for _ in range(args.repeat)]
-        name = type(objective).__struct_config__.tag + (" + weights" if objective.drift_gate else "")
+        name = type(objective).__struct_config__.tag + (
+            " + weights" if objective.drift_gate else ""
+        )
         share = statistics.median(seconds) / found["step_s"]
-        rows.append({"objective": name, "seconds": seconds, "share": share, "first_pass": objective.needs().first_pass})
-        print(f"{name:16}{share:8.2%}{'   and a first pass' if objective.needs().first_pass else ''}", flush=True)
-    machine = {"hardware": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
+        rows.append(
+            {
+                "objective": name,
+                "seconds": seconds,
+                "share": share,
+                "first_pass": objective.needs().first_pass,
+            }
+        )
+        print(
+            f"{name:16}{share:8.2%}{'   and a first pass' if objective.needs().first_pass else ''}",
+            flush=True,
+        )
+    machine = {
+        "hardware": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+    }
     args.out.write_text(json.dumps(found | {"rows": rows} | machine | environment(), indent=2))
 
 

@@ -1,13 +1,15 @@
-"""What the driver costs: the real loop, slots, queue and publication over roles that take set times.
+"""What the driver costs: the real loop, slots, queue and publication over roles that take set
+times.
 
-Steps of 16 trajectories. The longest role needs 0.25 s a step, the others the share of it that the regime says; 128
-tokens a response, all alike or lognormal (sigma 1, at most 16 times the mean). One generator serves 16 requests at
-once, a token of each every so often, and stands still during an update. The teacher takes what is queued, at most 8
-groups at once, and needs a quarter of 0.25 s a step. An update takes 5 ms of generator and learner, a probe of 8 tokens
-at every tenth. Time is wall time, the driver's CPU included.
+Steps of 16 trajectories. The longest role needs 0.25 s a step, the others the share of it that the
+regime says; 128 tokens a response, all alike or lognormal (sigma 1, at most 16 times the mean). One
+generator serves 16 requests at once, a token of each every so often, and stands still during an
+update. The teacher takes what is queued, at most 8 groups at once, and needs a quarter of 0.25 s a
+step. An update takes 5 ms of generator and learner, a probe of 8 tokens at every tenth. Time is
+wall time, the driver's CPU included.
 
-`of_longest` leaves out the first 5 steps, in which the pipeline fills, and the last 5, in which it runs empty;
-`measure` says what it is.
+`of_longest` leaves out the first 5 steps, in which the pipeline fills, and the last 5, in which it
+runs empty; `measure` says what it is.
 
     python benchmarks/paced.py --out FILE [--repeat 3]
 """
@@ -27,7 +29,8 @@ from async_opd.run import environment
 from tests.simulated.roles import Pace
 from tests.simulated.runs import REGIMES, measure
 
-COLUMNS = (  # title, key, format; medians over the repetitions, except for the two counts: the largest
+# title, key, format; medians over the repetitions, except for the two counts: the largest
+COLUMNS = (
     ("traj/s", "trajectories_per_s", ".1f"),
     ("of longest", "of_longest", ".3f"),
     ("gen busy", "generators_busy", ".1%"),
@@ -41,9 +44,13 @@ COLUMNS = (  # title, key, format; medians over the repetitions, except for the 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
-    parser.add_argument("--repeat", type=int, default=1, help="repetitions of each setting, in turn")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="repetitions of each setting, in turn"
+    )
     args = parser.parse_args()
 
     settings = [
@@ -52,12 +59,17 @@ def main() -> None:
         for heavy in (False, True)
         for bound in ((4, 0) if regime == "balanced" else (4,))
     ]
-    rows = [{"regime": regime, "bound": bound, "pace": asdict(pace), "raw": []} for regime, bound, pace in settings]
+    rows = [
+        {"regime": regime, "bound": bound, "pace": asdict(pace), "raw": []}
+        for regime, bound, pace in settings
+    ]
     for repetition in range(args.repeat):
         for row, (_, bound, pace) in zip(rows, settings, strict=True):
             row["raw"].append(asyncio.run(measure(pace, bound=bound, seed=repetition)))
     print(
-        f"{'regime':<17}{'lengths':<11}{'bound':>5}" + "".join(f"{title:>12}" for title, *_ in COLUMNS) + "  limited by"
+        f"{'regime':<17}{'lengths':<11}{'bound':>5}"
+        + "".join(f"{title:>12}" for title, *_ in COLUMNS)
+        + "  limited by"
     )
     for row in rows:
         for _, key, spec in COLUMNS:
@@ -67,11 +79,28 @@ def main() -> None:
         cells = "".join(f"{row[key]:>12{spec}}" for _, key, spec in COLUMNS)
         print(f"{row['regime']:<17}{lengths:<11}{row['bound']:>5}{cells}  {row['limited_by']}")
     balanced = [row for row in rows if row["regime"] == "balanced"]
-    speeds = {(row["pace"]["heavy_tail"], row["bound"]): row["trajectories_per_s"] for row in balanced}
-    over = {"fixed": speeds[False, 4] / speeds[False, 0], "heavy_tail": speeds[True, 4] / speeds[True, 0]}
-    print(f"asynchronous over synchronous, balanced: {over['fixed']:.2f} fixed, {over['heavy_tail']:.2f} heavy tail")
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
-    found = {"async_over_sync": over, "rows": rows, "hardware": hardware, "python": platform.python_version()}
+    speeds = {
+        (row["pace"]["heavy_tail"], row["bound"]): row["trajectories_per_s"] for row in balanced
+    }
+    over = {
+        "fixed": speeds[False, 4] / speeds[False, 0],
+        "heavy_tail": speeds[True, 4] / speeds[True, 0],
+    }
+    print(
+        f"asynchronous over synchronous, balanced: {over['fixed']:.2f} fixed,"
+        f" {over['heavy_tail']:.2f} heavy tail"
+    )
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
+    found = {
+        "async_over_sync": over,
+        "rows": rows,
+        "hardware": hardware,
+        "python": platform.python_version(),
+    }
     args.out.write_text(json.dumps(found | environment(), indent=2))
 
 

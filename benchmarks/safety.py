@@ -1,8 +1,9 @@
 """What ledger, parity probes and supervision cost a run in which nothing goes wrong.
 
-The balanced regime of `paced.py`, fixed lengths, bound 4, in wall time: the real driver over roles that take set times,
-with a ledger on disk, a probe each 10 steps, and a look at each member twice a second; and in turns without any of
-them. The roles are stubs: what a probe costs an engine is in the set times, what a look costs one is not.
+The balanced regime of `paced.py`, fixed lengths, bound 4, in wall time: the real driver over roles
+that take set times, with a ledger on disk, a probe each 10 steps, and a look at each member twice a
+second; and in turns without any of them. The roles are stubs: what a probe costs an engine is in
+the set times, what a look costs one is not.
 
     python benchmarks/safety.py --out safety.json [--repeat 5]
 """
@@ -44,25 +45,39 @@ def run(*, safe: bool) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
     parser.add_argument("--repeat", type=int, default=5, help="pairs of runs")
     args = parser.parse_args()
     run(safe=True)  # imports and first calls
     raw = [{safe: run(safe=safe) for safe in (True, False)} for _ in range(args.repeat)]
     speed = {safe: [pair[safe]["trajectories_per_s"] for pair in raw] for safe in (True, False)}
-    cpu = {safe: statistics.median(pair[safe]["cpu_ms_per_trajectory"] for pair in raw) for safe in (True, False)}
+    cpu = {
+        safe: statistics.median(pair[safe]["cpu_ms_per_trajectory"] for pair in raw)
+        for safe in (True, False)
+    }
     ratio = statistics.median(on / off for on, off in zip(speed[True], speed[False], strict=True))
     for safe, name in ((True, "on"), (False, "off")):
-        print(f"{name:>4} {statistics.median(speed[safe]):8.2f} trajectories/s {cpu[safe]:8.3f} ms CPU each")
+        print(
+            f"{name:>4} {statistics.median(speed[safe]):8.2f} trajectories/s {cpu[safe]:8.3f} ms"
+            " CPU each"
+        )
     print(f"on / off: {ratio:.4f}")
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
     result = {
         "ratio": ratio,
         "speed": {str(k): v for k, v in speed.items()},
         "cpu_ms": {str(k): v for k, v in cpu.items()},
     }
-    args.out.write_text(json.dumps(result | {"seed": 0, "hardware": hardware} | environment(), indent=2))
+    args.out.write_text(
+        json.dumps(result | {"seed": 0, "hardware": hardware} | environment(), indent=2)
+    )
 
 
 if __name__ == "__main__":

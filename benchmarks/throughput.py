@@ -1,13 +1,16 @@
-"""Trained tokens per second of the whole real stack on one fixed work, asynchronous and synchronous in one run.
+"""Trained tokens per second of the whole real stack on one fixed work, asynchronous and synchronous
+in one run.
 
-The work: prompts "a+b=" of two digits, vocabulary 128, Qwen3 student of 4 layers, width 128 (0.8 M, tied), teacher of
-6 layers and width 256 (4.7 M), random initial weights, fp32, 16 trajectories a step of exactly 64 new tokens,
-temperature 1, top-k 8 forward KL, lr 1e-3, 40 steps. Rates are wall time after the first 5 steps.
+The work: prompts "a+b=" of two digits, vocabulary 128, Qwen3 student of 4 layers, width 128 (0.8 M,
+tied), teacher of 6 layers and width 256 (4.7 M), random initial weights, fp32, 16 trajectories a
+step of exactly 64 new tokens, temperature 1, top-k 8 forward KL, lr 1e-3, 40 steps. Rates are wall
+time after the first 5 steps.
 
     python benchmarks/throughput.py --out throughput.json [--repeat 3]
 
-The roles alone are held against the bare engines of `bare.py` on the same requests and batches, as tokens per
-CPU-second of each role's processes. In the running loop they also update weights, and share caches with each other.
+The roles alone are held against the bare engines of `bare.py` on the same requests and batches, as
+tokens per CPU-second of each role's processes. In the running loop they also update weights, and
+share caches with each other.
 """
 
 import argparse
@@ -39,8 +42,12 @@ from async_opd.run import environment
 from async_opd.train import train
 
 RESULTS = (
-    "trained_tokens_per_s", "scored_dropped", "discarded_share", "max_lag", "driver_cpu_ms_per_trajectory"
-)  # fmt: skip
+    "trained_tokens_per_s",
+    "scored_dropped",
+    "discarded_share",
+    "max_lag",
+    "driver_cpu_ms_per_trajectory",
+)
 WORK = """
 [run]
 dir = "{folder}/run"
@@ -65,19 +72,30 @@ divergence = "forward"
 
 
 def make_work(folder: Path) -> Path:
-    """Models, tokenizer and prompts; returns the config's path. No end token: every response has full length."""
+    """Models, tokenizer and prompts; returns the config's path. No end token: every response has
+    full length."""
     torch.manual_seed(0)
     vocabulary = [*"0123456789+=", *(f"<{i}>" for i in range(116))]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<0>"))
+    core = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<0>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
     for name, layers, width in (("student", 4, 128), ("teacher", 6, 256)):
         config = Qwen3Config(
-            vocab_size=128, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=width // 32, num_key_value_heads=width // 64, head_dim=32,
-            max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
+            vocab_size=128,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 64,
+            head_dim=32,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            eos_token_id=None,
+            bos_token_id=None,
             dtype="float32",
-        )  # fmt: skip
+        )
         Qwen3ForCausalLM(config).save_pretrained(folder / name)
         PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder / name)
     pairs = ((a, b) for a in range(10, 100) for b in range(10, 100))
@@ -109,9 +127,15 @@ async def run(config: Config, folder: Path) -> dict:
         with tempfile.TemporaryDirectory() as run_dir:
             summary = await train(config, roles, prompts, [], Path(run_dir), Meter([mark]))
     (began, cpu_before), (ended, cpu_after) = marks[WARM_UP], marks[STEPS]
-    wall, cpu = ended - began, {process: cpu_after[process] - cpu_before[process] for process in cpu_after}
+    wall, cpu = (
+        ended - began,
+        {process: cpu_after[process] - cpu_before[process] for process in cpu_after},
+    )
     trained = sum(row["tokens"] for row in rows[WARM_UP:])
-    generated = sum(row["tokens"] + row["tokens_excluded"] for row in rows) + summary["scored_dropped"] * TOKENS
+    generated = (
+        sum(row["tokens"] + row["tokens_excluded"] for row in rows)
+        + summary["scored_dropped"] * TOKENS
+    )
     return {
         "bound": config.run.max_lag_steps,
         "trained_tokens_per_s": trained / wall,
@@ -120,12 +144,15 @@ async def run(config: Config, folder: Path) -> dict:
         "max_lag": summary["max_lag_seen"],
         "driver_cpu_ms_per_trajectory": 1000 * cpu["driver"] / ((STEPS - WARM_UP) * PER_STEP),
         "wall_s": wall,
-        "core_seconds": {process: round(seconds, 2) for process, seconds in cpu.items() if seconds >= 0.05},
+        "core_seconds": {
+            process: round(seconds, 2) for process, seconds in cpu.items() if seconds >= 0.05
+        },
     }
 
 
 async def alone(config: Config) -> dict:
-    """Tokens per CPU-second of the generator and of the learner, each with nothing else to share the machine with."""
+    """Tokens per CPU-second of the generator and of the learner, each with nothing else to share
+    the machine with."""
     prompts, tokenizer = _prompts(config)
     source = iter(prompts)
     with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
@@ -135,11 +162,17 @@ async def alone(config: Config) -> dict:
         requests = (STEPS - WARM_UP) * PER_STEP
         groups = await _generate(roles, source, requests)
         between = cpu_seconds()
-        scored = await asyncio.gather(*(roles.teachers[""][0].score(group) for _, _, group in groups[:PER_STEP]))
-        verdicts = await asyncio.gather(*(roles.verifier.check(group) for _, _, group in groups[:PER_STEP]))
+        scored = await asyncio.gather(
+            *(roles.teachers[""][0].score(group) for _, _, group in groups[:PER_STEP])
+        )
+        verdicts = await asyncio.gather(
+            *(roles.verifier.check(group) for _, _, group in groups[:PER_STEP])
+        )
         batch = [
             Ready(at, prompt, meta, group, scores, verdict, (0,))
-            for at, ((prompt, meta, group), scores, verdict) in enumerate(zip(groups, scored, verdicts, strict=False))
+            for at, ((prompt, meta, group), scores, verdict) in enumerate(
+                zip(groups, scored, verdicts, strict=False)
+            )
         ]
         for step in range(STEPS):
             if step == WARM_UP:
@@ -172,30 +205,51 @@ def _prompts(config: Config) -> tuple[PromptSource, PreTrainedTokenizerFast]:
 def bare(engine: str, folder: Path) -> float:
     """Tokens per CPU-second of a bare engine in a process of its own."""
     command = [sys.executable, Path(__file__).with_name("bare.py"), engine, folder]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def limits(result: dict) -> str:
-    """What a run spent its time on: the share of the cores that were busy, and who used most of them."""
+    """What a run spent its time on: the share of the cores that were busy, and who used most of
+    them."""
     cpu = Counter(result["core_seconds"])
     share = cpu.total() / (result["wall_s"] * os.cpu_count())
-    most = ", ".join(f"{process} {seconds / cpu.total():.0%}" for process, seconds in cpu.most_common(3))
-    return f"{'CPU' if share > 0.8 else 'waiting'}: {share:.0%} of {os.cpu_count()} cores busy; {most}"
+    most = ", ".join(
+        f"{process} {seconds / cpu.total():.0%}" for process, seconds in cpu.most_common(3)
+    )
+    return (
+        f"{'CPU' if share > 0.8 else 'waiting'}: {share:.0%} of {os.cpu_count()} cores busy; {most}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="result JSON")
-    parser.add_argument("--repeat", type=int, default=1, help="repetitions of each measurement, in turn")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="repetitions of each measurement, in turn"
+    )
     args = parser.parse_args()
     raw: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = make_work(folder)
         for _ in range(args.repeat):
-            pair = [asyncio.run(run(load(work, [f"run.max_lag_steps={bound}"]), folder)) for bound in (4, 0)]
-            roles = asyncio.run(alone(load(work, [f"run.max_lag_steps={STEPS}"])))  # it trains on one batch again
-            raw.append({"runs": pair, "roles": roles, "bare": {e: bare(e, folder) for e in ("vllm", "deepspeed")}})
+            pair = [
+                asyncio.run(run(load(work, [f"run.max_lag_steps={bound}"]), folder))
+                for bound in (4, 0)
+            ]
+            # it trains on one batch again
+            roles = asyncio.run(alone(load(work, [f"run.max_lag_steps={STEPS}"])))
+            raw.append(
+                {
+                    "runs": pair,
+                    "roles": roles,
+                    "bare": {e: bare(e, folder) for e in ("vllm", "deepspeed")},
+                }
+            )
 
     def median(pick) -> float:
         return statistics.median(pick(repetition) for repetition in raw)
@@ -204,18 +258,32 @@ def main() -> None:
     result["async_over_sync"] = median(
         lambda r: r["runs"][0]["trained_tokens_per_s"] / r["runs"][1]["trained_tokens_per_s"]
     )
-    result["generation_vs_bare_vllm"] = median(lambda r: r["roles"]["generation"] / r["bare"]["vllm"])
-    result["learner_vs_bare_deepspeed"] = median(lambda r: r["roles"]["learner"] / r["bare"]["deepspeed"])
-    print(f"{'bound':>6} {'trained tok/s':>14} {'largest lag':>12} {'dropped':>8} {'driver ms':>10}  limited by")
+    result["generation_vs_bare_vllm"] = median(
+        lambda r: r["roles"]["generation"] / r["bare"]["vllm"]
+    )
+    result["learner_vs_bare_deepspeed"] = median(
+        lambda r: r["roles"]["learner"] / r["bare"]["deepspeed"]
+    )
+    print(
+        f"{'bound':>6} {'trained tok/s':>14} {'largest lag':>12} {'dropped':>8} {'driver ms':>10} "
+        " limited by"
+    )
     for one in (one for repetition in raw for one in repetition["runs"]):
         print(
-            f"{one['bound']:>6} {one['trained_tokens_per_s']:>14.0f} {one['max_lag']:>12} {one['scored_dropped']:>8} "
-            f"{one['driver_cpu_ms_per_trajectory']:>10.2f}  {limits(one)}"
+            f"{one['bound']:>6} {one['trained_tokens_per_s']:>14.0f} {one['max_lag']:>12}"
+            f" {one['scored_dropped']:>8} {one['driver_cpu_ms_per_trajectory']:>10.2f} "
+            f" {limits(one)}"
         )
     for key in ("async_over_sync", "generation_vs_bare_vllm", "learner_vs_bare_deepspeed"):
         print(f"{key}: {result[key]:.2f}")
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "processor": platform.processor()}
-    args.out.write_text(json.dumps(result | {"seed": 0, "hardware": hardware, "raw": raw} | environment(), indent=2))
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor(),
+    }
+    args.out.write_text(
+        json.dumps(result | {"seed": 0, "hardware": hardware, "raw": raw} | environment(), indent=2)
+    )
 
 
 if __name__ == "__main__":

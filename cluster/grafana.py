@@ -36,7 +36,14 @@ def dashboard() -> dict:
     """What Grafana imports; the user picks the Prometheus it reads, and the runs."""
     runs = f"label_values(ray_{PREFIX}step, run)"
     source = {"name": "source", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
-    run = {"name": "run", "label": "Run", "type": "query", "query": runs, "definition": runs, "datasource": SOURCE}
+    run = {
+        "name": "run",
+        "label": "Run",
+        "type": "query",
+        "query": runs,
+        "definition": runs,
+        "datasource": SOURCE,
+    }
     return {
         "uid": "async-opd",
         "title": "async-opd",
@@ -55,18 +62,26 @@ SOURCE = {"type": "prometheus", "uid": "${source}"}
 def _panel(at: int, title: str, keys: tuple[str, ...]) -> dict:
     row, column = divmod(at, COLUMNS)
     shares = len(keys) == len(STATES)
-    custom = {"fillOpacity": 60 if shares else 5, "stacking": {"mode": "normal" if shares else "none"}}
+    custom = {
+        "fillOpacity": 60 if shares else 5,
+        "stacking": {"mode": "normal" if shares else "none"},
+    }
     unit = UNITS.get(_metric(keys[0]).unit, "short")
     bounds = {"min": 0, "max": 1} if shares else {}
     return {
         "id": at + 1,
         "title": title,
-        "description": "\n".join(f"{key}: {_metric(key).meaning} ({_metric(key).unit or 'number'})" for key in keys),
+        "description": "\n".join(
+            f"{key}: {_metric(key).meaning} ({_metric(key).unit or 'number'})" for key in keys
+        ),
         "type": "timeseries",
         "datasource": SOURCE,
         "gridPos": {"x": column * WIDTH, "y": row * HEIGHT, "w": WIDTH, "h": HEIGHT},
         "fieldConfig": {"defaults": {"unit": unit, "custom": custom, **bounds}, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi"},
+        },
         "targets": [_target(f"{chr(ord('A') + i)}", key) for i, key in enumerate(keys)],
     }
 
@@ -77,7 +92,9 @@ def _target(ref: str, key: str) -> dict:
         name = f"ray_{PREFIX}{metric_names.pattern(key)}"
         found = f'{{__name__=~"{name}", run=~"$run"}}'
         return _read(
-            ref, f'label_replace({found}, "n", "$1", "__name__", "{name}")', f"{{{{run}}}} {key[:-1]}{{{{n}}}}"
+            ref,
+            f'label_replace({found}, "n", "$1", "__name__", "{name}")',
+            f"{{{{run}}}} {key[:-1]}{{{{n}}}}",
         )
     return _read(ref, f'ray_{PREFIX}{key}{{run=~"$run"}}', f"{{{{run}}}} {key}")
 

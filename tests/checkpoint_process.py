@@ -1,8 +1,10 @@
-"""Does to checkpoints what the tests' own process must be spared. Not a test: `test_checkpoints.py` starts it.
+"""Does to checkpoints what the tests' own process must be spared. Not a test: `test_checkpoints.py`
+starts it.
 
-`kill TEMPLATE OUT what`: does `what` to copies of the run TEMPLATE, OUT/1, OUT/2, ..., each in a process that kills
-itself before its 1st, 2nd, ... change of the file system, until one comes to its end.
-`fill RUN`: saves step 2 on a disk with no room left, then again with room; prints the error of the first.
+`kill TEMPLATE OUT what`: does `what` to copies of the run TEMPLATE, OUT/1, OUT/2, ..., each in a
+process that kills itself before its 1st, 2nd, ... change of the file system, until one comes to its
+end. `fill RUN`: saves step 2 on a disk with no room left, then again with room; prints the error of
+the first.
 """
 
 import os
@@ -15,16 +17,25 @@ from pathlib import Path
 from async_opd.checkpoints import Checkpoints, RunState
 from async_opd.errors import CheckpointError
 
-CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"}  # audited just before they happen
+# audited just before they happen
+CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"}
 
 
-def save(run: Path, step: int, tag: str = "new", *, keep: int = 1, score: float | None = None) -> None:
+def save(
+    run: Path, step: int, tag: str = "new", *, keep: int = 1, score: float | None = None
+) -> None:
     checkpoints = Checkpoints(run, keep)
     folder = checkpoints.begin(step)
     for name in ("model/weights", "learner/deep/shard"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(f"{name} of {step} {tag}")
-    state = RunState(version=step, position={"epoch": step}, outstanding=["a@0"], score=score, counters={"tag": tag})
+    state = RunState(
+        version=step,
+        position={"epoch": step},
+        outstanding=["a@0"],
+        score=score,
+        counters={"tag": tag},
+    )
     checkpoints.commit(step, state)
 
 
@@ -37,7 +48,8 @@ WHAT = dict(
 
 
 def kill(template: str, out: str, what: str) -> None:
-    os.fsync = lambda descriptor: None  # takes most of the time, and a kill, unlike a power cut, loses nothing written
+    # takes most of the time, and a kill, unlike a power cut, loses nothing written
+    os.fsync = lambda descriptor: None
     for last in count(1):
         run = Path(out, str(last))
         shutil.copytree(template, run, symlinks=True)

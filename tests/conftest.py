@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; child processes inherit it
+# read when torch is first imported; child processes inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TINY = dict(
@@ -24,8 +25,8 @@ TINY = dict(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Nothing that is imported is garbage: no collection looks through it, neither meanwhile nor during the tests, a
-    sixth of whose time that would take."""
+    """Nothing that is imported is garbage: no collection looks through it, neither meanwhile nor
+    during the tests, a sixth of whose time that would take."""
     gc.disable()
     try:
         return (yield)
@@ -37,9 +38,10 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cluster() -> Iterator[None]:
-    """No test finds a cluster that runs on this machine, of a user or of another process of tests: Ray leaves where one
-    is in its folder for temporary files."""
-    short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)  # for names of sockets
+    """No test finds a cluster that runs on this machine, of a user or of another process of tests:
+    Ray leaves where one is in its folder for temporary files."""
+    # for names of sockets
+    short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
     with short as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -59,7 +61,8 @@ def unheard(caplog) -> Callable[[], list[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_lm() -> Callable:
-    """Makes a random causal LM of a transformers family, the same for the same seed and settings."""
+    """Makes a random causal LM of a transformers family, the same for the same seed and
+    settings."""
     import torch
     import transformers
 

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """While it is entered, `most` is the largest number of bytes that tensors made under it have held at once."""
+    """While it is entered, `most` is the largest number of bytes that tensors made under it have
+    held at once."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +24,9 @@ class TensorMemory(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for made in _storages(result):
             self._bytes.setdefault(StorageWeakRef(made), made.nbytes())
-        self._bytes = {storage: size for storage, size in self._bytes.items() if not storage.expired()}
+        self._bytes = {
+            storage: size for storage, size in self._bytes.items() if not storage.expired()
+        }
         self.most = max(self.most, sum(self._bytes.values()))
         return result
 

@@ -16,19 +16,37 @@ from async_opd.wire import Needs
 
 VLLM, TWO = "teacher.backend=vllm", "tensor_parallel_size=2"
 REFUSED = {
-    "given ids": ([VLLM], Needs(teacher_at_student_ids=4), "teacher.backend = 'vllm': must be .* given ids scored"),
-    "split teacher": ([VLLM, f"teacher.{TWO}"], Needs(), "teacher.tensor_parallel_size = 2: must be 1 .* without GPUs"),
+    "given ids": (
+        [VLLM],
+        Needs(teacher_at_student_ids=4),
+        "teacher.backend = 'vllm': must be .* given ids scored",
+    ),
+    "split teacher": (
+        [VLLM, f"teacher.{TWO}"],
+        Needs(),
+        "teacher.tensor_parallel_size = 2: must be 1 .* without GPUs",
+    ),
     "one card": (
-        ["run.share_gpu=true", "rollout.gpu_memory_utilization=0.4", "teacher.gpu_memory_utilization=0.3"],
+        [
+            "run.share_gpu=true",
+            "rollout.gpu_memory_utilization=0.4",
+            "teacher.gpu_memory_utilization=0.3",
+        ],
         Needs(),
         "run.share_gpu = true: must be false on a cluster without GPUs",
     ),
-    "split generator": ([f"rollout.{TWO}"], Needs(), "rollout.tensor_parallel_size = 2: must be 1 .* without GPUs"),
+    "split generator": (
+        [f"rollout.{TWO}"],
+        Needs(),
+        "rollout.tensor_parallel_size = 2: must be 1 .* without GPUs",
+    ),
 }
 
 
 @pytest.mark.parametrize(("overrides", "needs", "message"), REFUSED.values(), ids=REFUSED)
-async def test_what_needs_gpus_is_refused_before_any_actor_starts(overrides, needs, message, monkeypatch):
+async def test_what_needs_gpus_is_refused_before_any_actor_starts(
+    overrides, needs, message, monkeypatch
+):
     monkeypatch.setattr(TopkKl, "needs", lambda self: needs)
     cluster = Cluster(load(DEMO, overrides), eos_ids=[1], tokenizer=Tokenizer(WordLevel()))
     cluster._gpus = 0  # as Ray says of a cluster without
@@ -51,7 +69,9 @@ class Ray:
         signal.signal(signal.SIGTERM, lambda *_: None)
         logging.getLogger("ray").setLevel(logging_level)
         if self.refuses:
-            raise AuthenticationError("Token authentication is enabled but no authentication token was found")
+            raise AuthenticationError(
+                "Token authentication is enabled but no authentication token was found"
+            )
         self.said.append("connected")
         self.connected = True
 
@@ -130,5 +150,7 @@ def test_every_actor_is_killed_whatever_becomes_of_the_others(connection):
 def test_a_cluster_that_refuses_the_token_is_a_mistake_in_words(connection, monkeypatch):
     connection.refuses = True
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(ConfigError, match=r"^RAY_ADDRESS = '10\.0\.0\.1:6379': .*no authentication token was found"):
+    with pytest.raises(
+        ConfigError, match=r"^RAY_ADDRESS = '10\.0\.0\.1:6379': .*no authentication token was found"
+    ):
         start_ray()

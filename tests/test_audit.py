@@ -19,7 +19,11 @@ PER_STEP, SLOTS = 2, 6
 
 def make(run_dir: Path, steps: int = 5) -> Path:
     run_dir.mkdir()
-    overrides = ["learner.trajectories_per_step=4", "rollout.samples_per_prompt=2", "learner.warmup_steps=0"]
+    overrides = [
+        "learner.trajectories_per_step=4",
+        "rollout.samples_per_prompt=2",
+        "learner.warmup_steps=0",
+    ]
     config = load("configs/demo.toml", [*overrides, f"run.steps={steps}"])
     (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
     return run_dir
@@ -37,14 +41,31 @@ def out(ids: str) -> list[list]:
 
 
 WHOLE = [  # 3 steps of 2; f replaces d
-    *out("abcd"), ["reissued", "a", 1, "stale"], ["returned", "b", "generator 1 died"], ["trained", 1, ["a", "b"]],
-    *out("ef"), ["dropped", "d", "stale"], ["trained", 2, ["c", "e"]], *out("g"), ["trained", 3, ["f", "g"]],
+    *out("abcd"),
+    ["reissued", "a", 1, "stale"],
+    ["returned", "b", "generator 1 died"],
+    ["trained", 1, ["a", "b"]],
+    *out("ef"),
+    ["dropped", "d", "stale"],
+    ["trained", 2, ["c", "e"]],
+    *out("g"),
+    ["trained", 3, ["f", "g"]],
     ["finished"],
-]  # fmt: skip
+]
 BALANCED = dict(
-    steps=3, steps_asked=3, finished=True, handed_out=7, trained=6, dropped={"stale": 1}, outstanding=[],
-    reissued={"stale": 1}, returned={"generator 1 died": 1}, resumed_at=[], void=0, discrepancies=[],
-)  # fmt: skip
+    steps=3,
+    steps_asked=3,
+    finished=True,
+    handed_out=7,
+    trained=6,
+    dropped={"stale": 1},
+    outstanding=[],
+    reissued={"stale": 1},
+    returned={"generator 1 died": 1},
+    resumed_at=[],
+    void=0,
+    discrepancies=[],
+)
 
 
 @pytest.fixture
@@ -84,7 +105,12 @@ def test_the_books_in_words(tmp_path):
 
 def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
     books = audit(write(make(tmp_path / "run", 3), *WHOLE[:-2]))
-    assert (books.finished, books.steps, books.outstanding, books.discrepancies) == (False, 2, ["f", "g"], [])
+    assert (books.finished, books.steps, books.outstanding, books.discrepancies) == (
+        False,
+        2,
+        ["f", "g"],
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,19 +118,28 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
     [
         pytest.param(
             but(["trained", 2, ["c", "e"]]),
-            ["step 3 follows step 1", "c: lost: handed out, neither trained nor dropped",
-             "e: lost: handed out, neither trained nor dropped"],
+            [
+                "step 3 follows step 1",
+                "c: lost: handed out, neither trained nor dropped",
+                "e: lost: handed out, neither trained nor dropped",
+            ],
             id="a trained line removed",
         ),
         pytest.param(
             but(["trained", 2, ["c", "e"]], ["trained", 2, ["c", "e"]], ["trained", 2, ["c", "e"]]),
-            ["step 2 follows step 2", "c: trained at step 2, but it had ended before",
-             "e: trained at step 2, but it had ended before"],
+            [
+                "step 2 follows step 2",
+                "c: trained at step 2, but it had ended before",
+                "e: trained at step 2, but it had ended before",
+            ],
             id="a trained line doubled",
         ),
         pytest.param(
             but(["trained", 2, ["c", "e"]], ["trained", 2, ["x", "e"]]),
-            ["c: lost: handed out, neither trained nor dropped", "x: trained at step 2, but it was never handed out"],
+            [
+                "c: lost: handed out, neither trained nor dropped",
+                "x: trained at step 2, but it was never handed out",
+            ],
             id="an id trained that was never handed out",
         ),
         pytest.param(
@@ -113,7 +148,9 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
             id="a step twice",
         ),
         pytest.param(
-            but(["dropped", "d", "stale"]), ["d: lost: handed out, neither trained nor dropped"], id="a prompt lost"
+            but(["dropped", "d", "stale"]),
+            ["d: lost: handed out, neither trained nor dropped"],
+            id="a prompt lost",
         ),
         pytest.param(
             but(["trained", 3, ["f", "g"]], ["trained", 3, ["f"]], ["dropped", "g", "stale"]),
@@ -126,7 +163,12 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
             id="trained at two steps",
         ),
         pytest.param(
-            [*but(["out", "g"], *out("ga"))[:-2], ["trained", 3, ["a", "g"]], ["dropped", "f", "stale"], ["finished"]],
+            [
+                *but(["out", "g"], *out("ga"))[:-2],
+                ["trained", 3, ["a", "g"]],
+                ["dropped", "f", "stale"],
+                ["finished"],
+            ],
             ["a: handed out anew after it had ended"],
             id="handed out and trained a second time",
         ),
@@ -135,26 +177,43 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
             ["b: handed out anew after it had ended"],
             id="handed out a second time",
         ),
-        pytest.param(but(["out", "c"], *out("cc")), ["c: handed out while it was outstanding"], id="out while out"),
+        pytest.param(
+            but(["out", "c"], *out("cc")),
+            ["c: handed out while it was outstanding"],
+            id="out while out",
+        ),
         pytest.param(
             but(["reissued", "a", 1, "stale"], ["reissued", "a", 2, "stale"]),
             ["a: attempt 2 follows attempt 0"],
             id="an attempt unaccounted for",
         ),
         pytest.param(
-            but(["returned", "b", "generator 1 died"], ["returned", "e", "left"], ["reissued", "x", 1, "stale"]),
-            ["e: handed back (left), but it was never handed out", "x: re-issued (stale), but it was never handed out"],
+            but(
+                ["returned", "b", "generator 1 died"],
+                ["returned", "e", "left"],
+                ["reissued", "x", 1, "stale"],
+            ),
+            [
+                "e: handed back (left), but it was never handed out",
+                "x: re-issued (stale), but it was never handed out",
+            ],
             id="given back by nobody",
         ),
-        pytest.param([*WHOLE, ["out", "h"]], ["record 15 stands behind the end of the run",
-            "h: lost: handed out, neither trained nor dropped"], id="a record behind the end"),
+        pytest.param(
+            [*WHOLE, ["out", "h"]],
+            [
+                "record 15 stands behind the end of the run",
+                "h: lost: handed out, neither trained nor dropped",
+            ],
+            id="a record behind the end",
+        ),
         pytest.param(
             but(["trained", 1, ["a", "b"]], ["trained", 1, ["a", "b"]], ["checkpoint", 2]),
             ["a checkpoint of step 2 stands behind step 1"],
             id="a checkpoint of another step",
         ),
     ],
-)  # fmt: skip
+)
 def test_each_corruption_is_named(found, lines, says):
     assert sorted(found(lines)) == sorted(says)
 
@@ -169,15 +228,27 @@ def test_missing_doubled_and_reordered_records_are_seen_by_their_numbers(tmp_pat
 
 
 RESUMED = [  # a, b trained and checkpointed; c, d outstanding; step 2 is lost with the kill
-    *out("abc"), ["trained", 1, ["a", "b"]], *out("d"), ["checkpoint", 1], ["reissued", "c", 1, "stale"],
-    ["trained", 2, ["c", "d"]], *out("ef"), ["dropped", "e", "stale"],
-    ["resumed", 1, ["c", "d"]], *out("cdef"), ["trained", 2, ["d", "c"]], ["trained", 3, ["e", "f"]], ["finished"],
-]  # fmt: skip
+    *out("abc"),
+    ["trained", 1, ["a", "b"]],
+    *out("d"),
+    ["checkpoint", 1],
+    ["reissued", "c", 1, "stale"],
+    ["trained", 2, ["c", "d"]],
+    *out("ef"),
+    ["dropped", "e", "stale"],
+    ["resumed", 1, ["c", "d"]],
+    *out("cdef"),
+    ["trained", 2, ["d", "c"]],
+    ["trained", 3, ["e", "f"]],
+    ["finished"],
+]
 
 
 def test_records_behind_a_checkpoint_that_was_resumed_are_void(tmp_path):
     books = audit(write(make(tmp_path / "run", 3), *RESUMED))
-    expected = dict(handed_out=6, trained=6, dropped={}, reissued={}, returned={}, resumed_at=[1], void=5)
+    expected = dict(
+        handed_out=6, trained=6, dropped={}, reissued={}, returned={}, resumed_at=[1], void=5
+    )
     assert books == Books(**BALANCED | expected)
 
 
@@ -188,16 +259,41 @@ def test_what_void_steps_had_trained_is_outstanding_again(tmp_path):
 
 def test_a_run_without_a_checkpoint_resumes_from_its_start(tmp_path):
     once = [*out("ab"), ["trained", 1, ["a", "b"]], ["resumed", 0, []]]
-    books = audit(write(make(tmp_path / "run", 2), *once, *once, *once[:3], *out("cd"), ["trained", 2, ["c", "d"]]))
-    assert (books.steps, books.handed_out, books.void, books.resumed_at, books.discrepancies) == (2, 4, 7, [0, 0], [])
+    books = audit(
+        write(
+            make(tmp_path / "run", 2),
+            *once,
+            *once,
+            *once[:3],
+            *out("cd"),
+            ["trained", 2, ["c", "d"]],
+        )
+    )
+    assert (books.steps, books.handed_out, books.void, books.resumed_at, books.discrepancies) == (
+        2,
+        4,
+        7,
+        [0, 0],
+        [],
+    )
 
 
 def test_a_later_resume_may_go_back_behind_an_earlier_one(tmp_path):
     lines = [
-        *out("ab"), ["trained", 1, ["a", "b"]], ["checkpoint", 1], *out("cd"), ["trained", 2, ["c", "d"]],
-        ["checkpoint", 2], *out("ef"), ["resumed", 2, []], *out("ef"), ["resumed", 1, []], *out("cd"),
-        ["trained", 2, ["c", "d"]], ["finished"],
-    ]  # fmt: skip
+        *out("ab"),
+        ["trained", 1, ["a", "b"]],
+        ["checkpoint", 1],
+        *out("cd"),
+        ["trained", 2, ["c", "d"]],
+        ["checkpoint", 2],
+        *out("ef"),
+        ["resumed", 2, []],
+        *out("ef"),
+        ["resumed", 1, []],
+        *out("cd"),
+        ["trained", 2, ["c", "d"]],
+        ["finished"],
+    ]
     books = audit(write(make(tmp_path / "run", 2), *lines))
     assert (books.void, books.resumed_at, books.trained, books.discrepancies) == (9, [2, 1], 4, [])
 
@@ -205,11 +301,26 @@ def test_a_later_resume_may_go_back_behind_an_earlier_one(tmp_path):
 @pytest.mark.parametrize(
     ("resumed", "says"),
     [
-        ([["resumed", 1, ["c"]], *out("cef")], "d: outstanding, but the resume at step 1 does not know it"),
-        ([["resumed", 1, ["c", "d", "a"]], *out("cda")], "a: not outstanding, but the resume at step 1 says so"),
-        ([["resumed", 1, ["d", "c"]], *out("dc")], "the resume at step 1 has what is outstanding in another order"),
-        ([["resumed", 1, ["c", "d"]], *out("ecd")], "c: outstanding at the resume, but e was handed out before it"),
-        ([["resumed", 1, ["c", "d"]], *out("dc")], "c: outstanding at the resume, but d was handed out before it"),
+        (
+            [["resumed", 1, ["c"]], *out("cef")],
+            "d: outstanding, but the resume at step 1 does not know it",
+        ),
+        (
+            [["resumed", 1, ["c", "d", "a"]], *out("cda")],
+            "a: not outstanding, but the resume at step 1 says so",
+        ),
+        (
+            [["resumed", 1, ["d", "c"]], *out("dc")],
+            "the resume at step 1 has what is outstanding in another order",
+        ),
+        (
+            [["resumed", 1, ["c", "d"]], *out("ecd")],
+            "c: outstanding at the resume, but e was handed out before it",
+        ),
+        (
+            [["resumed", 1, ["c", "d"]], *out("dc")],
+            "c: outstanding at the resume, but d was handed out before it",
+        ),
         (
             [["resumed", 1, ["c", "d"]], *out("c"), ["trained", 2, ["c", "d"]]],
             "d: trained at step 2 before it was handed out again",
@@ -233,10 +344,14 @@ def attested(tmp_path):
 
 
 def rows(run_dir: Path, *steps: int) -> None:
-    (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.5}}\n' for step in steps))
+    (run_dir / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "loss": 1.5}}\n' for step in steps)
+    )
 
 
-def checkpoint(run_dir: Path, step: int, outstanding: list[str], *, of: int | None = None, drawn: int = 0) -> Path:
+def checkpoint(
+    run_dir: Path, step: int, outstanding: list[str], *, of: int | None = None, drawn: int = 0
+) -> Path:
     folder = run_dir / "checkpoints" / f"{step:06}"
     folder.mkdir(parents=True, exist_ok=True)
     state = {
@@ -256,11 +371,16 @@ def test_checkpoints_and_metrics_bear_the_ledger_out(attested):
 
 def test_a_checkpoint_that_disagrees_about_what_is_outstanding_is_named(attested):
     checkpoint(attested, 3, ["f"])
-    assert audit(attested).discrepancies == ["f: not outstanding, but the checkpoint of step 3 says so"]
-    (attested / "checkpoints" / "000003" / "manifest.json").unlink()  # not complete: the one before it counts
+    assert audit(attested).discrepancies == [
+        "f: not outstanding, but the checkpoint of step 3 says so"
+    ]
+    # not complete: the one before it counts
+    (attested / "checkpoints" / "000003" / "manifest.json").unlink()
     assert audit(attested).discrepancies == []
     checkpoint(attested, 1, ["c"])
-    assert audit(attested).discrepancies == ["d: outstanding, but the checkpoint of step 1 does not know it"]
+    assert audit(attested).discrepancies == [
+        "d: outstanding, but the checkpoint of step 1 does not know it"
+    ]
 
 
 def test_a_checkpoint_of_another_step_or_without_a_state_is_named(attested):
@@ -273,7 +393,9 @@ def test_a_checkpoint_of_another_step_or_without_a_state_is_named(attested):
 
 def test_a_checkpoint_that_the_ledger_does_not_know_is_named(attested):
     folder = checkpoint(attested, 4, [])
-    assert audit(attested).discrepancies == [f"{folder}: complete, but the ledger has no checkpoint of step 4"]
+    assert audit(attested).discrepancies == [
+        f"{folder}: complete, but the ledger has no checkpoint of step 4"
+    ]
 
 
 def test_a_checkpoint_behind_the_one_that_was_resumed_is_void(tmp_path):
@@ -289,7 +411,10 @@ def test_a_checkpoint_behind_the_one_that_was_resumed_is_void(tmp_path):
     [
         ((1, 3), ["step 2 was trained, but metrics.jsonl has no row of it"]),
         ((1, 2), ["step 3 was trained, but metrics.jsonl has no row of it"]),
-        ((), [f"step {step} was trained, but metrics.jsonl has no row of it" for step in (1, 2, 3)]),
+        (
+            (),
+            [f"step {step} was trained, but metrics.jsonl has no row of it" for step in (1, 2, 3)],
+        ),
         ((1, 2, 3, 4), ["metrics.jsonl has a row of step 4, the ledger ends with step 3"]),
     ],
 )
@@ -336,9 +461,13 @@ def test_a_config_of_something_else_is_named(tmp_path):
 
 def test_memory_is_bounded_by_what_is_outstanding_and_a_few_bytes_a_prompt(tmp_path):
     steps = 4_000
-    lines = ([*out((f"{step}.0@0", f"{step}.1@0")), ["trained", step, [f"{step}.0@0", f"{step}.1@0"]]]
-             for step in range(1, steps + 1))  # fmt: skip
-    run_dir = write(make(tmp_path / "run", steps), *(line for step in lines for line in step), ["finished"])
+    lines = (
+        [*out((f"{step}.0@0", f"{step}.1@0")), ["trained", step, [f"{step}.0@0", f"{step}.1@0"]]]
+        for step in range(1, steps + 1)
+    )
+    run_dir = write(
+        make(tmp_path / "run", steps), *(line for step in lines for line in step), ["finished"]
+    )
     tracemalloc.start()
     try:
         assert audit(run_dir).discrepancies == []
@@ -353,8 +482,9 @@ class Killed(Exception):
 
 
 async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
-    """One life of a run with random drops, re-issues, hand-backs and checkpoints, which continues an earlier one from
-    the newest checkpoint, or from the one before. It is killed with probability `dies` at every point."""
+    """One life of a run with random drops, re-issues, hand-backs and checkpoints, which continues
+    an earlier one from the newest checkpoint, or from the one before. It is killed with probability
+    `dies` at every point."""
 
     def alive() -> None:
         if random.random() < dies:
@@ -373,11 +503,16 @@ async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
     def happens(id: str) -> None:
         kind = random.choice(["reissued", "returned", "dropped"])
         handed_out[id] += kind == "reissued"
-        getattr(ledger, kind)(id, *([handed_out[id]] if kind == "reissued" else []), random.choice(["stale", "died"]))
+        getattr(ledger, kind)(
+            id, *([handed_out[id]] if kind == "reissued" else []), random.choice(["stale", "died"])
+        )
         if kind == "dropped":
             del handed_out[id]
 
-    path, complete = run_dir / "ledger.jsonl", sorted((run_dir / "checkpoints").glob("*/manifest.json"))
+    path, complete = (
+        run_dir / "ledger.jsonl",
+        sorted((run_dir / "checkpoints").glob("*/manifest.json")),
+    )
     if complete and random.random() < 0.3:
         shutil.rmtree(complete.pop().parent)  # damaged
     resumes, ledger = path.exists(), Ledger(path)
@@ -413,13 +548,15 @@ async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
     except Killed:
         synced = path.stat().st_size
         ledger.close()
-        os.truncate(path, random.randint(synced, path.stat().st_size))  # as much of the next batch as came through
+        # as much of the next batch as came through
+        os.truncate(path, random.randint(synced, path.stat().st_size))
         raise
     ledger.close()
 
 
 def lives(run_dir: Path, seed: int, steps: int = 6) -> int:
-    """A run by its seed from its start to its end through up to 6 kills, audited after each; how many there were."""
+    """A run by its seed from its start to its end through up to 6 kills, audited after each; how
+    many there were."""
     random = Random(seed)
     make(run_dir, steps)
     for kills in range(7):
@@ -443,7 +580,8 @@ def test_the_books_of_any_run_balance_and_do_not_without_any_one_line(tmp_path, 
     kills = lives(run_dir, seed)
     books = audit(run_dir)
     assert (books.discrepancies, books.finished, books.steps, books.trained) == ([], True, 6, 12)
-    assert len(books.resumed_at) <= kills  # a kill before anything was synced may leave nothing to resume
+    # a kill before anything was synced may leave nothing to resume
+    assert len(books.resumed_at) <= kills
     assert books.handed_out == 12 + sum(books.dropped.values())
     ledger = run_dir / "ledger.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
@@ -452,15 +590,22 @@ def test_the_books_of_any_run_balance_and_do_not_without_any_one_line(tmp_path, 
         books = audit(run_dir)
         if at < len(lines) - 1:
             assert books.discrepancies
-        else:  # without its last line, the ledger is that of a run which was killed before it: nothing is lost by that
+        else:
+            # Without its last line the ledger is that of a run which was killed before it: nothing
+            # is lost by that.
             assert (books.discrepancies, books.finished) == ([], False)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_hand_out_or_an_end_that_is_missing_is_seen_though_the_lines_are_numbered_anew(tmp_path, no_fsync, seed):
+def test_a_hand_out_or_an_end_that_is_missing_is_seen_though_the_lines_are_numbered_anew(
+    tmp_path, no_fsync, seed
+):
     run_dir = make(tmp_path / "run", 6)
     asyncio.run(live(run_dir, Random(seed), 6, dies=0))
-    lines = [[kind, *rest] for kind, _, *rest in map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())]
+    lines = [
+        [kind, *rest]
+        for kind, _, *rest in map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
+    ]
     for at, (kind, *_) in enumerate(lines):
         if kind in ("out", "trained", "dropped"):
             write(run_dir, *lines[:at], *lines[at + 1 :])

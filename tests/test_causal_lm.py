@@ -14,7 +14,8 @@ LENGTHS = [9, 1, 4]
 @pytest.fixture
 def load(tiny_lm, tmp_path):
     def load(family="Qwen3", **settings):
-        """The same weights twice: with packed attention, and as transformers runs them by itself."""
+        """The same weights twice: with packed attention, and as transformers runs them by
+        itself."""
         plain = tiny_lm(family, attn_implementation="eager", **settings).eval()
         plain.save_pretrained(tmp_path)
         return causal_lm.load(tmp_path, "float32", CPU), plain
@@ -44,7 +45,8 @@ def test_packed_segments_equal_each_segment_alone(load, ids_L, family, tied):
     ("family", "settings"),
     [
         ("GPT2", {}),  # learned positions, which must start anew in each segment
-        ("Granite", dict(attention_multiplier=0.7, logits_scaling=1.0)),  # scores scaled by its own number
+        # scores scaled by its own number
+        ("Granite", dict(attention_multiplier=0.7, logits_scaling=1.0)),
     ],
 )
 @torch.no_grad()
@@ -75,15 +77,23 @@ def test_flash_attention_is_chosen_on_gpus_that_have_it_for_half_precision(
 
 @torch.no_grad()
 def test_flash_attention_is_given_the_segments_as_they_lie(load, ids_L, monkeypatch):
-    """A stand-in as `flash_attn_varlen_func` documents itself: the real one was never run, for want of a GPU."""
+    """A stand-in as `flash_attn_varlen_func` documents itself: the real one was never run, for want
+    of a GPU."""
     calls = []
 
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal):
-        calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal))
+    def varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal
+    ):
+        calls.append(
+            (cu_seqlens_q.tolist(), cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal)
+        )
         parts = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
         alone = [
             torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in part), is_causal=True, scale=softmax_scale, enable_gqa=True
+                *(x.transpose(0, 1) for x in part),
+                is_causal=True,
+                scale=softmax_scale,
+                enable_gqa=True,
             ).transpose(0, 1)
             for part in parts
         ]
@@ -111,8 +121,12 @@ def test_gradients_of_packed_segments_are_the_sum_of_those_alone(load, ids_L, ch
     if checkpointing:
         packed.train().gradient_checkpointing_enable({"use_reentrant": False})
     packed_logits(packed, ids_L).square().mean().backward()
-    torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)]).square().mean().backward()
-    for (name, got), (_, expected) in zip(packed.named_parameters(), plain.named_parameters(), strict=True):
+    torch.cat(
+        [plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)]
+    ).square().mean().backward()
+    for (name, got), (_, expected) in zip(
+        packed.named_parameters(), plain.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -132,7 +146,8 @@ def test_tokens_of_one_segment_do_not_move_another(load, ids_L):
         ("Mistral", dict(sliding_window=8)),  # its config names no kinds of layers
         ("Gemma2", {}),  # every other layer slides
         ("Gemma2", dict(layer_types=["full_attention"] * 2)),  # soft-caps the attention scores
-        ("Bloom", dict(n_head=4, n_layer=2)),  # biased by distance, and never asks for our attention
+        # biased by distance, and never asks for our attention
+        ("Bloom", dict(n_head=4, n_layer=2)),
         ("Granite", dict(logits_scaling=8.0)),  # the head is not all that makes its logits
         ("Mamba", dict(state_size=4)),
     ],

@@ -35,20 +35,32 @@ def test_a_checkpoint_is_found_with_all_that_was_written_and_the_link_leads_to_i
     (folder / "model").mkdir()
     (folder / "model" / "weights").write_text("w")
     state = RunState(
-        version=100, position={"epoch": 2, "row": 7}, outstanding=["b@1", "a@0"], score=0.5, counters={"n": 1}
+        version=100,
+        position={"epoch": 2, "row": 7},
+        outstanding=["b@1", "a@0"],
+        score=0.5,
+        counters={"n": 1},
     )
     checkpoints.commit(100, state)
-    assert find(tmp_path) == find(tmp_path / "checkpoints" / "000100") == (tmp_path / "checkpoints" / "000100", state)
+    assert (
+        find(tmp_path)
+        == find(tmp_path / "checkpoints" / "000100")
+        == (tmp_path / "checkpoints" / "000100", state)
+    )
     assert os.readlink(tmp_path / "checkpoint") == "checkpoints/000100/model"
     assert (tmp_path / "checkpoint" / "weights").read_text() == "w"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "checkpoints"}
-    manifest = msgspec.json.decode((tmp_path / "checkpoints" / "000100" / "manifest.json").read_bytes())
+    manifest = msgspec.json.decode(
+        (tmp_path / "checkpoints" / "000100" / "manifest.json").read_bytes()
+    )
     w = "50e721e49c013f00c62cf59f2163542a9d8df02464efeb615d31051b0fddc326"  # printf w | sha256sum
     assert [file["name"] for file in manifest] == ["model/weights", "run.json"]
     assert manifest[0] == {"name": "model/weights", "size": 1, "sha256": w}
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_link(tmp_path, monkeypatch):
+def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_link(
+    tmp_path, monkeypatch
+):
     save(tmp_path, 1)
     done, sync, rename = [], os.fsync, os.rename
 
@@ -64,8 +76,18 @@ def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_t
     monkeypatch.setattr(os, "rename", renamed)
     save(tmp_path, 2, keep=2)
     named = done.index("-> checkpoints/000002")
-    inside = ["", "/model", "/model/weights", "/learner", "/learner/deep", "/learner/deep/shard", "/run.json"]
-    assert set(done[:named]) == {f"checkpoints/.000002.partial{name}" for name in [*inside, "/manifest.json"]}
+    inside = [
+        "",
+        "/model",
+        "/model/weights",
+        "/learner",
+        "/learner/deep",
+        "/learner/deep/shard",
+        "/run.json",
+    ]
+    assert set(done[:named]) == {
+        f"checkpoints/.000002.partial{name}" for name in [*inside, "/manifest.json"]
+    }
     assert done[named + 1 :] == ["checkpoints", "-> checkpoint", "."]
 
 
@@ -75,7 +97,8 @@ def test_the_last_few_and_the_best_are_kept_and_the_link_follows(tmp_path):
         save(tmp_path, step, keep=2, score=score)
         assert (tmp_path / "checkpoint" / "weights").read_text() == f"model/weights of {step} new"
         kept.append([int(name) for name in committed(tmp_path)])
-    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [6, 7]]  # of two equals the later is the better
+    # of two equals the later is the better
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [6, 7]]
 
 
 def test_one_whose_score_cannot_be_read_any_more_is_not_the_best(tmp_path):
@@ -116,7 +139,8 @@ def test_begin_clears_what_a_crash_left(tmp_path):
     assert committed(tmp_path) == [".000002.partial", "000001"]
 
 
-# What is there, what is done, and what counts afterwards: the earlier the kill, the further to the left.
+# What is there, what is done, and what counts afterwards: the earlier the kill, the further to the
+# left.
 KILLS = {
     "the first save": ([], "save_1", [None, "1 new"]),
     "a save that prunes": (["1 old"], "save_2", ["1 old", "2 new"]),
@@ -142,7 +166,9 @@ def killed(run: Path, what: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_killed_before_any_change_of_the_disk_the_old_or_the_new_checkpoint_is_whole(tmp_path, name, monkeypatch):
+def test_killed_before_any_change_of_the_disk_the_old_or_the_new_checkpoint_is_whole(
+    tmp_path, name, monkeypatch
+):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     before, what, after = KILLS[name]
     runs, seen = killed(template(tmp_path / "run", before), what), []
@@ -154,7 +180,9 @@ def test_killed_before_any_change_of_the_disk_the_old_or_the_new_checkpoint_is_w
             seen.append(None)
             assert "no complete checkpoint" in str(e)
         if before:  # the link is never broken
-            assert (run / "checkpoint" / "weights").read_text().removeprefix("model/weights of ") in after
+            assert (run / "checkpoint" / "weights").read_text().removeprefix(
+                "model/weights of "
+            ) in after
         save(run, 9)
         assert committed(run) == ["000009"] and found(run) == "9 new"
     assert set(seen) == set(after) and seen == sorted(seen, key=after.index)
@@ -176,7 +204,10 @@ def test_killed_again_while_clearing_up_after_a_kill_a_whole_checkpoint_is_left(
 
 
 DAMAGES = {
-    "flipped bit": (lambda file: flip(file, 0, 1), "is damaged: its sha256 is not that of the manifest"),
+    "flipped bit": (
+        lambda file: flip(file, 0, 1),
+        "is damaged: its sha256 is not that of the manifest",
+    ),
     "lost end": (lambda file: os.truncate(file, 5), "has 5 bytes instead of "),
     "missing file": (lambda file: file.unlink(), "is missing"),
 }
@@ -244,7 +275,9 @@ def test_without_its_manifest_it_is_refused(run):
 def test_one_that_was_never_finished_is_refused_even_if_every_file_is_there(run):
     partial = run / "checkpoints" / ".000100.partial"
     (run / "checkpoints" / "000100").rename(partial)
-    with pytest.raises(CheckpointError, match=r"000100.partial: its writing was never finished; .*/000050'$"):
+    with pytest.raises(
+        CheckpointError, match=r"000100.partial: its writing was never finished; .*/000050'$"
+    ):
         find(partial)
     assert found(run) == "50 new"
 
@@ -278,7 +311,9 @@ def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path):
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*own, f"{mounted} true"], capture_output=True).returncode:
         pytest.skip("no mounts of one's own here")
-    job = subprocess.run([*own, f'{mounted} "$@"', "sh", *PROCESS, "fill", run], capture_output=True, text=True)
+    job = subprocess.run(
+        [*own, f'{mounted} "$@"', "sh", *PROCESS, "fill", run], capture_output=True, text=True
+    )
     assert job.returncode == 0, job.stderr
     named = f"{run}/checkpoints/.000002.partial/run.json"
     assert job.stdout == f"checkpoint of step 2: {named}: No space left on device\n"
@@ -291,7 +326,9 @@ def test_a_file_that_may_not_grow_is_named_and_the_earlier_checkpoint_stays(tmp_
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"step 2: .*/\.000002\.partial/run\.json: File too large"):
+        with pytest.raises(
+            CheckpointError, match=r"step 2: .*/\.000002\.partial/run\.json: File too large"
+        ):
             checkpoints.commit(2, RunState(version=2, position={}, outstanding=["prompt"] * 2000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -299,7 +336,9 @@ def test_a_file_that_may_not_grow_is_named_and_the_earlier_checkpoint_stays(tmp_
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "symlink"])
-def test_a_disk_that_is_full_at_any_later_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call):
+def test_a_disk_that_is_full_at_any_later_moment_leaves_a_whole_checkpoint(
+    tmp_path, monkeypatch, call
+):
     """Each call in turn is the first that finds no room, and all after it find none either."""
     real, left = getattr(os, call), 0
 
@@ -328,5 +367,7 @@ def test_a_disk_that_is_full_at_any_later_moment_leaves_a_whole_checkpoint(tmp_p
         if error is None:
             break
         failures += 1
-        assert error.startswith("checkpoint of step 2: ") and error.endswith("No space left on device")
+        assert error.startswith("checkpoint of step 2: ") and error.endswith(
+            "No space left on device"
+        )
     assert failures >= 2

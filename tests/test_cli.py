@@ -18,9 +18,16 @@ from async_opd.evaluate.result import Figure, Result, Settings
 from async_opd.metrics import ROLES, STATES
 
 SUMMARY = dict(
-    accuracy_before=0.25, accuracy_after=0.5, teacher_accuracy=None, eval_problems=8, steps=3, max_lag_seen=2,
-    trained_tokens_per_s=1234.5, scored_dropped=1, wall_s=9.6,
-) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}  # fmt: skip
+    accuracy_before=0.25,
+    accuracy_after=0.5,
+    teacher_accuracy=None,
+    eval_problems=8,
+    steps=3,
+    max_lag_seen=2,
+    trained_tokens_per_s=1234.5,
+    scored_dropped=1,
+    wall_s=9.6,
+) | {f"{role}_{state}": 0.2 for role in ROLES for state in STATES}
 
 
 @pytest.fixture
@@ -57,26 +64,36 @@ def test_help_lists_every_command(capsys):
 def test_help_of_a_command_explains_every_option_of_its_usage(command, capsys):
     usage, rest = helped(capsys, command)
     assert usage.startswith(f"usage: async-opd {command} ")
-    explained = re.findall(r"^  (?:-\w[ \w.]*, )?(--[a-z-]+)", rest.partition("\noptions:\n")[2], re.MULTILINE)
+    explained = re.findall(
+        r"^  (?:-\w[ \w.]*, )?(--[a-z-]+)", rest.partition("\noptions:\n")[2], re.MULTILINE
+    )
     assert "--help" in explained
     assert set(re.findall(r"--[a-z-]+", usage)) <= set(explained)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_commands(command):
-    text = import_module(f"async_opd.commands.{command}").__doc__.replace("\n        ", " ")  # a line that goes on
+    # a line that goes on
+    text = import_module(f"async_opd.commands.{command}").__doc__.replace("\n        ", " ")
     examples = re.findall(r"^ +async-opd (.*?)(?: {2,}.*)?$", text, re.MULTILINE)
     assert examples and all(parsed(shlex.split(example, comments=True)).run for example in examples)
 
 
 def test_the_module_is_the_command():
-    found = subprocess.run([sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True
+    )
     assert found.stdout.startswith("usage: async-opd ")
 
 
 def test_help_loads_nothing_but_the_command_line():
-    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import async_opd.__main__"
-    found = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import"
+        " async_opd.__main__"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
     loaded = set(found.stdout.split("\n")[-2].split())
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
@@ -137,7 +154,9 @@ sys.exit(cli.main(["audit", "runs/demo"]))
 """
     reader, stdout = os.pipe()
     os.close(reader)
-    found = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(stdout)
     assert (found.returncode, found.stderr) == (141, "")
 
@@ -147,8 +166,14 @@ def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
     assert main(["demo", "run.dir=here"]) == 0
     said = capsys.readouterr().out
     assert "\nlearner               20.0%    20.0%    20.0%    20.0%    20.0%\n" in said
-    assert "student, before     25.0%\n  student, after      50.0%\n" in said and "teacher     not measured" in said
-    assert "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s; here/summary.json" in said
+    assert (
+        "student, before     25.0%\n  student, after      50.0%\n" in said
+        and "teacher     not measured" in said
+    )
+    assert (
+        "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s;"
+        " here/summary.json" in said
+    )
 
 
 def test_each_of_several_teachers_has_its_accuracy(runs, capsys):
@@ -156,7 +181,10 @@ def test_each_of_several_teachers_has_its_accuracy(runs, capsys):
     runs({key: value for key, value in SUMMARY.items() if key != "teacher_accuracy"} | accuracies)
     assert main(["demo"]) == 0
     said = capsys.readouterr().out
-    assert "\n  teacher math        75.0%\n  teacher code   not measured\n  student, before     25.0%\n" in said
+    assert (
+        "\n  teacher math        75.0%\n  teacher code   not measured\n  student, before    "
+        " 25.0%\n" in said
+    )
 
 
 @pytest.fixture
@@ -167,14 +195,29 @@ def evaluations(monkeypatch, tmp_path):
     async def run_eval(wanted):
         asked.append(wanted)
         settings = Settings(
-            rows="ab12", problems=4, k=wanted.k, max_new_tokens=64, chat_template=False, template_args={}, check="math",
+            rows="ab12",
+            problems=4,
+            k=wanted.k,
+            max_new_tokens=64,
+            chat_template=False,
+            template_args={},
+            check="math",
             **msgspec.structs.asdict(wanted.sampling),
-        )  # fmt: skip
+        )
         return Result(
-            model=wanted.student.model, path=wanted.data.path, settings=settings, thinking=None, seed=0,
-            figures={"avg": Figure(mean=0.5, low=0.25, high=0.75, problems=4)}, interval="by hand", tokens=3.0,
-            truncated=0.0, unknown=0.0, wall_s=1.0, environment={},
-        )  # fmt: skip
+            model=wanted.student.model,
+            path=wanted.data.path,
+            settings=settings,
+            thinking=None,
+            seed=0,
+            figures={"avg": Figure(mean=0.5, low=0.25, high=0.75, problems=4)},
+            interval="by hand",
+            tokens=3.0,
+            truncated=0.0,
+            unknown=0.0,
+            wall_s=1.0,
+            environment={},
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "async_opd.run_eval", SimpleNamespace(run_eval=run_eval))
@@ -184,19 +227,51 @@ def evaluations(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["toy:student", "--data", "toy:heldout", "--k", "2", "--out", "here", "rollout.temperature=0.6"],
-        ["toy:student", "rollout.temperature=0.6", "--k=2", "--out", "here", "--data", "toy:heldout"],
+        [
+            "toy:student",
+            "--data",
+            "toy:heldout",
+            "--k",
+            "2",
+            "--out",
+            "here",
+            "rollout.temperature=0.6",
+        ],
+        [
+            "toy:student",
+            "rollout.temperature=0.6",
+            "--k=2",
+            "--out",
+            "here",
+            "--data",
+            "toy:heldout",
+        ],
         ["toy:student", "data.path=toy:heldout", "k=2", "run.dir=here", "rollout.temperature=0.6"],
     ],
 )
-def test_an_evaluation_takes_flags_and_settings_in_any_order_and_says_its_figures(words, evaluations, capsys):
+def test_an_evaluation_takes_flags_and_settings_in_any_order_and_says_its_figures(
+    words, evaluations, capsys
+):
     assert main(["eval", *words]) == 0
     (asked,) = evaluations
-    assert (asked.data.path, asked.k, asked.run.dir, asked.sampling.temperature) == ("toy:heldout", 2, "here", 0.6)
-    how = "toy:student on 4 problems of toy:heldout: 2 response(s) each, temperature 0.6, top-p 1, at most 64 tokens"
+    assert (asked.data.path, asked.k, asked.run.dir, asked.sampling.temperature) == (
+        "toy:heldout",
+        2,
+        "here",
+        0.6,
+    )
+    how = (
+        "toy:student on 4 problems of toy:heldout: 2 response(s) each, temperature 0.6, top-p 1, at"
+        " most 64 tokens"
+    )
     last = "  mean length 3.0 tokens, 0.0% truncated, 0.0% unknown; intervals: by hand"
     files = "  here/result.json, here/problems.jsonl"
-    assert capsys.readouterr().out.splitlines() == [how, "  avg@2      50.0%  (25.0% to 75.0%)", last, files]
+    assert capsys.readouterr().out.splitlines() == [
+        how,
+        "  avg@2      50.0%  (25.0% to 75.0%)",
+        last,
+        files,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +280,14 @@ def test_an_evaluation_takes_flags_and_settings_in_any_order_and_says_its_figure
         ([], "eval: needs a model, a directory or hub id: async-opd eval MODEL --data PATH"),
         (["--data", "toy:heldout"], "eval: needs a model"),
         (["toy:student"], "eval: needs problems: --data PATH"),
-        (["--compare", "a", "b", "toy:student"], "eval --compare: takes two results and nothing else"),
-        (["--compare", "a", "b"], "a: holds no result of `async-opd eval`: result.json: No such file or directory"),
+        (
+            ["--compare", "a", "b", "toy:student"],
+            "eval --compare: takes two results and nothing else",
+        ),
+        (
+            ["--compare", "a", "b"],
+            "a: holds no result of `async-opd eval`: result.json: No such file or directory",
+        ),
     ],
 )
 def test_an_evaluation_of_nothing_exits_with_two(words, says, evaluations, capsys):
@@ -238,10 +319,15 @@ def test_an_audit_prints_the_books_and_exits_with_zero_when_they_balance(audited
 
 
 def test_an_audit_names_what_is_wrong_and_exits_with_one(audited, capsys):
-    run_dir = audited('["out",1,"7@0"]', '["out",2,"8@0"]', '["trained",3,1,["7@0"]]', '["finished",4]')
+    run_dir = audited(
+        '["out",1,"7@0"]', '["out",2,"8@0"]', '["trained",3,1,["7@0"]]', '["finished",4]'
+    )
     assert main(["audit", run_dir]) == 1
     *_, said, last = capsys.readouterr().out.splitlines()
-    assert (said, last) == ("8@0: lost: handed out, neither trained nor dropped", "the books do not balance: 1 found")
+    assert (said, last) == (
+        "8@0: lost: handed out, neither trained nor dropped",
+        "the books do not balance: 1 found",
+    )
     assert main(["audit", run_dir, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["discrepancies"] == [said]
     assert main(["audit", audited("[")]) == 1

@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[1]
 RECIPE = Path("configs/multi_node_deepmath.toml")
 SETTINGS = ["run.dir=/shared/runs/deepmath"]
 THREE_ENGINES_OF_FOUR = [
-    "learner.ranks=1", "rollout.generators=3", "rollout.tensor_parallel_size=4", "teacher.replicas=1",
+    "learner.ranks=1",
+    "rollout.generators=3",
+    "rollout.tensor_parallel_size=4",
+    "teacher.replicas=1",
     "teacher.tensor_parallel_size=1",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,10 @@ def manifest(*more: str) -> tuple[dict, dict]:
 
 def pods(job: dict) -> list[dict]:
     cluster = job["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [
+        group["template"]["spec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,9 +68,11 @@ def test_a_file_says_the_command_that_makes_it_again(kind, capsys):
         ([], 8, 2, 8, 48, 512),  # 6 ranks, 6 generators, 2 teachers of 2
         ([], 4, 4, 4, 32, 256),
         ([], 16, 1, 16, 80, 1024),
-        (["learner.ranks=1", "rollout.generators=1", "teacher.replicas=1"], 8, 1, 4, 32, 256),  # not eight for four
+        # not eight for four
+        (["learner.ranks=1", "rollout.generators=1", "teacher.replicas=1"], 8, 1, 4, 32, 256),
         (["rollout.generators=2", "rollout.tensor_parallel_size=4"], 8, 3, 8, 48, 512),  # 18 GPUs
-        (THREE_ENGINES_OF_FOUR, 7, 3, 7, 44, 448),  # 14 GPUs, but two of the engines fit no node together
+        # 14 GPUs, but two of the engines fit no node together
+        (THREE_ENGINES_OF_FOUR, 7, 3, 7, 44, 448),
     ],
 )
 def test_there_are_as_few_nodes_as_hold_every_role(settings, per_node, nodes, gpus, cpus, memory):
@@ -75,7 +83,8 @@ def test_there_are_as_few_nodes_as_hold_every_role(settings, per_node, nodes, gp
 def test_an_engine_wider_than_a_node_is_refused_with_its_setting():
     config = load(RECIPE, [*SETTINGS, "rollout.tensor_parallel_size=8"])
     with pytest.raises(
-        ConfigError, match=r"--gpus-per-node 4: too few: generator asks for 8 on one node: lower .*tensor"
+        ConfigError,
+        match=r"--gpus-per-node 4: too few: generator asks for 8 on one node: lower .*tensor",
     ):
         shape_of(config, 4)
 
@@ -95,8 +104,11 @@ def test_pods_are_not_given_a_path_of_this_machine(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     words = ["a.toml", "run.dir=/shared/runs/a", "data.path=train.jsonl"]
     assert main(["cluster", "render", "--kind", "kuberay", *words]) == 2
-    assert "data.path = 'train.jsonl': the pods see no file of this machine" in capsys.readouterr().err
-    assert main(["cluster", "render", "--kind", "slurm", *words]) == 0  # it is run where the file is
+    assert (
+        "data.path = 'train.jsonl': the pods see no file of this machine" in capsys.readouterr().err
+    )
+    # it is run where the file is
+    assert main(["cluster", "render", "--kind", "slurm", *words]) == 0
 
 
 def test_a_file_is_written_where_asked(tmp_path, capsys):
@@ -112,7 +124,8 @@ def test_the_manifest_gives_every_pod_what_a_node_has_and_asks_for_a_token():
     cluster = job["spec"]["rayClusterSpec"]
     assert (job["apiVersion"], job["kind"], config["kind"]) == ("ray.io/v1", "RayJob", "ConfigMap")
     assert cluster["authOptions"] == {"mode": "token"}
-    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52)  # below, KubeRay refuses authOptions
+    # below, KubeRay refuses authOptions
+    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52)
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
     assert len(job["metadata"]["name"]) <= 47  # KubeRay's bound
@@ -136,13 +149,17 @@ def test_the_manifest_trains_with_the_config_and_settings_it_was_rendered_from()
     assert words[:5] == ["python", "-m", "async_opd", "train", "/config/config.toml"]
     assert words[5:] == [*SETTINGS, "run.seed=7"]
     assert job["spec"]["metadata"] == {"async_opd_run_dir": "/shared/runs/deepmath"}
-    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    }
 
 
 def test_one_node_has_no_workers():
     _, job = manifest("learner.ranks=1", "rollout.generators=1", "teacher.replicas=1")
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 0
-    one = yaml.safe_load(rendered("launcher", "learner.ranks=1", "rollout.generators=1", "teacher.replicas=1"))
+    one = yaml.safe_load(
+        rendered("launcher", "learner.ranks=1", "rollout.generators=1", "teacher.replicas=1")
+    )
     assert (one["max_workers"], one["provider"]["worker_ips"]) == (0, [])
 
 
@@ -151,7 +168,10 @@ def test_the_launcher_file_keeps_to_rays_schema():
     found = yaml.safe_load(rendered("launcher", gpus=4))
     jsonschema.validate(found, schema)
     assert found["max_workers"] == len(found["provider"]["worker_ips"]) == 3
-    assert all("RAY_AUTH_MODE=token" in found[f"{role}_start_ray_commands"][1] for role in ("head", "worker"))
+    assert all(
+        "RAY_AUTH_MODE=token" in found[f"{role}_start_ray_commands"][1]
+        for role in ("head", "worker")
+    )
     with pytest.raises(jsonschema.ValidationError, match="gpus"):
         jsonschema.validate(found | {"gpus": 4}, schema)
 
@@ -163,7 +183,11 @@ def test_the_launcher_file_is_complete_to_ray_itself():
 
 
 def test_the_container_file_has_the_vllm_and_the_ray_of_the_package():
-    lines = [line for line in rendered("container").replace("\\\n", "").splitlines() if line and line[0] != "#"]
+    lines = [
+        line
+        for line in rendered("container").replace("\\\n", "").splitlines()
+        if line and line[0] != "#"
+    ]
     instructions = [line.split()[0] for line in lines]
     assert instructions == ["FROM", "RUN", "COPY", "COPY", "RUN", "ENTRYPOINT", "CMD"]
     project = (ROOT / "pyproject.toml").read_text()
@@ -177,18 +201,21 @@ def test_the_container_file_has_the_vllm_and_the_ray_of_the_package():
 STAND_INS = {
     "srun": 'echo "$@" "$RAY_AUTH_MODE" "$(cat "$RAY_AUTH_TOKEN_PATH")" >>"$SAID"',
     "scontrol": 'printf "%s\\n" one two',
-    "python": """case "$1$2" in
+    "python": (
+        """case "$1$2" in
 -masync_opd) echo "$@" >>"$SAID"; trap 'echo saved >>"$SAID"; exit 130' TERM; touch "$SAID.runs"
   while sleep 0.05; do [ -e "$SAID.end" ] && exit 7; done ;;
 *get_node_ip_address*) echo 10.0.0.1 ;;
 -c*) echo -n secret ;;
-esac""",
+esac"""
+    ),
 }
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The Slurm script at work, with stand-ins for what a cluster has; what they say is in the file `said`."""
+    """The Slurm script at work, with stand-ins for what a cluster has; what they say is in the file
+    `said`."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -196,7 +223,9 @@ def slurm(tmp_path):
     script.write_text(rendered("slurm", f"run.dir={tmp_path}/run"))
     said = {"SAID": str(tmp_path / "said"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | said
-    job = subprocess.Popen(["bash", str(script)], env=environment, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        ["bash", str(script)], env=environment, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 20
     while not (tmp_path / "said.runs").exists() or (tmp_path / "said").read_text().count("\n") < 3:
         assert job.poll() is None and time.monotonic() < deadline
@@ -206,7 +235,9 @@ def slurm(tmp_path):
     job.stderr.close()
 
 
-def test_the_slurm_script_starts_every_node_with_one_token_and_ends_as_the_run_does(slurm, tmp_path):
+def test_the_slurm_script_starts_every_node_with_one_token_and_ends_as_the_run_does(
+    slurm, tmp_path
+):
     assert subprocess.run(["bash", "-n", tmp_path / "run.sh"], check=False).returncode == 0
     said = sorted((tmp_path / "said").read_text().splitlines())
     on, head = "--nodes=1 --ntasks=1 --overlap --nodelist", "--node-ip-address=10.0.0.1 --port=6379"
@@ -214,7 +245,10 @@ def test_the_slurm_script_starts_every_node_with_one_token_and_ends_as_the_run_d
         f"{on}=one ray start --head --block {head} --dashboard-host=127.0.0.1 token secret",
         f"{on}=two ray start --address=10.0.0.1:6379 --block token secret",
     ]
-    assert said[2] == f"-m async_opd train {RECIPE} {shlex.join([*SETTINGS, f'run.dir={tmp_path}/run'])}"
+    assert (
+        said[2]
+        == f"-m async_opd train {RECIPE} {shlex.join([*SETTINGS, f'run.dir={tmp_path}/run'])}"
+    )
     (tmp_path / "said.end").touch()
     assert slurm.wait(10) == 7
     assert list(tmp_path.glob(".ray-token-*")) == []

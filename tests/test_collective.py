@@ -7,12 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_opd.collective import TensorMeta, broadcast, buckets, gloo_group, held_port, join_store, open_store
+from async_opd.collective import (
+    TensorMeta,
+    broadcast,
+    buckets,
+    gloo_group,
+    held_port,
+    join_store,
+    open_store,
+)
 
 HOST = "127.0.0.1"
-SOON_S = 30.0  # behind a timeout of a second or less, on a busy machine; torch's own timeouts are minutes
+# behind a timeout of a second or less, on a busy machine; torch's own timeouts are minutes
+SOON_S = 30.0
 dtypes = st.sampled_from(["float32", "bfloat16", "int64"])
-metas = st.lists(st.builds(TensorMeta, name=st.sampled_from("abc"), dtype=dtypes, shape=st.tuples(st.integers(0, 40))))
+metas = st.lists(
+    st.builds(
+        TensorMeta, name=st.sampled_from("abc"), dtype=dtypes, shape=st.tuples(st.integers(0, 40))
+    )
+)
 
 
 @given(metas=metas, bucket_bytes=st.integers(1, 300))
@@ -26,7 +39,10 @@ def test_buckets_keep_order_dtype_and_size(metas, bucket_bytes):
 
 
 def test_a_bucket_is_filled_before_the_next_is_begun():
-    a, b, c, d = (TensorMeta(name, "float32", (size,)) for name, size in zip("abcd", (2, 3, 20, 1), strict=True))
+    a, b, c, d = (
+        TensorMeta(name, "float32", (size,))
+        for name, size in zip("abcd", (2, 3, 20, 1), strict=True)
+    )
     assert list(buckets([a, b, c, d], 20)) == [[a, b], [c], [d]]  # 8 + 12 bytes fit 20; 80 go alone
 
 
@@ -72,7 +88,9 @@ def test_a_store_that_nobody_opens_is_an_error_soon_after_the_timeout():
 def test_a_member_that_stops_taking_part_is_an_error_soon_after_the_timeout():
     opened = open_store(HOST, 2.0)
     with ThreadPoolExecutor(2) as pool:
-        groups = list(pool.map(lambda rank: member_of(opened, rank, world=2, timeout_s=1.0), range(2)))
+        groups = list(
+            pool.map(lambda rank: member_of(opened, rank, world=2, timeout_s=1.0), range(2))
+        )
     started = time.monotonic()
     with pytest.raises(RuntimeError):
         broadcast(groups[1], torch.zeros(5)).wait()  # rank 0 sends nothing

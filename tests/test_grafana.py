@@ -14,7 +14,11 @@ SOURCE = {"const": {"type": "prometheus", "uid": "${source}"}}
 TARGET = {
     "type": "object",
     "required": ["refId", "expr", "legendFormat", "datasource"],
-    "properties": {"refId": {"pattern": "^[A-Z]$"}, "expr": {"type": "string"}, "datasource": SOURCE},
+    "properties": {
+        "refId": {"pattern": "^[A-Z]$"},
+        "expr": {"type": "string"},
+        "datasource": SOURCE,
+    },
 }
 PANEL = {
     "type": "object",
@@ -22,14 +26,20 @@ PANEL = {
     "properties": {
         "type": {"const": "timeseries"},
         "datasource": SOURCE,
-        "gridPos": {"required": ["x", "y", "w", "h"], "additionalProperties": {"type": "integer", "minimum": 0}},
+        "gridPos": {
+            "required": ["x", "y", "w", "h"],
+            "additionalProperties": {"type": "integer", "minimum": 0},
+        },
         "targets": {"type": "array", "minItems": 1, "items": TARGET},
     },
 }
 DASHBOARD = {
     "type": "object",
     "required": ["uid", "title", "schemaVersion", "templating", "panels", "time"],
-    "properties": {"schemaVersion": {"minimum": 36}, "panels": {"type": "array", "minItems": 10, "items": PANEL}},
+    "properties": {
+        "schemaVersion": {"minimum": 36},
+        "panels": {"type": "array", "minItems": 10, "items": PANEL},
+    },
 }
 
 
@@ -47,7 +57,10 @@ def test_it_has_what_grafana_needs(dashboard):
         assert len(refs) == len(set(refs))
         assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
     for one, other in itertools.combinations((panel["gridPos"] for panel in panels), 2):
-        apart = [one[at] + one[size] <= other[at] or other[at] + other[size] <= one[at] for at, size in ("xw", "yh")]
+        apart = [
+            one[at] + one[size] <= other[at] or other[at] + other[size] <= one[at]
+            for at, size in ("xw", "yh")
+        ]
         assert any(apart)
 
 

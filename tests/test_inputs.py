@@ -51,7 +51,9 @@ def test_a_reference_whose_tokens_mean_something_else_is_refused(tmp_path, monke
     monkeypatch.setattr(TopkKl, "needs", lambda self: Needs(reference=True))
     small = edited(tmp_path / "small", "config.json", vocab_size=20)
     with pytest.raises(DataError, match=r"reference.model = '.*/small': 20 logits for 24 tokens"):
-        check_scorers(demo(tmp_path, f"reference.model={small}"), AutoTokenizer.from_pretrained(STUDENT))
+        check_scorers(
+            demo(tmp_path, f"reference.model={small}"), AutoTokenizer.from_pretrained(STUDENT)
+        )
 
 
 ROW = '{"id": "a", "prompt": "1+1=", "answer": "2", "why": "99999"}\n'
@@ -62,7 +64,9 @@ PRIVILEGED = ("teacher.context={prompt}{solution}", "data.solution=why", "data.m
 def test_a_teacher_s_own_bound_holds_in_place_of_the_student_s(tmp_path, settings):
     (tmp_path / "rows.jsonl").write_text(ROW)
     config = demo(tmp_path, f"data.path={tmp_path}/rows.jsonl", *PRIVILEGED, *settings)
-    source = PromptSource(config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0, views=views(config))
+    source = PromptSource(
+        config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0, views=views(config)
+    )
     if settings:
         assert len(source.first(1)[0].teacher_ids) == 9
     else:
@@ -93,7 +97,9 @@ def test_end_ids_come_from_the_generation_config(tmp_path):
 
 
 def test_a_teacher_that_answers_must_end_as_the_student_does(tmp_path):
-    sampling = [f"teacher_sampling.{key}" for key in ("share=0.5", "full_until_step=1", "until_step=2")]
+    sampling = [
+        f"teacher_sampling.{key}" for key in ("share=0.5", "full_until_step=1", "until_step=2")
+    ]
     check_ends(demo(tmp_path, *sampling))
     other = edited(tmp_path / "other", "generation_config.json", eos_token_id=[1, 5])
     with pytest.raises(DataError, match=r"answers end by tokens \[1, 5\], the student's by \[1\]"):
@@ -103,5 +109,7 @@ def test_a_teacher_that_answers_must_end_as_the_student_does(tmp_path):
 def test_too_few_rows_for_the_steps_are_refused_before_anything_starts(tmp_path):
     config = demo(tmp_path, "data.epochs=1", "run.steps=300")
     source = PromptSource(config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0)
-    with pytest.raises(DataError, match=r"data\.epochs = 1: 1 x 20480 rows, but run.steps = 300 needs 28800"):
+    with pytest.raises(
+        DataError, match=r"data\.epochs = 1: 1 x 20480 rows, but run.steps = 300 needs 28800"
+    ):
         check_epochs(config, source)

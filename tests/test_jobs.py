@@ -30,7 +30,13 @@ from async_opd.train import INTERRUPT_S
 @pytest.fixture(autouse=True)
 def a_home_without_a_token(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    for name in (
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
 
@@ -44,7 +50,8 @@ def said(capsys, *argv: str, status: int = 2) -> str:
 
 @pytest.fixture
 def dashboard():
-    """An HTTP server in a dashboard's place: its address, and its answers by path, each a status and a body."""
+    """An HTTP server in a dashboard's place: its address, and its answers by path, each a status
+    and a body."""
     answers = {"/api/authentication_mode": (200, {"authentication_mode": "token"})}
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,7 +66,9 @@ def dashboard():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     yield f"http://127.0.0.1:{server.server_port}", answers
     server.shutdown()
     server.server_close()
@@ -67,7 +76,10 @@ def dashboard():
 
 def test_a_cluster_that_is_not_there_is_one_line(capsys):
     line = said(capsys, "status", "--address", "http://127.0.0.1:1")
-    assert "http://127.0.0.1:1: no Ray dashboard answers within 10 s: [Errno 111] Connection refused; is it up" in line
+    assert (
+        "http://127.0.0.1:1: no Ray dashboard answers within 10 s: [Errno 111] Connection refused;"
+        " is it up" in line
+    )
 
 
 def test_a_server_that_does_not_answer_is_given_up(monkeypatch, capsys):
@@ -92,10 +104,13 @@ def test_another_server_is_none(answer, says, dashboard, capsys):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:8265", "ray://head:10001", "auto", "http://", "http://a:b", "http://[::1"]
+    "address",
+    ["127.0.0.1:8265", "ray://head:10001", "auto", "http://", "http://a:b", "http://[::1"],
 )
 def test_an_address_that_is_no_dashboards_url_is_refused(address, monkeypatch, capsys):
-    must = f"{address!r}: must be the URL of a Ray dashboard, such as --address http://127.0.0.1:8265"
+    must = (
+        f"{address!r}: must be the URL of a Ray dashboard, such as --address http://127.0.0.1:8265"
+    )
     assert f"--address = {must}" in said(capsys, "status", "--address", address)
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert f"RAY_ADDRESS = {must}" in said(capsys, "status")
@@ -113,12 +128,17 @@ def test_what_is_given_goes_before_the_environment(monkeypatch):
 def test_without_a_token_a_cluster_that_asks_for_one_gets_nothing(dashboard, capsys):
     address, answers = dashboard
     line = said(capsys, "status", "--address", address)
-    assert "asks for a token, and there is none here; `ray get-auth-token` on its head node prints" in line
+    assert (
+        "asks for a token, and there is none here; `ray get-auth-token` on its head node prints"
+        in line
+    )
     assert answers["tokens"] == [None]
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_token_that_is_refused_says_where_the_right_one_is(status, dashboard, monkeypatch, capsys):
+def test_a_token_that_is_refused_says_where_the_right_one_is(
+    status, dashboard, monkeypatch, capsys
+):
     address, answers = dashboard
     answers["/api/version"] = status, b"Unauthorized: or so"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
@@ -145,13 +165,27 @@ def answers_with(mode: str, monkeypatch) -> None:
     monkeypatch.setattr(jobs, "urlopen", lambda url, timeout: io.BytesIO(answer))
 
 
-@pytest.mark.parametrize("address", ["https://10.0.0.5:8265", "http://10.0.0.5:8265", "https://8.8.8.8"])
-def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fix(address, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "address", ["https://10.0.0.5:8265", "http://10.0.0.5:8265", "https://8.8.8.8"]
+)
+def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fix(
+    address, monkeypatch, capsys
+):
     answers_with("disabled", monkeypatch)
     line = said(
-        capsys, "submit", str(DEMO), "run.dir=/shared/a", "--working-dir", str(DEMO.parent), "--address", address
+        capsys,
+        "submit",
+        str(DEMO),
+        "run.dir=/shared/a",
+        "--working-dir",
+        str(DEMO.parent),
+        "--address",
+        address,
     )
-    assert "the cluster has no token authentication, so anyone can run code on it: set RAY_AUTH_MODE=token and" in line
+    assert (
+        "the cluster has no token authentication, so anyone can run code on it: set"
+        " RAY_AUTH_MODE=token and" in line
+    )
 
 
 def test_a_token_never_crosses_the_open_net_in_clear(monkeypatch, capsys):
@@ -159,8 +193,8 @@ def test_a_token_never_crosses_the_open_net_in_clear(monkeypatch, capsys):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     line = said(capsys, "status", "--address", "http://8.8.8.8:8265")
     assert (
-        "http would send the token in clear through the open net: use https, or a tunnel (ssh -L 8265:localhost:8265"
-        in line
+        "http would send the token in clear through the open net: use https, or a tunnel (ssh -L"
+        " 8265:localhost:8265" in line
     )
 
 
@@ -179,7 +213,9 @@ def test_a_token_goes_where_it_is_asked_for_and_a_private_network_is_warned_of(
     answers_with(mode, monkeypatch)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert jobs._token_for(address) == token
-    assert ("warning: http://10.0.0.5:8265 gets the token in clear" in capsys.readouterr().err) == warned
+    assert (
+        "warning: http://10.0.0.5:8265 gets the token in clear" in capsys.readouterr().err
+    ) == warned
 
 
 class Client:
@@ -211,17 +247,28 @@ class Client:
         self.found[id].status = JobStatus.STOPPED
 
     def submit_job(self, *, entrypoint, runtime_env, metadata):
-        self.found["raysubmit_new"] = job("raysubmit_new", "SUCCEEDED", "starting\ngenerators: 1 -> 2\n", metadata)
+        self.found["raysubmit_new"] = job(
+            "raysubmit_new", "SUCCEEDED", "starting\ngenerators: 1 -> 2\n", metadata
+        )
         self.found["raysubmit_new"].asked = entrypoint, runtime_env
         return "raysubmit_new"
 
 
-def job(id: str, status: str, log: str = "", metadata: dict | None = None, error=None) -> SimpleNamespace:
+def job(
+    id: str, status: str, log: str = "", metadata: dict | None = None, error=None
+) -> SimpleNamespace:
     return SimpleNamespace(
-        submission_id=id, status=JobStatus(status), log=log, error=error, message="why\nit failed", entrypoint="x",
+        submission_id=id,
+        status=JobStatus(status),
+        log=log,
+        error=error,
+        message="why\nit failed",
+        entrypoint="x",
         metadata={jobs.RUN_DIR: "/shared/a"} if metadata is None else metadata,
-        start_time=60_000, end_time=240_000, runtime_env={"env_vars": {"A": "1"}},
-    )  # fmt: skip
+        start_time=60_000,
+        end_time=240_000,
+        runtime_env={"env_vars": {"A": "1"}},
+    )
 
 
 @pytest.fixture
@@ -265,17 +312,25 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_get_back(cluster, capsys):
     assert main(["logs", "raysubmit_a", "--follow"]) == 130
     out, err = capsys.readouterr()
     assert out == "one\n" and "left raysubmit_a, which goes on" in err
-    assert "`async-opd logs raysubmit_a --follow --address http://127.0.0.1:8265` goes on with its log" in err
+    assert (
+        "`async-opd logs raysubmit_a --follow --address http://127.0.0.1:8265` goes on with its log"
+        in err
+    )
     assert found["raysubmit_a"].status == "RUNNING"
 
 
 def test_a_connection_that_breaks_says_that_the_job_may_go_on(cluster, capsys):
     cluster(job("raysubmit_a", "RUNNING", error=RuntimeError("WebSocket connection closed")))
     line = said(capsys, "logs", "raysubmit_a", "--follow")
-    assert "WebSocket connection closed; the job may go on: `async-opd logs raysubmit_a --follow --address" in line
+    assert (
+        "WebSocket connection closed; the job may go on: `async-opd logs raysubmit_a --follow"
+        " --address" in line
+    )
 
 
-@pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"], ["scale", "generators=2"]])
+@pytest.mark.parametrize(
+    "command", [["status"], ["logs"], ["logs", "--follow"], ["stop"], ["scale", "generators=2"]]
+)
 def test_an_unknown_job_is_one_line(command, cluster, monkeypatch, capsys):
     monkeypatch.setattr(Client, "stop_job", Client.get_job_info)
     monkeypatch.setattr(Client, "get_job_logs", Client.get_job_info)
@@ -287,10 +342,16 @@ def test_an_unknown_job_is_one_line(command, cluster, monkeypatch, capsys):
 def test_status_lists_the_runs_and_says_why_one_failed(cluster, capsys):
     assert main(["status"]) == 0
     assert capsys.readouterr().out == "no run has been submitted to http://127.0.0.1:8265\n"
-    cluster(job("raysubmit_a", "FAILED"), job("raysubmit_b", "RUNNING"), job("raysubmit_other", "RUNNING", metadata={}))
+    cluster(
+        job("raysubmit_a", "FAILED"),
+        job("raysubmit_b", "RUNNING"),
+        job("raysubmit_other", "RUNNING", metadata={}),
+    )
     assert main(["status"]) == 0
-    assert capsys.readouterr().out == (
-        "raysubmit_a  FAILED        3.0 min  /shared/a\n  it failed\nraysubmit_b  RUNNING       3.0 min  /shared/a\n"
+    assert (
+        capsys.readouterr().out
+        == "raysubmit_a  FAILED        3.0 min  /shared/a\n  it failed\nraysubmit_b  RUNNING      "
+        " 3.0 min  /shared/a\n"
     )
     assert main(["status", "raysubmit_b"]) == 0
     assert capsys.readouterr().out == "raysubmit_b  RUNNING       3.0 min  /shared/a\n"
@@ -304,14 +365,22 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
 
 def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
     told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
-    saved, not_saved = lines.told(told), lines.told(told | {"what": "not saved", "why": "the disk is full"})
+    saved, not_saved = (
+        lines.told(told),
+        lines.told(told | {"what": "not saved", "why": "the disk is full"}),
+    )
     cluster(
-        job("raysubmit_a", "RUNNING", f"{saved}\nstep 7\n{not_saved}\nasync-opd: interrupted\nnoise of a library\n")
+        job(
+            "raysubmit_a",
+            "RUNNING",
+            f"{saved}\nstep 7\n{not_saved}\nasync-opd: interrupted\nnoise of a library\n",
+        )
     )
     assert main(["stop", "raysubmit_a"]) == 0
-    assert capsys.readouterr().out == (
-        f"{not_saved}\n"
-        "raysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume /shared/a --address http://127.0.0.1:8265\n"
+    assert (
+        capsys.readouterr().out
+        == f"{not_saved}\nraysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume"
+        " /shared/a --address http://127.0.0.1:8265\n"
     )
     assert f"at most {INTERRUPT_S:g} s;" in stop.__doc__ and jobs.STOP_S == 60  # "a minute"
 
@@ -322,7 +391,9 @@ def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys
     assert capsys.readouterr().out == "generators: 1 -> 2\n"
     asked = "python -m async_opd scale /shared/a generators=2", {"env_vars": {"A": "1"}}
     assert found["raysubmit_new"].asked == asked
-    assert "only a run that is RUNNING can be scaled" in said(capsys, "scale", "raysubmit_done", "generators=2")
+    assert "only a run that is RUNNING can be scaled" in said(
+        capsys, "scale", "raysubmit_done", "generators=2"
+    )
 
 
 @pytest.fixture
@@ -348,12 +419,17 @@ SUBMIT = ["submit", "a.toml", "run.dir=/shared/runs/a"]
         ([*SUBMIT[1:], "learner.lr=-1"], "learner.lr = -1"),
         ([*SUBMIT[1:], "data.path=../train.jsonl"], "data.path = '../train.jsonl': no such file"),
         (["../a.toml", "run.dir=/shared/a"], "is outside of the working directory"),
-        ([*SUBMIT[1:], "eval.path=../outside.jsonl"], "outside.jsonl is outside of the working directory"),
+        (
+            [*SUBMIT[1:], "eval.path=../outside.jsonl"],
+            "outside.jsonl is outside of the working directory",
+        ),
         ([*SUBMIT[1:], "--working-dir", "nowhere"], "--working-dir nowhere: no such folder"),
         (["--resume", "runs/a"], "--resume runs/a: must be absolute"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(words, says, project, monkeypatch, capsys):
+def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(
+    words, says, project, monkeypatch, capsys
+):
     (project.parent / "outside.jsonl").write_text("{}\n")
     monkeypatch.setattr(jobs, "Jobs", None)
     assert says in said(capsys, "submit", *words)
@@ -366,11 +442,14 @@ def test_a_run_that_can_be_seen_from_here_is_checked_here(project, monkeypatch, 
 
 @pytest.fixture
 def stopped(tmp_path) -> Path:
-    """A run of the project's that was stopped after step 3, on a disk that is seen from here too."""
+    """A run of the project's that was stopped after step 3, on a disk that is seen from here
+    too."""
     run_dir = tmp_path / "shared"
     run_dir.mkdir()
     config = load(DEMO, ["teacher.model=/cluster/teacher", f"run.dir={run_dir}"], elsewhere=True)
-    tree = msgspec.to_builtins(config) | {"data": msgspec.to_builtins(config.data) | {"path": "data/train.jsonl"}}
+    tree = msgspec.to_builtins(config) | {
+        "data": msgspec.to_builtins(config.data) | {"path": "data/train.jsonl"}
+    }
     (run_dir / "config.json").write_text(json.dumps(tree))
     checkpoints = Checkpoints(run_dir, keep=1)
     checkpoints.begin(3)
@@ -386,19 +465,29 @@ def test_a_run_is_gone_on_with_in_its_working_directory_wherever_one_stands(
     assert main(["submit", "--resume", str(stopped), "--working-dir", "project", "--no-wait"]) == 0
     assert found["raysubmit_new"].asked[0] == f"python -m async_opd train --resume {stopped}"
     capsys.readouterr()
-    assert "data.path = 'data/train.jsonl': no such file" in said(capsys, "submit", "--resume", str(stopped))
+    assert "data.path = 'data/train.jsonl': no such file" in said(
+        capsys, "submit", "--resume", str(stopped)
+    )
 
 
-def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(stopped, project, cluster, capsys):
+def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(
+    stopped, project, cluster, capsys
+):
     (project / ".gitignore").write_text("*.jsonl\n")
     line = said(capsys, "submit", "--resume", str(stopped))
-    assert "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a .rayignore" in line
+    assert (
+        "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
+        " .rayignore" in line
+    )
 
 
 def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, cluster, capsys):
     (project / ".gitignore").write_text("*.jsonl\n")
     line = said(capsys, *SUBMIT)
-    assert "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a .rayignore" in line
+    assert (
+        "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
+        " .rayignore" in line
+    )
 
 
 def test_more_than_ray_takes_is_refused(project, cluster, monkeypatch, capsys):
@@ -410,18 +499,25 @@ def test_more_than_ray_takes_is_refused(project, cluster, monkeypatch, capsys):
     ("words", "trains"),
     [
         (SUBMIT[1:], "a.toml run.dir=/shared/runs/a"),
-        ([*SUBMIT[1:], "data.path=/not here.jsonl"], "a.toml run.dir=/shared/runs/a 'data.path=/not here.jsonl'"),
+        (
+            [*SUBMIT[1:], "data.path=/not here.jsonl"],
+            "a.toml run.dir=/shared/runs/a 'data.path=/not here.jsonl'",
+        ),
         (["--resume", "/shared/runs/a", "run.steps=9"], "--resume /shared/runs/a run.steps=9"),
     ],
-)  # fmt: skip
+)
 def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
     words, trains, project, cluster, monkeypatch, capsys
 ):
     inside = {}
 
     def submit_job(self, *, entrypoint, runtime_env, metadata):
-        inside.update(names=set(zipfile.ZipFile(runtime_env["working_dir"]).namelist()), metadata=metadata)
-        return Client.SUBMIT(self, entrypoint=entrypoint, runtime_env=runtime_env, metadata=metadata)
+        inside.update(
+            names=set(zipfile.ZipFile(runtime_env["working_dir"]).namelist()), metadata=metadata
+        )
+        return Client.SUBMIT(
+            self, entrypoint=entrypoint, runtime_env=runtime_env, metadata=metadata
+        )
 
     monkeypatch.setattr(Client, "SUBMIT", Client.submit_job, raising=False)
     monkeypatch.setattr(Client, "submit_job", submit_job)
@@ -435,8 +531,12 @@ def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
     assert entrypoint == f"python -m async_opd train {trains}"
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     package, metadata = map(Path, environment["py_modules"])
-    assert (package / "cli.py").is_file() and (metadata / "entry_points.txt").is_file()  # by which vLLM finds it
-    assert {name for name in inside["names"] if not name.endswith("/")} == {"a.toml", "data/train.jsonl"}
+    # by which vLLM finds it
+    assert (package / "cli.py").is_file() and (metadata / "entry_points.txt").is_file()
+    assert {name for name in inside["names"] if not name.endswith("/")} == {
+        "a.toml",
+        "data/train.jsonl",
+    }
     assert inside["metadata"] == {jobs.RUN_DIR: "/shared/runs/a"}
 
 
@@ -444,11 +544,17 @@ def test_submit_follows_the_job_it_started(project, cluster, capsys):
     cluster()
     assert main(SUBMIT) == 0
     out, err = capsys.readouterr()
-    assert out == "raysubmit_new\nstarting\ngenerators: 1 -> 2\n" and err == "raysubmit_new SUCCEEDED\n"
+    assert (
+        out == "raysubmit_new\nstarting\ngenerators: 1 -> 2\n"
+        and err == "raysubmit_new SUCCEEDED\n"
+    )
 
 
-@pytest.mark.parametrize("sigint", ["default_int_handler", "SIG_IGN"])  # a script's background jobs ignore Ctrl-C
-@pytest.mark.parametrize(("signals", "said"), [(1, ["step", "saved", "interrupted"]), (2, ["interrupted"])])
+# a script's background jobs ignore Ctrl-C
+@pytest.mark.parametrize("sigint", ["default_int_handler", "SIG_IGN"])
+@pytest.mark.parametrize(
+    ("signals", "said"), [(1, ["step", "saved", "interrupted"]), (2, ["interrupted"])]
+)
 def test_sigterm_is_ctrl_c_and_lets_the_step_at_hand_finish(sigint, signals, said):
     code = f"""
 import asyncio, signal
@@ -476,5 +582,7 @@ try:
 except (KeyboardInterrupt, asyncio.CancelledError):
     print("interrupted")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert (found.stdout.split(), found.returncode) == (said, 0), found.stderr

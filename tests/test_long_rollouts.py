@@ -1,4 +1,5 @@
-"""Responses of 16 thousand tokens: what they cost on the wire, and that no Python runs for each of their tokens."""
+"""Responses of 16 thousand tokens: what they cost on the wire, and that no Python runs for each of
+their tokens."""
 
 import asyncio
 import gc
@@ -41,7 +42,9 @@ def response(tokens: int, needs: Needs = NOTHING) -> Rollout:
         id="train-123456@0#0",
         ids=np.arange(tokens, dtype=np.int32) % 32,
         behaviour_logp=np.full(tokens, -1, np.float32),
-        spans=tuple(Span(version=100 + at, start=ends[at], end=ends[at + 1]) for at in range(VERSIONS)),
+        spans=tuple(
+            Span(version=100 + at, start=ends[at], end=ends[at + 1]) for at in range(VERSIONS)
+        ),
         truncated=False,
         **given,
     )
@@ -50,7 +53,9 @@ def response(tokens: int, needs: Needs = NOTHING) -> Rollout:
 @pytest.fixture
 def teacher(tiny_lm, tmp_path):
     """Makes a teacher of one small layer for the needs of an objective."""
-    shape = dict(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    shape = dict(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    )
     tiny_lm(**shape).save_pretrained(tmp_path)
     config = TeacherConfig(model=str(tmp_path), head_chunk_rows=LONG)
     return lambda needs: TransformersTeacher(config, needs, temperature=1.0, vocabulary=40)
@@ -62,7 +67,12 @@ def messages(teacher: TransformersTeacher, needs: Needs, tokens: int):
     prompt = Prompt(id="train-123456@0", ids=np.zeros(P, np.int32), answer="12345")
     meta = GroupMeta(id=prompt.id, prompt_len=P, spans=(rollout.spans,), truncated=(False,))
     scores = teacher.score_rollouts([(prompt.ids, rollout)])
-    return meta, Group(prompt=prompt, rollouts=(rollout,)), scores, (Verdict(id=rollout.id, correct=True),)
+    return (
+        meta,
+        Group(prompt=prompt, rollouts=(rollout,)),
+        scores,
+        (Verdict(id=rollout.id, correct=True),),
+    )
 
 
 def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
@@ -71,25 +81,32 @@ def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
     return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
 
 
-PRICED = {case.wants(): type(case).__name__ for case in CASES} | {LIKELIEST: "likeliest", SAMPLED: "sampled"}
+PRICED = {case.wants(): type(case).__name__ for case in CASES} | {
+    LIKELIEST: "likeliest",
+    SAMPLED: "sampled",
+}
 
 
 @pytest.mark.parametrize("needs", PRICED, ids=PRICED.values())
 def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher, monkeypatch):
-    """Every message counts once, as Ray serialises it, however often it is then fetched: GroupMeta (to the driver),
-    Group (to teacher, verifier, learner), Scores and Verdict (to the learner). Ray's own frame around it does not.
+    """Every message counts once, as Ray serialises it, however often it is then fetched: GroupMeta
+    (to the driver), Group (to teacher, verifier, learner), Scores and Verdict (to the learner).
+    Ray's own frame around it does not.
 
-    Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which every objective gets;
-    the teacher's entropy and tail and, per id of the student's own, id, the teacher's log-prob and, where sampled, that
-    under behaviour, where declared. 8 bytes for each of the teacher's top k. Nothing else grows with the response: 512
-    bytes, and 16 for each array of the student's own ids. One sample a prompt: the dearest case for that rest.
+    Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which
+    every objective gets; the teacher's entropy and tail and, per id of the student's own, id, the
+    teacher's log-prob and, where sampled, that under behaviour, where declared. 8 bytes for each of
+    the teacher's top k. Nothing else grows with the response: 512 bytes, and 16 for each array of
+    the student's own ids. One sample a prompt: the dearest case for that rest.
     """
     arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
     numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
     rest = 512 + 16 * arrays + 4 * P
     total, scorer = 0, teacher(needs)
     # No size depends on what the model makes of the tokens, which takes most of the time.
-    monkeypatch.setattr(causal_lm, "hidden_states", lambda model, ids_L, lengths: torch.zeros(len(ids_L), WIDTH))
+    monkeypatch.setattr(
+        causal_lm, "hidden_states", lambda model, ids_L, lengths: torch.zeros(len(ids_L), WIDTH)
+    )
     for message in messages(scorer, needs, LONG):
         data, buffers = sent(message)
         total += len(data) + sum(buffer.raw().nbytes for buffer in buffers)
@@ -103,10 +120,15 @@ def test_every_objective_is_priced():
 def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
     """A response's way from the teacher's forward over wire and queue into the learner's batch."""
     meta, group, scores, verdicts = (
-        pickle.loads(data, buffers=buffers) for data, buffers in map(sent, messages(teacher, needs, tokens))
+        pickle.loads(data, buffers=buffers)
+        for data, buffers in map(sent, messages(teacher, needs, tokens))
     )
     queue = TrajectoryQueue(
-        groups_per_step=1, max_lag_steps=4, stale="mask", on_drop=lambda ticket, prompt, cause: None, wait_s=60.0
+        groups_per_step=1,
+        max_lag_steps=4,
+        stale="mask",
+        on_drop=lambda ticket, prompt, cause: None,
+        wait_s=60.0,
     )
 
     async def through(ready: Ready) -> list[Ready]:
@@ -115,7 +137,9 @@ def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
 
     (ready,) = asyncio.run(through(Ready(1, group.prompt, meta, group, scores, verdicts, (0,))))
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
-    sample = Sample(prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts)
+    sample = Sample(
+        prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts
+    )
     bounds = dict(live=104, max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
     micro = pack([sample], **bounds, device=torch.device("cpu"))
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
@@ -143,7 +167,9 @@ def steps(call, *args) -> int:
 
 
 def test_no_python_runs_for_each_token_from_teacher_to_learner(teacher):
-    needs = Needs(teacher_topk=4, teacher_entropy=True, teacher_at_student_ids=2, student_ids="sampled")
+    needs = Needs(
+        teacher_topk=4, teacher_entropy=True, teacher_at_student_ids=2, student_ids="sampled"
+    )
     scorer = teacher(needs)
     for tokens in (1_000, LONG):
         way(scorer, needs, tokens)  # what runs once only: imports, and the layout cached by lengths
@@ -159,7 +185,8 @@ def test_one_comprehension_over_tokens_would_show():
 
 
 class Engine:
-    """In the place of vLLM's: answers a generator with `output`, and a teacher with log-probs of every token."""
+    """In the place of vLLM's: answers a generator with `output`, and a teacher with log-probs of
+    every token."""
 
     def __init__(self, vocabulary: int = 0, output=None):
         self.model_config = SimpleNamespace(get_vocab_size=lambda: vocabulary)
@@ -193,7 +220,8 @@ def flat(rows: int, width: int):
 
 @pytest.fixture
 def around_vllm(monkeypatch):
-    """Makes a generator, and a teacher without and one with padding among the likeliest, on engines of ours."""
+    """Makes a generator, and a teacher without and one with padding among the likeliest, on engines
+    of ours."""
     from async_opd.rollout import generator
     from async_opd.teacher import vllm as teacher
 
@@ -203,19 +231,30 @@ def around_vllm(monkeypatch):
         monkeypatch.setattr(
             module, "cpu_engine", lambda memory_gib, enforce_eager: {}
         )  # it is the engine's process that reads those
-    monkeypatch.setattr(generator, "AsyncLLM", SimpleNamespace(from_engine_args=lambda args: engine))
+    monkeypatch.setattr(
+        generator, "AsyncLLM", SimpleNamespace(from_engine_args=lambda args: engine)
+    )
     with_padding = SimpleNamespace(from_engine_args=lambda args: Engine(vocabulary=9))
     monkeypatch.setattr(teacher, "AsyncLLM", with_padding)
 
     def make(needs: Needs):
         sampler = generator.RolloutGenerator(
-            RolloutConfig(max_new_tokens=LONG, enforce_eager=True), needs, name="generator 0", model=str(STUDENT),
-            eos_ids=[1], max_prompt_tokens=P, vocabulary=24, backend="gloo", seed=0,
-        )  # fmt: skip
+            RolloutConfig(max_new_tokens=LONG, enforce_eager=True),
+            needs,
+            name="generator 0",
+            model=str(STUDENT),
+            eos_ids=[1],
+            max_prompt_tokens=P,
+            vocabulary=24,
+            backend="gloo",
+            seed=0,
+        )
         config = TeacherConfig(model=str(TEACHER), backend="vllm")
         asked = Needs(teacher_topk=4, teacher_at_student_ids=needs.teacher_at_student_ids)
         teachers = [
-            teacher.VllmTeacher(config, asked, role="teacher 0", vocabulary=vocabulary, longest=P + LONG)
+            teacher.VllmTeacher(
+                config, asked, role="teacher 0", vocabulary=vocabulary, longest=P + LONG
+            )
             for vocabulary in (9, 2)
         ]
         return engine, sampler, teachers
@@ -225,7 +264,9 @@ def around_vllm(monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
-@pytest.mark.parametrize("needs", [NOTHING, LIKELIEST, SAMPLED], ids=["nothing", "likeliest", "sampled"])
+@pytest.mark.parametrize(
+    "needs", [NOTHING, LIKELIEST, SAMPLED], ids=["nothing", "likeliest", "sampled"]
+)
 def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
     from vllm.outputs import CompletionOutput, WeightVersionSpan
 
@@ -242,7 +283,9 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
 
     def count(tokens: int) -> int:
         prompt = Prompt(id="a", ids=np.zeros(tokens, np.int32), answer="")
-        output = CompletionOutput(0, "", [5] * tokens, None, flat(tokens, 1 + k), finish_reason="stop")
+        output = CompletionOutput(
+            0, "", [5] * tokens, None, flat(tokens, 1 + k), finish_reason="stop"
+        )
         output.weight_versions = [WeightVersionSpan("3", 0, tokens)]
         engine.output = output
         return steps(asyncio.run, through(prompt))

@@ -1,4 +1,5 @@
-"""The table of metrics against what is emitted. What only DeepSpeed knows is held against it in tests/e2e."""
+"""The table of metrics against what is emitted. What only DeepSpeed knows is held against it in
+tests/e2e."""
 
 import re
 from pathlib import Path
@@ -26,10 +27,20 @@ def emitted(tmp_path) -> set[str]:
 
 
 async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(tmp_path, emitted):
-    _, _, rows = await run(tmp_path, "eval.every_steps=1", references=[SimulatedTeacher()], held_out=2)
+    _, _, rows = await run(
+        tmp_path, "eval.every_steps=1", references=[SimulatedTeacher()], held_out=2
+    )
     keys = emitted.union(*rows)
-    assert {"tokens_lag_0", "reference_busy", "teacher_generators_down", "uncertain", "taught"} <= keys
-    assert {metric_names.of(key).name for key in keys} == {metric.name for metric in NAMES} - FROM_DEEPSPEED
+    assert {
+        "tokens_lag_0",
+        "reference_busy",
+        "teacher_generators_down",
+        "uncertain",
+        "taught",
+    } <= keys
+    assert {metric_names.of(key).name for key in keys} == {
+        metric.name for metric in NAMES
+    } - FROM_DEEPSPEED
 
 
 def test_a_key_that_is_in_no_entry_is_named():
@@ -40,7 +51,8 @@ def test_a_key_that_is_in_no_entry_is_named():
 def test_an_entry_stands_for_one_thing():
     names = [metric.name for metric in NAMES]
     assert len(names) == len(set(names))
-    assert all(metric.meaning and metric.meaning.isascii() for metric in NAMES)  # Ray's metrics take no other letters
+    # Ray's metrics take no other letters
+    assert all(metric.meaning and metric.meaning.isascii() for metric in NAMES)
 
 
 def test_the_page_has_the_unit_and_the_meaning_of_every_key():

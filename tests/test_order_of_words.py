@@ -1,4 +1,5 @@
-"""Behind a command its options may stand anywhere: before its other words, between them and behind them."""
+"""Behind a command its options may stand anywhere: before its other words, between them and behind
+them."""
 
 from itertools import permutations
 
@@ -37,7 +38,10 @@ def orders(words: list[str], options: list[str]) -> set[tuple[str, ...]]:
 def test_options_may_stand_anywhere(command):
     words, options = COMMANDS[command]
     name = command.partition(" ")[0]
-    found = [vars(parsed([name, *" ".join(order).split()])) for order in orders(words.split(), options)]
+    found = [
+        vars(parsed([name, *" ".join(order).split()])) for order in orders(words.split(), options)
+    ]
     for one in found:
-        one["settings"] = sorted(one.get("settings", []))  # those of `eval`, in the order in which they stand
+        # those of `eval`, in the order in which they stand
+        one["settings"] = sorted(one.get("settings", []))
     assert all(one == found[0] for one in found)

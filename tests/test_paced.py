@@ -1,4 +1,5 @@
-"""What `benchmarks/paced.py` measures, in virtual time: the loop's own waits, without the machine's."""
+"""What `benchmarks/paced.py` measures, in virtual time: the loop's own waits, without the
+machine's."""
 
 import pytest
 
@@ -34,4 +35,5 @@ def test_the_mean_lag_follows_the_admission_limit_while_the_bound_stays():
         assert max(row["queue_outstanding"] for row in rows) == steps * PER_STEP
         assert summary["max_lag_seen"] <= 4 and summary["scored_dropped"] == 0
         found[steps] = sum(row["lag_mean"] for row in rows[EDGE:-EDGE]) / len(rows[EDGE:-EDGE])
-    assert found == pytest.approx({1: 0, 2: 1, 3.5: 2.5, 5: 4}, abs=0.05)  # a learner that never waits: all but a step
+    # a learner that never waits: all but a step
+    assert found == pytest.approx({1: 0, 2: 1, 3.5: 2.5, 5: 4}, abs=0.05)

@@ -20,16 +20,28 @@ BIG = [
     "teacher.replicas=2",
     "teacher.tensor_parallel_size=2",
 ]
-SHARED = ["run.share_gpu=true", "rollout.gpu_memory_utilization=0.4", "teacher.gpu_memory_utilization=0.3"]
+SHARED = [
+    "run.share_gpu=true",
+    "rollout.gpu_memory_utilization=0.4",
+    "teacher.gpu_memory_utilization=0.3",
+]
 
 
 def cluster(*gpus: int, cpus: float = 8) -> list[Node]:
     """Nodes a, b, c, … with so many GPUs each."""
-    return [Node(id=id, address=id, cpus=cpus, gpus=n, free=n) for id, n in zip("abcdef", gpus, strict=False)]
+    return [
+        Node(id=id, address=id, cpus=cpus, gpus=n, free=n)
+        for id, n in zip("abcdef", gpus, strict=False)
+    ]
 
 
-def where(overrides: list[str], nodes: list[Node], home: str = "", gpus: bool = True) -> dict[str, str]:
-    return {member: node.id for member, node in place(asks(load(DEMO, overrides), gpus), nodes, home).items()}
+def where(
+    overrides: list[str], nodes: list[Node], home: str = "", gpus: bool = True
+) -> dict[str, str]:
+    return {
+        member: node.id
+        for member, node in place(asks(load(DEMO, overrides), gpus), nodes, home).items()
+    }
 
 
 def of(placed: dict[str, str], role: str) -> list[str]:
@@ -38,7 +50,12 @@ def of(placed: dict[str, str], role: str) -> list[str]:
 
 def test_every_role_asks_for_its_members_and_the_gpus_of_each():
     asked = {ask.role: (ask.count, ask.gpus) for ask in asks(load(DEMO, BIG), True)}
-    assert asked == {"learner rank": (4, 1), "generator": (4, 2), "teacher": (2, 2), "verifier": (1, 0)}
+    assert asked == {
+        "learner rank": (4, 1),
+        "generator": (4, 2),
+        "teacher": (2, 2),
+        "verifier": (1, 0),
+    }
 
 
 def test_without_gpus_nobody_asks_for_any():
@@ -47,11 +64,21 @@ def test_without_gpus_nobody_asks_for_any():
 
 def test_the_reference_the_teachers_by_name_and_the_teachers_own_engines_are_pools_of_their_own():
     sampling = "teacher_sampling={share=0.5, full_until_step=1, until_step=2, generators=3}"
-    asked = asks(load(DEMO, ["objective={tag='g_opd', lambda=1.5}", sampling, "reference.replicas=2"]), True)
+    asked = asks(
+        load(DEMO, ["objective={tag='g_opd', lambda=1.5}", sampling, "reference.replicas=2"]), True
+    )
     pools = {ask.role: ask.count for ask in asked[1:]}
-    assert pools == {"generator": 1, "teacher": 1, "reference": 2, "teacher-generator": 3, "verifier": 1}
+    assert pools == {
+        "generator": 1,
+        "teacher": 1,
+        "reference": 2,
+        "teacher-generator": 3,
+        "verifier": 1,
+    }
     demo = load(DEMO)
-    named = msgspec.structs.replace(demo, teacher=None, teachers={"algebra": demo.teacher, "code": demo.teacher})
+    named = msgspec.structs.replace(
+        demo, teacher=None, teachers={"algebra": demo.teacher, "code": demo.teacher}
+    )
     assert [ask.role for ask in asks(named, True)][2:4] == ["teachers.algebra", "teachers.code"]
 
 
@@ -68,7 +95,10 @@ def test_the_learner_is_on_the_drivers_node_where_it_fits():
 
 
 def test_ranks_that_no_node_holds_take_as_few_nodes_as_can_be():
-    assert Counter(of(where(["learner.ranks=12"], cluster(4, 8, 4)), "learner rank")) == {"b": 8, "a": 4}
+    assert Counter(of(where(["learner.ranks=12"], cluster(4, 8, 4)), "learner rank")) == {
+        "b": 8,
+        "a": 4,
+    }
 
 
 def test_an_engine_of_several_gpus_is_never_split():
@@ -82,7 +112,9 @@ def test_the_learner_makes_room_for_an_engine_that_fits_nowhere_else():
 
 
 def test_without_gpus_the_roles_are_spread_over_the_nodes():
-    placed = where(["rollout.generators=2", "teacher.replicas=2"], cluster(0, 0, 0), home="a", gpus=False)
+    placed = where(
+        ["rollout.generators=2", "teacher.replicas=2"], cluster(0, 0, 0), home="a", gpus=False
+    )
     assert of(placed, "learner rank") == ["a"]
     assert len(set(of(placed, "generator"))) == len(set(of(placed, "teacher"))) == 2
     placed = where([], cluster(0, 0, 0), home="a", gpus=False)
@@ -92,7 +124,9 @@ def test_without_gpus_the_roles_are_spread_over_the_nodes():
 def test_a_head_without_cpus_is_left_alone():
     head, *workers = cluster(0, 0, 0)
     head.cpus = 0
-    assert "a" not in where(["rollout.generators=4"], [head, *workers], home="a", gpus=False).values()
+    assert (
+        "a" not in where(["rollout.generators=4"], [head, *workers], home="a", gpus=False).values()
+    )
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_the_numbers_and_what_to_change():
@@ -101,24 +135,34 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_numbers_and_what_to_cha
     said = str(refused.value)
     assert "asked are 16 GPUs (learner rank 4 x 1, generator 4 x 2, teacher 2 x 2)" in said
     assert "free are 12 (a 8 of 8, b 4 of 4)" in said
-    for setting in ("learner.ranks", "rollout.generators", "rollout.tensor_parallel_size", "teacher.replicas"):
+    for setting in (
+        "learner.ranks",
+        "rollout.generators",
+        "rollout.tensor_parallel_size",
+        "teacher.replicas",
+    ):
         assert setting in said
     assert refused.value.exit_status == 2 and "\n" not in said
 
 
 def test_a_cluster_too_small_for_an_evaluation_is_refused_with_the_numbers_too():
     config = run_config(load_eval("toy:student", ["data.path=toy:heldout", "rollout.generators=3"]))
-    generator, verifier = (ask for ask in asks(config, True) if ask.role in ("generator", "verifier"))
+    generator, verifier = (
+        ask for ask in asks(config, True) if ask.role in ("generator", "verifier")
+    )
     with pytest.raises(ClusterTooSmall) as refused:
         place([generator, verifier], cluster(1, 1))
-    assert str(refused.value) == (
-        "asked are 3 GPUs (generator 3 x 1), free are 2 (a 1 of 1, b 1 of 1): "
+    assert (
+        str(refused.value)
+        == "asked are 3 GPUs (generator 3 x 1), free are 2 (a 1 of 1, b 1 of 1): "
         "no node has 1 left for the next generator; lower rollout.generators, or add nodes"
     )
     with pytest.raises(ClusterTooSmall) as refused:
         place([verifier], [])  # of which no setting says how many there are
-    assert str(refused.value) == (
-        "asked are 0 GPUs (verifier 1 x 0), free are 0 (no node): no node has 0 left for the next verifier; add nodes"
+    assert (
+        str(refused.value)
+        == "asked are 0 GPUs (verifier 1 x 0), free are 0 (no node): no node has 0 left for the"
+        " next verifier; add nodes"
     )
 
 
@@ -159,8 +203,14 @@ REFUSED = {
         r"1 x rollout.* = 0.7 \+ 1 x teacher.* = 0.3: must sum to less than 0.95",
     ),
     "the defaults": (SHARED[:1], "must sum to less than 0.95"),
-    "two generators": ([*SHARED, "rollout.generators=2"], r"2 x rollout.gpu_memory_utilization = 0.4 .* must sum"),
-    "ranks": ([*SHARED, "learner.ranks=2"], "learner.ranks = 2: must be 1 with run.share_gpu = true"),
+    "two generators": (
+        [*SHARED, "rollout.generators=2"],
+        r"2 x rollout.gpu_memory_utilization = 0.4 .* must sum",
+    ),
+    "ranks": (
+        [*SHARED, "learner.ranks=2"],
+        "learner.ranks = 2: must be 1 with run.share_gpu = true",
+    ),
     "nccl": (
         [*SHARED, "sync.backend=nccl"],
         "sync.backend = 'nccl': must be 'gloo' with run.share_gpu = true, NCCL refuses",

@@ -81,7 +81,16 @@ def ready(at: int, *, tokens: int, scores: str | None = "", reference: str | Non
     spans = (Span(version=0, start=0, end=tokens),)
     meta = GroupMeta(id=f"{at}", prompt_len=1, spans=(spans,), truncated=(False,))
     prompt = Prompt(id=f"{at}", ids=np.zeros(1, np.int32), answer="")
-    return Ready(at, prompt, meta, f"group {at}", f"scores {at}" if scores == "" else scores, (at,), (0,), reference)
+    return Ready(
+        at,
+        prompt,
+        meta,
+        f"group {at}",
+        f"scores {at}" if scores == "" else scores,
+        (at,),
+        (0,),
+        reference,
+    )
 
 
 async def stepped(groups: list[Ready], ranks: int) -> list[tuple]:
@@ -107,7 +116,9 @@ async def test_with_a_reference_its_scores_come_third_and_none_stands_where_a_gr
 async def test_each_rank_gets_only_the_groups_it_trains_with_their_own_references():
     groups = [ready(at, tokens=50, reference=f"refs {at}") for at in range(2)]
     calls = await stepped(groups, ranks=2)
-    assert sorted(data for _, _, *data in calls) == [[f"group {at}", f"scores {at}", f"refs {at}"] for at in range(2)]
+    assert sorted(data for _, _, *data in calls) == [
+        [f"group {at}", f"scores {at}", f"refs {at}"] for at in range(2)
+    ]
 
 
 async def test_a_teacher_has_as_long_to_load_as_a_checkpoint_may_take():

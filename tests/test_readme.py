@@ -1,4 +1,5 @@
-"""README is true where a machine can tell: its length, links, commands, layout and the objective it shows.
+"""README is true where a machine can tell: its length, links, commands, layout and the objective it
+shows.
 
 `python tests/e2e/newcomer.py` runs all of its commands, in an empty environment.
 """
@@ -17,7 +18,13 @@ from async_opd.config import load
 
 ROOT = Path(async_opd.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "configs/README.md", "cluster/README.md", "tests/README.md", "benchmarks/README.md"]
+PAGES = [
+    "README.md",
+    "configs/README.md",
+    "cluster/README.md",
+    "tests/README.md",
+    "benchmarks/README.md",
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -25,8 +32,11 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """What stands behind `async-opd` in README, a command each; shell variables stay as they are written."""
-    text = "\n".join(blocks("bash")) + "\n" + "\n".join(re.findall(r"`(async-opd [a-z].*?)`", README))
+    """What stands behind `async-opd` in README, a command each; shell variables stay as they are
+    written."""
+    text = (
+        "\n".join(blocks("bash")) + "\n" + "\n".join(re.findall(r"`(async-opd [a-z].*?)`", README))
+    )
     found = re.findall(r"async-opd ([a-z][^|;)\n]*)", text)
     return [shlex.split(command, comments=True) for command in found]
 
@@ -41,7 +51,11 @@ def test_it_is_read_in_one_go_and_its_first_commands_come_first():
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text)]
-    assert [target for target in targets if target and not (ROOT / page).parent.joinpath(target).exists()] == []
+    assert [
+        target
+        for target in targets
+        if target and not (ROOT / page).parent.joinpath(target).exists()
+    ] == []
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -50,7 +64,11 @@ def test_its_commands_are_commands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     parsed(command)
     words = [word for word in command if word.endswith(".toml")]
-    settings = [word.replace("$RUN", "/shared/run") for word in command if re.fullmatch(r"[a-z_]+\.[a-z_.]+=.*", word)]
+    settings = [
+        word.replace("$RUN", "/shared/run")
+        for word in command
+        if re.fullmatch(r"[a-z_]+\.[a-z_.]+=.*", word)
+    ]
     if words:
         load(words[0], settings)
 
@@ -63,11 +81,13 @@ def test_its_objective_is_one_file_and_does_what_it_says(tmp_path):
 import async_opd.objectives as folder
 folder.__path__.append({str(tmp_path)!r})
 from async_opd.cli import main
-main(["explain", "--objective", "bounded_opd", "most=1.5", {str(ROOT / "configs" / "explain_example.json")!r}])
+example = {str(ROOT / "configs" / "explain_example.json")!r}
+main(["explain", "--objective", "bounded_opd", "most=1.5", example])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     rows = [line.split() for line in found.stdout.splitlines()[2:8]]
-    # log π_T - log π of the file's first trajectory: -0.05, 0.50, -3.00 bounded to -1.50, -0.50, 0.00, 0.01
+    # log π_T - log π of the file's first trajectory: -0.05, 0.50, -3.00 bounded to -1.50, -0.50,
+    # 0.00, 0.01
     assert [float(row[6]) for row in rows] == [-0.05, 0.5, -1.5, -0.5, 0.0, 0.01]
 
 
@@ -75,4 +95,8 @@ def test_its_layout_names_every_file_and_folder_of_the_package():
     layout = README.partition("## Layout")[2].partition("## ")[0]
     own = {path for path in (ROOT / "async_opd").iterdir() if path.is_dir() or path.suffix == ".py"}
     own = {path for path in own if not path.name.startswith("__")}
-    assert [p.name for p in sorted(own) if not re.search(rf"\b{p.name}{'/' if p.is_dir() else ''}", layout)] == []
+    assert [
+        p.name
+        for p in sorted(own)
+        if not re.search(rf"\b{p.name}{'/' if p.is_dir() else ''}", layout)
+    ] == []

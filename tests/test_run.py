@@ -40,7 +40,8 @@ def test_an_earlier_run_directory_is_kept_beside_the_new_one(tmp_path):
 
 
 def left_by(path, error: AsyncOpdError, *files: str) -> list[str]:
-    """What is under the grandparent of `path` when a run there has written `files` and ended with `error`."""
+    """What is under the grandparent of `path` when a run there has written `files` and ended with
+    `error`."""
     with pytest.raises(type(error)), runs.new_dir(path) as made:
         for file in ("config.json", *files):
             made.joinpath(file).touch()
@@ -52,7 +53,11 @@ def test_a_mistake_found_before_the_first_prompt_leaves_everything_as_it_was(tmp
     assert left_by(tmp_path / "runs" / "a", DataError("no such column")) == []
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "mine").touch()
-    assert left_by(tmp_path / "runs" / "a", DataError("no such column")) == ["runs", "runs/a", "runs/a/mine"]
+    assert left_by(tmp_path / "runs" / "a", DataError("no such column")) == [
+        "runs",
+        "runs/a",
+        "runs/a/mine",
+    ]
 
 
 def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
@@ -91,7 +96,9 @@ def over_simulated_roles(monkeypatch):
     def inputs(config):
         prompts = Prompts()
         prompts.skipped = 0
-        return SimpleNamespace(prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer())
+        return SimpleNamespace(
+            prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer()
+        )
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)
     monkeypatch.setitem(sys.modules, "async_opd.inputs", SimpleNamespace(read=inputs))
@@ -106,7 +113,9 @@ SMALL = ("run.steps=12", "learner.trajectories_per_step=4", "teacher.evaluate=fa
 async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
     tmp_path, over_simulated_roles, kept, recorded_steps
 ):
-    summary = await runs.run(load(DEMO, [f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", *SMALL]))
+    summary = await runs.run(
+        load(DEMO, [f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", *SMALL])
+    )
     assert summary["steps"] == summary["version"] == 12
     assert (tmp_path / "run" / FILE).exists() == (recorded_steps is not None)
     if recorded_steps:
@@ -120,12 +129,17 @@ def process_wide() -> dict:
         "frozen": gc.get_freeze_count(),
         "called at exit": atexit._ncallbacks(),
         "environment": dict(os.environ),
-        "log levels": {name: logging.getLogger(name).level for name in ("", "ray", "datasets", "huggingface_hub")},
+        "log levels": {
+            name: logging.getLogger(name).level
+            for name in ("", "ray", "datasets", "huggingface_hub")
+        },
     }
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
-async def test_a_run_leaves_the_process_as_it_was(ends, tmp_path, over_simulated_roles, monkeypatch):
+async def test_a_run_leaves_the_process_as_it_was(
+    ends, tmp_path, over_simulated_roles, monkeypatch
+):
     meanwhile = []
 
     async def train(*args):

@@ -59,7 +59,9 @@ def run(tmp_path) -> Path:
         ("..", "link", 50),
     ],
 )
-def test_whatever_names_a_run_or_a_checkpoint_goes_on_with_that_run(working_directory, named, step, run, monkeypatch):
+def test_whatever_names_a_run_or_a_checkpoint_goes_on_with_that_run(
+    working_directory, named, step, run, monkeypatch
+):
     monkeypatch.chdir(run / working_directory)
     for path in (Path(named), Path.cwd() / named):
         config, found = to_resume(path, [])
@@ -80,7 +82,9 @@ def test_a_run_that_cannot_be_seen_from_here_is_told_by_its_name_alone():
 
 @pytest.mark.parametrize("named", ["checkpoints/000070", "checkpoints/50"])
 def test_a_checkpoint_that_is_not_there_is_refused_by_its_name(named, run):
-    with pytest.raises(CheckpointError, match=f"^checkpoint .*/runs/a/{named}: manifest.json is missing; "):
+    with pytest.raises(
+        CheckpointError, match=f"^checkpoint .*/runs/a/{named}: manifest.json is missing; "
+    ):
         to_resume(run / named, [])
 
 

@@ -11,7 +11,13 @@ from async_opd.crew import Roles
 from async_opd.errors import ConfigError, TimedOut
 from async_opd.metrics import Meter
 from async_opd.train import train
-from tests.simulated.roles import Prompts, RecordingLearner, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.roles import (
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,12 @@ class Holds(RecordingLearner):
 async def job(run_dir: Path, play):
     """Train in `run_dir` while `play(crew pools by event)` runs; returns what both leave behind."""
     (run_dir / "config.json").write_text("{}")
-    settings = ["run.steps=8", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false"]
+    settings = [
+        "run.steps=8",
+        "learner.trajectories_per_step=4",
+        "learner.warmup_steps=0",
+        "teacher.evaluate=false",
+    ]
     config = load("configs/demo.toml", settings)
     learner, started = Holds(), []
 
@@ -62,7 +73,9 @@ async def asked(run_dir: Path, *words: str) -> str:
     return await asyncio.to_thread(scale.ask, run_dir, scale.parse(list(words)), 60.0)
 
 
-async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_trained_once(tmp_path):
+async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_trained_once(
+    tmp_path,
+):
     async def play(learner):
         grown = await asked(tmp_path, "generators=3", "teacher=2")
         shrunk = await asked(tmp_path, "generators=1")

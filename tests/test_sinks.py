@@ -16,7 +16,10 @@ from async_opd.commands.demo import CONFIG as DEMO
 from async_opd.config import load
 from async_opd.errors import ConfigError
 
-ROWS = [{"step": 1, "kl": 0.5, "accuracy": None, "lag_max": 0.0}, {"step": 2, "kl": 0.25, "accuracy": 0.75}]
+ROWS = [
+    {"step": 1, "kl": 0.5, "accuracy": None, "lag_max": 0.0},
+    {"step": 2, "kl": 0.25, "accuracy": 0.75},
+]
 RUN = """
 import sys
 from pathlib import Path
@@ -41,12 +44,17 @@ def fed(run_dir, sinks: str, **environment: str) -> list[str]:
     ended = subprocess.run(
         [sys.executable, "-c", RUN, str(run_dir), f"run.sinks={sinks}"],
         env=clean | {"HOME": str(run_dir)} | environment,
-        capture_output=True, text=True, check=True, timeout=90,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=90,
+    )
     assert ended.stderr == ""
     deadline = time.monotonic() + 30
     while left := [
-        process.info["cmdline"] for process in psutil.process_iter(["cmdline"]) if home(process) == str(run_dir)
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if home(process) == str(run_dir)
     ]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
@@ -63,18 +71,24 @@ def test_rows_are_in_tensorboards_files_and_the_driver_does_without_torch(tmp_pa
 
     assert fed(tmp_path / "run", '["tensorboard"]') == ["jsonl 0, tensorboard 0", "[]"]
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    values = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    values = {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
     assert values == {
         "step": [(1, 1), (2, 2)],
         "kl": [(1, 0.5), (2, 0.25)],
         "accuracy": [(2, 0.75)],
         "lag_max": [(1, 0)],
     }
-    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == ROWS
+    assert [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == ROWS
 
 
 def wandbs_own(path) -> list:
-    """The records of a .wandb file: LevelDB's log, of blocks of 32 KiB and pieces behind 7 bytes of header."""
+    """The records of a .wandb file: LevelDB's log, of blocks of 32 KiB and pieces behind 7 bytes of
+    header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts, found = path.read_bytes(), 7, b"", []  # 7: a header of wandb's own
@@ -106,9 +120,13 @@ def test_without_a_key_wandb_keeps_rows_and_config_in_the_run_directory_and_asks
     assert (started.project, started.display_name) == ("async-opd", "run")
     assert config["run"]["sinks"] == ["wandb"]
     rows = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in records if record.HasField("history")
-    ]  # fmt: skip
+        {
+            item.key or item.nested_key[0]: json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records
+        if record.HasField("history")
+    ]
     assert [{key: row[key] for key in row if not key.startswith("_")} for row in rows] == ROWS
 
 
@@ -116,7 +134,10 @@ def test_without_a_key_wandb_keeps_rows_and_config_in_the_run_directory_and_asks
     ("sinks", "says"),
     [
         ("wandb", "run.sinks = 'wandb': must be a list of 'prometheus', 'tensorboard' or 'wandb'"),
-        ('["wandb", "mlflow"]', r"run.sinks = \['wandb', 'mlflow'\]: must be a list of 'prometheus', 'tensorboard' or"),
+        (
+            '["wandb", "mlflow"]',
+            r"run.sinks = \['wandb', 'mlflow'\]: must be a list of 'prometheus', 'tensorboard' or",
+        ),
     ],
 )
 def test_an_unknown_sink_is_refused(sinks, says):

@@ -22,9 +22,11 @@ class Rank:
 def group(id: int, tokens: int, samples: int = 1, taught: bool = False) -> Ready:
     """A group of `samples` of `tokens` each, behind a prompt of one token."""
     meta = GroupMeta(
-        id=str(id), prompt_len=1, spans=((Span(version=0, start=0, end=tokens),),) * samples,
+        id=str(id),
+        prompt_len=1,
+        spans=((Span(version=0, start=0, end=tokens),),) * samples,
         truncated=(False,) * samples,
-    )  # fmt: skip
+    )
     prompt = Prompt(id=str(id), ids=np.zeros(1, np.int32), answer="", taught=taught)
     scores = None if taught else f"scores {id}"
     return Ready(id, prompt, meta, f"group {id}", scores, (f"verdict {id}",), tuple(range(samples)))
@@ -32,12 +34,19 @@ def group(id: int, tokens: int, samples: int = 1, taught: bool = False) -> Ready
 
 async def stepped(*groups: Ready, ranks: int = 2) -> list[Rank]:
     members = [Rank() for _ in range(ranks)]
-    await LearnerProxy(members, "", load(DEMO, ["learner.micro_batch_tokens=80"])).step(list(groups))
+    await LearnerProxy(members, "", load(DEMO, ["learner.micro_batch_tokens=80"])).step(
+        list(groups)
+    )
     return members
 
 
 async def test_what_the_teacher_answered_trains_in_micro_batches_of_its_own_as_many_on_every_rank():
-    groups = [group(0, 30, samples=2), group(1, 10, taught=True), group(2, 50, samples=2), group(3, 10, taught=True)]
+    groups = [
+        group(0, 30, samples=2),
+        group(1, 10, taught=True),
+        group(2, 50, samples=2),
+        group(3, 10, taught=True),
+    ]
     ranks = await stepped(*groups, group(4, 10, taught=True))
     taught = {1, 3, 4}
     seen, kinds = [], []

@@ -19,7 +19,12 @@ from tests.simulated.runs import measure
 from tests.simulated.virtual_time import virtual
 
 PACE = replace(Pace.of(1, 1, heavy_tail=True), sync_s=0.05)
-LANES = {"generators": "generator 0", "teachers": "teacher 0", "verifier": "verifier 0", "learner": "learner"}
+LANES = {
+    "generators": "generator 0",
+    "teachers": "teacher 0",
+    "verifier": "verifier 0",
+    "learner": "learner",
+}
 
 
 def ran(run_dir: Path, steps: int, keep: int = 50) -> dict:
@@ -81,7 +86,9 @@ def test_every_trained_group_is_followed_from_its_generator_into_its_step(run, e
         on_thread[event["tid"]].append(event)
 
     def slice_at(point: dict) -> dict:
-        (found,) = (e for e in on_thread[point["tid"]] if e["ts"] <= point["ts"] < e["ts"] + e["dur"])
+        (found,) = (
+            e for e in on_thread[point["tid"]] if e["ts"] <= point["ts"] < e["ts"] + e["dur"]
+        )
         return found
 
     paths = defaultdict(list)
@@ -115,9 +122,14 @@ def test_weight_updates_carry_their_version_and_the_queue_its_depth(events):
 
 
 FIELDS = {  # of the trace event format, beside name, ph, pid and tid
-    "X": {"cat", "ts", "dur", "args"}, "M": {"args"}, "C": {"ts", "args"}, "i": {"cat", "ts", "s", "args"},
-    "s": {"cat", "ts", "id"}, "t": {"cat", "ts", "id"}, "f": {"cat", "ts", "id", "bp"},
-}  # fmt: skip
+    "X": {"cat", "ts", "dur", "args"},
+    "M": {"args"},
+    "C": {"ts", "args"},
+    "i": {"cat", "ts", "s", "args"},
+    "s": {"cat", "ts", "id"},
+    "t": {"cat", "ts", "id"},
+    "f": {"cat", "ts", "id", "bp"},
+}
 
 
 def test_the_file_is_of_the_trace_event_format(run, capsys):
@@ -131,15 +143,22 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
     said = capsys.readouterr().out
     written = json.loads((run_dir / "out.json").read_text())
     events = written["traceEvents"]
-    assert said.startswith(f"{run_dir / 'out.json'}: {len(events)} events, steps 1 to 20; open it at ")
+    assert said.startswith(
+        f"{run_dir / 'out.json'}: {len(events)} events, steps 1 to 20; open it at "
+    )
     for event in events:
         assert event.keys() == {"name", "ph", "pid", "tid"} | FIELDS[event["ph"]]
-        assert all(type(event[key]) is int for key in ("pid", "tid", "ts", "dur", "id") if key in event)
+        assert all(
+            type(event[key]) is int for key in ("pid", "tid", "ts", "dur", "id") if key in event
+        )
         assert event.get("ts", 0) >= 0 and event.get("dur", 0) >= 0
         if event["ph"] == "C":
-            assert event["args"] and all(isinstance(value, int | float) for value in event["args"].values())
+            assert event["args"] and all(
+                isinstance(value, int | float) for value in event["args"].values()
+            )
     lost, saved = of(events, "i")  # the other loss is not of these steps
-    assert (saved["name"], saved["args"]) == ("checkpoint: saved", {"why": "step 3"})  # once, though it is a call too
+    # once, though it is a call too
+    assert (saved["name"], saved["args"]) == ("checkpoint: saved", {"why": "step 3"})
     assert (lost["name"], lost["s"], lost["args"]) == ("generator 0: lost", "g", {"why": "killed"})
     names = threads(events)
     assert set(LANES.values()) <= set(names.values())
@@ -147,8 +166,17 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
     place = {e["tid"]: e["pid"] for e in events if e["tid"]}
     assert all(place[e["tid"]] == e["pid"] for e in events if e["tid"])
     assert not set(place) & set(place.values())
-    processes = {e["pid"]: e["args"]["name"] for e in of(events, "M") if e["name"] == "process_name"}
-    assert set(processes.values()) == {"driver", "learner", "queue", "generator", "teacher", "verifier"}
+    processes = {
+        e["pid"]: e["args"]["name"] for e in of(events, "M") if e["name"] == "process_name"
+    }
+    assert set(processes.values()) == {
+        "driver",
+        "learner",
+        "queue",
+        "generator",
+        "teacher",
+        "verifier",
+    }
     assert processes.keys() == {e["pid"] for e in events}
 
 
@@ -170,7 +198,9 @@ def test_a_run_that_goes_on_goes_on_with_its_file(tmp_path):
     assert held == [20, 2 * before - 20] and before < 20
 
 
-def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_starts_anew(tmp_path):
+def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_starts_anew(
+    tmp_path,
+):
     lines = []
 
     async def twice():
@@ -209,16 +239,22 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
         ("generator 3", "busy", 1),
         ("generator 3", "down", 2),
     ]
-    assert [(c.lane, c.name, c.of) for c in calls(lines)] == [("generator 3", "generate, cut off", "0")]
+    assert [(c.lane, c.name, c.of) for c in calls(lines)] == [
+        ("generator 3", "generate, cut off", "0")
+    ]
 
 
 def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
     lines = (run[0] / FILE).read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / FILE).write_bytes(b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]]))
+    (tmp_path / FILE).write_bytes(
+        b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]])
+    )
     assert main(["trace", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(f"{tmp_path / FILE}, line 5: left out: ") and said.err.count("\n") == 1
+    assert (
+        said.err.startswith(f"{tmp_path / FILE}, line 5: left out: ") and said.err.count("\n") == 1
+    )
     assert "steps 1 to 19;" in said.out  # the last was torn
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     test_slices_of_one_thread_never_overlap(events)
@@ -229,7 +265,10 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     assert main(["trace", str(run[0]), "-o", str(tmp_path / "no" / "trace.json")]) == 2
-    said = f"async-opd: ConfigError: {tmp_path}/no/trace.json: cannot be written: No such file or directory\n"
+    said = (
+        f"async-opd: ConfigError: {tmp_path}/no/trace.json: cannot be written: No such file or"
+        " directory\n"
+    )
     assert capsys.readouterr() == ("", said)
 
 
@@ -238,5 +277,8 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
         recorded(tmp_path / "rum")
     (tmp_path / "config.json").write_text("{}")
     assert main(["trace", str(tmp_path)]) == 2
-    said = f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where that is not 0"
+    said = (
+        f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where"
+        " that is not 0"
+    )
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")

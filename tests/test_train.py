@@ -30,13 +30,25 @@ from tests.simulated.roles import (
 )
 from tests.simulated.virtual_time import virtual
 
-SMALL = ("run.steps=5", "learner.trajectories_per_step=4", "learner.warmup_steps=0", "teacher.evaluate=false")
+SMALL = (
+    "run.steps=5",
+    "learner.trajectories_per_step=4",
+    "learner.warmup_steps=0",
+    "teacher.evaluate=false",
+)
 
 
 async def run(
-    tmp_path, *overrides: str, generator=None, generators=None, learner=None, held_out=0, source=None, meter=None,
+    tmp_path,
+    *overrides: str,
+    generator=None,
+    generators=None,
+    learner=None,
+    held_out=0,
+    source=None,
+    meter=None,
     **scorers,
-):  # fmt: skip
+):
     """(summary, learner, rows) of a whole run over simulated roles."""
     config = load("configs/demo.toml", [*SMALL, *overrides])
     learner, rows = learner or RecordingLearner(), []
@@ -47,7 +59,9 @@ async def run(
         **{"teachers": {"": [SimulatedTeacher()]}} | scorers,
     )
     meter = meter or Meter([rows.append], asyncio.get_running_loop().time)
-    summary = await train(config, roles, source or Prompts(), list(Prompts(held_out)), tmp_path, meter)
+    summary = await train(
+        config, roles, source or Prompts(), list(Prompts(held_out)), tmp_path, meter
+    )
     return summary, learner, rows
 
 
@@ -66,7 +80,9 @@ async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
     class Recording(RecordingLearner):
         async def step(self, groups):
             result = await super().step(groups)
-            return StepResult(result.version, result.metrics, recorded=(f"of step {result.version}",))
+            return StepResult(
+                result.version, result.metrics, recorded=(f"of step {result.version}",)
+            )
 
     taken = []
     await run(tmp_path, learner=Recording(), meter=Meter([], record=taken.append))
@@ -75,7 +91,11 @@ async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
 
 async def test_accuracy_is_measured_before_and_after(tmp_path):
     summary, _, _ = await run(tmp_path, held_out=3)
-    assert (summary["accuracy_before"], summary["accuracy_after"], summary["eval_problems"]) == (1.0, 1.0, 3)
+    assert (summary["accuracy_before"], summary["accuracy_after"], summary["eval_problems"]) == (
+        1.0,
+        1.0,
+        3,
+    )
 
 
 async def test_checkpoints_are_saved_on_the_way(tmp_path):
@@ -85,7 +105,11 @@ async def test_checkpoints_are_saved_on_the_way(tmp_path):
         ".000004.partial",
         ".000005.partial",
     ]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "000005"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "000002",
+        "000004",
+        "000005",
+    ]
 
 
 def test_a_checkpoint_blocks_the_learner(tmp_path):
@@ -99,8 +123,10 @@ def test_a_checkpoint_blocks_the_learner(tmp_path):
             await asyncio.sleep(3)
 
     summary, _, rows = virtual(run(tmp_path, "run.checkpoint_every_steps=1", learner=SlowDisk()))
-    assert summary["learner_blocked"] == pytest.approx(4 * 3 / (5 * 1 + 4 * 3))  # until the last row
-    assert [row["learner_blocked"] for row in rows] == pytest.approx([0, *[3 / 4] * 4])  # the first is before a save
+    # until the last row
+    assert summary["learner_blocked"] == pytest.approx(4 * 3 / (5 * 1 + 4 * 3))
+    # the first is before a save
+    assert [row["learner_blocked"] for row in rows] == pytest.approx([0, *[3 / 4] * 4])
     for row in (*rows, summary):
         for role in ROLES:
             assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
@@ -116,9 +142,16 @@ async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_pu
 
     loaded, learner, generator = [], RecordingLearner(), SimulatedGenerator()
     settings = ("teacher.model=toy:student", "teacher.update=copy", "teacher.update_every_steps=2")
-    await run(tmp_path, *settings, learner=learner, generator=generator, teachers={"": [Follows(), Follows()]})
+    await run(
+        tmp_path,
+        *settings,
+        learner=learner,
+        generator=generator,
+        teachers={"": [Follows(), Follows()]},
+    )
     folder = str(tmp_path / "self-teacher")
-    assert loaded == [(folder, 2, 1)] * 2 + [(folder, 4, 3)] * 2  # two replicas, at steps 2 and 4 of 5
+    # two replicas, at steps 2 and 4 of 5
+    assert loaded == [(folder, 2, 1)] * 2 + [(folder, 4, 3)] * 2
     assert [path for path in learner.saved if path == folder] == [folder, folder]
 
 
@@ -142,11 +175,16 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
         verifier=both,
         learner=RecordingLearner(),
     )
-    named = [msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(3), ("math", "code", "math"), strict=True)]
+    named = [
+        msgspec.structs.replace(p, teacher=t)
+        for p, t in zip(Prompts(3), ("math", "code", "math"), strict=True)
+    ]
 
     class Code(Prompts):
         def __iter__(self):
-            return (msgspec.structs.replace(prompt, teacher="code") for prompt in super().__iter__())
+            return (
+                msgspec.structs.replace(prompt, teacher="code") for prompt in super().__iter__()
+            )
 
     summary = await train(config, roles, Code(), named, tmp_path, Meter([]))
     assert asked == [2]
@@ -177,14 +215,17 @@ def test_nothing_grows_with_the_length_of_a_run(tmp_path):
             verifier=SimulatedVerifier(),
             learner=SimulatedLearner(replace(AT_ONCE, step_s=0.1)),
         )
-        await train(config, roles, Prompts(), [], tmp_path, Meter([look], asyncio.get_running_loop().time))
+        await train(
+            config, roles, Prompts(), [], tmp_path, Meter([look], asyncio.get_running_loop().time)
+        )
 
     tracemalloc.start()
     try:
         virtual(main())
     finally:
         tracemalloc.stop()
-    # The event loop clears cancelled timers away a hundred at a time: what must not grow is the most that is held.
+    # The event loop clears cancelled timers away a hundred at a time: what must not grow is the
+    # most that is held.
     most = [max(held[step] for step in range(first, first + 100, 10)) for first in (110, 210)]
     assert most[1] - most[0] < 10_000  # bytes, in 100 steps of 4 groups; a row alone is 3,000
 
@@ -229,9 +270,11 @@ class Slow(RecordingLearner):
         return await super().step(groups)
 
 
-def cancelled(tmp_path, step_s: float, fatal: int | None = None) -> tuple[float, list[tuple[str, str, str]]]:
-    """Cancel a run half a second into its second step; returns when it has ended, and what it told. The learner dies in
-    step `fatal`."""
+def cancelled(
+    tmp_path, step_s: float, fatal: int | None = None
+) -> tuple[float, list[tuple[str, str, str]]]:
+    """Cancel a run half a second into its second step; returns when it has ended, and what it told.
+    The learner dies in step `fatal`."""
 
     async def main():
         told = []
@@ -275,9 +318,13 @@ def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
     async def main():
         config = load("configs/demo.toml", [*SMALL])
         roles = dict(
-            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+            generators=[SimulatedGenerator()],
+            teachers={"": [SimulatedTeacher()]},
+            verifier=SimulatedVerifier(),
         )
-        await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], tmp_path, Meter([]))
+        await train(
+            config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], tmp_path, Meter([])
+        )
         found = checkpoints.find(tmp_path)
         resumed = Roles(learner=NeverLoads(), **roles)
         running = asyncio.ensure_future(
@@ -293,20 +340,28 @@ def test_cancellation_before_training_leaves_the_checkpoints_alone(tmp_path):
 
 
 def gone_on_with(run_dir: Path, learner: RecordingLearner) -> None:
-    """A run of five steps with a checkpoint at 2, which it goes back to with `learner`; ended after a second."""
+    """A run of five steps with a checkpoint at 2, which it goes back to with `learner`; ended after
+    a second."""
 
     async def main():
         config = load("configs/demo.toml", [*SMALL, "run.checkpoint_every_steps=2"])
         (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
         roles = dict(
-            generators=[SimulatedGenerator()], teachers={"": [SimulatedTeacher()]}, verifier=SimulatedVerifier()
+            generators=[SimulatedGenerator()],
+            teachers={"": [SimulatedTeacher()]},
+            verifier=SimulatedVerifier(),
         )
         meter = Meter([Jsonl(run_dir / "metrics.jsonl")])
-        summary = await train(config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], run_dir, meter)
+        summary = await train(
+            config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], run_dir, meter
+        )
         (run_dir / "summary.json").write_text(json.dumps(summary))
-        shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")  # each line has its step, too
+        # each line has its step, too
+        shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")
         found = checkpoints.find(run_dir / "checkpoints" / "000002")
-        again = train(config, Roles(learner=learner, **roles), Prompts(), [], run_dir, Meter([]), found=found)
+        again = train(
+            config, Roles(learner=learner, **roles), Prompts(), [], run_dir, Meter([]), found=found
+        )
         running = asyncio.ensure_future(again)
         await asyncio.sleep(1)
         running.cancel()
@@ -323,7 +378,9 @@ def test_a_run_that_goes_back_cuts_off_what_is_void(tmp_path):
 
     gone_on_with(tmp_path, Stuck())
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert [json.loads(line)["step"] for line in (tmp_path / file).read_text().splitlines()] == [1, 2]
+        assert [
+            json.loads(line)["step"] for line in (tmp_path / file).read_text().splitlines()
+        ] == [1, 2]
     assert not (tmp_path / "summary.json").exists()  # it was that of the run that had ended
     assert audit(tmp_path).discrepancies == []
 

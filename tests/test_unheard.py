@@ -21,14 +21,21 @@ from async_opd.stream.pool import Pool
 from async_opd.stream.publish import Publisher
 from async_opd.train import train
 from async_opd.wire import Group, Prompt, Rollout, Span
-from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedLearner, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.roles import (
+    Prompts,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
 
 DEMO = load("configs/demo.toml")
 
 
 async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
     class Teacher:
-        """An actor that answers nothing until it dies; of each call that is told a moment after the one before."""
+        """An actor that answers nothing until it dies; of each call that is told a moment after the
+        one before."""
 
         died, told = asyncio.Event(), count()
 
@@ -78,7 +85,9 @@ async def test_of_a_probe_that_fails_beside_another(unheard):
 
     pool = Pool("generator", [Broken(), Broken()])
     with pytest.raises(CallFailed, match="no probe"):
-        await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(1, admit=lambda: None)
+        await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(
+            1, admit=lambda: None
+        )
     del pool
     assert unheard() == []
 

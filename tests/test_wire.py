@@ -23,7 +23,9 @@ from async_opd.wire import (
     Verdict,
 )
 
-STRUCTS = [kind for kind in vars(wire).values() if inspect.isclass(kind) and issubclass(kind, wire.Struct)]
+STRUCTS = [
+    kind for kind in vars(wire).values() if inspect.isclass(kind) and issubclass(kind, wire.Struct)
+]
 MESSAGES = [kind for kind in STRUCTS if kind is not wire.Struct]
 ERRORS = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
 NAN, INF = np.nan, np.inf
@@ -61,44 +63,188 @@ SCORES = dict(
 )
 
 RECORDED = dict(
-    id="p7@0#1", step=3, prompt_ids=np.array([1, 2], np.int32), ids=np.array([3, 4], np.int32), prompt_tokens=9,
-    tokens=5, truncated=True, correct=None, numbers={"student": np.array([-0.5, -1], np.float32)},
-)  # fmt: skip
+    id="p7@0#1",
+    step=3,
+    prompt_ids=np.array([1, 2], np.int32),
+    ids=np.array([3, 4], np.int32),
+    prompt_tokens=9,
+    tokens=5,
+    truncated=True,
+    correct=None,
+    numbers={"student": np.array([-0.5, -1], np.float32)},
+)
 
 BAD = {
-    "prompt as a list": (Prompt, PROMPT, dict(ids=[3, 4]), "p7@0: ids must be a 1-d int32 array, got list"),
-    "prompt of wide integers": (Prompt, PROMPT, dict(ids=np.array([3])), "p7@0: ids must be .* got int64"),
-    "teacher's prompt in rows": (Prompt, PROMPT, dict(teacher_ids=ints([3])), r"p7@0: teacher_ids .*int32 \(1, 1\)"),
-    "ids as a list": (Rollout, ROLLOUT, dict(ids=[5, 6, 1]), "p7@0#1: ids must be a 1-d int32 array, got list"),
-    "candidates in one row": (Rollout, ROLLOUT, dict(candidate_ids=ints(5)), "p7@0#1: candidate_ids must be .*2-d"),
-    "one log-prob too few": (Rollout, ROLLOUT, dict(behaviour_logp=floats(-1, -1)), r"p7@0#1: behaviour_logp .*\(2,\)"),
-    "log-probs as doubles": (Rollout, ROLLOUT, dict(behaviour_logp=np.zeros(3)), "p7@0#1: behaviour_logp .*float64"),
-    "NaN log-prob": (Rollout, ROLLOUT, dict(behaviour_logp=floats(-1, NAN, -1)), r"p7@0#1: behaviour_logp\[1\] = nan"),
-    "infinite log-prob": (Rollout, ROLLOUT, dict(behaviour_logp=floats(-1, -1, -INF)), r"behaviour_logp\[2\] = -inf"),
-    "positive log-prob": (Rollout, ROLLOUT, dict(behaviour_logp=floats(0.5, -1, -1)), r"behaviour_logp\[0\] = 0.5"),
-    "gap": (Rollout, ROLLOUT, dict(spans=spans((2, 0, 1), (4, 2, 3))), "p7@0#1: spans must be contiguous"),
-    "overlap": (Rollout, ROLLOUT, dict(spans=spans((2, 0, 2), (4, 1, 3))), "p7@0#1: spans must be contiguous"),
-    "late start": (Rollout, ROLLOUT, dict(spans=spans((2, 1, 3))), "p7@0#1: spans must be contiguous"),
-    "version goes back": (Rollout, ROLLOUT, dict(spans=spans((4, 0, 1), (2, 1, 3))), "p7@0#1: spans .* increasing"),
-    "version twice": (Rollout, ROLLOUT, dict(spans=spans((4, 0, 1), (4, 1, 3))), "p7@0#1: spans .* increasing"),
-    "span of nothing": (Rollout, ROLLOUT, dict(spans=spans((2, 0, 0), (4, 0, 3))), "p7@0#1: spans must be contiguous"),
+    "prompt as a list": (
+        Prompt,
+        PROMPT,
+        dict(ids=[3, 4]),
+        "p7@0: ids must be a 1-d int32 array, got list",
+    ),
+    "prompt of wide integers": (
+        Prompt,
+        PROMPT,
+        dict(ids=np.array([3])),
+        "p7@0: ids must be .* got int64",
+    ),
+    "teacher's prompt in rows": (
+        Prompt,
+        PROMPT,
+        dict(teacher_ids=ints([3])),
+        r"p7@0: teacher_ids .*int32 \(1, 1\)",
+    ),
+    "ids as a list": (
+        Rollout,
+        ROLLOUT,
+        dict(ids=[5, 6, 1]),
+        "p7@0#1: ids must be a 1-d int32 array, got list",
+    ),
+    "candidates in one row": (
+        Rollout,
+        ROLLOUT,
+        dict(candidate_ids=ints(5)),
+        "p7@0#1: candidate_ids must be .*2-d",
+    ),
+    "one log-prob too few": (
+        Rollout,
+        ROLLOUT,
+        dict(behaviour_logp=floats(-1, -1)),
+        r"p7@0#1: behaviour_logp .*\(2,\)",
+    ),
+    "log-probs as doubles": (
+        Rollout,
+        ROLLOUT,
+        dict(behaviour_logp=np.zeros(3)),
+        "p7@0#1: behaviour_logp .*float64",
+    ),
+    "NaN log-prob": (
+        Rollout,
+        ROLLOUT,
+        dict(behaviour_logp=floats(-1, NAN, -1)),
+        r"p7@0#1: behaviour_logp\[1\] = nan",
+    ),
+    "infinite log-prob": (
+        Rollout,
+        ROLLOUT,
+        dict(behaviour_logp=floats(-1, -1, -INF)),
+        r"behaviour_logp\[2\] = -inf",
+    ),
+    "positive log-prob": (
+        Rollout,
+        ROLLOUT,
+        dict(behaviour_logp=floats(0.5, -1, -1)),
+        r"behaviour_logp\[0\] = 0.5",
+    ),
+    "gap": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((2, 0, 1), (4, 2, 3))),
+        "p7@0#1: spans must be contiguous",
+    ),
+    "overlap": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((2, 0, 2), (4, 1, 3))),
+        "p7@0#1: spans must be contiguous",
+    ),
+    "late start": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((2, 1, 3))),
+        "p7@0#1: spans must be contiguous",
+    ),
+    "version goes back": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((4, 0, 1), (2, 1, 3))),
+        "p7@0#1: spans .* increasing",
+    ),
+    "version twice": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((4, 0, 1), (4, 1, 3))),
+        "p7@0#1: spans .* increasing",
+    ),
+    "span of nothing": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((2, 0, 0), (4, 0, 3))),
+        "p7@0#1: spans must be contiguous",
+    ),
     "no spans": (Rollout, ROLLOUT, dict(spans=()), "p7@0#1: spans cover 0 tokens of 3"),
-    "spans too short": (Rollout, ROLLOUT, dict(spans=spans((2, 0, 2))), "p7@0#1: spans cover 2 tokens of 3"),
+    "spans too short": (
+        Rollout,
+        ROLLOUT,
+        dict(spans=spans((2, 0, 2))),
+        "p7@0#1: spans cover 2 tokens of 3",
+    ),
     "empty response": (
-        Rollout, ROLLOUT, dict(ids=ints(), behaviour_logp=floats(), spans=(), candidate_ids=None),
+        Rollout,
+        ROLLOUT,
+        dict(ids=ints(), behaviour_logp=floats(), spans=(), candidate_ids=None),
         "p7@0#1: spans cover 0 tokens of 0; a response has at least one",
     ),
-    "scores as a list": (Scores, SCORES, dict(sampled_logp=[-1.0]), "p7@0#1: sampled_logp must be a 1-d float32"),
-    "NaN score": (Scores, SCORES, dict(sampled_logp=floats(-1, -1, NAN)), r"p7@0#1: sampled_logp\[2\] = nan"),
-    "ids without scores": (Scores, SCORES, dict(topk_logp=None), "p7@0#1: topk_logp must be .* got NoneType"),
-    "too few scores": (Scores, SCORES, dict(topk_logp=floats([-1], [-1], [-1])), r"p7@0#1: topk_logp.*\(3, 1\)"),
-    "entropy in rows": (Scores, SCORES, dict(entropy=floats([0, 1, 2])), "p7@0#1: entropy must be a 1-d float32"),
-    "candidates of two tokens": (Scores, SCORES, dict(candidate_logp=floats([-1], [-2])), r"candidate_logp .*\(2, 1\)"),
-    "a number missing": (Recorded, RECORDED, dict(numbers={"ratio": floats(1)}), "p7@0#1: ratio has 1 rows for 2"),
-    "positive candidate": (Scores, SCORES, dict(candidate_logp=floats([-1], [2], [-3])), r"candidate_logp\[1\] = 2.0"),
-    "tail of two tokens": (Scores, SCORES, dict(tail_logp=floats(-1, -2)), r"p7@0#1: tail_logp has shape \(2,\), exp"),
-    "tail of no log": (Scores, SCORES, dict(tail_logp=floats(-1, -INF, -3)), r"p7@0#1: tail_logp\[1\] = -inf is not"),
-}  # fmt: skip
+    "scores as a list": (
+        Scores,
+        SCORES,
+        dict(sampled_logp=[-1.0]),
+        "p7@0#1: sampled_logp must be a 1-d float32",
+    ),
+    "NaN score": (
+        Scores,
+        SCORES,
+        dict(sampled_logp=floats(-1, -1, NAN)),
+        r"p7@0#1: sampled_logp\[2\] = nan",
+    ),
+    "ids without scores": (
+        Scores,
+        SCORES,
+        dict(topk_logp=None),
+        "p7@0#1: topk_logp must be .* got NoneType",
+    ),
+    "too few scores": (
+        Scores,
+        SCORES,
+        dict(topk_logp=floats([-1], [-1], [-1])),
+        r"p7@0#1: topk_logp.*\(3, 1\)",
+    ),
+    "entropy in rows": (
+        Scores,
+        SCORES,
+        dict(entropy=floats([0, 1, 2])),
+        "p7@0#1: entropy must be a 1-d float32",
+    ),
+    "candidates of two tokens": (
+        Scores,
+        SCORES,
+        dict(candidate_logp=floats([-1], [-2])),
+        r"candidate_logp .*\(2, 1\)",
+    ),
+    "a number missing": (
+        Recorded,
+        RECORDED,
+        dict(numbers={"ratio": floats(1)}),
+        "p7@0#1: ratio has 1 rows for 2",
+    ),
+    "positive candidate": (
+        Scores,
+        SCORES,
+        dict(candidate_logp=floats([-1], [2], [-3])),
+        r"candidate_logp\[1\] = 2.0",
+    ),
+    "tail of two tokens": (
+        Scores,
+        SCORES,
+        dict(tail_logp=floats(-1, -2)),
+        r"p7@0#1: tail_logp has shape \(2,\), exp",
+    ),
+    "tail of no log": (
+        Scores,
+        SCORES,
+        dict(tail_logp=floats(-1, -INF, -3)),
+        r"p7@0#1: tail_logp\[1\] = -inf is not",
+    ),
+}
 
 
 @pytest.mark.parametrize(("kind", "good", "change", "message"), BAD.values(), ids=BAD)
@@ -112,7 +258,8 @@ def test_a_bad_message_fails_where_it_arrives(kind, good, change, message):
     broken = kind(**good)
     for field, value in change.items():
         msgspec.structs.force_setattr(broken, field, value)
-    if any(isinstance(value, list) for value in change.values()):  # refused by its type, before the field's own rules
+    # refused by its type, before the field's own rules
+    if any(isinstance(value, list) for value in change.values()):
         message = r"^p7@0(#1)?: (Prompt|Rollout|Scores): .*got `list`"
     with pytest.raises(WireError, match=message):
         pickle.loads(pickle.dumps(broken, protocol=5))
@@ -182,7 +329,10 @@ def test_versions_are_those_of_the_spans():
 
 def test_metadata_knows_the_lengths_and_the_oldest_version():
     meta = GroupMeta(
-        id="a", prompt_len=2, spans=(spans((3, 0, 2)), spans((1, 0, 1), (2, 1, 5))), truncated=(True, True)
+        id="a",
+        prompt_len=2,
+        spans=(spans((3, 0, 2)), spans((1, 0, 1), (2, 1, 5))),
+        truncated=(True, True),
     )
     assert (meta.lengths, meta.oldest) == ((2, 5), 1)
 
@@ -201,17 +351,32 @@ def test_a_message_says_who_makes_and_who_consumes_it(kind):
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_error_survives_the_trip_with_its_message(kind):
     error = pickle.loads(pickle.dumps(kind("learner rank 1: died"), protocol=5))
-    assert (type(error), str(error), error.exit_status) == (kind, "learner rank 1: died", kind.exit_status)
+    assert (type(error), str(error), error.exit_status) == (
+        kind,
+        "learner rank 1: died",
+        kind.exit_status,
+    )
 
 
 def test_only_mistakes_in_what_was_asked_exit_with_two():
-    wrong = ["ConfigError", "ClusterTooSmall", "DataError", "RunMissing", "CheckpointError", "ClusterError"]
+    wrong = [
+        "ConfigError",
+        "ClusterTooSmall",
+        "DataError",
+        "RunMissing",
+        "CheckpointError",
+        "ClusterError",
+    ]
     assert [kind.__name__ for kind in ERRORS if kind.exit_status == 2] == wrong
     assert {kind.exit_status for kind in ERRORS} == {1, 2}
 
 
 def test_entropy_must_fit_the_tokens_and_be_finite():
-    for bad in (np.ones(1, np.float32), np.array([0.5, np.nan], np.float32), np.array([0.5, -1], np.float32)):
+    for bad in (
+        np.ones(1, np.float32),
+        np.array([0.5, np.nan], np.float32),
+        np.array([0.5, -1], np.float32),
+    ):
         with pytest.raises(WireError, match=r"^r#0: entropy"):
             Scores(id="r#0", sampled_logp=np.zeros(2, np.float32), entropy=bad)
 

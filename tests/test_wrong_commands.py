@@ -1,4 +1,5 @@
-"""What newcomers get wrong: each mistake gives one helpful line and status 2, starts nothing and leaves nothing."""
+"""What newcomers get wrong: each mistake gives one helpful line and status 2, starts nothing and
+leaves nothing."""
 
 import json
 import os
@@ -34,7 +35,10 @@ COMMAND_LINES = {
     "train latin.toml": ["config latin.toml is not valid TOML", "can't decode"],
     "train rows.jsonl": ["config rows.jsonl is not valid TOML", "line 1"],
     "train demo.toml --resum": ["--resume: expected one argument", "usage: async-opd train CONFIG"],
-    "train demo.toml --learner.lr=3": ["--learner.lr=3: no such option", "usage: async-opd train CONFIG"],
+    "train demo.toml --learner.lr=3": [
+        "--learner.lr=3: no such option",
+        "usage: async-opd train CONFIG",
+    ],
     "train --resume nowhere": ["RunMissing: nowhere: no config.json in it"],
     "train --resume rows.jsonl": ["RunMissing: rows.jsonl: no config.json in it"],
     "train --resume finished": ["run.steps = 3: must be larger to go on", "is of step 3"],
@@ -51,19 +55,39 @@ COMMAND_LINES = {
     "demo run.dir=/proc/nope/run": ["run.dir = '/proc/nope/run': cannot be made"],
     f"demo {ROWS} run.dir=.": ["run.dir = '.': holds data.path = 'rows.jsonl'"],
     "demo objective.k=99": ["objective.k = 99: the vocabulary has 24"],
-    "demo data.epochs=1 run.steps=1000": ["data.epochs = 1: 1 x 20480 rows, but run.steps = 1000 needs 96000"],
-    "demo data.max_prompt_tokens=2": ["7 prompt tokens, data.max_prompt_tokens = 2; shorten it, raise the limit"],
+    "demo data.epochs=1 run.steps=1000": [
+        "data.epochs = 1: 1 x 20480 rows, but run.steps = 1000 needs 96000"
+    ],
+    "demo data.max_prompt_tokens=2": [
+        "7 prompt tokens, data.max_prompt_tokens = 2; shorten it, raise the limit"
+    ],
     "demo eval.problems=5000": ["512 usable rows, eval.problems = 5000"],
-    f"demo {ROWS} data.prompt=question": ["data.prompt = 'question': rows.jsonl has columns id, prompt, answer"],
+    f"demo {ROWS} data.prompt=question": [
+        "data.prompt = 'question': rows.jsonl has columns id, prompt, answer"
+    ],
     f"demo {ROWS} data.split=trian": ["split 'trian'", "Should be one of ['train']"],
-    f"demo {ROWS} data.chat_template=true": ["data.chat_template = true", "student.model has no chat template"],
+    f"demo {ROWS} data.chat_template=true": [
+        "data.chat_template = true",
+        "student.model has no chat template",
+    ],
     "demo data.path=empty.jsonl": ["data.path = 'empty.jsonl', split 'train': no rows"],
     "demo data.path=broken.jsonl": ["data.path = 'broken.jsonl'", "JSON parse error", "in row 1"],
-    "demo student.model=models/no_tokenizer": ["student.model = 'models/no_tokenizer': holds no tokenizer"],
-    "demo student.model=models/no_weights": ["student.model = 'models/no_weights': holds no weights"],
-    "demo teacher.model=models/no_weights": ["teacher.model = 'models/no_weights': holds no weights"],
-    "demo student.model=models/unknown": ["student.model = 'models/unknown'", "model type `nonesuch`"],
-    "demo student.model=models/swapped": ["its tokenizer disagrees with the student's on 2 tokens, such as '3'"],
+    "demo student.model=models/no_tokenizer": [
+        "student.model = 'models/no_tokenizer': holds no tokenizer"
+    ],
+    "demo student.model=models/no_weights": [
+        "student.model = 'models/no_weights': holds no weights"
+    ],
+    "demo teacher.model=models/no_weights": [
+        "teacher.model = 'models/no_weights': holds no weights"
+    ],
+    "demo student.model=models/unknown": [
+        "student.model = 'models/unknown'",
+        "model type `nonesuch`",
+    ],
+    "demo student.model=models/swapped": [
+        "its tokenizer disagrees with the student's on 2 tokens, such as '3'"
+    ],
     "demo student.model=models/template teacher.model=models/template data.chat_template=true": [
         "the chat template refuses 'prompt': unexpected '}'"
     ],
@@ -73,24 +97,34 @@ COMMAND_LINES = {
     "demo lora.rank=8": [f"lora: {LORA} out of scope for now"],
     "demo rollout.qlora=true": [f"rollout.qlora: {LORA} out of scope for now"],
     "demo learner.peft.r=8": [f"learner.peft: {LORA} out of scope for now"],
-    "demo learner.sequence_parallel_size=2": [f"learner.sequence_parallel_size: {SEQUENCE} out of scope for now"],
+    "demo learner.sequence_parallel_size=2": [
+        f"learner.sequence_parallel_size: {SEQUENCE} out of scope for now"
+    ],
     "demo learner.ulysses_degree=2": [f"learner.ulysses_degree: {SEQUENCE} out of scope for now"],
     "demo rollout.tools=[]": [f"rollout.tools: {TOOLS} out of scope for now"],
     "demo rollout.max_turns=3": [f"rollout.max_turns: {TOOLS} out of scope for now"],
     "demo multi_turn=true": [f"multi_turn: {TOOLS} out of scope for now"],
     "scale finished": ["required: POOL=NUMBER", "usage: async-opd scale"],
     "scale nowhere generators=2": ["RunMissing: nowhere: no config.json in it"],
-    "scale finished generators=no": ["'generators=no': write POOL=NUMBER with a number of at least 1"],
+    "scale finished generators=no": [
+        "'generators=no': write POOL=NUMBER with a number of at least 1"
+    ],
     "explain --objective dera rollouts.json": ["objective.tag = 'dera'", "did you mean 'dear'?"],
     "explain --objective dear": ["required: FILE.json", "usage: async-opd explain"],
-    "explain --objective dear rollout.json": ["rollout.json: no such file; did you mean 'rollouts.json'?"],
+    "explain --objective dear rollout.json": [
+        "rollout.json: no such file; did you mean 'rollouts.json'?"
+    ],
     "explain --objective dear rollouts.json": ["rollouts.json: ", "`trajectories`"],
     "plan nosuch.toml": ["config nosuch.toml: no such file"],
     "plan demo.toml --nodes x": ["--nodes: x: must be an integer >= 1"],
     "plan demo.toml --gpu-memory-gib 80GB": ["--gpu-memory-gib: 80GB: must be a finite number > 0"],
-    "plan demo.toml learner.lrr=3": ["learner.lrr = 3: no such setting; did you mean 'learner.lr'?"],
+    "plan demo.toml learner.lrr=3": [
+        "learner.lrr = 3: no such setting; did you mean 'learner.lr'?"
+    ],
     "submit demo.toml": ["run.dir = 'runs/demo': must be absolute"],
-    f"submit demo.toml run.dir=/shared/demo --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
+    f"submit demo.toml run.dir=/shared/demo --address {NOBODY}": [
+        f"{NOBODY}: no Ray dashboard answers"
+    ],
     f"status job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
     f"logs job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
     f"stop job --address {NOBODY}": [f"{NOBODY}: no Ray dashboard answers"],
@@ -98,9 +132,15 @@ COMMAND_LINES = {
     "trace nowhere": ["RunMissing: nowhere: no config.json in it"],
     "cluster": ["required: ", "--kind", "usage: async-opd cluster render"],
     "cluster rendr demo.toml --kind slurm": ["invalid choice: 'rendr' (choose from 'render')"],
-    "cluster render demo.toml --kind slurm run.dir=/shared/runs/a learner.lrr=3": ["learner.lrr = 3: no such setting"],
-    "cluster render demo.toml --kind kubray": ["--kind: invalid choice: 'kubray' (choose from 'kuberay'"],
-    "cluster render demo.toml --kind slurm --gpus-per-node 0": ["--gpus-per-node: 0: must be an integer >= 1"],
+    "cluster render demo.toml --kind slurm run.dir=/shared/runs/a learner.lrr=3": [
+        "learner.lrr = 3: no such setting"
+    ],
+    "cluster render demo.toml --kind kubray": [
+        "--kind: invalid choice: 'kubray' (choose from 'kuberay'"
+    ],
+    "cluster render demo.toml --kind slurm --gpus-per-node 0": [
+        "--gpus-per-node: 0: must be an integer >= 1"
+    ],
     "cluster render demo.toml run.dir=/shared/runs/a --kind slurm -o no/a.sh": [
         "no/a.sh: cannot be written: No such file"
     ],
@@ -111,17 +151,37 @@ COMMAND_LINES = {
         "--json out.json: --json takes no value",
         "for a file, end the command with > out.json; usage: ",
     ],
-    "audit finished --json=out.json": ["--json out.json: --json takes no value", "usage: async-opd audit"],
-    "plan demo.toml --json out.json": ["--json out.json: --json takes no value", "usage: async-opd plan CONFIG"],
-    "plan demo.toml learner.lr=1 --offline now": ["--offline now: --offline takes no value; usage: "],
-    "explain --objective opd rollouts.json --json out.json": ["--json out.json: --json takes no value"],
+    "audit finished --json=out.json": [
+        "--json out.json: --json takes no value",
+        "usage: async-opd audit",
+    ],
+    "plan demo.toml --json out.json": [
+        "--json out.json: --json takes no value",
+        "usage: async-opd plan CONFIG",
+    ],
+    "plan demo.toml learner.lr=1 --offline now": [
+        "--offline now: --offline takes no value; usage: "
+    ],
+    "explain --objective opd rollouts.json --json out.json": [
+        "--json out.json: --json takes no value"
+    ],
     "explain --objective opd --json rollouts.json": ["rollouts.json: ", "`trajectories`"],
-    "explain --json correction.tag=ppo rollouts.json --objective opd": ["rollouts.json: ", "`trajectories`"],
-    "explain --json --objective opd rollout.json": ["rollout.json: no such file; did you mean 'rollouts.json'?"],
-    "submit demo.toml --no-wait now": ["--no-wait now: --no-wait takes no value", "usage: async-opd submit CONFIG"],
+    "explain --json correction.tag=ppo rollouts.json --objective opd": [
+        "rollouts.json: ",
+        "`trajectories`",
+    ],
+    "explain --json --objective opd rollout.json": [
+        "rollout.json: no such file; did you mean 'rollouts.json'?"
+    ],
+    "submit demo.toml --no-wait now": [
+        "--no-wait now: --no-wait takes no value",
+        "usage: async-opd submit CONFIG",
+    ],
     "submit demo.toml --no-wait learner.lrr=3": ["learner.lrr = 3: no such setting"],
     "logs job --follow now": ["--follow now: --follow takes no value", "usage: async-opd logs"],
-    "plan demo.toml --offline learner.lrr=3": ["learner.lrr = 3: no such setting; did you mean 'learner.lr'?"],
+    "plan demo.toml --offline learner.lrr=3": [
+        "learner.lrr = 3: no such setting; did you mean 'learner.lr'?"
+    ],
     "train run.steps=9 --resume finished learner.lrr=3": ["learner.lrr = 3: no such setting"],
     "scale finished --address http://a generators=no": ["'generators=no': write POOL=NUMBER"],
     "report nowhere -o page.html finished": ["RunMissing: nowhere: "],
@@ -157,7 +217,11 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         row = '{"id": "a", "prompt": "1+1=", "answer": "2"}\n'
-        texts = {"rows.jsonl": row * 9, "empty.jsonl": "", "broken.jsonl": row + '{"id": "b", "prompt"\n'}
+        texts = {
+            "rows.jsonl": row * 9,
+            "empty.jsonl": "",
+            "broken.jsonl": row + '{"id": "b", "prompt"\n',
+        }
         texts |= {"demo.toml": DEMO.read_text(), "rollouts.json": "{}"}
         for name, text in texts.items():
             Path(name).write_text(text)
@@ -169,7 +233,9 @@ def folder(tmp_path_factory):
         core = json.loads((STUDENT / "tokenizer.json").read_text())["model"]
         core["vocab"] |= {"3": core["vocab"]["7"], "7": core["vocab"]["3"]}
         model("swapped", "tokenizer.json", model=core)
-        (model("template") / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }")
+        (model("template") / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.content }"
+        )
         trained("finished")
         (trained("damaged") / "learner" / "a.pt").write_bytes(b"stale")
         yield folder
@@ -181,7 +247,8 @@ def listed(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def refused(folder, monkeypatch, capfd):
-    """Runs a command line that must be refused, where a cluster that starts is a bug; gives its one line."""
+    """Runs a command line that must be refused, where a cluster that starts is a bug; gives its one
+    line."""
     from async_opd import actors
 
     def starts(**_) -> None:
@@ -194,7 +261,9 @@ def refused(folder, monkeypatch, capfd):
         before = listed(folder)
         assert main(list(words)) == 2
         said = capfd.readouterr()
-        assert said.out == "" and said.err.startswith("async-opd: ") and said.err.count("\n") == 1, said
+        assert (
+            said.out == "" and said.err.startswith("async-opd: ") and said.err.count("\n") == 1
+        ), said
         assert listed(folder) == before
         return said.err
 
@@ -217,20 +286,29 @@ def test_a_cluster_that_is_not_there_is_said_at_once(scheme, refused, monkeypatc
     with held_port("127.0.0.1") as held:
         address = f"{scheme}127.0.0.1:{held.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused("demo")
+        assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused(
+            "demo"
+        )
 
 
 def test_nccl_is_refused_on_a_cluster_without_gpus():
     config = load(DEMO, ["sync.backend=nccl"])
-    with pytest.raises(ConfigError, match=r"^sync\.backend = 'nccl': must be 'gloo' on a cluster without GPUs$"):
-        refuse_without_gpus(config.scorers, config.rollout, config.objective, False, config.sync.backend)
+    with pytest.raises(
+        ConfigError, match=r"^sync\.backend = 'nccl': must be 'gloo' on a cluster without GPUs$"
+    ):
+        refuse_without_gpus(
+            config.scorers, config.rollout, config.objective, False, config.sync.backend
+        )
 
 
 @pytest.mark.parametrize("line", ["tarin", "demo learner.lora_rank=8"])
 def test_from_the_shell_it_is_the_same(line, tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "async_opd", *line.split()],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ,
+    )
     assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
     assert found.stderr.startswith("async-opd: ConfigError: ") and list(tmp_path.iterdir()) == []

@@ -1,1 +1,2 @@
-"""Proof from a run's ledger that no prompt was lost and none trained twice in the state the run has reached."""
+"""Proof from a run's ledger that no prompt was lost and none trained twice in the state the run has
+reached."""

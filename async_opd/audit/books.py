@@ -18,7 +18,8 @@ from async_opd.run_dir import CHECKPOINTS
 
 
 class Books(Struct, kw_only=True):
-    """What became of every prompt by the live records: those behind a checkpoint that the run went back to are void."""
+    """What became of every prompt by the live records: those behind a checkpoint that the run went
+    back to are void."""
 
     steps: int
     steps_asked: int  # run.steps
@@ -35,10 +36,16 @@ class Books(Struct, kw_only=True):
 
     def lines(self) -> Iterator[str]:
         """The books in words."""
-        dropped, reissued, returned = (sum(c.values()) for c in (self.dropped, self.reissued, self.returned))
+        dropped, reissued, returned = (
+            sum(c.values()) for c in (self.dropped, self.reissued, self.returned)
+        )
         resumes = f"at step {', '.join(map(str, self.resumed_at))}" if self.resumed_at else ""
         for name, count, more in (
-            ("steps", self.steps, f"of {self.steps_asked}, {'finished' if self.finished else 'not finished'}"),
+            (
+                "steps",
+                self.steps,
+                f"of {self.steps_asked}, {'finished' if self.finished else 'not finished'}",
+            ),
             ("handed out", self.handed_out, ""),
             ("  trained", self.trained, ""),
             ("  dropped", dropped, _by_cause(self.dropped)),
@@ -55,8 +62,9 @@ class Books(Struct, kw_only=True):
 
 
 def audit(run_dir: Path) -> Books:
-    """The books of a run, which may be at work. Memory is bounded by what is outstanding at once, checkpoints, and 8
-    bytes a prompt. Raises RunMissing, and LedgerError for a line that is no record."""
+    """The books of a run, which may be at work. Memory is bounded by what is outstanding at once,
+    checkpoints, and 8 bytes a prompt. Raises RunMissing, and LedgerError for a line that is no
+    record."""
     config, path = read_run(run_dir), run_dir / "ledger.jsonl"
     if not path.exists():
         raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
@@ -114,7 +122,8 @@ def _state(checkpoint: Path, found: list[str]) -> RunState | None:
 
 
 def _rows(path: Path, found: list[str]) -> np.ndarray | None:
-    """The steps that have a row; None without a file. What is no row is a discrepancy, save at a torn end."""
+    """The steps that have a row; None without a file. What is no row is a discrepancy, save at a
+    torn end."""
     if not path.exists():
         return None
     steps = array("I")
@@ -129,7 +138,8 @@ def _rows(path: Path, found: list[str]) -> np.ndarray | None:
 
 
 def _against(rows: np.ndarray, step: int, highest: int, finished: bool) -> Iterator[str]:
-    """Where the steps with a row and the ledger disagree. A kill between the two leaves a record without its row."""
+    """Where the steps with a row and the ledger disagree. A kill between the two leaves a record
+    without its row."""
     last = int(rows.max(initial=0))
     if last > highest:
         yield f"metrics.jsonl has a row of step {last}, the ledger ends with step {highest}"

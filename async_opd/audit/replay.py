@@ -1,4 +1,5 @@
-"""The live records of a ledger, followed one by one: who is outstanding, and what breaks the books."""
+"""The live records of a ledger, followed one by one: who is outstanding, and what breaks the
+books."""
 
 from array import array
 from collections import Counter
@@ -15,12 +16,16 @@ class Replay:
     def __init__(self, per_step: int, found: list[str]):
         self._per_step, self._found = per_step, found
         self.attempts: dict[str, int] = {}  # of each outstanding prompt
-        self._due: dict[str, None] = {}  # of them: to be handed out again since a resume, in this order
+        # of them: to be handed out again since a resume, in this order
+        self._due: dict[str, None] = {}
         self.handed_out = array("q")  # hashes of ids
-        self._strays: list[tuple[str, int, str]] = []  # an id not outstanding, hand-outs before, what was said of it
+        # an id not outstanding, hand-outs before, what was said of it
+        self._strays: list[tuple[str, int, str]] = []
         self.step = self.trained = 0
         self.finished = False
-        self.dropped, self.reissued, self.returned = Counter(), Counter(), Counter()
+        self.dropped = Counter()
+        self.reissued = Counter()
+        self.returned = Counter()
         self._of: dict[type, Callable] = {
             ledger.Out: self._out,
             ledger.Trained: self._train,
@@ -41,28 +46,44 @@ class Replay:
     def agrees(self, where: str, theirs: list[str]) -> None:
         """Hold what `where` says is outstanding against what is."""
         ours, known = list(self.attempts), set(theirs)
-        self._found += [f"{id}: outstanding, but {where} does not know it" for id in ours if id not in known]
-        self._found += [f"{id}: not outstanding, but {where} says so" for id in theirs if id not in self.attempts]
+        self._found += [
+            f"{id}: outstanding, but {where} does not know it" for id in ours if id not in known
+        ]
+        self._found += [
+            f"{id}: not outstanding, but {where} says so"
+            for id in theirs
+            if id not in self.attempts
+        ]
         if ours != theirs and sorted(ours) == sorted(theirs):
             self._found.append(f"{where} has what is outstanding in another order")
 
     def close(self, steps: int, again: Iterator[tuple[int, ledger.Record]]) -> None:
-        """The end of the file; `again` are the records once more, read where an id has to be found."""
+        """The end of the file; `again` are the records once more, read where an id has to be
+        found."""
         if self.finished and self.step != steps:
             self._found.append(f"the run finished after step {self.step} of {steps}")
         if self.finished:
-            self._found += [f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts]
+            self._found += [
+                f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts
+            ]
         hashes = np.asarray(self.handed_out)
         if self._strays:
             known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
             first = {int(hashes[at]): at for at in reversed(known)}
             for id, before, what in self._strays:
                 was_out = first.get(hash(id), before) < before
-                self._found.append(f"{id}: {what}, but it {'had ended before' if was_out else 'was never handed out'}")
+                self._found.append(
+                    f"{id}: {what}, but it"
+                    f" {'had ended before' if was_out else 'was never handed out'}"
+                )
         hashes = np.sort(hashes)
         twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         if twice:
-            ids = {record.id for _, record in again if type(record) is ledger.Out and hash(record.id) in twice}
+            ids = {
+                record.id
+                for _, record in again
+                if type(record) is ledger.Out and hash(record.id) in twice
+            }
             self._found += [f"{id}: handed out anew after it had ended" for id in sorted(ids)]
 
     def _out(self, record: ledger.Out) -> None:
@@ -77,13 +98,18 @@ class Replay:
             del self._due[due]
             if due == record.id:
                 return
-            self._found.append(f"{due}: outstanding at the resume, but {record.id} was handed out before it")
+            self._found.append(
+                f"{due}: outstanding at the resume, but {record.id} was handed out before it"
+            )
 
     def _train(self, record: ledger.Trained) -> None:
         if record.step != self.step + 1:
             self._found.append(f"step {record.step} follows step {self.step}")
         if len(record.ids) != self._per_step:
-            self._found.append(f"step {record.step} has {len(record.ids)} groups, config.json says {self._per_step}")
+            self._found.append(
+                f"step {record.step} has {len(record.ids)} groups, config.json says"
+                f" {self._per_step}"
+            )
         self.step = record.step
         self.trained += len(record.ids)
         for id in record.ids:
@@ -100,7 +126,8 @@ class Replay:
         if before is None:
             self._stray(record.id, f"re-issued ({record.cause})")
             return
-        if record.attempt not in (before, before + 1):  # what the teacher did not answer is the student's first attempt
+        # what the teacher did not answer is the student's first attempt
+        if record.attempt not in (before, before + 1):
             self._found.append(f"{record.id}: attempt {record.attempt} follows attempt {before}")
         self.attempts[record.id] = record.attempt
 

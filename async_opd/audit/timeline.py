@@ -1,4 +1,5 @@
-"""Which records of a ledger are live: a run that goes back to a checkpoint makes void what came after it."""
+"""Which records of a ledger are live: a run that goes back to a checkpoint makes void what came
+after it."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -23,9 +24,14 @@ class Timeline:
         for _, record in ledger.records(path):
             self._lines += 1
             if record.n > expected:
-                self._found.append(f"line {self._lines}: records {expected} to {record.n - 1} are missing before it")
+                self._found.append(
+                    f"line {self._lines}: records {expected} to {record.n - 1} are missing"
+                    " before it"
+                )
             elif record.n < expected:
-                self._found.append(f"line {self._lines}: record {record.n} stands behind record {expected - 1}")
+                self._found.append(
+                    f"line {self._lines}: record {record.n} stands behind record {expected - 1}"
+                )
             expected = record.n + 1
             match record:
                 case ledger.Trained():
@@ -55,14 +61,20 @@ class Timeline:
             if step in lines:
                 return folder, lines[step]
             if step not in self._dead:
-                self._found.append(f"{folder}: complete, but the ledger has no checkpoint of step {step}")
+                self._found.append(
+                    f"{folder}: complete, but the ledger has no checkpoint of step {step}"
+                )
         return None, None
 
     def _resume(self, step: int) -> None:
         self.resumed_at.append(step)
-        at = next((at for at in reversed(range(len(self._marks))) if self._marks[at][0] == step), None)
+        at = next(
+            (at for at in reversed(range(len(self._marks))) if self._marks[at][0] == step), None
+        )
         if at is None:
-            self._found.append(f"line {self._lines}: resumed at step {step}, of which the ledger has no checkpoint")
+            self._found.append(
+                f"line {self._lines}: resumed at step {step}, of which the ledger has no checkpoint"
+            )
             return
         self._dead |= {past for past, _ in self._marks[at + 1 :]}
         del self._marks[at + 1 :]

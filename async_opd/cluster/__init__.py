@@ -1,4 +1,5 @@
-"""Files that make a cluster for a config: for KubeRay, Slurm, Ray's launcher, and a container image for either."""
+"""Files that make a cluster for a config: for KubeRay, Slurm, Ray's launcher, and a container image
+for either."""
 
 KINDS = {  # each with its template
     "kuberay": "kuberay.yaml",

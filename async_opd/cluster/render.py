@@ -27,7 +27,10 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
     config = load(path, overrides, elsewhere=True)
     here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
     if kind == "kuberay" and here:
-        raise ConfigError(f"{', '.join(here)}: the pods see no file of this machine: name an absolute path of theirs")
+        raise ConfigError(
+            f"{', '.join(here)}: the pods see no file of this machine: name an absolute path of"
+            " theirs"
+        )
     shape = shape_of(config, gpus_per_node)
     asked = [str(path), *overrides, "--gpus-per-node", str(gpus_per_node), "--image", image]
     text = files("async_opd.cluster").joinpath(KINDS[kind]).read_text(encoding="utf-8")
@@ -37,7 +40,9 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         config=indent(path.read_text(encoding="utf-8"), " " * 4),
         config_path=shlex.quote(str(path)),
         overrides=shlex.join(overrides),
-        entrypoint=json.dumps(shlex.join(["python", "-m", "async_opd", "train", "/config/config.toml", *overrides])),
+        entrypoint=json.dumps(
+            shlex.join(["python", "-m", "async_opd", "train", "/config/config.toml", *overrides])
+        ),
         image=image,
         metadata=json.dumps({RUN_DIR: shape.run_dir}),
         ray=version("ray"),

@@ -10,7 +10,8 @@ from async_opd.errors import ConfigError
 from async_opd.placement import asks, place_on_alike
 
 CPUS_A_GPU = 4  # its actor, the engine's process, and the threads of both; none is reserved
-GIB_A_GPU = 64  # of host memory, a rule of thumb: more for `learner.offload_optimizer` of a large model
+# of host memory, a rule of thumb: more for `learner.offload_optimizer` of a large model
+GIB_A_GPU = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,10 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
     gpus = min(gpus_per_node, ceil(wanted))
     largest = max(asked, key=lambda ask: ask.gpus)
     if largest.gpus > gpus:
-        needs = f"{largest.role} asks for {largest.gpus:g} on one node: lower {' or '.join(largest.settings)}"
+        needs = (
+            f"{largest.role} asks for {largest.gpus:g} on one node: lower"
+            f" {' or '.join(largest.settings)}"
+        )
         raise ConfigError(f"--gpus-per-node {gpus_per_node}: too few: {needs}")
     memory = GIB_A_GPU * gpus
     return Shape(

@@ -1,8 +1,9 @@
 """Prove from a run's ledger that no prompt was lost or trained twice.
 
-Follows every prompt from its hand-out to the step that trained it, or to the cause for which it was dropped, through
-losses and resumes, and holds that against metrics.jsonl and the newest checkpoint. The run may be at work, or have been
-killed. Each discrepancy is a line; with any, the exit status is 1.
+Follows every prompt from its hand-out to the step that trained it, or to the cause for which it was
+dropped, through losses and resumes, and holds that against metrics.jsonl and the newest checkpoint.
+The run may be at work, or have been killed. Each discrepancy is a line; with any, the exit status
+is 1.
 
   async-opd audit runs/demo
 """

@@ -1,7 +1,8 @@
 """Write the files that make a cluster for a config: as many nodes and GPUs as its roles ask for.
 
-Kinds: kuberay (a RayJob with token authentication), slurm (a script for sbatch), launcher (YAML for `ray up`), and
-container (the image of either). run.dir must be absolute; the first folder of it is the disk that all nodes share.
+Kinds: kuberay (a RayJob with token authentication), slurm (a script for sbatch), launcher (YAML for
+`ray up`), and container (the image of either). run.dir must be absolute; the first folder of it is
+the disk that all nodes share.
 
   async-opd cluster render --kind slurm configs/dear.toml run.dir=/shared/runs/dear -o dear.sh
 """
@@ -19,8 +20,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     parser.add_argument("--kind", required=True, choices=KINDS, help="of file")
-    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="how many a node has; absent, 8")
-    parser.add_argument("--image", default="async-opd", metavar="NAME", help="of the container, as the nodes pull it")
+    parser.add_argument(
+        "--gpus-per-node", type=count, default=8, metavar="N", help="how many a node has; absent, 8"
+    )
+    parser.add_argument(
+        "--image",
+        default="async-opd",
+        metavar="NAME",
+        help="of the container, as the nodes pull it",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
 
 

@@ -1,7 +1,7 @@
 """Train with the shipped demo: column addition, on CPU.
 
-A half-trained student learns from a teacher; both are shipped, and two cores take two to five minutes. The config is
-configs/demo.toml, whose settings can be replaced; the run is in runs/demo.
+A half-trained student learns from a teacher; both are shipped, and two cores take two to five
+minutes. The config is configs/demo.toml, whose settings can be replaced; the run is in runs/demo.
 
   async-opd demo
   async-opd demo run.dir=runs/sync run.max_lag_steps=0

@@ -1,7 +1,8 @@
 """What an objective does to given rollouts, token by token.
 
-Prints for each token the advantage, weight, selection, ratio and coefficient that the learner's own functions give, and
-starts nothing. The file has rollouts with their log-probs; settings of the objective may stand before it.
+Prints for each token the advantage, weight, selection, ratio and coefficient that the learner's own
+functions give, and starts nothing. The file has rollouts with their log-probs; settings of the
+objective may stand before it.
 
   async-opd explain --objective sg_opd configs/explain_example.json
   async-opd explain --objective opd correction.tag=ppo configs/explain_example.json
@@ -19,7 +20,9 @@ from async_opd.errors import ConfigError
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd explain --objective NAME [key=value ...] FILE.json [--json]"
     parser.add_argument("--objective", required=True, metavar="NAME", help="its tag, such as dear")
-    parser.add_argument("given", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts")
+    parser.add_argument(
+        "given", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts"
+    )
     parser.add_argument("--json", action="store_true", help="exact numbers instead of a table")
 
 
@@ -29,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     files = [word for word in args.given if "=" not in word or Path(word).exists()]
     objective = load_objective(args.objective, [word for word in args.given if word not in files])
     if len(files) != 1:
-        raise ConfigError(f"explain: needs one file with rollouts, got {', '.join(files) or 'none'}")
+        raise ConfigError(
+            f"explain: needs one file with rollouts, got {', '.join(files) or 'none'}"
+        )
     import msgspec
 
-    from async_opd.explain.effect import explain  # torch waits until the objective is known to be right
+    # torch waits until the objective is known to be right
+    from async_opd.explain.effect import explain
     from async_opd.explain.given import read
     from async_opd.explain.table import table
 

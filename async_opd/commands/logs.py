@@ -1,6 +1,7 @@
 """Print the log of a submitted run.
 
-With --follow until the run ends; the exit status is then the run's, as that of submit. Ctrl-C leaves it running.
+With --follow until the run ends; the exit status is then the run's, as that of submit. Ctrl-C
+leaves it running.
 
   async-opd logs raysubmit_4LamXRuQpYdSMg7J --follow
 """

@@ -1,12 +1,14 @@
 """Say whether a config fits on GPUs, what of it goes where, and what to change; starts nothing.
 
-Checks the config, models, vocabularies and the first rows of data, places every role on nodes and GPUs, and estimates
-the memory of each by parts. Exit status 0: it fits, 1: it does not, and a change that was tried is named, 2: the
-config is wrong. With --offline neither hub nor data is asked: shapes of common models are shipped.
+Checks the config, models, vocabularies and the first rows of data, places every role on nodes and
+GPUs, and estimates the memory of each by parts. Exit status 0: it fits, 1: it does not, and a
+change that was tried is named, 2: the config is wrong. With --offline neither hub nor data is
+asked: shapes of common models are shipped.
 
-    async-opd plan configs/node8_deepmath_4b.toml --offline
-    async-opd plan configs/dear.toml rollout.generators=5 --nodes 2 --gpus-per-node 5 --gpu-memory-gib 40 --offline
-    async-opd plan configs/dear.toml --like RUN      # how many generators keep up, by the rates of a run of 20 steps
+    async-opd plan configs/node8_deepmath_4b.toml --offline async-opd plan configs/dear.toml
+    rollout.generators=5 --nodes 2 --gpus-per-node 5 --gpu-memory-gib 40 --offline async-opd plan
+    configs/dear.toml --like RUN      # how many generators keep up, by the rates of a run of 20
+    steps
 """
 
 import argparse
@@ -35,12 +37,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     parser.add_argument("--offline", action="store_true", help="ask neither hub nor data")
     parser.add_argument("--json", action="store_true", help="the plan as one object")
-    parser.add_argument("--nodes", type=count, metavar="N", help="of the cluster; absent: as many as are needed")
+    parser.add_argument(
+        "--nodes", type=count, metavar="N", help="of the cluster; absent: as many as are needed"
+    )
     parser.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="8 unless said")
-    parser.add_argument("--gpu-memory-gib", type=_size, default=80.0, metavar="GIB", help="80 unless said")
+    parser.add_argument(
+        "--gpu-memory-gib", type=_size, default=80.0, metavar="GIB", help="80 unless said"
+    )
     rates = parser.add_mutually_exclusive_group()
-    rates.add_argument("--like", type=Path, metavar="RUN", help="a short run's directory, to take rates from")
-    rates.add_argument("--rates", metavar="ROLE=RATE,…", help="tokens/s of one generator, teacher and learner rank")
+    rates.add_argument(
+        "--like", type=Path, metavar="RUN", help="a short run's directory, to take rates from"
+    )
+    rates.add_argument(
+        "--rates", metavar="ROLE=RATE,…", help="tokens/s of one generator, teacher and learner rank"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +70,9 @@ def _plan(args: argparse.Namespace) -> "Plan":
 
     config = load(args.config, args.overrides)
     shapes, card = _shapes(config, args.offline), args.gpu_memory_gib * make.GIB
-    cluster = make.Cluster(nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib)
+    cluster = make.Cluster(
+        nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib
+    )
 
     def retry(more: list[str]) -> set[str] | None:
         try:
@@ -75,7 +87,10 @@ def _plan(args: argparse.Namespace) -> "Plan":
     try:
         nodes = make.places(config, cluster)
     except ClusterTooSmall as e:
-        nodes, problems = {}, [make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)), *problems]
+        nodes, problems = (
+            {},
+            [make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)), *problems],
+        )
     longest, bound_by = make.longest_response(config, shapes, card)
     groups = make.outstanding(config)
     return Plan(

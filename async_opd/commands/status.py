@@ -1,6 +1,7 @@
 """Say how a submitted run is doing, or list every run of the cluster.
 
-A line a run: its id, what it is doing, since when or for how long, its directory; then why it failed, if it did.
+A line a run: its id, what it is doing, since when or for how long, its directory; then why it
+failed, if it did.
 
   async-opd status
   async-opd status raysubmit_4LamXRuQpYdSMg7J --address http://127.0.0.1:8265

@@ -1,7 +1,7 @@
 """End a submitted run as Ctrl-C would: with a checkpoint to go on from.
 
-The step at hand is finished and saved, where both take at most 18 s; else the checkpoint before it is the last. What
-has not ended within a minute is killed. `submit --resume` goes on.
+The step at hand is finished and saved, where both take at most 18 s; else the checkpoint before it
+is the last. What has not ended within a minute is killed. `submit --resume` goes on.
 
   async-opd stop raysubmit_4LamXRuQpYdSMg7J
 """
@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
     jobs = Jobs(args.address)
     ended, log = jobs.stop(args.id), jobs.logs(args.id)
-    checkpoints = [line for line in log.splitlines() if " checkpoint: " in line]  # saved, or why not
+    # saved, or why not
+    checkpoints = [line for line in log.splitlines() if " checkpoint: " in line]
     print(*checkpoints[-1:], f"{args.id} {ended.status.value}: {last_word(log)}", sep="\n")
     if ended.status == "STOPPED" and RUN_DIR in (ended.metadata or {}):
         print(f"async-opd submit --resume {ended.metadata[RUN_DIR]} --address {jobs.address}")

@@ -1,11 +1,13 @@
 """Train on a Ray cluster, as a job that goes on without you.
 
-Checks the whole config, sends the working directory and this package (less what git ignores) to the cluster, starts
-`async-opd train` there, and prints the job's id and its log. The exit status is the job's: 0 succeeded, 1 failed,
-130 stopped. Ctrl-C leaves the job running; status, logs, scale and stop take its id.
+Checks the whole config, sends the working directory and this package (less what git ignores) to the
+cluster, starts `async-opd train` there, and prints the job's id and its log. The exit status is the
+job's: 0 succeeded, 1 failed, 130 stopped. Ctrl-C leaves the job running; status, logs, scale and
+stop take its id.
 
-A relative path is a file of the working directory; an absolute one is the cluster's. run.dir is absolute, on a disk
-that every node sees. vLLM, DeepSpeed and the like are those of the cluster's image (async-opd cluster render).
+A relative path is a file of the working directory; an absolute one is the cluster's. run.dir is
+absolute, on a disk that every node sees. vLLM, DeepSpeed and the like are those of the cluster's
+image (async-opd cluster render).
 
   async-opd submit configs/dear.toml run.dir=/shared/runs/dear --address http://127.0.0.1:8265
   async-opd submit --resume /shared/runs/dear
@@ -28,11 +30,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "async-opd submit CONFIG [key=value ...] | --resume RUN [key=value ...]\n"
         "                        [--address URL] [--no-wait] [--working-dir FOLDER]"
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES)
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="a run's directory on the cluster, or a checkpoint")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="a run's directory on the cluster, or a checkpoint",
+    )
     parser.add_argument("--address", metavar="URL", help=ADDRESS)
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
-    parser.add_argument("--working-dir", type=Path, default=".", metavar="FOLDER", help="else this folder is sent")
+    parser.add_argument(
+        "--working-dir", type=Path, default=".", metavar="FOLDER", help="else this folder is sent"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tuple[list[str], str]:
-    """The words of `train` for the config in `needed`, and its run directory; what it reads joins `needed`."""
+    """The words of `train` for the config in `needed`, and its run directory; what it reads joins
+    `needed`."""
     from async_opd.config import load
 
     config = needed["config"].relative_to(folder)
@@ -66,15 +78,23 @@ def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tup
         found = load(config, overrides, elsewhere=True)
         run_dir = Path(found.run.dir)
         if not run_dir.is_absolute():
-            why = f"a job's working directory is a copy that goes with it: run.dir=/shared/{run_dir.name}"
-            raise ConfigError(f"run.dir = {found.run.dir!r}: must be absolute, on a disk that every node sees; {why}")
+            why = (
+                "a job's working directory is a copy that goes with it:"
+                f" run.dir=/shared/{run_dir.name}"
+            )
+            raise ConfigError(
+                f"run.dir = {found.run.dir!r}: must be absolute, on a disk that every node sees;"
+                f" {why}"
+            )
         needed |= _files(folder, found)
     return [config.as_posix(), *overrides], str(run_dir)
 
 
 def _files(folder: Path, config: "Config") -> dict[str, Path]:
     """What it reads that is here and has to travel."""
-    here = {f"{key} = {name!r}": Path(name).absolute() for key, name in config.relative_inputs.items()}
+    here = {
+        f"{key} = {name!r}": Path(name).absolute() for key, name in config.relative_inputs.items()
+    }
     return {key: _inside(folder, key, path) for key, path in here.items()}
 
 
@@ -82,18 +102,22 @@ def _inside(folder: Path, key: str, path: Path) -> Path:
     if not path.resolve().is_relative_to(folder):
         better = "move it there, or name an absolute path that every node of the cluster sees"
         raise ConfigError(
-            f"{key}: {path} is outside of the working directory {folder}, which is all that a job gets: {better}"
+            f"{key}: {path} is outside of the working directory {folder}, which is all that a job"
+            f" gets: {better}"
         )
     return path.resolve()
 
 
 def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]) -> str:
-    """Its run directory. A run that can be seen from here is checked as a new one is; the job checks it anyway."""
+    """Its run directory. A run that can be seen from here is checked as a new one is; the job
+    checks it anyway."""
     from async_opd.commands.train import to_resume
     from async_opd.run_dir import run_of
 
     if not path.is_absolute():
-        raise ConfigError(f"--resume {path}: must be absolute: the run's directory as the cluster's nodes see it")
+        raise ConfigError(
+            f"--resume {path}: must be absolute: the run's directory as the cluster's nodes see it"
+        )
     if path.exists():
         with chdir(folder):
             config, _ = to_resume(path, overrides, elsewhere=True)

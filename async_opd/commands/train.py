@@ -1,9 +1,10 @@
 """Distil a student as a TOML config says, or go on with a run.
 
-Checks the whole config, then starts generators, teachers, verifier and learner on a Ray cluster: that of RAY_ADDRESS,
-one that runs here, or one of its own. Everything goes into run.dir; an earlier run there is kept beside it. One Ctrl-C
-lets the step at hand finish, saves a checkpoint and ends; --resume goes on from the newest checkpoint, or from the one
-that is named, with other settings where they are given.
+Checks the whole config, then starts generators, teachers, verifier and learner on a Ray cluster:
+that of RAY_ADDRESS, one that runs here, or one of its own. Everything goes into run.dir; an earlier
+run there is kept beside it. One Ctrl-C lets the step at hand finish, saves a checkpoint and ends;
+--resume goes on from the newest checkpoint, or from the one that is named, with other settings
+where they are given.
 
   async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
   async-opd train --resume runs/slow run.steps=200
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"
-    parser.add_argument("words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES)
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
     return train(*to_resume(args.resume, args.words))
 
 
-def to_resume(path: Path, overrides: list[str], *, elsewhere: bool = False) -> "tuple[Config, Checkpoint]":
-    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from. Raises ConfigError where
-    nothing is left."""
+def to_resume(
+    path: Path, overrides: list[str], *, elsewhere: bool = False
+) -> "tuple[Config, Checkpoint]":
+    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from.
+    Raises ConfigError where nothing is left."""
     from async_opd.checkpoints import find
     from async_opd.config import load_run
     from async_opd.run_dir import run_of
@@ -70,7 +77,9 @@ def train(config: "Config", found: "Checkpoint | None" = None) -> int:
         lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
         for key in (key for key in summary if key.startswith("teacher_accuracy")):
             name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
-            lines.append(f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured")
+            lines.append(
+                f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured"
+            )
         lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
         lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
     lines.append(

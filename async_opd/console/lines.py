@@ -14,7 +14,8 @@ def told(event: Row) -> str:
 
 
 class Lines:
-    """A line a step, at most one in `every_s` seconds, with a header every 20; and a line an event."""
+    """A line a step, at most one in `every_s` seconds, with a header every 20; and a line an
+    event."""
 
     COLUMNS = (  # title, key, width, format
         ("accuracy", "accuracy", 8, ".1%"),
@@ -34,7 +35,10 @@ class Lines:
     )
 
     def __init__(self, steps: int, every_s: float = 2.0):
-        self._steps, self._every_s, self._last, self._lines = steps, every_s, 0.0, 0
+        self._steps = steps
+        self._every_s = every_s
+        self._last = 0.0
+        self._lines = 0
 
     def __call__(self, row: Row) -> None:
         if "what" in row:

@@ -20,21 +20,30 @@ from async_opd.say import write
 
 EVERY_S = 1.0  # between two drawings, unless something is said
 EVENTS = 4  # on the screen; older ones have gone above
-BACKLOG = 1000  # pieces of text a terminal that takes nothing may be behind before the oldest are lost
+# pieces of text a terminal that takes nothing may be behind before the oldest are lost
+BACKLOG = 1000
 MARKS = dict(zip(STATES, ("█green", "░yellow", "▒magenta", "▓cyan", "×red"), strict=True))
 SPARKS = "▁▂▃▄▅▆▇█"
-NUMBERS = (("accuracy", "accuracy", ".1%"), ("KL", "kl", ".4f"), ("loss", "loss", ".4f"), ("lr", "lr", ".1e"))
+NUMBERS = (
+    ("accuracy", "accuracy", ".1%"),
+    ("KL", "kl", ".4f"),
+    ("loss", "loss", ".4f"),
+    ("lr", "lr", ".1e"),
+)
 
 
 class Screen:
     """Shows the last row and the last events; what else is printed while it is up goes above it.
 
-    The cursor stays where it would be without it, in the line below, and is never hidden: whatever ends the process
-    leaves the terminal fit for use. One thread of its own writes, so a terminal that stands still blocks nobody else.
+    The cursor stays where it would be without it, in the line below, and is never hidden: whatever
+    ends the process leaves the terminal fit for use. One thread of its own writes, so a terminal
+    that stands still blocks nobody else.
     """
 
     def __init__(self, steps: int):
-        self._steps, self._terminal, self._height = steps, sys.stdout, 0
+        self._steps = steps
+        self._terminal = sys.stdout
+        self._height = 0
         self._last: tuple[Row, float] | None = None  # a row, and when it came
         self._events: tuple[Row, ...] = ()
         self._above: deque[str] = deque(maxlen=BACKLOG)
@@ -90,7 +99,8 @@ class Screen:
 
 
 class _Above(io.TextIOBase):
-    """Stands for stdout or stderr: whole lines go above the screen. It is no file, so `say` writes to it too."""
+    """Stands for stdout or stderr: whole lines go above the screen. It is no file, so `say` writes
+    to it too."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say, self._rest = say, ""
@@ -117,9 +127,13 @@ def picture(row: Row, events: Sequence[Row], steps: int, since_s: float) -> Rend
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
     clocks = Text(f"{_clock(left)} left, {_clock(gone)} gone")
-    bar.add_row(Text(f"step {row['step']}/{steps}", "bold"), ProgressBar(steps, row["step"]), clocks)
+    bar.add_row(
+        Text(f"step {row['step']}/{steps}", "bold"), ProgressBar(steps, row["step"]), clocks
+    )
     body = Table.grid(expand=True, padding=(0, 1))
-    body.add_column(no_wrap=True, style="bold", min_width=max(map(len, _names(row).values()), default=0))
+    body.add_column(
+        no_wrap=True, style="bold", min_width=max(map(len, _names(row).values()), default=0)
+    )
     body.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     lines = {
         "learns": [_cells(row, NUMBERS)],
@@ -134,18 +148,23 @@ def picture(row: Row, events: Sequence[Row], steps: int, since_s: float) -> Rend
 
 
 def _roles(row: Row) -> Table:
-    """A line a role: its tokens per second, where its time went since the last row, and the share it was busy."""
+    """A line a role: its tokens per second, where its time went since the last row, and the share
+    it was busy."""
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(no_wrap=True, justify="right")
     table.add_column(ratio=1, no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    legend = Text("  ").join(Text(f"{MARKS[state][0]} {state}", MARKS[state][1:]) for state in STATES)
+    legend = Text("  ").join(
+        Text(f"{MARKS[state][0]} {state}", MARKS[state][1:]) for state in STATES
+    )
     table.add_row("", "tokens/s", legend, "busy")
     for role, name in _names(row).items():
         rate = row.get(f"{'trained' if role == 'learner' else role}_tokens_per_s")
         shares = [row[f"{role}_{state}"] for state in STATES]
-        table.add_row(name, "" if rate is None else f"{rate:,.0f}", _Bar(shares), f"{shares[0]:.0%}")
+        table.add_row(
+            name, "" if rate is None else f"{rate:,.0f}", _Bar(shares), f"{shares[0]:.0%}"
+        )
     return table
 
 
@@ -178,7 +197,9 @@ def _lag(row: Row) -> str:
     """The histogram: a mark for each lag from 0 to the bound, · where nothing was trained."""
     counts = [value for key, value in row.items() if key.startswith("tokens_lag_")]
     most = max(counts, default=0)
-    marks = "".join(SPARKS[int(count / most * (len(SPARKS) - 1))] if count else "·" for count in counts)
+    marks = "".join(
+        SPARKS[int(count / most * (len(SPARKS) - 1))] if count else "·" for count in counts
+    )
     bars = f"0 {marks} {len(counts) - 1}   " if counts else ""
     return bars + _cells(row, (("mean", "lag_mean", ".1f"), ("largest", "lag_max", ".0f")))
 
@@ -186,7 +207,9 @@ def _lag(row: Row) -> str:
 def _cells(row: Row, cells: Sequence[tuple[str, str, str]]) -> str:
     """Numbers by title, key and format; - for what the row lacks."""
     found = ((title, row.get(key), spec) for title, key, spec in cells)
-    return "   ".join(f"{title} {'-' if value is None else format(value, spec)}" for title, value, spec in found)
+    return "   ".join(
+        f"{title} {'-' if value is None else format(value, spec)}" for title, value, spec in found
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,5 @@
-"""Held-out problems through the pools: responses of the weights that the generators hold, or of a teacher."""
+"""Held-out problems through the pools: responses of the weights that the generators hold, or of a
+teacher."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -49,19 +50,28 @@ class Responded:
 
 
 async def respond(
-    generators: Pool[Generator], verifier: Pool[Verifier], prompt: Prompt, sampling: Sampling = GREEDY
+    generators: Pool[Generator],
+    verifier: Pool[Verifier],
+    prompt: Prompt,
+    sampling: Sampling = GREEDY,
 ) -> Responded:
-    """Have `prompt` responded to and the responses checked, by others where somebody is lost meanwhile."""
-    GROUP.set(f"evaluation/{prompt.id}")  # a prompt of training may have the same: ids are rows of their own data
+    """Have `prompt` responded to and the responses checked, by others where somebody is lost
+    meanwhile."""
+    # a prompt of training may have the same: ids are rows of their own data
+    GROUP.set(f"evaluation/{prompt.id}")
     lost = losses(prompt.id)
-    meta, group = await generators.ask(lambda generator: generator.respond(prompt, sampling), lost=lost)
+    meta, group = await generators.ask(
+        lambda generator: generator.respond(prompt, sampling), lost=lost
+    )
     verdicts = await verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))
     return Responded(prompt, meta, group, verdicts)
 
 
-async def of_all(problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T]], at_once: int) -> list[T]:
-    """What `one` gives for each of `problems`, `at_once` of them at a time, so that none waits in an engine for long.
-    The first error ends the others."""
+async def of_all(
+    problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T]], at_once: int
+) -> list[T]:
+    """What `one` gives for each of `problems`, `at_once` of them at a time, so that none waits in
+    an engine for long. The first error ends the others."""
     places = asyncio.Semaphore(at_once)
 
     async def placed(prompt: Prompt) -> T:
@@ -76,12 +86,16 @@ async def of_all(problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T
     return [task.result() for task in found]
 
 
-async def of_teacher(teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]) -> Accuracy:
+async def of_teacher(
+    teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]
+) -> Accuracy:
     """The teacher's own accuracy, by its own greedy responses."""
     prompts = [prompt.shown_to_teacher for prompt in held_out]
     responses = await teachers.ask(lambda teacher: teacher.greedy(prompts))
 
     async def one(prompt: Prompt, ids: np.ndarray) -> Verdict:
-        return await verifier.ask(lambda verifier: verifier.check_response(prompt.id, ids, prompt.answer))
+        return await verifier.ask(
+            lambda verifier: verifier.check_response(prompt.id, ids, prompt.answer)
+        )
 
     return Accuracy.of(await asyncio.gather(*map(one, held_out, responses)))

@@ -1,9 +1,10 @@
 """Greedy accuracy of a run on its held-out problems: before training, beside it, and after.
 
-Beside training the generators that train respond, without a stop. The requests charge no slot. They go before those of
-training, yet only as many at a time as SHARE of the engines' places: while an evaluation runs training loses no more of
-its generation than that, and the evaluation is soon over. Weights change meanwhile, so a row says which versions
-sampled the tokens; the evaluation has the name of the one that was live when it began.
+Beside training the generators that train respond, without a stop. The requests charge no slot. They
+go before those of training, yet only as many at a time as SHARE of the engines' places: while an
+evaluation runs training loses no more of its generation than that, and the evaluation is soon over.
+Weights change meanwhile, so a row says which versions sampled the tokens; the evaluation has the
+name of the one that was live when it began.
 """
 
 import asyncio
@@ -46,14 +47,18 @@ class Measured:
         }
 
 
-NONE = dict.fromkeys(Measured(Accuracy(0, 0, 1), *[0] * 6).row())  # a row to which no evaluation came
+# a row to which no evaluation came
+NONE = dict.fromkeys(Measured(Accuracy(0, 0, 1), *[0] * 6).row())
 
 
 class HeldOut:
     """The evaluations of one run."""
 
     def __init__(self, config: Config, crew: Crew, problems: list[Prompt], tell: Tell):
-        self._config, self._crew, self._problems, self._tell = config, crew, problems, tell
+        self._config = config
+        self._crew = crew
+        self._problems = problems
+        self._tell = tell
         self._every = config.eval.every_steps if config.eval and problems else 0
         self.before = Accuracy(0, 0, 0)
         self._running: asyncio.Task | None = None
@@ -67,23 +72,28 @@ class HeldOut:
             self.before = self._ready.accuracy
 
     def trained(self, version: int, tasks: asyncio.TaskGroup) -> None:
-        """Evaluate `version`, which has been published, where that is due and the one before has ended."""
+        """Evaluate `version`, which has been published, where that is due and the one before has
+        ended."""
         if not self._every or version % self._every or version == self._config.run.steps:
             return
         if self._running and not self._running.done():
             self._skip(version, "the one before still runs")
         else:
-            self._running = tasks.create_task(self._beside(version), name=f"evaluate version {version}")
+            self._running = tasks.create_task(
+                self._beside(version), name=f"evaluate version {version}"
+            )
 
     def row(self) -> Row:
-        """What the next row says: the evaluation that ended since the last, or that there was none."""
+        """What the next row says: the evaluation that ended since the last, or that there was
+        none."""
         if not self._every:
             return {}
         ready, self._ready = self._ready, None
         return (ready.row() if ready else NONE) | {"eval_skipped": self._skipped}
 
     async def end(self, version: int) -> Row:
-        """Accuracies for the summary. The teachers' come last: nobody waits for them, and they are idle now."""
+        """Accuracies for the summary. The teachers' come last: nobody waits for them, and they are
+        idle now."""
         if self._running and not self._running.done():
             self._running.cancel()
             self._skipped += 1
@@ -92,9 +102,19 @@ class HeldOut:
         after = (await self._measure(version, ALL)).accuracy
         teachers: Row = {}
         for name, teacher in self._config.named_teachers.items():
-            own = [prompt for prompt in self._problems if prompt.teacher == name] if teacher.evaluate else []
-            found = await of_teacher(self._crew.teachers[name], self._crew.verifier, own) if own else None
-            teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = found and found.share
+            own = (
+                [prompt for prompt in self._problems if prompt.teacher == name]
+                if teacher.evaluate
+                else []
+            )
+            found = (
+                await of_teacher(self._crew.teachers[name], self._crew.verifier, own)
+                if own
+                else None
+            )
+            teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = (
+                found and found.share
+            )
         return {
             **teachers,
             "accuracy_before": self.before.share,
@@ -116,7 +136,9 @@ class HeldOut:
         self._tell("not evaluated", f"version {version}", why)
 
     async def _measure(self, version: int, share: float) -> Measured:
-        generators, verifier, clock = self._crew.generators, self._crew.verifier, asyncio.get_running_loop().time
+        generators = self._crew.generators
+        verifier = self._crew.verifier
+        clock = asyncio.get_running_loop().time
         began = clock()
 
         async def one(prompt: Prompt) -> Responded:

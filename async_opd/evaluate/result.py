@@ -1,7 +1,9 @@
-"""What an evaluation found: each problem's share in it, the figures with their intervals, and how two of them compare.
+"""What an evaluation found: each problem's share in it, the figures with their intervals, and how
+two of them compare.
 
-A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and `result.json`. Unknown verdicts
-are left out: a problem counts for avg@k where one response was decided, and for pass@k and maj@k where k were.
+A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and
+`result.json`. Unknown verdicts are left out: a problem counts for avg@k where one response was
+decided, and for pass@k and maj@k where k were.
 """
 
 import hashlib
@@ -99,12 +101,17 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(rows).hexdigest()[:16]
 
 
-def problem(prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: Sequence[Said], k: int) -> Problem:
+def problem(
+    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: Sequence[Said], k: int
+) -> Problem:
     """What the responses to `prompt` came to."""
     pairs = zip(verdicts, said, strict=True)
     known = [(verdict.correct, one.vote) for verdict, one in pairs if verdict.correct is not None]
     n, right = len(known), sum(correct for correct, _ in known)
-    enough, votes = n >= k, all(verdict.answer is not None for verdict in verdicts if verdict.correct is not None)
+    enough, votes = (
+        n >= k,
+        all(verdict.answer is not None for verdict in verdicts if verdict.correct is not None),
+    )
     wrong = Counter(vote for correct, vote in known if not correct and vote is not None)
     silent = n - right - wrong.total()
     columns = zip(verdicts, said, meta.lengths, meta.truncated, strict=True)
@@ -119,7 +126,9 @@ def problem(prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: 
 
 
 def _response(verdict: Verdict, said: Said, tokens: int, truncated: bool) -> Response:
-    return Response(said.text, verdict.correct, verdict.cause, verdict.answer, said.vote, tokens, truncated)
+    return Response(
+        said.text, verdict.correct, verdict.cause, verdict.answer, said.vote, tokens, truncated
+    )
 
 
 def table(shares: Iterable[Shares]) -> np.ndarray:
@@ -131,7 +140,11 @@ def figures(shares_PM: np.ndarray) -> dict[str, Figure]:
     """The mean of each figure that has problems, with its interval."""
     there = [at for at in range(len(FIGURES)) if not np.isnan(shares_PM[:, at]).all()]
     columns_PM = shares_PM[:, there]
-    rows = (means_of(columns_PM), *intervals(columns_PM, BOOTSTRAP_SEED), (~np.isnan(columns_PM)).sum(0))
+    rows = (
+        means_of(columns_PM),
+        *intervals(columns_PM, BOOTSTRAP_SEED),
+        (~np.isnan(columns_PM)).sum(0),
+    )
     found = zip(*(row.tolist() for row in rows), strict=True)
     return {FIGURES[at]: Figure(*figure) for at, figure in zip(there, found, strict=True)}
 
@@ -143,41 +156,65 @@ def read(folder: Path) -> tuple[Result, list[Shares]]:
         lines = (folder / "problems.jsonl").read_bytes().splitlines()
         shares = [msgspec.json.decode(line, type=Shares) for line in lines]
     except OSError as e:
-        raise RunMissing(f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}") from e
+        raise RunMissing(
+            f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}"
+        ) from e
     except msgspec.DecodeError as e:
         raise RunMissing(f"{folder}: its result is damaged: {e}") from e
     if len(shares) != result.settings.problems:
-        raise RunMissing(f"{folder}: its result is damaged: {len(shares)} problems of {result.settings.problems}")
+        raise RunMissing(
+            f"{folder}: its result is damaged: {len(shares)} problems of {result.settings.problems}"
+        )
     return result, sorted(shares, key=lambda one: one.id)
 
 
 def compare(first: Path, second: Path) -> list[str]:
-    """What changed from `first` to `second`, by paired resamples of the same problems. Raises ConfigError where they
-    are of other problems or settings, RunMissing where there is no result."""
+    """What changed from `first` to `second`, by paired resamples of the same problems. Raises
+    ConfigError where they are of other problems or settings, RunMissing where there is no
+    result."""
     (one, old), (two, new) = read(first), read(second)
     ours, theirs = (msgspec.to_builtins(result.settings) for result in (one, two))
-    differ = [f"{key} = {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    differ = [
+        f"{key} = {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]
+    ]
     if differ:
-        raise ConfigError(f"--compare {first} {second}: measured by other settings: {'; '.join(differ)}")
+        raise ConfigError(
+            f"--compare {first} {second}: measured by other settings: {'; '.join(differ)}"
+        )
     changes = figures(table(new) - table(old))
-    lines = [f"from {one.model} ({first}) to {two.model} ({second}), on the same {one.settings.problems} problems"]
+    lines = [
+        f"from {one.model} ({first}) to {two.model} ({second}), on the same {one.settings.problems}"
+        " problems"
+    ]
     for name, change in changes.items():
         then, now = one.figures[name].mean, two.figures[name].mean
         between = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
         title = f"{name}@{one.settings.k}"
-        lines.append(f"  {title:9}{then:7.1%} -> {now:6.1%}  {100 * change.mean:+5.1f} points ({between})")
+        lines.append(
+            f"  {title:9}{then:7.1%} -> {now:6.1%}  {100 * change.mean:+5.1f} points ({between})"
+        )
     return [*lines, f"  intervals: {INTERVAL}, paired"]
 
 
 def lines_of(result: Result) -> list[str]:
     """The result in words."""
-    how, mode = result.settings, {None: "", True: ", thinking", False: ", not thinking"}[result.thinking]
+    how, mode = (
+        result.settings,
+        {None: "", True: ", thinking", False: ", not thinking"}[result.thinking],
+    )
     lines = [
-        f"{result.model} on {how.problems} problems of {result.path}{mode}: {how.samples} response(s) each, "
-        f"temperature {how.temperature:g}, top-p {how.top_p:g}, at most {how.max_new_tokens} tokens"
+        f"{result.model} on {how.problems} problems of {result.path}{mode}: {how.samples}"
+        f" response(s) each, temperature {how.temperature:g}, top-p {how.top_p:g}, at most"
+        f" {how.max_new_tokens} tokens"
     ]
     for name, figure in result.figures.items():
         some = "" if figure.problems == how.problems else f", {figure.problems} problems"
-        lines.append(f"  {f'{name}@{how.k}':9}{figure.mean:7.1%}  ({figure.low:.1%} to {figure.high:.1%}{some})")
+        lines.append(
+            f"  {f'{name}@{how.k}':9}{figure.mean:7.1%}  ({figure.low:.1%} to"
+            f" {figure.high:.1%}{some})"
+        )
     shares = f"{result.truncated:.1%} truncated, {result.unknown:.1%} unknown"
-    return [*lines, f"  mean length {result.tokens:.1f} tokens, {shares}; intervals: {result.interval}"]
+    return [
+        *lines,
+        f"  mean length {result.tokens:.1f} tokens, {shares}; intervals: {result.interval}",
+    ]

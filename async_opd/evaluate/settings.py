@@ -1,4 +1,5 @@
-"""What `async-opd eval` is asked for: which model, which problems, how its responses are sampled and checked."""
+"""What `async-opd eval` is asked for: which model, which problems, how its responses are sampled
+and checked."""
 
 import json
 from typing import Annotated
@@ -22,9 +23,12 @@ from async_opd.wire import Sampling
 class ResponseConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the responses that are evaluated are sampled."""
 
-    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None  # absent: what the longest prompt leaves of the context
-    samples_per_prompt: Annotated[int, Meta(ge=1)] | None = None  # absent: k; more make every figure surer
-    temperature: Annotated[float, Meta(ge=0)] | None = None  # 0: greedy; absent: that for one response, else 1
+    # absent: what the longest prompt leaves of the context
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    # absent: k; more make every figure surer
+    samples_per_prompt: Annotated[int, Meta(ge=1)] | None = None
+    # 0: greedy; absent: that for one response, else 1
+    temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
@@ -67,14 +71,21 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
     asked = checked(tree, EvalRun)
     sampling, rollout = asked.sampling, asked.rollout
     if sampling.samples < asked.k:
-        raise ConfigError(f"rollout.samples_per_prompt = {sampling.samples}: must be >= k = {asked.k}")
+        raise ConfigError(
+            f"rollout.samples_per_prompt = {sampling.samples}: must be >= k = {asked.k}"
+        )
     if sampling.temperature == 0 and sampling.samples > 1:
         one = "1 at rollout.temperature = 0, where all would be the same"
         raise ConfigError(f"rollout.samples_per_prompt = {sampling.samples}: must be {one}")
     if sampling.temperature == 0 and sampling.top_p < 1:
-        raise ConfigError(f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is greedy")
+        raise ConfigError(
+            f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
+            " greedy"
+        )
     if not known(asked.verify.check):
-        raise ConfigError(wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"]))
+        raise ConfigError(
+            wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"])
+        )
     check_data("data.path", asked.data.path)
     if folder := local("student.model", model, MODELS):
         tokens = rollout.max_new_tokens or 1
@@ -84,7 +95,8 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
 
 
 def run_config(asked: EvalRun) -> Config:
-    """The config of a run whose generators and verifier do what is `asked`; nothing in it is trained."""
+    """The config of a run whose generators and verifier do what is `asked`; nothing in it is
+    trained."""
     shared = {name: getattr(asked.rollout, name) for name in EngineConfig.__struct_fields__}
     return Config(
         run=RunConfig(steps=1, **msgspec.structs.asdict(asked.run)),

@@ -12,10 +12,12 @@ from async_opd.objectives.effect import effect
 
 
 def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[dict[str, Any]]:
-    """What `objective` does to each trajectory, as plain lists over its T tokens, by the names of `effect`.
+    """What `objective` does to each trajectory, as plain lists over its T tokens, by the names of
+    `effect`.
 
-    Statistics and groups are over all that is given. Raises DataError naming the trajectory, the field and the
-    objective where `file`, which `rollouts` were read from, lacks what the objective reads, or holds what cannot be.
+    Statistics and groups are over all that is given. Raises DataError naming the trajectory, the
+    field and the objective where `file`, which `rollouts` were read from, lacks what the objective
+    reads, or holds what cannot be.
     """
     batch = Given(objective, rollouts, file).batch()
     with torch.no_grad():
@@ -26,10 +28,14 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
         "candidate_coefficient": batch.student_logp_NK,
         "tail_coefficient": batch.student_tail_logp_N,
     }
-    columns = effect(objective.loss(batch), {name: x for name, x in live.items() if not isinstance(x, Absent)})
+    columns = effect(
+        objective.loss(batch), {name: x for name, x in live.items() if not isinstance(x, Absent)}
+    )
     lengths = [t.length for t in rollouts.trajectories]
     split = {
-        name: [None] * len(lengths) if value is None else [part.tolist() for part in value.split(lengths)]
+        name: [None] * len(lengths)
+        if value is None
+        else [part.tolist() for part in value.split(lengths)]
         for name, value in columns.items()
     }
     return [{name: parts[i] for name, parts in split.items()} for i in range(len(lengths))]

@@ -1,8 +1,9 @@
 """Rollouts from a JSON file, and the batch that an objective sees of them.
 
-The file is {"step": 1, "running": {"reward": {"count": n, "mean": m, "squares": s}}, "trajectories": [{…}, …]}. A
-trajectory has the fields of `Trajectory`; what the objective does not read may be left out. Trajectories of one
-`prompt` are a group. `running` holds the moments of all past steps, `squares` being Σ(x - mean)².
+The file is {"step": 1, "running": {"reward": {"count": n, "mean": m, "squares": s}},
+"trajectories": [{…}, …]}. A trajectory has the fields of `Trajectory`; what the objective does not
+read may be left out. Trajectories of one `prompt` are a group. `running` holds the moments of all
+past steps, `squares` being Σ(x - mean)².
 """
 
 import json
@@ -33,7 +34,8 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Candidate(Struct):
-    """One of K tokens at a position beside the generated one: the likeliest, or samples of the behaviour policy."""
+    """One of K tokens at a position beside the generated one: the likeliest, or samples of the
+    behaviour policy."""
 
     student_logp: float
     teacher_logp: float
@@ -54,7 +56,8 @@ class Trajectory(Struct):
     teacher_entropy: list[float] | UnsetType = UNSET
     hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
-    student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all other tokens than the candidates
+    # log-mass of all other tokens than the candidates
+    student_tail_logp: list[float] | UnsetType = UNSET
     teacher_tail_logp: list[float] | UnsetType = UNSET
     reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
@@ -67,7 +70,11 @@ class Trajectory(Struct):
     @property
     def per_token(self) -> dict[str, list]:
         """What is given of each token, by field."""
-        return {name: value for name in self.__struct_fields__ if isinstance(value := getattr(self, name), list)}
+        return {
+            name: value
+            for name in self.__struct_fields__
+            if isinstance(value := getattr(self, name), list)
+        }
 
 
 class PastMoments(Struct):
@@ -92,11 +99,18 @@ class Rollouts(Struct):
     running: Running = Running()
 
 
-KINDS = {"": Rollouts, "trajectories": Trajectory, "candidates": Candidate, "running": Running, "reward": PastMoments}
+KINDS = {
+    "": Rollouts,
+    "trajectories": Trajectory,
+    "candidates": Candidate,
+    "running": Running,
+    "reward": PastMoments,
+}
 
 
 def read(path: str | Path) -> Rollouts:
-    """The rollouts in a JSON file. Raises DataError naming the file, the place and what is wrong."""
+    """The rollouts in a JSON file. Raises DataError naming the file, the place and what is
+    wrong."""
     try:
         return msgspec.convert(json.loads(Path(path).read_text(encoding="utf-8")), Rollouts)
     except FileNotFoundError as e:
@@ -111,7 +125,11 @@ def read(path: str | Path) -> Rollouts:
 
 def _in_words(said: str) -> str:
     """What msgspec said, with the allowed names where one is unknown."""
-    if not (unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?", said)):
+    if not (
+        unknown := re.fullmatch(
+            r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?", said
+        )
+    ):
         return said
     place = unknown[2] or ""
     kind = KINDS[re.sub(r"\[.*?\]", "", place).split(".")[-1]]
@@ -119,13 +137,15 @@ def _in_words(said: str) -> str:
 
 
 class Absent(Tensor):
-    """Stands for what the file leaves out: it has a length, and whatever reads its values raises DataError. So what an
-    objective needs is what it reads."""
+    """Stands for what the file leaves out: it has a length, and whatever reads its values raises
+    DataError. So what an objective needs is what it reads."""
 
     message: str  # of each subclass
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function not in (Tensor.__len__, Tensor.new_ones, Tensor.new_full):
             raise DataError(cls.message)
         with torch._C.DisableTorchFunctionSubclass():
@@ -137,12 +157,15 @@ class Given:
 
     def __init__(self, objective: Objective, rollouts: Rollouts, file: str | Path):
         self._tag, self._needs = objective.tag, objective.needs()
-        self._rollouts, self._trajectories, self._file = rollouts, rollouts.trajectories, file
+        self._rollouts = rollouts
+        self._trajectories = rollouts.trajectories
+        self._file = file
         self._count = sum(t.length for t in rollouts.trajectories)
 
     def batch(self) -> TokenBatch:
-        """All tokens of all trajectories, float64; student log-probs are leaves that take gradients. Raises DataError,
-        here for what cannot be, and from the objective for what it reads and the file lacks."""
+        """All tokens of all trajectories, float64; student log-probs are leaves that take
+        gradients. Raises DataError, here for what cannot be, and from the objective for what it
+        reads and the file lacks."""
         self._check_lengths()
         lengths = torch.tensor([t.length for t in self._trajectories])
         return TokenBatch(
@@ -159,7 +182,9 @@ class Given:
             student_tail_logp_N=_leaf(self._tokens("student_tail_logp", LOGP)),
             teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
             segment_N=torch.repeat_interleave(lengths),
-            key_S=torch.tensor([zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]),
+            key_S=torch.tensor(
+                [zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]
+            ),
             reward_S=self._each("reward"),
             group_reward_SG=self._group_rewards(),
             cap_S=self._each("length_cap"),
@@ -175,7 +200,9 @@ class Given:
             if len(set(lengths.values())) > 1:
                 raise DataError(f"{self._at(i)}: lengths differ: {lengths}")
             if t.length_cap is not UNSET and t.length > t.length_cap:
-                raise DataError(f"{self._at(i)}.length_cap = {t.length_cap}: must be >= its {t.length} tokens")
+                raise DataError(
+                    f"{self._at(i)}.length_cap = {t.length_cap}: must be >= its {t.length} tokens"
+                )
 
     def _tokens(self, field: str, bounds: tuple) -> Tensor:
         """A field of every token, [N] or [N, D]."""
@@ -194,8 +221,12 @@ class Given:
                     many = f"{self._at(i)}.candidates[{place}] has {len(row)} candidates"
                     raise DataError(f"{many}: must be {wanted} for objective {self._tag}")
                 if any(getattr(candidate, field) is UNSET for candidate in row):
-                    return self._absent(f"{self._at(i)}.candidates[{place}] has no {field}", self._count)
-        values = [[[getattr(c, field) for c in row] for row in t.candidates] for t in self._trajectories]
+                    return self._absent(
+                        f"{self._at(i)}.candidates[{place}] has no {field}", self._count
+                    )
+        values = [
+            [[getattr(c, field) for c in row] for row in t.candidates] for t in self._trajectories
+        ]
         return self._joined(f"candidates.{field}", values, LOGP)
 
     def _each(self, field: str) -> Tensor:
@@ -203,7 +234,9 @@ class Given:
         if (lacking := self._lacking(field, len(self._trajectories))) is not None:
             return lacking
         values = [getattr(t, field) for t in self._trajectories]
-        return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float64)
+        return torch.tensor(
+            [torch.nan if value is None else value for value in values], dtype=torch.float64
+        )
 
     def _group_rewards(self) -> Tensor:
         """Rewards of all trajectories of the same prompt, [S, G]; NaN where there is none."""
@@ -211,8 +244,13 @@ class Given:
             if (lacking := self._lacking(field, len(self._trajectories))) is not None:
                 return lacking
         reward_S = self._each("reward")
-        groups = [torch.tensor([t.prompt == other.prompt for other in self._trajectories]) for t in self._trajectories]
-        return torch.nn.utils.rnn.pad_sequence([reward_S[group] for group in groups], True, torch.nan)
+        groups = [
+            torch.tensor([t.prompt == other.prompt for other in self._trajectories])
+            for t in self._trajectories
+        ]
+        return torch.nn.utils.rnn.pad_sequence(
+            [reward_S[group] for group in groups], True, torch.nan
+        )
 
     def _placed(self) -> list[tuple[Trajectory, int]]:
         """Every trajectory with its place in its group."""
@@ -222,13 +260,17 @@ class Given:
     def _moments(self, name: str) -> Moments:
         found = getattr(self._rollouts.running, name)
         if found is UNSET:
-            lacking = self._absent(f"{self._file} has no running.{name} at step {self._rollouts.step}", 0)
+            lacking = self._absent(
+                f"{self._file} has no running.{name} at step {self._rollouts.step}", 0
+            )
             return Moments(lacking, lacking, lacking)
         values = [found.count, found.mean, found.squares]
         return Moments(*_checked(f"{self._file}: running.{name}", values, FINITE).tolist())
 
     def _joined(self, field: str, values: list[list], bounds: tuple) -> Tensor:
-        parts = [_checked(f"{self._at(i)}.{field}", value, bounds) for i, value in enumerate(values)]
+        parts = [
+            _checked(f"{self._at(i)}.{field}", value, bounds) for i, value in enumerate(values)
+        ]
         if len({part.shape[1:] for part in parts}) > 1:
             raise DataError(f"{self._file}: {field} has rows of different lengths")
         return torch.cat(parts)
@@ -255,7 +297,10 @@ def _checked(at: str, values: list, bounds: tuple[float, float, str]) -> Tensor:
     broken = (~(found.isfinite() & (found >= low) & (found <= high))).nonzero()
     if len(broken):
         place = broken[0].tolist()
-        raise DataError(f"{at}{''.join(f'[{i}]' for i in place)} = {found[tuple(place)].item()}: must be {allowed}")
+        raise DataError(
+            f"{at}{''.join(f'[{i}]' for i in place)} = {found[tuple(place)].item()}: must be"
+            f" {allowed}"
+        )
     return found
 
 

@@ -8,20 +8,29 @@ from msgspec import UNSET
 
 from async_opd.explain.given import Rollouts, Trajectory
 
-GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
+GREEN = "\033[32m"
+RED = "\033[31m"
+RESET = "\033[0m"
 LOGPS = ("student", "behaviour", "teacher", "reference")
-WIDTHS = {name: 10 for name in (*LOGPS, "advantage", "weight", "selected", "ratio")} | {"coefficient": 12}
+WIDTHS = {name: 10 for name in (*LOGPS, "advantage", "weight", "selected", "ratio")} | {
+    "coefficient": 12
+}
 Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a dash, "" as nothing
 
 
 def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
-    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with rows below it for its
-    candidates and their tail. With `colour`, what becomes likelier is green, and what becomes less likely red."""
+    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with rows
+    below it for its candidates and their tail. With `colour`, what becomes likelier is green, and
+    what becomes less likely red."""
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
-        reward = "" if t.reward is UNSET else f"reward {'unknown' if t.reward is None else t.reward}, "
+        reward = (
+            "" if t.reward is UNSET else f"reward {'unknown' if t.reward is None else t.reward}, "
+        )
         yield f"{chr(10) if number else ''}trajectory {number}: {prompt}{reward}{t.length} tokens"
-        yield f"{'place':>5}  {'token':<16}" + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
+        yield f"{'place':>5}  {'token':<16}" + "".join(
+            f"{name:>{width}}" for name, width in WIDTHS.items()
+        )
         for place in range(t.length):
             for row in _rows(t, effect, place):
                 change = row[2][-1] or 0
@@ -30,17 +39,27 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
 
 
 def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
-    """One for the generated token, one for each candidate that has a coefficient, and one for the tail that has."""
+    """One for the generated token, one for each candidate that has a coefficient, and one for the
+    tail that has."""
     here = {name: values and values[place] for name, values in effect.items()}
     advantages, ratios = _several(here["advantage"]), _several(here["ratio"])
     coefficients = _several(here["coefficient"]) + here.get("candidate_coefficient", [])
     if here["advantage"] is None:  # a divergence, of candidates alone
         coefficients = [None, *coefficients]
     token = "" if t.tokens is UNSET else t.tokens[place]
-    logps = [t.per_token[field][place] if (field := f"{name}_logp") in t.per_token else None for name in LOGPS]
-    yield place, token, [*logps, advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]]
+    logps = [
+        t.per_token[field][place] if (field := f"{name}_logp") in t.per_token else None
+        for name in LOGPS
+    ]
+    yield (
+        place,
+        token,
+        [*logps, advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]],
+    )
     candidates = t.candidates[place] if len(coefficients) > 1 else []
-    for c, advantage, ratio, coefficient in zip_longest(candidates, advantages[1:], ratios[1:], coefficients[1:]):
+    for c, advantage, ratio, coefficient in zip_longest(
+        candidates, advantages[1:], ratios[1:], coefficients[1:]
+    ):
         behaviour = None if c.behaviour_logp is UNSET else c.behaviour_logp
         logps = [c.student_logp, behaviour, c.teacher_logp, None]
         yield "", f"· {_shown(c.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]

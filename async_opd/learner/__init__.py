@@ -1,1 +1,2 @@
-"""The learner: packing, forward, objective, the one reduction, DeepSpeed, checkpoints and the weights' way out."""
+"""The learner: packing, forward, objective, the one reduction, DeepSpeed, checkpoints and the
+weights' way out."""

@@ -1,5 +1,5 @@
-"""What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all, and of each rank what
-DeepSpeed does not keep."""
+"""What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all,
+and of each rank what DeepSpeed does not keep."""
 
 import os
 import shutil
@@ -35,23 +35,26 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
 
 
 def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
-    """The state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not fit `config`."""
+    """The state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not fit
+    `config`."""
     state = _read(_of(folder, 0))
     for name in ("ranks", "zero_stage", "dtype"):
         then, now = getattr(state, name), getattr(config, name)
         if then != now:
             raise CheckpointError(
-                f"checkpoint {folder.parent}: was saved with learner.{name} = {then!r} and cannot go on with {now!r}"
+                f"checkpoint {folder.parent}: was saved with learner.{name} = {then!r} and cannot"
+                f" go on with {now!r}"
             )
     return _read(_of(folder, rank)) if rank else state
 
 
 def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder: Path) -> None:
-    """Write `weights`, config, generation config and the tokenizer of `source` to `folder`, replacing it.
+    """Write `weights`, config, generation config and the tokenizer of `source` to `folder`,
+    replacing it.
 
     `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself.
-    Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and `vllm` load it.
-    Raises CheckpointError where it cannot be written.
+    Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and
+    `vllm` load it. Raises CheckpointError where it cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
     kept = model.state_dict(keep_vars=True).items()
@@ -75,7 +78,8 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A full disk has three names: torch, safetensors and the standard library each have their own. Here it has one."""
+    """A full disk has three names: torch, safetensors and the standard library each have their own.
+    Here it has one."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -90,4 +94,6 @@ def _read(file: Path) -> RankState:
     try:
         return msgspec.json.decode(file.read_bytes(), type=RankState)
     except OSError as e:
-        raise CheckpointError(f"{file}: {e.strerror}; every learner rank must see the run directory") from e
+        raise CheckpointError(
+            f"{file}: {e.strerror}; every learner rank must see the run directory"
+        ) from e

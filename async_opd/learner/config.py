@@ -6,7 +6,8 @@ from msgspec import Meta, Struct
 
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One optimizer step trains `trajectories_per_step` trajectories over `ranks` data-parallel ranks."""
+    """One optimizer step trains `trajectories_per_step` trajectories over `ranks` data-parallel
+    ranks."""
 
     trajectories_per_step: Annotated[int, Meta(ge=1)]
     lr: Annotated[float, Meta(gt=0, lt=1)]
@@ -14,11 +15,16 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     zero_stage: Literal[0, 1, 2, 3] = 0  # 1, 2, 3: optimizer, gradients, weights sharded over ranks
     offload_optimizer: bool = False  # its state and step on the host; ZeRO 1 to 3
     dtype: Literal["float32", "bfloat16"] = "float32"
-    betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     grad_clip: Annotated[float, Meta(gt=0)] = 1.0  # global L2 norm
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to 0 at the last step
-    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 8192  # packed tokens of one forward, prompts included
+    # after the warm-up, to 0 at the last step
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # packed tokens of one forward, prompts included
+    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 8192
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
     gradient_checkpointing: bool = False

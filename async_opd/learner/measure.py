@@ -1,4 +1,5 @@
-"""What a step's metrics are made of: sums and maxima over its micro-batches, then over all ranks."""
+"""What a step's metrics are made of: sums and maxima over its micro-batches, then over all
+ranks."""
 
 from collections.abc import Callable
 
@@ -13,10 +14,28 @@ from async_opd.objectives.base import TokenBatch, TokenLoss
 
 FACTORS = ("method", "ratio", "advantage")  # of the importance weight W · ρ̃ · |A|
 SUMS = (
-    "loss", "kl", "entries", "weight", "weight_squared", "ratio", "ratio_squared", "selected", "stale_log_ratio",
-    "stale", "lag", "excluded", "taught_loss", "surprise", "responses", "response_tokens", "logs", "log", "log_squared",
-    *(f"log_{factor}" for factor in FACTORS), *(f"log_{factor}_log" for factor in FACTORS),
-)  # fmt: skip
+    "loss",
+    "kl",
+    "entries",
+    "weight",
+    "weight_squared",
+    "ratio",
+    "ratio_squared",
+    "selected",
+    "stale_log_ratio",
+    "stale",
+    "lag",
+    "excluded",
+    "taught_loss",
+    "surprise",
+    "responses",
+    "response_tokens",
+    "logs",
+    "log",
+    "log_squared",
+    *(f"log_{factor}" for factor in FACTORS),
+    *(f"log_{factor}_log" for factor in FACTORS),
+)
 MAXIMA = ("weight", "ratio", "mismatch", "lag")
 
 
@@ -28,13 +47,18 @@ class Measured:
         self._shown, self._episodes = objective.shown, objective.needs().running
         names = [*SUMS, *(f"shown_{name}" for name in self._shown)]
         names += [f"tokens_lag_{lag}" for lag in self._lags]
-        names += [f"{part}_{name}" for name in self._episodes for part in ("count", "total", "squares")]
+        names += [
+            f"{part}_{name}" for name in self._episodes for part in ("count", "total", "squares")
+        ]
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-        self._maxima = {name: torch.zeros((), dtype=torch.float64, device=device) for name in MAXIMA}
+        self._maxima = {
+            name: torch.zeros((), dtype=torch.float64, device=device) for name in MAXIMA
+        }
 
     @torch.no_grad()
     def add(self, micro: MicroBatch, batch: TokenBatch, result: TokenLoss, loss_N: Tensor) -> None:
-        """One micro-batch of the student's rollouts; `loss_N` is each token's part of the step's loss."""
+        """One micro-batch of the student's rollouts; `loss_N` is each token's part of the step's
+        loss."""
         keep, sampled_N = micro.keep_N, batch.student_logp_N
         gap_N = (sampled_N - batch.behaviour_logp_N).abs()
         fresh, stale = keep & (micro.lag_N == 0), keep & (micro.lag_N > 0)
@@ -63,11 +87,14 @@ class Measured:
 
     @torch.no_grad()
     def taught(self, weight: float, mean: Tensor) -> None:
-        """One micro-batch of the teacher's own answers, by its share of their mean cross-entropy."""
+        """One micro-batch of the teacher's own answers, by its share of their mean
+        cross-entropy."""
         self._sum("taught_loss", mean)
         self._sum("loss", weight * mean)
 
-    def reduced(self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]) -> dict[str, float]:
+    def reduced(
+        self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]
+    ) -> dict[str, float]:
         """The step's metrics, equal on all ranks."""
         for found, op in ((self._sums, "sum"), (self._maxima, "max")):
             values = torch.stack(list(found.values()))
@@ -85,7 +112,11 @@ class Measured:
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
         """`running` with this step's trajectories; after `reduced`."""
         return {
-            name: running[name].with_sums(*(self._sums[f"{p}_{name}"].item() for p in ("count", "total", "squares")))
+            name: (
+                running[name].with_sums(
+                    *(self._sums[f"{p}_{name}"].item() for p in ("count", "total", "squares"))
+                )
+            )
             for name in self._episodes
         }
 
@@ -121,20 +152,28 @@ class Measured:
             self._maxima[name] = torch.maximum(self._maxima[name], values.max().double())
 
 
-def _metrics(statistics: dict[str, float], sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+def _metrics(
+    statistics: dict[str, float], sums: dict[str, float], maxima: dict[str, float]
+) -> dict[str, float]:
     tokens, entries = max(statistics["tokens"], 1), max(sums["entries"], 1)
     found = {
         "tokens": statistics["tokens"],
         "tokens_excluded": sums["excluded"],
         "tokens_taught": statistics["taught"],
         "loss": sums["loss"],
-        "loss_taught": sums["taught_loss"],  # mean cross-entropy of the teacher's own answers, nats a token
-        "kl": sums["kl"] / tokens,  # nats a token: mean log π_student - log π_teacher of the sampled tokens
-        "entropy": sums["surprise"] / tokens,  # nats: of the policy that sampled, as its own tokens estimate it
-        "length_mean": sums["response_tokens"] / max(sums["responses"], 1),  # tokens of the student's responses
+        # mean cross-entropy of the teacher's own answers, nats a token
+        "loss_taught": sums["taught_loss"],
+        # nats a token: mean log π_student - log π_teacher of the sampled tokens
+        "kl": sums["kl"] / tokens,
+        # nats: of the policy that sampled, as its own tokens estimate it
+        "entropy": sums["surprise"] / tokens,
+        # tokens of the student's responses
+        "length_mean": sums["response_tokens"] / max(sums["responses"], 1),
         "selected": sums["selected"] / tokens,
-        "log_ratio_stale": sums["stale_log_ratio"] / max(sums["stale"], 1),  # nats, mean |student - behaviour|, lag > 0
-        "log_ratio_fresh_max": maxima["mismatch"],  # nats, max |student - behaviour| at lag 0: engine mismatch alone
+        # nats, mean |student - behaviour|, lag > 0
+        "log_ratio_stale": sums["stale_log_ratio"] / max(sums["stale"], 1),
+        # nats, max |student - behaviour| at lag 0: engine mismatch alone
+        "log_ratio_fresh_max": maxima["mismatch"],
         "lag_mean": sums["lag"] / tokens,
         "lag_max": maxima["lag"],
     }
@@ -143,7 +182,10 @@ def _metrics(statistics: dict[str, float], sums: dict[str, float], maxima: dict[
         found[f"{name}_ess"] = effective_sample_size(sums[name], sums[f"{name}_squared"], entries)
     logs = max(sums["logs"], 1)
     variance = sums["log_squared"] / logs - (sums["log"] / logs) ** 2
-    for factor in FACTORS:  # its share of the variance of log(W · ρ̃ · |A|); they add up to 1 where that varies
-        covariance = sums[f"log_{factor}_log"] / logs - sums[f"log_{factor}"] / logs * sums["log"] / logs
+    # its share of the variance of log(W · ρ̃ · |A|); they add up to 1 where that varies
+    for factor in FACTORS:
+        covariance = (
+            sums[f"log_{factor}_log"] / logs - sums[f"log_{factor}"] / logs * sums["log"] / logs
+        )
         found[f"weight_by_{factor}"] = covariance / variance if variance > 1e-12 else 0.0
     return found

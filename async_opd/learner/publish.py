@@ -35,7 +35,8 @@ class GlooSender:
         self._group = gloo_group(self._store, rank=0, world=world, timeout_s=self._timeout_s)
 
     def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
-        """Broadcast `weights`, which are `described`: one bucket travels while the next is gathered and copied.
+        """Broadcast `weights`, which are `described`: one bucket travels while the next is gathered
+        and copied.
 
         Two buckets of host memory, made at the first call, are all the memory it adds.
         """
@@ -47,7 +48,9 @@ class GlooSender:
         for at, bucket in enumerate(planned):
             if len(travelling) == 2:
                 travelling.popleft().wait()
-            flat = self._flats[at % 2][: sum(meta.nbytes for meta in bucket)].view(getattr(torch, bucket[0].dtype))
+            flat = self._flats[at % 2][: sum(meta.nbytes for meta in bucket)].view(
+                getattr(torch, bucket[0].dtype)
+            )
             for part in flat.split([math.prod(meta.shape) for meta in bucket]):
                 part.copy_(next(weights).flatten())
             travelling.append(broadcast(self._group, flat))
@@ -79,7 +82,9 @@ class NcclSender:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         with self._held:
-            self._group = trainer_init(dict(master_address=self.host, master_port=self.port, world_size=world))
+            self._group = trainer_init(
+                dict(master_address=self.host, master_port=self.port, world_size=world)
+            )
 
     def send(self, described: list[TensorMeta], weights: Iterable[Tensor]) -> None:
         """Broadcast `weights`, which are `described`, in vLLM's packed chunks."""

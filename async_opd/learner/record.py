@@ -15,12 +15,16 @@ LONGEST = 2000  # tokens that are kept, of a prompt and of a response
 
 
 class Recorder:
-    """Looks at every micro-batch of this rank's step and keeps TRAJECTORIES of the student's, chosen by their keys
-    alone, whatever their length or place."""
+    """Looks at every micro-batch of this rank's step and keeps TRAJECTORIES of the student's,
+    chosen by their keys alone, whatever their length or place."""
 
-    def __init__(self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int):
+    def __init__(
+        self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int
+    ):
         """`samples` of each of `micros`; `live` version that they are trained at."""
-        self._objective, self._samples, self._live = objective, samples, live
+        self._objective = objective
+        self._samples = samples
+        self._live = live
         keys = [
             (key, at, place)
             for at, micro in enumerate(micros)
@@ -35,21 +39,31 @@ class Recorder:
         chosen = [place for place in range(len(self._samples[at])) if (at, place) in self._chosen]
         if chosen:
             columns = self._columns(micro, batch)
-            self.recorded += [self._record(self._samples[at][p], columns, micro.segment_N == p) for p in chosen]
+            self.recorded += [
+                self._record(self._samples[at][p], columns, micro.segment_N == p) for p in chosen
+            ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
-        """[N] by name; where a position has several samples, of the one that was generated. The loss is taken once
-        more, on leaves: DeepSpeed forbids to differentiate what its module gave by anything but its own backward."""
+        """[N] by name; where a position has several samples, of the one that was generated. The
+        loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module gave
+        by anything but its own backward."""
         leaves = {
             "student_logp_N": _leaf(batch.student_logp_N),
             "student_logp_NK": _leaf(batch.student_logp_NK),
             "student_tail_logp_N": _leaf(batch.student_tail_logp_N),
         }
         result = self._objective.loss(replace(batch, **leaves))
-        live = dict(zip(("coefficient", "candidate_coefficient", "tail_coefficient"), leaves.values(), strict=True))
+        live = dict(
+            zip(
+                ("coefficient", "candidate_coefficient", "tail_coefficient"),
+                leaves.values(),
+                strict=True,
+            )
+        )
         columns = {
             "version": self._live - micro.lag_N,
-            "kept": micro.keep_N,  # in the loss: no staler than the bound, and no truncated response where they are out
+            # in the loss: no staler than the bound, and no truncated response where they are out
+            "kept": micro.keep_N,
             "student": batch.student_logp_N,
             "behaviour": batch.behaviour_logp_N,
             "teacher": batch.teacher_logp_N,
@@ -59,7 +73,11 @@ class Recorder:
             **effect(result, live),
         }
         sampled = result.advantage is not None
-        columns = {k: v[:, 0] if sampled and v.ndim == 2 else v for k, v in columns.items() if v is not None}
+        columns = {
+            k: v[:, 0] if sampled and v.ndim == 2 else v
+            for k, v in columns.items()
+            if v is not None
+        }
         for other in ("candidate_coefficient", "tail_coefficient"):
             columns.pop(other, None)
         return {name: value.detach() for name, value in columns.items() if value.ndim == 1}

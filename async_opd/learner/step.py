@@ -19,18 +19,23 @@ from async_opd.wire import Needs
 
 COUNTS = ("tokens", "sequences", "taught")
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
-Look = Callable[[int, MicroBatch, TokenBatch], None]  # at a micro-batch of the student's, with its number
+# at a micro-batch of the student's, with its number
+Look = Callable[[int, MicroBatch, TokenBatch], None]
 
 
 class Student(nn.Module):
-    """The module DeepSpeed wraps. Log-probs are read inside its forward, so that ZeRO's hooks see the LM head."""
+    """The module DeepSpeed wraps. Log-probs are read inside its forward, so that ZeRO's hooks see
+    the LM head."""
 
     def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_rows: int):
         super().__init__()
-        self.lm, self.temperature, self.chunk_rows = lm, temperature, chunk_rows
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_rows = chunk_rows
 
     def forward(self, micro: MicroBatch, needs: Needs = Needs()) -> Read:  # noqa: B008, it is immutable
-        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and what `needs` asks for."""
+        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and what
+        `needs` asks for."""
         hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)
         hidden_ND = hidden_LD[micro.rows_N]
         read = read_logprobs(
@@ -52,12 +57,16 @@ class Moment:
 
     step: int = 1  # the one that is being made, from 1
     max_lag_steps: int = 0  # of a trained token
-    running: dict[str, Moments] = field(default_factory=dict)  # over the trajectories of all past steps
+    # over the trajectories of all past steps
+    running: dict[str, Moments] = field(default_factory=dict)
     taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
 
 
 def token_batch(
-    micro: MicroBatch, read: Read | None, moment: Moment, statistics: dict[str, Tensor] | None = None
+    micro: MicroBatch,
+    read: Read | None,
+    moment: Moment,
+    statistics: dict[str, Tensor] | None = None,
 ) -> TokenBatch:
     """What an objective sees of one micro-batch; without `read`, nothing of the live student."""
     read = read or Read(*[None] * 5)
@@ -93,24 +102,34 @@ def batch_statistics(
     micros: list[MicroBatch],
     moment: Moment,
 ) -> dict[str, Tensor]:
-    """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own answers (`taught`), and
-    the sums and maxima that `objective` declares over the kept tokens; of every micro-batch and rank, 0-d float64.
+    """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own
+    answers (`taught`), and the sums and maxima that `objective` declares over the kept tokens; of
+    every micro-batch and rank, 0-d float64.
 
-    One forward of each micro-batch where the objective reads the live student for them. A maximum over no token is
-    -inf.
+    One forward of each micro-batch where the objective reads the live student for them. A maximum
+    over no token is -inf.
     """
     needs = objective.needs()
     start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
     device = micros[0].ids_L.device
-    found = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in start.items()}
+    found = {
+        name: torch.tensor(value, dtype=torch.float64, device=device)
+        for name, value in start.items()
+    }
     for micro in micros:
         read = module(micro, needs) if needs.first_pass else None
         if micro.taught:
             found["taught"] += micro.keep_N.sum()
         elif micro.keep_N.any():
             found["sequences"] += len(micro.segment_N[micro.keep_N].unique())
-            for name, value in objective.statistics(token_batch(micro, read, moment), micro.keep_N).items():
-                found[name] = torch.maximum(found[name], value) if name in needs.maxima else found[name] + value
+            for name, value in objective.statistics(
+                token_batch(micro, read, moment), micro.keep_N
+            ).items():
+                found[name] = (
+                    torch.maximum(found[name], value)
+                    if name in needs.maxima
+                    else found[name] + value
+                )
     for name, value in found.items():
         all_reduce(value, "max" if name in needs.maxima else "sum")
     return found
@@ -125,16 +144,20 @@ def accumulate(
     moment: Moment,
     look: Look | None = None,
 ) -> tuple[dict[str, float], dict[str, Moments]]:
-    """Forward and backward over this rank's micro-batches; gradients add up to those of one big batch.
+    """Forward and backward over this rank's micro-batches; gradients add up to those of one big
+    batch.
 
-    loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says), all-reduced before the
-    first backward, + α · mean cross-entropy of the teacher's own answers. `backward` takes this rank's share of it.
-    `look` is shown each micro-batch of the student's.
-    Returns metrics, and the running moments with this step's trajectories; both are equal on all ranks.
-    Non-finite losses show in `loss`: the caller must look before the optimizer moves.
+    loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says),
+    all-reduced before the first backward, + α · mean cross-entropy of the teacher's own answers.
+    `backward` takes this rank's share of it. `look` is shown each micro-batch of the student's.
+    Returns metrics, and the running moments with this step's trajectories; both are equal on all
+    ranks. Non-finite losses show in `loss`: the caller must look before the optimizer moves.
     """
     statistics = batch_statistics(module, all_reduce, objective, micros, moment)
-    needs, measured = objective.needs(), Measured(objective, moment.max_lag_steps, micros[0].ids_L.device)
+    needs, measured = (
+        objective.needs(),
+        Measured(objective, moment.max_lag_steps, micros[0].ids_L.device),
+    )
     for at, micro in enumerate(micros):
         read = module(micro, Needs() if micro.taught else needs)
         if not len(micro.targets_N):  # joins backward

@@ -1,9 +1,11 @@
 """Pure functions on flat token vectors: no config, no actors, no files, no logging.
 
-Shape suffixes: `N` response tokens of a packed micro-batch, `K` candidates a position, `V` vocabulary, `D` hidden
-width, `S` trajectories, `L` packed tokens (prompts too). Log-probs are in nats.
+Shape suffixes: `N` response tokens of a packed micro-batch, `K` candidates a position, `V`
+vocabulary, `D` hidden width, `S` trajectories, `L` packed tokens (prompts too). Log-probs are in
+nats.
 
-`maths.importance` and its siblings are imported when first touched: checking a config must not wait for torch.
+`maths.importance` and its siblings are imported when first touched: checking a config must not wait
+for torch.
 """
 
 from importlib import import_module

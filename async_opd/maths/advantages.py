@@ -17,9 +17,11 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return teacher_logp - student_logp
 
 
-def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor | None, *, lam: float) -> Tensor:
-    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref) (G-OPD Eq. 14, arXiv:2602.12125; EXACT, REPAIRED: printed
-    is the cost, its negative). Any shape. λ = 1 needs no reference.
+def extrapolated(
+    student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor | None, *, lam: float
+) -> Tensor:
+    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref) (G-OPD Eq. 14, arXiv:2602.12125; EXACT,
+    REPAIRED: printed is the cost, its negative). Any shape. λ = 1 needs no reference.
 
     >>> extrapolated(torch.tensor([-1.2]), torch.tensor([-0.7]), torch.tensor([-1.1]), lam=1.25)
     tensor([0.6000])
@@ -29,10 +31,11 @@ def extrapolated(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Ten
 
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
-    """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is unknown. [S].
+    """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is
+    unknown. [S].
 
-    Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304; EXACT but for σ: the
-    paper gives neither its floor nor whether it divides by G or by G - 1.)
+    Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304;
+    EXACT but for σ: the paper gives neither its floor nor whether it divides by G or by G - 1.)
 
     >>> within_group(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor([ 1.0000, -1.0000])
@@ -46,9 +49,11 @@ def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
 
 
 def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: float) -> Tensor:
-    """r = 1[right] · (1 + β(1 - |y|/L_max)) (EGRSD Eq. 2, arXiv:2605.13255; EXACT); NaN where unknown. [S].
+    """r = 1[right] · (1 + β(1 - |y|/L_max)) (EGRSD Eq. 2, arXiv:2605.13255; EXACT); NaN where
+    unknown. [S].
 
-    >>> length_aware(torch.tensor([1.0, 0.0]), torch.tensor([5, 5]), torch.tensor([10, 10]), bonus=0.5)
+    >>> rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([5, 5])
+    >>> length_aware(rewards, lengths, torch.tensor([10, 10]), bonus=0.5)
     tensor([1.2500, 0.0000])
     """
     return reward_S * (1 + bonus * (1 - length_S / cap_S))
@@ -73,7 +78,9 @@ class Moments(NamedTuple):
         apart = mean - self.mean
         own = max(squares - total * mean, 0.0)
         return Moments(
-            both, self.mean + apart * count / both, self.squares + own + apart * apart * self.count * count / both
+            both,
+            self.mean + apart * count / both,
+            self.squares + own + apart * apart * self.count * count / both,
         )
 
     @property
@@ -86,11 +93,15 @@ class Moments(NamedTuple):
         return (self.squares / self.count) ** 0.5 if self.count else 0.0
 
 
-def whitened(value_S: Tensor, past: Moments, *, step: int, warmup_steps: int, warmup_mean: float) -> Tensor:
-    """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step `warmup_steps`, and for
-    as long as all were alike; 0 where unknown. [S]. (EGRSD Eq. 3; EXACT but for the floor of σ.)
+def whitened(
+    value_S: Tensor, past: Moments, *, step: int, warmup_steps: int, warmup_mean: float
+) -> Tensor:
+    """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step
+    `warmup_steps`, and for as long as all were alike; 0 where unknown. [S]. (EGRSD Eq. 3; EXACT but
+    for the floor of σ.)
 
-    >>> whitened(torch.tensor([1.0, float("nan")]), Moments(), step=1, warmup_steps=10, warmup_mean=0.5)
+    >>> rewards = torch.tensor([1.0, float("nan")])
+    >>> whitened(rewards, Moments(), step=1, warmup_steps=10, warmup_mean=0.5)
     tensor([0.5000, 0.0000])
     """
     warm = step > warmup_steps and past.std > 0

@@ -1,13 +1,14 @@
-"""Divergences between student and teacher over K candidates a position plus one bucket for the rest."""
+"""Divergences between student and teacher over K candidates a position plus one bucket for the
+rest."""
 
 import torch
 from torch import Tensor
 
 
 def outcomes(logp_NK: Tensor, tail_N: Tensor | None, *, rest: str) -> Tensor:
-    """Log-probs that a divergence over K candidates is taken of: with the tail, the log-mass of everything outside, as
-    one more outcome, a "bucket" ([N, K+1]), or with the rest left out, which is to "renormalise" (a distribution over
-    the K) or to "drop" (as they are).
+    """Log-probs that a divergence over K candidates is taken of: with the tail, the log-mass of
+    everything outside, as one more outcome, a "bucket" ([N, K+1]), or with the rest left out, which
+    is to "renormalise" (a distribution over the K) or to "drop" (as they are).
 
     >>> outcomes(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0.25]).log(), rest="bucket").exp()
     tensor([[0.5000, 0.2500, 0.2500]])
@@ -29,10 +30,11 @@ def kl(p_logp_NK: Tensor, q_logp_NK: Tensor) -> Tensor:
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
-    """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β < 1, over the last
-    axis as given. Returns [N], nats.
+    """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β
+    < 1, over the last axis as given. Returns [N], nats.
 
-    >>> round(jensen_shannon(torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9, 1.0]]).log(), beta=0.5).item(), 3)
+    >>> one, other = torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9, 1.0]]).log()
+    >>> round(jensen_shannon(one, other, beta=0.5).item(), 3)
     0.693
     """
     beta = torch.as_tensor(beta, dtype=student.dtype, device=student.device)

@@ -1,7 +1,8 @@
-"""What an evaluation reports of several responses to each problem: pass@k, maj@k, and how sure the means are.
+"""What an evaluation reports of several responses to each problem: pass@k, maj@k, and how sure the
+means are.
 
-Of a problem's n responses c are right. Each is the mean over all sets of k of the n, so more responses than k make it
-surer and leave what it estimates.
+Of a problem's n responses c are right. Each is the mean over all sets of k of the n, so more
+responses than k make it surer and leave what it estimates.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ LEVEL = 0.95
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374 Eq. 1), as the product over the
-    last c places i of 1 - k / i, which never leaves [0, 1].
+    """Probability that one of k is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374 Eq. 1), as
+    the product over the last c places i of 1 - k / i, which never leaves [0, 1].
 
-    >>> pass_at_k(4, 1, 2), pass_at_k(4, 0, 2), pass_at_k(4, 3, 2)  # 1 - 3/6; no right one; two wrong ones are too few
-    (0.5, 0.0, 1.0)
+    >>> pass_at_k(4, 1, 2)  # 1 - 3/6
+    0.5
+    >>> pass_at_k(4, 0, 2), pass_at_k(4, 3, 2)  # no right one; two wrong ones are too few
+    (0.0, 1.0)
     """
     if n - c < k:
         return 1.0
@@ -27,23 +30,27 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_at_k(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
-    """Probability that the right answer wins the vote of k, a tie being decided by lot. `right` responses agree on it,
-    `wrong` ones on each of the others; `silent` ones hold no answer.
+    """Probability that the right answer wins the vote of k, a tie being decided by lot. `right`
+    responses agree on it, `wrong` ones on each of the others; `silent` ones hold no answer.
 
-    Σ_v C(right, v) Σ_t W(v, t) / (t + 1) / C(n, k), where W counts the ways in which the other k - v leave no wrong
-    answer more than v votes and t of them exactly v.
+    Σ_v C(right, v) Σ_t W(v, t) / (t + 1) / C(n, k), where W counts the ways in which the other k -
+    v leave no wrong answer more than v votes and t of them exactly v.
 
     >>> majority_at_k(1, [1], 0, 2), majority_at_k(2, [1], 0, 3)  # a tie; two against one
     (0.5, 1.0)
     """
     if not right:
         return 0.0
-    won = sum(comb(right, votes) * _lost(wrong, silent, k - votes, votes) for votes in range(1, min(right, k) + 1))
+    won = sum(
+        comb(right, votes) * _lost(wrong, silent, k - votes, votes)
+        for votes in range(1, min(right, k) + 1)
+    )
     return float(won / comb(right + sum(wrong) + silent, k))
 
 
 def _lost(wrong: Sequence[int], silent: int, others: int, votes: int) -> Fraction:
-    """Σ_t W(votes, t) / (t + 1): ways to draw `others` that do not beat `votes`, a tie of t + 1 as its share."""
+    """Σ_t W(votes, t) / (t + 1): ways to draw `others` that do not beat `votes`, a tie of t + 1 as
+    its share."""
     ways = {(0, 0): 1}  # by how many are drawn and how many answers are at `votes`
     for size in wrong:
         more: dict[tuple[int, int], int] = {}
@@ -52,12 +59,16 @@ def _lost(wrong: Sequence[int], silent: int, others: int, votes: int) -> Fractio
                 at = drawn + own, tied + (own == votes)
                 more[at] = more.get(at, 0) + count * comb(size, own)
         ways = more
-    return sum(Fraction(count * comb(silent, others - drawn), tied + 1) for (drawn, tied), count in ways.items())
+    return sum(
+        Fraction(count * comb(silent, others - drawn), tied + 1)
+        for (drawn, tied), count in ways.items()
+    )
 
 
 def intervals(values_PM: np.ndarray, seed: int) -> np.ndarray:
-    """Intervals of LEVEL for the mean of each column over the problems, by the percentile bootstrap; NaN is left out.
-    Columns share their resamples, so differences of columns are paired. Returns [2, M].
+    """Intervals of LEVEL for the mean of each column over the problems, by the percentile
+    bootstrap; NaN is left out. Columns share their resamples, so differences of columns are paired.
+    Returns [2, M].
 
     >>> intervals(np.array([[0.0, 1.0], [1.0, 1.0]]), seed=0).tolist()
     [[0.0, 1.0], [1.0, 1.0]]

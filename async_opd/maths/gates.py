@@ -1,4 +1,5 @@
-"""Weights of tokens by what student and teacher say of them. All are detached by their callers' inputs."""
+"""Weights of tokens by what student and teacher say of them. All are detached by their callers'
+inputs."""
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ def agreement(trust_N: Tensor, advantage_N: Tensor) -> Tensor:
 
 
 def magnitude(advantage_N: Tensor, *, tau: float) -> Tensor:
-    """φ = min(1, τ/|a|), 1 where a = 0; before it is divided by its mean (SG-OPD Eq. 9; EXACT). [N].
+    """φ = min(1, τ/|a|), 1 where a = 0; before it is divided by its mean (SG-OPD Eq. 9; EXACT).
+    [N].
 
     >>> magnitude(torch.tensor([0.5, -4.0, 0.0]), tau=1.0)
     tensor([1.0000, 0.2500, 1.0000])
@@ -27,9 +29,11 @@ def magnitude(advantage_N: Tensor, *, tau: float) -> Tensor:
 def prefix_discrepancy(
     advantage_N: Tensor, segment_N: Tensor, count: int, *, gamma: float, through_last: bool = True
 ) -> Tensor:
-    """r = 1 + γ · (1 - Σ_{k < t}|A_k| / Σ_k|A_k|), the quotient in [0, 1] (IW-OPD Eq. 14-17, arXiv:2606.22600). [N].
+    """r = 1 + γ · (1 - Σ_{k < t}|A_k| / Σ_k|A_k|), the quotient in [0, 1] (IW-OPD Eq. 14-17,
+    arXiv:2606.22600). [N].
 
-    EXACT (code) where the sum below runs over all tokens, plus 1e-8; EXACT (paper) where it stops before the last.
+    EXACT (code) where the sum below runs over all tokens, plus 1e-8; EXACT (paper) where it stops
+    before the last.
 
     >>> prefix_discrepancy(torch.tensor([1.0, -3.0]), torch.tensor([0, 0]), 1, gamma=0.5)
     tensor([1.5000, 1.3750])
@@ -44,7 +48,8 @@ def prefix_discrepancy(
 
 
 def direction(advantage_N: Tensor, sign_N: Tensor, *, clip: float) -> Tensor:
-    """w = clip(exp(D · δ), 1-ε, 1+ε), D the sign of the trajectory's advantage (EGRSD Eq. 4-5, arXiv:2605.13255). [N].
+    """w = clip(exp(D · δ), 1-ε, 1+ε), D the sign of the trajectory's advantage (EGRSD Eq. 4-5,
+    arXiv:2605.13255). [N].
 
     >>> direction(torch.tensor([0.1, 3.0]), torch.tensor([1.0, -1.0]), clip=0.2)
     tensor([1.1052, 0.8000])
@@ -61,16 +66,21 @@ def certainty(entropy_N: Tensor, largest: Tensor, *, gamma: float, floor: float)
     return (1 - gamma * entropy_N / largest.clamp(min=1.0)).clamp(floor, 1)
 
 
-def drift(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, *, block: int, tau: float) -> Tensor:
-    """g = exp(-τ|s|), s the mean of log π - log π_behaviour over the token's block of `block` tokens; before it is
-    divided by its mean (blockwise drift gate, arXiv:2606.24084 Eq. 1-3; EXACT). [N].
+def drift(
+    student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, *, block: int, tau: float
+) -> Tensor:
+    """g = exp(-τ|s|), s the mean of log π - log π_behaviour over the token's block of `block`
+    tokens; before it is divided by its mean (blockwise drift gate, arXiv:2606.24084 Eq. 1-3;
+    EXACT). [N].
 
     >>> drift(torch.tensor([0.2, -0.4]), torch.zeros(2), torch.tensor([0, 0]), block=2, tau=1.0)
     tensor([0.9048, 0.9048])
     """
     place_N = segments.places(segment_N)
     longest = int(place_N.max()) + 1 if len(place_N) else 1
-    _, block_N = torch.unique_consecutive(segment_N * longest + place_N // block, return_inverse=True)
+    _, block_N = torch.unique_consecutive(
+        segment_N * longest + place_N // block, return_inverse=True
+    )
     blocks = int(block_N[-1]) + 1 if len(block_N) else 0
     total = segments.sums(student_logp_N - behaviour_logp_N, block_N, blocks)
     return (-tau * (total / segments.lengths(block_N, blocks)).abs()).exp()[block_N]

@@ -21,10 +21,15 @@ def ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor) -> Tensor:
 
 
 def sequence_ratio(
-    student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int, *, instead_NM: Tensor | None = None
+    student_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    segment_N: Tensor,
+    count: int,
+    *,
+    instead_NM: Tensor | None = None,
 ) -> Tensor:
-    """Π_t ρ_t over the token's trajectory, [N]; or of those with one of M others in place of the t-th, by their
-    log-ratios `instead_NM`, [N, M].
+    """Π_t ρ_t over the token's trajectory, [N]; or of those with one of M others in place of the
+    t-th, by their log-ratios `instead_NM`, [N, M].
 
     >>> student, behaviour = torch.tensor([0.5, 0.3]).log(), torch.tensor([0.25, 0.2]).log()
     >>> sequence_ratio(student, behaviour, torch.tensor([0, 0]), 1)
@@ -34,11 +39,18 @@ def sequence_ratio(
 
 
 def geometric_ratio(
-    student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, count: int, *, instead_NM: Tensor | None = None
+    student_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    segment_N: Tensor,
+    count: int,
+    *,
+    instead_NM: Tensor | None = None,
 ) -> Tensor:
-    """(Π_t ρ_t)^(1/T) over the token's trajectory of T tokens, [N] or [N, M] as in `sequence_ratio`.
+    """(Π_t ρ_t)^(1/T) over the token's trajectory of T tokens, [N] or [N, M] as in
+    `sequence_ratio`.
 
-    >>> geometric_ratio(torch.tensor([0.5, 0.4]).log(), torch.tensor([0.25, 0.2]).log(), torch.tensor([0, 0]), 1)
+    >>> current, behaviour = torch.tensor([0.5, 0.4]).log(), torch.tensor([0.25, 0.2]).log()
+    >>> geometric_ratio(current, behaviour, torch.tensor([0, 0]), 1)
     tensor([2., 2.])
     """
     total = _log_product(student_logp_N - behaviour_logp_N, segment_N, count, instead_NM)
@@ -47,9 +59,11 @@ def geometric_ratio(
 
 
 def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor) -> Tensor:
-    """Π_{k < t} ρ_k: of the tokens before t, the state that a dense term at t is taken in. Returns [N].
+    """Π_{k < t} ρ_k: of the tokens before t, the state that a dense term at t is taken in. Returns
+    [N].
 
-    >>> prefix_ratio(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.1]).log(), torch.tensor([0, 0]))
+    >>> current, behaviour = torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.1]).log()
+    >>> prefix_ratio(current, behaviour, torch.tensor([0, 0]))
     tensor([1., 2.])
     """
     return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
@@ -66,12 +80,14 @@ def bounded(ratio: Tensor, *, at_most: float | None, between: tuple[float, float
 
 
 def clipped(ratio: Tensor, advantage: Tensor, *, clip: float, dual_clip: float | None) -> Tensor:
-    """The factor f for which PPO's surrogate is f · A; gradient flows in ρ where it is not clipped. Any shape.
+    """The factor f for which PPO's surrogate is f · A; gradient flows in ρ where it is not clipped.
+    Any shape.
 
-    min(ρA, clip(ρ, 1-ε, 1+ε)A) = A · min(ρ, 1+ε) where A ≥ 0, else A · max(ρ, 1-ε); a dual clip c > 1 makes the
-    latter A · min(max(ρ, 1-ε), c) (arXiv:1912.09729 Eq. 5).
+    min(ρA, clip(ρ, 1-ε, 1+ε)A) = A · min(ρ, 1+ε) where A ≥ 0, else A · max(ρ, 1-ε); a dual clip c >
+    1 makes the latter A · min(max(ρ, 1-ε), c) (arXiv:1912.09729 Eq. 5).
 
-    >>> clipped(torch.tensor([1.5, 1.5, 9.0]), torch.tensor([1.0, -1.0, -1.0]), clip=0.2, dual_clip=3.0)
+    >>> ratios, advantages = torch.tensor([1.5, 1.5, 9.0]), torch.tensor([1.0, -1.0, -1.0])
+    >>> clipped(ratios, advantages, clip=0.2, dual_clip=3.0)
     tensor([1.2000, 1.5000, 3.0000])
     """
     worse = ratio.clamp(min=1 - clip, max=dual_clip)
@@ -79,7 +95,8 @@ def clipped(ratio: Tensor, advantage: Tensor, *, clip: float, dual_clip: float |
 
 
 def effective_sample_size(total: float, squares: float, count: float) -> float:
-    """Share of `count` weights that count: (Σ w)² / (n Σ w²), 1 when all are equal. Takes Σ w, Σ w² and n.
+    """Share of `count` weights that count: (Σ w)² / (n Σ w²), 1 when all are equal. Takes Σ w, Σ w²
+    and n.
 
     >>> effective_sample_size(4.0, 16.0, 4)
     0.25
@@ -87,8 +104,11 @@ def effective_sample_size(total: float, squares: float, count: float) -> float:
     return total * total / (count * squares) if squares else 0.0
 
 
-def _log_product(log_ratio_N: Tensor, segment_N: Tensor, count: int, instead_NM: Tensor | None) -> Tensor:
-    """Σ_t log ρ_t of the token's trajectory, unclamped: of each of the others in its place, where there are such."""
+def _log_product(
+    log_ratio_N: Tensor, segment_N: Tensor, count: int, instead_NM: Tensor | None
+) -> Tensor:
+    """Σ_t log ρ_t of the token's trajectory, unclamped: of each of the others in its place, where
+    there are such."""
     total_N = segments.sums(log_ratio_N, segment_N, count)[segment_N]
     return total_N if instead_NM is None else (total_N - log_ratio_N)[:, None] + instead_NM
 

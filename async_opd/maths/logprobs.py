@@ -1,4 +1,5 @@
-"""Log-probs from hidden states through a language-model head, a block of logits at a time: [N, V] is never held.
+"""Log-probs from hidden states through a language-model head, a block of logits at a time: [N, V]
+is never held.
 
 `N` positions, `D` width, `V` vocabulary, `K` candidates; `R` positions and `B` ids of one block;
 `I` the sampled id and, behind it, the candidates of a position.
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_IDS = 4096  # of the vocabulary; with some hundred rows the block stays in a CPU's cache over all its passes
-NOTHING = -100.0  # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
+# of the vocabulary; with some hundred rows the block stays in a CPU's cache over all its passes
+BLOCK_IDS = 4096
+# nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
+NOTHING = -100.0
 
 
 class Head(NamedTuple):
-    """The map from hidden states to logits: z = h Wᵀ + b, then c · tanh(z / c) where logits are soft-capped."""
+    """The map from hidden states to logits: z = h Wᵀ + b, then c · tanh(z / c) where logits are
+    soft-capped."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -82,16 +86,15 @@ def read_logprobs(
     tail = log Σ_v exp(logp_v) over the v that are no candidates
 
     The backward pass computes each block of logits again, so at most two of [chunk_rows, BLOCK_IDS]
-    live at once, or three where it takes the gradient of both entropy and tail.
-    `topk` picks among ids below `topk_below` (a padded vocabulary is never a candidate), normalised
-    over all of V.
+    live at once, or three where it takes the gradient of both entropy and tail. `topk` picks among
+    ids below `topk_below` (a padded vocabulary is never a candidate), normalised over all of V.
     `tail` is what `candidate_ids_NK` leave, or where none are given what the topk leave, without
-    gradient. It is summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small.
-    It is NOTHING where the candidates are all of V.
-    The log-prob of an id beyond the head's is NaN.
+    gradient. It is summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is
+    small. It is NOTHING where the candidates are all of V. The log-prob of an id beyond the head's
+    is NaN.
 
-    >>> eye = torch.eye(2) * 0.6931472
-    >>> read_logprobs(eye, Head(torch.eye(2)), torch.tensor([0, 0]), temperature=1.0, chunk_rows=1).sampled_N
+    >>> eye, sampled = torch.eye(2) * 0.6931472, torch.tensor([0, 0])
+    >>> read_logprobs(eye, Head(torch.eye(2)), sampled, temperature=1.0, chunk_rows=1).sampled_N
     tensor([-0.4055, -1.0986])
     """
     below = len(head.weight_VD) if topk_below is None else topk_below
@@ -113,7 +116,14 @@ class _ReadLogprobs(torch.autograd.Function):
         columns = zip(*chunks, strict=True)
         read = _Rows(*(None if column[0] is None else torch.cat(column) for column in columns))
         ctx.save_for_backward(
-            hidden_ND, weight_VD, bias_V, given_NI, read.largest_R, read.log_R, read.entropy_R, read.tail_z_R
+            hidden_ND,
+            weight_VD,
+            bias_V,
+            given_NI,
+            read.largest_R,
+            read.log_R,
+            read.entropy_R,
+            read.tail_z_R,
         )
         ctx.cap, ctx.asked = cap, asked
         tail_N = None
@@ -129,7 +139,9 @@ class _ReadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, sampled_grad_N, entropy_grad_N, candidates_grad_NK, _ids, _topk, tail_grad_N):
-        hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
+            ctx.saved_tensors
+        )
         head, temperature = Head(weight_VD, bias_V, ctx.cap), ctx.asked.temperature
         grad_NI = sampled_grad_N[:, None]
         if candidates_grad_NK is not None:
@@ -155,7 +167,8 @@ class _ReadLogprobs(torch.autograd.Function):
                     tail_RB.sub_(tail_z_N[rows, None]).exp_().mul_(tail_grad_N[rows, None])
                 z_RB.sub_(largest_N[rows, None])
                 if entropy_N is None:
-                    grad_RB = z_RB.exp_().mul_(-outer_R / total_R)  # of given ids: onehots - p, the onehots below
+                    # of given ids: onehots - p, the onehots below
+                    grad_RB = z_RB.exp_().mul_(-outer_R / total_R)
                 else:  # and of the entropy: -p (logp + H)
                     entropy_grad_R = entropy_grad_N[rows, None]
                     rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_R
@@ -176,7 +189,8 @@ class _ReadLogprobs(torch.autograd.Function):
 
 def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -> _Rows:
     """One pass over the vocabulary, block by block."""
-    largest_R = total_R = moment_R = None  # of exp(z - largest), and of (z - largest) · exp(z - largest)
+    # of exp(z - largest), and of (z - largest) · exp(z - largest)
+    largest_R = total_R = moment_R = None
     given_z_RI = torch.nan
     tails = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
@@ -191,14 +205,19 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -
             both_RK = torch.cat([top_RK, best.values], 1)
             kept = _largest(both_RK, asked.topk)
             top_RK = kept.values
-            top_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1).gather(1, kept.indices)
+            top_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1).gather(
+                1, kept.indices
+            )
             if asked.tail and given_RI.shape[1] == 1:  # no candidates but these
                 taken_RK = (best.indices,)
                 tails.append(_log_mass(_without(both_RK, kept.indices)))
         if asked.tail:
             tails.append(_log_mass(_without(z_RB, *taken_RK)))
         block_R = z_RB.amax(1)
-        before_R, largest_R = largest_R, block_R if largest_R is None else torch.maximum(largest_R, block_R)
+        before_R, largest_R = (
+            largest_R,
+            block_R if largest_R is None else torch.maximum(largest_R, block_R),
+        )
         z_RB.sub_(largest_R[:, None])
         p_RB = z_RB.exp() if asked.entropy else z_RB.exp_()
         if before_R is not None:
@@ -224,14 +243,17 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    """Runs of `size` that cover `length`; an empty one covers nothing, so that results keep their shapes."""
+    """Runs of `size` that cover `length`; an empty one covers nothing, so that results keep their
+    shapes."""
     return (slice(at, min(at + size, length)) for at in range(0, max(length, 1), size))
 
 
 def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     """Where in `block` each id is, clamped, and whether it is there at all."""
     at_RI = ids_RI - block.start
-    return at_RI.clamp(0, block.stop - block.start - 1), (ids_RI >= block.start) & (ids_RI < block.stop)
+    return at_RI.clamp(0, block.stop - block.start - 1), (ids_RI >= block.start) & (
+        ids_RI < block.stop
+    )
 
 
 def _largest(values: Tensor, k: int) -> torch.return_types.topk:

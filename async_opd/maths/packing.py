@@ -1,15 +1,19 @@
-"""Which trajectory goes to which learner rank and micro-batch. Plain integers: the driver plans from lengths alone."""
+"""Which trajectory goes to which learner rank and micro-batch. Plain integers: the driver plans
+from lengths alone."""
 
 
 def plan(lengths: list[int], *, ranks: int, tokens: int, width: int) -> list[list[list[int]]]:
-    """Spread trajectories of `lengths` tokens over ranks, and each rank's share over micro-batches of ≤ `tokens`.
+    """Spread trajectories of `lengths` tokens over ranks, and each rank's share over micro-batches
+    of ≤ `tokens`.
 
-    Returns [rank][micro-batch][index into lengths]. Every rank gets the same number of micro-batches (an empty one
-    still joins the collectives). Longest first, each to the rank with the least cost, then to the first micro-batch
-    with room. A trajectory longer than `tokens` has a micro-batch of its own. Deterministic in `lengths`.
+    Returns [rank][micro-batch][index into lengths]. Every rank gets the same number of
+    micro-batches (an empty one still joins the collectives). Longest first, each to the rank with
+    the least cost, then to the first micro-batch with room. A trajectory longer than `tokens` has a
+    micro-batch of its own. Deterministic in `lengths`.
 
-    cost = n · (12 · width + n): a layer of hidden size `width` does about 12 · width² multiplications for each of n
-    tokens in its matrices (4 in attention, 8 in the MLP), and n · width for it in causal attention (n / 2 keys, twice).
+    cost = n · (12 · width + n): a layer of hidden size `width` does about 12 · width²
+    multiplications for each of n tokens in its matrices (4 in attention, 8 in the MLP), and n ·
+    width for it in causal attention (n / 2 keys, twice).
 
     >>> plan([5, 4, 3, 2], ranks=2, tokens=5, width=64)
     [[[0], [3]], [[1], [2]]]

@@ -1,6 +1,7 @@
 """Sums, minima and places inside each of the S trajectories that N response tokens belong to.
 
-`segment_N` holds the trajectory of each token, int64 in [0, S); the tokens of one stand together and in order.
+`segment_N` holds the trajectory of each token, int64 in [0, S); the tokens of one stand together
+and in order.
 """
 
 import torch
@@ -32,7 +33,9 @@ def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
     >>> sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
     tensor([3., 4.])
     """
-    total_S = value_N.new_zeros(segments, dtype=torch.float64).index_add_(0, segment_N, value_N.double())
+    total_S = value_N.new_zeros(segments, dtype=torch.float64).index_add_(
+        0, segment_N, value_N.double()
+    )
     return total_S.to(value_N.dtype)
 
 
@@ -56,7 +59,9 @@ def lookahead_minimum(value_N: Tensor, segment_N: Tensor, window: int) -> Tensor
     least_N = value_N.clone()
     for ahead in range(1, min(window, len(value_N) - 1) + 1):
         same = segment_N[ahead:] == segment_N[:-ahead]
-        least_N[:-ahead] = torch.where(same, torch.minimum(least_N[:-ahead], value_N[ahead:]), least_N[:-ahead])
+        least_N[:-ahead] = torch.where(
+            same, torch.minimum(least_N[:-ahead], value_N[ahead:]), least_N[:-ahead]
+        )
     return least_N
 
 

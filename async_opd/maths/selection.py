@@ -6,7 +6,8 @@ from torch import Tensor
 from async_opd.maths import segments
 
 ROUNDING = 1e-9  # 0.29 · 50 is a hair below 14.5 in binary, and 0.07 · 100 a hair above 7
-SIMILARITY_ROWS = 1024  # decisions compared with all other tokens at once: memory is linear in the response
+# decisions compared with all other tokens at once: memory is linear in the response
+SIMILARITY_ROWS = 1024
 
 
 def count(share: float, of: int) -> int:
@@ -30,8 +31,8 @@ def largest(value_T: Tensor, how_many: int) -> Tensor:
 
 
 def part(segment_N: Tensor, count_S: Tensor, *, share: float, end: bool) -> Tensor:
-    """The first (or at the `end` the last) ⌈share · length⌉ of each trajectory's tokens, `count_S` [S] of them; bool
-    [N].
+    """The first (or at the `end` the last) ⌈share · length⌉ of each trajectory's tokens, `count_S`
+    [S] of them; bool [N].
 
     >>> part(torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1]), share=0.4, end=False)
     tensor([ True,  True, False,  True])
@@ -42,13 +43,15 @@ def part(segment_N: Tensor, count_S: Tensor, *, share: float, end: bool) -> Tens
 
 
 def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
-    """A share of each trajectory's tokens, chosen by a hash of its key and their place: the same in every batch.
+    """A share of each trajectory's tokens, chosen by a hash of its key and their place: the same in
+    every batch.
 
     >>> at_random(torch.tensor([0, 0, 0, 0]), torch.tensor([7]), share=0.5).sum()
     tensor(2)
     """
     place_N = segments.places(segment_N)
-    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9  # wraps around
+    # wraps around
+    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, 0x14D049BB133111EB), (27, 0x369DEA0F31A53F85)):
         mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
     order_N = torch.argsort(segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33, stable=True)
@@ -68,13 +71,16 @@ def kept(length_S: Tensor, share: float) -> Tensor:
 
 
 def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Tensor:
-    """s = â · (1 + d̂) of the tokens that are no decisions, in order (DEAR Eq. 6-8, arXiv:2606.22830). [T - |D|].
+    """s = â · (1 + d̂) of the tokens that are no decisions, in order (DEAR Eq. 6-8,
+    arXiv:2606.22830). [T - |D|].
 
-    a: the largest cosine with the hidden state of any decision; d = |log π - log π_T| (`gap_T`); hats: min-max over
-    the tokens that are no decisions (RECONSTRUCTION: the set is not stated), 0 where all are equal.
+    a: the largest cosine with the hidden state of any decision; d = |log π - log π_T| (`gap_T`);
+    hats: min-max over the tokens that are no decisions (RECONSTRUCTION: the set is not stated), 0
+    where all are equal.
 
-    >>> evidence_scores(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 2.0, 4.0]),
-    ...                 torch.tensor([True, False, False]))
+    >>> hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> decisions = torch.tensor([True, False, False])
+    >>> evidence_scores(hidden, torch.tensor([0.0, 2.0, 4.0]), decisions)
     tensor([1., 0.])
     """
     unit_TD = torch.nn.functional.normalize(hidden_TD.float(), dim=1)
@@ -86,19 +92,29 @@ def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Ten
 
 
 def decisions_and_evidence(
-    entropy_N: Tensor, gap_N: Tensor, hidden_ND: Tensor, segment_N: Tensor, segments_count: int, *, p: float, q: float
+    entropy_N: Tensor,
+    gap_N: Tensor,
+    hidden_ND: Tensor,
+    segment_N: Tensor,
+    segments_count: int,
+    *,
+    p: float,
+    q: float,
 ) -> Tensor:
-    """D ∪ E of each trajectory: the share p of its tokens where the student is least certain, and the share q of the
-    rest that scores highest as evidence for them (DEAR Eq. 3-8, Algorithm 1; EXACT but for `count` in place of a
-    quantile). bool [N].
+    """D ∪ E of each trajectory: the share p of its tokens where the student is least certain, and
+    the share q of the rest that scores highest as evidence for them (DEAR Eq. 3-8, Algorithm 1;
+    EXACT but for `count` in place of a quantile). bool [N].
 
     >>> one = torch.ones(2, 1)
-    >>> decisions_and_evidence(torch.tensor([2.0, 1.0]), one[:, 0], one, torch.tensor([0, 0]), 1, p=0.5, q=0.5)
+    >>> entropies, segments = torch.tensor([2.0, 1.0]), torch.tensor([0, 0])
+    >>> decisions_and_evidence(entropies, one[:, 0], one, segments, 1, p=0.5, q=0.5)
     tensor([True, True])
     """
     sizes = segments.lengths(segment_N, segments_count).tolist()
     parts = []
-    for entropy_T, gap_T, hidden_TD in zip(*(x.split(sizes) for x in (entropy_N, gap_N, hidden_ND)), strict=True):
+    for entropy_T, gap_T, hidden_TD in zip(
+        *(x.split(sizes) for x in (entropy_N, gap_N, hidden_ND)), strict=True
+    ):
         chosen_T = largest(entropy_T, count(p, len(entropy_T)))
         rest = int((~chosen_T).sum())
         if rest:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """All response tokens of a packed micro-batch, prompts and padding already left out, the tokens of a trajectory
-    together and in order. Log-probs in nats, of logits divided by the sampling temperature. Only `student_*` log-probs
-    and entropies carry gradient. A field that no need declares is None, and in a first pass that does not read the
-    student its fields are too."""
+    """All response tokens of a packed micro-batch, prompts and padding already left out, the tokens
+    of a trajectory together and in order. Log-probs in nats, of logits divided by the sampling
+    temperature. Only `student_*` log-probs and entropies carry gradient. A field that no need
+    declares is None, and in a first pass that does not read the student its fields are too."""
 
     student_logp_N: Tensor | None  # live student
     behaviour_logp_N: Tensor  # the weights that sampled each token
@@ -42,8 +42,10 @@ class TokenBatch:
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
     hidden_ND: Tensor | None = None  # what the student's head reads, detached
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # 0-d float64, by names in `needs`, and `tokens`
-    running: dict[str, Moments] = field(default_factory=dict)  # of all past steps, by the names `needs` declares
+    # 0-d float64, by names in `needs`, and `tokens`
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    # of all past steps, by the names `needs` declares
+    running: dict[str, Moments] = field(default_factory=dict)
 
     @property
     def trajectories(self) -> int:
@@ -53,35 +55,42 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a method says of each token, before weights that compose with it; [N, M] where a position has M samples."""
+    """What a method says of each token, before weights that compose with it; [N, M] where a
+    position has M samples."""
 
     loss_N: Tensor  # unreduced, by the method's own weight
     weight_N: Tensor  # the method's own, detached; 1 where it has none
     advantage: Tensor | None = None  # detached; None for a divergence, which has none
     ratio: Tensor | None = None  # detached factor for staleness; None: none is applied
-    shown: dict[str, Tensor] = field(default_factory=dict)  # [N] by name: their means over kept tokens are metrics
+    # [N] by name: their means over kept tokens are metrics
+    shown: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss(Terms):
-    """`Terms` with the composed weights multiplied in; exactly 0 outside `selected_N`. The one reduction is the
-    learner's."""
+    """`Terms` with the composed weights multiplied in; exactly 0 outside `selected_N`. The one
+    reduction is the learner's."""
 
     selected_N: Tensor  # bool
 
 
-class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="tag"):
-    """Settings of one objective and its maths. A subclass sets `tag` and implements `wants` and `terms`; `selection`,
-    `measures` and `episode` where it has such. What follows composes with every objective."""
+class Objective(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="tag"
+):
+    """Settings of one objective and its maths. A subclass sets `tag` and implements `wants` and
+    `terms`; `selection`, `measures` and `episode` where it has such. What follows composes with
+    every objective."""
 
     drift_gate: DriftGate | None = None
     position: Position | None = None
     random: RandomShare | None = None
     constant: Annotated[float, Meta(gt=0)] = 1.0  # a control: weight of every token
-    mean_over: Literal["tokens", "selected", "sequences"] = "tokens"  # kept tokens; the selected of them; first over
+    # kept tokens; the selected of them; first over
+    mean_over: Literal["tokens", "selected", "sequences"] = "tokens"
     # each trajectory's, then over trajectories
 
-    learns_from_agreement: ClassVar[bool] = False  # whether there is a signal where student and teacher agree
+    # whether there is a signal where student and teacher agree
+    learns_from_agreement: ClassVar[bool] = False
     shown: ClassVar[tuple[str, ...]] = ()  # names in `Terms.shown`
 
     def __post_init__(self):
@@ -99,7 +108,8 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return Needs()
 
     def terms(self, batch: TokenBatch) -> Terms:
-        """Loss of each response token, to be minimised. Sees all tokens; exclusion comes in the reduction."""
+        """Loss of each response token, to be minimised. Sees all tokens; exclusion comes in the
+        reduction."""
         raise NotImplementedError
 
     def selection(self, batch: TokenBatch) -> Tensor | None:
@@ -107,25 +117,30 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return None
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each sum or maximum that the method declares is taken of, [N] by name, in a new dict."""
+        """What each sum or maximum that the method declares is taken of, [N] by name, in a new
+        dict."""
         return {}
 
     def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What the running moments that the method declares are taken of, [S] by name; NaN is left out."""
+        """What the running moments that the method declares are taken of, [S] by name; NaN is left
+        out."""
         return {}
 
     def needs(self) -> Needs:
-        """What the generator, the teachers and the learner must compute and ship: the method's, and what composes."""
+        """What the generator, the teachers and the learner must compute and ship: the method's, and
+        what composes."""
         own = self.wants()
         gate = ("drift_gate",) if self.drift_gate else ()
         chosen = ("selected",) if self.mean_over == "selected" else ()
-        selects = chosen and type(self).selection is not Objective.selection  # by what the student says
+        # by what the student says
+        selects = chosen and type(self).selection is not Objective.selection
         live = bool(own.first_pass or gate or selects)
         return msgspec.structs.replace(own, sums=(*own.sums, *gate, *chosen), first_pass=live)
 
     def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
-        """The declared sums and maxima over the kept tokens of one batch, at least one, and their number, `tokens`;
-        0-d float64. The learner reduces them over micro-batches and ranks, before any `loss` is asked for."""
+        """The declared sums and maxima over the kept tokens of one batch, at least one, and their
+        number, `tokens`; 0-d float64. The learner reduces them over micro-batches and ranks, before
+        any `loss` is asked for."""
         value_N = self.measures(batch)
         if self.drift_gate:
             value_N["drift_gate"] = self.drift_gate.gate(batch)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class ClEgrsd(Egrsd, tag="cl_egrsd"):
-    """ω reads min H_T over [t, t + W] inside the response, over the same largest entropy as EGRSD (EXACT by Eq. 8; the
-    paper's Algorithm 1 takes the largest of the minima instead). W = 0 is EGRSD.
+    """ω reads min H_T over [t, t + W] inside the response, over the same largest entropy as EGRSD
+    (EXACT by Eq. 8; the paper's Algorithm 1 takes the largest of the minima instead). W = 0 is
+    EGRSD.
 
     The paper: γ = 0.3, W = 3 at 4B; γ = 1, W = 5 at 8B.
     """
@@ -31,4 +32,6 @@ class ClEgrsd(Egrsd, tag="cl_egrsd"):
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
         """The least entropy from the token on, [N]."""
-        return maths.segments.lookahead_minimum(batch.teacher_entropy_N, batch.segment_N, self.window)
+        return maths.segments.lookahead_minimum(
+            batch.teacher_entropy_N, batch.segment_N, self.window
+        )

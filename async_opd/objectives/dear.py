@@ -19,15 +19,15 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Dear(Sampled, tag="dear"):
-    """OPD on D ∪ E: the share p of a response where the student's entropy is largest, and the share q of the rest that
-    scores highest by cosine to a decision times 1 + divergence (Eq. 1-8, Algorithm 1; EXACT, Eq. 2 REPAIRED: its
-    leading sg(A) would square the advantage).
+    """OPD on D ∪ E: the share p of a response where the student's entropy is largest, and the share
+    q of the rest that scores highest by cosine to a decision times 1 + divergence (Eq. 1-8,
+    Algorithm 1; EXACT, Eq. 2 REPAIRED: its leading sg(A) would square the advantage).
 
-    RECONSTRUCTION, as the paper leaves open: the mean is over the selected tokens (`mean_over = "tokens"` is 1/T), the
-    range of min-max is the tokens that are no decisions, and hidden states are those after the final norm, at the
-    position that predicts the token. D is counted, the first of equals first, where Eq. 3-4 keep all at the (1-p)
-    quantile or above: the two differ by at most one token, and by ties. Entropy and hidden states are always the live
-    student's.
+    RECONSTRUCTION, as the paper leaves open: the mean is over the selected tokens (`mean_over =
+    "tokens"` is 1/T), the range of min-max is the tokens that are no decisions, and hidden states
+    are those after the final norm, at the position that predicts the token. D is counted, the first
+    of equals first, where Eq. 3-4 keep all at the (1-p) quantile or above: the two differ by at
+    most one token, and by ties. Entropy and hidden states are always the live student's.
     """
 
     p: Share = 0.2

@@ -13,19 +13,24 @@ if TYPE_CHECKING:
 def effect(result: TokenLoss, live: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """By name, over N tokens:
 
-    advantage: [N], [N, m] of m samples a position, or None for a divergence; weight: [N], the method's own and what
-    composes with it; selected: [N], 0 or 1; ratio: [N] or [N, m], the factor for staleness; coefficient:
-    -∂Σℓ/∂log π by autograd before the one reduction, [N], of samples [N, m] with the generated token first, or [N, K]
-    of candidates; candidate_coefficient: [N, K], where the objective reads both; tail_coefficient: [N], of all other
-    ids than the candidates, where it reads their log-mass; then what the objective itself shows.
+    advantage: [N], [N, m] of m samples a position, or None for a divergence; weight: [N], the
+    method's own and what composes with it; selected: [N], 0 or 1; ratio: [N] or [N, m], the factor
+    for staleness; coefficient: -∂Σℓ/∂log π by autograd before the one reduction, [N], of samples
+    [N, m] with the generated token first, or [N, K] of candidates; candidate_coefficient: [N, K],
+    where the objective reads both; tail_coefficient: [N], of all other ids than the candidates,
+    where it reads their log-mass; then what the objective itself shows.
 
-    `live` holds the student's log-probs, of sampled tokens as "coefficient", of candidates as "candidate_coefficient"
-    and of all other ids as "tail_coefficient".
+    `live` holds the student's log-probs, of sampled tokens as "coefficient", of candidates as
+    "candidate_coefficient" and of all other ids as "tail_coefficient".
     """
     import torch
 
     ratio = torch.ones_like(result.weight_N) if result.ratio is None else result.ratio
-    found = {"advantage": result.advantage, "weight": result.weight_N, "selected": result.selected_N.int()}
+    found = {
+        "advantage": result.advantage,
+        "weight": result.weight_N,
+        "selected": result.selected_N.int(),
+    }
     return found | {"ratio": ratio} | _coefficients(result, live) | result.shown
 
 
@@ -34,7 +39,9 @@ def _coefficients(result: TokenLoss, live: dict[str, Tensor | None]) -> dict[str
 
     leaves = {name: x for name, x in live.items() if x is not None}
     slopes = torch.autograd.grad(result.loss_N.sum(), list(leaves.values()), allow_unused=True)
-    found = {name: 0 - slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    found = {
+        name: 0 - slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None
+    }
     if "coefficient" not in found:
         return {"coefficient": found.pop("candidate_coefficient")} | found
     if result.advantage is not None and result.advantage.ndim == 2:

@@ -1,4 +1,5 @@
-"""Self-distillation in the direction of the verdict, gated by the teacher's entropy (EGRSD, arXiv:2605.13255)."""
+"""Self-distillation in the direction of the verdict, gated by the teacher's entropy (EGRSD,
+arXiv:2605.13255)."""
 
 from __future__ import annotations
 
@@ -15,17 +16,20 @@ from async_opd.wire import Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
-WARMUP_STEPS, WARMUP_MEAN = 10, 0.5  # Algorithm 1: A = r - 0.5 until the running moments mean something
+# Algorithm 1: A = r - 0.5 until the running moments mean something
+WARMUP_STEPS, WARMUP_MEAN = 10, 0.5
 
 
 class Egrsd(Sampled, tag="egrsd"):
-    """A the trajectory's whitened reward, W = w · ω: w = clip(exp(sign(A) · (log π_T - log π)), 1 ± ε) the direction,
-    ω = clip(1 - γ · H_T/max(max H_T, 1 nat), floor, 1) the teacher's certainty (Eq. 2-9, Algorithm 1; EXACT).
+    """A the trajectory's whitened reward, W = w · ω: w = clip(exp(sign(A) · (log π_T - log π)), 1 ±
+    ε) the direction, ω = clip(1 - γ · H_T/max(max H_T, 1 nat), floor, 1) the teacher's certainty
+    (Eq. 2-9, Algorithm 1; EXACT).
 
-    γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a reference solution
-    in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is over all ranks, and stale tokens get ρ̃, as
-    the paper is on-policy. An unknown verdict gives no reward term, so no loss. The running moments are those of every
-    response, also one that left the loss, so `rollout.truncated = "drop"` is refused.
+    γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a
+    reference solution in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is
+    over all ranks, and stale tokens get ρ̃, as the paper is on-policy. An unknown verdict gives no
+    reward term, so no loss. The running moments are those of every response, also one that left the
+    loss, so `rollout.truncated = "drop"` is refused.
     """
 
     learns_from_agreement = True
@@ -34,15 +38,19 @@ class Egrsd(Sampled, tag="egrsd"):
     gamma: Annotated[float, Meta(ge=0, le=1)] = 0.3
     clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    length_bonus: Annotated[float, Meta(ge=0)] = 0.5  # β_L: a right answer of no length is worth 1 + β_L
+    # β_L: a right answer of no length is worth 1 + β_L
+    length_bonus: Annotated[float, Meta(ge=0)] = 0.5
 
     def __post_init__(self):
         super().__post_init__()
         if self.floor <= 1 - self.gamma:
-            refuse_change(self, "floor", f"gamma = {self.gamma}, which leaves at least {1 - self.gamma:g}")
+            refuse_change(
+                self, "floor", f"gamma = {self.gamma}, which leaves at least {1 - self.gamma:g}"
+            )
 
     def wants(self) -> Needs:
-        """The teacher's exact entropy and its maximum over the step, unless γ = 0; the running moments of rewards."""
+        """The teacher's exact entropy and its maximum over the step, unless γ = 0; the running
+        moments of rewards."""
         if not self.gamma:
             return Needs(running=("reward",))
         return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
@@ -56,7 +64,11 @@ class Egrsd(Sampled, tag="egrsd"):
         if not self.length_bonus:
             return {"reward": batch.reward_S}
         length_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
-        return {"reward": maths.advantages.length_aware(batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus)}
+        return {
+            "reward": maths.advantages.length_aware(
+                batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus
+            )
+        }
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """The trajectory's, [N]."""
@@ -88,4 +100,6 @@ class Egrsd(Sampled, tag="egrsd"):
         if not self.gamma:
             return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
         largest = batch.statistics["teacher_entropy"]
-        return maths.gates.certainty(self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor)
+        return maths.gates.certainty(
+            self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor
+        )

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class Eopd(Sampled, tag="eopd"):
-    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10; EXACT (code): π_T is
-    renormalised over the k, π is not, and ℓ_OPD of all tokens is PPO's without dual clip). It adds, and switches
-    nothing off. With the rest a "bucket" instead, the added term is a divergence, zero where they agree.
+    """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10;
+    EXACT (code): π_T is renormalised over the k, π is not, and ℓ_OPD of all tokens is PPO's without
+    dual clip). It adds, and switches nothing off. With the rest a "bucket" instead, the added term
+    is a divergence, zero where they agree.
 
-    The code takes ℓ_OPD's advantage from the policy that sampled, `student_signal = "cached"`; the live one, our
-    default, does not go stale.
+    The code takes ℓ_OPD's advantage from the policy that sampled, `student_signal = "cached"`; the
+    live one, our default, does not go stale.
     """
 
     shown = ("uncertain",)
@@ -41,7 +42,8 @@ class Eopd(Sampled, tag="eopd"):
         return self.rest != "bucket"
 
     def wants(self) -> Needs:
-        """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ > 0."""
+        """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ >
+        0."""
         return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
 
     def advantage(self, batch: TokenBatch) -> Tensor:
@@ -51,8 +53,12 @@ class Eopd(Sampled, tag="eopd"):
     def terms(self, batch: TokenBatch) -> Terms:
         sampled = super().terms(batch)
         plain = "drop" if self.rest == "renormalise" else self.rest
-        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=plain)
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
+        student = maths.divergences.outcomes(
+            batch.student_logp_NK, batch.student_tail_logp_N, rest=plain
+        )
+        teacher = maths.divergences.outcomes(
+            batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest
+        )
         uncertain_N = self._uncertain(batch)
         more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)
         if self.prefix:

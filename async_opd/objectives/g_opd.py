@@ -1,4 +1,5 @@
-"""Generalised OPD: the teacher's step away from a reference, extrapolated (G-OPD / ExOPD, arXiv:2602.12125)."""
+"""Generalised OPD: the teacher's step away from a reference, extrapolated (G-OPD / ExOPD,
+arXiv:2602.12125)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class GOpd(Sampled, tag="g_opd"):
-    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref); Eq. 14 as REPAIRED: printed is the cost, its negative.
+    """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref); Eq. 14 as REPAIRED: printed is the
+    cost, its negative.
 
-    λ = 1 is OPD, below it interpolates, above it extrapolates (ExOPD, 1.25 there; 1.5 already unstable).
+    λ = 1 is OPD, below it interpolates, above it extrapolates (ExOPD, 1.25 there; 1.5 already
+    unstable).
     """
 
     lam: Annotated[float, Meta(gt=0)] = field(default=1.25, name="lambda")

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 class IwOpd(GOpd, tag="iw_opd"):
-    """W_t = 1 + γ(1 - Σ_{k < t}|A_k| / Σ_k|A_k|), A = log π_T - log π (Eq. 14-17, 68; EXACT); W in [1, 1 + γ].
+    """W_t = 1 + γ(1 - Σ_{k < t}|A_k| / Σ_k|A_k|), A = log π_T - log π (Eq. 14-17, 68; EXACT); W in
+    [1, 1 + γ].
 
-    Not mean-one: its mean, about 1 + γ/2, raises the step; `opd` with `constant` is the control. With λ ≠ 1 it weighs
-    A(λ) of `g_opd` (IW-ExOPD; RECONSTRUCTION: r_t · A(λ), the paper has no formula).
+    Not mean-one: its mean, about 1 + γ/2, raises the step; `opd` with `constant` is the control.
+    With λ ≠ 1 it weighs A(λ) of `g_opd` (IW-ExOPD; RECONSTRUCTION: r_t · A(λ), the paper has no
+    formula).
     """
 
     gamma: Annotated[float, Meta(ge=0)] = 0.5
     lam: Annotated[float, Meta(gt=0)] = field(default=1.0, name="lambda")
-    total: Literal["all", "before_last"] = "all"  # tokens in the sum below: the code's, or the paper's
+    # tokens in the sum below: the code's, or the paper's
+    total: Literal["all", "before_last"] = "all"
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class McOpd(Sampled, tag="mc_opd"):
-    """ℓ = -(1/m) Σ_i sg[ρ(a_i) · A(a_i)] · log π(a_i), a_1 the generated token, a_2 … a_m drawn beside it, i.i.d. with
-    replacement from the behaviour policy and not rolled out. Variance at a prefix falls as 1/m; m = 1 is OPD.
+    """ℓ = -(1/m) Σ_i sg[ρ(a_i) · A(a_i)] · log π(a_i), a_1 the generated token, a_2 … a_m drawn
+    beside it, i.i.d. with replacement from the behaviour policy and not rolled out. Variance at a
+    prefix falls as 1/m; m = 1 is OPD.
     """
 
     m: Annotated[int, Meta(ge=1)] = 4

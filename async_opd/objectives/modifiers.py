@@ -20,8 +20,9 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Weight g/ḡ, g = exp(-τ|mean of log π - log π_behaviour over a block|), mean one over the kept tokens (blockwise
-    policy-drift gate, arXiv:2606.24084; EXACT). Its π_old is the behaviour policy here, so it weighs staleness."""
+    """Weight g/ḡ, g = exp(-τ|mean of log π - log π_behaviour over a block|), mean one over the kept
+    tokens (blockwise policy-drift gate, arXiv:2606.24084; EXACT). Its π_old is the behaviour policy
+    here, so it weighs staleness."""
 
     block: Annotated[int, Meta(ge=1)] = 64  # tokens
     tau: Annotated[float, Meta(gt=0)] = 1.0  # per nat
@@ -40,10 +41,11 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on the first or the last ⌈share · length⌉ tokens of each response: an ablation (IW-OPD fig. 1a; EXACT
-    (code) for the prefix, the code has no suffix).
+    """Trains on the first or the last ⌈share · length⌉ tokens of each response: an ablation (IW-OPD
+    fig. 1a; EXACT (code) for the prefix, the code has no suffix).
 
-    `mean_over = "selected"` takes the mean over that share, as `dear` does; otherwise the loss shrinks with it.
+    `mean_over = "selected"` takes the mean over that share, as `dear` does; otherwise the loss
+    shrinks with it.
     """
 
     share: Share
@@ -56,12 +58,14 @@ class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def chosen(self, batch: TokenBatch) -> Tensor:
         """bool [N]; at least one token of each trajectory."""
         count_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
-        return maths.selection.part(batch.segment_N, count_S, share=self.share, end=self.part == "suffix")
+        return maths.selection.part(
+            batch.segment_N, count_S, share=self.share, end=self.part == "suffix"
+        )
 
 
 class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Trains on tokens chosen by chance, the same whatever batch they are in: a control at a method's keep rate, with
-    its `mean_over`."""
+    """Trains on tokens chosen by chance, the same whatever batch they are in: a control at a
+    method's keep rate, with its `mean_over`."""
 
     share: Share
 
@@ -71,7 +75,8 @@ class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k < t} ρ_k, then bounded."""
+    """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k < t}
+    ρ_k, then bounded."""
 
     at_most: Bound | None = None  # min(ρ, c)
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
@@ -82,12 +87,15 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def factor(self, batch: TokenBatch) -> Tensor:
         """Detached, [N]."""
         student_logp_N = batch.student_logp_N.detach()
-        ratio_N = maths.importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
+        ratio_N = maths.importance.prefix_ratio(
+            student_logp_N, batch.behaviour_logp_N, batch.segment_N
+        )
         return maths.importance.bounded(ratio_N, at_most=self.at_most, between=self.between)
 
 
 def check_bounds(at_most: Bound | None, between: Range | None) -> None:
-    """Raise ValueError for a range that holds nothing, and for a bound that lowers no ratio inside it."""
+    """Raise ValueError for a range that holds nothing, and for a bound that lowers no ratio inside
+    it."""
     if between is None:
         return
     if between[0] > between[1]:
@@ -97,7 +105,8 @@ def check_bounds(at_most: Bound | None, between: Range | None) -> None:
 
 
 def refuse_change(settings: Struct, name: str, others: str) -> None:
-    """Raise ValueError where setting `name`, which has no effect with these `others`, is not left at its default."""
+    """Raise ValueError where setting `name`, which has no effect with these `others`, is not left
+    at its default."""
     (field,) = (f for f in fields(settings) if f.name == name)
     value = getattr(settings, name)
     if value != field.default:

@@ -1,4 +1,5 @@
-"""On-policy distillation by sampled-token reverse KL (IW-OPD Eq. 4-6, arXiv:2606.22600; status EXACT)."""
+"""On-policy distillation by sampled-token reverse KL (IW-OPD Eq. 4-6, arXiv:2606.22600; status
+EXACT)."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 
 
 class Opd(Sampled, tag="opd"):
-    """ℓ = -sg[ρ · A] · log π,  A = log π_T - log π,  ρ = π / π_behaviour, all under the live student.
+    """ℓ = -sg[ρ · A] · log π,  A = log π_T - log π,  ρ = π / π_behaviour, all under the live
+    student.
 
-    At ρ untruncated its expectation is the gradient of KL(π‖π_T) whatever policy sampled the token (AsyncOPD 6.2).
+    At ρ untruncated its expectation is the gradient of KL(π‖π_T) whatever policy sampled the token
+    (AsyncOPD 6.2).
     """
 
     def advantage(self, batch: TokenBatch) -> Tensor:

@@ -1,4 +1,5 @@
-"""What objectives of the sampled token share: ℓ = -sg[W · ρ̃ · A] · log π, and the ratios ρ̃ that correct staleness."""
+"""What objectives of the sampled token share: ℓ = -sg[W · ρ̃ · A] · log π, and the ratios ρ̃ that
+correct staleness."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="importance", tag_field="tag"):
-    """ρ̃ detached: ρ of the token, of its sequence, or of its sequence's geometric mean, or 1; then bounded."""
+class Importance(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="importance", tag_field="tag"
+):
+    """ρ̃ detached: ρ of the token, of its sequence, or of its sequence's geometric mean, or 1; then
+    bounded."""
 
     ratio: Literal["token", "sequence", "geometric", "none"] = "token"
     at_most: Bound | None = None  # min(ρ, c)
@@ -27,10 +31,15 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
             refuse_change(self, "at_most", "ratio = 'none'")
             refuse_change(self, "between", "ratio = 'none'")
 
-    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N, M]."""
+    def apply(
+        self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N,
+        M]."""
         factor = maths.importance.bounded(
-            self._ratio(batch, logp.detach(), behaviour_logp), at_most=self.at_most, between=self.between
+            self._ratio(batch, logp.detach(), behaviour_logp),
+            at_most=self.at_most,
+            between=self.between,
         )
         return -factor * signal * logp, factor
 
@@ -39,7 +48,10 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
             return logp.new_ones(logp.shape)
         if self.ratio == "token":
             return maths.importance.ratio(logp, behaviour_logp)
-        of_sequence = {"sequence": maths.importance.sequence_ratio, "geometric": maths.importance.geometric_ratio}
+        of_sequence = {
+            "sequence": maths.importance.sequence_ratio,
+            "geometric": maths.importance.geometric_ratio,
+        }
         return of_sequence[self.ratio](
             batch.student_logp_N.detach(),
             batch.behaviour_logp_N,
@@ -49,13 +61,18 @@ class Importance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         )
 
 
-class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"):
-    """-min(ρ · A, clip(ρ, 1-ε, 1+ε) · A), gradient through ρ; for A < 0 no more than c · |A| by the dual clip."""
+class Ppo(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ppo", tag_field="tag"
+):
+    """-min(ρ · A, clip(ρ, 1-ε, 1+ε) · A), gradient through ρ; for A < 0 no more than c · |A| by the
+    dual clip."""
 
     clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     dual_clip: Annotated[float, Meta(gt=1)] | None = None  # verl: 3.0
 
-    def apply(self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(
+        self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(the clipped surrogate's negative, its factor detached)."""
         ratio = maths.importance.ratio(logp, behaviour_logp)
         factor = maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
@@ -63,10 +80,12 @@ class Ppo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pp
 
 
 class Sampled(Objective, frozen=True, kw_only=True):
-    """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has one."""
+    """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has
+    one."""
 
     correction: Importance | Ppo = Importance()
-    student_signal: Literal["live", "cached"] = "live"  # cached: the signal takes the behaviour policy's log-prob
+    # cached: the signal takes the behaviour policy's log-prob
+    student_signal: Literal["live", "cached"] = "live"
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """A [N], detached: positive makes the token likelier."""
@@ -85,11 +104,21 @@ class Sampled(Objective, frozen=True, kw_only=True):
         loss_N, ratio_N = self.correction.apply(
             batch, batch.student_logp_N, batch.behaviour_logp_N, weight_N * advantage_N
         )
-        return Terms(loss_N=loss_N, weight_N=weight_N, advantage=advantage_N, ratio=ratio_N, shown=self.show(batch))
+        return Terms(
+            loss_N=loss_N,
+            weight_N=weight_N,
+            advantage=advantage_N,
+            ratio=ratio_N,
+            shown=self.show(batch),
+        )
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
         """The student's log-probs that the signal takes, [N], detached."""
-        return batch.behaviour_logp_N if self.student_signal == "cached" else batch.student_logp_N.detach()
+        return (
+            batch.behaviour_logp_N
+            if self.student_signal == "cached"
+            else batch.student_logp_N.detach()
+        )
 
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π [N], detached."""

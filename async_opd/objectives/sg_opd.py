@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class SgOpd(Sampled, tag="sg_opd"):
-    """A = g · A(λ_high) + (1-g) · fallback, g = 1[a₁ · a₂ > 0], times φ = min(1, τ/|a₂|) of mean one (Eq. 4-10).
+    """A = g · A(λ_high) + (1-g) · fallback, g = 1[a₁ · a₂ > 0], times φ = min(1, τ/|a₂|) of mean
+    one (Eq. 4-10).
 
-    a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; a₂ = log π_T - log π
-    (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT). RECONSTRUCTION, as the paper
-    names but does not give them: `preserve` = A(λ_base), `grpo` = a₁, τ, and which tokens φ's mean is over.
+    a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; a₂ = log
+    π_T - log π (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT).
+    RECONSTRUCTION, as the paper names but does not give them: `preserve` = A(λ_base), `grpo` = a₁,
+    τ, and which tokens φ's mean is over.
     """
 
     shown = ("agree", "disagree", "no_sign")
@@ -49,9 +51,15 @@ class SgOpd(Sampled, tag="sg_opd"):
         return self.fallback == "grpo" or (self.fallback == "preserve" and self.lambda_base != 1)
 
     def wants(self) -> Needs:
-        """Log-probs of the reference, unless no λ reads them; the mean of φ under the live student."""
+        """Log-probs of the reference, unless no λ reads them; the mean of φ under the live
+        student."""
         reference = self.lambda_high != 1 or self.lambda_base != 1
-        return Needs(reference=reference, groups=True, sums=("phi",), first_pass=self.student_signal == "live")
+        return Needs(
+            reference=reference,
+            groups=True,
+            sums=("phi",),
+            first_pass=self.student_signal == "live",
+        )
 
     def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
         """φ before its mean is divided out."""
@@ -66,15 +74,20 @@ class SgOpd(Sampled, tag="sg_opd"):
             conflict_N = self._extrapolated(batch, self.lambda_base)
         else:
             conflict_N = trust_N
-        return self._extrapolated(batch, self.lambda_high).where(maths.gates.agreement(trust_N, gap_N), conflict_N)
+        return self._extrapolated(batch, self.lambda_high).where(
+            maths.gates.agreement(trust_N, gap_N), conflict_N
+        )
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
         mean = batch.statistics["phi"] / batch.statistics["tokens"].clamp(min=1)
-        return maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(min=1e-6)
+        return maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(
+            min=1e-6
+        )
 
     def show(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Shares of tokens where the teacher's sign is the verifier's, is not, or where one of them has none."""
+        """Shares of tokens where the teacher's sign is the verifier's, is not, or where one of them
+        has none."""
         sign_N = (self._trust(batch) * self.teacher_minus_student(batch)).sign()
         return {"agree": sign_N > 0, "disagree": sign_N < 0, "no_sign": sign_N == 0}
 

@@ -1,4 +1,5 @@
-"""Divergence from the teacher over K candidates a position (GKD, arXiv:2306.13649; AsyncOPD 6.1, arXiv:2606.24143)."""
+"""Divergence from the teacher over K candidates a position (GKD, arXiv:2306.13649; AsyncOPD 6.1,
+arXiv:2606.24143)."""
 
 from __future__ import annotations
 
@@ -13,17 +14,20 @@ from async_opd.wire import Needs
 
 
 class TopkKl(Objective, tag="topk_kl"):
-    """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each position.
+    """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each
+    position.
 
-    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), of the log-mass of its ids, which makes
-    it a divergence; K = V makes it the exact one (GKD, EXACT). AsyncOPD's paper renormalises over the K; its code drops
-    the rest, so that agreement is no minimum.
-    Dense over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or none.
+    By default the rest of the vocabulary is one more outcome (RECONSTRUCTION), of the log-mass of
+    its ids, which makes it a divergence; K = V makes it the exact one (GKD, EXACT). AsyncOPD's
+    paper renormalises over the K; its code drops the rest, so that agreement is no minimum. Dense
+    over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or
+    none.
     """
 
     k: Annotated[int, Meta(ge=1)]  # candidates a position
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
-    beta: Annotated[float, Meta(gt=0, lt=1)] = 0.5  # teacher's share of the mixture, jensen_shannon only
+    # teacher's share of the mixture, jensen_shannon only
+    beta: Annotated[float, Meta(gt=0, lt=1)] = 0.5
     support: Literal["teacher", "student"] = "teacher"  # whose likeliest tokens
     rest: Literal["bucket", "renormalise", "drop"] = "bucket"  # what becomes of the tokens outside
     prefix: PrefixRatio | None = None
@@ -33,15 +37,20 @@ class TopkKl(Objective, tag="topk_kl"):
         if self.divergence != "jensen_shannon":
             refuse_change(self, "beta", f"divergence = {self.divergence!r}")
         if self.k == 1 and self.rest == "renormalise":
-            raise ValueError("k = 1: must be > 1 with rest = 'renormalise', or the one candidate is certain to both")
+            raise ValueError(
+                "k = 1: must be > 1 with rest = 'renormalise', or the one candidate is certain to"
+                " both"
+            )
 
     @property
     def learns_from_agreement(self) -> bool:
-        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it cancels)."""
+        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it
+        cancels)."""
         return self.rest == "drop" and self.divergence != "jensen_shannon"
 
     def wants(self) -> Needs:
-        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the tail of a bucket."""
+        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the
+        tail of a bucket."""
         tail = self.rest == "bucket"
         if self.support == "teacher":
             return Needs(teacher_topk=self.k, tail=tail)
@@ -49,8 +58,12 @@ class TopkKl(Objective, tag="topk_kl"):
 
     def terms(self, batch: TokenBatch) -> Terms:
         """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
-        student = maths.divergences.outcomes(batch.student_logp_NK, batch.student_tail_logp_N, rest=self.rest)
-        teacher = maths.divergences.outcomes(batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest)
+        student = maths.divergences.outcomes(
+            batch.student_logp_NK, batch.student_tail_logp_N, rest=self.rest
+        )
+        teacher = maths.divergences.outcomes(
+            batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest
+        )
         if self.divergence == "forward":
             loss_N = maths.divergences.kl(teacher, student)
         elif self.divergence == "reverse":
@@ -59,4 +72,6 @@ class TopkKl(Objective, tag="topk_kl"):
             loss_N = maths.divergences.jensen_shannon(student, teacher, beta=self.beta)
         ratio_N = self.prefix.factor(batch) if self.prefix else None
         one_N = batch.behaviour_logp_N.new_ones(len(loss_N))
-        return Terms(loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N)
+        return Terms(
+            loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N
+        )

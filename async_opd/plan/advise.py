@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from async_opd.config import Config
 from async_opd.plan.make import GIB, Need, Problem
 
-Retry = Callable[[list[str]], set[str] | None]  # roles that do not fit with more overrides; None: they are refused
+# roles that do not fit with more overrides; None: they are refused
+Retry = Callable[[list[str]], set[str] | None]
 Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
 ZERO_STAGE = "learner.zero_stage"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
@@ -22,7 +23,11 @@ def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
             return left is not None and left <= others
 
         changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
-        none = "" if changes else "; no change that was tried is enough: take a smaller model, or larger GPUs"
+        none = (
+            ""
+            if changes
+            else "; no change that was tried is enough: take a smaller model, or larger GPUs"
+        )
         found.append(Problem(what=_what(need) + none, changes=changes))
     return found
 
@@ -36,13 +41,16 @@ def _what(need: Need) -> str:
 
 
 def _changes(ladders: list[Ladder], fits: Callable[[list[str]], bool], retry: Retry) -> list[str]:
-    """The lowest rung of each ladder that is enough alone; where none is, the highest rungs of as few as are."""
+    """The lowest rung of each ladder that is enough alone; where none is, the highest rungs of as
+    few as are."""
     alone = [next((rung for rung in ladder if fits(rung)), None) for ladder in ladders]
     if any(alone):
         return [" ".join(rung) for rung in alone if rung]
     rungs: list[list[str]] = []
     for ladder in ladders:
-        rungs += next(([rung] for rung in reversed(ladder) if retry(_merged([*rungs, rung])) is not None), [])
+        rungs += next(
+            ([rung] for rung in reversed(ladder) if retry(_merged([*rungs, rung])) is not None), []
+        )
         if fits(_merged(rungs)):
             for rung in rungs[:-1]:
                 fewer = [other for other in rungs if other is not rung]
@@ -73,7 +81,9 @@ def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]
         shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
         yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
     else:
-        yield [[f"{need.at}.batch_tokens={need.longest}"]] if each.batch_tokens > need.longest else []
+        yield (
+            [[f"{need.at}.batch_tokens={need.longest}"]] if each.batch_tokens > need.longest else []
+        )
         sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
         yield [[f"{need.at}.backend=vllm", f"{need.at}.tensor_parallel_size={n}"] for n in sizes]
 
@@ -87,11 +97,18 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     if now.dtype == "float32":
         yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}", ROUGH]]
     if not now.offload_optimizer:
-        yield [["learner.offload_optimizer=true", *([f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else [])]]
+        yield [
+            [
+                "learner.offload_optimizer=true",
+                *([f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else []),
+            ]
+        ]
     yield [[f"{ZERO_STAGE}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
     if not config.run.share_gpu:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
     else:
-        shares = [n / 20 for n in range(19, 0, -1) if n / 20 < config.rollout.gpu_memory_utilization]
+        shares = [
+            n / 20 for n in range(19, 0, -1) if n / 20 < config.rollout.gpu_memory_utilization
+        ]
         yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares]

@@ -1,4 +1,5 @@
-"""What a plan reads besides the config: shapes from the hub, tokenizers, first rows. Importing this takes seconds."""
+"""What a plan reads besides the config: shapes from the hub, tokenizers, first rows. Importing this
+takes seconds."""
 
 import logging
 from collections.abc import Iterator
@@ -20,23 +21,31 @@ def shapes(config: Config) -> dict[str, Shape]:
     found = {}
     with _hinting():
         for key, model in models(config).items():
-            found[model] = found.get(model) or local(key, model) or _from_hub(key, model, config.run.trust_remote_code)
+            found[model] = (
+                found.get(model)
+                or local(key, model)
+                or _from_hub(key, model, config.run.trust_remote_code)
+            )
     return found
 
 
 def rows(config: Config) -> None:
-    """Vocabularies agree, and the first row of each set can be used. Raises DataError. Training rows are streamed: a
-    plan does not wait until all of them are here."""
+    """Vocabularies agree, and the first row of each set can be used. Raises DataError. Training
+    rows are streamed: a plan does not wait until all of them are here."""
     replace = msgspec.structs.replace
     streamed = replace(config.data, streaming=True, shuffle_buffer=1)
     with _hinting():
-        found = inputs.read(replace(config, data=streamed, eval=config.eval and replace(config.eval, problems=1)))
+        found = inputs.read(
+            replace(config, data=streamed, eval=config.eval and replace(config.eval, problems=1))
+        )
         next(iter(found.prompts))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
     try:
-        return read(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict(), key)
+        return read(
+            AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict(), key
+        )
     except (OSError, ValueError) as e:
         raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
 
@@ -44,9 +53,11 @@ def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
 @contextmanager
 def _hinting() -> Iterator[None]:
     try:
-        with log_level(logging.ERROR, logging.getLogger("huggingface_hub")):  # it tells of every try
+        # it tells of every try
+        with log_level(logging.ERROR, logging.getLogger("huggingface_hub")):
             yield
     except DataError as e:
         raise DataError(
-            f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it skipped"
+            f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it"
+            " skipped"
         ) from e

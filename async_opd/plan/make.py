@@ -1,4 +1,5 @@
-"""The plan of a run: who is where, what each holds, and what does not fit. Pure: shapes and settings in, a plan out."""
+"""The plan of a run: who is where, what each holds, and what does not fit. Pure: shapes and
+settings in, a plan out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,13 +94,18 @@ class Need:
 
 def models(config: Config) -> dict[str, str]:
     """Every model by the setting that names it."""
-    return {"student.model": config.student.model} | {f"{at}.model": s.model for at, s in config.scorers.items()}
+    return {"student.model": config.student.model} | {
+        f"{at}.model": s.model for at, s in config.scorers.items()
+    }
 
 
 def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need]:
     """What each role with a model needs of cards of `card` bytes; `shapes` by model."""
     asked = {ask.role: ask for ask in asks(config, gpus=True)}
-    share, longest = config.run.share_gpu, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    share, longest = (
+        config.run.share_gpu,
+        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+    )
     student = shapes[config.student.model]
     found = [
         Need(
@@ -112,10 +118,14 @@ def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need
             longest=longest,
         )
     ]
-    return found + [_engine(config, pool, asked[pool.role], shapes, card) for pool in config.engines]
+    return found + [
+        _engine(config, pool, asked[pool.role], shapes, card) for pool in config.engines
+    ]
 
 
-def _engine(config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape], card: float) -> Need:
+def _engine(
+    config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape], card: float
+) -> Need:
     """What a member of a pool of generators or scorers needs."""
     role, at, _, _, each = pool
     answers, scorer = role == "teacher-generator", config.scorers.get(at)
@@ -136,9 +146,13 @@ def _engine(config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape]
         model=model,
         shape=shapes[model],
         memory=held,
-        limit=card * (each.gpu_memory_utilization if vllm or config.run.share_gpu else 1 - HEADROOM),
-        longest=longest + (vllm and not answers and scorer is not None),  # vLLM samples a token behind what it scores
-        kv_bytes=memory.kv_bytes(shapes[model], each.dtype, each.tensor_parallel_size) if vllm else 0.0,
+        limit=card
+        * (each.gpu_memory_utilization if vllm or config.run.share_gpu else 1 - HEADROOM),
+        # vLLM samples a token behind what it scores
+        longest=longest + (vllm and not answers and scorer is not None),
+        kv_bytes=memory.kv_bytes(shapes[model], each.dtype, each.tensor_parallel_size)
+        if vllm
+        else 0.0,
     )
 
 
@@ -147,11 +161,17 @@ def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
     return place_on_alike(asks(config, gpus=True), cluster.gpus_per_node, cluster.nodes)
 
 
-def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -> tuple[int, list[str]]:
-    """The longest response that memory and contexts have room for, all other settings as they are (batches grow to one
-    sequence where they must), and what bounds it. 0 where no response fits."""
-    known = {key: context for key, model in models(config).items() if (context := shapes[model].context)}
-    contexts = {f"the context of {key}": _room(config, key, context) for key, context in known.items()}
+def longest_response(
+    config: Config, shapes: Mapping[str, Shape], card: float
+) -> tuple[int, list[str]]:
+    """The longest response that memory and contexts have room for, all other settings as they are
+    (batches grow to one sequence where they must), and what bounds it. 0 where no response fits."""
+    known = {
+        key: context for key, model in models(config).items() if (context := shapes[model].context)
+    }
+    contexts = {
+        f"the context of {key}": _room(config, key, context) for key, context in known.items()
+    }
     bound = min(contexts.values(), default=UNBOUNDED)
 
     def full(response: int) -> list[str]:
@@ -162,7 +182,9 @@ def longest_response(config: Config, shapes: Mapping[str, Shape], card: float) -
     while over - fits > 1:
         middle = (fits + over) // 2
         fits, over = (fits, middle) if full(middle) else (middle, over)
-    return fits, full(over) if over <= bound else [key for key, room in contexts.items() if room == bound]
+    return fits, full(over) if over <= bound else [
+        key for key, room in contexts.items() if room == bound
+    ]
 
 
 def outstanding(config: Config) -> int:
@@ -176,19 +198,27 @@ def _room(config: Config, key: str, context: int) -> int:
     if at == "student":
         return context - config.data.max_prompt_tokens
     scorer = config.scorers[at]
-    behind = longest_sequence(at, scorer, config.data, config.rollout)[1] - config.rollout.max_new_tokens
+    behind = (
+        longest_sequence(at, scorer, config.data, config.rollout)[1] - config.rollout.max_new_tokens
+    )
     return context - behind - (scorer.backend == "vllm")
 
 
 def _stretched(config: Config, response: int) -> Config:
-    """`config` for responses of at most `response` tokens: each batch that must hold a sequence does."""
+    """`config` for responses of at most `response` tokens: each batch that must hold a sequence
+    does."""
     replace = msgspec.structs.replace
     rollout = replace(config.rollout, max_new_tokens=response)
 
     def scorer(at: str, each):
         if each is None or each.backend == "vllm":
             return each
-        return replace(each, batch_tokens=max(each.batch_tokens, longest_sequence(at, each, config.data, rollout)[1]))
+        return replace(
+            each,
+            batch_tokens=max(
+                each.batch_tokens, longest_sequence(at, each, config.data, rollout)[1]
+            ),
+        )
 
     tokens = max(config.learner.micro_batch_tokens, config.data.max_prompt_tokens + response)
     return replace(

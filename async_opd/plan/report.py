@@ -8,8 +8,8 @@ from async_opd.plan.balance import Balance
 from async_opd.plan.make import Cluster, Problem, RolePlan
 
 CALIBRATE = (
-    "a run needs rates for this: `async-opd train CONFIG run.steps=20 run.dir=DIR`, then plan with `--like DIR`; or "
-    "`--rates generator=…,teacher=…,learner=…`, tokens/s of one"
+    "a run needs rates for this: `async-opd train CONFIG run.steps=20 run.dir=DIR`, then plan with"
+    " `--like DIR`; or `--rates generator=…,teacher=…,learner=…`, tokens/s of one"
 )
 
 
@@ -39,17 +39,28 @@ def lines(plan: Plan) -> Iterator[str]:
     for node, members in plan.nodes.items():
         yield f"  {node:8} {_grouped(members)}"
     yield ""
-    yield "memory of one GPU of each role, GiB (estimates; of backward and update only the larger counts)"
+    yield (
+        "memory of one GPU of each role, GiB (estimates; of backward and update only the larger"
+        " counts)"
+    )
     for role in plan.roles:
         yield from _role(role)
     yield ""
-    yield f"outstanding      at most {plan.groups_outstanding} groups, {plan.trajectories_outstanding} trajectories"
+    yield (
+        f"outstanding      at most {plan.groups_outstanding} groups,"
+        f" {plan.trajectories_outstanding} trajectories"
+    )
     yield f"worst lag        {plan.worst_lag_steps} optimizer steps"
-    yield f"longest response {plan.longest_response:,} tokens, bounded by {' and '.join(plan.longest_bound_by)}"
+    yield (
+        f"longest response {plan.longest_response:,} tokens, bounded by"
+        f" {' and '.join(plan.longest_bound_by)}"
+    )
     yield from _balance(plan.balance)
     for problem in plan.problems:
         yield f"does not fit     {problem.what}"
-        yield from (f"  {'or' if at else 'set'} {change}" for at, change in enumerate(problem.changes))
+        yield from (
+            f"  {'or' if at else 'set'} {change}" for at, change in enumerate(problem.changes)
+        )
     yield f"checked          {'; '.join(plan.checked)}"
     if plan.skipped:
         yield f"skipped          {'; '.join(plan.skipped)}"
@@ -60,10 +71,15 @@ def _role(role: RolePlan) -> Iterator[str]:
     cards, mark = f"{role.members} x {role.gpus:g} GPU", "" if role.fits else "   DOES NOT FIT"
     held = f"{role.total_gib:6.1f} of {role.limit_gib:.1f}"
     yield f"  {role.role:16} {cards:12} {held}{mark}   {_size(role.parameters)} {role.model}"
-    yield "    " + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size)
+    yield "    " + ", ".join(
+        f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size
+    )
     if role.kv_tokens is not None:
         at_once = role.kv_tokens // role.longest_tokens
-        yield f"    cache for {role.kv_tokens:,} tokens: {at_once:,} sequences of the longest, {role.longest_tokens:,}"
+        yield (
+            f"    cache for {role.kv_tokens:,} tokens: {at_once:,} sequences of the longest,"
+            f" {role.longest_tokens:,}"
+        )
     if role.host_gib >= 0.05:
         yield f"    on the host {role.host_gib:.1f}, of each"
 
@@ -74,7 +90,10 @@ def _balance(found: Balance | None) -> Iterator[str]:
         return
     does = ", ".join(f"{role} {rate:,.0f}" for role, rate in found.capacity.items())
     yield f"bottleneck       {found.bottleneck} (tokens/s of all: {does}; {found.source})"
-    yield f"in balance       {found.generators} generator(s) and {found.teachers} teacher(s) keep up with the learner"
+    yield (
+        f"in balance       {found.generators} generator(s) and {found.teachers} teacher(s) keep up"
+        " with the learner"
+    )
     yield from (f"  measured otherwise: {what}" for what in found.differs)
 
 

@@ -10,8 +10,10 @@ from async_opd.errors import ConfigError
 from async_opd.files import MODELS, context
 from async_opd.mistakes import nearest
 
-SHIPPED = Path(__file__).with_name("shapes.json")  # config.json of common models, and each one's context by hub id
-BIASED = {"qwen2"}  # families whose queries, keys and values have a bias that config.json does not mention
+# config.json of common models, and each one's context by hub id
+SHIPPED = Path(__file__).with_name("shapes.json")
+# families whose queries, keys and values have a bias that config.json does not mention
+BIASED = {"qwen2"}
 NORMED = {"qwen3", "qwen3_moe"}
 FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -38,15 +40,20 @@ class Shape(Struct, frozen=True, kw_only=True):
 
     @property
     def parameters(self) -> int:
-        """All weights, as `transformers` makes them: embedding, head where it is not tied, and for each layer
-        attention (grouped queries), two norms and either an MLP of three matrices or a router and its experts."""
-        hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        """All weights, as `transformers` makes them: embedding, head where it is not tied, and for
+        each layer attention (grouped queries), two norms and either an MLP of three matrices or a
+        router and its experts."""
+        hidden = self.hidden
+        queries = self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
         attention = 2 * hidden * queries + 2 * hidden * keys
         if self.family in BIASED or self.attention_bias:
             attention += queries + 2 * keys
         attention += hidden if self.attention_bias else 0
         attention += 2 * self.head_dim if self.normed else 0
-        mlp = 3 * hidden * self.intermediate + (2 * self.intermediate + hidden if self.mlp_bias else 0)
+        mlp = 3 * hidden * self.intermediate + (
+            2 * self.intermediate + hidden if self.mlp_bias else 0
+        )
         moe = hidden * self.experts + 3 * hidden * self.expert_intermediate * self.experts
         blocks = self.layers * (attention + 2 * hidden)
         blocks += (self.layers - self.expert_layers) * mlp + self.expert_layers * moe
@@ -58,20 +65,28 @@ class Shape(Struct, frozen=True, kw_only=True):
         return self.family in NORMED
 
     def kv_bytes(self, bytes_each: int) -> int:
-        """Key-value cache of one token: a key and a value of every key-value head in every layer."""
+        """Key-value cache of one token: a key and a value of every key-value head in every
+        layer."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
 
 
 def read(tree: dict, setting: str) -> Shape:
-    """The shape that a config.json holds; `setting` is what messages call the model. Raises ConfigError."""
+    """The shape that a config.json holds; `setting` is what messages call the model. Raises
+    ConfigError."""
     family = tree.get("model_type")
     if family not in FAMILIES:
-        raise ConfigError(f"{setting}: plan cannot count a model of type {family!r}, only {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"{setting}: plan cannot count a model of type {family!r}, only {', '.join(FAMILIES)}"
+        )
     try:
         layers, heads = tree["num_hidden_layers"], tree["num_attention_heads"]
         experts = tree.get("num_experts") or tree.get("num_local_experts") or 0
         every, dense = tree.get("decoder_sparse_step", 1), tree.get("mlp_only_layers") or []
-        sparse = sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers)) if experts else 0
+        sparse = (
+            sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
+            if experts
+            else 0
+        )
         return Shape(
             family=family,
             layers=layers,
@@ -101,7 +116,8 @@ def local(setting: str, model: str) -> Shape | None:
 
 
 def shipped(setting: str, model: str) -> Shape:
-    """The shape of a hub model without asking the hub. Raises ConfigError naming those that are known."""
+    """The shape of a hub model without asking the hub. Raises ConfigError naming those that are
+    known."""
     if model in (known := _shipped()):
         return read(known[model], setting)
     sizes = ", ".join(next(iter(tree["contexts"])) for tree in _trees())

@@ -52,7 +52,9 @@ class Curves:
 
 
 LEARNING = (
-    Curves("Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}),
+    Curves(
+        "Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}
+    ),
     Curves("KL to the teacher", "Mean log π − log π teacher, sampled tokens", "nats", {"kl": "KL"}),
     Curves("Loss", "What the optimizer minimises", "", {"loss": "loss"}),
     Curves("Entropy", "Of the sampling policy, by its own tokens", "nats", {"entropy": "entropy"}),
@@ -60,7 +62,12 @@ LEARNING = (
     Curves("Gradient", "Norm before clipping", "", {"grad_norm": "norm"}),
 )
 OFF_POLICY = (
-    Curves("Mean weight", "Importance weight W · ρ̃ · |A| of the selected tokens", "", {"weight_mean": "mean"}),
+    Curves(
+        "Mean weight",
+        "Importance weight W · ρ̃ · |A| of the selected tokens",
+        "",
+        {"weight_mean": "mean"},
+    ),
     Curves("Largest weight", "Of one token, in the step", "", {"weight_max": "max"}),
     Curves(
         "Effective sample size",
@@ -75,7 +82,11 @@ FLOW = (
         "Throughput",
         "Tokens through each role",
         "tokens/s",
-        {"generators_tokens_per_s": "generated", "teachers_tokens_per_s": "scored", "trained_tokens_per_s": "trained"},
+        {
+            "generators_tokens_per_s": "generated",
+            "teachers_tokens_per_s": "scored",
+            "trained_tokens_per_s": "trained",
+        },
     ),
     Curves(
         "Queue",
@@ -89,17 +100,28 @@ FLOW = (
 
 def learning(runs: list[Run]) -> list[Figure]:
     found = [_lines(curves, runs) for curves in LEARNING]
-    found[0].series += [dots for at, run in enumerate(runs) if (dots := _held_out(run, at, len(runs) > 1))]
+    found[0].series += [
+        dots for at, run in enumerate(runs) if (dots := _held_out(run, at, len(runs) > 1))
+    ]
     tags = {run.config.get("objective.tag") for run in runs}
-    shown = dict.fromkeys(name for tag in sorted(tags & set(all_objectives())) for name in all_objectives()[tag].shown)
+    shown = dict.fromkeys(
+        name for tag in sorted(tags & set(all_objectives())) for name in all_objectives()[tag].shown
+    )
     if shown:
-        method = Curves("What the method shows", "Means over tokens", "", {key: key.replace("_", " ") for key in shown})
+        method = Curves(
+            "What the method shows",
+            "Means over tokens",
+            "",
+            {key: key.replace("_", " ") for key in shown},
+        )
         found.append(_lines(method, runs))
     return _with_marks(found, runs)
 
 
 def off_policy(runs: list[Run]) -> list[Figure]:
-    return _with_marks([*_stacks(runs, _lags), *(_lines(curves, runs) for curves in OFF_POLICY)], runs)
+    return _with_marks(
+        [*_stacks(runs, _lags), *(_lines(curves, runs) for curves in OFF_POLICY)], runs
+    )
 
 
 def flow(runs: list[Run]) -> list[Figure]:
@@ -120,14 +142,26 @@ def _lines(curves: Curves, runs: list[Run]) -> Figure:
     for at, run in enumerate(runs):
         for number, (key, label) in enumerate(curves.keys.items()):
             if key in run.rows and not np.isnan(run.rows[key]).all():
-                told = label if not several else run.name if len(curves.keys) == 1 else f"{run.name}, {label}"
-                series.append(_curve(run, run.rows[key], told, f"c{at if several else number}", number, len(runs)))
+                told = (
+                    label
+                    if not several
+                    else run.name
+                    if len(curves.keys) == 1
+                    else f"{run.name}, {label}"
+                )
+                series.append(
+                    _curve(
+                        run, run.rows[key], told, f"c{at if several else number}", number, len(runs)
+                    )
+                )
     return Figure(curves.title, curves.what, curves.unit, series)
 
 
 def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, runs: int) -> Series:
     most = POINTS if runs <= 2 else POINTS // 2
-    step, seconds, mean = (averaged(x, most) for x in (run.rows["step"], run.rows["seconds"], values))
+    step, seconds, mean = (
+        averaged(x, most) for x in (run.rows["step"], run.rows["seconds"], values)
+    )
     if len(values) <= most:
         return Series(label, colour, dash, step, seconds, mean)
     low, high = extremes(values, most)
@@ -137,9 +171,14 @@ def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, run
 def _held_out(run: Run, at: int, several: bool) -> Series | None:
     """Evaluations before, during and after training, by the version they belong to."""
     steps, shares = (run.rows.get(key, np.zeros(0)) for key in ("eval_version", "eval_accuracy"))
-    ends = {0.0: run.summary.get("accuracy_before"), run.rows["step"][-1]: run.summary.get("accuracy_after")}
+    ends = {
+        0.0: run.summary.get("accuracy_before"),
+        run.rows["step"][-1]: run.summary.get("accuracy_after"),
+    }
     known = {step: share for step, share in ends.items() if isinstance(share, float)}
-    known |= {step: share for step, share in zip(steps, shares, strict=False) if not np.isnan(share)}
+    known |= {
+        step: share for step, share in zip(steps, shares, strict=False) if not np.isnan(share)
+    }
     if not known:
         return None
     step, share = (averaged(np.array(x), POINTS) for x in zip(*sorted(known.items()), strict=True))
@@ -164,7 +203,9 @@ def _stacks(runs: list[Run], bands_of) -> list[Figure]:
 
 
 def _lags(run: Run) -> Iterator[tuple[str, str, dict]]:
-    keys = sorted((key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:]))
+    keys = sorted(
+        (key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:])
+    )
     last = max([at for at, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
     bands = {key: (f"lag {key[11:]}", f"l{min(at, 7)}") for at, key in enumerate(keys)}
     if keys:
@@ -172,13 +213,20 @@ def _lags(run: Run) -> Iterator[tuple[str, str, dict]]:
 
 
 def _states(run: Run) -> Iterator[tuple[str, str, dict]]:
-    for role in sorted(roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)):
-        bands = {f"{role}_{state}": (state, f"s-{state}") for state in STATES if f"{role}_{state}" in run.rows}
+    for role in sorted(
+        roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)
+    ):
+        bands = {
+            f"{role}_{state}": (state, f"s-{state}")
+            for state in STATES
+            if f"{role}_{state}" in run.rows
+        }
         yield role.capitalize().replace("_", " "), "Share of time in each state", bands
 
 
 def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
-    """The figures with a curve, with checkpoints and what happened to members where one run alone is shown."""
+    """The figures with a curve, with checkpoints and what happened to members where one run alone
+    is shown."""
     ends = tuple(max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
     marks = marks_of(runs[0]) if len(runs) == 1 else None
     for figure in figures:
@@ -198,7 +246,9 @@ def marks_of(run: Run) -> list[tuple[str, float, float]]:
     happened = [event["step"] for event in run.events if isinstance(event.get("step"), int)]
     found = []
     for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted({*happened}))):
-        steps = [steps[at] for at in np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)]
+        steps = [
+            steps[at] for at in np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
+        ]
         found += [(kind, float(step), float(run.times(step))) for step in steps]
     return found
 

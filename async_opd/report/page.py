@@ -30,9 +30,12 @@ class Panel:
 
 
 def page(folders: list[Path]) -> str:
-    """The HTML of a report of those run directories. Raises RunMissing, and ConfigError for too many."""
+    """The HTML of a report of those run directories. Raises RunMissing, and ConfigError for too
+    many."""
     if len(folders) > MOST_RUNS:
-        raise ConfigError(f"report: {len(folders)} runs: at most {MOST_RUNS} can be told apart on one page")
+        raise ConfigError(
+            f"report: {len(folders)} runs: at most {MOST_RUNS} can be told apart on one page"
+        )
     names = _names(folders)
     share = max(ROLLOUTS // len(folders), 2)
     runs = [read(folder, name, share) for folder, name in zip(folders, names, strict=True)]
@@ -41,7 +44,10 @@ def page(folders: list[Path]) -> str:
         "Staleness and weights": figures.off_policy(runs),
         "Where the time went": figures.flow(runs),
     }
-    sections = [(title, _panels(f"f{at}", those), _constants(those)) for at, (title, those) in enumerate(found.items())]
+    sections = [
+        (title, _panels(f"f{at}", those), _constants(those))
+        for at, (title, those) in enumerate(found.items())
+    ]
     shown = [rollout for run in runs for rollout in rollouts.rollouts(run)]  # may add remarks
     return _template().render(
         runs=runs,
@@ -57,8 +63,11 @@ def page(folders: list[Path]) -> str:
         agreement=any("agree" in rollout.numbers for rollout in shown),
         chosen=not all("agree" in rollout.numbers for rollout in shown),
         tokens=rollouts.TOKENS,
-        averaged=any(panel.figure.series[0].low is not None for _, panels, _ in sections for panel in panels),
-        remarks=[f"{run.name}: {remark}" for run in runs for remark in run.remarks] + list(figures.absent(runs)),
+        averaged=any(
+            panel.figure.series[0].low is not None for _, panels, _ in sections for panel in panels
+        ),
+        remarks=[f"{run.name}: {remark}" for run in runs for remark in run.remarks]
+        + list(figures.absent(runs)),
         data={panel.id: panel.data for _, panels, _ in sections for panel in panels},
     )
 
@@ -93,7 +102,11 @@ def _panels(section: str, found: list[figures.Figure]) -> list[Panel]:
 def _constants(found: list[figures.Figure]) -> str:
     """The figures that are a straight line, in words."""
     values = ((figure, figures.constant(figure)) for figure in found)
-    return ", ".join(f"{each.title.lower()} {number(value, each.unit)}" for each, value in values if value is not None)
+    return ", ".join(
+        f"{each.title.lower()} {number(value, each.unit)}"
+        for each, value in values
+        if value is not None
+    )
 
 
 def _share(value: Any) -> str:
@@ -106,13 +119,29 @@ def _merit(run: Run) -> list[tuple[str, str, str]]:
     found = []
     if isinstance(after := summary.get("accuracy_after"), float):
         before = _share(summary.get("accuracy_before"))
-        found.append((f"{before} → {_share(after)}", "held-out accuracy", f"{summary.get('eval_problems')} problems"))
+        found.append(
+            (
+                f"{before} → {_share(after)}",
+                "held-out accuracy",
+                f"{summary.get('eval_problems')} problems",
+            )
+        )
     if kl is not None:
-        found.append((f"{number(kl[0])} → {number(kl[-1])}", "KL to the teacher", "nats a token, first and last step"))
+        found.append(
+            (
+                f"{number(kl[0])} → {number(kl[-1])}",
+                "KL to the teacher",
+                "nats a token, first and last step",
+            )
+        )
     speed = summary.get("trained_tokens_per_s")
     if isinstance(speed, float):
         # Of all starts: the summary's are those of the last.
-        trained = sum(float(np.nansum(run.rows[key])) for key in ("tokens", "tokens_taught") if key in run.rows)
+        trained = sum(
+            float(np.nansum(run.rows[key]))
+            for key in ("tokens", "tokens_taught")
+            if key in run.rows
+        )
         found.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
     asked = run.config.get("run.steps", "?")
     steps = number(run.rows["step"][-1])
@@ -130,7 +159,9 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         values = [run.summary.get(key) for run in runs]
         return [show(float(x)) if isinstance(x, int | float) else "–" for x in values]
 
-    teachers = sorted({key for run in runs for key in run.summary if key.startswith("teacher_accuracy")})
+    teachers = sorted(
+        {key for run in runs for key in run.summary if key.startswith("teacher_accuracy")}
+    )
     found = [
         ("objective", setting("objective.tag")),
         ("student", setting("student.model")),
@@ -139,7 +170,10 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("accuracy before", said("accuracy_before", _share)),
         ("accuracy after", said("accuracy_after", _share)),
         *((key.replace("_", " "), said(key, _share)) for key in teachers),
-        ("final KL, nats", [number(run.rows["kl"][-1]) if "kl" in run.rows else "–" for run in runs]),
+        (
+            "final KL, nats",
+            [number(run.rows["kl"][-1]) if "kl" in run.rows else "–" for run in runs],
+        ),
         ("trained tokens/s", said("trained_tokens_per_s")),
         ("largest lag, steps", said("max_lag_seen")),
         ("scored and dropped", said("scored_dropped")),
@@ -153,11 +187,15 @@ def _environment(runs: list[Run]) -> list[tuple[str, list[str]]]:
     versions = [run.environment.get("versions", {}) for run in runs]
     names = dict.fromkeys(name for own in versions for name in own)
     commits = [(run.environment.get("commit") or "–")[:12] for run in runs]
-    return [("commit", commits), *((name, [own.get(name, "–") for own in versions]) for name in names)]
+    return [
+        ("commit", commits),
+        *((name, [own.get(name, "–") for own in versions]) for name in names),
+    ]
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs; of paths in a run's directory, what follows that."""
+    """Settings that are not the same in all runs; of paths in a run's directory, what follows
+    that."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     values = ((key, [_within(run, run.config.get(key, "–")) for run in runs]) for key in keys)
     return [(key, given) for key, given in values if len(set(given)) > 1]
@@ -170,4 +208,7 @@ def _within(run: Run, value: str) -> str:
 
 def _drops(runs: list[Run]) -> list[tuple[str, list[str]]]:
     keys = sorted({key for run in runs for key in run.summary if key.startswith("dropped_")})
-    return [(key[8:].replace("_", " "), [number(run.summary.get(key, 0)) for run in runs]) for key in keys]
+    return [
+        (key[8:].replace("_", " "), [number(run.summary.get(key, 0)) for run in runs])
+        for key in keys
+    ]

@@ -1,6 +1,8 @@
-"""Figures as geometry: paths in a box of 1000 by 100 that the page stretches, and labels at percentages of it.
+"""Figures as geometry: paths in a box of 1000 by 100 that the page stretches, and labels at
+percentages of it.
 
-Lines keep their width and text its size at any width of the page, because only the paths are stretched.
+Lines keep their width and text its size at any width of the page, because only the paths are
+stretched.
 """
 
 import math
@@ -21,7 +23,8 @@ class Plot:
 
     axis: str  # "step" or "time"
     right: float  # end of the axis
-    x_ticks: list[tuple[float, int, str]]  # per cent from the left, of the label that lies left of that, label
+    # per cent from the left, of the label that lies left of that, label
+    x_ticks: list[tuple[float, int, str]]
     y_ticks: list[tuple[float, str]]  # per cent from the bottom
     paths: list[tuple[str, str]]  # classes, d
     dots: list[tuple[str, float, float]]  # classes, per cent from the left and from the bottom
@@ -45,7 +48,9 @@ def plot(figure: Figure, axis: str) -> Plot | None:
         if figure.stacked:
             paths.append((f"band {look}", scale.band(x, tops[at], tops[at + 1])))
         elif series.dots:
-            dots += [(look, scale.left(a), scale.up(b)) for a, b in zip(x, series.mean, strict=True)]
+            dots += [
+                (look, scale.left(a), scale.up(b)) for a, b in zip(x, series.mean, strict=True)
+            ]
         else:
             if series.low is not None:
                 paths.append((f"spread {look}", scale.band(x, series.low, series.high)))
@@ -53,11 +58,20 @@ def plot(figure: Figure, axis: str) -> Plot | None:
     return Plot(
         axis=axis,
         right=right,
-        x_ticks=[_under(scale.left(t), duration(t) if axis == "time" else number(t)) for t in ticks(0, right, 5)],
-        y_ticks=[(scale.up(t), f"{t:.0%}" if figure.unit == "share" else number(t)) for t in ticks(low, high, 4)],
+        x_ticks=[
+            _under(scale.left(t), duration(t) if axis == "time" else number(t))
+            for t in ticks(0, right, 5)
+        ],
+        y_ticks=[
+            (scale.up(t), f"{t:.0%}" if figure.unit == "share" else number(t))
+            for t in ticks(low, high, 4)
+        ],
         paths=paths,
         dots=dots,
-        marks=[(kind, scale.left(step if axis == "step" else seconds)) for kind, step, seconds in figure.marks or ()],
+        marks=[
+            (kind, scale.left(step if axis == "step" else seconds))
+            for kind, step, seconds in figure.marks or ()
+        ],
         points=max(len(x) for x in xs),
     )
 
@@ -93,7 +107,8 @@ def table(figure: Figure) -> tuple[list[str], list[list[str]]]:
 
 
 def _nearest(series: Series, step: float) -> float:
-    """The value at the point nearest to `step`; NaN where the series has none so far out, or not there."""
+    """The value at the point nearest to `step`; NaN where the series has none so far out, or not
+    there."""
     at = int(np.abs(series.step - step).argmin())
     near = not series.dots or series.step[at] == step
     return float(series.mean[at]) if near and step <= series.step[-1] else math.nan
@@ -111,7 +126,9 @@ def _range(figure: Figure) -> tuple[float, float]:
     """Of the vertical axis, 0 within; shares go to 1."""
     if figure.unit == "share":
         return 0.0, 1.0
-    values = np.concatenate([x for s in figure.series for x in (s.mean, s.low, s.high) if x is not None])
+    values = np.concatenate(
+        [x for s in figure.series for x in (s.mean, s.low, s.high) if x is not None]
+    )
     low, high = min(0.0, float(np.nanmin(values))), max(0.0, float(np.nanmax(values)))
     return (low, high + (high - low) * 0.05) if high > low else (low, low + 1.0)
 
@@ -120,7 +137,9 @@ class Scale:
     """From numbers to the box."""
 
     def __init__(self, right: float, low: float, high: float):
-        self._right, self._low, self._high = right, low, high
+        self._right = right
+        self._low = low
+        self._high = high
 
     def left(self, x: float) -> float:
         """Per cent from the left."""
@@ -131,7 +150,8 @@ class Scale:
         return round(100 * (float(y) - self._low) / (self._high - self._low), 2)
 
     def line(self, x: np.ndarray, y: np.ndarray) -> str:
-        """A path, broken where there is no number. A point alone is a line of no length, which has round ends."""
+        """A path, broken where there is no number. A point alone is a line of no length, which has
+        round ends."""
         known = ~(np.isnan(x) | np.isnan(y))
         parts, pen = [], "M"
         for here, point in zip(known, self._points(x, y), strict=True):
@@ -142,7 +162,10 @@ class Scale:
     def band(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
         """The area between two curves."""
         known = ~(np.isnan(x) | np.isnan(low) | np.isnan(high))
-        there, back = self._points(x[known], high[known]), self._points(x[known][::-1], low[known][::-1])
+        there, back = (
+            self._points(x[known], high[known]),
+            self._points(x[known][::-1], low[known][::-1]),
+        )
         return f"M{'L'.join([*there, *back])}Z" if there else ""
 
     def _points(self, x: np.ndarray, y: np.ndarray) -> list[str]:
@@ -156,7 +179,10 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(k * step, 12)
+        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def number(x: float, unit: str = "") -> str:

@@ -1,4 +1,5 @@
-"""What a run directory says, read with tolerance: whatever is absent or damaged becomes a remark, never an error."""
+"""What a run directory says, read with tolerance: whatever is absent or damaged becomes a remark,
+never an error."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)  # "learner.lr": "0.001"
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [steps] by key, NaN where there is none
+    # float64 [steps] by key, NaN where there is none
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
     rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
@@ -40,15 +42,23 @@ class Run:
 
 
 def read(folder: Path, name: str, rollouts: int) -> Run:
-    """The run in `folder` with at most so many `rollouts`. Raises RunMissing where there is none, or not a step yet."""
+    """The run in `folder` with at most so many `rollouts`. Raises RunMissing where there is none,
+    or not a step yet."""
     if not folder.is_dir():
-        raise RunMissing(f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run")
+        raise RunMissing(
+            f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
+        )
     run = Run(folder, name)
     if not (folder / "metrics.jsonl").is_file():
-        raise RunMissing(f"{folder}: no metrics.jsonl in it: it is no run directory, or no step is done yet")
+        raise RunMissing(
+            f"{folder}: no metrics.jsonl in it: it is no run directory, or no step is done yet"
+        )
     tree = _json(run, "config.json")
     run.config = dict(_flat(tree))
-    run.environment, run.summary = _json(run, "environment.json"), _json(run, "summary.json", "the run has not ended")
+    run.environment, run.summary = (
+        _json(run, "environment.json"),
+        _json(run, "summary.json", "the run has not ended"),
+    )
     run.rows = _columns(_records(run, "metrics.jsonl"))
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
@@ -95,7 +105,9 @@ def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tupl
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         many = "lines" if len(damaged) > 1 else "line"
-        run.remarks.append(f"{file}: {many} {', '.join(map(str, damaged[:5]))}{more} damaged: left out")
+        run.remarks.append(
+            f"{file}: {many} {', '.join(map(str, damaged[:5]))}{more} damaged: left out"
+        )
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -113,7 +125,8 @@ def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The numbers of all `records` by key; whatever else there is, and what is infinite, counts as absent."""
+    """The numbers of all `records` by key; whatever else there is, and what is infinite, counts as
+    absent."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     count = 0
     for keys, alike in groupby(records, tuple):
@@ -124,7 +137,9 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
     columns = {key: np.full(count, np.nan) for key in parts}
     for key, found in parts.items():
         for start, values in found:
-            columns[key][start : start + len(values)] = np.where(np.isfinite(values), values, np.nan)
+            columns[key][start : start + len(values)] = np.where(
+                np.isfinite(values), values, np.nan
+            )
     return columns
 
 
@@ -132,7 +147,9 @@ def _numbers(rows: list[list[Any]]) -> np.ndarray:
     try:
         return np.array(rows, float)  # None becomes NaN
     except (TypeError, ValueError):
-        return np.array([[x if isinstance(x, int | float) else np.nan for x in row] for row in rows], float)
+        return np.array(
+            [[x if isinstance(x, int | float) else np.nan for x in row] for row in rows], float
+        )
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
@@ -146,7 +163,9 @@ def _checkpoints(ledger: Path) -> list[int]:
     if not ledger.is_file():
         return []
     with ledger.open("rb") as lines:
-        found = [line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')]
+        found = [
+            line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
+        ]
     return sorted({int(parts[2]) for parts in found if len(parts) == 3 and parts[2].isdigit()})
 
 
@@ -155,14 +174,23 @@ class _Step(msgspec.Struct):
 
 
 def _read_rollouts(run: Run, most: int) -> None:
-    """Evenly over the recorded steps, the first and the last among them. Of the others only the step is decoded."""
+    """Evenly over the recorded steps, the first and the last among them. Of the others only the
+    step is decoded."""
     path = run.folder / ROLLOUTS
     if not path.is_file():
-        run.remarks.append(f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)")
+        run.remarks.append(
+            f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
+        )
         return
     step_of = msgspec.json.Decoder(_Step).decode
     numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
     run.recorded = len(numbers)
-    chosen = {numbers[at] for at in np.linspace(0, len(numbers) - 1, most).round().astype(int)} if numbers else set()
+    chosen = (
+        {numbers[at] for at in np.linspace(0, len(numbers) - 1, most).round().astype(int)}
+        if numbers
+        else set()
+    )
     with path.open("rb") as lines:
-        run.rollouts = [msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen]
+        run.rollouts = [
+            msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen
+        ]

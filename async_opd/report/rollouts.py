@@ -41,31 +41,41 @@ class Rollout:
     left_out: int  # tokens behind those
     truncated: bool
     signal: str  # what stands for the advantage
-    strongest: dict[str, float]  # from which size on a colour is the strongest: of `signal` and of `weight`
+    # from which size on a colour is the strongest: of `signal` and of `weight`
+    strongest: dict[str, float]
     uniform: bool  # every token weighs the same, and all are selected
     numbers: dict[str, list]  # by name, for the script
 
 
 def rollouts(run: Run) -> list[Rollout]:
-    """What was recorded, with colours by one scale for all of the run. A line that is none is named and left out."""
+    """What was recorded, with colours by one scale for all of the run. A line that is none is named
+    and left out."""
     found = []
     for line in run.rollouts:
         try:
             found.append((line, _numbers(line)))
         except (KeyError, TypeError, ValueError) as e:
-            run.remarks.append(f"samples.jsonl: a line without what it needs: left out ({type(e).__name__}: {e})")
-    scales = {name: _scale([numbers[name] for _, numbers in found if name in numbers]) for name in ("signal", "weight")}
+            run.remarks.append(
+                f"samples.jsonl: a line without what it needs: left out ({type(e).__name__}: {e})"
+            )
+    scales = {
+        name: _scale([numbers[name] for _, numbers in found if name in numbers])
+        for name in ("signal", "weight")
+    }
     return [_rollout(run, line, numbers, scales) for line, numbers in found]
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Per-token numbers of a line by name; `signal` is the advantage, or the teacher's log-prob above the student's."""
+    """Per-token numbers of a line by name; `signal` is the advantage, or the teacher's log-prob
+    above the student's."""
     count = min(len(line["tokens"]), TOKENS)
     columns = {k: v for k, v in line.items() if k not in TEXTS and isinstance(v, list)}
     numbers = {name: np.array(column[:count], float) for name, column in columns.items()}
     if wrong := [name for name, column in numbers.items() if column.shape != (count,)]:
         raise ValueError(f"{', '.join(wrong)}: not a number a token")
-    numbers["signal"] = numbers["advantage"] if "advantage" in numbers else numbers["teacher"] - numbers["student"]
+    numbers["signal"] = (
+        numbers["advantage"] if "advantage" in numbers else numbers["teacher"] - numbers["student"]
+    )
     return numbers
 
 
@@ -76,15 +86,25 @@ def _scale(columns: list[np.ndarray]) -> float:
     return float(np.quantile(sizes, 0.95)) or 1.0 if len(sizes) else 1.0
 
 
-def _rollout(run: Run, line: dict, numbers: dict[str, np.ndarray], scales: dict[str, float]) -> Rollout:
+def _rollout(
+    run: Run, line: dict, numbers: dict[str, np.ndarray], scales: dict[str, float]
+) -> Rollout:
     count = len(numbers["signal"])
-    weight, selected = numbers.get("weight", np.ones(count)), numbers.get("selected", np.ones(count))
+    weight, selected = (
+        numbers.get("weight", np.ones(count)),
+        numbers.get("selected", np.ones(count)),
+    )
     classes = [
-        f"a{_level(signal, scales['signal'])} w{_level(w, scales['weight'])} {_choice(numbers, i, chosen)}"
-        for i, (signal, w, chosen) in enumerate(zip(numbers["signal"], weight, selected, strict=True))
+        f"a{_level(signal, scales['signal'])} w{_level(w, scales['weight'])}"
+        f" {_choice(numbers, i, chosen)}"
+        for i, (signal, w, chosen) in enumerate(
+            zip(numbers["signal"], weight, selected, strict=True)
+        )
     ]
     told = {label: _plain(numbers[name]) for name, label in NUMBERS.items() if name in numbers}
-    more = {name: column for name, column in numbers.items() if name not in {*NUMBERS, "signal", "kept"}}
+    more = {
+        name: column for name, column in numbers.items() if name not in {*NUMBERS, "signal", "kept"}
+    }
     told |= {name.replace("_", " "): _plain(column) for name, column in more.items()}
     return Rollout(
         run=run.name,
@@ -99,7 +119,11 @@ def _rollout(run: Run, line: dict, numbers: dict[str, np.ndarray], scales: dict[
         signal="advantage" if "advantage" in numbers else "teacher − student",
         strongest=scales,
         uniform=bool(np.ptp(weight) == 0 and selected.all() and "agree" not in numbers),
-        numbers=told if "advantage" in numbers else told | {"teacher − student": _plain(numbers["signal"])},
+        numbers=(
+            told
+            if "advantage" in numbers
+            else told | {"teacher − student": _plain(numbers["signal"])}
+        ),
     )
 
 
@@ -111,7 +135,8 @@ def _level(value: float, scale: float) -> str:
 
 
 def _choice(numbers: dict[str, np.ndarray], at: int, selected: float) -> str:
-    """Of a method that selects: in or out. Of one that asks whether teacher and verifier agree: yes, no or neither."""
+    """Of a method that selects: in or out. Of one that asks whether teacher and verifier agree:
+    yes, no or neither."""
     if not selected:
         return "out"
     if "agree" in numbers and "disagree" in numbers:

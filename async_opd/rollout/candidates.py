@@ -1,9 +1,12 @@
-"""Ids of the behaviour policy at every visited prefix, picked where vLLM samples. Its workers load this file by name.
+"""Ids of the behaviour policy at every visited prefix, picked where vLLM samples. Its workers load
+this file by name.
 
-vLLM sends the likeliest ids of a position along with the sampled token, in the same row. Other ids in their place
-share that row's way: what an update, a preemption or an abort does to a token, it does to its candidates.
+vLLM sends the likeliest ids of a position along with the sampled token, in the same row. Other ids
+in their place share that row's way: what an update, a preemption or an abort does to a token, it
+does to its candidates.
 
-`B` requests of one step, `V` vocabulary, `K` candidates. Log-probs are of logits divided by the temperature.
+`B` requests of one step, `V` vocabulary, `K` candidates. Log-probs are of logits divided by the
+temperature.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,8 @@ class Candidates:
     """What `worker_extension_cls` adds to a vLLM worker."""
 
     def return_candidates(self, which: Literal["likeliest", "sampled"], vocabulary: int) -> None:
-        """From now on `logprobs=K` of a request asks for K candidates of this kind; `logprobs=0` for none, as ever."""
+        """From now on `logprobs=K` of a request asks for K candidates of this kind; `logprobs=0`
+        for none, as ever."""
         sampler = self.model_runner.sampler
         sampler.gather_logprobs = partial(
             with_candidates, type(sampler).gather_logprobs, which=which, vocabulary=vocabulary
@@ -34,10 +38,12 @@ def with_candidates(
     which: Literal["likeliest", "sampled"],
     vocabulary: int,
 ) -> Any:
-    """What vLLM's `gather(logp_BV, 0, token_ids)` gives, [B, 1], with K candidates behind each sampled token.
+    """What vLLM's `gather(logp_BV, 0, token_ids)` gives, [B, 1], with K candidates behind each
+    sampled token.
 
-    "likeliest": the K likeliest ids below `vocabulary`, the tokenizer's: those from there on are padding. "sampled": K
-    independent samples, with replacement, of the distribution that the token itself was drawn from.
+    "likeliest": the K likeliest ids below `vocabulary`, the tokenizer's: those from there on are
+    padding. "sampled": K independent samples, with replacement, of the distribution that the token
+    itself was drawn from.
     """
     alone = gather(logp_BV, 0, token_ids)
     if k == 0:

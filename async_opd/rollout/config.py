@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`, by a file's ending
+# of `datasets`, by a file's ending
+FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,12 +17,14 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
     answer: str = "answer"  # column: the reference answer
     id: str | None = None  # column naming the row; absent: its position
-    teacher: str | None = None  # column naming the teacher of the row, with sections [teachers.NAME]
+    # column naming the teacher of the row, with sections [teachers.NAME]
+    teacher: str | None = None
     solution: str | None = None  # column: a worked solution, for teachers with a context
     chat_template: bool = False  # render the prompt by the model's chat template
     template_args: dict[str, Any] = {}  # passed to the template, such as enable_thinking
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 1024
-    long_prompt: Literal["error", "skip"] = "error"  # a longer one stops the run, or is counted and left out
+    # a longer one stops the run, or is counted and left out
+    long_prompt: Literal["error", "skip"] = "error"
     epochs: Annotated[int, Meta(ge=1)] | None = None  # absent: as many as the steps need
     streaming: bool = False
     shuffle_buffer: Annotated[int, Meta(ge=1)] = 10_000  # rows, for streaming sets only
@@ -33,7 +36,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
     dtype: Literal["float32", "bfloat16"] = "float32"
-    enforce_eager: bool = False  # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
+    # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
+    enforce_eager: bool = False
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory
@@ -45,4 +49,5 @@ class RolloutConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     max_new_tokens: Annotated[int, Meta(ge=1)]
     samples_per_prompt: Annotated[int, Meta(ge=1)] = 1
     temperature: Annotated[float, Meta(gt=0)] = 1.0
-    truncated: Literal["train", "mask", "drop"] = "train"  # what becomes of a rollout cut by max_new_tokens
+    # what becomes of a rollout cut by max_new_tokens
+    truncated: Literal["train", "mask", "drop"] = "train"

@@ -1,4 +1,5 @@
-"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle per epoch."""
+"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle
+per epoch."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +21,12 @@ from async_opd.wire import Prompt
 
 
 class PromptSource:
-    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and the epoch. It goes
-    on from `position`, which is where it stopped.
+    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and
+    the epoch. It goes on from `position`, which is where it stopped.
 
-    Raises DataError naming the row for a missing or mistyped column, for an unknown teacher, for a prompt over its
-    bound in either rendering (where `long_prompt` is "skip" it counts as `skipped` instead), and when the epochs are
-    used up.
+    Raises DataError naming the row for a missing or mistyped column, for an unknown teacher, for a
+    prompt over its bound in either rendering (where `long_prompt` is "skip" it counts as `skipped`
+    instead), and when the epochs are used up.
     """
 
     def __init__(
@@ -36,12 +37,16 @@ class PromptSource:
         seed: int,
         views: Mapping[str, TeacherView] | None = None,
     ):
-        """`views` say by name what each teacher is shown (one alone has the name ""); absent: what the student is.
-        Prompts carry the teacher's rendering too where it is another."""
-        self._config, self._tokenizer, self._seed = config, tokenizer, seed
+        """`views` say by name what each teacher is shown (one alone has the name ""); absent: what
+        the student is. Prompts carry the teacher's rendering too where it is another."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._seed = seed
         self._views = {"": TeacherView()} if views is None else views
         if config.chat_template and not tokenizer.chat_template:
-            raise DataError("data.chat_template = true: the tokenizer of student.model has no chat template")
+            raise DataError(
+                "data.chat_template = true: the tokenizer of student.model has no chat template"
+            )
         self._rows = _load(config)
         self.skipped = 0  # prompts that were too long
         self._epoch, self._drawn = 0, 0  # how far it was read
@@ -49,8 +54,14 @@ class PromptSource:
         for key in ("prompt", "answer", "id", "teacher", "solution"):
             name = getattr(config, key)
             if name is not None and columns is not None and name not in columns:
-                raise DataError(f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}")
-        if config.id and not config.streaming and len(self._rows.unique(config.id)) < len(self._rows):
+                raise DataError(
+                    f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}"
+                )
+        if (
+            config.id
+            and not config.streaming
+            and len(self._rows.unique(config.id)) < len(self._rows)
+        ):
             raise DataError(f"data.id = {config.id!r}: rows of {config.path} share ids")
         if config.teacher and not config.streaming and not self._all_are_known(config.teacher):
             for row in self._numbered(self._rows):
@@ -62,7 +73,8 @@ class PromptSource:
 
     def __iter__(self) -> Iterator[Prompt]:
         while self._config.epochs is None or self._epoch < self._config.epochs:
-            served = bool(self._drawn)  # of an epoch that is continued the rows so far have been seen
+            # of an epoch that is continued the rows so far have been seen
+            served = bool(self._drawn)
             for row in self._shuffled(self._epoch, self._drawn):
                 self._drawn += 1
                 prompt = self.prompt(row, self._epoch)
@@ -72,7 +84,10 @@ class PromptSource:
             if not served:
                 raise DataError(f"data.path = {self._config.path!r}: no usable row")
             self._epoch, self._drawn = self._epoch + 1, 0
-        raise DataError(f"data.path = {self._config.path!r}: {self._epoch} epochs are used up; raise data.epochs")
+        raise DataError(
+            f"data.path = {self._config.path!r}: {self._epoch} epochs are used up; raise"
+            " data.epochs"
+        )
 
     @property
     def position(self) -> dict[str, int | None]:
@@ -80,11 +95,17 @@ class PromptSource:
         rows = None if self._config.streaming else len(self)
         return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
 
-    def continued(self, position: Mapping[str, int | None], outstanding: Sequence[str]) -> Iterator[Prompt]:
-        """The prompts `outstanding`, which were handed out before, then those that follow `position`: the ones that an
-        unbroken iteration would give. Raises DataError for a set that has changed since."""
+    def continued(
+        self, position: Mapping[str, int | None], outstanding: Sequence[str]
+    ) -> Iterator[Prompt]:
+        """The prompts `outstanding`, which were handed out before, then those that follow
+        `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
+        has changed since."""
         if not self._config.streaming and position["rows"] != len(self):
-            raise DataError(f"data.path = {self._config.path!r}: {len(self)} rows, it had {position['rows']} before")
+            raise DataError(
+                f"data.path = {self._config.path!r}: {len(self)} rows, it had {position['rows']}"
+                " before"
+            )
         self._epoch, self._drawn = position["epoch"], position["drawn"]
         again = self._again(outstanding)
         self.skipped = position["skipped"]
@@ -104,11 +125,15 @@ class PromptSource:
         for id in ids:
             if found.get(id) is None:
                 changed = "is too long" if id in found else "is not there"
-                raise DataError(f"row {id}: handed out before, but {changed} now: {self._config.path} has changed")
+                raise DataError(
+                    f"row {id}: handed out before, but {changed} now: {self._config.path} has"
+                    " changed"
+                )
         return [found[id] for id in ids]
 
     def _of(self, names: set[str], epoch: int) -> Iterator[dict]:
-        """The rows of these names. A stream is read from the start of the epoch until all are found."""
+        """The rows of these names. A stream is read from the start of the epoch until all are
+        found."""
         if self._config.streaming:
             rows = self._shuffled(epoch)
             named = (row for row in rows if self._id(row) in names)
@@ -126,7 +151,8 @@ class PromptSource:
         found = list(islice((p for p in prompts if p is not None), count))
         if len(found) < (count or 1):
             raise DataError(
-                f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems = {count or 1}"
+                f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems ="
+                f" {count or 1}"
             )
         return found
 
@@ -136,10 +162,13 @@ class PromptSource:
         content, answer = row.get(self._config.prompt), row.get(self._config.answer)
         if not isinstance(content, str | list) or not content:
             raise DataError(
-                f"row {id}: {self._config.prompt!r} must be a string or a list of messages, got {content!r}"
+                f"row {id}: {self._config.prompt!r} must be a string or a list of messages, got"
+                f" {content!r}"
             )
         if not isinstance(answer, str | int | float):
-            raise DataError(f"row {id}: {self._config.answer!r} must be a string or a number, got {answer!r}")
+            raise DataError(
+                f"row {id}: {self._config.answer!r} must be a string or a number, got {answer!r}"
+            )
         teacher = self._teacher(id, row)
         view = self._views[teacher]
         ids, teacher_ids = self._tokens(id, content, self._config.template_args), None
@@ -149,9 +178,16 @@ class PromptSource:
             shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
             teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)
             lengths.append((len(teacher_ids), *(view.longest or bound)))
-        over = [f"{length} prompt tokens, {key} = {limit}" for length, key, limit in lengths if length > limit]
+        over = [
+            f"{length} prompt tokens, {key} = {limit}"
+            for length, key, limit in lengths
+            if length > limit
+        ]
         if over and self._config.long_prompt == "error":
-            raise DataError(f'row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt = "skip"')
+            raise DataError(
+                f"row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt ="
+                ' "skip"'
+            )
         if over:
             self.skipped += 1
             return None
@@ -171,29 +207,41 @@ class PromptSource:
             return ""
         name = row.get(self._config.teacher)
         if not isinstance(name, str) or name not in self._views:
-            raise DataError(f"row {id}: {wrong(f'data.teacher, column {self._config.teacher!r}', name, self._views)}")
+            raise DataError(
+                f"row {id}:"
+                f" {wrong(f'data.teacher, column {self._config.teacher!r}', name, self._views)}"
+            )
         return name
 
     def _tokens(self, id: str, content: str | list, template_args: dict) -> np.ndarray:
         if self._config.chat_template:
-            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+            messages = (
+                [{"role": "user", "content": content}] if isinstance(content, str) else content
+            )
             if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
                 raise DataError(
-                    f"row {id}: {self._config.prompt!r} holds a message without role or content: {messages!r}"
+                    f"row {id}: {self._config.prompt!r} holds a message without role or content:"
+                    f" {messages!r}"
                 )
             try:
                 content = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, **template_args
                 )
             except TemplateError as e:
-                raise DataError(f"row {id}: the chat template refuses {self._config.prompt!r}: {e}") from e
+                raise DataError(
+                    f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
+                ) from e
         elif isinstance(content, list):
-            raise DataError(f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template = true")
+            raise DataError(
+                f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template ="
+                " true"
+            )
         special = not self._config.chat_template  # a template writes its own
         return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
 
     def _shuffled(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The rows of an epoch in its order, from the `start`-th on. Those of a stream are read to be passed over."""
+        """The rows of an epoch in its order, from the `start`-th on. Those of a stream are read to
+        be passed over."""
         seed = self._seed + epoch
         if self._config.streaming:
             rows = self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer)
@@ -206,7 +254,8 @@ class PromptSource:
 
     def _numbered(self, rows) -> Iterator[dict]:
         numbered = enumerate(rows)
-        quiet = _quietly if self._config.streaming else nullcontext  # the rows of a stream are read here
+        # the rows of a stream are read here
+        quiet = _quietly if self._config.streaming else nullcontext
         while True:
             with _reading(self._config), quiet():
                 found = next(numbered, None)
@@ -220,7 +269,9 @@ def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     reader = FILE_READERS.get(Path(config.path).suffix)
     where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
     with _reading(config), _quietly():
-        return datasets.load_dataset(**where, name=config.subset, split=config.split, streaming=config.streaming)
+        return datasets.load_dataset(
+            **where, name=config.subset, split=config.split, streaming=config.streaming
+        )
 
 
 @contextmanager
@@ -240,5 +291,6 @@ def _reading(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        cause = str(e.__cause__ or e) or "no rows"  # "an error occurred" has a cause that says which
+        # "an error occurred" has a cause that says which
+        cause = str(e.__cause__ or e) or "no rows"
         raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e

@@ -1,1 +1,2 @@
-"""The stream: admission slots, producers, the replay-free queue, publication and supervision. Plain asyncio."""
+"""The stream: admission slots, producers, the replay-free queue, publication and supervision. Plain
+asyncio."""

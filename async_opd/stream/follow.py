@@ -10,22 +10,36 @@ from async_opd.stream.pool import Pool, Seat
 
 
 class Followers:
-    """Teachers that take the student's weights over every so many steps, from a checkpoint that each of them reads.
+    """Teachers that take the student's weights over every so many steps, from a checkpoint that
+    each of them reads.
 
-    The learner waits for all of them, so that what is scored after an update is scored under it; a group that is with a
-    teacher meanwhile may have some responses scored before it and some after, none in between.
+    The learner waits for all of them, so that what is scored after an update is scored under it; a
+    group that is with a teacher meanwhile may have some responses scored before it and some after,
+    none in between.
     """
 
-    def __init__(self, learner: Learner, teachers: Mapping[int, Sequence[Pool[Teacher]]], folder: str):
-        """`teachers` by the number of steps between two updates; the checkpoint in `folder` is replaced at each."""
-        self._learner, self._teachers, self._folder = learner, teachers, folder
+    def __init__(
+        self, learner: Learner, teachers: Mapping[int, Sequence[Pool[Teacher]]], folder: str
+    ):
+        """`teachers` by the number of steps between two updates; the checkpoint in `folder` is
+        replaced at each."""
+        self._learner = learner
+        self._teachers = teachers
+        self._folder = folder
 
     async def follow(self, version: int) -> None:
         """Bring those that are due at `version` to the live student."""
-        due = [pool for every, pools in self._teachers.items() if version % every == 0 for pool in pools]
+        due = [
+            pool
+            for every, pools in self._teachers.items()
+            if version % every == 0
+            for pool in pools
+        ]
         if due:
             await self._learner.save(self._folder)
-            await asyncio.gather(*(_load(pool, seat, self._folder) for pool in due for seat in pool.serving))
+            await asyncio.gather(
+                *(_load(pool, seat, self._folder) for pool in due for seat in pool.serving)
+            )
             for pool in due:
                 pool.refuse_if_empty()
 
@@ -36,7 +50,9 @@ class Followers:
 
     async def restore(self, folder: Path) -> None:
         """Bring every replica to where it was at that checkpoint."""
-        restoring = [(seat, str(_file(folder, pool))) for pool in self._pools for seat in pool.serving]
+        restoring = [
+            (seat, str(_file(folder, pool))) for pool in self._pools for seat in pool.serving
+        ]
         await asyncio.gather(*(seat.hold(seat.port.restore(file)) for seat, file in restoring))
 
     @property

@@ -1,4 +1,5 @@
-"""The books of a run: an append-only file that knows of every prompt. `async-opd audit` reads it."""
+"""The books of a run: an append-only file that knows of every prompt. `async-opd audit` reads
+it."""
 
 import asyncio
 import os
@@ -15,7 +16,8 @@ from async_opd.errors import DataError, LedgerError
 
 
 class Record(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=str.lower):
-    """One line, such as ["out",17,"3@0"]. `n` counts the lines from 1, so that none can go unnoticed."""
+    """One line, such as ["out",17,"3@0"]. `n` counts the lines from 1, so that none can go
+    unnoticed."""
 
     n: int
 
@@ -62,7 +64,8 @@ class Checkpoint(Record):
 
 
 class Resumed(Record):
-    """The run went back to where its checkpoint of `step` was taken: every record since is void. 0: to its start."""
+    """The run went back to where its checkpoint of `step` was taken: every record since is void. 0:
+    to its start."""
 
     step: int
     outstanding: list[str]  # of the checkpoint, in their old order
@@ -78,15 +81,19 @@ AnyRecord = Out | Trained | Dropped | Reissued | Returned | Checkpoint | Resumed
 class Ledger:
     """Knows what is handed out and has no end yet, and writes what becomes of it.
 
-    Each call adds a line to a buffer; `sync` puts the buffer on disk. Await it once a step, before the step's row of
-    metrics is written, and before a checkpoint is committed: a checkpoint must never know more than the ledger.
+    Each call adds a line to a buffer; `sync` puts the buffer on disk. Await it once a step, before
+    the step's row of metrics is written, and before a checkpoint is committed: a checkpoint must
+    never know more than the ledger.
     """
 
     def __init__(self, path: Path):
-        """A file that is there already is continued, less the torn line that a kill may have left; say then where
-        from with `resumed`. Raises LedgerError for one that cannot be read."""
-        self._path, self._n, end = path, 0, 0
-        self.outstanding: dict[str, None] = {}  # ids without an end, in the order they were first handed out
+        """A file that is there already is continued, less the torn line that a kill may have left;
+        say then where from with `resumed`. Raises LedgerError for one that cannot be read."""
+        self._path = path
+        self._n = 0
+        end = 0
+        # ids without an end, in the order they were first handed out
+        self.outstanding: dict[str, None] = {}
         self._due: set[str] = set()  # of them: to be handed out again after a resume
         self._lines, self._encode = bytearray(), msgspec.json.Encoder().encode_into
         self._broken: OSError | None = None
@@ -102,21 +109,26 @@ class Ledger:
             os.close(folder)
 
     def handed_out(self, id: str) -> None:
-        """A prompt is admitted. Raises DataError for one that is out already: two rows share its id."""
+        """A prompt is admitted. Raises DataError for one that is out already: two rows share its
+        id."""
         if id in self.outstanding and id not in self._due:
-            raise DataError(f"prompt {id}: handed out while it is outstanding: rows share an id, see data.id")
+            raise DataError(
+                f"prompt {id}: handed out while it is outstanding: rows share an id, see data.id"
+            )
         self._due.discard(id)
         self.outstanding[id] = None
         self._add(Out(self._next(), id))
 
     def trained(self, step: int, ids: list[str]) -> None:
-        """Step `step` trained these groups. A group that is not outstanding is a bug and raises KeyError."""
+        """Step `step` trained these groups. A group that is not outstanding is a bug and raises
+        KeyError."""
         for id in ids:
             del self.outstanding[id]
         self._add(Trained(self._next(), step, ids))
 
     def dropped(self, id: str, cause: str) -> None:
-        """A prompt is dropped for good; one that is not outstanding is a bug and raises KeyError."""
+        """A prompt is dropped for good; one that is not outstanding is a bug and raises
+        KeyError."""
         del self.outstanding[id]
         self._due.discard(id)
         self._add(Dropped(self._next(), id, cause))
@@ -130,14 +142,15 @@ class Ledger:
         self._add(Returned(self._next(), id, cause))
 
     def checkpoint(self, step: int) -> list[str]:
-        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second one that
-        is killed before its commit could not be told from the first."""
+        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second
+        one that is killed before its commit could not be told from the first."""
         self._add(Checkpoint(self._next(), step))
         return list(self.outstanding)
 
     def resumed(self, step: int, outstanding: Iterable[str]) -> None:
-        """The run goes on from the checkpoint of `step`, or from its start for 0, with what was `outstanding` then.
-        Later checkpoints must be gone by now, or the next resume could take one that is void."""
+        """The run goes on from the checkpoint of `step`, or from its start for 0, with what was
+        `outstanding` then. Later checkpoints must be gone by now, or the next resume could take one
+        that is void."""
         self.outstanding = dict.fromkeys(outstanding)
         self._due = set(self.outstanding)
         self._add(Resumed(self._next(), step, list(self.outstanding)))
@@ -147,10 +160,12 @@ class Ledger:
         self._add(Finished(self._next()))
 
     async def sync(self) -> None:
-        """Put on disk what was added so far. Raises LedgerError when the disk refuses, then and ever after. Its batch
-        is written even where the caller is cancelled."""
+        """Put on disk what was added so far. Raises LedgerError when the disk refuses, then and
+        ever after. Its batch is written even where the caller is cancelled."""
         loop = asyncio.get_running_loop()
-        await asyncio.shield(retrieved(loop.run_in_executor(self._writer, self._write, self._taken())))
+        await asyncio.shield(
+            retrieved(loop.run_in_executor(self._writer, self._write, self._taken()))
+        )
 
     def close(self) -> None:
         """Put the rest on disk and close the file. Raises as `sync` does."""
@@ -174,7 +189,8 @@ class Ledger:
 
     def _write(self, lines: bytearray) -> None:
         with _named(self._path):
-            if self._broken:  # the batch that failed may have left a torn line: nothing may follow it
+            # the batch that failed may have left a torn line: nothing may follow it
+            if self._broken:
                 raise self._broken
             try:
                 rest = memoryview(lines)
@@ -187,8 +203,8 @@ class Ledger:
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Every record with the offset behind its line. A torn last line is left out; any other line that is none raises
-    LedgerError."""
+    """Every record with the offset behind its line. A torn last line is left out; any other line
+    that is none raises LedgerError."""
     decode = msgspec.json.Decoder(AnyRecord).decode
     end = 0
     with path.open("rb") as file:

@@ -1,4 +1,5 @@
-"""The members of one role: who gets the next call, how a lost one is noticed, and what takes its place."""
+"""The members of one role: who gets the next call, how a lost one is noticed, and what takes its
+place."""
 
 import asyncio
 from bisect import bisect_left, insort
@@ -27,15 +28,19 @@ Tell = Callable[[str, str, str], None]  # what happened, to whom, why
 
 
 class Seat(Generic[P]):
-    """One place in a pool and the member that holds it. `lost` says why that is gone for good; empty while it lives."""
+    """One place in a pool and the member that holds it. `lost` says why that is gone for good;
+    empty while it lives."""
 
     def __init__(self, name: str, index: int, port: P):
-        self.name, self.index, self.port = name, index, port
+        self.name = name
+        self.index = index
+        self.port = port
         self.lost = ""
         self._calls: set[asyncio.Future] = set()
 
     async def hold(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a call of the member. Raises ActorLost as soon as the member is retired: a late answer meets nobody."""
+        """Await a call of the member. Raises ActorLost as soon as the member is retired: a late
+        answer meets nobody."""
         if self.lost:
             call.close()
             raise ActorLost(self.lost)
@@ -61,7 +66,8 @@ class Seat(Generic[P]):
 
 
 class Loads:
-    """What each seat has in flight, kept in order: a choice among hundreds must not look at each of them."""
+    """What each seat has in flight, kept in order: a choice among hundreds must not look at each of
+    them."""
 
     def __init__(self):
         self._of: dict[int, int] = {}
@@ -75,7 +81,8 @@ class Loads:
         del self._order[bisect_left(self._order, (self._of.pop(at), at))]
 
     def least(self, avoid: Collection[int] = ()) -> int:
-        """The seat with the least in flight, the first of several; one to `avoid` only where there is no other."""
+        """The seat with the least in flight, the first of several; one to `avoid` only where there
+        is no other."""
         return next((at for _, at in self._order if at not in avoid), self._order[0][1])
 
     def add(self, at: int, load: int) -> None:
@@ -86,8 +93,8 @@ class Loads:
 
 
 class Pool(Generic[P]):
-    """Sends each call to the member with the least in flight. A member that dies, or gives no sign of life, is retired:
-    what it had is asked of the others, and its seat goes to a new one."""
+    """Sends each call to the member with the least in flight. A member that dies, or gives no sign
+    of life, is retired: what it had is asked of the others, and its seat goes to a new one."""
 
     def __init__(
         self,
@@ -100,10 +107,14 @@ class Pool(Generic[P]):
         tell: Tell = lambda what, who, why: None,
         lost_by: tuple[type[AsyncOpdError], ...] = (ActorLost, TimedOut),
     ):
-        """`ports` hold seats 0, 1, … . `spawn(seat)` starts a new member; without it, nobody is replaced. `welcome`
-        makes it one of the others before it serves. `wrap(seat, port)` sees every member first. `lost_by`: errors of a
-        call that retire the member."""
-        self.name, self._spawn, self._welcome, self._wrap, self._tell = name, spawn, welcome, wrap, tell
+        """`ports` hold seats 0, 1, … . `spawn(seat)` starts a new member; without it, nobody is
+        replaced. `welcome` makes it one of the others before it serves. `wrap(seat, port)` sees
+        every member first. `lost_by`: errors of a call that retire the member."""
+        self.name = name
+        self._spawn = spawn
+        self._welcome = welcome
+        self._wrap = wrap
+        self._tell = tell
         self._lost_by = lost_by
         self._seats: dict[int, Seat[P]] = {}  # those that serve
         self._coming: dict[int, asyncio.Task] = {}
@@ -131,7 +142,8 @@ class Pool(Generic[P]):
         return [self._seats[index] for index in sorted(self._seats)]
 
     def start(self, tasks: asyncio.TaskGroup, *, every_s: float, stall_s: float) -> None:
-        """From now on look at each member every `every_s` seconds; one without an answer for `stall_s` is lost."""
+        """From now on look at each member every `every_s` seconds; one without an answer for
+        `stall_s` is lost."""
         self._tasks, self._look = tasks, (every_s, stall_s)
         for seat in self.serving:
             self._watch(seat)
@@ -144,7 +156,8 @@ class Pool(Generic[P]):
             task.cancel()
 
     def resize(self, size: int) -> None:
-        """Bring the pool to `size` members: start new ones, or retire the last, which hand back what they have."""
+        """Bring the pool to `size` members: start new ones, or retire the last, which hand back
+        what they have."""
         self._tell("scaled", self.name, f"{self.size} -> {size}")
         seats = sorted(self._wanted, key=lambda index: (index not in self._seats, index))
         for index in seats[size:]:
@@ -163,11 +176,12 @@ class Pool(Generic[P]):
         failed: set[int] | None = None,
         lost: Callable[[str], None] = lambda why: None,
     ) -> T:
-        """`call` of the member with the least in flight, while it counts for `load`. Waits while nobody serves.
+        """`call` of the member with the least in flight, while it counts for `load`. Waits while
+        nobody serves.
 
-        Asked again of another when the member is lost meanwhile, after `lost` was told why. Any other named error is
-        the caller's; its seat is added to `failed`, and seats in there are asked last. Raises ActorLost when nobody is
-        left and none can come."""
+        Asked again of another when the member is lost meanwhile, after `lost` was told why. Any
+        other named error is the caller's; its seat is added to `failed`, and seats in there are
+        asked last. Raises ActorLost when nobody is left and none can come."""
         while True:
             seat = await self._least(failed or ())
             self._loads.add(seat.index, load)
@@ -185,7 +199,8 @@ class Pool(Generic[P]):
                     self._loads.add(seat.index, -load)
 
     def retire(self, seat: Seat[P], why: str) -> None:
-        """`seat`'s member is gone: nothing more is asked of it, and another takes its place. May be called again."""
+        """`seat`'s member is gone: nothing more is asked of it, and another takes its place. May be
+        called again."""
         if seat.lost:
             return
         seat.leave(why)
@@ -222,7 +237,9 @@ class Pool(Generic[P]):
         """Start a member for each seat that is empty, where that can be done."""
         if self._spawn and self._tasks:
             for index in self._wanted - self._seats.keys() - self._coming.keys():
-                self._coming[index] = self._tasks.create_task(self._start(index), name=f"start {self.name} {index}")
+                self._coming[index] = self._tasks.create_task(
+                    self._start(index), name=f"start {self.name} {index}"
+                )
 
     async def _start(self, index: int) -> None:
         """Waits for a new member and for its welcome; `_serve` unblocks those who wait for one."""
@@ -251,7 +268,8 @@ class Pool(Generic[P]):
             seat.leave("the pool shrank while it started")
 
     async def _arrived(self, index: int) -> Seat[P]:
-        """A member that may serve. Raises ActorLost where it may not; what else its welcome raises is not its own."""
+        """A member that may serve. Raises ActorLost where it may not; what else its welcome raises
+        is not its own."""
         try:
             port = await self._spawn(index)
         except AsyncOpdError as e:
@@ -265,14 +283,19 @@ class Pool(Generic[P]):
         return seat
 
     def _watch(self, seat: Seat[P]) -> None:
-        self._watches[seat.index] = self._tasks.create_task(self._look_at(seat), name=f"watch {seat.name}")
+        self._watches[seat.index] = self._tasks.create_task(
+            self._look_at(seat), name=f"watch {seat.name}"
+        )
 
     async def _look_at(self, seat: Seat[P]) -> None:
-        """Looks until the member is lost: an engine can die inside an actor that lives, and a process can stop."""
+        """Looks until the member is lost: an engine can die inside an actor that lives, and a
+        process can stop."""
         every_s, stall_s = self._look
         while not seat.lost:
             await asyncio.sleep(every_s)
             try:
-                await bounded(seat.hold(seat.port.check_health()), stall_s, f"{seat.name}, sign of life")
+                await bounded(
+                    seat.hold(seat.port.check_health()), stall_s, f"{seat.name}, sign of life"
+                )
             except AsyncOpdError as e:
                 self.retire(seat, str(e))

@@ -20,7 +20,8 @@ SCORE_TRIES = 4  # of one group: the first, and three more elsewhere
 
 
 class Producer:
-    """Keeps every slot in use: hands prompts to generators, then has each group scored and verified side by side."""
+    """Keeps every slot in use: hands prompts to generators, then has each group scored and verified
+    side by side."""
 
     def __init__(
         self,
@@ -41,17 +42,25 @@ class Producer:
         ledger: Ledger,
         taught: Taught | None = None,
     ):
-        """Each prompt has `samples` responses. A group is scored by a replica of its prompt's teacher and, where there
-        are `references`, by one of them. `taught`: phased teacher sampling.
+        """Each prompt has `samples` responses. A group is scored by a replica of its prompt's
+        teacher and, where there are `references`, by one of them. `taught`: phased teacher
+        sampling.
 
-        `needed` groups are admitted in all, so that the last step leaves none behind; a finally dropped one is
-        replaced. `count_tokens(role, tokens)` is told of finished work."""
-        self._prompts, self._slots, self._queue, self._tasks = prompts, slots, queue, tasks
+        `needed` groups are admitted in all, so that the last step leaves none behind; a finally
+        dropped one is replaced. `count_tokens(role, tokens)` is told of finished work."""
+        self._prompts = prompts
+        self._slots = slots
+        self._queue = queue
+        self._tasks = tasks
         self.needed = needed  # groups still to be admitted
-        self._samples, self._generators, self._teachers = samples, generators, teachers
+        self._samples = samples
+        self._generators = generators
+        self._teachers = teachers
         self._references, self._verifier = references, verifier
         self._unscored = 0  # groups in a row that no replica could score
-        self._max_attempts, self._drop_truncated, self._count_tokens = max_attempts, drop_truncated, count_tokens
+        self._max_attempts = max_attempts
+        self._drop_truncated = drop_truncated
+        self._count_tokens = count_tokens
         self._ledger, self._taught = ledger, taught
 
     def fill(self) -> None:
@@ -65,10 +74,13 @@ class Producer:
             self._start(self._slots.take(), prompt)
 
     def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
-        """A group that will not be trained: issue its prompt again at the front, or drop it for good and give its
-        slot to the next prompt. The teacher is asked once; then it is the student's turn."""
+        """A group that will not be trained: issue its prompt again at the front, or drop it for
+        good and give its slot to the next prompt. The teacher is asked once; then it is the
+        student's turn."""
         if prompt.taught or prompt.attempt + 1 < self._max_attempts:
-            again = msgspec.structs.replace(prompt, taught=False, attempt=prompt.attempt + (not prompt.taught))
+            again = msgspec.structs.replace(
+                prompt, taught=False, attempt=prompt.attempt + (not prompt.taught)
+            )
             self._ledger.reissued(prompt.id, again.attempt, cause)
             self._start(ticket, again)
         else:
@@ -82,7 +94,8 @@ class Producer:
         self._tasks.create_task(produce(ticket, prompt), name=f"produce {prompt.id}")
 
     async def _produce(self, ticket: int, prompt: Prompt) -> None:
-        """Waits for the generator, then for scorers and verifier together; `queue.put` unblocks the learner."""
+        """Waits for the generator, then for scorers and verifier together; `queue.put` unblocks the
+        learner."""
         GROUP.set(prompt.id)
         try:
             meta, group = await self._generated(prompt)
@@ -94,12 +107,18 @@ class Producer:
                 self._checked(prompt, group),
             )
         except (OverAge, CallFailed) as e:
-            self._queue.drop(ticket, prompt, self._samples, "stale" if isinstance(e, OverAge) else "failed")
+            self._queue.drop(
+                ticket, prompt, self._samples, "stale" if isinstance(e, OverAge) else "failed"
+            )
             return
         self._count_tokens("teachers", tokens)
-        samples = tuple(i for i, cut in enumerate(meta.truncated) if not (cut and self._drop_truncated))
+        samples = tuple(
+            i for i, cut in enumerate(meta.truncated) if not (cut and self._drop_truncated)
+        )
         if samples:
-            self._queue.put(Ready(ticket, prompt, meta, group, scores, verdicts, samples, reference))
+            self._queue.put(
+                Ready(ticket, prompt, meta, group, scores, verdicts, samples, reference)
+            )
         else:
             self._queue.drop(ticket, prompt, self._samples, "truncated")
 
@@ -108,7 +127,9 @@ class Producer:
         GROUP.set(prompt.id)
         since = self._taught.version()
         try:
-            meta, group = await self._taught.answer(prompt, losses(prompt.id, self._ledger.returned))
+            meta, group = await self._taught.answer(
+                prompt, losses(prompt.id, self._ledger.returned)
+            )
             verdicts = await self._checked(prompt, group)
         except CallFailed:
             self._queue.drop(ticket, prompt, 1, "failed")
@@ -125,11 +146,14 @@ class Producer:
         return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
 
     async def _checked(self, prompt: Prompt, group: Ref) -> tuple[Verdict, ...]:
-        return await self._verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))
+        return await self._verifier.ask(
+            lambda verifier: verifier.check(group), lost=losses(prompt.id)
+        )
 
     async def _scored(self, pool: Pool[Teacher] | None, group: Ref, meta: GroupMeta) -> Ref | None:
-        """Scores of `group`. What one replica cannot score, or not in time, another is asked for. Raises CallFailed
-        when none can; or the error itself once there are more such groups in a row than slots."""
+        """Scores of `group`. What one replica cannot score, or not in time, another is asked for.
+        Raises CallFailed when none can; or the error itself once there are more such groups in a
+        row than slots."""
         if pool is None:
             return None
         failed: set[int] = set()
@@ -148,11 +172,16 @@ class Producer:
         self._unscored += 1
         if self._unscored > self._slots.count:
             raise error
-        raise CallFailed(f"{meta.id}: {SCORE_TRIES} tries to score it failed, the last: {error}") from error
+        raise CallFailed(
+            f"{meta.id}: {SCORE_TRIES} tries to score it failed, the last: {error}"
+        ) from error
 
 
-def losses(id: str, note: Callable[[str, str], None] = lambda id, why: None) -> Callable[[str], None]:
-    """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed at the last."""
+def losses(
+    id: str, note: Callable[[str, str], None] = lambda id, why: None
+) -> Callable[[str], None]:
+    """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed
+    at the last."""
     number = count(1)
 
     def lost(why: str) -> None:

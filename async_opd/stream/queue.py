@@ -12,8 +12,9 @@ from async_opd.wire import Prompt
 
 
 class Slots:
-    """The right to have a group outstanding. Charged when a prompt is first handed out; returned exactly once: when
-    the step that trained it has been published, or at its final drop. A re-issued prompt keeps its slot."""
+    """The right to have a group outstanding. Charged when a prompt is first handed out; returned
+    exactly once: when the step that trained it has been published, or at its final drop. A
+    re-issued prompt keeps its slot."""
 
     def __init__(self, count: int):
         self.count = count
@@ -38,13 +39,14 @@ class Slots:
 
 
 class TrajectoryQueue:
-    """Hands out each group at most once, oldest first among the outstanding window that the slots allow.
+    """Hands out each group at most once, oldest first among the outstanding window that the slots
+    allow.
 
-    A group is over age when no token of it may be trained on under the live version (policy "mask") or when any may
-    not (policy "drop"). A taught one never ages, for no version sampled it; it is late once the next step teaches no
-    more. Over-age and late groups never leave through `take`; `on_drop` gets their slots and prompts with the cause.
-    The teacher answers sooner than the student is scored, so no step takes more than the share of taught ones while
-    others are to come.
+    A group is over age when no token of it may be trained on under the live version (policy "mask")
+    or when any may not (policy "drop"). A taught one never ages, for no version sampled it; it is
+    late once the next step teaches no more. Over-age and late groups never leave through `take`;
+    `on_drop` gets their slots and prompts with the cause. The teacher answers sooner than the
+    student is scored, so no step takes more than the share of taught ones while others are to come.
     """
 
     def __init__(
@@ -58,14 +60,21 @@ class TrajectoryQueue:
         taught: Taught | None = None,
         outstanding: Callable[[], str] = lambda: "unknown",
     ):
-        """`wait_s` bounds the time in which not one group more is ready; `outstanding()` says where the others are."""
-        self._per_step, self._bound, self._stale, self._on_drop = groups_per_step, max_lag_steps, stale, on_drop
+        """`wait_s` bounds the time in which not one group more is ready; `outstanding()` says where
+        the others are."""
+        self._per_step = groups_per_step
+        self._bound = max_lag_steps
+        self._stale = stale
+        self._on_drop = on_drop
         self._taught, self._most_taught = taught, taught.most(groups_per_step) if taught else 0
         self._ready: list[Ready] = []  # none over age or late at `_live`
         self._students = 0  # of them
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
-        self._wait_s, self._outstanding, self._heard = wait_s, outstanding, 0.0  # when the last group came
+        # when the last group came
+        self._wait_s = wait_s
+        self._outstanding = outstanding
+        self._heard = 0.0
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
 
     def __len__(self) -> int:
@@ -83,9 +92,10 @@ class TrajectoryQueue:
             self._enough.set()
 
     async def take(self, live: int) -> list[Ready]:
-        """The next step's groups under live version `live`. Waits until enough of them are within the bound;
-        producers unblock it with `put`. Each waiting group is looked at once a step, however many arrive.
-        Raises TimedOut once the last came too long ago; what is dropped did not come."""
+        """The next step's groups under live version `live`. Waits until enough of them are within
+        the bound; producers unblock it with `put`. Each waiting group is looked at once a step,
+        however many arrive. Raises TimedOut once the last came too long ago; what is dropped did
+        not come."""
         self._live = live
         self._expel()
         self._heard = asyncio.get_running_loop().time()
@@ -93,7 +103,8 @@ class TrajectoryQueue:
             self._enough.clear()
             await self._wait()
         self._ready.sort(key=lambda r: (r.since, r.ticket))
-        most_taught = max(self._most_taught, self._per_step - self._students)  # more where nothing else is to come
+        # more where nothing else is to come
+        most_taught = max(self._most_taught, self._per_step - self._students)
         taught = [r.ticket for r in self._ready if r.prompt.taught][most_taught:]
         batch = [r for r in self._ready if r.ticket not in taught][: self._per_step]
         self._leave({r.ticket for r in batch})
@@ -114,23 +125,30 @@ class TrajectoryQueue:
         except TimeoutError:
             if limit.when() < self._heard + self._wait_s:  # a group came meanwhile
                 return
-            dropped = ", ".join(f"{count} {cause}" for cause, count in self.dropped.items()) or "none"
+            dropped = (
+                ", ".join(f"{count} {cause}" for cause, count in self.dropped.items()) or "none"
+            )
             raise TimedOut(
-                f"queue: no group came in {self._wait_s:g} s, {len(self)} of {self._per_step} are ready; "
-                f"outstanding: {self._outstanding()}; dropped: {dropped}"
+                f"queue: no group came in {self._wait_s:g} s, {len(self)} of {self._per_step} are"
+                f" ready; outstanding: {self._outstanding()}; dropped: {dropped}"
             ) from None
 
     def _fills_a_step(self) -> bool:
         if len(self._ready) < self._per_step:
             return False
-        return self._students + self._most_taught >= self._per_step or self._taught.outstanding() == len(self._ready)
+        return (
+            self._students + self._most_taught >= self._per_step
+            or self._taught.outstanding() == len(self._ready)
+        )
 
     def _leave(self, tickets: set[int]) -> None:
         self._ready = [r for r in self._ready if r.ticket not in tickets]
         self._students = sum(not r.prompt.taught for r in self._ready)
 
     def _expel(self) -> None:
-        waiting, self._ready, self._students = self._ready, [], 0
+        waiting = self._ready
+        self._ready = []
+        self._students = 0
         for ready in waiting:
             self.put(ready)
 

@@ -25,7 +25,8 @@ async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The named error inside (nested) exception groups: what ended the run, rather than what it dragged along."""
+    """The named error inside (nested) exception groups: what ended the run, rather than what it
+    dragged along."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     causes = [first_cause(e) for e in error.exceptions]
@@ -34,8 +35,9 @@ def first_cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def interrupted_by_signal(task: asyncio.Task) -> Iterator[None]:
-    """Meanwhile SIGTERM, from `async-opd stop`, Slurm or Kubernetes, is to the main `task` as Ctrl-C is: the first
-    cancels it and the second ends at once. So also where Ctrl-C is ignored, as a script's background jobs do."""
+    """Meanwhile SIGTERM, from `async-opd stop`, Slurm or Kubernetes, is to the main `task` as
+    Ctrl-C is: the first cancels it and the second ends at once. So also where Ctrl-C is ignored, as
+    a script's background jobs do."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         if callable(on_ctrl_c := signal.getsignal(signal.SIGINT)):

@@ -1,4 +1,5 @@
-"""Phased teacher sampling: which prompts the teacher answers itself, and which of its answers are trained."""
+"""Phased teacher sampling: which prompts the teacher answers itself, and which of its answers are
+trained."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,14 +9,16 @@ from async_opd.ports import Generator, Ready, Ref
 from async_opd.stream.pool import Pool
 from async_opd.wire import GroupMeta, Prompt
 
-CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late")  # why an answer is not trained
+# why an answer is not trained
+CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late")
 
 
 class Taught:
-    """Gives a share of the prompts to the teacher's own generators while what they answer still has a weight.
+    """Gives a share of the prompts to the teacher's own generators while what they answer still has
+    a weight.
 
-    Its answers have no version, so they never age. Each request ends as a trained group or under one of CAUSES; then
-    the student answers that prompt.
+    Its answers have no version, so they never age. Each request ends as a trained group or under
+    one of CAUSES; then the student answers that prompt.
     """
 
     def __init__(
@@ -28,11 +31,18 @@ class Taught:
         outstanding: Callable[[], int],
         keeps_truncated: bool,
     ):
-        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's, `outstanding()` how many
-        groups hold a slot. A right answer that was cut is trained only where `keeps_truncated`."""
-        self._share, self._weight, self._generators = share, weight, generators
-        self.version, self.outstanding, self._keeps_truncated = version, outstanding, keeps_truncated
-        self._admitted, self._requested, self._trained = 0, 0, 0
+        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's,
+        `outstanding()` how many groups hold a slot. A right answer that was cut is trained only
+        where `keeps_truncated`."""
+        self._share = share
+        self._weight = weight
+        self._generators = generators
+        self.version = version
+        self.outstanding = outstanding
+        self._keeps_truncated = keeps_truncated
+        self._admitted = 0
+        self._requested = 0
+        self._trained = 0
 
     def teaches(self, step: int) -> bool:
         """Whether the teacher's answers have a weight at optimizer step `step`."""
@@ -45,9 +55,12 @@ class Taught:
     def turn(self) -> bool:
         """Called for each prompt as it is admitted: whether the teacher is to answer it.
 
-        Every (1 / share)th in order of admission, while the next step that starts could train the answer."""
+        Every (1 / share)th in order of admission, while the next step that starts could train the
+        answer."""
         before, self._admitted = self._admitted, self._admitted + 1
-        mine = floor(self._admitted * self._share) > floor(before * self._share) and self.teaches(self.version() + 1)
+        mine = floor(self._admitted * self._share) > floor(before * self._share) and self.teaches(
+            self.version() + 1
+        )
         self._requested += mine
         return mine
 
@@ -63,7 +76,8 @@ class Taught:
         return "" if self._keeps_truncated or not truncated else "teacher_truncated"
 
     def row(self, step: int, batch: list[Ready], dropped: Counter[str]) -> dict[str, float]:
-        """What optimizer step `step`, which trained `batch`, adds to its row of metrics; counts are totals so far."""
+        """What optimizer step `step`, which trained `batch`, adds to its row of metrics; counts are
+        totals so far."""
         taught = sum(ready.prompt.taught for ready in batch)
         self._trained += taught
         return {"taught": taught, "taught_weight": self._weight(step), **self.counts(dropped)}

@@ -1,17 +1,21 @@
-"""Ports that account for an actor's time as the driver sees it, from the start of a call to its answer.
+"""Ports that account for an actor's time as the driver sees it, from the start of a call to its
+answer.
 
-- busy: generator: it has a request and is not syncing; teacher, verifier: it has a group; learner: in `step`
-- starved: lacks input. Generator: it has no request and no prompt is left to hand out; one that holds the teacher: it
-  has no request; teacher, verifier: no group has come; learner: the queue holds less than a step
-- blocked: held back from behind. Generator: it has no request, prompts are left, and every slot is held by a group that
-  is with a teacher, the verifier, the queue, the learner or another generator; learner: the driver, a
-  checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing behind them makes them wait
-- syncing: generator: from the start of `update` to the end of `resume`; teacher: in `load`; learner: in
-  `Publisher.publish`
+- busy: generator: it has a request and is not syncing; teacher, verifier: it has a group; learner:
+  in `step`
+- starved: lacks input. Generator: it has no request and no prompt is left to hand out; one that
+  holds the teacher: it has no request; teacher, verifier: no group has come; learner: the queue
+  holds less than a step
+- blocked: held back from behind. Generator: it has no request, prompts are left, and every slot is
+  held by a group that is with a teacher, the verifier, the queue, the learner or another generator;
+  learner: the driver, a checkpoint or self-teachers have it wait. Teacher, verifier: never, nothing
+  behind them makes them wait
+- syncing: generator: from the start of `update` to the end of `resume`; teacher: in `load`;
+  learner: in `Publisher.publish`
 - down: from when it is given up until another takes its place
 
-The learner's states are set by the main loop. What an actor does inside a call (a rank that waits for another, a
-request that waits for a place in the engine) the driver cannot see.
+The learner's states are set by the main loop. What an actor does inside a call (a rank that waits
+for another, a request that waits for a place in the engine) the driver cannot see.
 """
 
 from collections.abc import Awaitable
@@ -25,15 +29,21 @@ from async_opd.spans import CUT_OFF, ActorTime, Of
 from async_opd.wire import GroupMeta, Prompt, Rollout, Said, Sampling, Verdict
 
 T = TypeVar("T")
-GROUP: ContextVar[str] = ContextVar("group", default="")  # whose `Ref` this task passes on: nobody looks into one
+# whose `Ref` this task passes on: nobody looks into one
+GROUP: ContextVar[str] = ContextVar("group", default="")
 
 
 class _Timed:
     """Enters the state that follows from the calls that are out; with none, the actor is `idle`."""
 
     def __init__(self, port: Any, time: ActorTime, idle: str = "starved"):
-        self._port, self._time, self._idle = port, time, idle
-        self.out, self._syncing, self._killed = 0, False, False  # `out`: calls without an answer yet
+        self._port = port
+        self._time = time
+        self._idle = idle
+        # `out`: calls without an answer yet
+        self.out = 0
+        self._syncing = False
+        self._killed = False
         self._tell()
 
     def _tell(self) -> float:
@@ -66,7 +76,8 @@ class _Timed:
 
 
 class TimedGenerator(_Timed):
-    """`ports.Generator` that accounts for its time: one that waits for a slot is "blocked" until no prompt is left."""
+    """`ports.Generator` that accounts for its time: one that waits for a slot is "blocked" until no
+    prompt is left."""
 
     def no_prompt_is_left(self) -> None:
         """From now on it idles because there is nothing to hand out."""

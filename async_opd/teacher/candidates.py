@@ -1,15 +1,18 @@
-"""What a teacher can say of candidates: which ids it knows, and what its likeliest leave for the rest."""
+"""What a teacher can say of candidates: which ids it knows, and what its likeliest leave for the
+rest."""
 
 import numpy as np
 
 from async_opd.errors import WireError
 from async_opd.wire import Rollout
 
-TAIL_FLOOR = 1e-6  # of the probability; what float32 log-probs leave of 1 below it is their rounding
+# of the probability; what float32 log-probs leave of 1 below it is their rounding
+TAIL_FLOOR = 1e-6
 
 
 def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> None:
-    """Raise WireError for a token of `rollout`, or of its `candidates`, that a teacher of so many logits has not."""
+    """Raise WireError for a token of `rollout`, or of its `candidates`, that a teacher of so many
+    logits has not."""
     asked = {"ids": rollout.ids}
     if candidates:
         asked["candidate_ids"] = rollout.candidate_ids
@@ -20,7 +23,8 @@ def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> No
 
 
 def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
-    """Log of what candidates leave of 1, float32 [T], of a backend that gives the log-probs of these alone.
+    """Log of what candidates leave of 1, float32 [T], of a backend that gives the log-probs of
+    these alone.
 
     log max(1 - Σ_k p_k, TAIL_FLOOR)
     """

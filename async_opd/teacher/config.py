@@ -10,46 +10,58 @@ from async_opd.maths import schedules
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`replicas` copies of one model."""
 
-    # vllm: for larger models; temperature 1, no entropy, of a tail what its candidates leave and no less than 1e-6
+    # vllm: for larger models; temperature 1, no entropy, of a tail what its candidates leave and no
+    # less than 1e-6
     backend: Literal["transformers", "vllm"] = "transformers"
     replicas: Annotated[int, Meta(ge=1)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_tokens: Annotated[int, Meta(ge=1)] = 8192  # of one forward, prompts included; vllm on CPU holds their logits
+    # of one forward, prompts included; vllm on CPU holds their logits
+    batch_tokens: Annotated[int, Meta(ge=1)] = 8192
     # transformers only
-    flush_s: Annotated[float, Meta(ge=0)] = 0.0  # longest a request waits for company; 0: take what is queued
+    # longest a request waits for company; 0: take what is queued
+    flush_s: Annotated[float, Meta(ge=0)] = 0.0
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
     # vllm only
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # GPUs of one replica
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # of a GPU; with run.share_gpu of any backend
+    # of a GPU; with run.share_gpu of any backend
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
 
 
 class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a teacher is, and what it is shown. With the student's own model it is a self-teacher."""
+    """What a teacher is, and what it is shown. With the student's own model it is a
+    self-teacher."""
 
     model: str  # local directory or hub id; its tokenizer must agree with the student's
-    template_args: dict[str, Any] = {}  # for the teacher's own rendering of the prompt, where it differs
+    # for the teacher's own rendering of the prompt, where it differs
+    template_args: dict[str, Any] = {}
     context: str | None = None  # shown instead of the prompt: text with {prompt} and {solution}
-    max_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None  # of its own rendering; absent: data.max_prompt_tokens
-    update: Literal["frozen", "ema", "copy"] = "frozen"  # how a self-teacher follows the student; transformers only
-    update_every_steps: Annotated[int, Meta(ge=1)] = 1  # the learner waits: a checkpoint is written and read
+    # of its own rendering; absent: data.max_prompt_tokens
+    max_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None
+    # how a self-teacher follows the student; transformers only
+    update: Literal["frozen", "ema", "copy"] = "frozen"
+    # the learner waits: a checkpoint is written and read
+    update_every_steps: Annotated[int, Meta(ge=1)] = 1
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] = 0.99  # d of t = d·t + (1-d)·s, ema only
     evaluate: bool = False  # measure the teacher's own accuracy, once, after training
 
 
 class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The policy that some objectives measure against: never updated, and shown what the student is shown."""
+    """The policy that some objectives measure against: never updated, and shown what the student is
+    shown."""
 
     model: str | None = None  # absent: student.model, the student before its first step
 
 
 class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts, once each; what the
-    verifier finds right is trained by cross-entropy times a weight, `maths.schedules.taught_weight`.
+    """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts,
+    once each; what the verifier finds right is trained by cross-entropy times a weight,
+    `maths.schedules.taught_weight`.
 
-    SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a reconstruction: the paper
-    gives neither. Where the teacher is not right the student answers instead. A prompt that the teacher answered adds
-    one trajectory to its step, not rollout.samples_per_prompt. A synchronous run with it does not repeat itself.
+    SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a
+    reconstruction: the paper gives neither. Where the teacher is not right the student answers
+    instead. A prompt that the teacher answered adds one trajectory to its step, not
+    rollout.samples_per_prompt. A synchronous run with it does not repeat itself.
     """
 
     share: Annotated[float, Meta(gt=0, lt=1)]  # of the prompts; 0.125 in the paper's best run
@@ -57,8 +69,10 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
     until_step: Annotated[int, Meta(ge=1)]  # P2: last optimizer step of any weight
     weight_start: Annotated[float, Meta(gt=0)] = 1.0  # until P1
     weight_end: Annotated[float, Meta(ge=0)] = 0.0  # at P2
-    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None  # absent: rollout.max_new_tokens, the most there may be
-    generators: Annotated[int, Meta(ge=1)] = 1  # engines; dtype, memory and tensor_parallel_size are those of [teacher]
+    # absent: rollout.max_new_tokens, the most there may be
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    # engines; dtype, memory and tensor_parallel_size are those of [teacher]
+    generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 64  # sequences one of them runs at once
 
     def weight(self, step: int) -> float:

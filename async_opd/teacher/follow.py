@@ -11,18 +11,22 @@ from async_opd.errors import DataError
 
 
 class Follower:
-    """Takes the student's weights over into `model`: as they are, or into an exponential moving average."""
+    """Takes the student's weights over into `model`: as they are, or into an exponential moving
+    average."""
 
     def __init__(self, model: PreTrainedModel, decay: float | None):
-        """`decay` d of t = d·t + (1-d)·s for each parameter; None copies. The average begins with `model` as it is.
+        """`decay` d of t = d·t + (1-d)·s for each parameter; None copies. The average begins with
+        `model` as it is.
 
-        It is float32 on the host (the parameters themselves where they are that): bfloat16 has eight bits, and would
-        round nearly every step of 1 % away.
+        It is float32 on the host (the parameters themselves where they are that): bfloat16 has
+        eight bits, and would round nearly every step of 1 % away.
         """
         self._parameters, self._decay = dict(model.named_parameters()), decay
         self._average = {}
         if decay is not None:
-            self._average = {n: p.detach().to("cpu", torch.float32) for n, p in self._parameters.items()}
+            self._average = {
+                n: p.detach().to("cpu", torch.float32) for n, p in self._parameters.items()
+            }
 
     @torch.no_grad()
     def follow(self, student: dict[str, Tensor]) -> None:
@@ -35,7 +39,11 @@ class Follower:
 
     def save(self, file: Path) -> None:
         """Write what the next update goes on from."""
-        save_file(self._average or {n: p.detach().cpu().contiguous() for n, p in self._parameters.items()}, file)
+        save_file(
+            self._average
+            or {n: p.detach().cpu().contiguous() for n, p in self._parameters.items()},
+            file,
+        )
 
     @torch.no_grad()
     def restore(self, file: Path) -> None:
@@ -47,8 +55,10 @@ class Follower:
 
 
 def read(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:
-    """The parameters of the checkpoint in `folder`, on the host, by their names in a model of `kind`. Raises DataError
-    where this node does not see it."""
+    """The parameters of the checkpoint in `folder`, on the host, by their names in a model of
+    `kind`. Raises DataError where this node does not see it."""
     if not Path(folder).is_dir():
-        raise DataError(f"a self-teacher finds no {folder}: run.dir must lie on a disk that every node sees")
+        raise DataError(
+            f"a self-teacher finds no {folder}: run.dir must lie on a disk that every node sees"
+        )
     return dict(kind.from_pretrained(folder, dtype="auto").named_parameters())

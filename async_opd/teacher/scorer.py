@@ -18,7 +18,8 @@ from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
 
 class TransformersTeacher:
-    """Scores response positions in packed batches of at most `batch_tokens`; never holds [tokens, vocabulary]."""
+    """Scores response positions in packed batches of at most `batch_tokens`; never holds [tokens,
+    vocabulary]."""
 
     def __init__(
         self,
@@ -30,26 +31,35 @@ class TransformersTeacher:
         as_student: bool = False,
         trust_remote_code: bool = False,
     ):
-        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never candidates.
-        `as_student`: it reads the student's rendering of a prompt, also where the teacher has one of its own."""
-        self._config, self._needs, self._temperature, self._vocabulary = config, needs, temperature, vocabulary
+        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never
+        candidates. `as_student`: it reads the student's rendering of a prompt, also where the
+        teacher has one of its own."""
+        self._config = config
+        self._needs = needs
+        self._temperature = temperature
+        self._vocabulary = vocabulary
         self._as_student, self._at_candidates = as_student, bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
         ).eval()
         self._logits = len(causal_lm.head(self._model).weight_VD)
-        self._model.generation_config = GenerationConfig()  # penalties of the checkpoint's own would bend `greedy`
+        # penalties of the checkpoint's own would bend `greedy`
+        self._model.generation_config = GenerationConfig()
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
-        decay = config.ema_decay if isinstance(config, TeacherConfig) and config.update == "ema" else None
+        decay = (
+            config.ema_decay
+            if isinstance(config, TeacherConfig) and config.update == "ema"
+            else None
+        )
         self._follower = Follower(self._model, decay)
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`. Waits until a batch with them has been through the model. Raises WireError
-        for an id that it has no logit of."""
+        """Scores of each rollout of `group`. Waits until a batch with them has been through the
+        model. Raises WireError for an id that it has no logit of."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
@@ -58,12 +68,15 @@ class TransformersTeacher:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         futures = [loop.create_future() for _ in group.rollouts]
         async with self._arrived:
-            self._waiting += [(prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)]
+            self._waiting += [
+                (prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)
+            ]
             self._arrived.notify_all()
         return matched(group, tuple(await asyncio.gather(*futures)))
 
     async def load(self, folder: str) -> None:
-        """Follow the student to its checkpoint in `folder`, between two forwards. Raises DataError."""
+        """Follow the student to its checkpoint in `folder`, between two forwards. Raises
+        DataError."""
         student = await asyncio.to_thread(read, folder, type(self._model))
         async with self._weights:
             await asyncio.to_thread(self._follower.follow, student)
@@ -79,20 +92,24 @@ class TransformersTeacher:
             await asyncio.to_thread(self._follower.restore, Path(file))
 
     async def _serve(self) -> None:
-        """Waits for a request, then at most `flush_s` for a full batch; ends only with the actor."""
+        """Waits for a request, then at most `flush_s` for a full batch; ends only with the
+        actor."""
         while True:
             async with self._arrived:
                 await self._arrived.wait_for(lambda: self._waiting)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._config.flush_s):
-                        await self._arrived.wait_for(lambda: self._tokens_waiting() >= self._config.batch_tokens)
+                        await self._arrived.wait_for(
+                            lambda: self._tokens_waiting() >= self._config.batch_tokens
+                        )
             batch = self._take()
             try:
                 async with self._weights:
                     scored = await asyncio.to_thread(
                         self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
                     )
-            except Exception as error:  # belongs to these requests: their callers get it, the next batch goes on
+            except Exception as error:
+                # belongs to these requests: their callers get it, the next batch goes on
                 for _, _, future in batch:
                     if not future.done():
                         future.set_exception(error)
@@ -121,11 +138,14 @@ class TransformersTeacher:
 
     @torch.no_grad()
     def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
-        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach the LM head. What is
-        not finite is that rollout's error alone."""
+        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
+        the LM head. What is not finite is that rollout's error alone."""
         ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
         starts = np.cumsum([0, *map(len, ids)])
-        rows = [at + len(p) - 1 + np.arange(len(r.ids)) for at, (p, r) in zip(starts, items, strict=False)]
+        rows = [
+            at + len(p) - 1 + np.arange(len(r.ids))
+            for at, (p, r) in zip(starts, items, strict=False)
+        ]
 
         def tensor(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
@@ -138,23 +158,34 @@ class TransformersTeacher:
             temperature=self._temperature,
             chunk_rows=self._config.head_chunk_rows,
             entropy=self._needs.teacher_entropy,
-            candidate_ids_NK=tensor([r.candidate_ids for _, r in items]) if self._at_candidates else None,
+            candidate_ids_NK=tensor([r.candidate_ids for _, r in items])
+            if self._at_candidates
+            else None,
             topk=self._needs.teacher_topk,
             topk_below=self._vocabulary,
             tail=self._needs.tail,
         )
         return _split(read, [r for _, r in items])
 
-    async def greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
+    async def greedy(
+        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
+    ) -> list[np.ndarray]:
         """The teacher's own likeliest responses, int32 each, to measure its accuracy."""
         async with self._weights:
             return await asyncio.to_thread(self._greedy, prompts, max_new_tokens, eos_ids)
 
-    def _greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
+    def _greedy(
+        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
+    ) -> list[np.ndarray]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
-        self._model.set_attn_implementation("sdpa")  # generation keeps a cache and pads; packing does neither
+        ids = torch.tensor(
+            [[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device
+        )
+        # generation keeps a cache and pads; packing does neither
+        self._model.set_attn_implementation("sdpa")
         out = self._model.generate(
             input_ids=ids,
             attention_mask=mask,

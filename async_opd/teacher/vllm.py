@@ -1,4 +1,5 @@
-"""A teacher on vLLM, for models that one device cannot hold. A plain class: `actors.py` makes a Ray actor of it."""
+"""A teacher on vLLM, for models that one device cannot hold. A plain class: `actors.py` makes a Ray
+actor of it."""
 
 import asyncio
 import itertools
@@ -18,9 +19,11 @@ from async_opd.wire import Group, Needs, Rollout, Scores, matched
 
 
 class VllmTeacher:
-    """Scores responses as the ends of prompts, whose log-probs vLLM gives at temperature 1 and without entropy.
+    """Scores responses as the ends of prompts, whose log-probs vLLM gives at temperature 1 and
+    without entropy.
 
-    It gives them of the candidates alone: the tail is what these leave of 1, and no less than TAIL_FLOOR."""
+    It gives them of the candidates alone: the tail is what these leave of 1, and no less than
+    TAIL_FLOOR."""
 
     def __init__(
         self,
@@ -33,10 +36,13 @@ class VllmTeacher:
         as_student: bool = False,
         trust_remote_code: bool = False,
     ):
-        """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the tokenizer's: ids from there
-        on are padding and never candidates. `as_student`: it reads the student's rendering of a prompt, also where
-        the teacher has one of its own. `role` is its name in messages."""
-        self._role, self._vocabulary, self._as_student = role, vocabulary, as_student
+        """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the
+        tokenizer's: ids from there on are padding and never candidates. `as_student`: it reads the
+        student's rendering of a prompt, also where the teacher has one of its own. `role` is its
+        name in messages."""
+        self._role = role
+        self._vocabulary = vocabulary
+        self._as_student = as_student
         self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
         self._tail = needs.tail
         self._request_ids = itertools.count()
@@ -50,29 +56,37 @@ class VllmTeacher:
             enable_prefix_caching=False,  # prompt log-probs could not use it
             tensor_parallel_size=config.tensor_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            generation_config="vllm",  # penalties and end tokens of the checkpoint's own would bend `greedy`
+            # penalties and end tokens of the checkpoint's own would bend `greedy`
+            generation_config="vllm",
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
             # On CPU it would be compiled for lengths that never come again.
-            **(cpu_engine(config.memory_gib, enforce_eager=True) if current_platform.is_cpu() else {}),
+            **(
+                cpu_engine(config.memory_gib, enforce_eager=True)
+                if current_platform.is_cpu()
+                else {}
+            ),
         )
         self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
         self._padding = self._logits - vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the engine died, and
-        WireError for an id that it has no logit of."""
+        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the
+        engine died, and WireError for an id that it has no logit of."""
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
-        return matched(group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts))))
+        return matched(
+            group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
+        )
 
     async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
         k = self._topk
         ids, logp, given = await self._read(prompt, rollout, k)
-        if k and ids[:, 1:].max() >= self._vocabulary:  # rare in a trained model: look behind the padding
+        # rare in a trained model: look behind the padding
+        if k and ids[:, 1:].max() >= self._vocabulary:
             ids, logp, given = await self._read(prompt, rollout, k + self._padding)
             likeliest = 1 + np.argsort(ids[:, 1:] >= self._vocabulary, axis=1, kind="stable")[:, :k]
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
@@ -91,33 +105,44 @@ class VllmTeacher:
     async def _read(
         self, prompt: np.ndarray, rollout: Rollout, k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Ids and log-probs [T, 1 + k] of a response, the sampled token before the k likeliest; and log-probs [T, K]
-        at the rollout's candidates, which vLLM reads on GPUs only."""
+        """Ids and log-probs [T, 1 + k] of a response, the sampled token before the k likeliest; and
+        log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs only."""
         scoring = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
         if self._at_candidates:
-            scoring |= {"prompt_logprob_token_ids": rollout.candidate_ids, "prompt_logprob_start": len(prompt) - 1}
+            scoring |= {
+                "prompt_logprob_token_ids": rollout.candidate_ids,
+                "prompt_logprob_start": len(prompt) - 1,
+            }
         output = await self._run(np.concatenate([prompt, rollout.ids]), **scoring)
         flat, rows = output.prompt_logprobs, len(rollout.ids)
         ids = np.array(flat.token_ids[-rows * (k + 1) :], np.int32).reshape(rows, k + 1)
         logp = np.array(flat.logprobs[-rows * (k + 1) :], np.float32).reshape(rows, k + 1)
         return ids, np.minimum(logp, 0), output.prompt_token_id_logprobs
 
-    async def greedy(self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]) -> list[np.ndarray]:
-        """The teacher's own likeliest responses, int32 each, to measure its accuracy. Raises ActorLost."""
+    async def greedy(
+        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
+    ) -> list[np.ndarray]:
+        """The teacher's own likeliest responses, int32 each, to measure its accuracy. Raises
+        ActorLost."""
         sampling = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
         outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
     async def check_health(self) -> None:
-        """Raise ActorLost when the engine died. Answered by the engine itself, between two of its steps."""
+        """Raise ActorLost when the engine died. Answered by the engine itself, between two of its
+        steps."""
         try:
             await self._engine.get_weight_version()
         except EngineDeadError as e:
             raise ActorLost(f"{self._role}: its engine died") from e
 
     async def _run(self, ids: np.ndarray, **sampling) -> RequestOutput:
-        params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
-        request = self._engine.generate({"prompt_token_ids": ids.tolist()}, params, str(next(self._request_ids)))
+        params = SamplingParams(
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+        )
+        request = self._engine.generate(
+            {"prompt_token_ids": ids.tolist()}, params, str(next(self._request_ids))
+        )
         try:
             (output,) = [output async for output in request]
         except EngineDeadError as e:

@@ -1,4 +1,5 @@
-"""The embedded demo task: column addition, with a trained teacher and a half-trained student in `WEIGHTS`."""
+"""The embedded demo task: column addition, with a trained teacher and a half-trained student in
+`WEIGHTS`."""
 
 from pathlib import Path
 

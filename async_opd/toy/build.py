@@ -1,4 +1,5 @@
-"""Rebuilds the shipped weights: `python -m async_opd.toy.build`. A few minutes on two cores; seeded."""
+"""Rebuilds the shipped weights: `python -m async_opd.toy.build`. A few minutes on two cores;
+seeded."""
 
 import hashlib
 import shutil
@@ -10,7 +11,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.toy import STUDENT, TEACHER, WEIGHTS
-from async_opd.toy.task import ALPHABET, MAX_PROMPT, MAX_RESPONSE, Problem, answer, dataset, draw, next_char, prompt
+from async_opd.toy.task import (
+    ALPHABET,
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    Problem,
+    answer,
+    dataset,
+    draw,
+    next_char,
+    prompt,
+)
 from async_opd.toy.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -40,11 +51,15 @@ def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
 
 
 def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
-    """A problem, a response in which `noise` of the characters are random, and the right character at each place.
+    """A problem, a response in which `noise` of the characters are random, and the right character
+    at each place.
 
-    The target answers what is really there (`next_char`), so the teacher stays a teacher on a student's mistakes.
+    The target answers what is really there (`next_char`), so the teacher stays a teacher on a
+    student's mistakes.
     """
-    problem, written, wanted = draw(rng), "", []
+    problem = draw(rng)
+    written = ""
+    wanted = []
     while len(wanted) < MAX_RESPONSE:
         wanted.append(next_char(problem, written))
         char = rng.choice(ALPHABET) if rng.random() < noise else wanted[-1]
@@ -55,7 +70,8 @@ def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
 
 
 def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right; labels are already shifted."""
+    """Input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right; labels are
+    already shifted."""
     ids = torch.full((rows, MAX_PROMPT + MAX_RESPONSE), PAD)
     labels = torch.full_like(ids, IGNORED)
     index = {"": EOS} | {token: i for i, token in enumerate(VOCABULARY)}
@@ -69,8 +85,11 @@ def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch
     return ids, labels
 
 
-def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float) -> Iterator[int]:
-    """Supervised training, `rows` responses a step, each with a share of random characters of up to `max_noise`.
+def train(
+    model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float
+) -> Iterator[int]:
+    """Supervised training, `rows` responses a step, each with a share of random characters of up to
+    `max_noise`.
 
     Yields after each step, counted from 1.
     """
@@ -80,7 +99,9 @@ def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: floa
         model.train()
         ids, labels = batch(rng, rows, max_noise)
         logits = model(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,7 +111,8 @@ def train(model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: floa
 
 
 def train_teacher() -> PreTrainedModel:
-    """Trained on twice the noise the student sees: it has to continue whatever the student writes."""
+    """Trained on twice the noise the student sees: it has to continue whatever the student
+    writes."""
     torch.manual_seed(1)
     model = new_model(width=128, mlp_width=256, tied=False)
     for step in train(model, Random("teacher"), steps=500, rows=64, rate=3e-3, max_noise=0.2):
@@ -100,7 +122,8 @@ def train_teacher() -> PreTrainedModel:
 
 
 def train_student() -> PreTrainedModel:
-    """Stops early, by the greedy accuracy on training problems. Run to the last step it would know the task."""
+    """Stops early, by the greedy accuracy on training problems. Run to the last step it would know
+    the task."""
     torch.manual_seed(2)
     rng = Random("student")
     seen = dataset(heldout=False)[:256]
@@ -117,9 +140,13 @@ def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
     """The share of problems whose greedy response ends with the right boxed answer."""
     model.eval()
     inputs = TOKENIZER([prompt(problem) for problem in problems], padding=True, return_tensors="pt")
-    outputs = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_RESPONSE, eos_token_id=EOS, pad_token_id=PAD)
+    outputs = model.generate(
+        **inputs, do_sample=False, max_new_tokens=MAX_RESPONSE, eos_token_id=EOS, pad_token_id=PAD
+    )
     texts = TOKENIZER.batch_decode(outputs, skip_special_tokens=True)
-    right = [text.endswith(f"\\boxed{{{answer(p)}}}") for text, p in zip(texts, problems, strict=True)]
+    right = [
+        text.endswith(f"\\boxed{{{answer(p)}}}") for text, p in zip(texts, problems, strict=True)
+    ]
     return sum(right) / len(right)
 
 
@@ -135,7 +162,8 @@ def write_checksums() -> None:
     """`SHA256SUMS`, as `sha256sum -c` reads it in the weights folder."""
     files = sorted(path for folder in (STUDENT, TEACHER) for path in folder.iterdir())
     lines = (
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(WEIGHTS).as_posix()}" for path in files
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(WEIGHTS).as_posix()}"
+        for path in files
     )
     (WEIGHTS / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -145,7 +173,10 @@ def main() -> None:
     for folder, trained in ((STUDENT, train_student), (TEACHER, train_teacher)):
         model = trained()
         write_model(model, folder)
-        print(f"{folder.name}: {model.num_parameters():,} parameters, held-out accuracy {accuracy(model, heldout):.3f}")
+        print(
+            f"{folder.name}: {model.num_parameters():,} parameters, held-out accuracy"
+            f" {accuracy(model, heldout):.3f}"
+        )
     write_checksums()
 
 

@@ -1,7 +1,7 @@
 r"""Column addition written out step by step.
 
-The prompt `826+957=` is answered by one line per column, units first, each `digit+digit+carry=sum` with a
-two-digit sum, then by the boxed answer:
+The prompt `826+957=` is answered by one line per column, units first, each `digit+digit+carry=sum`
+with a two-digit sum, then by the boxed answer:
 
     6+7+0=13
     2+5+1=08
@@ -31,7 +31,8 @@ def is_heldout(problem: Problem) -> bool:
 
 
 def draw(rng: Random, heldout: bool = False) -> Problem:
-    """One problem of the wanted split: two operands of two or three digits, each length as likely."""
+    """One problem of the wanted split: two operands of two or three digits, each length as
+    likely."""
     while True:
         a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((2, 3), k=2))
         if is_heldout((a, b)) == heldout:
@@ -47,7 +48,8 @@ def answer(problem: Problem) -> str:
 
 
 def response(problem: Problem) -> str:
-    """The worked response, without the end of text: what `next_char` says, a character at a time."""
+    """The worked response, without the end of text: what `next_char` says, a character at a
+    time."""
     a, b = (str(operand)[::-1] for operand in problem)
     lines, carry = [], 0
     for place in range(max(len(a), len(b))):
@@ -61,8 +63,9 @@ def response(problem: Problem) -> str:
 def next_char(problem: Problem, written: str) -> str:
     """What belongs after `written`, any text at all, right or wrong; "" is the end of text.
 
-    Operand digits come from the problem. Carries, sums and the boxed answer come from what is really written, so
-    one slip is never undone and never contradicted: the rest is right given the slip.
+    Operand digits come from the problem. Carries, sums and the boxed answer come from what is
+    really written, so one slip is never undone and never contradicted: the rest is right given the
+    slip.
     """
     _, *lines = written.split("\n")
     columns = len(str(max(problem)))
@@ -97,7 +100,8 @@ def dataset(heldout: bool) -> list[Problem]:
 
 
 def write_dataset(folder: Path) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the same bytes."""
+    """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the
+    same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "heldout"):
         (folder / f"{name}.jsonl").write_text(_rows(name), encoding="utf-8")

@@ -12,7 +12,11 @@ VOCABULARY = (*SPECIALS, *ALPHABET)
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Pads on the left. Decoding joins the characters with nothing between them."""
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

@@ -1,8 +1,9 @@
 """Trace events (the JSON format of Chrome and Perfetto) of what was recorded.
 
-A process of the trace is a role, a thread is an actor with its states, which follow one another. Its calls lie below,
-on as many more threads as there were calls at once: slices of one thread must not overlap. Groups that wait in the
-queue have threads of their own. Arrows follow a group from call to call into the step that trained it.
+A process of the trace is a role, a thread is an actor with its states, which follow one another.
+Its calls lie below, on as many more threads as there were calls at once: slices of one thread must
+not overlap. Groups that wait in the queue have threads of their own. Arrows follow a group from
+call to call into the step that trained it.
 """
 
 from collections import defaultdict
@@ -15,9 +16,12 @@ from typing import Any, NamedTuple
 from async_opd.trace.read import Call, Recorded, calls, states
 
 Event = dict[str, Any]
-DRIVER, LEARNER, QUEUE = "driver", "learner", "queue"
+DRIVER = "driver"
+LEARNER = "learner"
+QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
-OF = {"update": "version", "checkpoint": "version", "step": "groups"}  # what a call is of; else a group
+# what a call is of; else a group
+OF = {"update": "version", "checkpoint": "version", "step": "groups"}
 COUNTERS = {
     "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
     "tokens/s": {role: f"{role}_tokens_per_s" for role in ("generators", "teachers", "trained")},
@@ -39,7 +43,9 @@ def trace(recorded: Recorded, name: str) -> dict[str, Any]:
     groups = list(trained(found))
     threads = _Threads(origin)
     for state in states(recorded.lines):
-        threads.slice(state.lane, threads.of(state.lane), state.state, "state", state.start, state.end, {})
+        threads.slice(
+            state.lane, threads.of(state.lane), state.state, "state", state.start, state.end, {}
+        )
     waits = [call for group in groups for call in group.calls if call.lane == QUEUE]
     for call in sorted([*found, *waits], key=lambda call: call.start):
         threads.call(call)
@@ -63,7 +69,8 @@ def trace(recorded: Recorded, name: str) -> dict[str, Any]:
 
 
 def trained(found: list[Call]) -> Iterator[Trained]:
-    """Every group of every step. What it was asked for before it was issued anew is no part of it."""
+    """Every group of every step. What it was asked for before it was issued anew is no part of
+    it."""
     asked: dict[str, list[Call]] = defaultdict(list)
     for call in found:
         if call.name in ("generate", "score", "check"):
@@ -73,7 +80,11 @@ def trained(found: list[Call]) -> Iterator[Trained]:
             before = [call for call in asked[id] if call.end <= step.start]
             last = max((at for at, call in enumerate(before) if call.name == "generate"), default=0)
             ready = max((call.end for call in before), default=step.start)
-            wait = [Call(QUEUE, "wait", id, ready, step.start, step.step)] if step.start - ready > 1e-6 else []
+            wait = (
+                [Call(QUEUE, "wait", id, ready, step.start, step.step)]
+                if step.start - ready > 1e-6
+                else []
+            )
             yield Trained([*before[last:], *wait], step)
 
 
@@ -84,9 +95,11 @@ class _Threads:
         self._origin = origin
         self.events: list[Event] = []
         self._processes: dict[str, int] = {role: number for number, role in enumerate(FIRST, 1)}
-        self._threads: dict[tuple[str, int], int] = {}  # of each actor: 0 its states, then its calls
+        # of each actor: 0 its states, then its calls
+        self._threads: dict[tuple[str, int], int] = {}
         self._numbers = count(1001)  # of threads: never that of a process
-        self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)  # rows of calls: until when, which
+        # rows of calls: until when, which
+        self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._free: dict[str, list[int]] = defaultdict(list)
         self._drawn: dict[Call, int] = {}  # the thread of each call
 
@@ -97,7 +110,9 @@ class _Threads:
             self._processes.setdefault(_role(lane), len(self._processes) + 1)
         return self._threads[lane, row]
 
-    def slice(self, lane: str, tid: int, name: str, kind: str, start: float, end: float, args: Event) -> None:
+    def slice(
+        self, lane: str, tid: int, name: str, kind: str, start: float, end: float, args: Event
+    ) -> None:
         ts = self._micros(start)
         what = {"ph": "X", "name": name, "cat": kind, "args": args}
         self.events.append({**what, **self._at(lane, tid, start), "dur": self._micros(end) - ts})
@@ -131,7 +146,9 @@ class _Threads:
             place = self._at(DRIVER, self.of(DRIVER), event["time"])
             name = f"{event['who']}: {event['what']}"
             args = {"why": event["why"]}
-            self.events.append({"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args})
+            self.events.append(
+                {"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args}
+            )
 
     def counters(self, at: float, row: dict[str, float | None]) -> None:
         place = self._at(DRIVER, self.of(DRIVER), at)
@@ -143,7 +160,9 @@ class _Threads:
     def names(self) -> Iterator[Event]:
         """What a viewer shows beside the threads, and in which order."""
         for role in {_role(lane): None for lane, _ in self._threads}:
-            yield from self._named("process", role, self._processes[role], {"pid": self._processes[role], "tid": 0})
+            yield from self._named(
+                "process", role, self._processes[role], {"pid": self._processes[role], "tid": 0}
+            )
         for order, (lane, row) in enumerate(sorted(self._threads, key=_in_order)):
             name = f"{lane}, {'place' if lane == QUEUE else 'call'} {row}" if row else lane
             place = {"pid": self._processes[_role(lane)], "tid": self._threads[lane, row]}

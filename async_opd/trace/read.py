@@ -45,17 +45,26 @@ def recorded(run_dir: Path) -> Recorded:
     damaged: list[str] = []
     lines = [line for name in (EARLIER, FILE) for line in _lines(run_dir / name, Line, damaged)]
     if not lines:
-        why = "; ".join(damaged) or "a run keeps those of its last run.trace_steps steps, where that is not 0"
+        why = (
+            "; ".join(damaged)
+            or "a run keeps those of its last run.trace_steps steps, where that is not 0"
+        )
         raise RunMissing(f"{run_dir / FILE}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
-    events = [e for e in _lines(run_dir / "events.jsonl", dict[str, Any], damaged) if first <= e["time"] <= last]
+    events = [
+        e
+        for e in _lines(run_dir / "events.jsonl", dict[str, Any], damaged)
+        if first <= e["time"] <= last
+    ]
     return Recorded(lines, events, damaged)
 
 
 def _lines(path: Path, kind: type, damaged: list[str]) -> Iterator[Any]:
     """Of a file that may not be there; the last may be half written."""
     decode = msgspec.json.Decoder(kind).decode
-    for at, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+    for at, line in enumerate(
+        path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1
+    ):
         try:
             if line.endswith(b"\n"):
                 yield decode(line)
@@ -64,7 +73,8 @@ def _lines(path: Path, kind: type, damaged: list[str]) -> Iterator[Any]:
 
 
 def states(lines: list[Line]) -> Iterator[State]:
-    """Every span of every actor, those of one actor in order and end to end, but for time of which no line is left."""
+    """Every span of every actor, those of one actor in order and end to end, but for time of which
+    no line is left."""
     now: dict[str, tuple[str, float]] = {}  # of each actor: its state, since when
     until = None
 

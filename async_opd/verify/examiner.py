@@ -1,9 +1,11 @@
-"""The two halves of a test by calls, each put in front of what runs in a sandbox of its own. Standard library only.
+"""The two halves of a test by calls, each put in front of what runs in a sandbox of its own.
+Standard library only.
 
-`serve` holds the program that is tested, `examine` its tests. Between them go lines of JSON: what to call with which
-values, and the value that came of it. The program meets neither the tests nor what they expect, and the verdict is the
-examiner's exit status. So there is nothing that a program could say to be right: it may print, exit, patch and redefine
-as it likes in a process that decides nothing, and what it answers are values, never objects with an `==` of their own.
+`serve` holds the program that is tested, `examine` its tests. Between them go lines of JSON: what
+to call with which values, and the value that came of it. The program meets neither the tests nor
+what they expect, and the verdict is the examiner's exit status. So there is nothing that a program
+could say to be right: it may print, exit, patch and redefine as it likes in a process that decides
+nothing, and what it answers are values, never objects with an `==` of their own.
 """
 
 import ast
@@ -14,8 +16,16 @@ import os
 import sys
 import types
 
-DATA = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes}
-RAISED = (  # by the program, and again by the examiner, whose tests may wait for it; any other ends the program
+DATA = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "dict": dict,
+    "bytes": bytes,
+}
+# by the program, and again by the examiner, whose tests may wait for it; any other ends the program
+RAISED = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
@@ -29,7 +39,11 @@ def serve(program: str, requests: int, replies: int, prelude: str) -> None:
     names, kept = module.__dict__, []
     exec(compile(prelude, "prelude", "exec"), names)
     exec(compile(program, "program", "exec"), names)
-    does = {"get": names.__getitem__, "call": lambda f, args, named: f(*args, **named), "list": list}
+    does = {
+        "get": names.__getitem__,
+        "call": lambda f, args, named: f(*args, **named),
+        "list": list,
+    }
     does |= {"getattr": getattr, "setattr": setattr}
 
     def keep(value: object) -> int:
@@ -47,8 +61,8 @@ def serve(program: str, requests: int, replies: int, prelude: str) -> None:
 
 
 def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
-    """Runs `setup`, then `tests`, and fails with them. The function `entry` is the program's, and so is each name that
-    nothing else defines."""
+    """Runs `setup`, then `tests`, and fails with them. The function `entry` is the program's, and
+    so is each name that nothing else defines."""
     try:
         code = [compile(source, "tests", "exec") for source in (setup, tests)]
         foreign, called = _foreign(f"{setup}\n{tests}")
@@ -60,11 +74,16 @@ def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> 
         try:
             print(json.dumps(_pack(request, _id)), file=asked, flush=True)
             reply = json.loads(answered.readline())
-        except (OSError, ValueError):  # it is dead, or says what it was not asked: no error of its own to wait for
+        except (OSError, ValueError):
+            # it is dead, or says what it was not asked: no error of its own to wait for
             os._exit(1)
         if "raised" in reply:
             kind = getattr(builtins, reply["raised"], None)
-            raise kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(reply["raised"])
+            raise (
+                kind
+                if isinstance(kind, type) and issubclass(kind, Exception)
+                else RuntimeError(reply["raised"])
+            )
         return _unpack(reply["value"], lambda id: _Theirs(ask, id))
 
     names = {"__name__": "tests"}
@@ -106,16 +125,26 @@ def _id(value: object) -> int:
 
 
 def _foreign(source: str) -> tuple[list[str], set[str]]:
-    """Names that `source` uses and does not define, and those that it calls. Builtins are no such names, unless it uses
-    nothing else."""
+    """Names that `source` uses and does not define, and those that it calls. Builtins are no such
+    names, unless it uses nothing else."""
     nodes = list(ast.walk(ast.parse(source)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    own = {
+        node.id
+        for node in nodes
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
     own |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    own |= {
+        (node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)
+    }
     foreign = sorted(used - own)
-    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = {
+        node.func.id
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     return [name for name in foreign if not hasattr(builtins, name)] or foreign, called
 
 
@@ -127,7 +156,9 @@ def _pack(value: object, keep) -> object:
         return {"complex": [value.real, value.imag]}
     for name, kind in DATA.items():
         if isinstance(value, kind):
-            return {name: [_pack(part, keep) for part in (value.items() if kind is dict else value)]}
+            return {
+                name: [_pack(part, keep) for part in (value.items() if kind is dict else value)]
+            }
     if isinstance(value, type) and TYPES.get(value.__name__) is value:
         return {"builtin": value.__name__}
     return {"object": keep(value)}
@@ -141,4 +172,6 @@ def _unpack(value: object, find) -> object:
         return find(parts)
     if name == "builtin":
         return TYPES[parts]
-    return complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)
+    return (
+        complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)
+    )

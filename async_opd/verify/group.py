@@ -20,7 +20,9 @@ class GroupVerifier:
 
     def __init__(self, pool: VerifierPool, decode: Callable[[np.ndarray], str], within_s: float):
         """`pool` decides; `within_s` is how long its caller waits for a verdict."""
-        self._pool, self._decode, self._within_s = pool, decode, SHARE * within_s
+        self._pool = pool
+        self._decode = decode
+        self._within_s = SHARE * within_s
         self._late: dict[str, asyncio.Task] = {}
         self._tickets = count()
 
@@ -34,8 +36,8 @@ class GroupVerifier:
         return tuple(await asyncio.gather(*checks))
 
     async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
-        """The verdicts of each group; for one that is not decided in PATIENCE_S a ticket, to be given to `late`. Groups
-        may share ids: a held-out problem is checked beside training."""
+        """The verdicts of each group; for one that is not decided in PATIENCE_S a ticket, to be
+        given to `late`. Groups may share ids: a held-out problem is checked beside training."""
         checks = [retrieved(asyncio.create_task(self.check(group))) for group in groups]
         await asyncio.wait(checks, timeout=PATIENCE_S)
         return [check.result() if check.done() else self._later(check) for check in checks]
@@ -45,8 +47,9 @@ class GroupVerifier:
         return await self._late.pop(ticket)
 
     async def said(self, group: Group, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
-        """What each rollout of `group` says and votes for. Right ones vote alike; wrong ones do where the check takes
-        the one's answer for the other's. What cannot be compared in time votes for itself."""
+        """What each rollout of `group` says and votes for. Right ones vote alike; wrong ones do
+        where the check takes the one's answer for the other's. What cannot be compared in time
+        votes for itself."""
         firsts: dict[str, int] = {}  # of each text, all right ones under ""
         votes: list[int | None] = [None] * len(verdicts)
         for at, verdict in enumerate(verdicts):
@@ -55,17 +58,28 @@ class GroupVerifier:
         same: dict[int, int] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(self._within_s):
-                await self._compare(group.prompt.id, {at: text for text, at in firsts.items() if text}, same)
+                await self._compare(
+                    group.prompt.id, {at: text for text, at in firsts.items() if text}, same
+                )
         texts = [self._decode(rollout.ids) for rollout in group.rollouts]
-        return tuple(Said(text=text, vote=same.get(vote, vote)) for text, vote in zip(texts, votes, strict=True))
+        return tuple(
+            Said(text=text, vote=same.get(vote, vote))
+            for text, vote in zip(texts, votes, strict=True)
+        )
 
     async def _compare(self, id: str, answers: dict[int, str], same: dict[int, int]) -> None:
         """Fills `same`: for each of `answers` the first that equals it."""
         for at, answer in answers.items():
             firsts = sorted(set(same.values()))
-            checks = (self._pool.check(Check(id=id, response=answer, answer=answers[first])) for first in firsts)
+            checks = (
+                self._pool.check(Check(id=id, response=answer, answer=answers[first]))
+                for first in firsts
+            )
             verdicts = await asyncio.gather(*checks)
-            same[at] = next((first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct), at)
+            same[at] = next(
+                (first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct),
+                at,
+            )
 
     def _later(self, check: asyncio.Task) -> str:
         ticket = f"{next(self._tickets)}"
@@ -73,9 +87,14 @@ class GroupVerifier:
         return ticket
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
-        """A verdict for one response; unknown, where the workers are too busy with others to give one in time."""
+        """A verdict for one response; unknown, where the workers are too busy with others to give
+        one in time."""
         try:
             async with asyncio.timeout(self._within_s):
-                return await self._pool.check(Check(id=id, response=self._decode(ids), answer=answer))
+                return await self._pool.check(
+                    Check(id=id, response=self._decode(ids), answer=answer)
+                )
         except TimeoutError:
-            return Verdict(id=id, correct=None, cause=f"no worker was free within {self._within_s:.1f} s")
+            return Verdict(
+                id=id, correct=None, cause=f"no worker was free within {self._within_s:.1f} s"
+            )

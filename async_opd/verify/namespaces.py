@@ -1,9 +1,11 @@
-"""One process in namespaces of its own, by the kernel's calls; what `unshare` and `bwrap` do is a few of them.
+"""One process in namespaces of its own, by the kernel's calls; what `unshare` and `bwrap` do is a
+few of them.
 
-User, pid, network, mount, ipc and uts namespaces are made by an ordinary user where the host allows it, and by root in
-the same way: root's program runs as `NOBODY`, everyone else's as themselves, and either is `NOBODY` inside. Nothing of
-the host is seen but the interpreter and the system's libraries, read-only; there is no /proc, /dev or /etc.
-Linux 5.14 or newer, which counts the processes of a user in each namespace.
+User, pid, network, mount, ipc and uts namespaces are made by an ordinary user where the host allows
+it, and by root in the same way: root's program runs as `NOBODY`, everyone else's as themselves, and
+either is `NOBODY` inside. Nothing of the host is seen but the interpreter and the system's
+libraries, read-only; there is no /proc, /dev or /etc. Linux 5.14 or newer, which counts the
+processes of a user in each namespace.
 """
 
 import ctypes
@@ -15,15 +17,35 @@ from pathlib import Path
 
 NOBODY = 65534
 PROGRAM = "/program.py"
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+CLONE_NEWNS = 0x20000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 EVERY = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 0x40000, 2
-MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY = 442, -100, 0x8000, 1 | 2 | 4  # without setuid files and devices too
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-SECCOMP_FILTER, ALLOW, REFUSE, KILL = 2, 0x7FFF0000, 0x50001, 0x80000000  # REFUSE: EPERM
-# What no namespace or limit of a process covers: shmget, msgget, memfd_create, memfd_secret; socket (a vsock leaves a
-# virtual machine), io_uring_setup (it makes sockets too), add_key, request_key, keyctl. Machine: (audit number, calls).
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+# without setuid files and devices too
+MOUNT_SETATTR = 442
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+READ_ONLY = 1 | 2 | 4
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_FILTER = 2
+ALLOW = 0x7FFF0000
+REFUSE = 0x50001
+KILL = 0x80000000
+# What no namespace or limit of a process covers: shmget, msgget, memfd_create, memfd_secret; socket
+# (a vsock leaves a virtual machine), io_uring_setup (it makes sockets too), add_key, request_key,
+# keyctl. Machine: (audit number, calls).
 UNCOVERED = {
     "x86_64": (0xC000003E, (29, 68, 319, 447, 41, 425, 248, 249, 250)),
     "aarch64": (0xC00000B7, (194, 186, 279, 447, 198, 425, 217, 218, 219)),
@@ -39,14 +61,16 @@ def _call(name: str, *args: int | bytes | None) -> None:
 
 
 def leave() -> None:
-    """Into new namespaces. This process stays outside its pid namespace, its next child is the first in it."""
+    """Into new namespaces. This process stays outside its pid namespace, its next child is the
+    first in it."""
     if os.geteuid() == 0:
         os.setgroups([])
     _call("unshare", EVERY)
 
 
 def map_users(pid: int) -> None:
-    """Gives the user namespace of `pid`, which has just left, its one user; root in it too, if this process is."""
+    """Gives the user namespace of `pid`, which has just left, its one user; root in it too, if this
+    process is."""
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         if os.geteuid() == 0:
             lines = f"0 0 1\n{NOBODY} {NOBODY} 1"
@@ -57,15 +81,16 @@ def map_users(pid: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when the thread that started it ends, until the user changes; exits if that
-    happened already."""
+    """Asks the kernel to kill this process when the thread that started it ends, until the user
+    changes; exits if that happened already."""
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the parent of this process is gone")
 
 
 def furnish(program: str, megabytes: int) -> None:
-    """A root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one place to write."""
+    """A root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one place
+    to write."""
     size = f"size={megabytes}m,nr_inodes=1024".encode()
     shown = _needed()
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
@@ -79,15 +104,26 @@ def furnish(program: str, megabytes: int) -> None:
     Path(f"/box{PROGRAM}").write_text(program, encoding="utf-8", errors="surrogatepass")
     os.mkdir("/box/tmp")
     _call("umount2", b"/host", MNT_DETACH)
-    _call("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, struct.pack("4Q", READ_ONLY, 0, 0, 0), 32)
+    _call(
+        "syscall",
+        MOUNT_SETATTR,
+        AT_FDCWD,
+        b"/",
+        AT_RECURSIVE,
+        struct.pack("4Q", READ_ONLY, 0, 0, 0),
+        32,
+    )
     _call("mount", b"tmpfs", b"/box/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=1777")
-    os.chroot("/box")  # and who is in one gets no user namespace, where it would have capabilities again
+    # and who is in one gets no user namespace, where it would have capabilities again
+    os.chroot("/box")
     os.chdir("/tmp")
 
 
 def _needed() -> list[Path]:
     """Folders of the interpreter and its libraries; of two, one in the other, the outer."""
-    roots = {Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")}
+    roots = {
+        Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")
+    }
     return [root for root in sorted(roots) if root.exists() and roots.isdisjoint(root.parents)]
 
 
@@ -102,7 +138,8 @@ def _show(folder: Path) -> None:
 
 
 def become_nobody() -> None:
-    """Gives up the user, and the capabilities with the next exec; others of that user cannot look into this process."""
+    """Gives up the user, and the capabilities with the next exec; others of that user cannot look
+    into this process."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -114,7 +151,8 @@ def gain_nothing() -> None:
 
 
 def refuse_uncovered_calls() -> None:
-    """From here on EPERM for the calls of UNCOVERED, and a kill for those of another machine's numbering."""
+    """From here on EPERM for the calls of UNCOVERED, and a kill for those of another machine's
+    numbering."""
     name = os.uname().machine
     if name not in UNCOVERED:
         raise OSError(0, f"its machine is {name}, and must be {' or '.join(UNCOVERED)}")
@@ -131,4 +169,11 @@ def refuse_uncovered_calls() -> None:
         (0x06, 0, 0, REFUSE),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    _call("prctl", PR_SET_SECCOMP, SECCOMP_FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0)
+    _call(
+        "prctl",
+        PR_SET_SECCOMP,
+        SECCOMP_FILTER,
+        struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)),
+        0,
+        0,
+    )

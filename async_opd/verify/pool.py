@@ -1,7 +1,8 @@
 """A pool of killable processes that check responses.
 
-A check's deadline starts when a ready worker picks it up: neither its time in the queue nor a worker's start counts.
-Late or crashed, a check is unknown, never wrong, and not tried again; its worker is killed and replaced.
+A check's deadline starts when a ready worker picks it up: neither its time in the queue nor a
+worker's start counts. Late or crashed, a check is unknown, never wrong, and not tried again; its
+worker is killed and replaced.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ class VerifierPool:
     """`workers` processes that serve `check` first come, first served."""
 
     def __init__(self, config: VerifyConfig, start_timeout_s: float = 60.0):
-        """`start_timeout_s` bounds a worker's imports. A check that takes more than half of a worker's memory is
-        unknown."""
+        """`start_timeout_s` bounds a worker's imports. A check that takes more than half of a
+        worker's memory is unknown."""
         self._config, self._start_timeout_s = config, start_timeout_s
         self._queue: asyncio.Queue[tuple[Check, asyncio.Future[Verdict]]] = asyncio.Queue()
         self._waiting: set[asyncio.Future] = set()
@@ -28,8 +29,8 @@ class VerifierPool:
         self._lost: ActorLost | ConfigError | None = ActorLost("verifier pool is not started")
 
     async def start(self) -> None:
-        """Starts the workers and waits until all are ready. Raises ActorLost, and ConfigError if the check cannot be
-        used here."""
+        """Starts the workers and waits until all are ready. Raises ActorLost, and ConfigError if
+        the check cannot be used here."""
         self._lost = None
         ready = [self._promise() for _ in range(self._config.workers)]
         self._slots = [asyncio.create_task(self._slot(future)) for future in ready]
@@ -42,8 +43,8 @@ class VerifierPool:
             raise
 
     async def check(self, check: Check) -> Verdict:
-        """The verdict, unknown with a cause if the check timed out or crashed. Raises ActorLost if the pool is not
-        running or workers cannot be started any more."""
+        """The verdict, unknown with a cause if the check timed out or crashed. Raises ActorLost if
+        the pool is not running or workers cannot be started any more."""
         if self._lost:
             raise self._lost
         verdict = self._promise()

@@ -26,17 +26,24 @@ class WorkerProcess:
 
     @classmethod
     async def spawn(cls, config: VerifyConfig, timeout_s: float) -> Self:
-        """A worker with its check imported. Raises ActorLost if it cannot start or is not ready in time, ConfigError if
-        its check cannot be used."""
-        command = ("-m", "async_opd.verify.worker", str(os.getpid()), msgspec.json.encode(config).decode())
+        """A worker with its check imported. Raises ActorLost if it cannot start or is not ready in
+        time, ConfigError if its check cannot be used."""
+        command = (
+            "-m",
+            "async_opd.verify.worker",
+            str(os.getpid()),
+            msgspec.json.encode(config).decode(),
+        )
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,  # a process group to kill, and no Ctrl-C meant for the parent
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its threads' stacks would count as memory
+                # a process group to kill, and no Ctrl-C meant for the parent
+                start_new_session=True,
+                # its threads' stacks would count as memory
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:
             raise ActorLost(f"verifier worker: {error}") from error
@@ -60,7 +67,8 @@ class WorkerProcess:
         return not self._killed and self._process.returncode is None
 
     async def ask(self, check: Check, timeout_s: float) -> Verdict:
-        """The worker's verdict; unknown, and the worker killed, if it is late, dies or sends anything else."""
+        """The worker's verdict; unknown, and the worker killed, if it is late, dies or sends
+        anything else."""
         try:
             async with asyncio.timeout(timeout_s):
                 self._process.stdin.write(frame(msgspec.msgpack.encode(check)))
@@ -69,8 +77,17 @@ class WorkerProcess:
             if verdict.id != check.id:
                 raise WireError(f"{check.id}: the reply is for {verdict.id}")
             return verdict
-        except (TimeoutError, WireError, msgspec.MsgspecError, UnicodeError, EOFError, ConnectionError) as error:
-            return Verdict(id=check.id, correct=None, cause=await self._kill_after(error, timeout_s))
+        except (
+            TimeoutError,
+            WireError,
+            msgspec.MsgspecError,
+            UnicodeError,
+            EOFError,
+            ConnectionError,
+        ) as error:
+            return Verdict(
+                id=check.id, correct=None, cause=await self._kill_after(error, timeout_s)
+            )
 
     async def kill(self) -> None:
         """Kills the worker with its process group, and reaps it. May be called again."""

@@ -1,8 +1,8 @@
 """Runs one Python program as nobody, in namespaces of its own and within limits.
 
-Of a program three processes are ours: one outside that waits, the first of the pid namespace, with which the kernel
-kills whatever else is in it, and the program. The first is not the program itself, so that nothing the program does
-keeps it from dying with us.
+Of a program three processes are ours: one outside that waits, the first of the pid namespace, with
+which the kernel kills whatever else is in it, and the program. The first is not the program itself,
+so that nothing the program does keeps it from dying with us.
 """
 
 import fcntl
@@ -25,8 +25,10 @@ from async_opd.verify import namespaces
 PROCESSES = 4  # of a program, threads included
 FILE_MIB, FOLDER_MIB = 8, 16
 OPEN_FILES = 32
-PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")  # no site-packages
-# Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names behind.
+# no site-packages
+PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")
+# Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names
+# behind.
 LAUNCH = (
     "__import__('site').setquit(); __import__('sys').argv.pop(0); "
     "exec(compile(open(__import__('sys').argv[0], 'rb').read(), __import__('sys').argv[0], 'exec'))"
@@ -37,23 +39,31 @@ PROBE_S = 10.0
 
 
 class Program:
-    """`source` at work, with `files` as its open files from 0 on; a context manager, which leaves nothing behind.
+    """`source` at work, with `files` as its open files from 0 on; a context manager, which leaves
+    nothing behind.
 
-    Each of its processes may have `memory` bytes of address space, and all end at `deadline`, by `time.monotonic`.
-    Without `isolated` the limits stay, but it is this user's, and sees and reaches what this user does; it may then
-    leave a process behind that made itself a session of its own, or, when we are killed, its folder. The limit of
-    processes then counts all of this user's, and does not bind root.
+    Each of its processes may have `memory` bytes of address space, and all end at `deadline`, by
+    `time.monotonic`. Without `isolated` the limits stay, but it is this user's, and sees and
+    reaches what this user does; it may then leave a process behind that made itself a session of
+    its own, or, when we are killed, its folder. The limit of processes then counts all of this
+    user's, and does not bind root.
     """
 
-    def __init__(self, source: str, files: list[int], *, isolated: bool, memory: int, deadline: float):
+    def __init__(
+        self, source: str, files: list[int], *, isolated: bool, memory: int, deadline: float
+    ):
         self._source, self._files = source, files
-        self._isolated, self._memory, self._deadline = isolated, memory, deadline
+        self._isolated = isolated
+        self._memory = memory
+        self._deadline = deadline
         self._folder = None if isolated else tempfile.mkdtemp()
         self._ours = 1 if os.geteuid() == 0 else 2  # of our processes count as the program's user
 
     def __enter__(self) -> Self:
         """Raises OSError if it gets no sandbox."""
-        (told, low), (permit, give), parent = os.pipe(), os.pipe(), os.getpid()
+        (told, low) = os.pipe()
+        (permit, give) = os.pipe()
+        parent = os.getpid()
         tell = _high(low)
         os.close(low)
         self._pid = os.fork()
@@ -170,7 +180,9 @@ def probe(*, isolated: bool, memory: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     files, deadline = [nothing, write, nothing], time.monotonic() + PROBE_S
     try:
-        with Program("print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline) as program:
+        with Program(
+            "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
+        ) as program:
             os.close(write)
             said = program.read(out, 100), program.wait()
     except OSError as error:
@@ -180,8 +192,9 @@ def probe(*, isolated: bool, memory: int) -> None:
     os.close(nothing)
     if said != (b"42\n", 0):
         raise ConfigError(
-            f"verify.check = 'code': this host does not allow its sandbox ({said}), which needs Linux 5.14 or newer "
-            "and user namespaces for this user; verify.sandbox = 'none' runs programs as this user, without one"
+            f"verify.check = 'code': this host does not allow its sandbox ({said}), which needs"
+            " Linux 5.14 or newer and user namespaces for this user; verify.sandbox = 'none' runs"
+            " programs as this user, without one"
         )
 
 

@@ -1,8 +1,9 @@
-"""A verifier's child process: `python -m async_opd.verify.worker <parent pid> <VerifyConfig in JSON>`.
+"""A verifier's child process: `python -m async_opd.verify.worker <parent pid> <VerifyConfig in
+JSON>`.
 
-Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty frame once its check
-is imported, or one with the text that says why it cannot be used, then one `Verdict` for each `Check`. It ends when
-stdin ends, or with its parent, even inside a C loop.
+Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty
+frame once its check is imported, or one with the text that says why it cannot be used, then one
+`Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
 """
 
 import os
@@ -54,7 +55,8 @@ def judge(check: Check, decide: Decide) -> Verdict:
         if answer and len(answer) > LONGEST:
             answer = ""
         return Verdict(id=check.id, correct=correct, answer=answer)
-    except Exception as error:  # foreign code met a model's text: whatever it raises, the verdict is unknown
+    except Exception as error:
+        # foreign code met a model's text: whatever it raises, the verdict is unknown
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
 
 
@@ -73,12 +75,16 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
 def exit_if_large(limit: int) -> None:
     """Exits once this process has ever mapped more than half of `limit` bytes.
 
-    Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full, for later ones.
+    Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full,
+    for later ones.
     """
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
     if peak > limit / 2:
-        sys.exit(f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of {limit / 2**30:.2f} GiB")
+        sys.exit(
+            f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of"
+            f" {limit / 2**30:.2f} GiB"
+        )
 
 
 if __name__ == "__main__":

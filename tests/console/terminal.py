@@ -1,4 +1,5 @@
-"""As much of a terminal as a screen needs: text, lines, colours ignored, and three ways to move and erase."""
+"""As much of a terminal as a screen needs: text, lines, colours ignored, and three ways to move and
+erase."""
 
 import re
 

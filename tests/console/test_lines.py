@@ -20,7 +20,10 @@ def test_an_event_is_a_line_at_once(capsys):
     lines, now = Lines(steps=5), time.mktime((2026, 1, 2, 13, 14, 15, 0, 0, -1))
     lines({"time": now, "what": "lost", "who": "generator 1", "why": "no sign of life"})
     lines({"time": now, "what": "serves", "who": "generator 1", "why": ""})
-    assert capsys.readouterr().out == "13:14:15 generator 1: lost: no sign of life\n13:14:15 generator 1: serves\n"
+    assert (
+        capsys.readouterr().out
+        == "13:14:15 generator 1: lost: no sign of life\n13:14:15 generator 1: serves\n"
+    )
 
 
 def test_what_is_no_terminal_gets_lines():

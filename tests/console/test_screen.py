@@ -19,16 +19,46 @@ from async_opd.metrics import ROLES, STATES
 from async_opd.say import say
 from tests.console.terminal import shown
 
-SHARES = [(0.5, 0.1, 0.2, 0.1, 0.1), (0.3, 0.7, 0, 0, 0), (0.05, 0.95, 0, 0, 0), (0.6, 0.2, 0.1, 0.1, 0)]
+SHARES = [
+    (0.5, 0.1, 0.2, 0.1, 0.1),
+    (0.3, 0.7, 0, 0, 0),
+    (0.05, 0.95, 0, 0, 0),
+    (0.6, 0.2, 0.1, 0.1, 0),
+]
 ROW = dict(
-    step=75, elapsed_s=70.0, left_s=3672.0, accuracy=0.719, kl=0.0312, loss=0.0298, lr=5e-4, lag_mean=2.1, lag_max=3.0,
-    generators_tokens_per_s=3412.0, teachers_tokens_per_s=3398.0, trained_tokens_per_s=13399.0, queue_ready=5,
-    queue_outstanding=24, queue_slots=30, dropped=7, tokens_lag_0=10.0, tokens_lag_1=300.0, tokens_lag_2=900.0,
-    tokens_lag_3=500.0, tokens_lag_4=0.0,
-) | {f"{role}_{state}": x for role, shares in zip(ROLES, SHARES, strict=True)
-     for state, x in zip(STATES, shares, strict=True)}  # fmt: skip
+    step=75,
+    elapsed_s=70.0,
+    left_s=3672.0,
+    accuracy=0.719,
+    kl=0.0312,
+    loss=0.0298,
+    lr=5e-4,
+    lag_mean=2.1,
+    lag_max=3.0,
+    generators_tokens_per_s=3412.0,
+    teachers_tokens_per_s=3398.0,
+    trained_tokens_per_s=13399.0,
+    queue_ready=5,
+    queue_outstanding=24,
+    queue_slots=30,
+    dropped=7,
+    tokens_lag_0=10.0,
+    tokens_lag_1=300.0,
+    tokens_lag_2=900.0,
+    tokens_lag_3=500.0,
+    tokens_lag_4=0.0,
+) | {
+    f"{role}_{state}": x
+    for role, shares in zip(ROLES, SHARES, strict=True)
+    for state, x in zip(STATES, shares, strict=True)
+}
 NOON = time.mktime((2026, 1, 2, 12, 0, 0, 0, 0, -1))
-LOST = {"time": NOON, "what": "lost", "who": "generator 1", "why": "no sign of life for 30 s, so it is given up now"}
+LOST = {
+    "time": NOON,
+    "what": "lost",
+    "who": "generator 1",
+    "why": "no sign of life for 30 s, so it is given up now",
+}
 SAVED = {"time": NOON + 65, "what": "saved", "who": "checkpoint", "why": "step 70"}
 
 AT_80 = """\
@@ -56,7 +86,7 @@ queue      5 ready, 24 of 30 slots taken, 7 dropped
 lag        0 ▁▃█▄· 4   mean 2.1   largest 3
 events     12:00:00 generator 1: lost: no sign of life for 30 s, so it is given up now
            12:01:05 checkpoint: saved: step 70
-"""
+"""  # noqa: E501
 AT_40 = """\
 step 75/150 ━╸  1:01:10 left, 1:12 gone
            tokens/s █ busy  ░ sta… busy
@@ -120,20 +150,26 @@ def colourless(monkeypatch):
 
 @pytest.mark.parametrize(("width", "expected"), [(80, AT_80), (120, AT_120), (40, AT_40)])
 def test_the_screen_fits_its_terminal(width, expected):
-    found = rendered(picture(ROW, [LOST, SAVED], 150, since_s=2), width - 1)  # two seconds after the row came
+    # two seconds after the row came
+    found = rendered(picture(ROW, [LOST, SAVED], 150, since_s=2), width - 1)
     assert plain(found) == expected
     assert max(map(len, expected.splitlines())) < width
 
 
 def test_colours_are_left_out_where_nobody_wants_them(monkeypatch):
     shown = picture(ROW, [LOST], 150, since_s=0)
-    assert set(re.findall(r"\x1b\[([0-9;]*)m", "".join(rendered(shown, 80)))) == {"1", "0"}  # bold and back
+    # bold and back
+    assert set(re.findall(r"\x1b\[([0-9;]*)m", "".join(rendered(shown, 80)))) == {"1", "0"}
     monkeypatch.delenv("NO_COLOR")
-    assert {"32", "33", "35", "36", "31"} <= set(re.findall(r"\x1b\[([0-9;]*)m", "".join(rendered(shown, 80))))
+    assert {"32", "33", "35", "36", "31"} <= set(
+        re.findall(r"\x1b\[([0-9;]*)m", "".join(rendered(shown, 80)))
+    )
 
 
 def test_a_row_that_lacks_most_keys_is_shown_all_the_same():
-    found = plain(rendered(picture({"step": 1, "elapsed_s": 1.0, "left_s": 1.0, "kl": None}, [], 2, 0), 60))
+    found = plain(
+        rendered(picture({"step": 1, "elapsed_s": 1.0, "left_s": 1.0, "kl": None}, [], 2, 0), 60)
+    )
     assert "accuracy -   KL -   loss -   lr -" in found and "- ready, - of - slots taken" in found
     assert "lag    mean -   largest -" in found
 
@@ -163,7 +199,8 @@ def test_what_is_said_and_printed_goes_above_the_screen_and_old_events_with_it(t
     titles = [line[:10].strip() for line in frame.splitlines()[1:]]
     roles = ["generators", "teachers", "verifier", "learner"]
     assert titles == ["", *roles, "learns", "queue", "lag", "events", "", "", ""]
-    assert frame.endswith("12:01:05 checkpoint: saved: step 4\n")  # and the cursor is in the line below
+    # and the cursor is in the line below
+    assert frame.endswith("12:01:05 checkpoint: saved: step 4\n")
     assert sys.stdout is out
     say("the end")
     assert terminal.until("the end").endswith("step 4\nthe end\n")
@@ -175,7 +212,13 @@ def test_a_terminal_that_is_too_low_shows_what_fits(tty):
     screen(ROW)
     screen.close()
     found = terminal.until("verifier").splitlines()
-    assert [line[:10].strip() for line in found] == ["step 75/15", "", "generators", "teachers", "verifier"]
+    assert [line[:10].strip() for line in found] == [
+        "step 75/15",
+        "",
+        "generators",
+        "teachers",
+        "verifier",
+    ]
 
 
 def test_a_screen_that_shrinks_leaves_nothing_behind(tty):
@@ -187,7 +230,9 @@ def test_a_screen_that_shrinks_leaves_nothing_behind(tty):
     screen({key: value for key, value in ROW.items() if not key.startswith("verifier")})
     screen.say("second\n")
     screen.close()
-    assert terminal.until("second").count("\n") == 2 + 9 and "verifier" not in "\n".join(shown(terminal.text))
+    assert terminal.until("second").count("\n") == 2 + 9 and "verifier" not in "\n".join(
+        shown(terminal.text)
+    )
 
 
 STANDS_STILL = """
@@ -217,7 +262,12 @@ print(shown.lost, file=sys.stderr)
 def test_a_terminal_that_stands_still_holds_nobody_up_and_the_process_ends():
     _, slave = pty.openpty()  # read by nobody
     ended = subprocess.run(
-        [sys.executable, "-c", STANDS_STILL], stdout=slave, stderr=subprocess.PIPE, text=True, timeout=90, check=True
+        [sys.executable, "-c", STANDS_STILL],
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=90,
+        check=True,
     )
     spent, lost = map(float, ended.stderr.split())
     assert spent < 30 and lost == 0  # whoever waits for the terminal waits for ever
@@ -225,7 +275,8 @@ def test_a_terminal_that_stands_still_holds_nobody_up_and_the_process_ends():
 
 ENDS = """
 import os, signal, sys, time, warnings
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs, and their children, ignore
+# A script's background jobs, and their children, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from async_opd.console import console
 from async_opd.metrics import observed
 from tests.console.test_screen import ROW
@@ -252,12 +303,17 @@ with observed({"console": lambda: console(150)}) as (shown,):
 def test_however_a_process_ends_its_terminal_is_fit_for_use(end, status, last):
     terminal = Tty()
     command = [sys.executable, "-c", ENDS.replace("END", end)]
-    ending = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal.slave, stderr=terminal.slave)
+    ending = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=terminal.slave, stderr=terminal.slave
+    )
     terminal.until("a library's warning")
     terminal.until("events     none")
     ending.communicate(b"\n")
     found = terminal.until(last.strip())
     assert ending.returncode == status
     assert found.endswith(last)
-    assert found.count("step 75/150") == 1 and found.index("a library's warning") < found.index("step 75/150")
-    assert "\x1b[?" not in terminal.text  # no mode of the terminal is ever changed, the cursor's sight among them
+    assert found.count("step 75/150") == 1 and found.index("a library's warning") < found.index(
+        "step 75/150"
+    )
+    # no mode of the terminal is ever changed, the cursor's sight among them
+    assert "\x1b[?" not in terminal.text

@@ -26,13 +26,17 @@ RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves
 
 
 class Job:
-    """One `async-opd` process, or of another program, in a session of its own, its descendants marked by an environment
-    variable."""
+    """One `async-opd` process, or of another program, in a session of its own, its descendants
+    marked by an environment variable."""
 
     started: ClassVar[list["Job"]] = []
 
     def __init__(
-        self, *args: str, folder: Path, program: tuple[str, ...] = ("-m", "async_opd"), env: Mapping[str, str] = {}
+        self,
+        *args: str,
+        folder: Path,
+        program: tuple[str, ...] = ("-m", "async_opd"),
+        env: Mapping[str, str] = {},
     ):
         self.started.append(self)
         self.mark = uuid.uuid4().hex
@@ -44,7 +48,8 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+                # a background shell ignores it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def wait(self, timeout_s: float) -> int:
@@ -55,7 +60,8 @@ class Job:
         return self.log.read_text()
 
     def until(self, said: str, timeout_s: float = 150) -> None:
-        """Wait until the job has printed `said`; fails with its log if it ends or takes too long."""
+        """Wait until the job has printed `said`; fails with its log if it ends or takes too
+        long."""
         deadline = time.monotonic() + timeout_s
         while said not in self.text():
             assert self.process.poll() is None, self.text()
@@ -63,7 +69,8 @@ class Job:
             time.sleep(0.1)
 
     def processes(self, everything: bool = False) -> list[psutil.Process]:
-        """Living processes of this job, Ray's own lingering agents apart unless `everything` is asked for."""
+        """Living processes of this job, Ray's own lingering agents apart unless `everything` is
+        asked for."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -92,7 +99,9 @@ class Job:
 
 def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
     """The demo, small, with its run directory in `folder`."""
-    return Job("demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder)
+    return Job(
+        "demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder
+    )
 
 
 def rows(run: Path) -> list[dict]:
@@ -105,16 +114,20 @@ def events(run: Path) -> list[dict]:
     return _lines(run / "events.jsonl")
 
 
-def wait_for_event(job: Job, run: Path, what: str, who: str, since: float = 0.0, timeout_s: float = 240) -> dict:
-    """The first event from the time `since` on of one whose name begins with `who`; fails with the job's log if it ends
-    or takes too long."""
+def wait_for_event(
+    job: Job, run: Path, what: str, who: str, since: float = 0.0, timeout_s: float = 240
+) -> dict:
+    """The first event from the time `since` on of one whose name begins with `who`; fails with the
+    job's log if it ends or takes too long."""
     deadline = time.monotonic() + timeout_s
     while True:
         for event in events(run):
             if event["what"] == what and event["who"].startswith(who) and event["time"] >= since:
                 return event
         assert job.process.poll() is None, job.text()
-        assert time.monotonic() < deadline, f"{what} of {who} not told in {timeout_s} s: {events(run)}"
+        assert time.monotonic() < deadline, (
+            f"{what} of {who} not told in {timeout_s} s: {events(run)}"
+        )
         time.sleep(0.1)
 
 
@@ -123,7 +136,8 @@ def _lines(log: Path) -> list[dict]:
 
 
 def wait_for_steps(job: Job, run: Path, count: int, timeout_s: float = 240) -> None:
-    """Wait until `count` steps are logged; fails with the job's log if it ends or takes too long."""
+    """Wait until `count` steps are logged; fails with the job's log if it ends or takes too
+    long."""
     deadline = time.monotonic() + timeout_s
     while len(rows(run)) < count:
         assert job.process.poll() is None, job.text()

@@ -1,10 +1,12 @@
-"""A newcomer who only copies commands: every command of README, in order, in a fresh clone and an empty environment.
+"""A newcomer who only copies commands: every command of README, in order, in a fresh clone and an
+empty environment.
 
     python tests/e2e/newcomer.py --out transcript.md
 
-clones the commit that is checked out, runs the bash blocks of README one after another in one shell, and writes them
-with shortened output. Ends with 1 at the first command that fails. `--clone FOLDER` keeps the clone; `--from "A day
-with it"` starts at that heading, in one that was kept. `--skip "make test"` leaves a command out, here the longest.
+clones the commit that is checked out, runs the bash blocks of README one after another in one
+shell, and writes them with shortened output. Ends with 1 at the first command that fails. `--clone
+FOLDER` keeps the clone; `--from "A day with it"` starts at that heading, in one that was kept.
+`--skip "make test"` leaves a command out, here the longest.
 """
 
 import argparse
@@ -39,11 +41,20 @@ class Shell:
     """One bash that remembers variables and the environment from a command to the next."""
 
     def __init__(self, folder: Path):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "PYTHON", "RAY_"))}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("VIRTUAL_ENV", "PYTHON", "RAY_"))
+        }
         self._bash = subprocess.Popen(
-            ["bash"], cwd=folder, env=kept, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            ["bash"],
+            cwd=folder,
+            env=kept,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
     def run(self, command: str) -> tuple[int, str]:
         """Exit status and output."""
@@ -63,11 +74,22 @@ class Shell:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
-    parser.add_argument("--clone", type=Path, metavar="FOLDER", help="made, or gone on with; absent: a temporary one")
-    parser.add_argument("--from", dest="heading", default="", metavar="HEADING", help="of README, to start at")
-    parser.add_argument("--skip", action="append", default=[], metavar="COMMAND", help="a command to leave out")
+    parser.add_argument(
+        "--clone",
+        type=Path,
+        metavar="FOLDER",
+        help="made, or gone on with; absent: a temporary one",
+    )
+    parser.add_argument(
+        "--from", dest="heading", default="", metavar="HEADING", help="of README, to start at"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="COMMAND", help="a command to leave out"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.clone or Path(scratch, "async-opd")
@@ -75,12 +97,17 @@ def main() -> int:
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
         shell = Shell(folder)
         with args.out.open("w", encoding="utf-8") as transcript:
-            for command in commands((folder / "README.md").read_text(encoding="utf-8"), args.heading):
+            for command in commands(
+                (folder / "README.md").read_text(encoding="utf-8"), args.heading
+            ):
                 if command in args.skip:
                     continue
                 started = time.monotonic()
                 status, output = shell.run(command)
-                shown = f"$ {command}\n{shortened(output)}\n[{status}, {time.monotonic() - started:.0f} s]\n\n"
+                shown = (
+                    f"$ {command}\n{shortened(output)}\n[{status}, {time.monotonic() - started:.0f}"
+                    " s]\n\n"
+                )
                 transcript.write(shown)
                 transcript.flush()
                 print(shown, end="", flush=True)

@@ -1,4 +1,5 @@
-"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on 127.0.0.2, 127.0.0.3 …"""
+"""A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on
+127.0.0.2, 127.0.0.3 …"""
 
 import re
 import shutil
@@ -14,18 +15,29 @@ ROOT = Path(__file__).parents[2]
 
 
 class Nodes:
-    """A head, which has the job API, and others. Token authentication as Ray has it by itself: on, because there is a
-    token in the home directory, here `folder`; who connects says RAY_AUTH_MODE=token."""
+    """A head, which has the job API, and others. Token authentication as Ray has it by itself: on,
+    because there is a token in the home directory, here `folder`; who connects says
+    RAY_AUTH_MODE=token."""
 
     def __init__(self, count: int, folder: Path):
-        self._folder, self._sockets = folder, tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path is short
-        self._env = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        # a socket's path is short
+        self._folder, self._sockets = folder, tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        self._env = {
+            "HOME": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         (folder / ".ray").mkdir()
         (folder / ".ray" / "auth_token").write_text(uuid.uuid4().hex)
         self.nodes: dict[str, Job] = {}
         self.head = "127.0.0.2"  # of 127.0.0.1 Ray makes the machine's own
-        head = self._start(self.head, "--head", "--port=0", "--dashboard-port=0")  # of Ray's own choice
-        address, self.api = _said(head, "--address='(.+)'"), _said(head, "RAY_API_SERVER_ADDRESS='(.+)' ray job submit")
+        # of Ray's own choice
+        head = self._start(self.head, "--head", "--port=0", "--dashboard-port=0")
+        address, self.api = (
+            _said(head, "--address='(.+)'"),
+            _said(head, "RAY_API_SERVER_ADDRESS='(.+)' ray job submit"),
+        )
         self._env["RAY_AUTH_MODE"] = "token"
         for at in range(3, count + 2):
             self._start(f"127.0.0.{at}", f"--address={address}")
@@ -33,9 +45,20 @@ class Nodes:
     def _start(self, address: str, *args: str) -> Job:
         """One more node, up."""
         size = "--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"
-        ports = "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"  # any: nodes share them
+        # any: nodes share them
+        ports = "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"
         where = f"--node-ip-address={address}", f"--temp-dir={self._sockets}"
-        job = Job("start", "--block", *args, *where, *ports, *size, folder=self._folder, program=RAY, env=self._env)
+        job = Job(
+            "start",
+            "--block",
+            *args,
+            *where,
+            *ports,
+            *size,
+            folder=self._folder,
+            program=RAY,
+            env=self._env,
+        )
         self.nodes[address] = job
         job.until("To terminate the Ray runtime")  # behind its addresses
         return job

@@ -1,4 +1,5 @@
-"""A run as a job of a Ray cluster of three nodes, by the commands a user types; one of the nodes dies."""
+"""A run as a job of a Ray cluster of three nodes, by the commands a user types; one of the nodes
+dies."""
 
 import os
 import signal
@@ -17,12 +18,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 def nodes_of(run: Path, member: str) -> list[str]:
     """Where a member has lived, one after the other."""
-    placed = (event for event in events(run) if event["what"] == "placed" and event["who"] == member)
+    placed = (
+        event for event in events(run) if event["what"] == "placed" and event["who"] == member
+    )
     return [event["why"].removeprefix("node ") for event in placed]
 
 
-def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # as in an activated environment
+def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stopped(
+    tmp_path, monkeypatch
+):
+    # as in an activated environment
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     cluster, run = Nodes(3, tmp_path), tmp_path / "run"
     home = {"HOME": str(tmp_path)}  # where the cluster's token is
 
@@ -43,7 +49,9 @@ def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stop
 
     following = start("logs", id, "--follow")
     assert f"{id}  RUNNING" in says("status")
-    learner, generator, teacher = (nodes_of(run, f"{role} 0") for role in ("learner rank", "generator", "teacher"))
+    learner, generator, teacher = (
+        nodes_of(run, f"{role} 0") for role in ("learner rank", "generator", "teacher")
+    )
     assert learner == [cluster.head]  # beside the driver
     assert len({*learner, *generator, *teacher}) == 3
 
@@ -61,6 +69,7 @@ def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stop
     steps = [row["step"] for row in rows(run)]
     assert steps == list(range(1, len(steps) + 1))
     assert find(run).state.version == steps[-1]  # every step that was made
-    assert "starts again" not in [event["what"] for event in events(run)]  # nothing but what was there was lost
+    # nothing but what was there was lost
+    assert "starts again" not in [event["what"] for event in events(run)]
     assert audit(run).discrepancies == []
     assert cluster.stop() == []

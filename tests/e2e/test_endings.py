@@ -1,4 +1,5 @@
-"""Two synchronous runs repeat each other, and what ends a run ends it by name with nothing left of it."""
+"""Two synchronous runs repeat each other, and what ends a run ends it by name with nothing left of
+it."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""Self-distillation on the whole real stack; `test_train.py` runs SG-OPD, `benchmarks/methods.py` every method."""
+"""Self-distillation on the whole real stack; `test_train.py` runs SG-OPD, `benchmarks/methods.py`
+every method."""
 
 import json
 

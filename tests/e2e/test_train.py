@@ -1,7 +1,7 @@
 """One asynchronous run of the real stack to its end, and what can be done with what it leaves.
 
-It needs most of the pipeline: SG-OPD in groups, with a reference, the teacher's own answers for a while, evaluations
-beside training; `benchmarks/methods.py` runs every method.
+It needs most of the pipeline: SG-OPD in groups, with a reference, the teacher's own answers for a
+while, evaluations beside training; `benchmarks/methods.py` runs every method.
 """
 
 import itertools
@@ -53,7 +53,13 @@ def test_every_step_keeps_the_bound_and_nothing_scored_is_dropped(run):
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert 0 < max(row["lag_max"] for row in found) == total["max_lag_seen"] <= BOUND
     assert total["steps"] == STEPS and total["scored_dropped"] == 0
-    expected = {"accuracy_before", "accuracy_after", "teacher_accuracy", "trained_tokens_per_s", "wall_s"}
+    expected = {
+        "accuracy_before",
+        "accuracy_after",
+        "teacher_accuracy",
+        "trained_tokens_per_s",
+        "wall_s",
+    }
     assert expected <= total.keys()
 
 
@@ -66,14 +72,21 @@ def test_the_states_of_every_role_add_up(run):
 
 
 def test_every_key_of_a_row_has_a_meaning(run):
-    assert {metric_names.of(key).name for row in rows(run) for key in row} > {"lr", "grad_norm", "kl"}
+    assert {metric_names.of(key).name for row in rows(run) for key in row} > {
+        "lr",
+        "grad_norm",
+        "kl",
+    }
 
 
 def test_evaluations_beside_training_name_their_versions(run):
     evaluated = [row for row in rows(run) if row["eval_accuracy"] is not None]
-    assert [row["eval_version"] for row in evaluated][:2] == [0, 4]  # before training, and beside it
+    # before training, and beside it
+    assert [row["eval_version"] for row in evaluated][:2] == [0, 4]
     for row in evaluated:
-        assert row["eval_version"] <= row["eval_version_min"] <= row["eval_version_max"] <= row["step"]
+        assert (
+            row["eval_version"] <= row["eval_version_min"] <= row["eval_version_max"] <= row["step"]
+        )
         assert 0 <= row["eval_accuracy"] <= 1 and 0 < row["eval_tokens"] <= 64
 
 
@@ -127,6 +140,8 @@ def test_an_evaluation_of_the_export_gives_the_runs_own_accuracy(run, tmp_path):
     means = {name: figure["mean"] for name, figure in result["figures"].items()}
     expected = dict.fromkeys(("avg", "pass", "maj"), summary(run)["accuracy_after"])
     assert means == expected  # vLLM loads what was exported
-    lines = [json.loads(line) for line in (tmp_path / "eval/problems.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "eval/problems.jsonl").read_text().splitlines()
+    ]
     assert len({line["id"] for line in lines}) == len(lines) == 16
     assert all("boxed" in line["responses"][0]["text"] for line in lines if line["avg"])

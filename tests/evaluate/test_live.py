@@ -36,7 +36,12 @@ class Verifier(SimulatedVerifier):
 
     async def check(self, group):
         await super().check(group)
-        return (Verdict(id=f"{group.id}#0", correct=not group.id.startswith("held") or int(group.id[5:]) % 3 > 0),)
+        return (
+            Verdict(
+                id=f"{group.id}#0",
+                correct=not group.id.startswith("held") or int(group.id[5:]) % 3 > 0,
+            ),
+        )
 
 
 def held_out(count: int) -> list[Prompt]:
@@ -45,14 +50,27 @@ def held_out(count: int) -> list[Prompt]:
 
 def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, generators=None):
     """(summary, rows, events, learner) of a whole run."""
-    settings = [f"run.steps={STEPS}", f"run.max_lag_steps={BOUND}", "rollout.concurrency=16", "run.dir=runs/simulated"]
-    config, rows, events, learner = config_of(tmp_path, *settings, *overrides), [], [], RecordingLearner(pace, BOUND)
+    settings = [
+        f"run.steps={STEPS}",
+        f"run.max_lag_steps={BOUND}",
+        "rollout.concurrency=16",
+        "run.dir=runs/simulated",
+    ]
+    config, rows, events, learner = (
+        config_of(tmp_path, *settings, *overrides),
+        [],
+        [],
+        RecordingLearner(pace, BOUND),
+    )
 
     async def main():
         clock = asyncio.get_running_loop().time
         pool = generators or [Generator(pace, 0)]
         roles = Roles(
-            generators=pool, teachers={"": [SimulatedTeacher(pace)]}, verifier=Verifier(pace), learner=learner
+            generators=pool,
+            teachers={"": [SimulatedTeacher(pace)]},
+            verifier=Verifier(pace),
+            learner=learner,
         )
         meter = Meter([rows.append], clock)
         told = held_out(problems), tmp_path, meter, lambda *event: events.append(event)
@@ -65,13 +83,20 @@ def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, ge
 def test_a_row_says_what_was_measured_and_of_which_versions(tmp_path):
     summary, rows, events, _ = run(tmp_path, "eval.every_steps=10", problems=24)
     found = [row for row in rows if row["eval_accuracy"] is not None]
-    assert [row["eval_version"] for row in found] == [0, 10, 20]  # 30 is measured when training has ended
+    # 30 is measured when training has ended
+    assert [row["eval_version"] for row in found] == [0, 10, 20]
     assert [row["eval_accuracy"] for row in found] == [pytest.approx(2 / 3)] * 3
     for row in found[1:]:
-        assert row["eval_version"] <= row["eval_version_min"] < row["eval_version_max"] <= row["step"]
+        assert (
+            row["eval_version"] <= row["eval_version_min"] < row["eval_version_max"] <= row["step"]
+        )
         assert (row["eval_tokens"], row["eval_truncated"], row["eval_unknown"]) == (128, 0, 0)
     assert (found[0]["eval_version_min"], found[0]["eval_version_max"]) == (0, 0)
-    assert (summary["accuracy_after"], summary["eval_skipped"], events) == (pytest.approx(2 / 3), 0, [])
+    assert (summary["accuracy_after"], summary["eval_skipped"], events) == (
+        pytest.approx(2 / 3),
+        0,
+        [],
+    )
     assert len(rows) == STEPS and not any("eval_accuracy" not in row for row in rows)
 
 
@@ -81,16 +106,20 @@ def test_held_out_problems_charge_no_slot_and_are_in_no_book(tmp_path):
     assert not any(id.startswith("held") for id in learner.trained)
     books = audit(tmp_path)
     assert (books.discrepancies, books.handed_out) == ([], 16 * STEPS)
-    assert summary["max_lag_seen"] <= BOUND and max(row["queue_outstanding"] for row in rows) <= 16 * (BOUND + 1)
+    assert summary["max_lag_seen"] <= BOUND and max(
+        row["queue_outstanding"] for row in rows
+    ) <= 16 * (BOUND + 1)
 
 
 def test_where_generation_is_the_bottleneck_training_loses_a_quarter_of_it_at_most(tmp_path):
     (tmp_path / "without").mkdir()
     (tmp_path / "with").mkdir()
     without, *_ = run(tmp_path / "without")
-    summary, rows, *_ = run(tmp_path / "with", "eval.every_steps=1", problems=60)  # it never stops evaluating
+    # it never stops evaluating
+    summary, rows, *_ = run(tmp_path / "with", "eval.every_steps=1", problems=60)
     assert 1 < summary["wall_s"] / without["wall_s"] <= 1 / 0.75 + 0.02
-    assert sum(row["eval_accuracy"] is not None for row in rows) > 1  # and comes to an end all the same
+    # and comes to an end all the same
+    assert sum(row["eval_accuracy"] is not None for row in rows) > 1
 
 
 def test_where_it_is_not_training_loses_nothing(tmp_path):
@@ -108,7 +137,8 @@ def test_one_that_is_due_while_another_runs_is_skipped_and_counted(tmp_path):
     skipped = [event for event in events if event[0] == "not evaluated"]
     assert skipped[0] == ("not evaluated", "version 4", "the one before still runs")
     measured = [row["eval_version"] for row in rows if row["eval_version"]]
-    started = len(measured) + (summary["eval_skipped"] - len(skipped))  # the last may have been cut off at the end
+    # the last may have been cut off at the end
+    started = len(measured) + (summary["eval_skipped"] - len(skipped))
     assert started + len(skipped) == STEPS // 2 - 1
     assert rows[-1]["eval_skipped"] == len(skipped) > 3
 
@@ -121,11 +151,19 @@ def test_what_a_lost_generator_had_is_asked_of_another(tmp_path):
             return await super().respond(prompt, sampling)
 
     pool = [Dies(GENERATION_BOUND, 0), Generator(GENERATION_BOUND, 1)]
-    summary, rows, events, learner = run(tmp_path, "eval.every_steps=10", problems=15, generators=pool)
+    summary, rows, events, learner = run(
+        tmp_path, "eval.every_steps=10", problems=15, generators=pool
+    )
     assert [event[:2] for event in events] == [("lost", "generator 0")]
-    found = [(row["eval_version"], row["eval_accuracy"]) for row in rows if row["eval_accuracy"] is not None]
+    found = [
+        (row["eval_version"], row["eval_accuracy"])
+        for row in rows
+        if row["eval_accuracy"] is not None
+    ]
     assert found == [(version, pytest.approx(2 / 3)) for version in (0, 10, 20)]
-    assert len(set(learner.trained)) == 16 * STEPS and summary["accuracy_after"] == pytest.approx(2 / 3)
+    assert len(set(learner.trained)) == 16 * STEPS and summary["accuracy_after"] == pytest.approx(
+        2 / 3
+    )
 
 
 def test_an_evaluation_that_fails_costs_training_nothing(tmp_path):
@@ -135,7 +173,9 @@ def test_an_evaluation_that_fails_costs_training_nothing(tmp_path):
                 raise CallFailed("generator 0, respond: ValueError: no")
             return await super().respond(prompt, sampling)
 
-    summary, rows, events, learner = run(tmp_path, "eval.every_steps=10", generators=[Refuses(GENERATION_BOUND, 0)])
+    summary, rows, events, learner = run(
+        tmp_path, "eval.every_steps=10", generators=[Refuses(GENERATION_BOUND, 0)]
+    )
     why = "generator 0, respond: ValueError: no"
     assert events == [("not evaluated", f"version {version}", why) for version in (10, 20)]
     assert [row["eval_version"] for row in rows if row["eval_accuracy"] is not None] == [0]
@@ -151,9 +191,17 @@ def test_without_a_period_rows_say_nothing_of_it(tmp_path):
 async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
     lines = []
     meter = Meter([], spans=lines.extend)
-    generators = Pool("generator", [TimedGenerator(SimulatedGenerator(), meter.actor("generators", "generator 0"))])
-    verifier = Pool("verifier", [TimedVerifier(SimulatedVerifier(), meter.actor("verifier", "verifier 0"))])
+    generators = Pool(
+        "generator",
+        [TimedGenerator(SimulatedGenerator(), meter.actor("generators", "generator 0"))],
+    )
+    verifier = Pool(
+        "verifier", [TimedVerifier(SimulatedVerifier(), meter.actor("verifier", "verifier 0"))]
+    )
     found = await respond(generators, verifier, next(iter(Prompts())))
     meter.flush()
     assert found.prompt.id == "0"
-    assert [(call.name, call.of) for call in calls(lines)] == [("respond", "evaluation/0"), ("check", "evaluation/0")]
+    assert [(call.name, call.of) for call in calls(lines)] == [
+        ("respond", "evaluation/0"),
+        ("check", "evaluation/0"),
+    ]

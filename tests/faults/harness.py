@@ -1,4 +1,5 @@
-"""A real job to hurt: who its processes are, what it says of them, and what its books say in the end."""
+"""A real job to hurt: who its processes are, what it says of them, and what its books say in the
+end."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""Real jobs that lose their members: each is hurt several times, for a start costs half a minute."""
+"""Real jobs that lose their members: each is hurt several times, for a start costs half a
+minute."""
 
 import json
 import subprocess
@@ -12,7 +13,8 @@ from tests.e2e.conftest import rows
 from tests.faults.harness import Hurt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-PATIENT = ("timeout.stall_s=600", "sync.timeout_s=10")  # a loss is noticed by itself, not by a silence
+# a loss is noticed by itself, not by a silence
+PATIENT = ("timeout.stall_s=600", "sync.timeout_s=10")
 
 
 def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
@@ -34,9 +36,12 @@ def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     hurt.trains(3)
 
     scaled = [sys.executable, "-m", "async_opd", "scale", str(hurt.run_dir)]
-    answer = subprocess.run([*scaled, "generators=1"], capture_output=True, text=True, timeout=120, check=True)
+    answer = subprocess.run(
+        [*scaled, "generators=1"], capture_output=True, text=True, timeout=120, check=True
+    )
     assert answer.stdout == "generators: 3 -> 1\n"
-    deadline = time.monotonic() + 240  # one that was on its way to a seat that is gone leaves once it is there
+    # one that was on its way to a seat that is gone leaves once it is there
+    deadline = time.monotonic() + 240
     while len(hurt.pids("generator")) > 1:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -57,7 +62,9 @@ def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
 
 
 def test_teachers_and_the_verifier_die_and_the_learner_starts_again_from_its_checkpoint(tmp_path):
-    hurt = Hurt(tmp_path, "teacher.replicas=2", "run.checkpoint_every_steps=3", "run.max_restarts=1")
+    hurt = Hurt(
+        tmp_path, "teacher.replicas=2", "run.checkpoint_every_steps=3", "run.max_restarts=1"
+    )
     hurt.trains(2)
 
     at = hurt.hurt("teacher", which=0)

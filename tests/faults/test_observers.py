@@ -1,4 +1,5 @@
-"""Observers that block, raise or fill the disk: training does not notice, and what they miss is counted."""
+"""Observers that block, raise or fill the disk: training does not notice, and what they miss is
+counted."""
 
 import os
 import statistics
@@ -57,9 +58,17 @@ def quick_end(monkeypatch):
 
 @pytest.mark.parametrize(
     ("make", "lost"),
-    [(blocks, STEPS), (raises, STEPS), (never_starts, STEPS), (full_disk, STEPS), (lambda: Failing(3, 7), 2)],
+    [
+        (blocks, STEPS),
+        (raises, STEPS),
+        (never_starts, STEPS),
+        (full_disk, STEPS),
+        (lambda: Failing(3, 7), 2),
+    ],
 )
-def test_an_observer_moves_the_step_time_by_less_than_a_hundredth_and_its_lost_rows_are_counted(quick_end, make, lost):
+def test_an_observer_moves_the_step_time_by_less_than_a_hundredth_and_its_lost_rows_are_counted(
+    quick_end, make, lost
+):
     rows, spent = [], []
     with observed({"bad": make, "good": lambda: rows.append}) as (bad, good):
 
@@ -71,12 +80,15 @@ def test_an_observer_moves_the_step_time_by_less_than_a_hundredth_and_its_lost_r
 
         found = virtual(measure(PACE, bound=4, sinks=[both]))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
-    assert statistics.median(spent) < 0.01 * LONGEST_S  # of a step, all that the driver's thread has to do with them
+    # of a step, all that the driver's thread has to do with them
+    assert statistics.median(spent) < 0.01 * LONGEST_S
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert (bad.lost, good.lost) == (lost, 0)
 
 
-def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_else(quick_end, monkeypatch):
+def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_else(
+    quick_end, monkeypatch
+):
     unread, out = os.pipe()
     with os.fdopen(unread, "rb") as reader, os.fdopen(out, "w") as stdout:
         os.set_blocking(out, False)
@@ -91,7 +103,8 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
         with observed({"console": lambda: Lines(STEPS, every_s=0)}) as (console,):
             found = virtual(measure(PACE, bound=4, sinks=[lambda row: console(printed | row)]))
         lost = console.lost
-        reader.close()  # what still waits to be printed finds no reader, and not the stdout of the next test
+        # what still waits to be printed finds no reader, and not the stdout of the next test
+        reader.close()
         console.join(30)
     assert found["steps"] == STEPS
     assert lost == STEPS
@@ -119,7 +132,12 @@ def test_a_process_whose_stdout_takes_nothing_still_ends_well(reader):
     if reader == "is gone":
         os.close(unread)
     ended = subprocess.run(
-        [sys.executable, "-c", PRINTS], stdout=out, stderr=subprocess.PIPE, text=True, timeout=90, check=False
+        [sys.executable, "-c", PRINTS],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=90,
+        check=False,
     )
     os.close(out)
     *said, lost = ended.stderr.splitlines()
@@ -127,4 +145,5 @@ def test_a_process_whose_stdout_takes_nothing_still_ends_well(reader):
     errors = {"is gone": ["observer console: BrokenPipeError: [Errno 32] Broken pipe"]}
     errors["is a full disk"] = ["observer console: OSError: [Errno 28] No space left on device"]
     assert said == errors.get(reader, [])
-    assert int(lost) == 1000 if reader != "sleeps" else 0 < int(lost) < 1000  # a pipe holds some hundred lines
+    # a pipe holds some hundred lines
+    assert int(lost) == 1000 if reader != "sleeps" else 0 < int(lost) < 1000

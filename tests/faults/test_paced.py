@@ -1,4 +1,5 @@
-"""Faults over simulated roles in virtual time. Lengths are a function of the prompt, so that runs can be compared."""
+"""Faults over simulated roles in virtual time. Lengths are a function of the prompt, so that runs
+can be compared."""
 
 import asyncio
 from dataclasses import replace
@@ -77,7 +78,8 @@ class Teacher(Mortal, SimulatedTeacher):
 
 
 class Learner(RecordingLearner):
-    """Momentum on one number: what it learns at a step depends on every step before. Dies in step `fatal`."""
+    """Momentum on one number: what it learns at a step depends on every step before. Dies in step
+    `fatal`."""
 
     def __init__(self, pace: Pace, bound: int, fatal: int | None = None):
         super().__init__(pace, bound)
@@ -89,7 +91,12 @@ class Learner(RecordingLearner):
         result = await super().step(groups)
         lengths = [sum(spans[-1].end for spans in ready.meta.spans) for ready in groups]
         loss = float(
-            np.mean([np.sin(int(r.prompt.id) * n + self.weight) for r, n in zip(groups, lengths, strict=True)])
+            np.mean(
+                [
+                    np.sin(int(r.prompt.id) * n + self.weight)
+                    for r, n in zip(groups, lengths, strict=True)
+                ]
+            )
         )
         self.momentum = 0.9 * self.momentum + loss
         self.weight -= 0.1 * self.momentum
@@ -98,14 +105,23 @@ class Learner(RecordingLearner):
 
     async def save_state(self, folder):
         Path(folder).mkdir()
-        Path(folder, "state").write_bytes(msgspec.json.encode([self.version, self.weight, self.momentum]))
+        Path(folder, "state").write_bytes(
+            msgspec.json.encode([self.version, self.weight, self.momentum])
+        )
 
     async def load_state(self, folder):
-        self.version, self.weight, self.momentum = msgspec.json.decode(Path(folder, "state").read_bytes())
+        self.version, self.weight, self.momentum = msgspec.json.decode(
+            Path(folder, "state").read_bytes()
+        )
 
 
 def config_of(run_dir: Path, *overrides: str) -> Config:
-    settings = ["learner.trajectories_per_step=16", "learner.warmup_steps=0", "teacher.evaluate=false", *overrides]
+    settings = [
+        "learner.trajectories_per_step=16",
+        "learner.warmup_steps=0",
+        "teacher.evaluate=false",
+        *overrides,
+    ]
     config = load("configs/demo.toml", settings)
     (run_dir / "config.json").write_bytes(msgspec.json.encode(config))
     return config
@@ -121,14 +137,23 @@ class Run:
         self.spawned: list = []
 
     async def train(
-        self, generators, teachers, learner, found: Checkpoint | None = None, start_s=20.0, replacement=Generator
+        self,
+        generators,
+        teachers,
+        learner,
+        found: Checkpoint | None = None,
+        start_s=20.0,
+        replacement=Generator,
     ):
-        """`start_s`: what a replacement takes to start; None: there is none. A generator's is a `replacement`."""
+        """`start_s`: what a replacement takes to start; None: there is none. A generator's is a
+        `replacement`."""
         clock = asyncio.get_running_loop().time
 
         async def spawn(name: str, index: int):
             await asyncio.sleep(start_s)
-            self.spawned.append(replacement(PACE, 99 + index) if name == "generator" else Teacher(PACE))
+            self.spawned.append(
+                replacement(PACE, 99 + index) if name == "generator" else Teacher(PACE)
+            )
             return self.spawned[-1]
 
         roles = Roles(
@@ -151,8 +176,11 @@ class Run:
         return next(at for at, told, _ in self.events if told == what)
 
 
-def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_prompt_is_lost(tmp_path):
-    pace = replace(PACE, step_s=PACE.step_s / 100, score_s=1e-6, sync_s=1e-6)  # generation alone takes time
+def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_prompt_is_lost(
+    tmp_path,
+):
+    # generation alone takes time
+    pace = replace(PACE, step_s=PACE.step_s / 100, score_s=1e-6, sync_s=1e-6)
     run = Run(tmp_path, "run.steps=300", "run.max_lag_steps=8")
 
     async def main():
@@ -179,7 +207,8 @@ def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_pro
 
     summary, learner, marks = virtual(cut())
     before = [(b - a) / 10 for a, b in zip(marks[5], marks[15], strict=True)]
-    after = [(b - a) / 10 for a, b in zip(marks[16], marks[26], strict=True)]  # a second later already
+    # a second later already
+    after = [(b - a) / 10 for a, b in zip(marks[16], marks[26], strict=True)]
     assert after[1] == 0
     assert all(now >= 0.95 * then for now, then in zip(after[::2], before[::2], strict=True))
     assert run.when("lost") == 15
@@ -190,7 +219,9 @@ def test_the_others_keep_their_pace_when_one_of_three_generators_dies_and_no_pro
     assert sum(books.returned.values()) > 0
 
 
-def test_a_generator_that_stands_still_for_a_minute_is_replaced_and_what_it_says_later_is_not_heard(tmp_path):
+def test_a_generator_that_stands_still_for_a_minute_is_replaced_and_what_it_says_later_is_not_heard(
+    tmp_path,
+):
     run = Run(tmp_path, "run.steps=200", "timeout.stall_s=6", "sync.timeout_s=5")
 
     async def main():
@@ -209,7 +240,8 @@ def test_a_generator_that_stands_still_for_a_minute_is_replaced_and_what_it_says
 
     learner = virtual(main())
     assert 16 <= run.when("lost") <= 19  # 6 s of patience, a look each 2 s
-    assert run.when("serves") == pytest.approx(run.when("lost") + 20, abs=1)  # what a start takes here
+    # what a start takes here
+    assert run.when("serves") == pytest.approx(run.when("lost") + 20, abs=1)
     assert len(learner.trained) == len(set(learner.trained)) == 200 * 16
     assert audit(tmp_path).discrepancies == []
 
@@ -235,7 +267,8 @@ def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_s
 
     async def main():
         generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], OneAtATime(PACE, 4)
-        asyncio.get_running_loop().call_later(40 * PACE.step_s - 5, generators[0].died.set)  # 20 s before it serves
+        # 20 s before it serves
+        asyncio.get_running_loop().call_later(40 * PACE.step_s - 5, generators[0].died.set)
         await run.train(generators, [SimulatedTeacher(PACE)], learner)
         return learner
 
@@ -259,13 +292,17 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
     async def main():
         generators, learner = [Generator(PACE, 0), Generator(PACE, 1)], Learner(PACE, 4)
         asyncio.get_running_loop().call_later(10, generators[0].died.set)
-        await run.train(generators, [SimulatedTeacher(PACE)], learner, start_s=5, replacement=Refuses)
+        await run.train(
+            generators, [SimulatedTeacher(PACE)], learner, start_s=5, replacement=Refuses
+        )
         return learner
 
     learner = virtual(main())
     assert [event[1] for event in run.events] == ["lost", *["did not start"] * 3, "given up"]
     assert killed == run.spawned and len(killed) == 3
-    waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
+    waited = max(
+        b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False)
+    )
     assert waited < 5
     assert len(set(learner.trained)) == 150 * 16
 
@@ -283,7 +320,9 @@ def test_a_dead_teacher_is_rerouted_around_or_waited_for_and_nothing_is_dropped(
     summary, learner = virtual(main())
     told = [event[1] for event in run.events]
     assert told == (["lost", "serves"] if teachers == 2 else ["lost", "none left", "serves"])
-    waited = max(b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False))
+    waited = max(
+        b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False)
+    )
     assert waited > 15 if teachers == 1 else waited < 1  # seconds without a step
     assert len(learner.trained) == len(set(learner.trained)) == 150 * 16
     assert (summary["scored_dropped"], summary["max_lag_seen"] <= 4) == (0, True)
@@ -308,14 +347,18 @@ LENGTH = WireError("3#0: sampled_logp has 7 rows for 8 tokens")
 
 
 @pytest.mark.parametrize(
-    "error", [NAN, LENGTH, TimedOut("teacher 0, each: no answer in 120 s")], ids=["nan", "length", "slow"]
+    "error",
+    [NAN, LENGTH, TimedOut("teacher 0, each: no answer in 120 s")],
+    ids=["nan", "length", "slow"],
 )
 def test_what_one_teacher_spoils_another_scores(tmp_path, error):
     run = Run(tmp_path, "run.steps=20")
 
     async def main():
         learner = Learner(PACE, 4)
-        return await run.train([Generator(PACE, 0)], [Bad(PACE, error, 3), Teacher(PACE)], learner), learner
+        return await run.train(
+            [Generator(PACE, 0)], [Bad(PACE, error, 3), Teacher(PACE)], learner
+        ), learner
 
     summary, learner = virtual(main())
     assert (summary["scored_dropped"], run.events) == (0, [])  # nobody was given up for it
@@ -323,7 +366,9 @@ def test_what_one_teacher_spoils_another_scores(tmp_path, error):
 
 
 @pytest.mark.parametrize("error", [NAN, LENGTH], ids=["nan", "length"])
-def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its_cause(tmp_path, error):
+def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its_cause(
+    tmp_path, error
+):
     run = Run(tmp_path, "run.steps=20", "run.max_attempts=2")
 
     class Refuses(Teacher):
@@ -338,11 +383,16 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 
     summary, learner, pool = virtual(main())
     tries = [teacher.asked.count("5") for teacher in pool]
-    assert sum(tries) == 8 and min(tries) >= 2  # two attempts of four tries, each begun by one and the other
+    # two attempts of four tries, each begun by one and the other
+    assert sum(tries) == 8 and min(tries) >= 2
     assert summary["dropped_failed"] == 2
     assert len(set(learner.trained)) == 20 * 16 and "5" not in learner.trained
     books = audit(tmp_path)
-    assert (books.discrepancies, books.dropped, books.reissued) == ([], {"failed": 1}, {"failed": 1})
+    assert (books.discrepancies, books.dropped, books.reissued) == (
+        [],
+        {"failed": 1},
+        {"failed": 1},
+    )
 
 
 def test_a_teacher_that_spoils_everything_ends_the_run_with_what_it_said(tmp_path):
@@ -370,7 +420,8 @@ def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path)
     assert len(set(learner.trained)) == 20 * 16 and "5" not in learner.trained
     books = audit(tmp_path)
     assert books.discrepancies == []
-    assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 80  # with those beside it
+    # with those beside it
+    assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 80
 
 
 def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
@@ -392,7 +443,9 @@ def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):
 def test_a_run_that_goes_on_from_a_checkpoint_learns_what_an_unbroken_one_does(tmp_path):
     def job(name: str, learner: Learner, found: Checkpoint | None = None) -> Learner:
         (tmp_path / name).mkdir(exist_ok=True)
-        run = Run(tmp_path / name, "run.steps=20", "run.max_lag_steps=0", "run.checkpoint_every_steps=3")
+        run = Run(
+            tmp_path / name, "run.steps=20", "run.max_lag_steps=0", "run.checkpoint_every_steps=3"
+        )
 
         async def main():
             await run.train([SimulatedGenerator(PACE)], [SimulatedTeacher(PACE)], learner, found)

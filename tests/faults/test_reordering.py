@@ -1,5 +1,5 @@
-"""10^5 completions in any order, half of them under each policy: no trained token is older than the bound, and every
-group that was handed out is accounted for."""
+"""10^5 completions in any order, half of them under each policy: no trained token is older than the
+bound, and every group that was handed out is accounted for."""
 
 import asyncio
 import random
@@ -18,8 +18,9 @@ AT_ONCE = 7  # complete, at most, before anybody else runs
 
 
 class Shuffled:
-    """Generator, teacher and verifier. Whatever was handed out completes when the test says so: one token of each
-    version that was live meanwhile; one group in fifty is cut, and then has nothing to train."""
+    """Generator, teacher and verifier. Whatever was handed out completes when the test says so: one
+    token of each version that was live meanwhile; one group in fifty is cut, and then has nothing
+    to train."""
 
     def __init__(self):
         self.version, self.random = 0, random.Random(0)
@@ -31,7 +32,10 @@ class Shuffled:
         since, done = self.version, asyncio.get_running_loop().create_future()
         self.pending.append(done)
         await done
-        spans = tuple(Span(version=v, start=at, end=at + 1) for at, v in enumerate(range(since, self.version + 1)))
+        spans = tuple(
+            Span(version=v, start=at, end=at + 1)
+            for at, v in enumerate(range(since, self.version + 1))
+        )
         cut = self.random.random() < 0.02
         return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(cut,)), None
 
@@ -42,7 +46,11 @@ class Shuffled:
 
     def complete(self) -> None:
         """One of those that are pending: now and then the newest, mostly any."""
-        at = len(self.pending) - 1 if self.random.random() < 0.3 else self.random.randrange(len(self.pending))
+        at = (
+            len(self.pending) - 1
+            if self.random.random() < 0.3
+            else self.random.randrange(len(self.pending))
+        )
         self.pending[at], self.pending[-1] = self.pending[-1], self.pending[at]
         self.pending.pop().set_result(None)
 
@@ -94,7 +102,8 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
             taking = asyncio.ensure_future(queue.take(world.version))
         await settle()
         in_flight = len(world.pending)
-        ready = len(queue) + (PER_STEP if taking.done() else 0)  # of a step that nobody trains any more
+        # of a step that nobody trains any more
+        ready = len(queue) + (PER_STEP if taking.done() else 0)
         taking.cancel()
         for pending in world.pending:
             pending.cancel()

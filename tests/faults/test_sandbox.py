@@ -1,6 +1,8 @@
-"""What a hostile program can do in the `code` check: a verdict in time, nothing of it remains, the pool goes on.
+"""What a hostile program can do in the `code` check: a verdict in time, nothing of it remains, the
+pool goes on.
 
-Each program prints "ok", the right answer, only if its attack went through (but for those said to do no harm).
+Each program prints "ok", the right answer, only if its attack went through (but for those said to
+do no harm).
 """
 
 import asyncio
@@ -32,13 +34,18 @@ HARMLESS = "print('ok')"
 
 @pytest.fixture
 async def run(start_pool, check, workers):
-    """Has programs checked side by side, a worker each, and returns whether each is right. Their verdicts come in time;
-    then nothing of them is there, and the same workers decide the next ones."""
+    """Has programs checked side by side, a worker each, and returns whether each is right. Their
+    verdicts come in time; then nothing of them is there, and the same workers decide the next
+    ones."""
 
     async def decide(*programs: str, timeout_s: float = 30.0, **settings) -> list[bool]:
-        pool = await start_pool(check="code", timeout_s=timeout_s, workers=len(programs), **settings)
+        pool = await start_pool(
+            check="code", timeout_s=timeout_s, workers=len(programs), **settings
+        )
         before = workers()
-        verdicts = await asyncio.gather(*(pool.check(check(program, TESTS)) for program in programs))
+        verdicts = await asyncio.gather(
+            *(pool.check(check(program, TESTS)) for program in programs)
+        )
         assert {verdict.cause for verdict in verdicts} == {""}
         await until(lambda: not any(worker.children(recursive=True) for worker in before))
         again = await asyncio.gather(*(pool.check(check(HARMLESS, TESTS)) for _ in programs))
@@ -59,7 +66,9 @@ async def test_a_fork_bomb_stays_small_and_ends(run, workers):
         nonlocal most
         while True:
             with suppress(psutil.NoSuchProcess):
-                most = max(most, len([child for w in workers() for child in w.children(recursive=True)]))
+                most = max(
+                    most, len([child for w in workers() for child in w.children(recursive=True)])
+                )
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
@@ -76,7 +85,9 @@ BEYOND_A_LIMIT = {
     "loop": "while True: pass",
     "no output": "import sys\nsys.stdout.close()\nimport time\ntime.sleep(3600)",
     "exit": "import os\nos.close(1)\nos._exit(0)",
-    "limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))\nprint('ok')",
+    "limits": (
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))\nprint('ok')"
+    ),
 }
 
 
@@ -89,11 +100,10 @@ async def test_a_limit_hit_is_wrong(run):
 @needs_namespaces
 async def test_all_memory_of_a_program_is_bounded(run, workers):
     greedy = (
-        "import mmap, os, time\nos.fork(); os.fork()\nkept = []\n"
-        "for path in range(64):\n"
-        "    try:\n        with open(f'{os.getpid()}-{path}', 'wb') as file: file.write(bytes(8 << 20))\n"
-        "    except OSError: pass\n"
-        "try:\n    while True:\n        kept.append(bytearray(1 << 20))\nexcept MemoryError:\n    time.sleep(3600)"
+        "import mmap, os, time\nos.fork(); os.fork()\nkept = []\nfor path in range(64):\n    try:\n"
+        "        with open(f'{os.getpid()}-{path}', 'wb') as file: file.write(bytes(8 << 20))\n   "
+        " except OSError: pass\ntry:\n    while True:\n        kept.append(bytearray(1 <<"
+        " 20))\nexcept MemoryError:\n    time.sleep(3600)"
     )
     most = 0
 
@@ -101,7 +111,12 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
         nonlocal most
         while True:
             with suppress(psutil.NoSuchProcess):
-                of_program = [c for w in workers() for c in w.children(recursive=True) if "/program.py" in c.cmdline()]
+                of_program = [
+                    c
+                    for w in workers()
+                    for c in w.children(recursive=True)
+                    if "/program.py" in c.cmdline()
+                ]
                 most = max(most, sum(process.memory_info().rss for process in of_program))
             await asyncio.sleep(0.05)
 
@@ -114,7 +129,10 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
 @needs_namespaces
 async def test_files_are_bounded_one_by_one_and_together(run):
     one = "import os\nfor _ in range(9): os.write(fd, bytes(1 << 20))\nprint('ok')"
-    many = "for n in range(20):\n    with open(str(n), 'wb') as file: file.write(bytes(1 << 20))\nprint('ok')"
+    many = (
+        "for n in range(20):\n    with open(str(n), 'wb') as file: file.write(bytes(1 <<"
+        " 20))\nprint('ok')"
+    )
     one = f"import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\n{one}"
     empty = "for n in range(2000): open(str(n), 'w').close()\nprint('ok')"
     assert await run(one, many, empty) == [False] * 3
@@ -123,7 +141,14 @@ async def test_files_are_bounded_one_by_one_and_together(run):
 @needs_namespaces
 async def test_nothing_outside_its_directory_is_written(run, tmp_path):
     tmp_path.joinpath("kept").write_text("kept")
-    paths = [str(tmp_path / "kept"), str(tmp_path / "new"), "/tmp/../new", "/usr/new", f"{sys.base_prefix}/new", "/new"]
+    paths = [
+        str(tmp_path / "kept"),
+        str(tmp_path / "new"),
+        "/tmp/../new",
+        "/usr/new",
+        f"{sys.base_prefix}/new",
+        "/new",
+    ]
     write = f"""
 for path in {paths}:
     try:
@@ -175,7 +200,9 @@ async def test_it_shares_no_namespace_with_the_host(start_pool, check, workers):
     inside = []
 
     def found() -> list:
-        inside[:] = [child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()]
+        inside[:] = [
+            child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()
+        ]
         return inside
 
     await until(found)
@@ -194,7 +221,8 @@ async def test_no_secret_of_the_host_is_read(run, monkeypatch, tmp_path):
     look = f"""
 import os
 found = [*(set(os.environ) - {{'LC_CTYPE'}})]
-for path in ('/etc/shadow', '/proc/self/environ', '/proc/1/environ', '/dev/mem', {str(tmp_path / "secret")!r}):
+secret = {str(tmp_path / "secret")!r}
+for path in ('/etc/shadow', '/proc/self/environ', '/proc/1/environ', '/dev/mem', secret):
     try: found.append(open(path, 'rb').read())
     except OSError: pass
 for fd in range(3, 1024):
@@ -212,13 +240,16 @@ import ctypes, os
 libc = ctypes.CDLL(None)
 tries = [
     lambda: libc.unshare(0x10000000), lambda: libc.unshare(0x20000), lambda: libc.chroot(b'.'),
-    lambda: libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), lambda: libc.umount2(b'/tmp', 2), lambda: libc.setuid(0),
-    lambda: libc.ptrace(16, 1, 0, 0), lambda: libc.shmget(0, 1 << 30, 0o1777), lambda: libc.memfd_create(b'x', 0),
+    lambda: libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), lambda: libc.umount2(b'/tmp', 2),
+    lambda: libc.setuid(0), lambda: libc.ptrace(16, 1, 0, 0),
+    lambda: libc.shmget(0, 1 << 30, 0o1777), lambda: libc.memfd_create(b'x', 0),
     lambda: libc.sethostname(b'x', 1),
 ]
 if any(attempt() != -1 for attempt in tries): print('ok')
 """
-    with_ctypes = subprocess.run([sys.executable, "-I", "-S", "-c", "import ctypes"], capture_output=True)
+    with_ctypes = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", "import ctypes"], capture_output=True
+    )
     if with_ctypes.returncode:
         climb = climb.replace("import ctypes, os\nlibc = ctypes.CDLL(None)", "raise SystemExit")
     assert await run(climb) == [False]
@@ -253,7 +284,11 @@ time.sleep(0.3)
 print('ok')
 """
     assert await run(leave) == [True]  # as a program it did what it should
-    assert [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])] == []
+    assert [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if mark in (process.info["cmdline"] or [])
+    ] == []
 
 
 @needs_namespaces
@@ -261,7 +296,11 @@ async def test_a_worker_killed_in_the_middle_leaves_no_program(start_pool, check
     pool = await start_pool(check="code")
     pending = asyncio.create_task(pool.check(check("import time\ntime.sleep(3600)", TESTS)))
     (worker,) = workers()
-    await until(lambda: [child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()])
+    await until(
+        lambda: [
+            child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()
+        ]
+    )
     inside = worker.children(recursive=True)
     assert len(inside) == OURS + 1
     worker.kill()
@@ -276,7 +315,9 @@ async def test_without_namespaces_the_limits_stay(run):
     assert await run(memory, sleep, file, timeout_s=2.0, sandbox="none") == [False] * 3
 
 
-async def test_without_namespaces_its_environment_is_empty_and_its_directory_goes(run, monkeypatch, tmp_path):
+async def test_without_namespaces_its_environment_is_empty_and_its_directory_goes(
+    run, monkeypatch, tmp_path
+):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     look = "import os\nopen('x', 'w').close()\nif not set(os.environ) - {'LC_CTYPE'}: print('ok')"
     assert await run(look, sandbox="none") == [True]
@@ -312,7 +353,7 @@ def test_a_host_without_namespaces_is_refused_at_start_by_name_and_only_where_th
     said = subprocess.check_output([sys.executable, "-c", REFUSED], text=True).splitlines()
     assert said[:2] == ["started", "started"]
     assert (
-        "verify.check = 'code': this host does not allow its sandbox ([Errno 1] unshare: Operation not permitted)"
-        in said[2]
+        "verify.check = 'code': this host does not allow its sandbox ([Errno 1] unshare: Operation"
+        " not permitted)" in said[2]
     )
     assert "verify.sandbox = 'none'" in said[2]

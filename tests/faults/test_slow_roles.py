@@ -1,5 +1,5 @@
-"""A role that is ten times slower than the others, in virtual time over the real driver: the others wait for it,
-nothing is dropped and nothing piles up."""
+"""A role that is ten times slower than the others, in virtual time over the real driver: the others
+wait for it, nothing is dropped and nothing piles up."""
 
 import gc
 import tracemalloc

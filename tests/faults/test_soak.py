@@ -10,12 +10,18 @@ from tests.faults.harness import Hurt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(1800)]
 MINUTES_S = 300.0
-ROLES = ("generator", "generator", "teacher", "verifier", "learner", "driver")  # generators are more
+# generators are more
+ROLES = ("generator", "generator", "teacher", "verifier", "learner", "driver")
 
 
 def test_a_random_killer_over_all_roles_costs_neither_a_step_nor_a_prompt(tmp_path):
     draw, kills = random.Random(0), []
-    settings = ("rollout.generators=2", "teacher.replicas=2", "run.checkpoint_every_steps=5", "run.max_restarts=100")
+    settings = (
+        "rollout.generators=2",
+        "teacher.replicas=2",
+        "run.checkpoint_every_steps=5",
+        "run.max_restarts=100",
+    )
     hurt = Hurt(tmp_path, *settings)
     hurt.trains(5)
     began = time.monotonic()

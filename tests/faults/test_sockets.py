@@ -1,4 +1,5 @@
-"""What reaches our sockets from strangers: the group forms all the same, or fails by name within its timeout."""
+"""What reaches our sockets from strangers: the group forms all the same, or fails by name within
+its timeout."""
 
 import socket
 import struct
@@ -18,7 +19,11 @@ NASTY = {
     "garbage": b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64,
     "a pickle": b"\x80\x04cposix\nsystem\n(S'touch /tmp/was-run'\ntR.",
     "a key of 2^62 bytes": HELLO + struct.pack("<BQ", 1, 2**62) + b"x" * 64,
-    "a value of 2^62 bytes": HELLO + struct.pack("<BQ", 1, 3) + b"key" + struct.pack("<Q", 2**62) + b"x" * 64,
+    "a value of 2^62 bytes": HELLO
+    + struct.pack("<BQ", 1, 3)
+    + b"key"
+    + struct.pack("<Q", 2**62)
+    + b"x" * 64,
     "nothing": b"",
 }
 
@@ -71,7 +76,11 @@ def test_a_group_whose_member_is_only_a_stranger_fails_by_name_within_its_timeou
 
 def listening() -> set[tuple[str, int]]:
     """Where this process listens."""
-    return {tuple(c.laddr) for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return {
+        tuple(c.laddr)
+        for c in psutil.Process().net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
 
 
 @pytest.mark.parametrize("message", NASTY.values(), ids=NASTY)
@@ -87,7 +96,9 @@ def test_a_stranger_at_the_port_that_carries_the_weights_is_ignored(message):
         with stranger(gloo, message), stranger(gloo, b"\xff" * 4096):
             other = pool.submit(second, store)
             flats = [torch.arange(5.0), torch.zeros(5)]
-            works = [broadcast(f.result(), flat) for f, flat in zip((one, other), flats, strict=True)]
+            works = [
+                broadcast(f.result(), flat) for f, flat in zip((one, other), flats, strict=True)
+            ]
             for work in works:
                 work.wait()
     assert torch.equal(flats[1], torch.arange(5.0))

@@ -55,23 +55,43 @@ FAMILIES: dict[str, Callable[[random.Random], str]] = {
     "left and right": lambda r: nested(r, r"\left(", r"\right)", 1000),
     "fractions": lambda r: nested(r, r"\frac{1}{", "}", 1000),
     "radicals": lambda r: nested(r, r"\sqrt{1+", "}", 1000),
-    "unbalanced": lambda r: r.choice(["{", "}", "(", r"\frac{", r"\left[", r"\begin{matrix}"]) * r.randint(100, 5000),
-    "surrogates": lambda r: "".join(chr(r.randint(0xD800, 0xDFFF)) for _ in range(r.randint(1, 1000))),
-    "odd characters": lambda r: "".join(chr(r.randint(1, 0xD7FF)) for _ in range(r.randint(1, 3000))),
+    "unbalanced": lambda r: (
+        r.choice(["{", "}", "(", r"\frac{", r"\left[", r"\begin{matrix}"]) * r.randint(100, 5000)
+    ),
+    "surrogates": lambda r: "".join(
+        chr(r.randint(0xD800, 0xDFFF)) for _ in range(r.randint(1, 1000))
+    ),
+    "odd characters": lambda r: "".join(
+        chr(r.randint(1, 0xD7FF)) for _ in range(r.randint(1, 3000))
+    ),
     "null bytes": lambda r: "\0".join(digits(r, 3) for _ in range(r.randint(2, 1000))),
-    "matrices": lambda r: rf"\begin{{pmatrix}}{many(r, lambda: r.randint(0, 99), ' & ')}\end{{pmatrix}}^{{-1}}",
+    "matrices": lambda r: (
+        rf"\begin{{pmatrix}}{many(r, lambda: r.randint(0, 99), ' & ')}\end{{pmatrix}}^{{-1}}"
+    ),
     "sets": lambda r: rf"\{{{many(r, lambda: r.randint(0, 10**6), ', ')}\}}",
-    "intervals": lambda r: many(r, lambda: f"[{r.randint(0, 99)}, {r.randint(100, 10**9)})", r" \cup ", 500),
+    "intervals": lambda r: many(
+        r, lambda: f"[{r.randint(0, 99)}, {r.randint(100, 10**9)})", r" \cup ", 500
+    ),
     "macros": lambda r: r"\def\a{\a\a}" + r"\newcommand{\b}{\b\b}" + r"\a\b" * r.randint(1, 1000),
-    "sums": lambda r: rf"\sum_{{n=1}}^{{{r.randint(10**6, 10**12)}}} \frac{{1}}{{n^{{{r.randint(2, 9)}}}+n!}}",
-    "products": lambda r: rf"\prod_{{n=1}}^{{{r.randint(10**5, 10**9)}}} (n^{{{r.randint(2, 99)}}}+1)",
-    "integrals": lambda r: rf"\int_0^{{{r.randint(1, 9)}}} e^{{-x^{{{r.randint(3, 99)}}}}} \sin(x^x) \, dx",
+    "sums": lambda r: (
+        rf"\sum_{{n=1}}^{{{r.randint(10**6, 10**12)}}} \frac{{1}}{{n^{{{r.randint(2, 9)}}}+n!}}"
+    ),
+    "products": lambda r: (
+        rf"\prod_{{n=1}}^{{{r.randint(10**5, 10**9)}}} (n^{{{r.randint(2, 99)}}}+1)"
+    ),
+    "integrals": lambda r: (
+        rf"\int_0^{{{r.randint(1, 9)}}} e^{{-x^{{{r.randint(3, 99)}}}}} \sin(x^x) \, dx"
+    ),
     "limits": lambda r: rf"\lim_{{x \to \infty}} x^{{x^{{{r.randint(2, 99)}}}}} / \Gamma(x^x)",
     "binomials": lambda r: rf"\binom{{{digits(r, 9)}}}{{{digits(r, 8)}}}",
     "gammas": lambda r: rf"\Gamma({digits(r, r.randint(6, 12))})",
     "trigonometry": lambda r: nested(r, r.choice([r"\sin(", r"\tan(", r"\arccos("]), ")", 300),
-    "expansions": lambda r: f"({many(r, lambda: r.choice('abcxyz'), '+', 40)})^{{{r.randint(50, 5000)}}}",
-    "operators": lambda r: r.choice(["+", "-", r"\cdot ", "=", "<", "%", "/", "!"]) * r.randint(100, 5000) + "1",
+    "expansions": lambda r: (
+        f"({many(r, lambda: r.choice('abcxyz'), '+', 40)})^{{{r.randint(50, 5000)}}}"
+    ),
+    "operators": lambda r: (
+        r.choice(["+", "-", r"\cdot ", "=", "<", "%", "/", "!"]) * r.randint(100, 5000) + "1"
+    ),
     "long sums": lambda r: many(r, lambda: f"x_{{{r.randint(0, 10**6)}}}", "+"),
     "percent and units": lambda r: many(r, lambda: rf"{r.randint(0, 99)}\% \text{{km/h}} \$", " "),
     "radixes": lambda r: many(r, lambda: f"{digits(r, 20)}_{{{r.randint(2, 36)}}}", "+", 500),
@@ -81,13 +101,16 @@ FAMILIES: dict[str, Callable[[random.Random], str]] = {
     "logarithms": lambda r: rf"\log_{{{r.randint(2, 9)}}}({tower(r)})",
     "modulo": lambda r: rf"{tower(r)} \mod {r.randint(2, 10**9)}",
     "absolute values": lambda r: nested(r, "|", "|", 500),
-    "piecewise": lambda r: rf"\begin{{cases}}{many(r, lambda: 'x^2 & x>1', chr(92) * 2, 1000)}\end{{cases}}",
+    "piecewise": lambda r: (
+        rf"\begin{{cases}}{many(r, lambda: 'x^2 & x>1', chr(92) * 2, 1000)}\end{{cases}}"
+    ),
 }
 
 
 @pytest.fixture
 def attack(start_pool, check, workers, monkeypatch):
-    """Has `count` hostile answers over all families checked, and asserts what must hold; returns a table by family."""
+    """Has `count` hostile answers over all families checked, and asserts what must hold; returns a
+    table by family."""
     took, ask = {}, WorkerProcess.ask
 
     async def timed(worker, asked, limit_s):
@@ -126,7 +149,8 @@ def attack(start_pool, check, workers, monkeypatch):
 
 
 async def decided(pool: VerifierPool, check: Callable[..., Check], response: str) -> bool:
-    """The verdict on an easy response against "2". On a busy machine it may take more than one deadline."""
+    """The verdict on an easy response against "2". On a busy machine it may take more than one
+    deadline."""
     for _ in range(20):
         verdict = await pool.check(check(response, "2"))
         if verdict.correct is not None:
@@ -135,12 +159,22 @@ async def decided(pool: VerifierPool, check: Callable[..., Check], response: str
 
 
 def _table(found: dict, took: dict[str, float]) -> str:
-    lines = ["| family | answers | wrong | unknown | workers replaced | longest, ms |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| family | answers | wrong | unknown | workers replaced | longest, ms |",
+        "|---|---|---|---|---|---|",
+    ]
     for family, verdicts in found.items():
         unknown = [verdict for verdict in verdicts if verdict.correct is None]
         replaced = [verdict for verdict in unknown if not verdict.cause.startswith("check raised")]
         longest = max(took[verdict.id] for verdict in verdicts) * 1000
-        cells = family, len(verdicts), len(verdicts) - len(unknown), len(unknown), len(replaced), f"{longest:.0f}"
+        cells = (
+            family,
+            len(verdicts),
+            len(verdicts) - len(unknown),
+            len(unknown),
+            len(replaced),
+            f"{longest:.0f}",
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -159,8 +193,13 @@ async def test_two_thousand_hostile_answers_are_decided_in_time_and_none_is_righ
     ("good", "hanging"),
     [(3, 12), pytest.param(100, 400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
 )
-async def test_good_answers_among_hanging_ones_are_all_right(start_pool, check, tmp_path, monkeypatch, good, hanging):
-    source = "import time\ndef patient(response, answer):\n    time.sleep(3600 * (response == 'hang'))\n    return True"
+async def test_good_answers_among_hanging_ones_are_all_right(
+    start_pool, check, tmp_path, monkeypatch, good, hanging
+):
+    source = (
+        "import time\ndef patient(response, answer):\n    time.sleep(3600 * (response == 'hang'))\n"
+        "    return True"
+    )
     tmp_path.joinpath("patience.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
     pool = await start_pool(workers=4, timeout_s=1.0, check="patience:patient")

@@ -1,4 +1,5 @@
-"""One learner rank in a process of its own: trains on the same random groups in every run and saves what came of it.
+"""One learner rank in a process of its own: trains on the same random groups in every run and saves
+what came of it.
 
 Not a test: `test_engine.py` starts `main`.
 """
@@ -32,9 +33,14 @@ def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
     ids = random.integers(VOCABULARY, size=3 + tokens, dtype=np.int32)
     behaviour, teacher = random.uniform(-4, -0.5, (2, tokens)).astype(np.float32)
     spans = (Span(version=0, start=0, end=tokens),)
-    rollout = Rollout(id=f"{id}#0", ids=ids[3:], behaviour_logp=behaviour, spans=spans, truncated=False)
+    rollout = Rollout(
+        id=f"{id}#0", ids=ids[3:], behaviour_logp=behaviour, spans=spans, truncated=False
+    )
     prompt = Prompt(id=id, ids=ids[:3], answer="")
-    scores, verdict = Scores(id=rollout.id, sampled_logp=teacher), Verdict(id=rollout.id, correct=True)
+    scores, verdict = (
+        Scores(id=rollout.id, sampled_logp=teacher),
+        Verdict(id=rollout.id, correct=True),
+    )
     return Group(prompt=prompt, rollouts=(rollout,)), (scores,), (verdict,)
 
 
@@ -42,7 +48,11 @@ def weights(learner: LearnerRank) -> list[torch.Tensor]:
     """A copy of every weight, gathered from all ranks."""
     copies = []
     for bucket in learner._gathered():
-        copies += [learner._parameters[name].detach().clone() for piece in bucket for name in piece.parameters]
+        copies += [
+            learner._parameters[name].detach().clone()
+            for piece in bucket
+            for name in piece.parameters
+        ]
     return copies
 
 
@@ -85,7 +95,9 @@ def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
     return meeting.read_text()
 
 
-OBJECTIVES = dict(opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering())
+OBJECTIVES = dict(
+    opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering()
+)
 SAVED = 3  # the step after which the state is saved
 
 
@@ -102,14 +114,29 @@ def main(
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
-        config, OBJECTIVES[objective], model=model, temperature=0.7, steps=steps, max_lag_steps=steps, stale="mask",
-        truncated="mask", cap=64, seed=0, rank=rank, timeout_s=60.0, bucket_bytes=4096, record_every_steps=2,
-    )  # fmt: skip
+        config,
+        OBJECTIVES[objective],
+        model=model,
+        temperature=0.7,
+        steps=steps,
+        max_lag_steps=steps,
+        stale="mask",
+        truncated="mask",
+        cap=64,
+        seed=0,
+        rank=rank,
+        timeout_s=60.0,
+        bucket_bytes=4096,
+        record_every_steps=2,
+    )
     learner.start(rendezvous(learner, rank, Path(meeting)))
-    held = sum(p.numel() for p in learner._lm.parameters())  # elements of weights this rank holds whole
+    # elements of weights this rank holds whole
+    held = sum(p.numel() for p in learner._lm.parameters())
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
     lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
-    mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[0 if lopsided else rank]
+    mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[
+        0 if lopsided else rank
+    ]
     if lopsided and rank:  # everything is rank 0's, and the others only join in
         mine = [[] for _ in mine]
     pairs = [[(i, 0) for i in micro] for micro in mine]
@@ -144,12 +171,15 @@ def main(
     if config.dtype == "bfloat16":
         optimizer = learner._engine.optimizer
         sums = (
-            optimizer.grad_partitions_flat_buffer if config.zero_stage == 3 else optimizer.fp32_groups_gradients_flat[0]
+            optimizer.grad_partitions_flat_buffer
+            if config.zero_stage == 3
+            else optimizer.fp32_groups_gradients_flat[0]
         )
         result["accumulates"] = str(sums.dtype)
     learner.save(f"{out}.model")
     result["logprobs"] = logprobs()
-    norm, last = learner._lm.base_model.norm, rank == config.ranks - 1  # only the last rank goes wrong
+    # only the last rank goes wrong
+    norm, last = learner._lm.base_model.norm, rank == config.ranks - 1
     hook = norm.register_forward_hook(poison_gradient if last else lambda *_: None)
     result["gradient"] = fail(learner, step)
     hook.remove()

@@ -30,8 +30,13 @@ def test_a_checkpoint_loads_with_equal_weights_and_its_tokenizer(tiny_lm, source
     model = tiny_lm(tie_word_embeddings=tied, attn_implementation=causal_lm.ATTENTION)
     save(model, source, tmp_path / "deep" / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert AutoTokenizer.from_pretrained(tmp_path / "deep" / "out").get_vocab() == build_tokenizer().get_vocab()
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "deep" / "out").get_vocab()
+        == build_tokenizer().get_vocab()
+    )
     assert causal_lm.ATTENTION not in json.dumps(loaded.config.to_dict())
 
 
@@ -45,7 +50,9 @@ def test_a_checkpoint_replaces_an_older_one_whole(tiny_lm, source, tmp_path):
     assert not (tmp_path / "out" / "left_over").exists()
 
 
-def test_a_save_that_finds_no_room_is_named_and_leaves_the_older_checkpoint(tiny_lm, source, tmp_path):
+def test_a_save_that_finds_no_room_is_named_and_leaves_the_older_checkpoint(
+    tiny_lm, source, tmp_path
+):
     save(tiny_lm(seed=0), source, tmp_path / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -67,31 +74,48 @@ def test_what_an_interrupted_save_left_behind_is_no_hindrance(tiny_lm, source, t
 
 def rank_state(random: bytes) -> RankState:
     running = {"reward": Moments(3.0, 0.5, 0.25)}
-    return RankState(ranks=2, zero_stage=3, dtype="bfloat16", version=7, running=running, random={"cpu": random})
+    return RankState(
+        ranks=2, zero_stage=3, dtype="bfloat16", version=7, running=running, random={"cpu": random}
+    )
 
 
 def test_the_state_of_a_rank_comes_back_as_it_was(tmp_path):
-    config = LearnerConfig(trajectories_per_step=8, lr=1e-3, ranks=2, zero_stage=3, dtype="bfloat16")
+    config = LearnerConfig(
+        trajectories_per_step=8, lr=1e-3, ranks=2, zero_stage=3, dtype="bfloat16"
+    )
     for rank, random in enumerate((b"\x00\xff", b"one")):
         save_rank(rank_state(random), tmp_path, rank)
-    assert [load_rank(tmp_path, rank, config) for rank in (0, 1)] == [rank_state(b"\x00\xff"), rank_state(b"one")]
+    assert [load_rank(tmp_path, rank, config) for rank in (0, 1)] == [
+        rank_state(b"\x00\xff"),
+        rank_state(b"one"),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("name", "then", "now"), [("ranks", 2, 4), ("zero_stage", 3, 2), ("dtype", "'bfloat16'", "'float32'")]
+    ("name", "then", "now"),
+    [("ranks", 2, 4), ("zero_stage", 3, 2), ("dtype", "'bfloat16'", "'float32'")],
 )
 @pytest.mark.parametrize("rank", [0, 3])
-def test_another_number_of_ranks_stage_or_dtype_is_refused_on_every_rank(tmp_path, name, then, now, rank):
+def test_another_number_of_ranks_stage_or_dtype_is_refused_on_every_rank(
+    tmp_path, name, then, now, rank
+):
     (tmp_path / "learner").mkdir()
     save_rank(rank_state(b""), tmp_path / "learner", 0)
-    settings = dict(ranks=2, zero_stage=3, dtype="bfloat16") | {name: now if isinstance(now, int) else "float32"}
+    settings = dict(ranks=2, zero_stage=3, dtype="bfloat16") | {
+        name: now if isinstance(now, int) else "float32"
+    }
     config = LearnerConfig(trajectories_per_step=8, lr=1e-3, **settings)
-    message = f"checkpoint {tmp_path}: was saved with learner.{name} = {then} and cannot go on with {now}"
+    message = (
+        f"checkpoint {tmp_path}: was saved with learner.{name} = {then} and cannot go on with {now}"
+    )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         load_rank(tmp_path / "learner", rank, config)
 
 
 def test_a_rank_that_does_not_see_the_files_says_so(tmp_path):
     config = LearnerConfig(trajectories_per_step=8, lr=1e-3)
-    with pytest.raises(CheckpointError, match=r"rank-0.json: No such file or directory; every learner rank must see"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"rank-0.json: No such file or directory; every learner rank must see",
+    ):
         load_rank(tmp_path, 0, config)

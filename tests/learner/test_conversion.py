@@ -10,7 +10,8 @@ EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16)
 FAMILIES = [
     ("Qwen3", dict(tie_word_embeddings=True)),
     ("Qwen3", {}),
-    ("Qwen3Moe", EXPERTS),  # two fused tensors a layer in memory, three for each expert in the checkpoint
+    # two fused tensors a layer in memory, three for each expert in the checkpoint
+    ("Qwen3Moe", EXPERTS),
     ("Mixtral", dict(num_local_experts=3)),  # renamed too
     ("HrmText", {}),  # the other way: the checkpoint is fused, the model is not
 ]
@@ -23,8 +24,12 @@ def exported(model):
     return list(zip(described, tensors, strict=True))
 
 
-@pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=lambda x: x if isinstance(x, str) else "")
-def test_weights_leave_under_the_names_and_shapes_of_the_saved_checkpoint(tiny_lm, tmp_path, family, settings):
+@pytest.mark.parametrize(
+    ("family", "settings"), FAMILIES, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_weights_leave_under_the_names_and_shapes_of_the_saved_checkpoint(
+    tiny_lm, tmp_path, family, settings
+):
     model = tiny_lm(family, **settings)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -43,7 +48,9 @@ def test_what_the_checkpoint_fuses_goes_back_together_and_all_else_alone(tiny_lm
     pieces = conversion.pieces(tiny_lm("HrmText"))
     fused = [len(piece.parameters) for piece in pieces if "qkv" in piece.tensors[0].name]
     assert fused and set(fused) == {4}
-    assert {len(piece.parameters) for piece in conversion.pieces(tiny_lm("Qwen3Moe", **EXPERTS))} == {1}
+    assert {
+        len(piece.parameters) for piece in conversion.pieces(tiny_lm("Qwen3Moe", **EXPERTS))
+    } == {1}
 
 
 class OneWay(ConversionOps):
@@ -69,11 +76,19 @@ class Lossy(OneWay):
     ("operation", "complaint"),
     [
         (OneWay, "student.model: no way back to a checkpoint for .*NotImplementedError"),
-        (Lossy, "student.model: model.layers.0.mlp.down_proj.weight does not come back whole as model.layers.0.mlp.w2"),
+        (
+            Lossy,
+            (
+                "student.model: model.layers.0.mlp.down_proj.weight does not come back whole as"
+                " model.layers.0.mlp.w2"
+            ),
+        ),
     ],
 )
 def test_a_weight_without_a_way_back_is_refused_by_name(tiny_lm, operation, complaint):
     model = tiny_lm()
-    model._weight_conversions = [WeightConverter("mlp.w2.weight", "mlp.down_proj.weight", [operation()])]
+    model._weight_conversions = [
+        WeightConverter("mlp.w2.weight", "mlp.down_proj.weight", [operation()])
+    ]
     with pytest.raises(DataError, match=complaint):
         conversion.pieces(model)

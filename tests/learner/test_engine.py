@@ -16,15 +16,25 @@ from tests.learner import rank_process
 
 pytestmark = pytest.mark.ray
 STEPS = 5
-SETTINGS = dict(lr=1e-3, grad_clip=2.0, warmup_steps=2, schedule="linear", micro_batch_tokens=20, weight_decay=0.1)
+SETTINGS = dict(
+    lr=1e-3,
+    grad_clip=2.0,
+    warmup_steps=2,
+    schedule="linear",
+    micro_batch_tokens=20,
+    weight_decay=0.1,
+)
 
 
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=True)
+EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=True
+)
 
 
 @pytest.fixture(scope="module")
 def train(tiny_lm, tmp_path_factory):
-    """Trains the same student on the same data, each rank in its own process, once for the same settings."""
+    """Trains the same student on the same data, each rank in its own process, once for the same
+    settings."""
     folder = tmp_path_factory.mktemp("ranks")
     forked = multiprocessing.get_context("forkserver")  # from a process that has imported DeepSpeed
     forked.set_forkserver_preload([rank_process.__name__])
@@ -38,11 +48,24 @@ def train(tiny_lm, tmp_path_factory):
 
     @cache
     def train(
-        ranks, zero_stage, dtype="float32", family="Qwen3", objective="opd", lopsided=False, resume=None, **settings
+        ranks,
+        zero_stage,
+        dtype="float32",
+        family="Qwen3",
+        objective="opd",
+        lopsided=False,
+        resume=None,
+        **settings,
     ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
         settings = SETTINGS | dict(ranks=ranks, zero_stage=zero_stage, dtype=dtype) | settings
-        job = dict(model=student(family), steps=STEPS, settings=settings, objective=objective, lopsided=lopsided)
+        job = dict(
+            model=student(family),
+            steps=STEPS,
+            settings=settings,
+            objective=objective,
+            lopsided=lopsided,
+        )
         job |= dict(resume=resume and str(resume), meeting=str(folder / uuid.uuid4().hex))
         name = f"{ranks}-{zero_stage}-{dtype}-{family}-{objective}{'-resumed' if resume else ''}"
         outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
@@ -92,10 +115,15 @@ def test_two_ranks_of_any_zero_stage_train_like_one(train, stage):
     assert [rank["held"] for rank in both] == [0 if stage == 3 else one["held"]] * 2
 
 
-def test_experts_shared_embeddings_statistics_and_a_rank_with_nothing_to_do_are_no_trouble_to_zero_3(train):
-    """Nor are the optimizer on the host, activation checkpointing and a head that is read in chunks."""
+def test_experts_shared_embeddings_statistics_and_an_idle_rank_are_no_trouble_to_zero_3(
+    train,
+):
+    """Nor are the optimizer on the host, activation checkpointing and a head that is read in
+    chunks."""
     common = dict(family="Qwen3Moe", objective="centred")
-    frugal = dict(lopsided=True, offload_optimizer=True, gradient_checkpointing=True, head_chunk_rows=3)
+    frugal = dict(
+        lopsided=True, offload_optimizer=True, gradient_checkpointing=True, head_chunk_rows=3
+    )
     check_equal(train(1, 0, **common), train(2, 3, **common, **frugal))
 
 
@@ -109,20 +137,24 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_weights
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_the_weights_move(train, stage):
     for rank in train(2, stage)[0]:
-        assert rank["loss"] == dict(error="step 6: loss nan over 34 tokens", unmoved=True, version=STEPS)
+        assert rank["loss"] == dict(
+            error="step 6: loss nan over 34 tokens", unmoved=True, version=STEPS
+        )
 
 
 def test_the_learning_rate_warms_up_and_then_falls_linearly(train):
     (one,), _ = train(1, 0)
     rates = [metrics["lr"] for metrics in one["metrics"]]
-    assert rates == pytest.approx([0, 5e-4, 1e-3, 6.666667e-4, 3.333333e-4])  # 0, 1/2, then (5 - step) / (5 - 2)
+    # 0, 1/2, then (5 - step) / (5 - 2)
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 6.666667e-4, 3.333333e-4])
 
 
 def test_metrics_count_the_lag_and_show_the_gradient_before_clipping(train):
     (one,), _ = train(1, 0)
     assert [metrics["lag_max"] for metrics in one["metrics"]] == [0, 1, 2, 3, 4]
     assert [metrics["tokens"] for metrics in one["metrics"]] == [34] * 5
-    assert all(metrics["grad_norm"] > SETTINGS["grad_clip"] for metrics in one["metrics"])  # so clipping was at work
+    # so clipping was at work
+    assert all(metrics["grad_norm"] > SETTINGS["grad_clip"] for metrics in one["metrics"])
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
@@ -130,7 +162,15 @@ def test_rank_0_records_two_trajectories_of_every_second_step(train, ranks, stag
     first, *others = train(ranks, stage)[0]
     assert [step for step, *_ in first["recorded"]] == [2, 2, 4, 4]
     for _, _, names in first["recorded"]:
-        assert {"student", "behaviour", "teacher", "advantage", "weight", "selected", "version"} <= set(names)
+        assert {
+            "student",
+            "behaviour",
+            "teacher",
+            "advantage",
+            "weight",
+            "selected",
+            "version",
+        } <= set(names)
     assert [rank["recorded"] for rank in others] == [[]] * (ranks - 1)
 
 
@@ -164,7 +204,9 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("ranks", "stage", "settings"), RESUMED)
-def test_a_new_learner_goes_on_from_a_saved_state_as_if_nothing_had_happened(train, ranks, stage, settings):
+def test_a_new_learner_goes_on_from_a_saved_state_as_if_nothing_had_happened(
+    train, ranks, stage, settings
+):
     unbroken, expected = train(ranks, stage, **settings)
     resumed, saved = train(ranks, stage, **settings, resume=state_of(expected))
     for got, whole in zip(resumed, unbroken, strict=True):

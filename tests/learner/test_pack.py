@@ -19,7 +19,10 @@ def test_each_response_token_is_predicted_from_the_position_before_it(sample, pa
 
 
 def test_log_probs_and_candidates_stay_with_their_token(sample, packed):
-    ids, logp = np.arange(6, dtype=np.int32).reshape(3, 2), np.log(np.full((3, 2), 0.25, np.float32))
+    ids, logp = (
+        np.arange(6, dtype=np.int32).reshape(3, 2),
+        np.log(np.full((3, 2), 0.25, np.float32)),
+    )
     tail = np.log(np.array([0.5, 0.25, 0.125], np.float32))
     first = dict(topk_ids=ids[:1], topk_logp=logp[:1], tail_logp=tail[:1])
     first = sample(spans=[(0, 1)], behaviour=[-1], teacher=[-2], **first)
@@ -40,13 +43,17 @@ def test_tokens_over_the_bound_leave_the_reduction_yet_stay_visible(sample, pack
     assert len(micro.targets_N) == len(micro.behaviour_logp_N) == 5
 
 
-@pytest.mark.parametrize(("policy", "kept"), [("mask", [True, True, False, False]), ("keep", [True] * 4)])
+@pytest.mark.parametrize(
+    ("policy", "kept"), [("mask", [True, True, False, False]), ("keep", [True] * 4)]
+)
 def test_truncated_responses_leave_the_reduction_by_policy(sample, packed, policy, kept):
     micro = packed(sample(spans=[(0, 2)]), sample(spans=[(0, 2)], truncated=True), truncated=policy)
     assert micro.keep_N.tolist() == kept
 
 
-def test_a_stale_token_under_the_policy_to_drop_is_an_error_that_names_its_trajectory(sample, packed):
+def test_a_stale_token_under_the_policy_to_drop_is_an_error_that_names_its_trajectory(
+    sample, packed
+):
     fresh, stale = sample(id="7@0#1", spans=[(1, 4)]), sample(id="7@0#2", spans=[(0, 1), (5, 3)])
     packed(fresh, live=5, max_lag_steps=4, stale="drop")
     with pytest.raises(StaleTrajectory, match=r"7@0#2.*version 5, bound 4"):

@@ -17,7 +17,10 @@ from async_opd.objectives.topk_kl import TopkKl
 @pytest.fixture
 def samples(sample):
     """Five trajectories of unequal lengths, each of tokens of versions 0 and 1."""
-    return [sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, correct=i % 2 == 0) for i, id in enumerate("abcde")]
+    return [
+        sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, correct=i % 2 == 0)
+        for i, id in enumerate("abcde")
+    ]
 
 
 def step(student, objective, samples, packed, cuts=(0, 2, 5), look=True):
@@ -83,9 +86,16 @@ def test_what_dear_selects_and_reads_is_kept(student, samples, packed):
 
 def test_of_a_divergence_there_is_no_advantage_and_no_number_a_candidate(student, sample, packed):
     ids, logp = np.array([[1, 2]] * 3, np.int32), np.full((3, 2), math.log(0.3), np.float32)
-    one = sample(topk_ids=ids, topk_logp=logp, tail_logp=np.full(3, math.log(0.4), np.float32), spans=[(1, 3)])
+    one = sample(
+        topk_ids=ids,
+        topk_logp=logp,
+        tail_logp=np.full(3, math.log(0.4), np.float32),
+        spans=[(1, 3)],
+    )
     found, _ = step(student, TopkKl(k=2), [one], packed, (0, 1))
-    assert {name for name in found[0].numbers if "advantage" in name or "coefficient" in name} == set()
+    assert {
+        name for name in found[0].numbers if "advantage" in name or "coefficient" in name
+    } == set()
     assert len(found[0].numbers["student"]) == 3
 
 
@@ -93,10 +103,12 @@ def test_a_long_response_is_cut_and_says_so(student, samples, packed, monkeypatc
     monkeypatch.setattr(record, "LONGEST", 2)
     for one in step(student, Opd(), samples, packed)[0]:
         sample = next(s for s in samples if s.rollout.id == one.id)
-        assert one.ids.tolist() == sample.rollout.ids[:2].tolist() and one.tokens == len(sample.rollout.ids)
-        assert one.prompt_ids.tolist() == sample.prompt.ids[-2:].tolist() and one.prompt_tokens == len(
-            sample.prompt.ids
+        assert one.ids.tolist() == sample.rollout.ids[:2].tolist() and one.tokens == len(
+            sample.rollout.ids
         )
+        assert one.prompt_ids.tolist() == sample.prompt.ids[
+            -2:
+        ].tolist() and one.prompt_tokens == len(sample.prompt.ids)
         assert {len(column) for column in one.numbers.values()} == {2}
 
 

@@ -73,7 +73,11 @@ class Watched:
     """A broadcast that says when it starts and when it is waited for."""
 
     def __init__(self, log, group, flat):
-        self._number, self._log, self._work = sum("start" in line for line in log), log, broadcast(group, flat)
+        self._number, self._log, self._work = (
+            sum("start" in line for line in log),
+            log,
+            broadcast(group, flat),
+        )
         log.append(f"start {self._number}")
 
     def wait(self):
@@ -107,7 +111,9 @@ def test_a_send_adds_two_buckets_of_memory_however_large_the_model(wire):
     def send():
         with profile(profile_memory=True) as seen:
             sender.send(described, weights)
-        measured.extend(e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
+        measured.extend(
+            e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+        )
 
     run(described, send)
     live = peak = 0

@@ -14,7 +14,8 @@ from tests.learner.centred import Centred
 
 
 def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
-    """One accumulation on one rank; returns its metrics and, where there is a model, its gradients."""
+    """One accumulation on one rank; returns its metrics and, where there is a model, its
+    gradients."""
     metrics, _ = accumulate(
         module,
         lambda loss: loss.backward(),
@@ -31,7 +32,8 @@ def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_we
 
 
 def plain_logp(student, sample):
-    """Log-probs [T, V] of the response positions of one trajectory, by transformers alone, temperature 0.7."""
+    """Log-probs [T, V] of the response positions of one trajectory, by transformers alone,
+    temperature 0.7."""
     ids = torch.as_tensor(np.concatenate([sample.prompt.ids, sample.rollout.ids])).long()
     student.lm.set_attn_implementation("eager")
     logits = student.lm(ids[None]).logits[0, len(sample.prompt.ids) - 1 : -1]
@@ -53,15 +55,26 @@ def bounds():
 
 def test_packed_log_probs_equal_those_of_each_trajectory_alone(student, samples, packed):
     got_N = student(packed(*samples)).sampled_N
-    alone = [plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0] for s in samples]
+    alone = [
+        plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
+        for s in samples
+    ]
     torch.testing.assert_close(got_N, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-def test_loss_and_gradients_are_those_of_the_formula_on_each_trajectory_alone(student, samples, packed, bounds):
-    metrics, gradients = run(student, Opd(correction=Importance(at_most=2.0)), [packed(*samples, **bounds)])
+def test_loss_and_gradients_are_those_of_the_formula_on_each_trajectory_alone(
+    student, samples, packed, bounds
+):
+    metrics, gradients = run(
+        student, Opd(correction=Importance(at_most=2.0)), [packed(*samples, **bounds)]
+    )
     total = 0
-    for s, kept in zip(samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True):
-        logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
+    for s, kept in zip(
+        samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True
+    ):
+        logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[
+            :, 0
+        ]
         rho_T = (logp_T - torch.as_tensor(s.rollout.behaviour_logp)).exp().clamp(max=2).detach()
         advantage_T = torch.as_tensor(s.scores.sampled_logp) - logp_T.detach()
         total += (torch.tensor(kept) * -rho_T * advantage_T * logp_T).sum()
@@ -94,25 +107,45 @@ def test_statistics_are_those_of_the_kept_tokens_of_the_formula(student, samples
     micros = [packed(*samples[:2], **bounds), packed(), packed(*samples[2:], **bounds)]
     found = batch_statistics(student, lambda tensor, op: None, Centred(), micros, Moment())
     advantages = []
-    for s, kept in zip(samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True):
-        logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[:, 0]
-        advantages.append((torch.as_tensor(s.scores.sampled_logp) - logp_T)[torch.tensor(kept).bool()])
+    for s, kept in zip(
+        samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True
+    ):
+        logp_T = plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])[
+            :, 0
+        ]
+        advantages.append(
+            (torch.as_tensor(s.scores.sampled_logp) - logp_T)[torch.tensor(kept).bool()]
+        )
     kept_N = torch.cat(advantages).detach()
-    expected = dict(tokens=15.0, sequences=4.0, taught=0.0, advantage=kept_N.sum().item(), largest=kept_N.max().item())
-    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, abs=1e-5)
+    expected = dict(
+        tokens=15.0,
+        sequences=4.0,
+        taught=0.0,
+        advantage=kept_N.sum().item(),
+        largest=kept_N.max().item(),
+    )
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("cut", [[0, 2, 3, 6], [0, 1, 1, 6], [0, 4, 5, 6]])
-def test_gradients_by_statistics_of_the_batch_do_not_depend_on_its_split(student, samples, packed, bounds, cut):
+def test_gradients_by_statistics_of_the_batch_do_not_depend_on_its_split(
+    student, samples, packed, bounds, cut
+):
     whole, expected = run(student, Centred(), [packed(*samples, **bounds)])
-    parts, gradients = run(student, Centred(), [packed(*samples[a:b], **bounds) for a, b in pairwise(cut)])
+    parts, gradients = run(
+        student, Centred(), [packed(*samples[a:b], **bounds) for a, b in pairwise(cut)]
+    )
     assert parts == pytest.approx(whole, rel=1e-5, abs=1e-6)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected)
     for got, parameter in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
 
 
-def test_statistics_cost_a_forward_without_gradient_and_none_is_paid_where_none_are_declared(counted, samples, packed):
+def test_statistics_cost_a_forward_without_gradient_and_none_is_paid_where_none_are_declared(
+    counted, samples, packed
+):
     student, forwards = counted
     micros = [packed(*samples[:3]), packed(*samples[3:])]
     run(student, Opd(), micros)
@@ -126,7 +159,9 @@ def test_gradients_are_the_same_with_activation_checkpointing(student, samples, 
     metrics, expected = run(student, Opd(), [packed(*samples)])
     student.lm.train().gradient_checkpointing_enable({"use_reentrant": False})
     calls = Counter()
-    student.lm.base_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.update(["forward"]))
+    student.lm.base_model.layers[0].input_layernorm.register_forward_hook(
+        lambda *_: calls.update(["forward"])
+    )
     again, gradients = run(student, Opd(), [packed(*samples)])
     assert calls["forward"] == 2  # recomputed in backward: it was at work
     assert again == pytest.approx(metrics, abs=1e-6)
@@ -151,7 +186,9 @@ def test_a_rank_adds_its_share_of_the_global_mean(student, samples, packed):
         torch.testing.assert_close(2 * got, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_not_a_number_at_a_prompt_position_reaches_neither_loss_nor_gradient(student, samples, packed):
+def test_a_not_a_number_at_a_prompt_position_reaches_neither_loss_nor_gradient(
+    student, samples, packed
+):
     micro = packed(*samples)
     expected, gradients = run(student, Opd(), [micro])
 
@@ -169,10 +206,14 @@ def test_a_not_a_number_at_a_prompt_position_reaches_neither_loss_nor_gradient(s
 def test_all_of_the_vocabulary_as_candidates_trains_on_the_exact_kl(student, sample, packed):
     samples = []
     for i, tokens in enumerate([4, 2]):
-        teacher_TV = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(i)).log_softmax(-1)
+        teacher_TV = torch.randn(
+            tokens, 40, generator=torch.Generator().manual_seed(i)
+        ).log_softmax(-1)
         top = teacher_TV.topk(40)
         nothing = np.full(tokens, NOTHING, np.float32)
-        candidates = dict(topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=nothing)
+        candidates = dict(
+            topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=nothing
+        )
         samples.append((sample(spans=[(0, tokens)], seed=i, **candidates), teacher_TV))
     metrics, gradients = run(student, TopkKl(k=40), [packed(*(s for s, _ in samples))])
     student_logp = [(plain_logp(student, s), teacher_TV) for s, teacher_TV in samples]
@@ -190,12 +231,17 @@ def test_few_of_the_vocabulary_as_candidates_train_on_these_and_the_log_mass_of_
     teacher_TV = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     top = teacher_TV.topk(3)
     tail_T = teacher_TV.scatter(1, top.indices, -torch.inf).logsumexp(1)
-    candidates = dict(topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=tail_T.numpy())
+    candidates = dict(
+        topk_ids=top.indices.int().numpy(), topk_logp=top.values.numpy(), tail_logp=tail_T.numpy()
+    )
     one = sample(spans=[(0, 4)], **candidates)
     metrics, gradients = run(student, TopkKl(k=3, divergence=divergence), [packed(one)])
     student_TV = plain_logp(student, one)
     others_TV = student_TV.scatter(1, top.indices, -torch.inf).logsumexp(1, keepdim=True)
-    p, q = torch.cat([student_TV.gather(1, top.indices), others_TV], 1), torch.cat([top.values, tail_T[:, None]], 1)
+    p, q = (
+        torch.cat([student_TV.gather(1, top.indices), others_TV], 1),
+        torch.cat([top.values, tail_T[:, None]], 1),
+    )
     exact = ((q.exp() * (q - p)) if divergence == "forward" else (p.exp() * (p - q))).sum() / 4
     exact.backward()
     assert metrics["loss"] == pytest.approx(exact.item(), abs=1e-5)
@@ -207,7 +253,8 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
     ln2, ln1_5 = np.log(2), np.log(1.5)
     micros = [
         packed(
-            sample(spans=[(3, 1), (5, 1)], behaviour=[-1 - ln2, -1 - ln1_5], teacher=[-0.7, -1.6]),  # ratios 2 and 1.5
+            # ratios 2 and 1.5
+            sample(spans=[(3, 1), (5, 1)], behaviour=[-1 - ln2, -1 - ln1_5], teacher=[-0.7, -1.6]),
             sample(spans=[(5, 1)], behaviour=[-9], teacher=[-9], truncated=True),
             live=5,
             truncated="mask",
@@ -215,7 +262,9 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
         packed(sample(spans=[(4, 1)], behaviour=[-2 + ln2], teacher=[-2.0]), live=5),  # ratio 0.5
     ]
     students = iter([torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-2.0])])
-    metrics, _ = run(lambda micro, needs: Read(next(students).requires_grad_(), *[None] * 4), Opd(), micros)
+    metrics, _ = run(
+        lambda micro, needs: Read(next(students).requires_grad_(), *[None] * 4), Opd(), micros
+    )
     assert metrics == pytest.approx(
         {
             "tokens": 3,
@@ -231,7 +280,8 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
             "weight_max": 0.9,
             "weight_ess": 2.25 / 3.51,  # 1.5² / (3 · (.36 + .81))
             "weight_by_method": 0,
-            "weight_by_ratio": np.log(1.5 / 2) / np.log(0.9 / 0.6),  # of two tokens: the differences of logarithms
+            # of two tokens: the differences of logarithms
+            "weight_by_ratio": np.log(1.5 / 2) / np.log(0.9 / 0.6),
             "weight_by_advantage": np.log(0.6 / 0.3) / np.log(0.9 / 0.6),
             "ratio_mean": 4 / 3,
             "ratio_max": 2,
@@ -249,13 +299,18 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
 
 
 @pytest.mark.parametrize("cut", [[0, 2, 4], [0, 1, 4], [0, 0, 4]])
-def test_the_teachers_own_answers_add_their_mean_cross_entropy_whatever_the_split(student, sample, packed, cut):
+def test_the_teachers_own_answers_add_their_mean_cross_entropy_whatever_the_split(
+    student, sample, packed, cut
+):
     own = [sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i, taught=True) for i in range(4)]
     rollouts = packed(*(sample(2, [(0, 3)], id=str(i), seed=9 + i) for i in range(2)))
     _, alone = run(student, Opd(), [rollouts])
     micros = [rollouts, *(packed(*own[a:b]) for a, b in pairwise(cut))]
     metrics, gradients = run(student, Opd(), micros, taught_weight=0.5)
-    picked = [plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None]) for s in own]
+    picked = [
+        plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])
+        for s in own
+    ]
     entropy = -torch.cat(picked).mean()
     (0.5 * entropy).backward()
     assert metrics["tokens_taught"] == 14  # 2 + 3 + 4 + 5

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from async_opd.maths.advantages import Moments, extrapolated, length_aware, reverse_kl, whitened, within_group
+from async_opd.maths.advantages import (
+    Moments,
+    extrapolated,
+    length_aware,
+    reverse_kl,
+    whitened,
+    within_group,
+)
 
 NAN = float("nan")
 WARM = dict(warmup_steps=10, warmup_mean=0.5)
@@ -47,7 +54,9 @@ def test_moments_of_equal_values_have_no_spread_however_many():
         (11, [2.0, -1.0, 0.0]),  # mean .5 and variance 2/8: (1.5 - .5) / .5, (0 - .5) / .5
     ],
 )
-def test_rewards_are_whitened_by_past_moments_after_step_ten_only_and_unknown_ones_are_worth_nothing(step, expected):
+def test_rewards_are_whitened_by_past_moments_after_step_ten_and_unknown_ones_are_worth_0(
+    step, expected
+):
     rewards = torch.tensor([1.5, 0.0, NAN]).double()
     got = whitened(rewards, Moments(8, 0.5, 2.0), step=step, **WARM)
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
@@ -77,7 +86,9 @@ def test_rewards_within_a_group_are_in_deviations_of_the_known_ones():
     assert got.tolist() == pytest.approx([0.6 / 0.24**0.5, -0.4 / 0.24**0.5, 0.0], abs=1e-5)
 
 
-@pytest.mark.parametrize("group", [[1.0] * 7, [0.0] * 3, [1.0, NAN, NAN], [NAN, NAN], [1.0]], ids=str)
+@pytest.mark.parametrize(
+    "group", [[1.0] * 7, [0.0] * 3, [1.0, NAN, NAN], [NAN, NAN], [1.0]], ids=str
+)
 def test_a_group_without_a_contrast_is_worth_exactly_nothing(group):
     assert within_group(torch.tensor([group[0]]), torch.tensor([group])).tolist() == [0.0]
 
@@ -89,7 +100,9 @@ def test_no_trajectories_are_no_advantages():
 def test_a_short_right_answer_is_worth_up_to_one_and_a_half():
     rewards, lengths = torch.tensor([1.0, 1.0, 1.0, 0.0, NAN]), torch.tensor([1, 512, 1024, 1, 5])
     got = length_aware(rewards, lengths, torch.full((5,), 1024.0), bonus=0.5)
-    assert got[:4].tolist() == pytest.approx([1.499512, 1.25, 1.0, 0.0], abs=1e-6) and got[4].isnan()
+    assert (
+        got[:4].tolist() == pytest.approx([1.499512, 1.25, 1.0, 0.0], abs=1e-6) and got[4].isnan()
+    )
 
 
 def test_extrapolation_adds_the_teachers_step_from_the_reference():

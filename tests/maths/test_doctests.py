@@ -8,7 +8,9 @@ import torch
 from async_opd import maths, objectives
 
 MODULES = [
-    f"{package.__name__}.{module.name}" for package in (maths, objectives) for module in iter_modules(package.__path__)
+    f"{package.__name__}.{module.name}"
+    for package in (maths, objectives)
+    for module in iter_modules(package.__path__)
 ]
 
 

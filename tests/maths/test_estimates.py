@@ -27,7 +27,11 @@ def test_pass_at_k_stays_exact_where_the_binomials_are_beyond_a_float():
 
 def by_hand(right: int, wrong: list[int], silent: int, k: int) -> Fraction:
     """The vote of every set of k, a tie shared."""
-    answers = ["right"] * right + [f"wrong {i}" for i, size in enumerate(wrong) for _ in range(size)] + [None] * silent
+    answers = (
+        ["right"] * right
+        + [f"wrong {i}" for i, size in enumerate(wrong) for _ in range(size)]
+        + [None] * silent
+    )
     sets, won = list(combinations(answers, k)), Fraction(0)
     for drawn in sets:
         votes = Counter(answer for answer in drawn if answer is not None)
@@ -38,7 +42,15 @@ def by_hand(right: int, wrong: list[int], silent: int, k: int) -> Fraction:
 
 @pytest.mark.parametrize(
     ("right", "wrong", "silent"),
-    [(1, [], 0), (3, [2], 1), (2, [2, 2], 0), (1, [1, 1, 1], 2), (4, [3, 1, 1], 1), (0, [3, 2], 1), (2, [], 3)],
+    [
+        (1, [], 0),
+        (3, [2], 1),
+        (2, [2, 2], 0),
+        (1, [1, 1, 1], 2),
+        (4, [3, 1, 1], 1),
+        (0, [3, 2], 1),
+        (2, [], 3),
+    ],
 )
 def test_majority_at_k_is_the_mean_vote_of_all_sets_of_k(right, wrong, silent):
     for k in range(1, right + sum(wrong) + silent + 1):
@@ -52,10 +64,14 @@ def test_a_vote_of_one_is_the_share_of_right_ones():
 
 
 def test_the_interval_of_many_problems_is_that_of_the_normal_law():
-    values = np.repeat([0.0, 1.0], [300, 700])[:, None]  # a mean of 0.7 with a standard error of sqrt(0.21 / 1000)
+    # a mean of 0.7 with a standard error of sqrt(0.21 / 1000)
+    values = np.repeat([0.0, 1.0], [300, 700])[:, None]
     (low,), (high,) = intervals(values, seed=0)
     half = NormalDist().inv_cdf(0.975) * (0.21 / 1000) ** 0.5
-    assert (low, high) == (pytest.approx(0.7 - half, abs=0.003), pytest.approx(0.7 + half, abs=0.003))
+    assert (low, high) == (
+        pytest.approx(0.7 - half, abs=0.003),
+        pytest.approx(0.7 + half, abs=0.003),
+    )
     assert np.array_equal(intervals(values, seed=0), intervals(values, seed=0))
 
 
@@ -63,7 +79,8 @@ def test_columns_are_resampled_together():
     rng = np.random.default_rng(1)
     first = rng.random(200)
     low, high = intervals((first + 0.1 - first)[:, None], seed=0)
-    assert (low.item(), high.item()) == (pytest.approx(0.1), pytest.approx(0.1))  # paired: the noise is gone
+    # paired: the noise is gone
+    assert (low.item(), high.item()) == (pytest.approx(0.1), pytest.approx(0.1))
     low, high = intervals(np.stack([first, first + 0.1], 1), seed=0)
     assert np.allclose(low[1] - low[0], 0.1) and np.allclose(high[1] - high[0], 0.1)
 

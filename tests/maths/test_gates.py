@@ -3,7 +3,14 @@ from math import exp
 import pytest
 import torch
 
-from async_opd.maths.gates import agreement, certainty, direction, drift, magnitude, prefix_discrepancy
+from async_opd.maths.gates import (
+    agreement,
+    certainty,
+    direction,
+    drift,
+    magnitude,
+    prefix_discrepancy,
+)
 
 
 def test_agreement_needs_two_signs():
@@ -27,7 +34,8 @@ def test_directions_are_clipped_and_finite_for_any_gap():
 
 @pytest.mark.parametrize(
     ("largest", "expected"),  # γ = 1
-    [(4.0, [1.0, 0.75, 0.1]), (0.2, [1.0, 0.1, 0.1]), (-float("inf"), [1.0, 0.1, 0.1])],  # under one nat it is one
+    # under one nat it is one
+    [(4.0, [1.0, 0.75, 0.1]), (0.2, [1.0, 0.1, 0.1]), (-float("inf"), [1.0, 0.1, 0.1])],
 )
 def test_certainty_is_in_units_of_the_largest_entropy_or_of_one_nat(largest, expected):
     got = certainty(torch.tensor([0.0, 1.0, 4.0]), torch.tensor(largest), gamma=1.0, floor=0.1)
@@ -37,14 +45,17 @@ def test_certainty_is_in_units_of_the_largest_entropy_or_of_one_nat(largest, exp
 def test_accumulated_discrepancy_is_counted_before_the_token_and_within_its_trajectory():
     gap, segment = torch.tensor([1.0, -1.0, 2.0, 5.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 1, 2, 2])
     got = prefix_discrepancy(gap, segment, 3, gamma=1.0)
-    assert got.tolist() == pytest.approx([2, 1.75, 1.5, 2, 2, 2])  # 0, 1, 2 of 4; 0 of 5; 0 of nothing
+    # 0, 1, 2 of 4; 0 of 5; 0 of nothing
+    assert got.tolist() == pytest.approx([2, 1.75, 1.5, 2, 2, 2])
     paper = prefix_discrepancy(gap, segment, 3, gamma=1.0, through_last=False)
     assert paper.tolist() == pytest.approx([2, 1.5, 1, 2, 2, 2], abs=1e-6)  # 0, 1, 2 of 2
 
 
 def test_the_last_of_sixteen_thousand_tokens_has_weight_one_by_the_paper():
     gap = torch.rand(16_384, generator=torch.Generator().manual_seed(0)) + 0.5
-    got = prefix_discrepancy(gap, torch.zeros(16_384, dtype=torch.int64), 1, gamma=0.5, through_last=False)
+    got = prefix_discrepancy(
+        gap, torch.zeros(16_384, dtype=torch.int64), 1, gamma=0.5, through_last=False
+    )
     assert got[-1].item() == pytest.approx(1.0, abs=2e-7) and (got.diff() <= 0).all()
 
 
@@ -55,4 +66,6 @@ def test_drift_is_signed_inside_a_block_and_starts_anew_in_each_trajectory():
 
 
 def test_the_drift_of_nothing_is_nothing():
-    assert drift(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), block=4, tau=1.0).shape == (0,)
+    assert drift(
+        torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), block=4, tau=1.0
+    ).shape == (0,)

@@ -27,17 +27,25 @@ def test_ratios_of_sequences_and_prefixes_are_products_of_their_own_trajectory_o
     rho = torch.tensor([2.0, 0.5, 4.0, 3.0])
     segment = torch.tensor([0, 0, 0, 1])
     zero = torch.zeros(4)
-    torch.testing.assert_close(sequence_ratio(rho.log(), zero, segment, 2), torch.tensor([4.0, 4.0, 4.0, 3.0]))
+    torch.testing.assert_close(
+        sequence_ratio(rho.log(), zero, segment, 2), torch.tensor([4.0, 4.0, 4.0, 3.0])
+    )
     cube = 4 ** (1 / 3)
-    torch.testing.assert_close(geometric_ratio(rho.log(), zero, segment, 2), torch.tensor([cube, cube, cube, 3.0]))
-    torch.testing.assert_close(prefix_ratio(rho.log(), zero, segment), torch.tensor([1.0, 2.0, 1.0, 1.0]))
+    torch.testing.assert_close(
+        geometric_ratio(rho.log(), zero, segment, 2), torch.tensor([cube, cube, cube, 3.0])
+    )
+    torch.testing.assert_close(
+        prefix_ratio(rho.log(), zero, segment), torch.tensor([1.0, 2.0, 1.0, 1.0])
+    )
 
 
 def test_the_ppo_factor_is_that_of_the_printed_minimum_and_dual_clip():
     rho = torch.tensor([0.5, 0.9, 1.1, 1.5, 9.0]).repeat(2)
     advantage = torch.tensor([2.0] * 5 + [-2.0] * 5)
     printed = torch.minimum(rho * advantage, rho.clamp(0.8, 1.2) * advantage)
-    torch.testing.assert_close(clipped(rho, advantage, clip=0.2, dual_clip=None) * advantage, printed)
+    torch.testing.assert_close(
+        clipped(rho, advantage, clip=0.2, dual_clip=None) * advantage, printed
+    )
     dual = torch.where(advantage < 0, torch.maximum(printed, 3.0 * advantage), printed)
     torch.testing.assert_close(clipped(rho, advantage, clip=0.2, dual_clip=3.0) * advantage, dual)
 
@@ -51,7 +59,10 @@ def test_no_gradient_goes_through_what_ppo_clips():
 
 def test_extreme_log_ratios_stay_finite():
     student, behaviour = torch.tensor([-1e-4, -300.0, -1e30]), torch.tensor([-300.0, -1e-4, -1.0])
-    torch.testing.assert_close(ratio(student, behaviour), torch.tensor([4.851652e8, 2.061154e-9, 2.061154e-9]))  # e^±20
+    # e^±20
+    torch.testing.assert_close(
+        ratio(student, behaviour), torch.tensor([4.851652e8, 2.061154e-9, 2.061154e-9])
+    )
 
 
 def test_effective_sample_size_counts_equal_weights_in_full_and_one_heavy_weight_as_one():

@@ -41,11 +41,15 @@ def candidate_ids_NK():
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
 def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K, tail=True)
-    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
+    read = read_logprobs(
+        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked
+    )
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     top = logp_NV.topk(K)
     torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])
-    torch.testing.assert_close(read.entropy_N, torch.distributions.Categorical(logits=logp_NV).entropy())
+    torch.testing.assert_close(
+        read.entropy_N, torch.distributions.Categorical(logits=logp_NV).entropy()
+    )
     torch.testing.assert_close(read.candidates_NK, logp_NV.gather(1, candidate_ids_NK))
     torch.testing.assert_close(read.topk_NK, top.values)
     assert torch.equal(read.topk_ids_NK, top.indices)
@@ -69,7 +73,8 @@ def test_without_given_candidates_the_tail_is_that_of_the_likeliest(hidden_ND, h
 
 
 def test_a_tail_far_below_what_float32_leaves_of_one_is_exact():
-    """z = 0, -1 and three at -40, -41, -42: the tail is e^-40 (1 + e^-1 + e^-2) of a whole of 1 + e^-1."""
+    """z = 0, -1 and three at -40, -41, -42: the tail is e^-40 (1 + e^-1 + e^-2) of a whole of 1 +
+    e^-1."""
     head = Head(torch.tensor([[0.0], [-1.0], [-40.0], [-41.0], [-42.0]]))
     for asked in (dict(candidate_ids_NK=torch.tensor([[1, 0]])), dict(topk=2)):
         asked |= dict(temperature=1.0, chunk_rows=1, tail=True)
@@ -78,11 +83,15 @@ def test_a_tail_far_below_what_float32_leaves_of_one_is_exact():
         assert read.tail_N.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_where_all_of_the_vocabulary_are_candidates_the_tail_is_nothing_and_has_no_gradient(hidden_ND, head, ids_N):
+def test_where_all_of_the_vocabulary_are_candidates_the_tail_is_nothing_and_has_no_gradient(
+    hidden_ND, head, ids_N
+):
     hidden_ND.requires_grad_()
     every = dict(candidate_ids_NK=torch.arange(V).expand(N, V), tail=True)
     read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, **every)
-    own = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, topk=V, tail=True)
+    own = read_logprobs(
+        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, topk=V, tail=True
+    )
     assert read.tail_N.tolist() == own.tail_N.tolist() == [logprobs.NOTHING] * N
     read.tail_N.sum().backward()
     assert not hidden_ND.grad.any() and not head.weight.grad.any()
@@ -90,7 +99,9 @@ def test_where_all_of_the_vocabulary_are_candidates_the_tail_is_nothing_and_has_
 
 def test_an_id_that_the_head_has_not_has_no_log_prob(hidden_ND, head, ids_N):
     ids_NK = torch.tensor([[V - 1, V, 10_000]]).expand(N, 3)
-    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, candidate_ids_NK=ids_NK)
+    read = read_logprobs(
+        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, candidate_ids_NK=ids_NK
+    )
     assert read.candidates_NK[:, 0].isfinite().all() and read.candidates_NK[:, 1:].isnan().all()
     assert read.sampled_N.isfinite().all()
 
@@ -99,13 +110,19 @@ def test_an_id_that_the_head_has_not_has_no_log_prob(hidden_ND, head, ids_N):
 def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     hidden_ND.requires_grad_()
     asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, tail=True)
-    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked)
-    chunked = (read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()).double()
+    read = read_logprobs(
+        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked
+    )
+    chunked = (
+        read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()
+    ).double()
     chunked += 4 * read.tail_N.sum()
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
     plain = (
-        logp_NV.gather(1, ids_N[:, None]).sum() + 2 * entropy_N.sum() + 3 * logp_NV.gather(1, candidate_ids_NK).sum()
+        logp_NV.gather(1, ids_N[:, None]).sum()
+        + 2 * entropy_N.sum()
+        + 3 * logp_NV.gather(1, candidate_ids_NK).sum()
     )
     plain += 4 * logp_NV.scatter(1, candidate_ids_NK, -torch.inf).logsumexp(1).sum()
     for got, expected in zip(
@@ -118,7 +135,9 @@ def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK
 
 def test_no_rows_give_empty_fields_that_still_join_backward(head):
     hidden_ND = torch.zeros(0, D, requires_grad=True)
-    asked = dict(entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64), tail=True)
+    asked = dict(
+        entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64), tail=True
+    )
     read = read_logprobs(
         hidden_ND,
         of(head),
@@ -133,13 +152,17 @@ def test_no_rows_give_empty_fields_that_still_join_backward(head):
 
 
 def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
-    assert read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (None,) * 6
+    assert (
+        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (None,) * 6
+    )
 
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
     logits = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).log()  # ids 2 and 3 are padding
     asked = dict(topk=2, topk_below=2)
-    read = read_logprobs(torch.ones(1, 1), Head(logits), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked)
+    read = read_logprobs(
+        torch.ones(1, 1), Head(logits), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked
+    )
     assert read.topk_ids_NK.tolist() == [[1, 0]]
     torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))
     torch.testing.assert_close(read.sampled_N.exp(), torch.tensor([0.4]))
@@ -147,19 +170,32 @@ def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary()
 
 def test_temperature_divides_the_logits():
     head = Head(torch.eye(2))
-    read = read_logprobs(torch.tensor([[0.0, 1.0]]), head, torch.tensor([1]), temperature=0.5, chunk_rows=1)
+    read = read_logprobs(
+        torch.tensor([[0.0, 1.0]]), head, torch.tensor([1]), temperature=0.5, chunk_rows=1
+    )
     torch.testing.assert_close(read.sampled_N, torch.tensor([-0.126928]))  # -log(1 + e^-2)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize(("entropy", "tail"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("entropy", "tail"), [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, cap, entropy, tail):
     """Of four rows, two wide, over five ids: each number is moved twice."""
-    ids_N, candidate_ids_NK = torch.tensor([0, 3, 4, 3]), torch.tensor([[1, 0], [2, 3], [0, 1], [4, 2]])
-    asked = dict(temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK, tail=tail)
+    ids_N, candidate_ids_NK = (
+        torch.tensor([0, 3, 4, 3]),
+        torch.tensor([[1, 0], [2, 3], [0, 1], [4, 2]]),
+    )
+    asked = dict(
+        temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK, tail=tail
+    )
 
     def read(hidden, weight, bias):
-        return tuple(x for x in read_logprobs(hidden, Head(weight, bias, cap), ids_N, **asked) if x is not None)
+        return tuple(
+            x
+            for x in read_logprobs(hidden, Head(weight, bias, cap), ids_N, **asked)
+            if x is not None
+        )
 
     small = (hidden_ND[:4, :2], head.weight[:5, :2], head.bias[:5])
     inputs = [x.detach().double().requires_grad_() for x in small]
@@ -169,17 +205,24 @@ def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, cap, entrop
 def test_logits_far_from_zero_lose_nothing():
     """z = 1000, 999: a block sum of exp z would overflow."""
     read = read_logprobs(
-        torch.ones(1, 1), Head(torch.tensor([[999.0], [1000.0]])), torch.tensor([0]), temperature=1.0, chunk_rows=1,
+        torch.ones(1, 1),
+        Head(torch.tensor([[999.0], [1000.0]])),
+        torch.tensor([0]),
+        temperature=1.0,
+        chunk_rows=1,
         entropy=True,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(read.sampled_N, torch.tensor([-1.313262]))  # -1 - log(1 + e^-1)
-    torch.testing.assert_close(read.entropy_N, torch.tensor([0.582203]))  # log(1 + e^-1) + 1 / (1 + e)
+    # log(1 + e^-1) + 1 / (1 + e)
+    torch.testing.assert_close(read.entropy_N, torch.tensor([0.582203]))
 
 
 def test_nothing_as_wide_as_the_vocabulary_waits_for_the_backward_pass(hidden_ND, head, ids_N):
     waiting = []
     hidden_ND.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: waiting.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: waiting.append(x.shape) or x, lambda x: x
+    ):
         ids_NK = ids_N[:, None]
         asked = dict(entropy=True, candidate_ids_NK=ids_NK, tail=True)
         read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2, **asked)

@@ -7,15 +7,27 @@ from tests.tensor_memory import TensorMemory
 
 
 def test_reading_adds_at_most_an_eighth_of_the_logits_to_memory():
-    rows, width, vocabulary = 1024, 16, 50_000  # logits of 205 MB; `benchmarks/loss_memory.py` has the large case
+    # logits of 205 MB; `benchmarks/loss_memory.py` has the large case
+    rows, width, vocabulary = 1024, 16, 50_000
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     ids = torch.zeros(rows, dtype=torch.int64)
     with TensorMemory() as held:
         read = read_logprobs(
-            hidden, Head(weight), ids, temperature=1.0, chunk_rows=128, candidate_ids_NK=ids[:, None], entropy=True,
+            hidden,
+            Head(weight),
+            ids,
+            temperature=1.0,
+            chunk_rows=128,
+            candidate_ids_NK=ids[:, None],
+            entropy=True,
             tail=True,
-        )  # fmt: skip
-        (read.sampled_N.sum() + read.entropy_N.sum() + read.candidates_NK.sum() + read.tail_N.sum()).backward()
+        )
+        (
+            read.sampled_N.sum()
+            + read.entropy_N.sum()
+            + read.candidates_NK.sum()
+            + read.tail_N.sum()
+        ).backward()
     assert weight.grad.any()
     assert held.most - weight.nbytes <= rows * vocabulary * 4 / 8  # beside the new gradient

@@ -14,5 +14,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
 
 
 def test_a_module_that_is_none_of_ours_is_no_attribute():
-    with pytest.raises(AttributeError, match=r"^module 'async_opd\.maths' has no attribute 'importanse'$"):
+    with pytest.raises(
+        AttributeError, match=r"^module 'async_opd\.maths' has no attribute 'importanse'$"
+    ):
         maths.importanse  # noqa: B018

@@ -15,9 +15,13 @@ def cost(n, width):
     width=st.integers(1, 100),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_plan_uses_each_trajectory_once_within_budget_and_in_balance(lengths, ranks, tokens, width):
+def test_a_plan_uses_each_trajectory_once_within_budget_and_in_balance(
+    lengths, ranks, tokens, width
+):
     planned = plan(lengths, ranks=ranks, tokens=tokens, width=width)
-    assert sorted(i for rank in planned for micro in rank for i in micro) == list(range(len(lengths)))
+    assert sorted(i for rank in planned for micro in rank for i in micro) == list(
+        range(len(lengths))
+    )
     assert len(planned) == ranks and len({len(rank) for rank in planned}) == 1 and planned[0]
     for micro in (micro for rank in planned for micro in rank):
         assert len(micro) == 1 or sum(lengths[i] for i in micro) <= tokens
@@ -26,16 +30,18 @@ def test_a_plan_uses_each_trajectory_once_within_budget_and_in_balance(lengths, 
 
 
 def test_short_ones_are_spread_by_tokens_and_long_ones_by_their_square():
-    # width 1000: 12,000 n + n², so 40 tokens cost as much as four times 10; width 1: 12 n + n², 2,080 to 220
+    # width 1000: 12,000 n + n², so 40 tokens cost as much as four times 10; width 1: 12 n + n²,
+    # 2,080 to 220
     lengths = [40, *[10] * 9]
     wide, narrow = (plan(lengths, ranks=2, tokens=1000, width=width) for width in (1000, 1))
-    assert [len(rank[0]) for rank in wide] == [3, 7]  # 481,600 + 2 · 120,100 = 721,800 | 7 · 120,100 = 840,700
+    # 481,600 + 2 · 120,100 = 721,800 | 7 · 120,100 = 840,700
+    assert [len(rank[0]) for rank in wide] == [3, 7]
     assert [len(rank[0]) for rank in narrow] == [1, 9]  # 2,080 | 9 · 220 = 1,980
 
 
 def test_longest_go_first_to_the_lightest_rank():
-    # in a wide model cost goes by tokens:
-    # 9 → rank 0, 8 → rank 1, 7 → rank 1 (8 < 9), 3 → rank 0 (9 < 15), 2 → rank 0 (12 < 15): loads 14 and 15
+    # in a wide model cost goes by tokens: 9 → rank 0, 8 → rank 1, 7 → rank 1 (8 < 9), 3 → rank 0 (9
+    # < 15), 2 → rank 0 (12 < 15): loads 14 and 15
     assert plan([3, 7, 2, 9, 8], ranks=2, tokens=12, width=1000) == [[[3, 0], [2]], [[4], [1]]]
 
 

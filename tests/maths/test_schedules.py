@@ -3,7 +3,7 @@ import pytest
 from async_opd.maths.schedules import taught_weight
 
 
-def test_the_weight_of_the_teachers_answers_is_full_then_falls_by_half_a_cosine_and_is_gone_after_its_last_step():
+def test_the_weight_of_the_teachers_answers_is_full_then_falls_by_half_a_cosine_to_nothing():
     weights = [taught_weight(t, full_until=30, until=35, start=1.0, end=0.0) for t in range(30, 37)]
     assert weights == pytest.approx([1, 0.904508, 0.654508, 0.345492, 0.095492, 0, 0], abs=1e-6)
     assert weights[5] == 0  # exactly: what has no weight is not trained

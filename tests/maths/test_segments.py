@@ -27,7 +27,9 @@ def test_sums_before_a_token_start_anew_in_each_trajectory():
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 100])
 def test_the_minimum_ahead_ends_with_the_trajectory(window):
     expected = [min(part[t : t + window + 1]) for part in PARTS for t in range(len(part))]
-    assert lookahead_minimum(torch.tensor(VALUES), SEGMENT, window).tolist() == pytest.approx(expected)
+    assert lookahead_minimum(torch.tensor(VALUES), SEGMENT, window).tolist() == pytest.approx(
+        expected
+    )
 
 
 def test_the_minimum_ahead_of_the_published_entropies():
@@ -38,13 +40,19 @@ def test_the_minimum_ahead_of_the_published_entropies():
 
 def test_nothing_has_no_places_and_no_sums():
     none, segment = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    assert len(places(segment)) == len(before(none, segment)) == len(lookahead_minimum(none, segment, 3)) == 0
+    assert (
+        len(places(segment))
+        == len(before(none, segment))
+        == len(lookahead_minimum(none, segment, 3))
+        == 0
+    )
     assert sums(none, segment, 2).tolist() == [0.0, 0.0]
 
 
 def test_sums_over_sixteen_thousand_tokens_are_those_of_double_precision():
     generator = torch.Generator().manual_seed(0)
-    value_N = torch.rand(16_384, generator=generator)  # far from zero, and then a large one to be lost in
+    # far from zero, and then a large one to be lost in
+    value_N = torch.rand(16_384, generator=generator)
     value_N[0] = 1e5
     segment_N = torch.zeros(16_384, dtype=torch.int64)
     exact = value_N.double().sum().float()
@@ -55,4 +63,6 @@ def test_sums_over_sixteen_thousand_tokens_are_those_of_double_precision():
 def test_the_ratio_of_a_long_sequence_does_not_gather_rounding():
     step = torch.full((16_384,), 1e-4)
     got = sequence_ratio(step, torch.zeros(16_384), torch.zeros(16_384, dtype=torch.int64), 1)[0]
-    assert got.item() == pytest.approx(torch.tensor(1e-4).double().mul(16_384).exp().item(), rel=3e-7)
+    assert got.item() == pytest.approx(
+        torch.tensor(1e-4).double().mul(16_384).exp().item(), rel=3e-7
+    )

@@ -28,7 +28,9 @@ def test_a_prefix_of_three_tenths_of_eleven_tokens_is_four():
 
 
 def prefix(length, share):
-    return part(torch.zeros(length, dtype=torch.int64), torch.tensor([length]), share=share, end=False)
+    return part(
+        torch.zeros(length, dtype=torch.int64), torch.tensor([length]), share=share, end=False
+    )
 
 
 def test_a_share_of_no_tokens_is_none():
@@ -58,9 +60,13 @@ def test_what_chance_selects_of_a_trajectory_does_not_depend_on_its_batch():
     lengths = [1000, 3, 1, 20_000, *[2] * 300]
     segment_N = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(lengths))
     order = list(reversed(range(len(keys))))
-    reversed_N = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor([lengths[i] for i in order]))
+    reversed_N = torch.repeat_interleave(
+        torch.arange(len(keys)), torch.tensor([lengths[i] for i in order])
+    )
     together = at_random(segment_N, torch.tensor(keys), share=0.3).split(lengths)
-    backwards = at_random(reversed_N, torch.tensor([keys[i] for i in order]), share=0.3).split(lengths[::-1])
+    backwards = at_random(reversed_N, torch.tensor([keys[i] for i in order]), share=0.3).split(
+        lengths[::-1]
+    )
     for i, (key, length) in enumerate(zip(keys, lengths, strict=True)):
         assert torch.equal(together[i], alone(key, length))
         assert torch.equal(backwards[order.index(i)], alone(key, length))
@@ -70,6 +76,7 @@ def test_chance_selects_every_place_about_as_often_and_differently_for_each_key(
     keys = torch.arange(4000)
     chosen_KT = at_random(keys.repeat_interleave(20), keys, share=0.25).view(4000, 20)
     assert (chosen_KT.sum(1) == 5).all()
-    # 4,000 draws of probability 1/4 are within five standard deviations, 1,000 ± 137, but once in 1.7 million
+    # 4,000 draws of probability 1/4 are within five standard deviations, 1,000 ± 137, but once in
+    # 1.7 million
     assert (chosen_KT.sum(0) - 1000).abs().max() < 137
     assert len({tuple(row) for row in chosen_KT.tolist()}) > 3000  # of 15,504 subsets

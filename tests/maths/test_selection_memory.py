@@ -8,7 +8,8 @@ from tests.tensor_memory import TensorMemory
 
 
 def test_the_selection_adds_at_most_256_mib_at_16k_tokens():
-    tokens, width = 16_384, 1024  # all similarities at once would be 3,277 x 13,107 floats, 164 MiB, beside the rest
+    # all similarities at once would be 3,277 x 13,107 floats, 164 MiB, beside the rest
+    tokens, width = 16_384, 1024
     hidden = torch.randn(tokens, width)
     entropy, gap = torch.rand(2, tokens)
     segment = torch.zeros(tokens, dtype=torch.int64)

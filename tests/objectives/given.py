@@ -6,18 +6,23 @@ import torch
 
 from async_opd.objectives.base import TokenBatch
 
-STUDENT = [-0.10, -1.20, -0.05, -2.30, -0.40, -0.02]  # six tokens that the numbers of several methods are known for
+# six tokens that the numbers of several methods are known for
+STUDENT = [-0.10, -1.20, -0.05, -2.30, -0.40, -0.02]
 TEACHER = [-0.15, -0.70, -3.05, -2.80, -0.40, -0.01]
 REFERENCE = [-0.12, -1.10, -0.30, -2.10, -0.50, -0.02]
 NAN = float("nan")
 
 
-def batch(student, teacher, *, behaviour=None, lengths=None, reward=None, group=None, cap=10.0, **more):
-    """A batch from lists; one trajectory unless `lengths` are given, no staleness unless `behaviour` is."""
+def batch(
+    student, teacher, *, behaviour=None, lengths=None, reward=None, group=None, cap=10.0, **more
+):
+    """A batch from lists; one trajectory unless `lengths` are given, no staleness unless
+    `behaviour` is."""
     lengths = lengths or [len(student)]
     reward = reward or [NAN] * len(lengths)
     tensors = {
-        name: x if isinstance(x, (int, dict)) else torch.as_tensor(x, dtype=torch.float64) for name, x in more.items()
+        name: x if isinstance(x, (int, dict)) else torch.as_tensor(x, dtype=torch.float64)
+        for name, x in more.items()
     }
     return TokenBatch(
         student_logp_N=torch.tensor(student, dtype=torch.float64, requires_grad=True),
@@ -33,11 +38,13 @@ def batch(student, teacher, *, behaviour=None, lengths=None, reward=None, group=
 
 
 LENGTHS = [5, 1, 7, 3, 2]
-KEPT = [True] * 2 + [False] + [True] * 12 + [False] + [False] * 2  # two stale tokens; the last rollout is truncated
+# two stale tokens; the last rollout is truncated
+KEPT = [True] * 2 + [False] + [True] * 12 + [False] + [False] * 2
 
 
 def ragged(seed, **more):
-    """Five trajectories of random log-probs, among them one of unknown verdict and one whose group is all right."""
+    """Five trajectories of random log-probs, among them one of unknown verdict and one whose group
+    is all right."""
     generator = torch.Generator().manual_seed(seed)
     rows = -3 * torch.rand(4, sum(LENGTHS), generator=generator) - 0.01
     student, behaviour, teacher, reference = rows.tolist()
@@ -45,31 +52,47 @@ def ragged(seed, **more):
     rewards = [1.0, 0.0, 1.0, NAN, 0.0]
     groups = [[1.0, 0.0, NAN]] * 2 + [[1.0, 1.0, 1.0]] + [[NAN, 1.0, 0.0]] + [[0.0, 1.0, 1.0]]
     return batch(
-        student, teacher, behaviour=behaviour, lengths=LENGTHS, reward=rewards, group=groups,
-        reference_logp_N=reference, student_entropy_N=entropies[0], teacher_entropy_N=entropies[1], **more,
-    )  # fmt: skip
+        student,
+        teacher,
+        behaviour=behaviour,
+        lengths=LENGTHS,
+        reward=rewards,
+        group=groups,
+        reference_logp_N=reference,
+        student_entropy_N=entropies[0],
+        teacher_entropy_N=entropies[1],
+        **more,
+    )
 
 
 def with_candidates(batch, student_NV, teacher_NV, ids_NK):
-    """The batch with the log-probs of some ids of the vocabulary, and the log-mass of all others."""
+    """The batch with the log-probs of some ids of the vocabulary, and the log-mass of all
+    others."""
 
     def outside_N(logp_NV):
         return logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1)
 
     return replace(
-        batch, student_logp_NK=student_NV.gather(1, ids_NK), teacher_logp_NK=teacher_NV.gather(1, ids_NK),
-        student_tail_logp_N=outside_N(student_NV), teacher_tail_logp_N=outside_N(teacher_NV),
-    )  # fmt: skip
+        batch,
+        student_logp_NK=student_NV.gather(1, ids_NK),
+        teacher_logp_NK=teacher_NV.gather(1, ids_NK),
+        student_tail_logp_N=outside_N(student_NV),
+        teacher_tail_logp_N=outside_N(teacher_NV),
+    )
 
 
 def rows(batch, *names):
     """The tokens' values as lists, one of tuples for each trajectory."""
     columns = list(zip(*(getattr(batch, name).tolist() for name in names), strict=True))
-    return [[columns[n] for n in range(len(columns)) if batch.segment_N[n] == s] for s in range(batch.trajectories)]
+    return [
+        [columns[n] for n in range(len(columns)) if batch.segment_N[n] == s]
+        for s in range(batch.trajectories)
+    ]
 
 
 def with_statistics(objective, batch, kept=None):
-    """The batch with what the learner reduces over the `kept` tokens of a whole step, which this is (all: None)."""
+    """The batch with what the learner reduces over the `kept` tokens of a whole step, which this is
+    (all: None)."""
     kept_N = torch.ones(len(batch.segment_N), dtype=bool) if kept is None else torch.tensor(kept)
     with torch.no_grad():
         return replace(batch, statistics=objective.statistics(batch, kept_N))

@@ -1,5 +1,5 @@
-"""What every objective must keep, under every correction and with every weight and mask that composes, tested for each
-file of the folder as soon as it exists."""
+"""What every objective must keep, under every correction and with every weight and mask that
+composes, tested for each file of the folder as soon as it exists."""
 
 import subprocess
 import sys
@@ -32,7 +32,9 @@ SETTINGS = {  # the required settings of each tag, then those of its other branc
     "iw_opd": [{}, {"total": "before_last", "lam": 1.25}],
     "dear": [{}, {"p": 0.5, "q": 1.0, "mean_over": "tokens"}],
     "sg_opd": [
-        {}, {"beta": 0.0, "student_signal": "cached"}, {"fallback": "grpo"},
+        {},
+        {"beta": 0.0, "student_signal": "cached"},
+        {"fallback": "grpo"},
         {"fallback": "preserve", "lambda_base": 1.25},
     ],
     "egrsd": [{}, {"gamma": 0.0}],
@@ -41,29 +43,42 @@ SETTINGS = {  # the required settings of each tag, then those of its other branc
     "topk_kl": [
         {"k": 3, "divergence": divergence, "support": support, "rest": rest}
         for divergence, support, rest in [
-            ("reverse", "teacher", "bucket"), ("forward", "student", "bucket"),
-            ("jensen_shannon", "teacher", "bucket"), ("reverse", "student", "renormalise"),
-            ("forward", "teacher", "drop"), ("jensen_shannon", "student", "drop"),
+            ("reverse", "teacher", "bucket"),
+            ("forward", "student", "bucket"),
+            ("jensen_shannon", "teacher", "bucket"),
+            ("reverse", "student", "renormalise"),
+            ("forward", "teacher", "drop"),
+            ("jensen_shannon", "student", "drop"),
         ]
     ],
     "eopd": [{"k": 3, "rest": rest} for rest in ("renormalise", "bucket", "drop")],
-}  # fmt: skip
+}
 CORRECTIONS = [
-    Importance(), Importance(ratio="none"), Importance(at_most=1.5), Importance(between=(0.3, 3.0)),
-    Importance(ratio="sequence", at_most=5.0), Importance(ratio="geometric"), Ppo(), Ppo(clip=0.3, dual_clip=1.5),
-]  # fmt: skip
+    Importance(),
+    Importance(ratio="none"),
+    Importance(at_most=1.5),
+    Importance(between=(0.3, 3.0)),
+    Importance(ratio="sequence", at_most=5.0),
+    Importance(ratio="geometric"),
+    Ppo(),
+    Ppo(clip=0.3, dual_clip=1.5),
+]
 PREFIXES = [None, PrefixRatio(), PrefixRatio(at_most=1.5), PrefixRatio(between=(0.3, 3.0))]
 COMPOSED = [
-    {}, dict(drift_gate=DriftGate(block=2)), dict(position=Position(share=0.5)), dict(random=RandomShare(share=0.5)),
+    {},
+    dict(drift_gate=DriftGate(block=2)),
+    dict(position=Position(share=0.5)),
+    dict(random=RandomShare(share=0.5)),
     dict(position=Position(share=0.3, part="suffix"), constant=2.0),
     dict(drift_gate=DriftGate(tau=0.3), random=RandomShare(share=0.7)),
-]  # fmt: skip
+]
 MEANS = ["tokens", "selected", "sequences"]
 
 
 def combinations() -> Iterator:
-    """Each objective with each of its corrections, and its other branches with two of them; each time with the next of
-    what composes and the next mean, over the selected tokens where some are selected."""
+    """Each objective with each of its corrections, and its other branches with two of them; each
+    time with the next of what composes and the next mean, over the selected tokens where some are
+    selected."""
     composed, means = cycle(COMPOSED), cycle(MEANS)
     for tag, cls in all_objectives().items():
         known = {f.name for f in msgspec.structs.fields(cls)}
@@ -78,14 +93,17 @@ def combinations() -> Iterator:
                 yield cls(**(more | dict(mean_over=mean) | changes | settings))
 
 
-PLAIN = [cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])]
+PLAIN = [
+    cls(**settings) for tag, cls in all_objectives().items() for settings in SETTINGS.get(tag, [])
+]
 CASES = list(dict.fromkeys(combinations()))
 name = lambda objective: type(objective).__name__  # noqa: E731
 every = pytest.mark.parametrize("objective", CASES, ids=name)
 plain = pytest.mark.parametrize("objective", PLAIN, ids=name)
 
 V, D = 12, 5
-TRAJECTORIES = [  # prompt and response tokens, version spans, truncated, verdicts of the group (the first is its own)
+# prompt and response tokens, version spans, truncated, verdicts of the group (the first is its own)
+TRAJECTORIES = [
     (3, [(4, 4)], False, (1, 0, None)),
     (1, [(2, 1)], False, (0, 1, None)),  # one token
     (2, [(0, 2), (3, 4)], False, (1, 1, 1)),  # two tokens over the bound; a group that is all right
@@ -98,19 +116,30 @@ MOMENT = Moment(step=12, running={"reward": Moments(7.0, 0.6, 2.0)})
 
 
 class Tiny(torch.nn.Module):
-    """A student of two matrices in float64. Every position adds what `inputs` holds for it, and keeps its gradient."""
+    """A student of two matrices in float64. Every position adds what `inputs` holds for it, and
+    keeps its gradient."""
 
     def __init__(self):
         super().__init__()
         self.embedding_VD, self.head_VD = (
-            torch.nn.Parameter(torch.randn(V, D, generator=torch.Generator().manual_seed(s)).double()) for s in (0, 1)
+            torch.nn.Parameter(
+                torch.randn(V, D, generator=torch.Generator().manual_seed(s)).double()
+            )
+            for s in (0, 1)
         )
         self.inputs_LD = []
 
     def forward(self, micro, needs=None):
-        parts = [self.embedding_VD[ids].cumsum(0) for ids in micro.ids_L.split(micro.segment_lengths)]
+        parts = [
+            self.embedding_VD[ids].cumsum(0) for ids in micro.ids_L.split(micro.segment_lengths)
+        ]
         unused = torch.ones(len(micro.ids_L), dtype=bool).index_fill(0, micro.rows_N, False)
-        inputs_LD = torch.zeros(len(unused), D).double().masked_fill(unused[:, None], float("nan")).requires_grad_()
+        inputs_LD = (
+            torch.zeros(len(unused), D)
+            .double()
+            .masked_fill(unused[:, None], float("nan"))
+            .requires_grad_()
+        )
         self.inputs_LD.append(inputs_LD)
         hidden_ND = (torch.cat(parts) + inputs_LD)[micro.rows_N]
         settings = dict(temperature=1.0, chunk_rows=64, candidate_ids_NK=micro.candidate_ids_NK)
@@ -141,28 +170,45 @@ def sample(i, needs):
     ends = np.cumsum([n for _, n in spans]).tolist()
     id = f"{i}@0#0"
     rollout = Rollout(
-        id=id, ids=ids_L[prompt_tokens:].int().numpy(), behaviour_logp=array(behaviour.gather(1, at)[:, 0]),
-        spans=tuple(Span(version=v, start=end - n, end=end) for (v, n), end in zip(spans, ends, strict=True)),
-        truncated=truncated, candidate_ids=own.int().numpy() if more else None,
+        id=id,
+        ids=ids_L[prompt_tokens:].int().numpy(),
+        behaviour_logp=array(behaviour.gather(1, at)[:, 0]),
+        spans=tuple(
+            Span(version=v, start=end - n, end=end) for (v, n), end in zip(spans, ends, strict=True)
+        ),
+        truncated=truncated,
+        candidate_ids=own.int().numpy() if more else None,
         candidate_logp=array(behaviour.gather(1, own)) if more and sampled else None,
-    )  # fmt: skip
+    )
     scores = Scores(
-        id=id, sampled_logp=array(teacher.gather(1, at)[:, 0]),
+        id=id,
+        sampled_logp=array(teacher.gather(1, at)[:, 0]),
         topk_ids=top.indices.int().numpy() if needs.teacher_topk else None,
         topk_logp=array(top.values) if needs.teacher_topk else None,
         entropy=array(-(teacher.exp() * teacher).sum(-1)) if needs.teacher_entropy else None,
         candidate_logp=array(teacher.gather(1, own)) if more else None,
         tail_logp=array(outside) if needs.tail else None,
-    )  # fmt: skip
-    words = tuple(Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v)) for j, v in enumerate(verdicts))
-    from_reference = Scores(id=id, sampled_logp=array(reference.gather(1, at)[:, 0])) if needs.reference else None
+    )
+    words = tuple(
+        Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v))
+        for j, v in enumerate(verdicts)
+    )
+    from_reference = (
+        Scores(id=id, sampled_logp=array(reference.gather(1, at)[:, 0]))
+        if needs.reference
+        else None
+    )
     prompt = Prompt(id=f"{i}@0", ids=ids_L[:prompt_tokens].int().numpy(), answer="")
-    return Sample(prompt=prompt, rollout=rollout, scores=scores, verdicts=words, reference=from_reference)
+    return Sample(
+        prompt=prompt, rollout=rollout, scores=scores, verdicts=words, reference=from_reference
+    )
 
 
 def packed(objective, *micros):
     """Micro-batches of the trajectories with these numbers."""
-    settings = dict(live=4, max_lag_steps=3, stale="mask", truncated="mask", cap=8, device=torch.device("cpu"))
+    settings = dict(
+        live=4, max_lag_steps=3, stale="mask", truncated="mask", cap=8, device=torch.device("cpu")
+    )
     return [pack([sample(i, objective.needs()) for i in micro], **settings) for micro in micros]
 
 
@@ -178,26 +224,37 @@ def accumulated(objective, micros, all_reduce=lambda tensor, op: None, moment=MO
 
 @cache
 def whole_batch(objective):
-    """All trajectories as the objective sees them in its second pass, and the student that read them."""
+    """All trajectories as the objective sees them in its second pass, and the student that read
+    them."""
     (micro,), module = packed(objective, WHOLE), Tiny()
     statistics = batch_statistics(module, lambda tensor, op: None, objective, [micro], MOMENT)
     return token_batch(micro, module(micro, objective.needs()), MOMENT, statistics), module
 
 
 def test_every_objective_has_settings_in_this_file():
-    assert set(SETTINGS) == set(all_objectives()), "add the new objective's required settings to SETTINGS"
+    assert set(SETTINGS) == set(all_objectives()), (
+        "add the new objective's required settings to SETTINGS"
+    )
 
 
 @every
 def test_loss_and_weight_are_one_finite_number_a_token_and_gradients_are_finite(objective):
     batch, module = whole_batch(objective)
     result = objective.loss(batch)
-    gradients = torch.autograd.grad(result.loss_N.sum(), list(module.parameters()), retain_graph=True)
+    gradients = torch.autograd.grad(
+        result.loss_N.sum(), list(module.parameters()), retain_graph=True
+    )
     shape = (len(KEPT),)
     assert result.loss_N.shape == result.weight_N.shape == result.selected_N.shape == shape
-    assert result.loss_N.isfinite().all() and result.weight_N.isfinite().all() and (result.weight_N >= 0).all()
+    assert (
+        result.loss_N.isfinite().all()
+        and result.weight_N.isfinite().all()
+        and (result.weight_N >= 0).all()
+    )
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
-    assert not any(x is not None and x.requires_grad for x in (result.weight_N, result.advantage, result.ratio))
+    assert not any(
+        x is not None and x.requires_grad for x in (result.weight_N, result.advantage, result.ratio)
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,14 +271,21 @@ def test_the_gradient_is_weight_times_ratio_times_advantage_or_zero_where_clippe
     got = torch.autograd.grad(-result.loss_N.sum(), leaves)
     got_NM = torch.cat([got[0][:, None], *got[1:]], 1)
     student_NM = torch.cat([leaves[0][:, None], *leaves[1:]], 1).detach()
-    behaviour_NM = torch.cat([batch.behaviour_logp_N[:, None]] + [batch.behaviour_logp_NK] * many, 1)
+    behaviour_NM = torch.cat(
+        [batch.behaviour_logp_N[:, None]] + [batch.behaviour_logp_NK] * many, 1
+    )
     advantage_NM, ratio_NM = (x.reshape(len(KEPT), -1) for x in (result.advantage, result.ratio))
     if isinstance(objective.correction, Ppo):
         rho_NM, clip = (student_NM - behaviour_NM).exp(), objective.correction
         over = torch.where(advantage_NM > 0, rho_NM > 1 + clip.clip, rho_NM < 1 - clip.clip)
         over |= (advantage_NM < 0) & (rho_NM > (clip.dual_clip or torch.inf))
         ratio_NM = rho_NM.where(~over, 0)
-    expected_NM = (result.selected_N * result.weight_N)[:, None] * ratio_NM * advantage_NM / student_NM.shape[1]
+    expected_NM = (
+        (result.selected_N * result.weight_N)[:, None]
+        * ratio_NM
+        * advantage_NM
+        / student_NM.shape[1]
+    )
     torch.testing.assert_close(got_NM, expected_NM)
 
 
@@ -233,17 +297,25 @@ def test_neither_order_nor_micro_batches_nor_ranks_matter(objective):
     both = Ranks(2).run(lambda rank, all_reduce: accumulated(objective, shares[rank], all_reduce))
     for found in both:
         assert found[0] == pytest.approx(metrics, abs=1e-9)
-        assert [list(m) for m in found[1].values()] == [pytest.approx(list(m)) for m in running.values()]
+        assert [list(m) for m in found[1].values()] == [
+            pytest.approx(list(m)) for m in running.values()
+        ]
     added = [a + b for a, b in zip(both[0][2], both[1][2], strict=True)]
     torch.testing.assert_close(added, expected, atol=1e-9, rtol=1e-7)
-    assert np.isfinite(metrics["loss"]) and any(gradient.abs().max() > 1e-4 for gradient in expected)
+    assert np.isfinite(metrics["loss"]) and any(
+        gradient.abs().max() > 1e-4 for gradient in expected
+    )
 
 
 class Ranks:
     """Threads that stand for ranks: what they reduce is reduced over all of them."""
 
     def __init__(self, size):
-        self._size, self._barrier, self._given = size, threading.Barrier(size, timeout=20), [None] * size
+        self._size, self._barrier, self._given = (
+            size,
+            threading.Barrier(size, timeout=20),
+            [None] * size,
+        )
 
     def run(self, work):
         results = [None] * self._size
@@ -271,11 +343,15 @@ class Ranks:
 
 
 @every
-def test_prompts_and_tokens_outside_the_reduction_get_exactly_zero_although_unused_inputs_are_nan(objective):
+def test_prompts_and_tokens_outside_the_reduction_get_exactly_zero_although_unused_inputs_are_nan(
+    objective,
+):
     (micro,), (batch, module) = packed(objective, WHOLE), whole_batch(objective)
     assert micro.keep_N.tolist() == KEPT
     result, inputs_LD = objective.loss(batch), module.inputs_LD[-1]
-    (gradient_LD,) = torch.autograd.grad(result.loss_N[micro.keep_N].sum(), inputs_LD, retain_graph=True)
+    (gradient_LD,) = torch.autograd.grad(
+        result.loss_N[micro.keep_N].sum(), inputs_LD, retain_graph=True
+    )
     outside = torch.ones(len(inputs_LD), dtype=bool)
     outside[micro.rows_N[micro.keep_N & result.selected_N]] = False
     assert inputs_LD[outside].isnan().any() and not gradient_LD[outside].any()
@@ -296,12 +372,19 @@ def test_nothing_but_the_student_carries_gradient(objective):
     batch, _ = whole_batch(objective)
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     carrying = {name for name, x in values.items() if torch.is_tensor(x) and x.requires_grad}
-    assert carrying <= {"student_logp_N", "student_logp_NK", "student_tail_logp_N", "student_entropy_N"}
+    assert carrying <= {
+        "student_logp_N",
+        "student_logp_NK",
+        "student_tail_logp_N",
+        "student_entropy_N",
+    }
     assert not any(x.requires_grad for x in batch.statistics.values())
 
 
 @every
-def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_is_declared(objective):
+def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_is_declared(
+    objective,
+):
     batch, module = whole_batch(objective)
     student_N, student_NK = batch.student_logp_N.detach(), batch.student_logp_NK
     same = dict(behaviour_logp_N=student_N, teacher_logp_N=student_N)
@@ -310,7 +393,9 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
     if batch.student_tail_logp_N is not None:
         same |= dict(teacher_tail_logp_N=batch.student_tail_logp_N.detach())
     loss = objective.loss(replace(batch, **same)).loss_N.sum()
-    gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(
+        loss, list(module.parameters()), allow_unused=True, retain_graph=True
+    )
     largest = max(0.0 if g is None else g.abs().max().item() for g in gradients)
     assert (largest > 1e-3) if objective.learns_from_agreement else (largest < 1e-5)
 
@@ -318,7 +403,10 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
 @plain
 def test_the_drift_gate_has_mean_one_by_itself_whatever_it_composes_with(objective):
     gated = msgspec.structs.replace(objective, drift_gate=DriftGate(block=2), constant=1.0)
-    weights = [o.loss(whole_batch(o)[0]).weight_N for o in (gated, msgspec.structs.replace(objective, constant=1.0))]
+    weights = [
+        o.loss(whole_batch(o)[0]).weight_N
+        for o in (gated, msgspec.structs.replace(objective, constant=1.0))
+    ]
     assert (weights[0] / weights[1])[torch.tensor(KEPT)].mean().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -335,7 +423,9 @@ def toml(value) -> str:
 def test_settings_survive_the_trip_through_plain_data_and_through_toml(objective):
     union, data = reduce(or_, all_objectives().values()), msgspec.to_builtins(objective)
     assert msgspec.convert(data, union) == objective
-    assert msgspec.convert(tomllib.loads(f"objective = {toml(data)}")["objective"], union) == objective
+    assert (
+        msgspec.convert(tomllib.loads(f"objective = {toml(data)}")["objective"], union) == objective
+    )
 
 
 @plain
@@ -345,5 +435,8 @@ def test_an_unknown_setting_is_refused(objective):
 
 
 def test_listing_the_objectives_loads_no_torch():
-    program = "import sys, async_opd.objectives as o; o.all_objectives(); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, async_opd.objectives as o; o.all_objectives(); sys.exit('torch' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

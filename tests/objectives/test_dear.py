@@ -9,7 +9,18 @@ from async_opd.objectives.dear import Dear
 
 ENTROPY = [2.0, 0.1, 1.8, 0.05, 0.2, 0.1, 0.3, 0.15, 0.02, 0.4]
 GAP = [0.5, 3, 0.2, 0.1, 1, 2, 4, 0.3, 0.05, 2.5]
-HIDDEN = [(1, 0), (0.9, 0.1), (0, 1), (0.1, 0.9), (1, 0.2), (-1, 0), (0, -1), (0.7, 0.7), (0.95, 0.05), (0.2, 1)]
+HIDDEN = [
+    (1, 0),
+    (0.9, 0.1),
+    (0, 1),
+    (0.1, 0.9),
+    (1, 0.2),
+    (-1, 0),
+    (0, -1),
+    (0.7, 0.7),
+    (0.95, 0.05),
+    (0.2, 1),
+]
 
 
 def of(entropy, gap, hidden, **more):
@@ -25,13 +36,15 @@ def selected(objective, given):
 def test_decisions_and_evidence_are_the_published_ones():
     given = of(ENTROPY, GAP, HIDDEN)
     assert selected(Dear(), given) == [0, 1, 2, 9]  # D = {0, 2}, E = {1, 9}
-    assert given.teacher_logp_N[6] == -9 and 6 not in selected(Dear(), given)  # the largest gap, but no cosine
+    # the largest gap, but no cosine
+    assert given.teacher_logp_N[6] == -9 and 6 not in selected(Dear(), given)
 
 
 def test_the_scores_of_evidence_are_the_published_ones():
     decision = torch.tensor([i in (0, 2) for i in range(10)])
     got = evidence_scores(torch.tensor(HIDDEN), torch.tensor(GAP), decision)
-    expected = [1.738554, 1.007858, 1.2181, 0, 0, 0.752901, 1.0, 1.590988]  # of tokens 1, 3, 4, …, 9
+    # of tokens 1, 3, 4, …, 9
+    expected = [1.738554, 1.007858, 1.2181, 0, 0, 0.752901, 1.0, 1.590988]
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
 
 
@@ -48,7 +61,10 @@ def by_loop(entropy, gap, hidden, p, q):
     rest = [t for t in tokens if t not in chosen]
     if rest:
         unit = [[x / sqrt(sum(y * y for y in h)) for x in h] for h in hidden]
-        near = [max(sum(a * b for a, b in zip(unit[i], unit[j], strict=True)) for i in chosen) for j in rest]
+        near = [
+            max(sum(a * b for a, b in zip(unit[i], unit[j], strict=True)) for i in chosen)
+            for j in rest
+        ]
         pairs = zip(min_max(near), min_max([gap[j] for j in rest]), strict=True)
         score = dict(zip(rest, [a * (1 + d) for a, d in pairs], strict=True))
         chosen += sorted(rest, key=lambda j: (-score[j], j))[: count(q, len(rest))]
@@ -68,7 +84,8 @@ def test_the_selection_is_that_of_a_loop_over_each_trajectory(p, q, seed):
 
 
 def test_of_equal_entropies_the_first_are_decisions_and_of_equal_scores_the_first_are_evidence():
-    assert selected(Dear(p=0.4, q=0.5), of([1.0] * 5, [2.0] * 5, [(1.0, 0.0)] * 5)) == [0, 1, 2, 3]  # 2, then 2 of 3
+    # 2, then 2 of 3
+    assert selected(Dear(p=0.4, q=0.5), of([1.0] * 5, [2.0] * 5, [(1.0, 0.0)] * 5)) == [0, 1, 2, 3]
 
 
 def test_a_response_of_one_token_is_a_decision_without_evidence():

@@ -29,10 +29,15 @@ def test_the_gate_by_entropy_is_the_published_one():
 
 @pytest.mark.parametrize(
     ("reward", "expected"),  # A = +.5 and -.5
-    [(1.0, [0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005]), (0.0, [1.051271, 0.8, 1.2, 1.2, 1.0, 0.99005])],
+    [
+        (1.0, [0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005]),
+        (0.0, [1.051271, 0.8, 1.2, 1.2, 1.0, 0.99005]),
+    ],
 )
 def test_the_weight_by_direction_is_the_published_one(reward, expected):
-    assert six(Egrsd(length_bonus=0.0), reward).shown["direction"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert six(Egrsd(length_bonus=0.0), reward).shown["direction"].tolist() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_reward_direction_and_certainty_multiply_to_the_published_advantage():
@@ -83,7 +88,9 @@ def test_the_gradient_is_that_of_a_loop_before_and_after_the_rewards_are_whitene
             least = min(entropy for *_, entropy in part[t : t + window + 1])
             omega = min(max(1 - gamma * least / max(*kept, 1.0), objective.floor), 1.0)
             expected.append(exp(student - behaviour) * a * w * omega)
-    assert coefficients(objective, with_statistics(objective, given, KEPT)) == pytest.approx(expected)
+    assert coefficients(objective, with_statistics(objective, given, KEPT)) == pytest.approx(
+        expected
+    )
 
 
 def test_entropies_that_are_all_equal_and_small_are_in_units_of_one_nat():
@@ -95,11 +102,17 @@ def test_entropies_that_are_all_equal_and_small_are_in_units_of_one_nat():
 
 def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_loss():
     given = batch(
-        [-1.0] * 13, [-1.0] * 13, lengths=[2, 8, 1, 2], cap=8.0, reward=[1.0, 1.0, NAN, 0.0],
-        teacher_entropy_N=[0.0] * 13, running=START,
-    )  # fmt: skip
+        [-1.0] * 13,
+        [-1.0] * 13,
+        lengths=[2, 8, 1, 2],
+        cap=8.0,
+        reward=[1.0, 1.0, NAN, 0.0],
+        teacher_entropy_N=[0.0] * 13,
+        running=START,
+    )
     objective = Egrsd()
-    assert objective.episode(given)["reward"].nan_to_num(-1).tolist() == [1.375, 1.0, -1, 0.0]  # 1 + .5 · (1 - 2/8)
+    # 1 + .5 · (1 - 2/8)
+    assert objective.episode(given)["reward"].nan_to_num(-1).tolist() == [1.375, 1.0, -1, 0.0]
     result = objective.loss(with_statistics(objective, given))
     assert result.advantage[[0, 2, 10, 11]].tolist() == [0.875, 0.5, 0.0, -0.5]
     assert result.weight_N[10] == 1 and result.loss_N[10] == 0  # w = 1 where A = 0
@@ -108,7 +121,14 @@ def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_los
 
 def test_without_a_bonus_for_length_no_cap_is_read():
     objective = Egrsd(length_bonus=0.0)
-    given = batch([-1.0] * 3, [-1.0] * 3, lengths=[1, 2], reward=[1.0, 0.0], teacher_entropy_N=[0.0] * 3, running=START)
+    given = batch(
+        [-1.0] * 3,
+        [-1.0] * 3,
+        lengths=[1, 2],
+        reward=[1.0, 0.0],
+        teacher_entropy_N=[0.0] * 3,
+        running=START,
+    )
     given = replace(given, cap_S=None)
     assert objective.episode(given)["reward"].tolist() == [1.0, 0.0]
     assert objective.loss(with_statistics(objective, given)).advantage.tolist() == [0.5, -0.5, -0.5]
@@ -120,13 +140,19 @@ def test_without_a_gate_no_entropy_is_read(objective):
     given = replace(batch(STUDENT, TEACHER, reward=[1.0], running=START), teacher_entropy_N=None)
     result = objective.loss(with_statistics(objective, given))
     assert result.shown["certainty"].tolist() == [1.0] * 6
-    assert result.weight_N.tolist() == pytest.approx([0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005], abs=1e-6)
+    assert result.weight_N.tolist() == pytest.approx(
+        [0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005], abs=1e-6
+    )
 
 
 def test_a_floor_below_what_the_gate_leaves_is_refused():
-    with pytest.raises(ValueError, match=r"floor = 0\.6: has no effect with gamma = 0\.3, which leaves at least 0\.7"):
+    with pytest.raises(
+        ValueError,
+        match=r"floor = 0\.6: has no effect with gamma = 0\.3, which leaves at least 0\.7",
+    ):
         Egrsd(floor=0.6)
-    assert six(Egrsd(gamma=0.3, floor=0.8), 1.0).shown["certainty"].min().item() == 0.8  # .7 and .72 are raised
+    # .7 and .72 are raised
+    assert six(Egrsd(gamma=0.3, floor=0.8), 1.0).shown["certainty"].min().item() == 0.8
 
 
 def test_a_window_of_no_gate_is_refused():
@@ -135,10 +161,19 @@ def test_a_window_of_no_gate_is_refused():
 
 
 def test_rewards_that_never_differed_count_as_in_the_first_steps():
-    given = batch([-1.0], [-0.9], teacher_entropy_N=[0.0], reward=[0.0], step=11, running={"reward": Moments(5, 0, 0)})
+    given = batch(
+        [-1.0],
+        [-0.9],
+        teacher_entropy_N=[0.0],
+        reward=[0.0],
+        step=11,
+        running={"reward": Moments(5, 0, 0)},
+    )
     objective = Egrsd(correction=Importance(ratio="none"))
     expected = -0.5 * 0.904837  # (0 - .5) · e^-.1
-    assert coefficients(objective, with_statistics(objective, given)) == pytest.approx([expected], abs=1e-6)
+    assert coefficients(objective, with_statistics(objective, given)) == pytest.approx(
+        [expected], abs=1e-6
+    )
 
 
 def test_a_step_without_a_kept_token_is_finite():

@@ -20,7 +20,8 @@ from async_opd.objectives.sg_opd import SgOpd
 STUDENT = torch.tensor([0.3, -0.2, 0.5, -1.0]).double()  # logits over four actions
 OLD = torch.tensor([0.8, 0.1, -0.4, -0.6]).double()
 TEACHER = torch.tensor([1.0, 0.0, -0.5, 0.2]).double()
-TRUE = [-0.233373, -0.043735, 0.384659, -0.107552]  # finite differences of KL(π‖π_T) in the student's logits
+# finite differences of KL(π‖π_T) in the student's logits
+TRUE = [-0.233373, -0.043735, 0.384659, -0.107552]
 CACHED = [-0.040036, 0.034405, 0.069283, -0.063651]
 UNCORRECTED = [-0.170218, 0.040712, 0.230898, -0.101393]
 
@@ -45,7 +46,9 @@ def test_the_true_gradient_is_that_of_finite_differences():
         return (p * (p / q).log()).sum().item()
 
     steps = 1e-5 * torch.eye(4).double()
-    assert [(kl(STUDENT + h) - kl(STUDENT - h)) / 2e-5 for h in steps] == pytest.approx(TRUE, abs=1e-6)
+    assert [(kl(STUDENT + h) - kl(STUDENT - h)) / 2e-5 for h in steps] == pytest.approx(
+        TRUE, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,15 +63,20 @@ def test_the_true_gradient_is_that_of_finite_differences():
     ],
     ids=str,
 )
-def test_the_expected_gradient_on_stale_samples_is_that_of_the_kl_only_if_recomputed_and_corrected(objective, expected):
+def test_the_expected_gradient_on_stale_samples_is_that_of_the_kl_only_if_recomputed_and_corrected(
+    objective, expected
+):
     assert expected_gradient(objective) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    "correction", [Importance(), Importance(ratio="sequence"), Importance(ratio="geometric")], ids=str
+    "correction",
+    [Importance(), Importance(ratio="sequence"), Importance(ratio="geometric")],
+    ids=str,
 )
 def test_each_of_several_samples_is_corrected_by_its_own_ratio(correction):
-    """Expectation over all pairs of a generated token and a sample beside it; of one token all three ratios are ρ."""
+    """Expectation over all pairs of a generated token and a sample beside it; of one token all
+    three ratios are ρ."""
     logits = STUDENT.clone().requires_grad_()
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     student, old, teacher = (x.log_softmax(0)[pairs] for x in (logits, OLD, TEACHER))
@@ -83,13 +91,19 @@ def test_each_of_several_samples_is_corrected_by_its_own_ratio(correction):
 def mc_gradients(m, trials, seed):
     """Gradients [trials, 4] of MC-m at the one prefix, on samples of the old policy."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.multinomial(OLD.softmax(0), trials * m, replacement=True, generator=generator).view(trials, m)
+    ids = torch.multinomial(OLD.softmax(0), trials * m, replacement=True, generator=generator).view(
+        trials, m
+    )
     logits = STUDENT.expand(trials, 4).clone().requires_grad_()
-    student, old, teacher = (x.log_softmax(-1).expand(trials, 4).gather(1, ids) for x in (logits, OLD, TEACHER))
+    student, old, teacher = (
+        x.log_softmax(-1).expand(trials, 4).gather(1, ids) for x in (logits, OLD, TEACHER)
+    )
     given = batch([0.0] * trials, [0.0] * trials, lengths=[1] * trials)
     columns = dict(student_logp=student, behaviour_logp=old, teacher_logp=teacher)
     given = replace(given, **{f"{name}_N": x[:, 0] for name, x in columns.items()})
-    given = replace(given, **{f"{name}_NK": x[:, 1:] for name, x in columns.items()} if m > 1 else {})
+    given = replace(
+        given, **{f"{name}_NK": x[:, 1:] for name, x in columns.items()} if m > 1 else {}
+    )
     McOpd(m=m).loss(given).loss_N.sum().backward()
     return logits.grad
 
@@ -98,13 +112,16 @@ def mc_gradients(m, trials, seed):
 def test_more_samples_are_unbiased_too_and_their_variance_falls_as_one_over_m(m):
     gradients = mc_gradients(m, 40_000, seed=m)
     one = mc_gradients(1, 40_000, seed=0).var(0).sum()
-    # the mean of 40,000 is off by more than five of its standard errors with a probability under 1e-5; the variance of
-    # bounded terms is known to about 1 %, and 10 % is far outside
-    assert ((gradients.mean(0) - torch.tensor(TRUE)).abs() < 5 * gradients.std(0) / 200 + 1e-6).all()
+    # the mean of 40,000 is off by more than five of its standard errors with a probability under
+    # 1e-5; the variance of bounded terms is known to about 1 %, and 10 % is far outside
+    assert (
+        (gradients.mean(0) - torch.tensor(TRUE)).abs() < 5 * gradients.std(0) / 200 + 1e-6
+    ).all()
     assert gradients.var(0).sum().item() == pytest.approx(one.item() / m, rel=0.1)
 
 
-# --- one method as a setting of another -----------------------------------------------------------------------------
+# --- one method as a setting of another
+# -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -135,7 +152,9 @@ CORRECTIONS = [Importance(), Importance(ratio="geometric"), Ppo()]
     ids=lambda objective: type(objective).__name__,
 )
 def test_each_is_opd_where_its_own_part_is_off(objective, correction, given):
-    settings = {name: getattr(objective, name) for name in objective.__struct_fields__} | dict(correction=correction)
+    settings = {name: getattr(objective, name) for name in objective.__struct_fields__} | dict(
+        correction=correction
+    )
     assert_same(type(objective)(**settings), Opd(correction=correction), given)
 
 

@@ -12,7 +12,9 @@ from async_opd.objectives.iw_opd import IwOpd
     ],
 )
 def test_the_weight_is_the_published_one_by_the_sum_of_the_code_or_of_the_paper(total, expected):
-    assert IwOpd(total=total).loss(batch(STUDENT, TEACHER)).weight_N.tolist() == pytest.approx(expected, abs=1e-6)
+    assert IwOpd(total=total).loss(batch(STUDENT, TEACHER)).weight_N.tolist() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
@@ -43,8 +45,12 @@ def test_the_weight_lies_between_one_and_one_plus_gamma_and_never_rises():
 def test_on_top_of_g_opd_the_plain_discrepancy_weighs_the_extrapolated_advantage():
     given = batch(STUDENT, TEACHER, reference_logp_N=REFERENCE)
     result = IwOpd(lam=1.25).loss(given)
-    assert result.advantage.tolist() == pytest.approx([-0.0575, 0.6, -3.6875, -0.675, 0.025, 0.0125])
-    assert result.weight_N.tolist() == pytest.approx([1.5, 1.493842, 1.432266, 1.062808, 1.001232, 1.001232], abs=1e-6)
+    assert result.advantage.tolist() == pytest.approx(
+        [-0.0575, 0.6, -3.6875, -0.675, 0.025, 0.0125]
+    )
+    assert result.weight_N.tolist() == pytest.approx(
+        [1.5, 1.493842, 1.432266, 1.062808, 1.001232, 1.001232], abs=1e-6
+    )
 
 
 def test_the_sum_of_no_discrepancy_is_refused():
@@ -53,6 +59,9 @@ def test_the_sum_of_no_discrepancy_is_refused():
 
 
 def test_cached_signals_accumulate_what_the_behaviour_policy_disagreed_on():
-    given = batch([-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], behaviour=[-2.0, -1.0, -4.0])  # |A| cached: 1, 0, 3
-    assert IwOpd(student_signal="cached").loss(given).weight_N.tolist() == pytest.approx([1.5, 1.375, 1.375])
+    # |A| cached: 1, 0, 3
+    given = batch([-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], behaviour=[-2.0, -1.0, -4.0])
+    assert IwOpd(student_signal="cached").loss(given).weight_N.tolist() == pytest.approx(
+        [1.5, 1.375, 1.375]
+    )
     assert IwOpd().loss(given).weight_N.tolist() == [1.5] * 3

@@ -20,7 +20,8 @@ M = 4
 
 
 def with_samples(seed):
-    """A ragged batch with three samples beside each token; the first of them repeats the token itself."""
+    """A ragged batch with three samples beside each token; the first of them repeats the token
+    itself."""
     given, generator = ragged(seed), torch.Generator().manual_seed(seed)
     extra = []
     for name in ("student", "behaviour", "teacher"):
@@ -39,14 +40,19 @@ def test_each_sample_gets_its_own_ratio_and_advantage_over_m(correction, signal)
     result = McOpd(m=M, correction=correction, student_signal=signal).loss(given)
     got = torch.autograd.grad(-result.loss_N.sum(), (given.student_logp_N, given.student_logp_NK))
     names = ("student", "behaviour", "teacher")
-    pairs = [torch.cat([getattr(given, f"{n}_logp_N")[:, None], getattr(given, f"{n}_logp_NK")], 1) for n in names]
+    pairs = [
+        torch.cat([getattr(given, f"{n}_logp_N")[:, None], getattr(given, f"{n}_logp_NK")], 1)
+        for n in names
+    ]
     expected_NM = []
     for row in zip(*(x.tolist() for x in pairs), strict=True):
         expected_NM.append([])
         for new, old, teacher in zip(*row, strict=True):
             a = teacher - (old if signal == "cached" else new)
             expected_NM[-1].append(FACTORS[correction](exp(new - old), a) * a / M)
-    torch.testing.assert_close(torch.cat([got[0][:, None], got[1]], 1), torch.tensor(expected_NM).double())
+    torch.testing.assert_close(
+        torch.cat([got[0][:, None], got[1]], 1), torch.tensor(expected_NM).double()
+    )
     assert result.advantage.shape == result.ratio.shape == (sum(LENGTHS), M)
 
 
@@ -68,13 +74,17 @@ def test_the_ratio_of_a_trajectory_is_clamped_after_a_sample_has_taken_the_place
     given = batch([-1.0, -1.0], [-1.0, -1.0], behaviour=[-21.0, -11.0])  # log ρ 20 and 10
     one_NK = -torch.ones(2, 1).double()
     behaviour_NK = torch.tensor([[-6.0], [-1.0]]).double()  # log ρ 5 and 0
-    given = replace(given, student_logp_NK=one_NK, behaviour_logp_NK=behaviour_NK, teacher_logp_NK=one_NK)
+    given = replace(
+        given, student_logp_NK=one_NK, behaviour_logp_NK=behaviour_NK, teacher_logp_NK=one_NK
+    )
     result = McOpd(m=2, correction=Importance(ratio="sequence")).loss(given)
     e10, e15, e20 = 22026.465795, 3269017.372472, 485165195.409790
-    # of the tokens themselves 20 + 10 nats, more than the bound of 20; of the samples 5 + 10 and 20 + 0
+    # of the tokens themselves 20 + 10 nats, more than the bound of 20; of the samples 5 + 10 and 20
+    # + 0
     assert result.ratio.tolist() == [pytest.approx([e20, e15]), pytest.approx([e20, e20])]
     geometric = McOpd(m=2, correction=Importance(ratio="geometric")).loss(given).ratio
-    assert geometric.tolist() == [pytest.approx([e15, 1808.042414]), pytest.approx([e15, e10])]  # e^7.5
+    # e^7.5
+    assert geometric.tolist() == [pytest.approx([e15, 1808.042414]), pytest.approx([e15, e10])]
 
 
 def test_one_less_than_m_samples_of_the_behaviour_policy_are_asked_for():

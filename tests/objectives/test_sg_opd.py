@@ -3,14 +3,27 @@ from statistics import mean, pstdev
 
 import pytest
 import torch
-from given import KEPT, LENGTHS, NAN, REFERENCE, STUDENT, TEACHER, batch, ragged, rows, with_statistics
+from given import (
+    KEPT,
+    LENGTHS,
+    NAN,
+    REFERENCE,
+    STUDENT,
+    TEACHER,
+    batch,
+    ragged,
+    rows,
+    with_statistics,
+)
 
 from async_opd.objectives.sg_opd import SgOpd
 
 
 def one_of_two(reward, **more):
     """The six tokens as the right or wrong one of a group of two."""
-    return batch(STUDENT, TEACHER, reference_logp_N=REFERENCE, reward=[reward], group=[[1.0, 0.0]], **more)
+    return batch(
+        STUDENT, TEACHER, reference_logp_N=REFERENCE, reward=[reward], group=[[1.0, 0.0]], **more
+    )
 
 
 def result(objective, given, kept=None):
@@ -21,7 +34,9 @@ def result(objective, given, kept=None):
     ("reward", "expected"),
     [(1.0, [-0.05, 0.82, -3.0, -0.5, 0.0, 0.018]), (0.0, [-0.074, 0.5, -5.2, -1.06, 0.0, 0.01])],
 )
-def test_the_advantage_extrapolates_where_the_signs_agree_by_the_published_numbers(reward, expected):
+def test_the_advantage_extrapolates_where_the_signs_agree_by_the_published_numbers(
+    reward, expected
+):
     assert result(SgOpd(), one_of_two(reward)).advantage.tolist() == pytest.approx(expected)
 
 
@@ -44,7 +59,10 @@ def test_advantage_and_weight_are_those_of_a_loop_by_each_fallback(settings, con
     given, advantage, phi = ragged(5), [], []
     names = ("student_logp_N", "teacher_logp_N", "reference_logp_N")
     for s, tokens in enumerate(rows(given, *names)):
-        reward, known = given.reward_S[s].item(), [r for r in given.group_reward_SG[s].tolist() if r == r]
+        reward, known = (
+            given.reward_S[s].item(),
+            [r for r in given.group_reward_SG[s].tolist() if r == r],
+        )
         a1 = (reward - mean(known)) / (pstdev(known) + 1e-6) if reward == reward else 0.0
         for student, teacher, reference in tokens:
             a2, away = teacher - student, teacher - reference
@@ -57,7 +75,9 @@ def test_advantage_and_weight_are_those_of_a_loop_by_each_fallback(settings, con
 
 
 @pytest.mark.parametrize(
-    ("reward", "group"), [(NAN, [NAN, 1, 0]), (1.0, [1, 1, 1]), (0.0, [0, 0, NAN]), (1.0, [1.0, NAN, NAN])], ids=str
+    ("reward", "group"),
+    [(NAN, [NAN, 1, 0]), (1.0, [1, 1, 1]), (0.0, [0, 0, NAN]), (1.0, [1.0, NAN, NAN])],
+    ids=str,
 )
 def test_without_a_known_contrast_every_token_falls_back(reward, group):
     given = batch(STUDENT, TEACHER, reference_logp_N=REFERENCE, reward=[reward], group=[group])
@@ -84,10 +104,16 @@ def test_tokens_are_shown_to_agree_to_disagree_or_to_have_no_sign():
 
 def test_cached_signals_gate_and_scale_by_the_behaviour_policy():
     given = batch(
-        [-1.0, -1.0], [-2.0, -2.0], behaviour=[-3.0, -6.0], reference_logp_N=[-2.5, -2.0], reward=[1.0], group=[[1, 0]]
+        [-1.0, -1.0],
+        [-2.0, -2.0],
+        behaviour=[-3.0, -6.0],
+        reference_logp_N=[-2.5, -2.0],
+        reward=[1.0],
+        group=[[1, 0]],
     )
     got = result(SgOpd(student_signal="cached"), given)
-    assert got.advantage.tolist() == pytest.approx([1.0 + 0.8 * 0.5, 4.0])  # both agree: -2 + 3, -2 + 6
+    # both agree: -2 + 3, -2 + 6
+    assert got.advantage.tolist() == pytest.approx([1.0 + 0.8 * 0.5, 4.0])
     assert got.weight_N.tolist() == pytest.approx([1.6, 0.4])  # 1 and 1/4 over 5/8
     assert not SgOpd(student_signal="cached").needs().first_pass and SgOpd().needs().first_pass
 
@@ -103,7 +129,10 @@ def test_a_step_without_a_kept_token_gives_zeros_and_not_nan():
     ("settings", "says"),
     [
         (dict(fallback="grpo", beta=0.5), r"beta = 0\.5: has no effect with fallback = 'grpo'"),
-        (dict(fallback="preserve", beta=0.5), r"beta = 0\.5: has no effect with fallback = 'preserve'"),
+        (
+            dict(fallback="preserve", beta=0.5),
+            r"beta = 0\.5: has no effect with fallback = 'preserve'",
+        ),
         (dict(lambda_base=1.25), r"lambda_base = 1\.25: has no effect with fallback = 'interp'"),
     ],
 )
@@ -113,8 +142,13 @@ def test_settings_of_another_fallback_are_refused(settings, says):
 
 
 def test_no_reference_is_read_where_nothing_is_extrapolated():
-    assert SgOpd().needs().reference and SgOpd(lambda_high=1.0, fallback="preserve", lambda_base=1.25).needs().reference
+    assert (
+        SgOpd().needs().reference
+        and SgOpd(lambda_high=1.0, fallback="preserve", lambda_base=1.25).needs().reference
+    )
     objective = SgOpd(lambda_high=1.0)
     assert not objective.needs().reference
     given = replace(one_of_two(1.0), reference_logp_N=None)
-    assert result(objective, given).advantage.tolist() == pytest.approx([-0.05, 0.5, -3.0, -0.5, 0.0, 0.01])
+    assert result(objective, given).advantage.tolist() == pytest.approx(
+        [-0.05, 0.5, -3.0, -0.5, 0.0, 0.01]
+    )

@@ -16,9 +16,12 @@ def one(student, teacher):
     """One position with candidates and, last, a tail of these probabilities."""
     student, teacher = (torch.tensor([p]).double().log() for p in (student, teacher))
     return replace(
-        batch([-1.0], [-1.0]), student_logp_NK=student[:, :-1], teacher_logp_NK=teacher[:, :-1],
-        student_tail_logp_N=student[:, -1], teacher_tail_logp_N=teacher[:, -1],
-    )  # fmt: skip
+        batch([-1.0], [-1.0]),
+        student_logp_NK=student[:, :-1],
+        teacher_logp_NK=teacher[:, :-1],
+        student_tail_logp_N=student[:, -1],
+        teacher_tail_logp_N=teacher[:, -1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,24 +50,30 @@ SMALL = 1e-7  # of the student's probability, which 1 - Σ_k p_k in float32 is o
         ("forward", 0.617960, -0.05),
         # .6 ln(.6/.5) + .4 ln(.4/.45) + 1e-7 ln(1e-7/.05) = .1093929 - .0471132 - .0000013
         ("reverse", 0.062278, 1e-7 * (log(1e-7 / 0.05) + 1)),
-        # m = (.55, .425, .025): half of .5 ln(.5/.55) + .45 ln(.45/.425) + .05 ln 2 = .0063618
-        # and half of .6 ln(.6/.55) + .4 ln(.4/.425) + 1e-7 ln(4e-6) = .0139778; slope .5 · 1e-7 · ln(4e-6)
+        # m = (.55, .425, .025): half of .5 ln(.5/.55) + .45 ln(.45/.425) + .05 ln 2 = .0063618 and
+        # half of .6 ln(.6/.55) + .4 ln(.4/.425) + 1e-7 ln(4e-6) = .0139778; slope .5 · 1e-7 ·
+        # ln(4e-6)
         ("jensen_shannon", 0.020340, 0.5 * 1e-7 * log(1e-7 / 0.02500005)),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_a_tail_that_all_but_vanishes_keeps_its_value_and_its_gradient(divergence, value, slope, temperature):
+def test_a_tail_that_all_but_vanishes_keeps_its_value_and_its_gradient(
+    divergence, value, slope, temperature
+):
     """In float32, from logits to loss: 40 ids of which the two likeliest are candidates."""
     tail_V = torch.full((38,), log(SMALL / 38))
     logits_1V = torch.cat([torch.tensor([log(0.6 - SMALL), log(0.4)]), tail_V])[None] * temperature
     head, hidden_1V = Head(torch.eye(40)), logits_1V.requires_grad_()
-    asked = dict(temperature=temperature, chunk_rows=1, candidate_ids_NK=torch.tensor([[0, 1]]), tail=True)
+    asked = dict(
+        temperature=temperature, chunk_rows=1, candidate_ids_NK=torch.tensor([[0, 1]]), tail=True
+    )
     read = read_logprobs(hidden_1V, head, torch.tensor([0]), **asked)
     read.tail_N.retain_grad()
     given = replace(
         one(student=[0.6, 0.3, 0.1], teacher=[0.5, 0.45, 0.05]),
-        student_logp_NK=read.candidates_NK, student_tail_logp_N=read.tail_N,
-    )  # fmt: skip
+        student_logp_NK=read.candidates_NK,
+        student_tail_logp_N=read.tail_N,
+    )
     loss = TopkKl(k=2, divergence=divergence).loss(given).loss_N
     loss.sum().backward()
     assert loss.item() == pytest.approx(value, abs=2e-6)
@@ -75,12 +84,17 @@ V, K = 6, 3
 
 
 def candidates(support, seed=0):
-    """A ragged batch with the log-probs of the K likeliest tokens of one of the two; gradients go to the logits."""
+    """A ragged batch with the log-probs of the K likeliest tokens of one of the two; gradients go
+    to the logits."""
     generator = torch.Generator().manual_seed(seed)
-    logits_NV, behaviour_NV, teacher_NV = 2 * torch.randn(3, sum(LENGTHS), V, generator=generator).double()
+    logits_NV, behaviour_NV, teacher_NV = (
+        2 * torch.randn(3, sum(LENGTHS), V, generator=generator).double()
+    )
     logits_NV.requires_grad_()
     ids_NK = (teacher_NV if support == "teacher" else behaviour_NV).topk(K).indices
-    return with_candidates(ragged(seed), logits_NV.log_softmax(-1), teacher_NV.log_softmax(-1), ids_NK), logits_NV
+    return with_candidates(
+        ragged(seed), logits_NV.log_softmax(-1), teacher_NV.log_softmax(-1), ids_NK
+    ), logits_NV
 
 
 def of(divergence, **settings):
@@ -117,11 +131,15 @@ PREFIXES = {
 @pytest.mark.parametrize("rest", ["bucket", "renormalise", "drop"])
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 @pytest.mark.parametrize("support", ["teacher", "student"])
-def test_loss_is_that_of_a_loop_times_the_ratio_of_the_tokens_before(support, divergence, rest, prefix):
+def test_loss_is_that_of_a_loop_times_the_ratio_of_the_tokens_before(
+    support, divergence, rest, prefix
+):
     objective = of(divergence, support=support, rest=rest, prefix=prefix)
     given, _ = candidates(support)
     expected = []
-    for tokens in rows(given, "student_logp_N", "behaviour_logp_N", "student_logp_NK", "teacher_logp_NK"):
+    for tokens in rows(
+        given, "student_logp_N", "behaviour_logp_N", "student_logp_NK", "teacher_logp_NK"
+    ):
         before = 0.0
         for new, old, student, teacher in tokens:
             divergence = by_loop(objective, [exp(x) for x in student], [exp(x) for x in teacher])
@@ -137,7 +155,10 @@ def test_the_gradient_is_that_of_finite_differences(divergence, rest):
     given, logits_NV = candidates("teacher")
     (gradient_NV,) = torch.autograd.grad(objective.loss(given).loss_N[0], logits_NV)
     teacher = given.teacher_logp_NK[0].exp().tolist()
-    at_K = [next(v for v in range(V) if logits_NV.log_softmax(-1)[0, v] == x) for x in given.student_logp_NK[0]]
+    at_K = [
+        next(v for v in range(V) if logits_NV.log_softmax(-1)[0, v] == x)
+        for x in given.student_logp_NK[0]
+    ]
 
     def loss(logits_V):
         return by_loop(objective, logits_V.softmax(0)[at_K].tolist(), teacher)
@@ -157,7 +178,11 @@ def test_the_ratio_of_the_prefix_carries_no_gradient():
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 def test_agreement_is_a_minimum_unless_it_is_declared_otherwise(divergence, rest):
     objective = of(divergence, rest=rest)
-    logits_NV = torch.randn(sum(LENGTHS), V, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    logits_NV = (
+        torch.randn(sum(LENGTHS), V, generator=torch.Generator().manual_seed(0))
+        .double()
+        .requires_grad_()
+    )
     same_NV = logits_NV.log_softmax(-1)
     first_NK = torch.arange(K).expand(len(same_NV), K)
     given = with_candidates(ragged(0), same_NV, same_NV.detach(), first_NK)
@@ -192,5 +217,7 @@ def test_one_candidate_that_is_renormalised_is_refused():
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_a_share_of_the_mixture_is_refused_without_one(divergence):
-    with pytest.raises(ValueError, match=rf"beta = 0\.3: has no effect with divergence = '{divergence}'"):
+    with pytest.raises(
+        ValueError, match=rf"beta = 0\.3: has no effect with divergence = '{divergence}'"
+    ):
         TopkKl(k=2, divergence=divergence, beta=0.3)

@@ -1,7 +1,8 @@
-"""A learner rank in a process of its own: what it holds between two steps, and the most it allocates in one.
+"""A learner rank in a process of its own: what it holds between two steps, and the most it
+allocates in one.
 
-`python -m tests.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON. Not a test:
-`test_learner_memory.py` starts it.
+`python -m tests.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON. Not a
+test: `test_learner_memory.py` starts it.
 """
 
 import gc
@@ -21,7 +22,9 @@ from tests.tensor_memory import TensorMemory
 
 def held() -> int:
     gc.collect()
-    tensors = (found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
+    tensors = (
+        found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)
+    )
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -36,23 +39,43 @@ def main(model: str, settings: dict, tokens: list[int]) -> None:
     learner = LearnerRank(
         LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings),
         Opd(),
-        model=model, temperature=1.0, steps=10, max_lag_steps=9, stale="mask", truncated="train", cap=4096, seed=0,
-        rank=0, timeout_s=60.0, bucket_bytes=2**20,
-    )  # fmt: skip
+        model=model,
+        temperature=1.0,
+        steps=10,
+        max_lag_steps=9,
+        stale="mask",
+        truncated="train",
+        cap=4096,
+        seed=0,
+        rank=0,
+        timeout_s=60.0,
+        bucket_bytes=2**20,
+    )
     learner.start(learner.listen("127.0.0.1"))
 
     def step(length: int) -> None:
         ids = np.zeros(length, np.int32)
         spans = (Span(version=0, start=0, end=length - 1),)
         rollout = Rollout(
-            id="0#0", ids=ids[1:], behaviour_logp=-np.ones(length - 1, np.float32), spans=spans, truncated=False
+            id="0#0",
+            ids=ids[1:],
+            behaviour_logp=-np.ones(length - 1, np.float32),
+            spans=spans,
+            truncated=False,
         )
         group = Group(prompt=Prompt(id="0", ids=ids[:1], answer=""), rollouts=(rollout,))
         scores = Scores(id="0#0", sampled_logp=-2 * np.ones(length - 1, np.float32))
         learner.step([[(0, 0)]], [(Verdict(id="0#0", correct=True),)], group, (scores,))
 
     step(tokens[0])  # which makes the optimizer's state
-    print(json.dumps({"held": held(), "peaks": [peak(lambda length=length: step(length)) for length in tokens]}))
+    print(
+        json.dumps(
+            {
+                "held": held(),
+                "peaks": [peak(lambda length=length: step(length)) for length in tokens],
+            }
+        )
+    )
     sys.stdout.flush()
     os._exit(0)
 

@@ -16,15 +16,21 @@ STATES = ("busy", "starved", "blocked", "syncing", "down")
 
 
 def row(elapsed_s: float, rate: float, **shares: tuple[float, ...]) -> dict:
-    rates = dict.fromkeys(("generators_tokens_per_s", "teachers_tokens_per_s", "trained_tokens_per_s"), rate)
-    states = {f"{role}_{s}": share for role, each in shares.items() for s, share in zip(STATES, each, strict=True)}
+    rates = dict.fromkeys(
+        ("generators_tokens_per_s", "teachers_tokens_per_s", "trained_tokens_per_s"), rate
+    )
+    states = {
+        f"{role}_{s}": share
+        for role, each in shares.items()
+        for s, share in zip(STATES, each, strict=True)
+    }
     return {"elapsed_s": elapsed_s} | rates | states
 
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run of two generators, one teacher and two ranks: three slow steps, then a second of 100 tokens/s and three
-    of 200."""
+    """A run of two generators, one teacher and two ranks: three slow steps, then a second of 100
+    tokens/s and three of 200."""
     config = load(DEMO, ["rollout.generators=2", "learner.ranks=2", "rollout.concurrency=64"])
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
     slow = dict(generators=(1, 0, 0, 0, 0), teachers=(1, 0, 0, 0, 0), learner=(1, 0, 0, 0, 0))
@@ -33,7 +39,10 @@ def run_dir(tmp_path) -> Path:
         teachers=(0.5, 0.5, 0, 0, 0),
         learner=(0.2, 0.5, 0.1, 0.2, 0),  # blocked: its own checkpoint
     )
-    rows = [row(at, 1.0, **slow) for at in (10, 20, 30)] + [row(31, 100.0, **shares), row(34, 200.0, **shares)]
+    rows = [row(at, 1.0, **slow) for at in (10, 20, 30)] + [
+        row(31, 100.0, **shares),
+        row(34, 200.0, **shares),
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     return tmp_path
 
@@ -67,7 +76,8 @@ def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
         "learner.gradient_checkpointing: False then, True now",
     ]
     config = load(DEMO, ["rollout.concurrency=64"])
-    assert measured(run_dir, config)[1] == []  # neither the number of members nor where a model lies matters
+    # neither the number of members nor where a model lies matters
+    assert measured(run_dir, config)[1] == []
 
 
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
@@ -80,7 +90,10 @@ def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_b
 def test_the_plan_says_what_a_short_run_tells(run_dir, capsys):
     assert main(["plan", str(DEMO), "--offline", "--like", str(run_dir)]) == 0
     said = capsys.readouterr().out
-    assert "bottleneck       generator (tokens/s of all: generator 117, teacher 350, learner 175; rates of " in said
+    assert (
+        "bottleneck       generator (tokens/s of all: generator 117, teacher 350, learner 175;"
+        " rates of " in said
+    )
     assert "in balance       2 generator(s) and 1 teacher(s) keep up with the learner\n" in said
     assert "  measured otherwise: rollout.concurrency: 64 then, 256 now\n" in said
 
@@ -88,7 +101,9 @@ def test_the_plan_says_what_a_short_run_tells(run_dir, capsys):
 def test_a_run_without_enough_rows_is_refused_by_name(run_dir):
     rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join(rows[:3]))
-    with pytest.raises(RunMissing, match="--like needs more than 3 steps, the first are slow; it has 3"):
+    with pytest.raises(
+        RunMissing, match="--like needs more than 3 steps, the first are slow; it has 3"
+    ):
         measured(run_dir, load(DEMO))
     (run_dir / "metrics.jsonl").write_text("{")
     with pytest.raises(RunMissing, match="--like needs a run's directory"):

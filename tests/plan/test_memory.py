@@ -20,8 +20,12 @@ EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def learner(sync: SyncConfig | None = None, **settings) -> memory.Memory:
-    settings = dict(trajectories_per_step=64, lr=1e-5, ranks=4, dtype="bfloat16", zero_stage=2) | settings
-    return memory.learner(LearnerConfig(**settings), SHAPE, sync or SyncConfig(backend="nccl", bucket_mib=256))
+    settings = (
+        dict(trajectories_per_step=64, lr=1e-5, ranks=4, dtype="bfloat16", zero_stage=2) | settings
+    )
+    return memory.learner(
+        LearnerConfig(**settings), SHAPE, sync or SyncConfig(backend="nccl", bucket_mib=256)
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,9 +39,16 @@ def learner(sync: SyncConfig | None = None, **settings) -> memory.Memory:
         (dict(zero_stage=2, ranks=8), 2 * PSI, 4 * PSI / 8, 12 * PSI / 8, 8 * PSI / 8),
     ],
 )
-def test_a_learner_rank_holds_its_share_by_zero_stage(settings, weights, gradients, optimizer, update):
+def test_a_learner_rank_holds_its_share_by_zero_stage(
+    settings, weights, gradients, optimizer, update
+):
     held = learner(**settings)
-    parts = held.parts["weights"], held.parts["gradients"], held.parts["optimizer"], held.either["update"]
+    parts = (
+        held.parts["weights"],
+        held.parts["gradients"],
+        held.parts["optimizer"],
+        held.either["update"],
+    )
     assert parts == (weights, gradients, optimizer, update)
 
 
@@ -51,7 +62,10 @@ def test_an_offloaded_optimizer_is_the_hosts_and_so_are_buckets_over_gloo():
 
 
 def test_only_the_larger_of_backward_and_update_counts():
-    long, short = learner(micro_batch_tokens=16384), learner(micro_batch_tokens=16, gradient_checkpointing=True)
+    long, short = (
+        learner(micro_batch_tokens=16384),
+        learner(micro_batch_tokens=16, gradient_checkpointing=True),
+    )
     assert long.total == sum(long.parts.values()) + long.either["backward"]
     assert short.total == sum(short.parts.values()) + short.either["update"]
 
@@ -64,7 +78,8 @@ def kept_bytes(model, tokens: int) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+            # held, so that no other takes its place
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     ids_L = torch.zeros(tokens, dtype=torch.int64)
@@ -77,11 +92,25 @@ def kept_bytes(model, tokens: int) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("Qwen3", {}), ("Llama", {}), ("Qwen2", {}), ("Qwen3", dict(intermediate_size=512)), ("Qwen3Moe", EXPERTS)],
+    [
+        ("Qwen3", {}),
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Qwen3", dict(intermediate_size=512)),
+        ("Qwen3Moe", EXPERTS),
+    ],
 )
 def test_activations_are_what_torch_keeps_for_the_backward(tiny_lm, family, settings, dtype):
-    sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, head_dim=16)
-    model = tiny_lm(family, attn_implementation=causal_lm.ATTENTION, **(sizes | settings)).to(getattr(torch, dtype))
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=16,
+    )
+    model = tiny_lm(family, attn_implementation=causal_lm.ATTENTION, **(sizes | settings)).to(
+        getattr(torch, dtype)
+    )
     shape, b = read(model.config.to_dict(), "student.model"), memory.BYTES[dtype]
     estimate = memory.activations(shape, 64, b, checkpointing=False)
     assert kept_bytes(model.train(), 64) == pytest.approx(estimate, rel=0.03)
@@ -96,21 +125,37 @@ def test_activations_are_what_torch_keeps_for_the_backward(tiny_lm, family, sett
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("family", "settings"), [("Qwen3", {}), ("Llama", {}), ("Qwen3Moe", EXPERTS)])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("Qwen3", {}), ("Llama", {}), ("Qwen3Moe", EXPERTS)]
+)
 def test_a_forward_without_backward_holds_what_is_estimated(tiny_lm, family, settings, dtype):
-    sizes = dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    sizes = dict(
+        hidden_size=256,
+        intermediate_size=768,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
     settings = sizes | settings | ({"moe_intermediate_size": 128} if settings else {})
-    model = tiny_lm(family, attn_implementation=causal_lm.ATTENTION, **settings).to(getattr(torch, dtype)).eval()
+    model = (
+        tiny_lm(family, attn_implementation=causal_lm.ATTENTION, **settings)
+        .to(getattr(torch, dtype))
+        .eval()
+    )
     ids_L = torch.zeros(512, dtype=torch.int64)
     with torch.no_grad(), TensorMemory() as held:
         causal_lm.hidden_states(model, ids_L, [256, 256])
-    estimate = memory.forward(read(model.config.to_dict(), "teacher.model"), 512, memory.BYTES[dtype])
+    estimate = memory.forward(
+        read(model.config.to_dict(), "teacher.model"), 512, memory.BYTES[dtype]
+    )
     assert estimate == pytest.approx(held.most, rel=0.1)
 
 
 def test_a_generator_gives_its_cache_what_is_left_of_its_share():
     config = RolloutConfig(max_new_tokens=1024, dtype="bfloat16", gpu_memory_utilization=0.5)
-    held = memory.generator(config, SHAPE, SyncConfig(backend="nccl", bucket_mib=256), 80 * GIB, concurrency=100)
+    held = memory.generator(
+        config, SHAPE, SyncConfig(backend="nccl", bucket_mib=256), 80 * GIB, concurrency=100
+    )
     assert held.total == 40 * GIB
     assert held.parts["weights"] == 2 * PSI and held.parts["sync"] == 512 * 2**20
     forward = 2048 * 2 * (4 * 4096 + 3 * 12288) + 3 * 4 * 100 * 151_936
@@ -122,7 +167,12 @@ def test_tensor_parallel_engines_split_weights_and_cache_while_there_are_heads()
     config = TeacherConfig(model="m", backend="vllm", dtype="bfloat16", tensor_parallel_size=4)
     assert memory.scorer(config, SHAPE, 80 * GIB).parts["weights"] == 2 * PSI / 4
     sizes = (1, 4, 8, 16)
-    assert [memory.kv_bytes(SHAPE, "bfloat16", size) for size in sizes] == [147_456, 36_864, 18_432, 18_432]
+    assert [memory.kv_bytes(SHAPE, "bfloat16", size) for size in sizes] == [
+        147_456,
+        36_864,
+        18_432,
+        18_432,
+    ]
 
 
 def test_a_scorer_on_transformers_has_no_cache_and_its_average_is_the_hosts():

@@ -1,4 +1,5 @@
-"""Parameters are counted exactly: against models that transformers makes, and against what is published of them."""
+"""Parameters are counted exactly: against models that transformers makes, and against what is
+published of them."""
 
 import json
 
@@ -11,16 +12,25 @@ from async_opd.errors import ConfigError
 from async_opd.plan.shape import _trees, local, read, shipped
 
 SMALL = dict(
-    vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=1000,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def made(tree: dict) -> int:
-    config = AutoConfig.for_model(**{key: value for key, value in tree.items() if key != "contexts"})
+    config = AutoConfig.for_model(
+        **{key: value for key, value in tree.items() if key != "contexts"}
+    )
     with torch.device("meta"):
-        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(
+            weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -88,12 +98,20 @@ def test_the_demo_models_are_read_from_their_folders():
 def test_a_model_that_is_not_shipped_is_refused_with_those_that_are():
     with pytest.raises(ConfigError) as raised:
         shipped("teacher.model", "Qwen/Qwen3-30B-A3B-Instruct-2506")
-    assert "teacher.model = 'Qwen/Qwen3-30B-A3B-Instruct-2506': --offline knows Qwen/Qwen3-0.6B, " in str(raised.value)
+    assert (
+        "teacher.model = 'Qwen/Qwen3-30B-A3B-Instruct-2506': --offline knows Qwen/Qwen3-0.6B, "
+        in str(raised.value)
+    )
     assert str(raised.value).endswith("did you mean 'Qwen/Qwen3-30B-A3B-Instruct-2507'?")
 
 
 def test_a_family_that_cannot_be_counted_is_refused_by_name():
-    with pytest.raises(ConfigError, match="plan cannot count a model of type 'mamba', only gemma, llama"):
+    with pytest.raises(
+        ConfigError, match="plan cannot count a model of type 'mamba', only gemma, llama"
+    ):
         read({"model_type": "mamba"}, "student.model")
     with pytest.raises(ConfigError, match="config says nothing of 'hidden_size'"):
-        read({"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2}, "student.model")
+        read(
+            {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2},
+            "student.model",
+        )

@@ -20,11 +20,14 @@ def demo_config(tmp_path, *overrides: str) -> Config:
 
 @asynccontextmanager
 async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
-    """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full length."""
+    """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full
+    length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
     with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
-        publisher = Publisher(roles.learner, Pool("generator", roles.generators), parity_every=1, tolerance=1e-4)
+        publisher = Publisher(
+            roles.learner, Pool("generator", roles.generators), parity_every=1, tolerance=1e-4
+        )
         await publisher.publish(0, admit=lambda: None)
         yield roles, publisher, prompts

@@ -1,9 +1,12 @@
-"""A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny one is up in a second
-or two, where an actor with an engine of its own takes twenty."""
+"""A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny
+one is up in a second or two, where an actor with an engine of its own takes twenty."""
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
 from vllm.sampling_params import RequestOutputKind
 
 from async_opd.cpu_engine import cpu_engine
@@ -16,11 +19,18 @@ def start(model: str) -> None:
     stop()
     _engines[:] = [
         LLM(
-            model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, block_size=128, max_num_seqs=8,
-            logprobs_mode="processed_logprobs", disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend="gloo"), **cpu_engine(1, enforce_eager=True),
+            model,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            block_size=128,
+            max_num_seqs=8,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend="gloo"),
+            **cpu_engine(1, enforce_eager=True),
         )
-    ]  # fmt: skip
+    ]
 
 
 def stop() -> None:
@@ -45,8 +55,16 @@ def update(info: dict) -> None:
 def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """A fresh sample after the prompt, with its log-probs."""
     sampling = SamplingParams(
-        max_tokens=tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
+        max_tokens=tokens,
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
-    output = _engines[0].generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0].outputs[0]
+    )
+    output = (
+        _engines[0]
+        .generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0]
+        .outputs[0]
+    )
     return list(output.token_ids), list(output.logprobs.logprobs)

@@ -1,4 +1,5 @@
-"""Ids of the behaviour policy beside each token, from a real engine, against a plain forward of the same weights."""
+"""Ids of the behaviour policy beside each token, from a real engine, against a plain forward of the
+same weights."""
 
 import asyncio
 import copy
@@ -24,13 +25,18 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings("ignore::Warning"),  # those of importing vLLM
 ]
-V, VOCABULARY, K, TEMPERATURE = 40, 25, 4, 0.7  # ids from VOCABULARY on are padding, which a random model likes as well
-PROMPTS = [Prompt(id=str(at), ids=np.arange(3 + at, 15 + at, dtype=np.int32), answer="") for at in range(8)]
+# ids from VOCABULARY on are padding, which a random model likes as well
+V, VOCABULARY, K, TEMPERATURE = 40, 25, 4, 0.7
+PROMPTS = [
+    Prompt(id=str(at), ids=np.arange(3 + at, 15 + at, dtype=np.int32), answer="") for at in range(8)
+]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_lm):
-    return tiny_lm(vocab_size=V, head_dim=32, max_position_embeddings=512, eos_token_id=None, bos_token_id=None)
+    return tiny_lm(
+        vocab_size=V, head_dim=32, max_position_embeddings=512, eos_token_id=None, bos_token_id=None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +47,25 @@ def started(model, tmp_path_factory) -> Iterator[Callable[[str], "RolloutGenerat
     folder, engines = str(tmp_path_factory.mktemp("model")), []
     model.save_pretrained(folder)
     config = RolloutConfig(
-        max_new_tokens=400, samples_per_prompt=2, temperature=TEMPERATURE, concurrency=64, enforce_eager=True
+        max_new_tokens=400,
+        samples_per_prompt=2,
+        temperature=TEMPERATURE,
+        concurrency=64,
+        enforce_eager=True,
     )
 
     def start(which: str) -> "RolloutGenerator":
         generator = RolloutGenerator(
-            config, Needs(teacher_at_student_ids=K, student_ids=which), name="generator 0", model=folder, eos_ids=[],
-            max_prompt_tokens=64, vocabulary=VOCABULARY, backend="gloo", seed=0,
-        )  # fmt: skip
+            config,
+            Needs(teacher_at_student_ids=K, student_ids=which),
+            name="generator 0",
+            model=folder,
+            eos_ids=[],
+            max_prompt_tokens=64,
+            vocabulary=VOCABULARY,
+            backend="gloo",
+            seed=0,
+        )
         engines.append(generator._engine)
         return generator
 
@@ -89,24 +106,36 @@ def gaps(logp_TV: np.ndarray, rollout: Rollout) -> np.ndarray:
 
 async def test_samples_are_independent_draws_of_the_policy_with_its_log_probs(generator, model):
     sampled = await rollouts(generator)
-    assert len(sampled) == 16 and not np.array_equal(sampled[0][1].candidate_ids, sampled[1][1].candidate_ids)
+    assert len(sampled) == 16 and not np.array_equal(
+        sampled[0][1].candidate_ids, sampled[1][1].candidate_ids
+    )
     logp = [forward(model, *each) for each in sampled]
-    assert max(gaps(logp_TV, rollout).max() for logp_TV, (_, rollout) in zip(logp, sampled, strict=True)) <= 1e-4
+    assert (
+        max(
+            gaps(logp_TV, rollout).max()
+            for logp_TV, (_, rollout) in zip(logp, sampled, strict=True)
+        )
+        <= 1e-4
+    )
 
     logp_NV = np.concatenate(logp).astype(np.float64)
     p_NV = np.exp(logp_NV)
     ids_NK = np.concatenate([rollout.candidate_ids for _, rollout in sampled])
     token_N = np.concatenate([rollout.ids for _, rollout in sampled])
-    # How often each id was drawn, over 6,400 positions, how likely the drawn ones were, and how often two draws of one
-    # position were the same id, in standard deviations from what independent draws give: each of the 44 is beyond 5.5
-    # of them once in 26 million times.
+    # How often each id was drawn, over 6,400 positions, how likely the drawn ones were, and how
+    # often two draws of one position were the same id, in standard deviations from what independent
+    # draws give: each of the 44 is beyond 5.5 of them once in 26 million times.
     draws = np.bincount(ids_NK.ravel(), minlength=V)
     z = [(draws - K * p_NV.sum(0)) / np.sqrt(K * (p_NV * (1 - p_NV)).sum(0))]
     mean_N = (p_NV * logp_NV).sum(1)
     spread = K * ((p_NV * logp_NV**2).sum(1) - mean_N**2).sum()
     z.append([(np.take_along_axis(logp_NV, ids_NK, 1).sum() - K * mean_N.sum()) / np.sqrt(spread)])
     same_N = (p_NV**2).sum(1)
-    for one, other in [(ids_NK[:, 0], ids_NK[:, 1]), (ids_NK[:, 2], ids_NK[:, 3]), (ids_NK[:, 0], token_N)]:
+    for one, other in [
+        (ids_NK[:, 0], ids_NK[:, 1]),
+        (ids_NK[:, 2], ids_NK[:, 3]),
+        (ids_NK[:, 0], token_N),
+    ]:
         z.append([((one == other).sum() - same_N.sum()) / np.sqrt((same_N * (1 - same_N)).sum())])
     assert np.abs(np.concatenate(z)).max() < 5.5
     assert draws.min() > 0  # padding too is sampled, as the token could be
@@ -120,7 +149,8 @@ async def test_the_likeliest_are_those_of_a_plain_forward_without_padding(starte
         picked_TK = np.take_along_axis(logp_TV, rollout.candidate_ids, 1)
         largest_TK = np.sort(logp_TV[:, :VOCABULARY], 1)[:, : -K - 1 : -1]
         np.testing.assert_allclose(picked_TK, largest_TK, atol=1e-4)
-        assert rollout.candidate_ids.max() < VOCABULARY <= logp_TV.argsort(1)[:, -K:].max()  # padding is as likely
+        # padding is as likely
+        assert rollout.candidate_ids.max() < VOCABULARY <= logp_TV.argsort(1)[:, -K:].max()
         assert all(len(set(ids)) == K for ids in rollout.candidate_ids.tolist())
         assert rollout.candidate_logp is None
 
@@ -139,16 +169,26 @@ async def test_an_evaluation_samples_in_its_own_way(generator, model):
     _, greedy = await generator.respond(PROMPTS[0], Sampling())
     (rollout,) = greedy.rollouts
     likeliest_TV = forward(model, PROMPTS[0], rollout)
-    assert (np.take_along_axis(likeliest_TV, rollout.ids[:, None], 1)[:, 0] >= likeliest_TV.max(1) - 1e-4).all()
-    _, narrow = await generator.respond(PROMPTS[0], Sampling(samples=3, temperature=0.5, top_p=1e-3))
-    assert [each.ids[:20].tolist() for each in narrow.rollouts] == [rollout.ids[:20].tolist()] * 3  # one token is left
+    assert (
+        np.take_along_axis(likeliest_TV, rollout.ids[:, None], 1)[:, 0]
+        >= likeliest_TV.max(1) - 1e-4
+    ).all()
+    _, narrow = await generator.respond(
+        PROMPTS[0], Sampling(samples=3, temperature=0.5, top_p=1e-3)
+    )
+    # one token is left
+    assert [each.ids[:20].tolist() for each in narrow.rollouts] == [rollout.ids[:20].tolist()] * 3
     _, wide = await generator.respond(PROMPTS[0], Sampling(samples=3, temperature=2.0))
     assert len({tuple(each.ids[:20]) for each in wide.rollouts}) == 3
 
 
-async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(generator, model):
+async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(
+    generator, model
+):
     sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=20.0)
-    await asyncio.gather(generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2))
+    await asyncio.gather(
+        generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2)
+    )
     pieces, models, rng = conversion.pieces(model), [model], torch.Generator().manual_seed(0)
     described = [meta for piece in pieces for meta in piece.tensors]
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
@@ -162,7 +202,10 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
             for weight in moved.parameters():
                 weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
         weights = conversion.tensors(moved, pieces, dict(moved.named_parameters()))
-        await asyncio.gather(generator.update(len(models), info, 0), asyncio.to_thread(sender.send, described, weights))
+        await asyncio.gather(
+            generator.update(len(models), info, 0),
+            asyncio.to_thread(sender.send, described, weights),
+        )
         models.append(moved)
         await generator.resume(0)
 
@@ -171,6 +214,11 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
         for span in rollout.spans:
             versions.add(span.version)
             inside = slice(span.start, span.end)
-            assert gaps(forward(models[span.version], prompt, rollout), rollout)[inside].max() <= 1e-4
-            assert gaps(forward(models[span.version - 1], prompt, rollout), rollout)[inside].max() > 0.05
+            assert (
+                gaps(forward(models[span.version], prompt, rollout), rollout)[inside].max() <= 1e-4
+            )
+            assert (
+                gaps(forward(models[span.version - 1], prompt, rollout), rollout)[inside].max()
+                > 0.05
+            )
     assert len(versions) > 1

@@ -1,4 +1,5 @@
-"""Weights of every supported family reach vLLM whole: in checkpoint names, fused, padded, repacked, tied and untied."""
+"""Weights of every supported family reach vLLM whole: in checkpoint names, fused, padded, repacked,
+tied and untied."""
 
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,10 +15,16 @@ from async_opd.maths.logprobs import read_logprobs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 SIZES = dict(
-    vocab_size=120, num_attention_heads=2, num_key_value_heads=1,
-    hidden_size=64, intermediate_size=96, head_dim=32, max_position_embeddings=128,
-    eos_token_id=None, bos_token_id=None,
-)  # fmt: skip
+    vocab_size=120,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    hidden_size=64,
+    intermediate_size=96,
+    head_dim=32,
+    max_position_embeddings=128,
+    eos_token_id=None,
+    bos_token_id=None,
+)
 PROMPT = list(range(3, 23))
 TOKENS, BUCKET = 16, 20_000
 
@@ -30,9 +37,13 @@ def _there(call: str, *args):
 
 @pytest.fixture(scope="module")
 def vllm():
-    """Calls a function of `engines.py` in each of the first processes, with what `args` gives each; gives futures."""
+    """Calls a function of `engines.py` in each of the first processes, with what `args` gives each;
+    gives futures."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as one, ProcessPoolExecutor(1, mp_context=spawn) as two:
+    with (
+        ProcessPoolExecutor(1, mp_context=spawn) as one,
+        ProcessPoolExecutor(1, mp_context=spawn) as two,
+    ):
         yield lambda call, args: [
             pool.submit(_there, call, *mine) for pool, mine in zip((one, two), args, strict=False)
         ]
@@ -47,7 +58,9 @@ def learner_logp(model, response: list[int]) -> torch.Tensor:
     ids_L = torch.tensor(PROMPT + response)
     with torch.no_grad():
         hidden_LD = causal_lm.hidden_states(model, ids_L, [len(ids_L)])[len(PROMPT) - 1 : -1]
-        read = read_logprobs(hidden_LD, causal_lm.head(model), ids_L[len(PROMPT) :], temperature=1.0, chunk_rows=5)
+        read = read_logprobs(
+            hidden_LD, causal_lm.head(model), ids_L[len(PROMPT) :], temperature=1.0, chunk_rows=5
+        )
     return read.sampled_N
 
 
@@ -79,7 +92,9 @@ def move(model, seed: int) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_after_each_update_generators_and_learner_agree(vllm, tiny_lm, tmp_path, family, settings, generators, tied):
+def test_after_each_update_generators_and_learner_agree(
+    vllm, tiny_lm, tmp_path, family, settings, generators, tied
+):
     folder = str(tmp_path)
     tiny_lm(family, tie_word_embeddings=tied, **(SIZES | settings)).save_pretrained(folder)
     started = vllm("start", [(folder,)] * generators)
@@ -99,7 +114,8 @@ def test_after_each_update_generators_and_learner_agree(vllm, tiny_lm, tmp_path,
     for version in (1, 2):
         before = learner_logp(model, probe)
         move(model, version)
-        assert (learner_logp(model, probe) - before).abs().max() > 0.05  # far more than the tolerance
+        # far more than the tolerance
+        assert (learner_logp(model, probe) - before).abs().max() > 0.05
         updated = vllm("update", [(update_info,)] * generators)
         sender.send(described, conversion.tensors(model, pieces, dict(model.named_parameters())))
         results(updated)

@@ -1,4 +1,5 @@
-"""Where Ray puts the members of a run, on nodes and GPUs that only Ray believes in: no model is loaded."""
+"""Where Ray puts the members of a run, on nodes and GPUs that only Ray believes in: no model is
+loaded."""
 
 import asyncio
 import itertools
@@ -41,20 +42,29 @@ def nodes():
 
 
 def starting(*overrides: str, tell=lambda what, who, why: None) -> Cluster:
-    return Cluster(load(DEMO, list(overrides)), eos_ids=[1], tokenizer=Tokenizer(WordLevel()), tell=tell)
+    return Cluster(
+        load(DEMO, list(overrides)), eos_ids=[1], tokenizer=Tokenizer(WordLevel()), tell=tell
+    )
 
 
 async def where(cluster: Cluster) -> dict[str, tuple[str, str | None]]:
     """Node and cards of each that lives."""
     alive = [actor for actor in cluster._actors if not actor.killed]
     found = {actor.name: await actor.call(60, "where") for actor in alive}
-    assert [found[actor.name][0] for actor in alive] == [actor.node for actor in alive]  # what was asked of Ray
+    # what was asked of Ray
+    assert [found[actor.name][0] for actor in alive] == [actor.node for actor in alive]
     return found
 
 
-async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anything_starts(nodes, idle):
+async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anything_starts(
+    nodes, idle
+):
     told = []
-    small = starting("rollout.generators=3", "timeout.nodes_s=2", tell=lambda what, who, why: told.append((what, why)))
+    small = starting(
+        "rollout.generators=3",
+        "timeout.nodes_s=2",
+        tell=lambda what, who, why: told.append((what, why)),
+    )
     with small as cluster:
         begun = time.monotonic()
         with pytest.raises(ClusterTooSmall, match=r"asked are 5 GPUs .* free are 2 \(.* 2 of 2\)"):
@@ -63,7 +73,9 @@ async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anyth
         assert cluster._actors == []
     assert [what for what, _ in told] == ["waits"] and "asked are 5 GPUs" in told[0][1]
     with starting("rollout.generators=3", "timeout.nodes_s=0") as cluster:
-        with pytest.raises(ClusterTooSmall, match=r"asked are 3 GPUs \(generator 3 x 1\), free are 2 "):
+        with pytest.raises(
+            ClusterTooSmall, match=r"asked are 3 GPUs \(generator 3 x 1\), free are 2 "
+        ):
             await cluster.evaluators()
         assert cluster._actors == []
 
@@ -76,10 +88,14 @@ async def test_nodes_that_come_in_time_are_waited_for(nodes, idle):
         nodes.add_node(num_cpus=1, num_gpus=2)
         await asyncio.wait_for(coming, 20)
         found = await where(cluster)
-        assert found["learner rank 0"][0] == found["teacher 0"][0] == home() != found["generator 0"][0]
+        assert (
+            found["learner rank 0"][0] == found["teacher 0"][0] == home() != found["generator 0"][0]
+        )
 
 
-async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node_dies(nodes, idle, tmp_path):
+async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node_dies(
+    nodes, idle, tmp_path
+):
     third = nodes.add_node(num_cpus=1, num_gpus=2).node_id
     with starting(SPLIT, "learner.ranks=2") as cluster:
         await cluster.roles()
@@ -95,7 +111,9 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
             actor.kill()  # as its pool does
             await cluster._spawn(*actor.name.rsplit(" ", 1))
         again, cards = (await where(cluster))["generator 0"]
-        assert again in (third, fourth) and again != first and sorted(cards.split(",")) == ["0", "1"]
+        assert (
+            again in (third, fourth) and again != first and sorted(cards.split(",")) == ["0", "1"]
+        )
 
 
 async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monkeypatch):
@@ -108,7 +126,9 @@ async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monke
             assert places[0] == home() and len(set(places)) == 3
 
 
-async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(nodes, idle, tmp_path, monkeypatch):
+async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(
+    nodes, idle, tmp_path, monkeypatch
+):
     (tmp_path / "run").mkdir()
     with starting("learner.ranks=3", f"run.dir={tmp_path}/run", "timeout.nodes_s=10") as cluster:
         nodes.add_node(num_cpus=1, num_gpus=3)  # where the three ranks are together
@@ -116,7 +136,8 @@ async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(nodes, i
         assert list((tmp_path / "run").iterdir()) == []
         monkeypatch.setattr("async_opd.actors._Actor.sees", lambda self, file, timeout_s: _no())
         with pytest.raises(
-            ConfigError, match=r"run.dir = .*: not seen by learner rank 0, learner rank 1, learner rank 2"
+            ConfigError,
+            match=r"run.dir = .*: not seen by learner rank 0, learner rank 1, learner rank 2",
         ):
             await cluster._share_files()
 
@@ -131,12 +152,19 @@ async def test_on_one_card_all_have_it_in_shares_and_start_one_after_the_other(i
         with starting("run.share_gpu=true", *shares) as cluster:
             await cluster.roles()
             found = await where(cluster)
-            assert [found[f"{role} 0"][1] for role in ("learner rank", "generator", "teacher")] == ["0", "0", "0"]
+            assert [found[f"{role} 0"][1] for role in ("learner rank", "generator", "teacher")] == [
+                "0",
+                "0",
+                "0",
+            ]
             await asyncio.sleep(1)
             assert ray.available_resources()["GPU"] == pytest.approx(0.05)
-        for actor in cluster._actors:  # none goes on in the cluster that was there before, and is there still
+        # none goes on in the cluster that was there before, and is there still
+        for actor in cluster._actors:
             with pytest.raises(ActorLost):
                 await actor.call(60, "where")
-    times = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.iterdir() if file.is_file())
+    times = sorted(
+        tuple(map(float, file.read_text().split())) for file in tmp_path.iterdir() if file.is_file()
+    )
     assert len(times) == 4
     assert all(end <= begun for (_, end), (begun, _) in itertools.pairwise(times))

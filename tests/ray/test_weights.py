@@ -1,4 +1,5 @@
-"""Learner and vLLM hold the same weights after every update: real actors, real gloo, tied and untied."""
+"""Learner and vLLM hold the same weights after every update: real actors, real gloo, tied and
+untied."""
 
 import asyncio
 from collections.abc import Iterator
@@ -24,7 +25,12 @@ from async_opd.wire import Prompt, Sampling
 from tests.ray.conftest import demo_config, running
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
-FAST = ("learner.lr=5e-3", "learner.warmup_steps=0", "learner.schedule=constant", "sync.timeout_s=5")
+FAST = (
+    "learner.lr=5e-3",
+    "learner.warmup_steps=0",
+    "learner.schedule=constant",
+    "sync.timeout_s=5",
+)
 
 
 async def produced(roles, prompts, count: int) -> list[Ready]:
@@ -34,7 +40,8 @@ async def produced(roles, prompts, count: int) -> list[Ready]:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
         scores, verdicts = await asyncio.gather(
-            roles.teachers[""][ticket % len(roles.teachers[""])].score(group), roles.verifier.check(group)
+            roles.teachers[""][ticket % len(roles.teachers[""])].score(group),
+            roles.verifier.check(group),
         )
         return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
 
@@ -45,10 +52,18 @@ def saved_untied(folder: Path, *, seed: int) -> str:
     """A random model with a head of its own and no end token."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=24, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
-        eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=24,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(STUDENT).save_pretrained(folder)
     return str(folder)
@@ -65,7 +80,8 @@ class Running(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def untied(tmp_path_factory):
-    """A student over two ranks, two generators of three requests at a time, two teachers; long responses."""
+    """A student over two ranks, two generators of three requests at a time, two teachers; long
+    responses."""
     folder = tmp_path_factory.mktemp("untied")
     config = demo_config(
         folder,
@@ -103,7 +119,9 @@ async def test_a_tied_student_agrees_with_vllm_after_three_updates_at_temperatur
         await check_three_updates(Running(config, roles, publisher, prompts))
 
 
-async def test_an_untied_student_over_two_ranks_agrees_with_two_generators_after_three_updates(untied):
+async def test_an_untied_student_over_two_ranks_agrees_with_two_generators_after_three_updates(
+    untied,
+):
     await check_three_updates(untied)
 
 
@@ -129,7 +147,8 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
         return version
 
     version, spans = 0, ()
-    while len(spans) < 2 or spans[-1].version != version:  # until one was long enough to see the last update
+    # until one was long enough to see the last update
+    while len(spans) < 2 or spans[-1].version != version:
         long = asyncio.ensure_future(generator.generate(next(prompts)))
         version = [await updated() for _ in range(2)][-1]
         meta, ref = await long
@@ -138,7 +157,8 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     rollout, prompt = (await ref).rollouts[0], (await ref).prompt
     logp = await roles.learner.logprobs(prompt.ids, rollout.ids)
     gap = np.abs(logp - rollout.behaviour_logp)
-    assert gap[spans[-1].start :].max() <= 1e-4  # the prefix was rebuilt: exact under the live weights
+    # the prefix was rebuilt: exact under the live weights
+    assert gap[spans[-1].start :].max() <= 1e-4
     assert gap[: spans[-1].start].max() > 1e-2  # the other tokens really are of other weights
 
     info = await roles.learner.update_info()
@@ -153,19 +173,25 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
 
     version = (await roles.learner.step(data)).version
     queued = [asyncio.ensure_future(generator.generate(next(prompts))) for _ in range(6)]
-    # The group is broken: the broadcast over it fails, and is tried again over a new one on the same engines.
+    # The group is broken: the broadcast over it fails, and is tried again over a new one on the
+    # same engines.
     assert await publisher.publish(version, admit=lambda: None) <= 1e-4
     assert not any(request.done() for request in queued)  # the probe waited for none of them
     await asyncio.gather(*queued)
 
     data = await produced(roles, prompts, 2)
     drops_stale = Publisher(
-        roles.learner, Pool("generator", roles.generators), parity_every=1, tolerance=1e-4, max_age=0
+        roles.learner,
+        Pool("generator", roles.generators),
+        parity_every=1,
+        tolerance=1e-4,
+        max_age=0,
     )
     stale = asyncio.ensure_future(generator.generate(next(prompts)))
     evaluation = asyncio.ensure_future(generator.respond(next(prompts), Sampling()))
     await asyncio.sleep(0.1)
-    await generator.probe()  # sent after them, in the same batches: once it is done they have tokens of this version
+    # sent after them, in the same batches: once it is done they have tokens of this version
+    await generator.probe()
     before, version = version, await updated(drops_stale)
     with pytest.raises(OverAge, match="cut it off, its first tokens are too old"):
         await stale

@@ -17,7 +17,9 @@ from websockets.sync.connection import Connection
 
 ROLES = ("generators", "teachers", "verifier", "learner")
 STATES = ("busy", "starved", "blocked", "syncing", "down")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def row(step: int, rng: random.Random) -> dict:
@@ -25,23 +27,56 @@ def row(step: int, rng: random.Random) -> dict:
     lags, shares = [rng.random() for _ in range(3)], {}
     for role in ROLES:
         parts = [rng.random() for _ in STATES]
-        shares |= {f"{role}_{state}": part / sum(parts) for state, part in zip(STATES, parts, strict=True)}
+        shares |= {
+            f"{role}_{state}": part / sum(parts) for state, part in zip(STATES, parts, strict=True)
+        }
     return {
-        "step": step, "elapsed_s": 2.0 * step, "left_s": 1.0, "tokens": 3000.0, "loss": 1 / step, "kl": 2 / step,
-        "entropy": 1.0 / math.sqrt(step), "length_mean": 40 + rng.random(), "selected": 1.0, "grad_norm": rng.random(),
-        "weight_mean": rng.random(), "weight_max": 4 * rng.random(), "weight_ess": rng.random(), "ratio_ess": 1.0,
-        **{f"tokens_lag_{lag}": 1000 * share for lag, share in enumerate(lags)}, **shares,
-        "generators_tokens_per_s": 1000 * rng.random(), "teachers_tokens_per_s": 900.0, "trained_tokens_per_s": 800.0,
-        "accuracy": rng.random() if step % 7 else None, "queue_ready": step % 5, "queue_outstanding": 40, "dropped": 0,
-    }  # fmt: skip
+        "step": step,
+        "elapsed_s": 2.0 * step,
+        "left_s": 1.0,
+        "tokens": 3000.0,
+        "loss": 1 / step,
+        "kl": 2 / step,
+        "entropy": 1.0 / math.sqrt(step),
+        "length_mean": 40 + rng.random(),
+        "selected": 1.0,
+        "grad_norm": rng.random(),
+        "weight_mean": rng.random(),
+        "weight_max": 4 * rng.random(),
+        "weight_ess": rng.random(),
+        "ratio_ess": 1.0,
+        **{f"tokens_lag_{lag}": 1000 * share for lag, share in enumerate(lags)},
+        **shares,
+        "generators_tokens_per_s": 1000 * rng.random(),
+        "teachers_tokens_per_s": 900.0,
+        "trained_tokens_per_s": 800.0,
+        "accuracy": rng.random() if step % 7 else None,
+        "queue_ready": step % 5,
+        "queue_outstanding": 40,
+        "dropped": 0,
+    }
 
 
 def rollout(step: int, tokens: list[str], **more: Any) -> dict:
     count = len(tokens)
     numbers = {name: [-0.5] * count for name in ("student", "behaviour", "teacher")}
-    numbers |= {"advantage": [(-1) ** i * 0.1 * i for i in range(count)], "selected": [i % 2 for i in range(count)]}
-    numbers |= {"weight": [0.5 * i for i in range(count)], "ratio": [1.0] * count, "version": [step - 1] * count}
-    said = {"step": step, "id": f"{step}@0#0", "prompt": "1+2=", "prompt_cut": 0, "tokens": tokens, "cut": 0}
+    numbers |= {
+        "advantage": [(-1) ** i * 0.1 * i for i in range(count)],
+        "selected": [i % 2 for i in range(count)],
+    }
+    numbers |= {
+        "weight": [0.5 * i for i in range(count)],
+        "ratio": [1.0] * count,
+        "version": [step - 1] * count,
+    }
+    said = {
+        "step": step,
+        "id": f"{step}@0#0",
+        "prompt": "1+2=",
+        "prompt_cut": 0,
+        "tokens": tokens,
+        "cut": 0,
+    }
     return said | {"truncated": False, "correct": True} | numbers | more
 
 
@@ -49,19 +84,43 @@ def rollout(step: int, tokens: list[str], **more: Any) -> dict:
 def make_run(tmp_path) -> Callable[..., Path]:
     """Makes a run directory of so many steps."""
 
-    def make(name: str = "run", steps: int = 30, *, rollouts: list[dict] = (), settings: dict | None = None) -> Path:
+    def make(
+        name: str = "run",
+        steps: int = 30,
+        *,
+        rollouts: list[dict] = (),
+        settings: dict | None = None,
+    ) -> Path:
         folder, rng = tmp_path / name, random.Random(name)
         folder.mkdir()
         with (folder / "metrics.jsonl").open("w") as file:
             file.writelines(json.dumps(row(step, rng)) + "\n" for step in range(1, steps + 1))
-        config = {"run": {"dir": str(folder), "steps": steps, "max_lag_steps": 2}, "objective": {"tag": "opd"}}
-        config |= {"learner": {"lr": 0.001}} | (settings or {}) | {"data": {"path": f"{folder}/data/train.jsonl"}}
+        config = {
+            "run": {"dir": str(folder), "steps": steps, "max_lag_steps": 2},
+            "objective": {"tag": "opd"},
+        }
+        config |= (
+            {"learner": {"lr": 0.001}}
+            | (settings or {})
+            | {"data": {"path": f"{folder}/data/train.jsonl"}}
+        )
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / "environment.json").write_text('{"commit": "abc123", "versions": {"torch": "2.13.0"}}')
-        summary = {"accuracy_before": 0.25, "accuracy_after": 0.75, "eval_problems": 64, "dropped_stale": 3}
-        (folder / "summary.json").write_text(json.dumps(summary | {"trained_tokens_per_s": 812.0, "restarts": 0}))
+        (folder / "environment.json").write_text(
+            '{"commit": "abc123", "versions": {"torch": "2.13.0"}}'
+        )
+        summary = {
+            "accuracy_before": 0.25,
+            "accuracy_after": 0.75,
+            "eval_problems": 64,
+            "dropped_stale": 3,
+        }
+        (folder / "summary.json").write_text(
+            json.dumps(summary | {"trained_tokens_per_s": 812.0, "restarts": 0})
+        )
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
-        (folder / "ledger.jsonl").write_text('["out",1,"7@0"]\n["checkpoint",2,10]\n["checkpoint",3,20]\n')
+        (folder / "ledger.jsonl").write_text(
+            '["out",1,"7@0"]\n["checkpoint",2,10]\n["checkpoint",3,20]\n'
+        )
         lost = {"time": 1.0, "step": 12, "who": "generator 0", "what": "lost", "why": "it died"}
         (folder / "events.jsonl").write_text(json.dumps(lost) + "\n")
         return folder
@@ -77,14 +136,18 @@ class Page:
         self.complaints: list[str] = []  # errors and warnings of the console, exceptions, refusals
         self.requests: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict:
         self._next += 1
         session = {"sessionId": self._session} if self._session else {}
-        self._socket.send(json.dumps({"id": self._next, "method": method, "params": params, **session}))
+        self._socket.send(
+            json.dumps({"id": self._next, "method": method, "params": params, **session})
+        )
         while (message := json.loads(self._socket.recv(20))).get("id") != self._next:
             self._heard(message)
         assert "error" not in message, message
@@ -94,16 +157,27 @@ class Page:
         method, params = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        elif method == "Runtime.consoleAPICalled" and params["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
             self.complaints.append(str(params["args"]))
         elif method in ("Runtime.exceptionThrown", "Log.entryAdded"):
             self.complaints.append(str(params))
 
     def open(self, file: Path, *, width: int = 1280, scheme: str = "light") -> "Page":
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.send("Page.navigate", url=file.as_uri())
         deadline = time.monotonic() + 20
         while self.js("document.readyState + location.protocol") != "completefile:":
@@ -118,7 +192,9 @@ class Page:
 
     def press(self, key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.send(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
+            )
 
 
 @pytest.fixture(scope="session")
@@ -129,13 +205,23 @@ def chromium(tmp_path_factory) -> Iterator[str]:
             pytest.fail("Chromium is not installed: apt-get install chromium")
         pytest.skip("Chromium is not installed: apt-get install chromium")
     folder = tmp_path_factory.mktemp("chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--remote-debugging-port=0",
+    ]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with subprocess.Popen([CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], **quiet) as process:
+    with subprocess.Popen(
+        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], **quiet
+    ) as process:
         try:
             port, deadline = folder / "DevToolsActivePort", time.monotonic() + 60
             while not (port.exists() and len(port.read_text().split()) == 2):
-                assert process.poll() is None and time.monotonic() < deadline, "Chromium does not start"
+                assert process.poll() is None and time.monotonic() < deadline, (
+                    "Chromium does not start"
+                )
                 time.sleep(0.05)
             number, path = port.read_text().split()
             yield f"ws://127.0.0.1:{number}{path}"

@@ -17,7 +17,14 @@ ARROW_RIGHT, TAB = ("ArrowRight", 39), ("Tab", 9)
 def report(make_run, tmp_path, capsys) -> Path:
     file = tmp_path / "report.html"
     assert (
-        main(["report", str(make_run(rollouts=[rollout(10, HOSTILE), rollout(20, list("3<eos>"))])), "-o", str(file)])
+        main(
+            [
+                "report",
+                str(make_run(rollouts=[rollout(10, HOSTILE), rollout(20, list("3<eos>"))])),
+                "-o",
+                str(file),
+            ]
+        )
         == 0
     )
     return file
@@ -33,46 +40,84 @@ def comparison(make_run, tmp_path, capsys) -> Path:
 
 def points(page: Page, title: str, axis: str) -> list[int]:
     """Of each line of the figure with that title."""
-    plot = f"[...document.querySelectorAll('.plot.x-{axis}')].find(p => p.ariaLabel === '{title} by {axis}')"
-    return page.js(f"[...{plot}.querySelectorAll('.line')].map(p => p.getAttribute('d').match(/[ML]/g).length)")
+    plot = (
+        f"[...document.querySelectorAll('.plot.x-{axis}')].find(p => p.ariaLabel === '{title} by"
+        f" {axis}')"
+    )
+    return page.js(
+        f"[...{plot}.querySelectorAll('.line')].map(p => p.getAttribute('d').match(/[ML]/g).length)"
+    )
 
 
 def test_it_loads_without_a_complaint_or_a_request_and_draws_every_step(report, page):
     page.open(report)
-    assert (page.complaints, page.requests) == ([], [report.as_uri(), "data:,"][: len(page.requests)])
+    assert (page.complaints, page.requests) == (
+        [],
+        [report.as_uri(), "data:,"][: len(page.requests)],
+    )
     for axis in ("step", "time"):
         assert points(page, "KL to the teacher", axis) == [30]
-        assert points(page, "Accuracy", axis) == [30 - 4]  # no verdict was known in steps 7, 14, 21, 28
+        # no verdict was known in steps 7, 14, 21, 28
+        assert points(page, "Accuracy", axis) == [30 - 4]
         assert points(page, "Throughput", axis) == [30, 30, 30]
     titles = page.js("[...document.querySelectorAll('figure h3')].map(h => h.textContent)")
-    for title in ("Accuracy", "Entropy", "Length", "Mean weight", "Largest weight", "Lag", "Learner", "Queue"):
+    for title in (
+        "Accuracy",
+        "Entropy",
+        "Length",
+        "Mean weight",
+        "Largest weight",
+        "Lag",
+        "Learner",
+        "Queue",
+    ):
         assert title in titles
-    assert page.js("document.querySelectorAll('#f0-0 .x-step .dot').length") == 2  # before and after
-    assert page.js("[...document.querySelectorAll('#f0-0 .x-step .mark')].map(m => m.className)") == [
-        "mark checkpoint", "mark checkpoint", "mark event",
-    ]  # fmt: skip
+    # before and after
+    assert page.js("document.querySelectorAll('#f0-0 .x-step .dot').length") == 2
+    assert page.js(
+        "[...document.querySelectorAll('#f0-0 .x-step .mark')].map(m => m.className)"
+    ) == [
+        "mark checkpoint",
+        "mark checkpoint",
+        "mark event",
+    ]
 
 
 def test_what_a_rollout_says_is_text(report, page):
     page.open(report)
     assert page.js("document.querySelectorAll('script').length") == 2
-    assert page.js("[...document.querySelectorAll('.tokens')[0].children].map(t => t.textContent)") == [
-        "4", "<script>alert(1)</script>", "↵\n", " ", "</script>", "<eos>",
-    ]  # fmt: skip
+    assert page.js(
+        "[...document.querySelectorAll('.tokens')[0].children].map(t => t.textContent)"
+    ) == [
+        "4",
+        "<script>alert(1)</script>",
+        "↵\n",
+        " ",
+        "</script>",
+        "<eos>",
+    ]
 
 
 def test_the_colouring_is_switched_by_keyboard(report, page):
     page.open(report)
-    look = "(t => [getComputedStyle(t).textDecorationLine, getComputedStyle(t).textDecorationStyle, \
-        getComputedStyle(t).backgroundColor])(document.querySelectorAll('.tokens')[0].children[5])"
+    look = (
+        "(t => [getComputedStyle(t).textDecorationLine, getComputedStyle(t).textDecorationStyle,"
+        " getComputedStyle(t).backgroundColor])"
+        "(document.querySelectorAll('.tokens')[0].children[5])"
+    )
     page.js("document.getElementById('by-advantage').focus()")
     seen = [page.js(look)]
     for chosen in ("by-weight", "by-selection"):
         page.press(*ARROW_RIGHT)
-        assert page.js("document.activeElement.id + document.activeElement.checked") == chosen + "true"
+        assert (
+            page.js("document.activeElement.id + document.activeElement.checked") == chosen + "true"
+        )
         seen.append(page.js(look))
     advantage, weight, selection = seen
-    assert advantage[:2] == ["underline", "dotted"] and weight[:2] == selection[:2] == ["underline", "solid"]
+    assert advantage[:2] == ["underline", "dotted"] and weight[:2] == selection[:2] == [
+        "underline",
+        "solid",
+    ]
     assert len({colour for *_, colour in seen}) == 3
 
 
@@ -81,7 +126,11 @@ def test_arrow_keys_go_through_tokens_and_charts_and_say_their_numbers(report, p
     page.js("document.querySelector('.tokens').focus()")
     page.press(*ARROW_RIGHT)
     said = page.js("document.querySelector('article .read-out').textContent")
-    assert said.startswith("token 2 “<script>alert(1)</script>”") and "advantage -0.1" in said and "weight 0.5" in said
+    assert (
+        said.startswith("token 2 “<script>alert(1)</script>”")
+        and "advantage -0.1" in said
+        and "weight 0.5" in said
+    )
     assert (
         page.js(
             "document.getElementById(document.querySelector('.tokens').getAttribute('aria-activedescendant')).textContent"
@@ -91,11 +140,17 @@ def test_arrow_keys_go_through_tokens_and_charts_and_say_their_numbers(report, p
     page.js("document.querySelector('#f0-1 .x-step').focus()")
     page.press("Home", 36)
     page.press(*ARROW_RIGHT)
-    assert page.js("document.querySelector('#f0-1 .x-step').getAttribute('aria-valuetext')") == "step 2, 4 s: KL 1"
+    assert (
+        page.js("document.querySelector('#f0-1 .x-step').getAttribute('aria-valuetext')")
+        == "step 2, 4 s: KL 1"
+    )
     assert page.js("document.querySelector('#f0-1 .legend').textContent.trim()") == "KL 1"
     page.js("document.getElementById('axis-step').focus()")
     page.press(*ARROW_RIGHT)
-    shown = "[...document.querySelectorAll('#f0-1 .plot')].filter(p => p.offsetParent).map(p => p.dataset.axis)"
+    shown = (
+        "[...document.querySelectorAll('#f0-1 .plot')].filter(p => p.offsetParent).map(p =>"
+        " p.dataset.axis)"
+    )
     assert page.js(shown) == ["time"]
 
 
@@ -126,7 +181,9 @@ def test_everything_one_can_use_has_a_name_and_is_reached_by_tab(request, page, 
     used = [node for node in nodes if not node["ignored"] and node["role"]["value"] in roles]
     found = {node["role"]["value"] for node in used}
     assert {"radio", "slider", "listbox", "option", "link", "table", "region"} <= found
-    nameless = [node["role"]["value"] for node in used if not node.get("name", {}).get("value", "").strip()]
+    nameless = [
+        node["role"]["value"] for node in used if not node.get("name", {}).get("value", "").strip()
+    ]
     assert [role for role in nameless if role != "figure"] == []
     stops, seen = page.js("document.querySelectorAll('.plot, .tokens').length"), set()
     for _ in range(300):
@@ -154,7 +211,8 @@ CONTRASTS = """
     for (const fill of fills) { context.fillStyle = fill; context.fillRect(0, 0, 1, 1); }
     return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  const light = (c) => c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  const light = (c) => c
+    .map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const paper = getComputedStyle(document.body).backgroundColor;
   const found = {};
@@ -188,6 +246,9 @@ def test_runs_are_drawn_over_one_another_in_a_colour_of_their_own(comparison, pa
     page.open(comparison)
     assert page.complaints == []
     assert points(page, "KL to the teacher", "step") == [30, 50]
-    colours = "(id => [...document.querySelectorAll(id + ' .x-step .line')].map(l => getComputedStyle(l).color))"
+    colours = (
+        "(id => [...document.querySelectorAll(id + ' .x-step .line')].map(l =>"
+        " getComputedStyle(l).color))"
+    )
     kl, loss = page.js(f"{colours}('#f0-1')"), page.js(f"{colours}('#f0-2')")
     assert kl == loss and len(set(kl)) == 2

@@ -20,7 +20,9 @@ from tests.report.conftest import rollout
 
 def said(html: str) -> str:
     """The words of a page, without tags."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<main", 1)[1].split("<script", 1)[0]))
+    return re.sub(
+        r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<main", 1)[1].split("<script", 1)[0])
+    )
 
 
 def test_the_command_writes_one_file_beside_the_run_and_says_its_size(make_run, capsys):
@@ -35,7 +37,10 @@ def test_the_command_writes_one_file_beside_the_run_and_says_its_size(make_run, 
 def test_a_folder_that_is_no_run_exits_with_two(make_run, tmp_path, capsys):
     make_run("demo")
     assert main(["report", str(tmp_path / "demo2")]) == 2
-    assert "RunMissing: " in (said := capsys.readouterr().err) and f"did you mean '{tmp_path}/demo'" in said
+    assert (
+        "RunMissing: " in (said := capsys.readouterr().err)
+        and f"did you mean '{tmp_path}/demo'" in said
+    )
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert "no metrics.jsonl in it" in capsys.readouterr().err
@@ -46,20 +51,31 @@ def test_a_folder_that_is_no_run_exits_with_two(make_run, tmp_path, capsys):
 
 def test_a_page_that_cannot_be_written_is_refused(make_run, tmp_path, capsys):
     assert main(["report", str(make_run()), "-o", str(tmp_path)]) == 2
-    assert f"ConfigError: {tmp_path}: cannot be written: Is a directory\n" in capsys.readouterr().err
+    assert (
+        f"ConfigError: {tmp_path}: cannot be written: Is a directory\n" in capsys.readouterr().err
+    )
 
 
 def test_it_needs_neither_torch_nor_ray(make_run):
     code = "import sys; from async_opd.cli import main; main(sys.argv[1:]); print(*sys.modules)"
     found = subprocess.run(
-        [sys.executable, "-c", code, "report", make_run()], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "report", make_run()],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(found.stdout.split()) == set()
+    assert {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(
+        found.stdout.split()
+    ) == set()
 
 
 def test_damaged_lines_are_named_and_the_others_are_used(make_run):
     run = make_run(rollouts=[rollout(10, ["a"]), rollout(20, ["b"])])
-    for file, torn in (("metrics.jsonl", '{"step": 31, "kl'), ("events.jsonl", "[]\n"), ("samples.jsonl", '{"st\n')):
+    for file, torn in (
+        ("metrics.jsonl", '{"step": 31, "kl'),
+        ("events.jsonl", "[]\n"),
+        ("samples.jsonl", '{"st\n'),
+    ):
         with (run / file).open("a") as lines:
             lines.write(torn)
     text = said(page([run]))
@@ -71,7 +87,13 @@ def test_damaged_lines_are_named_and_the_others_are_used(make_run):
 
 def test_what_a_run_lacks_is_left_out_with_a_word(make_run):
     run = make_run()
-    for file in ("samples.jsonl", "summary.json", "environment.json", "events.jsonl", "ledger.jsonl"):
+    for file in (
+        "samples.jsonl",
+        "summary.json",
+        "environment.json",
+        "events.jsonl",
+        "ledger.jsonl",
+    ):
         (run / file).unlink()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     older = [{"step": row["step"], "kl": row["kl"], "loss": float("nan")} for row in rows]
@@ -82,17 +104,25 @@ def test_what_a_run_lacks_is_left_out_with_a_word(make_run):
     assert "summary.json is not there: the run has not ended" in text
     assert "environment.json is not there" in text
     assert re.search("run: its rows have no accuracy, entropy, length_mean, .*: left out", text)
-    assert re.findall(r"<h3>([^<]*)</h3><p>", html) == ["KL to the teacher"]  # by step alone: there is no time
+    # by step alone: there is no time
+    assert re.findall(r"<h3>([^<]*)</h3><p>", html) == ["KL to the teacher"]
     assert 'class="plot x-time"' not in html
 
 
 def test_what_happens_in_every_run_hides_no_loss(make_run):
     run = make_run()
-    routine = [{"step": 20, "who": "checkpoint", "what": "saved", "why": ""}, {"step": 0, "who": "a", "what": "placed"}]
+    routine = [
+        {"step": 20, "who": "checkpoint", "what": "saved", "why": ""},
+        {"step": 0, "who": "a", "what": "placed"},
+    ]
     with (run / "events.jsonl").open("a") as lines:
         lines.writelines(json.dumps(event) + "\n" for event in routine * 40)
     text = said(page([run]))
-    assert "generator 0 lost it died" in " ".join(text.split()) and "placed" not in text and "saved" not in text
+    assert (
+        "generator 0 lost it died" in " ".join(text.split())
+        and "placed" not in text
+        and "saved" not in text
+    )
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in routine))
     assert "a member was lost" not in said(page([run]))
 
@@ -101,13 +131,18 @@ def test_a_rollout_line_without_its_numbers_is_named(make_run):
     broken = rollout(20, ["a", "b"]) | {"student": [-0.5]}
     run = make_run(rollouts=[rollout(10, ["a"]), broken])
     text = said(page([run]))
-    assert "samples.jsonl: a line without what it needs: left out (ValueError: student: not a number a token)" in text
+    assert (
+        "samples.jsonl: a line without what it needs: left out (ValueError: student: not a number a"
+        " token)" in text
+    )
     assert "step 10," in text and "step 20, ✓" not in text
 
 
 def test_seconds_go_on_over_a_restart(make_run):
     run = make_run()
-    rows = [{"step": step, "elapsed_s": s} for step, s in enumerate([2.0, 4.0, 6.0, 1.0, 3.0, 0.5], 1)]
+    rows = [
+        {"step": step, "elapsed_s": s} for step, s in enumerate([2.0, 4.0, 6.0, 1.0, 3.0, 0.5], 1)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(run, "run", 2).rows["seconds"].tolist() == [2, 4, 6, 7, 9, 9.5]
 
@@ -162,28 +197,42 @@ def test_several_runs_are_compared_by_what_differs(make_run):
     text = said(page([first, second]))
     differ = text.split("Settings that differ")[1].split("Horizontal axis")[0]
     assert "objective.tag opd dear" in differ and "learner.lr 0.001 0.01" in differ
-    assert "data.path" not in differ and "run.dir" not in differ  # the same but for the run's own directory
+    # the same but for the run's own directory
+    assert "data.path" not in differ and "run.dir" not in differ
     with pytest.raises(ConfigError, match="9 runs: at most 8"):
         page([first] * 9)
 
 
 def test_tokens_have_the_strength_of_their_advantage_weight_and_choice(make_run):
     line = rollout(
-        10, list("abcd"), advantage=[1.0, -0.25, 0.0, -9.0], weight=[0.0, 1.0, 2.0, 2.0], selected=[1, 0, 1, 1]
+        10,
+        list("abcd"),
+        advantage=[1.0, -0.25, 0.0, -9.0],
+        weight=[0.0, 1.0, 2.0, 2.0],
+        selected=[1, 0, 1, 1],
     )
     (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
-    assert [classes for classes, _ in found.tokens] == ["a1 w0 in", "an1 w2 out", "a0 w4 in", "an4 w4 in"]
+    assert [classes for classes, _ in found.tokens] == [
+        "a1 w0 in",
+        "an1 w2 out",
+        "a0 w4 in",
+        "an4 w4 in",
+    ]
     assert found.signal == "advantage" and not found.uniform
 
 
 def test_agreement_of_teacher_and_verifier_is_shown_where_a_method_asks_for_it(make_run):
-    line = rollout(10, list("abc"), selected=[1, 1, 1], agree=[1, 0, 0], disagree=[0, 1, 0], no_sign=[0, 0, 1])
+    line = rollout(
+        10, list("abc"), selected=[1, 1, 1], agree=[1, 0, 0], disagree=[0, 1, 0], no_sign=[0, 0, 1]
+    )
     (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
     assert [classes.split()[-1] for classes, _ in found.tokens] == ["yes", "no", "neither"]
 
 
 def test_a_divergence_is_coloured_by_teacher_minus_student(make_run):
-    line = rollout(10, ["a", ""], teacher=[-0.1, -2.0], student=[-1.0, -0.5], weight=[1, 1], selected=[1, 1])
+    line = rollout(
+        10, ["a", ""], teacher=[-0.1, -2.0], student=[-1.0, -0.5], weight=[1, 1], selected=[1, 1]
+    )
     del line["advantage"]
     (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
     assert found.signal == "teacher − student" and found.uniform
@@ -197,7 +246,9 @@ def test_a_run_of_a_hundred_thousand_steps_gives_a_small_page_quickly(make_run):
     head, tail = '{"step": 1, "elapsed_s": 2.0', line.removeprefix('{"step": 1, "elapsed_s": 2.0')
     assert head + tail == line
     with (run / "metrics.jsonl").open("w") as file:
-        file.writelines(f'{{"step": {step}, "elapsed_s": {step / 2}{tail}\n' for step in range(1, 100_001))
+        file.writelines(
+            f'{{"step": {step}, "elapsed_s": {step / 2}{tail}\n' for step in range(1, 100_001)
+        )
     began = time.process_time()
     html = page([run])
     assert time.process_time() - began < 10

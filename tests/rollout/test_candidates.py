@@ -20,12 +20,15 @@ class Sampler:
     @staticmethod
     def gather_logprobs(logp_BV, k, token_ids):
         assert k == 0
-        return Columns(token_ids[:, None].int(), logp_BV.gather(1, token_ids[:, None]), torch.tensor([7, 8]))
+        return Columns(
+            token_ids[:, None].int(), logp_BV.gather(1, token_ids[:, None]), torch.tensor([7, 8])
+        )
 
 
 @pytest.fixture(params=["once", "twice"])
 def columns(request):
-    """Columns for K candidates of a kind, behind the sampled ids 2 and 0; asked for once, or of another kind before."""
+    """Columns for K candidates of a kind, behind the sampled ids 2 and 0; asked for once, or of
+    another kind before."""
 
     def answer(which, k):
         worker = Candidates()
@@ -33,7 +36,9 @@ def columns(request):
         worker.model_runner.sampler = Sampler()
         for kind in {"once": [which], "twice": ["likeliest", "sampled", which]}[request.param]:
             worker.return_candidates(kind, vocabulary=3)
-        return worker.model_runner.sampler.gather_logprobs(LOGP_BV, k, token_ids=torch.tensor([2, 0]))
+        return worker.model_runner.sampler.gather_logprobs(
+            LOGP_BV, k, token_ids=torch.tensor([2, 0])
+        )
 
     return answer
 
@@ -53,7 +58,8 @@ def test_samples_follow_the_probabilities_of_their_row_padding_included(columns)
     assert ids[:, 0].tolist() == [2, 0]
     assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
     share = torch.stack([row.bincount(minlength=4) for row in ids[:, 1:]]) / 100_000
-    assert (share - LOGP_BV.exp()).abs().max() < 0.01  # six standard deviations of a share of 0.4: 0.0093
+    # six standard deviations of a share of 0.4: 0.0093
+    assert (share - LOGP_BV.exp()).abs().max() < 0.01
 
 
 def test_a_request_without_candidates_gets_what_vllm_gives(columns):

@@ -29,17 +29,22 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def source(tmp_path) -> Callable[..., PromptSource]:
-    """Prompts from a file of `rows`, read with the toy tokenizer; other keywords are data settings."""
+    """Prompts from a file of `rows`, read with the toy tokenizer; other keywords are data
+    settings."""
 
     def make(rows=ROWS, *, kind="jsonl", seed=0, chat=None, views=None, **settings) -> PromptSource:
         path = tmp_path / f"rows.{kind}"
         if kind == "parquet":
             datasets.Dataset.from_list(rows).to_parquet(path)
         else:
-            path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+            path.write_text(
+                "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+            )
         tokenizer = AutoTokenizer.from_pretrained(STUDENT)
         tokenizer.chat_template = chat
-        data = msgspec.convert({"path": str(path), "chat_template": chat is not None} | settings, DataConfig)
+        data = msgspec.convert(
+            {"path": str(path), "chat_template": chat is not None} | settings, DataConfig
+        )
         return PromptSource(data, tokenizer, seed=seed, views=views)
 
     return make
@@ -57,7 +62,8 @@ def ids_of(prompts) -> list[str]:
 def test_a_row_becomes_a_prompt_of_the_toy_tokenizer_s_ids(source, kind):
     (prompt,) = source([{"prompt": "12+9=", "answer": 21}], kind=kind).first(1)
     assert (prompt.id, prompt.answer, prompt.teacher_ids, prompt.attempt) == ("0@0", "21", None, 0)
-    assert prompt.ids.tolist() == [4, 5, 13, 12, 14]  # "0" is 3, so "1" is 4; "+" and "=" follow "9", which is 12
+    # "0" is 3, so "1" is 4; "+" and "=" follow "9", which is 12
+    assert prompt.ids.tolist() == [4, 5, 13, 12, 14]
     assert prompt.ids.dtype == "int32"
 
 
@@ -84,7 +90,9 @@ def test_each_epoch_has_an_order_of_its_own(source, streaming):
 
 
 def test_first_keeps_the_order_of_the_file_and_reads_no_further(source):
-    prompts = source([*ROWS[:2], {"prompt": 7, "answer": "8", "name": "bad"}], kind="jsonl", id="name")
+    prompts = source(
+        [*ROWS[:2], {"prompt": 7, "answer": "8", "name": "bad"}], kind="jsonl", id="name"
+    )
     assert ids_of(prompts.first(2)) == ["row-0@0", "row-1@0"]
 
 
@@ -111,7 +119,9 @@ def test_a_too_long_prompt_is_refused_by_its_id_when_it_is_read(source):
     rows = [ROWS[0], {"prompt": "100+100=", "answer": "200", "name": "long"}]
     prompts = source(rows, max_prompt_tokens=7, id="name")
     assert ids_of(prompts.first(1)) == ["row-0@0"]
-    with pytest.raises(DataError, match=r'row long@0: 8 prompt tokens, data.max_prompt_tokens = 7;.* "skip"'):
+    with pytest.raises(
+        DataError, match=r'row long@0: 8 prompt tokens, data.max_prompt_tokens = 7;.* "skip"'
+    ):
         prompts.first(2)
 
 
@@ -134,7 +144,9 @@ def test_a_set_of_which_every_prompt_is_skipped_is_an_error(source):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("key", ["prompt", "answer", "id"])
 def test_a_missing_column_lists_the_columns(source, key, streaming):
-    with pytest.raises(DataError, match=rf"data.{key} = 'text': .*rows.jsonl has columns prompt, answer, name"):
+    with pytest.raises(
+        DataError, match=rf"data.{key} = 'text': .*rows.jsonl has columns prompt, answer, name"
+    ):
         source(streaming=streaming, **{key: "text"})
 
 
@@ -146,7 +158,10 @@ def test_a_missing_column_lists_the_columns(source, key, streaming):
         ({"prompt": None}, r"row 0@0: 'prompt' must be .*, got None"),
         ({"answer": None}, r"row 0@0: 'answer' must be a string or a number, got None"),
         ({"answer": ["2"]}, r"row 0@0: 'answer' must be a string or a number, got \['2'\]"),
-        ({"prompt": [{"role": "user", "content": "1+1="}]}, "data.prompt = 'prompt' holds messages: set data.chat"),
+        (
+            {"prompt": [{"role": "user", "content": "1+1="}]},
+            "data.prompt = 'prompt' holds messages: set data.chat",
+        ),
     ],
 )
 def test_a_column_of_the_wrong_type_names_the_row(source, row, message):
@@ -185,7 +200,8 @@ def test_the_teacher_may_have_a_rendering_of_its_own(source):
 def test_the_teacher_s_rendering_is_held_to_the_same_length(source):
     views = {"": TeacherView(template_args={"hint": "9" * 20})}
     prompts = source(chat=CHAT, views=views, max_prompt_tokens=16)
-    with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):  # 7 + 20
+    # 7 + 20
+    with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):
         prompts.first(1)
 
 
@@ -211,7 +227,10 @@ def test_braces_of_prompt_and_solution_are_left_as_they_are(source):
 def test_with_a_chat_template_the_context_takes_the_place_of_the_last_user_message(source):
     said = [("x", "0"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
     messages = [{"role": role, "content": content} for role, content in said]
-    rows, view = solved(messages, "9"), TeacherView(context="{prompt}+{solution}", template_args={"hint": "5"})
+    rows, view = (
+        solved(messages, "9"),
+        TeacherView(context="{prompt}+{solution}", template_args={"hint": "5"}),
+    )
     (prompt,) = source(rows, chat=CHAT, solution="why", views={"": view}).first(1)
     assert prompt.ids.tolist() == spelt("x=0\nu=1\na=2\nu=3\na=4\n")
     assert prompt.teacher_ids.tolist() == spelt("x=0\nu=1\na=2\nu=3+9\na=4\n5")
@@ -224,19 +243,25 @@ def test_with_a_chat_template_a_plain_prompt_is_the_message_of_the_context(sourc
 
 @pytest.mark.parametrize("solution", [None, "", ["1"]])
 def test_a_solution_of_the_wrong_type_names_the_row(source, solution):
-    with pytest.raises(DataError, match=r"row 0@0: 'why' must be a string that is not empty or a number, got "):
+    with pytest.raises(
+        DataError, match=r"row 0@0: 'why' must be a string that is not empty or a number, got "
+    ):
         source(solved("1+1=", solution), solution="why", views={"": CONTEXT}).first(1)
 
 
 def test_messages_without_a_text_of_the_user_s_name_the_row(source):
     rows = solved([{"role": "x", "content": "1"}], "2")
-    with pytest.raises(DataError, match=r"row 0@0: no text of the user's that a teacher's context could take in"):
+    with pytest.raises(
+        DataError, match=r"row 0@0: no text of the user's that a teacher's context could take in"
+    ):
         source(rows, chat=CHAT, solution="why", views={"": CONTEXT}).first(1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_column_of_solutions_lists_the_columns(source, streaming):
-    with pytest.raises(DataError, match=r"data.solution = 'how': .*rows.jsonl has columns prompt, answer, name"):
+    with pytest.raises(
+        DataError, match=r"data.solution = 'how': .*rows.jsonl has columns prompt, answer, name"
+    ):
         source(solution="how", streaming=streaming, views={"": CONTEXT})
 
 
@@ -245,14 +270,21 @@ def test_a_teacher_s_own_bound_holds_for_its_rendering_alone(source):
     settings = dict(solution="why", views={"": view}, max_prompt_tokens=4)
     (prompt,) = source(solved("1+1=", "9" * 20), **settings).first(1)
     assert len(prompt.teacher_ids) == 24
-    with pytest.raises(DataError, match=r"row 0@0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"):
+    with pytest.raises(
+        DataError, match=r"row 0@0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"
+    ):
         source(solved("1+1=", "9" * 21), **settings).first(1)
-    skipping = source([*solved("1+1=", "9" * 21), *solved("2+1=", "3")], long_prompt="skip", **settings)
+    skipping = source(
+        [*solved("1+1=", "9" * 21), *solved("2+1=", "3")], long_prompt="skip", **settings
+    )
     assert ids_of(skipping.first(1)) == ["1@0"] and skipping.skipped == 1
 
 
 MATH_AND_CODE = {"math": TeacherView(), "code": CONTEXT}
-KINDS = [{"prompt": "1+1=", "answer": "2", "kind": kind, "why": why} for kind, why in (("math", None), ("code", "3"))]
+KINDS = [
+    {"prompt": "1+1=", "answer": "2", "kind": kind, "why": why}
+    for kind, why in (("math", None), ("code", "3"))
+]
 
 
 def test_a_row_names_its_teacher_and_is_shown_to_it_as_that_one_wants(source):
@@ -263,7 +295,10 @@ def test_a_row_names_its_teacher_and_is_shown_to_it_as_that_one_wants(source):
 
 @pytest.mark.parametrize("bad", ["maths", None, 3])
 def test_a_row_of_no_known_teacher_is_refused_before_anything_is_read(source, bad):
-    rows = [{**KINDS[0], "kind": bad if isinstance(bad, int) else "math", "name": f"row-{n}"} for n in range(3)]
+    rows = [
+        {**KINDS[0], "kind": bad if isinstance(bad, int) else "math", "name": f"row-{n}"}
+        for n in range(3)
+    ]
     rows[2]["kind"] = bad
     first = "0" if isinstance(bad, int) else "2"
     expected = rf"row row-{first}: data.teacher, column 'kind' = {bad!r}: must be 'math' or 'code'"
@@ -272,9 +307,17 @@ def test_a_row_of_no_known_teacher_is_refused_before_anything_is_read(source, ba
 
 
 def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
-    prompts = source([KINDS[0], KINDS[0] | {"kind": "maths"}], streaming=True, teacher="kind", views=MATH_AND_CODE)
+    prompts = source(
+        [KINDS[0], KINDS[0] | {"kind": "maths"}],
+        streaming=True,
+        teacher="kind",
+        views=MATH_AND_CODE,
+    )
     assert ids_of(prompts.first(1)) == ["0@0"]
-    with pytest.raises(DataError, match=r"row 1@0: data.teacher, column 'kind' = 'maths': .*; did you mean 'math'\?"):
+    with pytest.raises(
+        DataError,
+        match=r"row 1@0: data.teacher, column 'kind' = 'maths': .*; did you mean 'math'\?",
+    ):
         prompts.first(2)
 
 
@@ -283,7 +326,11 @@ def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
     [
         (CHAT, [{"role": "user"}], "row 0@0: 'prompt' holds a message without role or content"),
         (CHAT, ["1+1="], "row 0@0: 'prompt' holds a message without role or content"),
-        ("{{ raise_exception('no system') }}", "1+1=", "row 0@0: the chat template refuses 'prompt': no system"),
+        (
+            "{{ raise_exception('no system') }}",
+            "1+1=",
+            "row 0@0: the chat template refuses 'prompt': no system",
+        ),
     ],
 )
 def test_what_a_template_cannot_render_names_the_row(source, chat, prompt, message):
@@ -292,7 +339,9 @@ def test_what_a_template_cannot_render_names_the_row(source, chat, prompt, messa
 
 
 def test_a_tokenizer_without_a_template_is_refused_at_once(source):
-    with pytest.raises(DataError, match=r"data.chat_template = true: the tokenizer of student.model has no"):
+    with pytest.raises(
+        DataError, match=r"data.chat_template = true: the tokenizer of student.model has no"
+    ):
         source(chat="")
 
 
@@ -311,7 +360,9 @@ def test_a_file_that_cannot_be_read_says_why(source, rows, settings, message, st
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_reading_prints_nothing_and_leaves_datasets_as_talkative_as_it_was(source, streaming, capfd):
+def test_reading_prints_nothing_and_leaves_datasets_as_talkative_as_it_was(
+    source, streaming, capfd
+):
     def talkative() -> tuple:
         return datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
 
@@ -348,8 +399,10 @@ def test_a_continuation_is_what_an_unbroken_reading_gives(source, streaming, set
     view = TeacherView(context="{solution}={prompt}", longest=("teacher.max_prompt_tokens", 64))
     rows = dict(rows=[*ROWS[:4], *LONG, *ROWS[4:]], solution="name", seed=3, views={"": view})
     settings = dict(streaming=streaming, **rows, **SKIPPING, **settings)
-    unbroken = told(islice(source(**settings), 26))  # 3 epochs of 8 usable rows and 3 skipped ones, and 2 more
-    for stop in (0, 5, 8, 18):  # before the first row, in an epoch, behind its last usable row, in the third
+    # 3 epochs of 8 usable rows and 3 skipped ones, and 2 more
+    unbroken = told(islice(source(**settings), 26))
+    # before the first row, in an epoch, behind its last usable row, in the third
+    for stop in (0, 5, 8, 18):
         first = source(**settings)
         handed_out = list(islice(first, stop))
         position = json.loads(json.dumps(first.position))
@@ -388,11 +441,15 @@ def test_one_source_can_go_back_to_a_position_of_its_own(source):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("settings", "gone"), [({"id": "name"}, "row-8@0"), ({}, "8@0"), ({}, "row-1@0")])
+@pytest.mark.parametrize(
+    ("settings", "gone"), [({"id": "name"}, "row-8@0"), ({}, "8@0"), ({}, "row-1@0")]
+)
 def test_an_outstanding_row_that_is_gone_is_named(source, streaming, settings, gone):
     prompts = source(streaming=streaming, **settings)
     known = next(iter(prompts)).id
-    with pytest.raises(DataError, match=rf"row {gone}: handed out before, but is not there now: .*rows.jsonl has"):
+    with pytest.raises(
+        DataError, match=rf"row {gone}: handed out before, but is not there now: .*rows.jsonl has"
+    ):
         prompts.continued(prompts.position, [known, gone])
 
 

@@ -1,7 +1,7 @@
 """Rules of the package, read from its source by `ast`.
 
-Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER only. Those of one
-line never import each other; a config.py is its role's.
+Imports flow one way, wherever in a file they stand: a unit imports those of earlier lines of ORDER
+only. Those of one line never import each other; a config.py is its role's.
 """
 
 import ast
@@ -15,18 +15,32 @@ import pytest
 import async_opd
 
 ROOT = Path(async_opd.__file__).parent
-FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
+FILES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in ROOT.rglob("*.py")
+}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROLES = ["stream", "rollout", "teacher", "verify", "learner", "toy"]
 ORDER = [
-    ["__init__", "aio", "errors", "say", "metric_names", "process_wide", "run_dir"], ["spans"],
+    ["__init__", "aio", "errors", "say", "metric_names", "process_wide", "run_dir"],
+    ["spans"],
     ["wire", "metrics", "mistakes", "checkpoints"],
     ["ports", "collective", "maths", "cpu_engine", "console", "samples"],
-    ["causal_lm", "objectives"], ROLES, ["scoring", "sections", "files"], ["config"],
+    ["causal_lm", "objectives"],
+    ROLES,
+    ["scoring", "sections", "files"],
+    ["config"],
     ["inputs", "explain", "audit", "report", "trace", "card", "crew", "jobs", "placement"],
-    ["export", "scale", "progress", "evaluate", "casting", "nodes", "cluster", "plan"], ["train", "proxies"],
-    ["actors"], ["sinks"], ["run"], ["run_eval"], ["commands"], ["cli"], ["__main__"],
-]  # fmt: skip
+    ["export", "scale", "progress", "evaluate", "casting", "nodes", "cluster", "plan"],
+    ["train", "proxies"],
+    ["actors"],
+    ["sinks"],
+    ["run"],
+    ["run_eval"],
+    ["commands"],
+    ["cli"],
+    ["__main__"],
+]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 CONFINED = {
     "ray": {"actors.py", "nodes.py", "jobs.py"},
@@ -34,10 +48,33 @@ CONFINED = {
     "vllm": {"rollout/generator.py", "rollout/weights.py", "learner/publish.py", "teacher/vllm.py"},
 }
 SMALL = {
-    "aio", "errors", "say", "metric_names", "process_wide", "run_dir", "spans", "wire", "mistakes", "metrics",
-    "checkpoints", "ports", "stream", "verify", "config", "evaluate", "audit", "trace", "card", "crew", "export",
-    "scale", "progress", "train", "commands", "cli",
-}  # fmt: skip
+    "aio",
+    "errors",
+    "say",
+    "metric_names",
+    "process_wide",
+    "run_dir",
+    "spans",
+    "wire",
+    "mistakes",
+    "metrics",
+    "checkpoints",
+    "ports",
+    "stream",
+    "verify",
+    "config",
+    "evaluate",
+    "audit",
+    "trace",
+    "card",
+    "crew",
+    "export",
+    "scale",
+    "progress",
+    "train",
+    "commands",
+    "cli",
+}
 
 
 def imports(name: str) -> set[str]:
@@ -60,7 +97,12 @@ def third_parties(name: str) -> set[str]:
 
 
 def nodes(*kinds: type) -> list[tuple[str, ast.AST]]:
-    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [
+        (name, node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    ]
 
 
 def functions() -> list[tuple[str, int]]:
@@ -75,7 +117,9 @@ def test_every_unit_has_a_rank():
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_flow_one_way(name):
-    ours = {full.split(".")[1] for full in imports(name) if full.startswith("async_opd.")} - {unit(name)}
+    ours = {full.split(".")[1] for full in imports(name) if full.startswith("async_opd.")} - {
+        unit(name)
+    }
     assert {other for other in ours if RANK[other] >= RANK[unit(name)]} == set()
     assert {full for full in imports(name) if full.startswith(".")} == set()
 
@@ -85,7 +129,9 @@ def test_a_big_dependency_stays_in_its_files(package):
     assert {name for name in FILES if package in third_parties(name)} == CONFINED[package]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if unit(name) in SMALL or name.endswith("/config.py")])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if unit(name) in SMALL or name.endswith("/config.py")]
+)
 def test_what_small_processes_and_the_command_line_load_needs_msgspec_and_numpy_only(name):
     checks_own = third_parties(name) if name.startswith("verify/checks/") else set()
     assert third_parties(name) - checks_own <= {"msgspec", "numpy"}
@@ -108,21 +154,38 @@ def test_the_main_loop_fits_a_screen():
 
 
 def test_at_most_five_places_catch_everything():
-    caught = [(name, node.type and ast.unparse(node.type)) for name, node in nodes(ast.ExceptHandler)]
-    caught += [(name, call) for name, node in nodes(ast.Call) if "suppress(" in (call := ast.unparse(node))]
-    assert len([name for name, types in caught if types is None or re.search(r"\b(Base)?Exception\b", types)]) <= 5
+    caught = [
+        (name, node.type and ast.unparse(node.type)) for name, node in nodes(ast.ExceptHandler)
+    ]
+    caught += [
+        (name, call) for name, node in nodes(ast.Call) if "suppress(" in (call := ast.unparse(node))
+    ]
+    assert (
+        len(
+            [
+                name
+                for name, types in caught
+                if types is None or re.search(r"\b(Base)?Exception\b", types)
+            ]
+        )
+        <= 5
+    )
 
 
 def test_no_message_is_unpickled_and_no_text_is_run():
     unpicklers = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
-    used = {(name, full) for name in FILES for full in imports(name) if full.split(".")[0] in unpicklers}
+    used = {
+        (name, full) for name in FILES for full in imports(name) if full.split(".")[0] in unpicklers
+    }
     assert used == {("wire.py", "pickle.PickleBuffer")}  # which unpickles nothing
     calls = [(name, ast.unparse(node.func), node) for name, node in nodes(ast.Call)]
     runs = {name for name, call, _ in calls if call in ("eval", "exec", "compile")}
     assert runs == {"verify/examiner.py"}  # the tests of a reference, in a sandbox
     loads = [(name, node.keywords) for name, call, node in calls if call == "torch.load"]
     safe = ("weights_only", "True")
-    assert [name for name, given in loads if safe not in {(k.arg, ast.unparse(k.value)) for k in given}] == []
+    assert [
+        name for name, given in loads if safe not in {(k.arg, ast.unparse(k.value)) for k in given}
+    ] == []
 
 
 def test_nothing_is_left_for_later():

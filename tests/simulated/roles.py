@@ -1,6 +1,8 @@
-"""Every role of a run without a model: tokens, scores and steps are made up; versions, pauses and times are real.
+"""Every role of a run without a model: tokens, scores and steps are made up; versions, pauses and
+times are real.
 
-A role takes the times that a `Pace` sets. At `AT_ONCE`, the default, it answers when the event loop comes round.
+A role takes the times that a `Pace` sets. At `AT_ONCE`, the default, it answers when the event loop
+comes round.
 """
 
 import asyncio
@@ -22,7 +24,8 @@ PER_STEP = 16  # trajectories
 LONGEST_S = 0.25  # what a step's work takes the longest role
 MEAN_TOKENS = 128
 PROBE_TOKENS = 8
-LOGP = np.full(PROBE_TOKENS, -1.0, np.float32)  # of the probe's tokens, by generator and learner alike
+# of the probe's tokens, by generator and learner alike
+LOGP = np.full(PROBE_TOKENS, -1.0, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,9 @@ class Pace:
         """The length of one response."""
         if not self.heavy_tail:
             return MEAN_TOKENS
-        return min(max(1, round(draw.lognormvariate(math.log(MEAN_TOKENS) - 0.5, 1.0))), 16 * MEAN_TOKENS)
+        return min(
+            max(1, round(draw.lognormvariate(math.log(MEAN_TOKENS) - 0.5, 1.0))), 16 * MEAN_TOKENS
+        )
 
 
 AT_ONCE = Pace(token_s=0, step_s=0, score_s=0, check_s=0, sync_s=0)
@@ -88,7 +93,8 @@ class Places:
 
 
 class SimulatedGenerator:
-    """`concurrency` requests at once, first come, first served; all stand still from `update` to `resume`.
+    """`concurrency` requests at once, first come, first served; all stand still from `update` to
+    `resume`.
 
     Every response is `truncated` or none is. `tokens` counts those it has made.
     """
@@ -115,7 +121,9 @@ class SimulatedGenerator:
     async def _respond(self, prompt: Prompt, first: bool) -> tuple[GroupMeta, Prompt]:
         async with self._places.one(first):
             spans = await self._sample(self.pace.tokens(self._draw))
-        return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(self.truncated,)), prompt
+        return GroupMeta(
+            id=prompt.id, prompt_len=1, spans=(spans,), truncated=(self.truncated,)
+        ), prompt
 
     async def _sample(self, tokens: int) -> tuple[Span, ...]:
         if not self.pace.token_s:
@@ -142,7 +150,8 @@ class SimulatedGenerator:
         return tuple(spans)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
-        """Waits for no place: it goes before the requests that an update has put back in the engine's queue."""
+        """Waits for no place: it goes before the requests that an update has put back in the
+        engine's queue."""
         spans, ids = await self._sample(PROBE_TOKENS), np.zeros(PROBE_TOKENS, np.int32)
         return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
 
@@ -164,7 +173,8 @@ class SimulatedGenerator:
 
 
 class SimulatedTeacher:
-    """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. There are no scores."""
+    """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. There are
+    no scores."""
 
     def __init__(self, pace: Pace = AT_ONCE):
         self.pace, self.groups = pace, 0
@@ -174,9 +184,13 @@ class SimulatedTeacher:
     async def score(self, group: Prompt) -> None:
         scored = asyncio.Event()
         self._queued.append(scored)
-        async with self._free:  # first come, first served: whoever gets it unscored is the first in the queue
+        # first come, first served: whoever gets it unscored is the first in the queue
+        async with self._free:
             if not scored.is_set():
-                batch, self._queued = self._queued[: self.pace.score_batch], self._queued[self.pace.score_batch :]
+                batch, self._queued = (
+                    self._queued[: self.pace.score_batch],
+                    self._queued[self.pace.score_batch :],
+                )
                 await asyncio.sleep(self.pace.score_s * len(batch))
                 self.groups += len(batch)
                 for each in batch:
@@ -205,7 +219,8 @@ class SimulatedVerifier:
 
 
 class SimulatedLearner:
-    """A step takes `step_s`; tokens over the bound, where there is one, leave the loss and are counted."""
+    """A step takes `step_s`; tokens over the bound, where there is one, leave the loss and are
+    counted."""
 
     def __init__(self, pace: Pace = AT_ONCE, max_lag_steps: int | None = None):
         self.pace, self.version = pace, 0
@@ -220,7 +235,9 @@ class SimulatedLearner:
         trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
         self.version += 1
         metrics = {"tokens": sum(trained.values()), "lag_max": max(trained)}
-        metrics["lag_mean"] = sum(lag * tokens for lag, tokens in trained.items()) / metrics["tokens"]
+        metrics["lag_mean"] = (
+            sum(lag * tokens for lag, tokens in trained.items()) / metrics["tokens"]
+        )
         metrics["tokens_excluded"] = sum(lags.values()) - metrics["tokens"]
         return StepResult(version=self.version, metrics=metrics)
 

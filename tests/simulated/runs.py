@@ -40,18 +40,28 @@ async def measure(
     sinks: Sequence[Sink] = (),
     spans: Sink | None = None,
 ) -> Row:
-    """One run of the real driver over one role of each kind; its rows go to `sinks`, what each actor did to `spans`.
+    """One run of the real driver over one role of each kind; its rows go to `sinks`, what each
+    actor did to `spans`.
 
-    A role's own time for the work done between two moments is what it takes alone, never waiting: tokens made, groups
-    scored or steps taken, times their set time. `of_longest` is the longest of the own times over the time that
-    passed, without the steps at either edge.
+    A role's own time for the work done between two moments is what it takes alone, never waiting:
+    tokens made, groups scored or steps taken, times their set time. `of_longest` is the longest of
+    the own times over the time that passed, without the steps at either edge.
     """
-    settings = (f"run.steps={steps}", f"run.max_lag_steps={bound}", f"learner.trajectories_per_step={PER_STEP}")
+    settings = (
+        f"run.steps={steps}",
+        f"run.max_lag_steps={bound}",
+        f"learner.trajectories_per_step={PER_STEP}",
+    )
     config = load(DEMO, [*settings, "run.dir=runs/simulated", "teacher.evaluate=false", *overrides])
     generator = SimulatedGenerator(pace, seed)
     teacher = SimulatedTeacher(pace)
     learner = SimulatedLearner(pace, bound)
-    roles = Roles(generators=[generator], teachers={"": [teacher]}, verifier=SimulatedVerifier(pace), learner=learner)
+    roles = Roles(
+        generators=[generator],
+        teachers={"": [teacher]},
+        verifier=SimulatedVerifier(pace),
+        learner=learner,
+    )
     clock = asyncio.get_running_loop().time
     marks, excluded = {}, 0
 
@@ -88,7 +98,8 @@ def books() -> Ledger:
 
 
 def producer_over(world, generators: int = 1, **settings) -> Producer:
-    """A producer for which `world` is every role: `generators` of one pool, teacher and verifier."""
+    """A producer for which `world` is every role: `generators` of one pool, teacher and
+    verifier."""
     return Producer(
         prompts=iter(Prompts()),
         samples=1,

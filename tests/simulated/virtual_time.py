@@ -5,7 +5,8 @@ from collections.abc import Coroutine
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time stands still while anything can run, then jumps to the next timer; `time.monotonic` is not involved."""
+    """Time stands still while anything can run, then jumps to the next timer; `time.monotonic` is
+    not involved."""
 
     def __init__(self):
         super().__init__()

@@ -28,7 +28,14 @@ async def test_every_replica_reads_what_was_saved_for_it_at_its_own_steps():
         found[version] = [note.removesuffix(" here") for note in notes]
         notes.clear()
     both = ["learner saves", "a loads", "b loads"]
-    assert found == {1: [], 2: both, 3: ["learner saves", "c loads"], 4: both, 5: [], 6: [*both, "c loads"]}
+    assert found == {
+        1: [],
+        2: both,
+        3: ["learner saves", "c loads"],
+        4: both,
+        5: [],
+        6: [*both, "c loads"],
+    }
 
 
 async def test_without_a_self_teacher_nothing_is_saved():

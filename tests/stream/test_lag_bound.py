@@ -1,4 +1,5 @@
-"""The lag bound under many simulated groups: heavy-tailed lengths, several generators, versions changing in flight."""
+"""The lag bound under many simulated groups: heavy-tailed lengths, several generators, versions
+changing in flight."""
 
 import asyncio
 import heapq
@@ -19,7 +20,8 @@ GROUPS_PER_STEP = 8
 
 
 class Clock:
-    """Simulated time: sleepers wake in order, each after everything its predecessor caused has run."""
+    """Simulated time: sleepers wake in order, each after everything its predecessor caused has
+    run."""
 
     def __init__(self):
         self.now, self._sleepers, self._order = 0.0, [], itertools.count()
@@ -39,7 +41,8 @@ class Clock:
 
 
 class Simulation:
-    """Generator, teacher, verifier and learner as durations. A group's tokens take the version live when sampled."""
+    """Generator, teacher, verifier and learner as durations. A group's tokens take the version live
+    when sampled."""
 
     def __init__(self, clock: Clock, seed: int):
         self.clock, self.random, self.version = clock, random.Random(seed), 0
@@ -51,7 +54,9 @@ class Simulation:
             starts.setdefault(self.version, token)
             await self.clock.sleep(1.0)
         ends = [*list(starts.values())[1:], pieces]
-        spans = tuple(Span(version=v, start=s, end=e) for (v, s), e in zip(starts.items(), ends, strict=True))
+        spans = tuple(
+            Span(version=v, start=s, end=e) for (v, s), e in zip(starts.items(), ends, strict=True)
+        )
         return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(False,)), None
 
     async def score(self, group):
@@ -62,7 +67,8 @@ class Simulation:
 
 
 async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed: int):
-    """Returns (lag of each trained token, excluded tokens, times each prompt was trained, queue, slots)."""
+    """Returns (lag of each trained token, excluded tokens, times each prompt was trained, queue,
+    slots)."""
     clock = Clock()
     world = Simulation(clock, seed)
     slots = Slots(lag.slots(bound + 1, GROUPS_PER_STEP))
@@ -83,7 +89,9 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
             batch: list[Ready] = await queue.take(world.version)
             for ready in batch:
                 trained[ready.prompt.id] += 1
-                versions = np.concatenate([[s.version] * (s.end - s.start) for s in ready.meta.spans[0]])
+                versions = np.concatenate(
+                    [[s.version] * (s.end - s.start) for s in ready.meta.spans[0]]
+                )
                 keep = lag.fresh(versions, world.version, bound)
                 trained_lags.extend(world.version - versions[keep])
                 excluded += int((~keep).sum())
@@ -108,7 +116,9 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
 
 
 @pytest.mark.parametrize("stale", ["mask", "drop"])
-@pytest.mark.parametrize(("bound", "generators", "groups"), [(0, 1, 800), (1, 2, 1600), (4, 3, 2_000)])
+@pytest.mark.parametrize(
+    ("bound", "generators", "groups"), [(0, 1, 800), (1, 2, 1600), (4, 3, 2_000)]
+)
 async def test_no_trained_token_is_older_than_the_bound(stale, bound, generators, groups):
     steps = groups // GROUPS_PER_STEP
     lags, excluded, trained, queue, slots = await simulate(

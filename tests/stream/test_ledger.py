@@ -21,7 +21,8 @@ def path(tmp_path):
 
 @pytest.fixture
 def limited():
-    """Lets no file of this process grow beyond `limited(bytes)`: the disk then refuses in the middle of a write."""
+    """Lets no file of this process grow beyond `limited(bytes)`: the disk then refuses in the
+    middle of a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -108,7 +109,9 @@ def test_an_end_of_what_is_not_outstanding_is_a_bug(path):
 def test_two_rows_of_one_id_are_refused_by_name(path):
     ledger = Ledger(path)
     ledger.handed_out("a@0")
-    with pytest.raises(DataError, match="prompt a@0: handed out while it is outstanding: rows share an id"):
+    with pytest.raises(
+        DataError, match="prompt a@0: handed out while it is outstanding: rows share an id"
+    ):
         ledger.handed_out("a@0")
     ledger.resumed(0, ["a@0"])
     ledger.handed_out("a@0")  # once more
@@ -130,7 +133,11 @@ async def test_nothing_is_on_disk_before_a_sync_and_everything_after_it(path):
 
 async def test_a_sync_fsyncs_its_batch_once_off_the_event_loop(path, monkeypatch):
     ledger, synced, fsync = Ledger(path), [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append((threading.current_thread(), os.fstat(fd))), fsync(fd)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (synced.append((threading.current_thread(), os.fstat(fd))), fsync(fd)),
+    )
     for at in range(100):
         ledger.handed_out(str(at))
     await ledger.sync()

@@ -11,7 +11,8 @@ from tests.simulated.virtual_time import virtual
 
 
 class Worker:
-    """Answers after a second with its name; `dead` workers raise, `silent` ones never answer anything."""
+    """Answers after a second with its name; `dead` workers raise, `silent` ones never answer
+    anything."""
 
     def __init__(self, name: str):
         self.name, self.dead, self.silent, self.killed, self.served = name, False, False, False, []
@@ -119,7 +120,10 @@ def test_without_a_replacement_the_last_one_s_loss_is_every_caller_s():
     worker.dead = True
 
     async def play(pool, events):
-        return [str(e) for e in await asyncio.gather(*(ask(pool, i) for i in "xyz"), return_exceptions=True)]
+        return [
+            str(e)
+            for e in await asyncio.gather(*(ask(pool, i) for i in "xyz"), return_exceptions=True)
+        ]
 
     assert scenario([worker], play) == ["a died"] * 3
 
@@ -148,7 +152,11 @@ def test_a_seat_whose_starts_fail_is_tried_again_and_then_given_up_while_others_
         return events, [seat.name for seat in pool.serving]
 
     events, serving = scenario(workers, play, spawn=spare)
-    assert [what for what, _ in events] == ["lost", *["did not start"] * MAX_FAILED_STARTS, "given up"]
+    assert [what for what, _ in events] == [
+        "lost",
+        *["did not start"] * MAX_FAILED_STARTS,
+        "given up",
+    ]
     assert serving == ["worker 1"]
 
 

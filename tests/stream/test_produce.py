@@ -26,9 +26,19 @@ class Generator(SimulatedGenerator):
 
 
 def stream(
-    tasks, generators, *, slots=2, needed=10, drop_truncated=False, attempts=3, teachers=None, references=(),
-    verifier=None, taught=None, source=None,
-):  # fmt: skip
+    tasks,
+    generators,
+    *,
+    slots=2,
+    needed=10,
+    drop_truncated=False,
+    attempts=3,
+    teachers=None,
+    references=(),
+    verifier=None,
+    taught=None,
+    source=None,
+):
     """(producer, queue, slots) over simulated roles."""
     limit = Slots(slots)
     queue = TrajectoryQueue(
@@ -44,7 +54,10 @@ def stream(
         needed=needed,
         samples=1,
         generators=Pool("generator", generators),
-        teachers={name: Pool("teacher", pool) for name, pool in (teachers or {"": [SimulatedTeacher()]}).items()},
+        teachers={
+            name: Pool("teacher", pool)
+            for name, pool in (teachers or {"": [SimulatedTeacher()]}).items()
+        },
         references=Pool("reference", references) if references else None,
         verifier=Pool("verifier", [verifier or SimulatedVerifier()]),
         slots=limit,
@@ -107,10 +120,13 @@ async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot
 async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
     generator = Generator(truncated=True)
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, slots = stream(tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2)
+        producer, queue, slots = stream(
+            tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2
+        )
         producer.fill()
         await settle()
-        assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]  # replaced by "1"
+        # replaced by "1"
+        assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]
         generator.truncated = False
         assert len(await queue.take(0)) == 1
     assert queue.dropped["truncated"] >= 2
@@ -144,13 +160,26 @@ async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
     named = ("math", "code", "math", "math")
     teachers = {"math": [Named("math 0"), Named("math 1")], "code": [Named("code 0")]}
     async with asyncio.TaskGroup() as tasks:
-        source = [msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(4), named, strict=True)]
-        producer, queue, _ = stream(tasks, [Generator()], slots=4, needed=4, teachers=teachers, source=source)
+        source = [
+            msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(4), named, strict=True)
+        ]
+        producer, queue, _ = stream(
+            tasks, [Generator()], slots=4, needed=4, teachers=teachers, source=source
+        )
         producer.fill()
         groups = [(await queue.take(0))[0] for _ in named]
-    assert [teacher.asked for pool in teachers.values() for teacher in pool] == [["0", "3"], ["2"], ["1"]]
+    assert [teacher.asked for pool in teachers.values() for teacher in pool] == [
+        ["0", "3"],
+        ["2"],
+        ["1"],
+    ]
     scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in groups}
-    assert scored == {"0": ("math 0", None), "1": ("code 0", None), "2": ("math 1", None), "3": ("math 0", None)}
+    assert scored == {
+        "0": ("math 0", None),
+        "1": ("code 0", None),
+        "2": ("math 1", None),
+        "3": ("math 0", None),
+    }
 
 
 async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
@@ -168,7 +197,12 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
     references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
     async with asyncio.TaskGroup() as tasks:
         producer, queue, _ = stream(
-            tasks, [Generator()], needed=2, teachers={"": [both]}, references=references, verifier=both
+            tasks,
+            [Generator()],
+            needed=2,
+            teachers={"": [both]},
+            references=references,
+            verifier=both,
         )
         producer.fill()
         ready = [(await queue.take(0))[0] for _ in range(2)]
@@ -176,7 +210,8 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
 
 
 async def test_teachers_are_balanced_by_tokens_not_by_groups():
-    # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 = 1413 against 512.
+    # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 =
+    # 1413 against 512.
     lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
 
     class HeavyTail(SimulatedGenerator):
@@ -198,7 +233,8 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
     async with asyncio.TaskGroup() as tasks:
         stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
         await settle()
-        assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]  # 912 and 1013 tokens
+        # 912 and 1013 tokens
+        assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]
         scored.set()
 
 
@@ -239,7 +275,9 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
         groups = [(await queue.take(0))[0] for _ in range(8)]
     assert [p.id for p in student.served] == ["0", "2", "4", "6"]
     assert [[p.id for p in g.served] for g in own] == [["1", "5"], ["3", "7"]]  # the idlest of them
-    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [(id, None) for id in "1357"]
+    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [
+        (id, None) for id in "1357"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -253,16 +291,20 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
         (True, True, "train", None),
     ],
 )
-async def test_an_answer_of_the_teacher_that_cannot_be_trained_is_dropped_and_the_student_asked_in_its_place(
+async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_student_asked_instead(
     correct, truncated, policy, cause
 ):
     student, own = Generator(), Generator(truncated=truncated)
     async with asyncio.TaskGroup() as tasks:
         producer, queue, slots = stream(
-            tasks, [student], slots=2, needed=2, verifier=Judge(correct), 
+            tasks,
+            [student],
+            slots=2,
+            needed=2,
+            verifier=Judge(correct),
             taught=half_taught(own, until=1, keeps_truncated=policy == "train"),
             drop_truncated=policy == "drop",
-        )  # fmt: skip
+        )
         producer.fill()
         await settle()
         served = [p.id for p in own.served]

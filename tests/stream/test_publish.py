@@ -23,7 +23,12 @@ async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_v
 
 async def test_the_probe_runs_at_every_kth_version():
     publisher = publisher_of(SimulatedLearner(), SimulatedGenerator(), every=2)
-    assert [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)] == [None, 0.0, None, 0.0]
+    assert [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)] == [
+        None,
+        0.0,
+        None,
+        0.0,
+    ]
 
 
 async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
@@ -32,7 +37,9 @@ async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
             return BESIDE
 
     publisher = publisher_of(Disagrees(), SimulatedGenerator())
-    with pytest.raises(ParityError, match=r"differ by 1\.00e-02 nats from the learner's at version 1"):
+    with pytest.raises(
+        ParityError, match=r"differ by 1\.00e-02 nats from the learner's at version 1"
+    ):
         await publisher.publish(1, admit=lambda: None)
 
 
@@ -42,7 +49,7 @@ async def test_a_log_prob_that_is_not_a_number_is_no_agreement():
             return LOGP * np.nan
 
     with pytest.raises(ParityError):
-        await (publisher_of(Broken(), SimulatedGenerator())).publish(1, admit=lambda: None)
+        await publisher_of(Broken(), SimulatedGenerator()).publish(1, admit=lambda: None)
 
 
 async def test_a_generator_that_samples_under_another_version_stops_the_run():
@@ -50,7 +57,7 @@ async def test_a_generator_that_samples_under_another_version_stops_the_run():
         async def update(self, version, update_info, oldest): ...
 
     with pytest.raises(ParityError, match="expected version 1"):
-        await (publisher_of(SimulatedLearner(), Stuck())).publish(1, admit=lambda: None)
+        await publisher_of(SimulatedLearner(), Stuck()).publish(1, admit=lambda: None)
 
 
 async def test_a_failed_update_admits_nothing_and_leaves_the_generators_paused():
@@ -98,7 +105,7 @@ class Epochs(SimulatedLearner):
         return [{"epoch": len(self.groups), "at": at} for at in range(generators)]
 
 
-async def test_a_generator_that_dies_in_a_broadcast_is_retired_and_a_new_group_gets_the_same_version():
+async def test_a_generator_that_dies_in_a_broadcast_is_retired_and_a_new_group_gets_that_version():
     generators = [Breaks(), Breaks(fatal=1), Breaks()]
     learner, pool = Epochs(), Pool("generator", generators)
     publisher = Publisher(learner, pool, parity_every=1, tolerance=1e-3)
@@ -143,7 +150,10 @@ async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_non
     pool = Pool("generator", [old])
     publisher = Publisher(pool_learner, pool, parity_every=100, tolerance=1e-3)
     await publisher.publish(7, admit=lambda: None)
-    assert await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)]) == 0.0
+    assert (
+        await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)])
+        == 0.0
+    )
     assert (pool_learner.groups, new.version, new.paused) == ([1, 2], 7, False)
 
     class Disagrees(Epochs):
@@ -165,7 +175,13 @@ async def test_with_every_generator_lost_the_learner_goes_on_alone():
 
 async def test_where_stale_groups_are_dropped_an_update_cuts_those_that_are_over_age():
     generator = Breaks()
-    publisher = Publisher(SimulatedLearner(), Pool("generator", [generator]), parity_every=9, tolerance=1e-3, max_age=2)
+    publisher = Publisher(
+        SimulatedLearner(),
+        Pool("generator", [generator]),
+        parity_every=9,
+        tolerance=1e-3,
+        max_age=2,
+    )
     for version in (1, 2, 3, 7):
         await publisher.publish(version, admit=lambda: None)
     assert generator.sent == [(1, 0), (2, 0), (3, 1), (7, 5)]

@@ -13,13 +13,16 @@ from tests.simulated.virtual_time import virtual
 
 
 def ready(ticket: int, *spans: tuple[int, int], taught_since: int | None = None) -> Ready:
-    """A group of one sample whose spans are (version, tokens); the teacher's own where `taught_since` is given."""
+    """A group of one sample whose spans are (version, tokens); the teacher's own where
+    `taught_since` is given."""
     at, built = 0, []
     for version, tokens in spans:
         built.append(Span(version=version, start=at, end=at + tokens))
         at += tokens
     meta = GroupMeta(id=str(ticket), prompt_len=1, spans=(tuple(built),), truncated=(False,))
-    prompt = Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer="", taught=taught_since is not None)
+    prompt = Prompt(
+        id=str(ticket), ids=np.zeros(1, np.int32), answer="", taught=taught_since is not None
+    )
     return Ready(ticket, prompt, meta, None, None, (), (0,), since=taught_since)
 
 
@@ -33,12 +36,17 @@ def queue_of(
     wait_s: float = 60.0,
     told: str = "",
 ):
-    """(queue, [(ticket, cause)] of what it dropped). `told` is what it is told of those that are outstanding."""
+    """(queue, [(ticket, cause)] of what it dropped). `told` is what it is told of those that are
+    outstanding."""
     dropped = []
     taught = Taught(
-        share=0.5, weight=lambda step: float(step <= teaches_until), generators=[], version=lambda: 0,
-        outstanding=outstanding, keeps_truncated=True,
-    )  # fmt: skip
+        share=0.5,
+        weight=lambda step: float(step <= teaches_until),
+        generators=[],
+        version=lambda: 0,
+        outstanding=outstanding,
+        keeps_truncated=True,
+    )
     queue = TrajectoryQueue(
         groups_per_step=per_step,
         max_lag_steps=bound,
@@ -66,7 +74,9 @@ async def test_drop_refuses_a_group_with_one_token_over_the_bound():
 
 
 async def test_mask_refuses_only_a_group_with_no_token_inside_the_bound():
-    queue, dropped = queue_of(ready(1, (2, 1), (5, 9)), ready(2, (2, 5)), ready(3, (5, 5)), stale="mask")
+    queue, dropped = queue_of(
+        ready(1, (2, 1), (5, 9)), ready(2, (2, 5)), ready(3, (5, 5)), stale="mask"
+    )
     assert [r.ticket for r in await queue.take(5)] == [1, 3]
     assert dropped == [(2, "stale")]
 
@@ -104,7 +114,9 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
             self.looks += 1
             return super()._over_age(ready)
 
-    queue = Counting(groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda *_: None)
+    queue = Counting(
+        groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda *_: None
+    )
     taking = asyncio.ensure_future(queue.take(0))
     for ticket in range(500):
         await asyncio.sleep(0)  # so that each could wake the waiting take
@@ -123,7 +135,10 @@ def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
         await asyncio.sleep(6)
         assert not taking.done()
         queue.drop(3, ready(3, (5, 3)).prompt, 1, "truncated")  # but not for one that is dropped
-        said = "no group came in 10 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8 truncated"
+        said = (
+            "no group came in 10 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8"
+            " truncated"
+        )
         with pytest.raises(TimedOut, match=said):
             await taking
         assert asyncio.get_running_loop().time() == 16
@@ -149,7 +164,8 @@ async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_m
     waiting, own = ready(1, (0, 1), taught_since=0), [ready(ticket, (4, 1)) for ticket in (2, 3, 4)]
     queue, dropped = queue_of(waiting, *own, teaches_until=4)
     assert [r.ticket for r in await queue.take(3)] == [1, 2]  # step 4
-    queue.put(ready(5, (0, 1), taught_since=0))  # comes while step 4 is under way, which it has missed
+    # comes while step 4 is under way, which it has missed
+    queue.put(ready(5, (0, 1), taught_since=0))
     assert dropped == []
     assert [r.ticket for r in await queue.take(4)] == [3, 4]
     queue.put(ready(6, (0, 1), taught_since=0))
@@ -157,8 +173,10 @@ async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_m
     assert queue.dropped == {"teacher_late": 2}
 
 
-async def test_a_step_takes_no_more_than_the_share_of_the_teachers_answers_while_others_are_to_come():
-    queue, _ = queue_of(*(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=lambda: 5)
+async def test_a_step_takes_at_most_the_teachers_share_while_others_are_to_come():
+    queue, _ = queue_of(
+        *(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=lambda: 5
+    )
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
     assert not taking.done()  # half of two is one

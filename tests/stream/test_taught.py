@@ -1,4 +1,5 @@
-"""Phased teacher sampling in whole runs of the real driver over simulated roles, in virtual time."""
+"""Phased teacher sampling in whole runs of the real driver over simulated roles, in virtual
+time."""
 
 import asyncio
 import random
@@ -30,8 +31,8 @@ SLOW = replace(PACE, token_s=PACE.token_s * 3)
 
 
 class Asked(SimulatedGenerator):
-    """The teacher's own generator; keeps (live version, prompt) of each request. It has sampled before training starts,
-    and is never updated."""
+    """The teacher's own generator; keeps (live version, prompt) of each request. It has sampled
+    before training starts, and is never updated."""
 
     def __init__(self, pace: Pace, learner: SimulatedLearner):
         super().__init__(pace, seed=1)
@@ -83,13 +84,17 @@ class Learns(SimulatedLearner):
 
     async def step(self, groups) -> StepResult:
         for ready in groups:
-            (self.taught if ready.prompt.taught else self.trained).append((self.version + 1, int(ready.prompt.id)))
+            (self.taught if ready.prompt.taught else self.trained).append(
+                (self.version + 1, int(ready.prompt.id))
+            )
             assert (ready.scores is None and ready.since <= self.version) or not ready.prompt.taught
         if own := [ready for ready in groups if not ready.prompt.taught]:
             return await super().step(own)
         await asyncio.sleep(self.pace.step_s)
         self.version += 1
-        return StepResult(version=self.version, metrics={"tokens": 0, "tokens_excluded": 0, "lag_max": 0})
+        return StepResult(
+            version=self.version, metrics={"tokens": 0, "tokens_excluded": 0, "lag_max": 0}
+        )
 
 
 @dataclass
@@ -103,11 +108,20 @@ class Found:
     rows: list[dict] = field(default_factory=list)
 
 
-def run(tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pace: Pace = SLOW) -> Found:
-    """A run over a pool of 2 of the teacher's generators, which take 3 times as long as the student's."""
+def run(
+    tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pace: Pace = SLOW
+) -> Found:
+    """A run over a pool of 2 of the teacher's generators, which take 3 times as long as the
+    student's."""
     sampling = {"share": SHARE, "full_until_step": 6, "until_step": 12}
-    settings = [f"run.steps={STEPS}", f"learner.trajectories_per_step={PER_STEP}", f"run.max_lag_steps={bound}"]
-    settings += [f"teacher_sampling.{key}={value}" for key, value in sampling.items()] + ["teacher.evaluate=false"]
+    settings = [
+        f"run.steps={STEPS}",
+        f"learner.trajectories_per_step={PER_STEP}",
+        f"run.max_lag_steps={bound}",
+    ]
+    settings += [f"teacher_sampling.{key}={value}" for key, value in sampling.items()] + [
+        "teacher.evaluate=false"
+    ]
     config = load("configs/demo.toml", [*settings, *overrides])
     learner, rows = Learns(PACE, bound), []
     pool = [Asked(pace, learner), Asked(pace, learner)]
@@ -126,7 +140,13 @@ def run(tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pa
 
     summary = virtual(main())
     assert all(engine.asked for engine in pool)
-    return Found(config, summary, learner, sorted(request for engine in pool for request in engine.asked), rows)
+    return Found(
+        config,
+        summary,
+        learner,
+        sorted(request for engine in pool for request in engine.asked),
+        rows,
+    )
 
 
 CAUSES = ("wrong", "unknown", "truncated", "late")
@@ -141,19 +161,27 @@ SCHEDULES = {
 @pytest.mark.parametrize("stale", ["mask", "drop"])
 @pytest.mark.parametrize("bound", [0, 1, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(tmp_path, schedule, bound, stale):
+def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
+    tmp_path, schedule, bound, stale
+):
     judge = drawn([True, True, True, False, None])
     found = run(tmp_path, *schedule, f"run.stale={stale}", bound=bound, judge=judge)
     summary, last = found.summary, found.rows[-1]
     trained = [prompt for _, prompt in found.learner.trained + found.learner.taught]
-    assert len(trained) == len(set(trained)) == STEPS * PER_STEP  # none twice, and the run came to its end
+    # none twice, and the run came to its end
+    assert len(trained) == len(set(trained)) == STEPS * PER_STEP
     assert last["queue_outstanding"] == last["queue_ready"] == 0  # every slot came back
     assert summary["max_lag_seen"] <= bound
 
     requests = [prompt for _, prompt in found.asked]
-    assert requests == list(range(3, requests[-1] + 1, 4))  # every fourth prompt, as long as there are any
+    # every fourth prompt, as long as there are any
+    assert requests == list(range(3, requests[-1] + 1, 4))
     assert len(requests) == summary["taught_requested"]
-    assert len(found.learner.taught) == summary["taught_trained"] == sum(row["taught"] for row in found.rows)
+    assert (
+        len(found.learner.taught)
+        == summary["taught_trained"]
+        == sum(row["taught"] for row in found.rows)
+    )
     ends = [summary["taught_trained"], *(summary[f"dropped_teacher_{cause}"] for cause in CAUSES)]
     assert sum(ends) == len(requests)
     assert min(ends[:3]) > 0  # trained, wrong, unknown
@@ -163,12 +191,16 @@ def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(tmp_path,
     assert all(weight(version + 1) > 0 for version, _ in found.asked)
 
 
-def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flight_is_discarded(tmp_path):
+def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flight_is_discarded(
+    tmp_path,
+):
     found = run(tmp_path, "teacher_sampling.weight_end=0.5")
     assert max(version + 1 for version, _ in found.asked) <= 12  # P2
     assert max(step for step, _ in found.learner.taught) == 12
     assert found.summary["dropped_teacher_late"] > 0
-    assert found.summary["taught_trained"] + found.summary["dropped_teacher_late"] == len(found.asked)
+    assert found.summary["taught_trained"] + found.summary["dropped_teacher_late"] == len(
+        found.asked
+    )
     assert found.summary["scored_dropped"] == 0  # no score was thrown away
 
 
@@ -183,7 +215,8 @@ def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
 
 def test_a_teacher_that_is_never_right_costs_the_run_no_step(tmp_path):
     found = run(tmp_path, "teacher_sampling.until_step=99", judge=lambda prompt: not prompt.taught)
-    assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))  # and no prompt
+    # and no prompt
+    assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))
     assert found.summary["dropped_teacher_wrong"] == len(found.asked) == STEPS * PER_STEP // 4
 
 
@@ -211,7 +244,8 @@ def test_its_generators_are_a_role_with_times_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0.125, [7, 15, 23, 31, 39]), (0.3, [3, 6, 9, 13, 16]), (0.9, [1, 2, 3])]
+    ("share", "expected"),
+    [(0.125, [7, 15, 23, 31, 39]), (0.3, [3, 6, 9, 13, 16]), (0.9, [1, 2, 3])],
 )
 def test_the_prompts_are_spread_evenly(share, expected):
     taught = Taught(

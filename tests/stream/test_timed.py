@@ -1,4 +1,5 @@
-"""Each state of each role, provoked one at a time: virtual seconds of single actors, then whole runs."""
+"""Each state of each role, provoked one at a time: virtual seconds of single actors, then whole
+runs."""
 
 import asyncio
 from dataclasses import replace
@@ -8,7 +9,13 @@ import pytest
 
 from async_opd.metrics import ROLES, STATES, Meter
 from async_opd.stream.timed import TimedGenerator, TimedTeacher, TimedVerifier
-from tests.simulated.roles import Pace, Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
 from tests.simulated.runs import measure
 from tests.simulated.virtual_time import virtual
 
@@ -37,13 +44,18 @@ class Slow(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
 
 
 def spent(scenario, wrap, role: str) -> dict[str, float]:
-    """Virtual seconds by state of one actor that goes through `scenario`; only those that are not 0."""
+    """Virtual seconds by state of one actor that goes through `scenario`; only those that are not
+    0."""
 
     async def account():
         clock = asyncio.get_running_loop().time
         actor = Meter([], clock).actor(role)
         await scenario(wrap(Slow(), actor))
-        return {state: round(seconds, 6) for state in STATES if (seconds := actor.seconds(state, clock()))}
+        return {
+            state: round(seconds, 6)
+            for state in STATES
+            if (seconds := actor.seconds(state, clock()))
+        }
 
     return virtual(account())
 
@@ -130,9 +142,11 @@ def test_the_shares_of_every_role_add_up_to_the_whole_run(bound):
 
 
 def test_a_slow_teacher_blocks_the_generators_and_starves_the_learner():
-    summary = run(replace(BALANCED, score_s=4 * BALANCED.step_s / 16))  # scoring takes 4 times as long as the rest
+    # scoring takes 4 times as long as the rest
+    summary = run(replace(BALANCED, score_s=4 * BALANCED.step_s / 16))
     assert summary["teachers_busy"] > 0.95
-    assert summary["generators_blocked"] == pytest.approx(0.6, abs=0.1)  # 3/4 of the time but for the start
+    # 3/4 of the time but for the start
+    assert summary["generators_blocked"] == pytest.approx(0.6, abs=0.1)
     assert summary["learner_starved"] == pytest.approx(0.75, abs=0.05)
 
 

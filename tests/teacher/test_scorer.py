@@ -21,7 +21,8 @@ NOTHING = Needs()
 
 @pytest.fixture
 def model(tiny_lm, tmp_path):
-    """The teacher's weights as transformers runs them by itself; saved where `teacher` loads them."""
+    """The teacher's weights as transformers runs them by itself; saved where `teacher` loads
+    them."""
     model = tiny_lm(attn_implementation="eager").eval()
     model.save_pretrained(tmp_path)
     return model
@@ -64,13 +65,16 @@ def group():
                 behaviour_logp=np.full(tokens[i], -1, np.float32),
                 spans=(Span(version=0, start=0, end=tokens[i]),),
                 truncated=False,
-                candidate_ids=random.integers(V, size=(tokens[i], candidates), dtype=np.int32) if candidates else None,
+                candidate_ids=random.integers(V, size=(tokens[i], candidates), dtype=np.int32)
+                if candidates
+                else None,
             )
             for i in range(samples)
         ]
         ids = random.integers(REAL, size=prompt_tokens, dtype=np.int32)
         return Group(
-            prompt=Prompt(id=f"{seed}@0", ids=ids, answer="", teacher_ids=teacher_ids), rollouts=tuple(rollouts)
+            prompt=Prompt(id=f"{seed}@0", ids=ids, answer="", teacher_ids=teacher_ids),
+            rollouts=tuple(rollouts),
         )
 
     return make
@@ -80,7 +84,9 @@ def group():
 def plain_logp(model, prompt_ids, rollout, temperature=0.7):
     """Log-probs [T, V] of the response positions of one rollout, one forward of it alone."""
     ids = torch.as_tensor(np.concatenate([prompt_ids, rollout.ids])).long()
-    return torch.log_softmax(model(ids[None]).logits[0, len(prompt_ids) - 1 : -1] / temperature, dim=-1)
+    return torch.log_softmax(
+        model(ids[None]).logits[0, len(prompt_ids) - 1 : -1] / temperature, dim=-1
+    )
 
 
 def close(got, expected):
@@ -94,13 +100,17 @@ def outside(logp_TV, ids_TK):
 
 async def test_the_tail_of_the_likeliest_is_that_of_all_other_ids(model, teacher, group):
     one = group()
-    for rollout, got in zip(one.rollouts, await teacher(Needs(teacher_topk=3, tail=True)).score(one), strict=True):
+    for rollout, got in zip(
+        one.rollouts, await teacher(Needs(teacher_topk=3, tail=True)).score(one), strict=True
+    ):
         logp_TV = plain_logp(model, one.prompt.ids, rollout)
         close(got.tail_logp, outside(logp_TV, logp_TV[:, :REAL].topk(3).indices))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher, group, forwards, chunk):
+async def test_scores_equal_a_plain_forward_of_each_rollout_alone(
+    model, teacher, group, forwards, chunk
+):
     needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2, tail=True)
     scorer = teacher(needs, head_chunk_rows=chunk)
     groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
@@ -111,8 +121,13 @@ async def test_scores_equal_a_plain_forward_of_each_rollout_alone(model, teacher
             logp_TV = plain_logp(model, one.prompt.ids, rollout)
             top = logp_TV[:, :REAL].topk(3)
             assert got.id == rollout.id
-            close(got.sampled_logp, logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0])
-            close(got.candidate_logp, logp_TV.gather(1, torch.as_tensor(rollout.candidate_ids).long()))
+            close(
+                got.sampled_logp,
+                logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0],
+            )
+            close(
+                got.candidate_logp, logp_TV.gather(1, torch.as_tensor(rollout.candidate_ids).long())
+            )
             close(got.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
             close(got.tail_logp, outside(logp_TV, torch.as_tensor(rollout.candidate_ids).long()))
             close(got.topk_logp, top.values)
@@ -128,13 +143,17 @@ async def test_what_no_objective_needs_is_not_computed(teacher, group):
 async def test_only_response_positions_reach_the_head(teacher, group, forwards, monkeypatch):
     scorer, rows, logits = teacher(), [], Head.logits
     monkeypatch.setattr(
-        Head, "logits", lambda head, hidden, *ids: rows.append(len(hidden)) or logits(head, hidden, *ids)
+        Head,
+        "logits",
+        lambda head, hidden, *ids: rows.append(len(hidden)) or logits(head, hidden, *ids),
     )
     await scorer.score(group(prompt_tokens=7, tokens=(4, 2)))
     assert sum(rows) == 6 and forwards == [[11, 9]]
 
 
-async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_share(model, teacher, group):
+async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_share(
+    model, teacher, group
+):
     one = group()
     (scores, _) = await teacher(Needs(teacher_topk=REAL)).score(one)
     assert scores.topk_ids.max() == REAL - 1
@@ -155,12 +174,17 @@ async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model,
     one = group(teacher_ids=own)
     (scores, _) = await teacher().score(one)
     logp_TV = plain_logp(model, own, one.rollouts[0])
-    close(scores.sampled_logp, logp_TV.gather(1, torch.as_tensor(one.rollouts[0].ids).long()[:, None])[:, 0])
+    close(
+        scores.sampled_logp,
+        logp_TV.gather(1, torch.as_tensor(one.rollouts[0].ids).long()[:, None])[:, 0],
+    )
 
 
 async def test_a_reference_reads_what_the_student_was_asked(model, tmp_path, group):
     config = ReferenceConfig(model=str(tmp_path))
-    reference = TransformersTeacher(config, NOTHING, temperature=0.7, vocabulary=REAL, as_student=True)
+    reference = TransformersTeacher(
+        config, NOTHING, temperature=0.7, vocabulary=REAL, as_student=True
+    )
     one = group(teacher_ids=np.array([5, 6, 7, 8, 9], np.int32), candidates=2)
     (scores, _) = await reference.score(one)
     close(scores.sampled_logp, sampled(model, one))
@@ -195,7 +219,9 @@ async def test_a_copy_scores_as_the_student_does(teacher, group, student, tmp_pa
         close(scores.sampled_logp, sampled(live, one))
 
 
-async def test_an_average_moves_by_its_share_at_each_update(model, teacher, group, student, tmp_path):
+async def test_an_average_moves_by_its_share_at_each_update(
+    model, teacher, group, student, tmp_path
+):
     scorer, one = teacher(update="ema", ema_decay=0.75), group()
     for seed in (1, 2):
         live = student(seed)
@@ -216,11 +242,14 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_average(tiny_lm):
         follower.follow(dict(student.named_parameters()))
     moved = model.get_parameter(name).detach().float() - before
     expected = (1 - 0.999**100) * (goal - before)  # 9.5 % of the way
-    torch.testing.assert_close(moved, expected, atol=0.004, rtol=0)  # half a step of bfloat16 below 2
+    # half a step of bfloat16 below 2
+    torch.testing.assert_close(moved, expected, atol=0.004, rtol=0)
     assert expected.abs().mean() > 0.02
 
 
-async def test_no_score_is_of_weights_in_the_middle_of_an_update(model, teacher, group, student, tmp_path, monkeypatch):
+async def test_no_score_is_of_weights_in_the_middle_of_an_update(
+    model, teacher, group, student, tmp_path, monkeypatch
+):
     class Slow(Follower):
         def follow(self, student):
             everything = self._parameters
@@ -248,7 +277,10 @@ async def test_no_score_is_of_weights_in_the_middle_of_an_update(model, teacher,
 
 
 async def test_a_checkpoint_that_a_node_does_not_see_is_named(teacher, tmp_path):
-    with pytest.raises(DataError, match=r"a self-teacher finds no .*/away: run.dir must lie on a disk that every node"):
+    with pytest.raises(
+        DataError,
+        match=r"a self-teacher finds no .*/away: run.dir must lie on a disk that every node",
+    ):
         await teacher(update="copy").load(f"{tmp_path}/away")
 
 
@@ -270,7 +302,8 @@ async def test_requests_that_come_during_a_forward_share_the_next(teacher, group
     while not forwards:
         await asyncio.sleep(0)
     await asyncio.gather(first, *(scorer.score(group(seed)) for seed in (1, 2, 3)))
-    assert [len(lengths) for lengths in forwards] in ([2, 6], [2, 2, 4])  # the first may end in between
+    # the first may end in between
+    assert [len(lengths) for lengths in forwards] in ([2, 6], [2, 2, 4])
 
 
 def test_a_request_waits_for_company_no_longer_than_the_flush(teacher, group, forwards):
@@ -306,14 +339,20 @@ async def test_an_id_that_the_teacher_has_no_logit_of_is_named(teacher, group):
     scorer, read = teacher(Needs(teacher_at_student_ids=2)), teacher()
     beyond, unread = group(candidates=2), group(1, candidates=2)
     beyond.rollouts[1].candidate_ids[1, 0] = V
-    with pytest.raises(WireError, match="0@0#1: candidate_ids holds 40: must be < 40, the number of the teacher's log"):
+    with pytest.raises(
+        WireError,
+        match="0@0#1: candidate_ids holds 40: must be < 40, the number of the teacher's log",
+    ):
         await scorer.score(beyond)
     await read.score(beyond)  # which reads no candidates
     unread.rollouts[0].ids[3] = V + 2
     for each in (scorer, read):
         with pytest.raises(WireError, match="1@0#0: ids holds 42: must be < 40"):
             await each.score(unread)
-    assert [scores.id for scores in await scorer.score(group(7, candidates=2))] == ["7@0#0", "7@0#1"]
+    assert [scores.id for scores in await scorer.score(group(7, candidates=2))] == [
+        "7@0#0",
+        "7@0#1",
+    ]
 
 
 async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
@@ -346,10 +385,17 @@ def test_greedy_stops_at_an_end_token(model, teacher):
 
 
 @torch.no_grad()
-def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(model, teacher, tmp_path):
+def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(
+    model, teacher, tmp_path
+):
     plain = asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))
-    GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(tmp_path)
-    assert asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))[0].tolist() == plain[0].tolist()
+    GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(
+        tmp_path
+    )
+    assert (
+        asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))[0].tolist()
+        == plain[0].tolist()
+    )
 
 
 async def test_scores_are_the_same_after_a_greedy_run(teacher, group):

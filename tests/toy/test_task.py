@@ -3,7 +3,16 @@ from random import Random
 
 from math_verify import parse, verify
 
-from async_opd.toy.task import answer, dataset, draw, is_heldout, next_char, prompt, response, write_dataset
+from async_opd.toy.task import (
+    answer,
+    dataset,
+    draw,
+    is_heldout,
+    next_char,
+    prompt,
+    response,
+    write_dataset,
+)
 
 
 def test_a_worked_response_is_literally_this():

@@ -17,9 +17,13 @@ def test_importing_the_task_loads_no_torch():
 
 
 def test_the_shipped_files_are_those_of_the_checksums():
-    listed = dict(reversed(line.split("  ")) for line in (WEIGHTS / "SHA256SUMS").read_text().splitlines())
+    listed = dict(
+        reversed(line.split("  ")) for line in (WEIGHTS / "SHA256SUMS").read_text().splitlines()
+    )
     files = {path.relative_to(WEIGHTS).as_posix(): path for path in WEIGHTS.glob("*/*")}
-    assert listed == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    assert listed == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
+    }
 
 
 def test_the_shipped_files_are_four_megabytes_at_most():
@@ -27,7 +31,8 @@ def test_the_shipped_files_are_four_megabytes_at_most():
 
 
 @pytest.mark.parametrize(
-    ("folder", "size", "low", "high"), [(TEACHER, 498_752, 0.95, 1.0), (STUDENT, 161_920, 0.1, 0.35)]
+    ("folder", "size", "low", "high"),
+    [(TEACHER, 498_752, 0.95, 1.0), (STUDENT, 161_920, 0.1, 0.35)],
 )
 def test_heldout_accuracy_is_in_range(folder, size, low, high):
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -32,7 +32,8 @@ def runs(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def hangs() -> str:
-    """A response whose check does not end: math-verify evaluates it, and one step in C alone takes for ever."""
+    """A response whose check does not end: math-verify evaluates it, and one step in C alone takes
+    for ever."""
     return r"\boxed{9^{9^{9^{9}}}}"
 
 
@@ -40,22 +41,31 @@ def hangs() -> str:
 def check() -> Callable[..., Check]:
     """Makes a check: of "\\boxed{2}" against "2" unless told otherwise."""
     ids = count()
-    return lambda response=r"\boxed{2}", answer="2": Check(id=f"{next(ids)}@0#0", response=response, answer=answer)
+    return lambda response=r"\boxed{2}", answer="2": Check(
+        id=f"{next(ids)}@0#0", response=response, answer=answer
+    )
 
 
 @pytest.fixture
 def workers() -> Callable[[], list[psutil.Process]]:
     """Lists the live worker processes of this one."""
-    return lambda: [child for child in psutil.Process().children() if "async_opd.verify.worker" in child.cmdline()]
+    return lambda: [
+        child
+        for child in psutil.Process().children()
+        if "async_opd.verify.worker" in child.cmdline()
+    ]
 
 
 @pytest.fixture
 async def start_pool(workers):
-    """Starts a pool, of one worker and a generous deadline unless told otherwise; no worker outlives the test."""
+    """Starts a pool, of one worker and a generous deadline unless told otherwise; no worker
+    outlives the test."""
     pools = []
 
     async def start(start_timeout_s: float = 60.0, **settings) -> VerifierPool:
-        pools.append(VerifierPool(VerifyConfig(**{"timeout_s": WITHIN_S} | settings), start_timeout_s))
+        pools.append(
+            VerifierPool(VerifyConfig(**{"timeout_s": WITHIN_S} | settings), start_timeout_s)
+        )
         await pools[-1].start()
         return pools[-1]
 
@@ -78,7 +88,8 @@ def own_check(tmp_path, monkeypatch):
 
 
 class Patient:
-    """A check that hangs on "hang", and finds everything else right. Its workers start sooner than math-verify's."""
+    """A check that hangs on "hang", and finds everything else right. Its workers start sooner than
+    math-verify's."""
 
     check = "mine:patient"
 
@@ -109,11 +120,16 @@ def patient(response, answer):
 
 @pytest.fixture
 def fake_math_verify(tmp_path, monkeypatch):
-    """Puts a module in the place of math-verify: `top` runs on import, `body` for each `parse(text)`."""
+    """Puts a module in the place of math-verify: `top` runs on import, `body` for each
+    `parse(text)`."""
 
     def write(body: str = "pass", top: str = "pass") -> None:
-        source = f"import os, sys, time\n{top}\ndef parse(text, **_):\n    {body}\n    return [text]\n"
-        tmp_path.joinpath("math_verify.py").write_text(f"{source}def verify(*_, **__):\n    return True\n")
+        source = (
+            f"import os, sys, time\n{top}\ndef parse(text, **_):\n    {body}\n    return [text]\n"
+        )
+        tmp_path.joinpath("math_verify.py").write_text(
+            f"{source}def verify(*_, **__):\n    return True\n"
+        )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 

@@ -12,10 +12,18 @@ def group(id: str, answer: str, responses: int = 1) -> Group:
     """Responses of one token each, 0, 1, …"""
     logp, spans = np.array([-1.0], np.float32), (Span(version=0, start=0, end=1),)
     rollouts = tuple(
-        Rollout(id=f"{id}#{at}", ids=np.array([at], np.int32), behaviour_logp=logp, spans=spans, truncated=False)
+        Rollout(
+            id=f"{id}#{at}",
+            ids=np.array([at], np.int32),
+            behaviour_logp=logp,
+            spans=spans,
+            truncated=False,
+        )
         for at in range(responses)
     )
-    return Group(prompt=Prompt(id=id, ids=np.array([1], np.int32), answer=answer), rollouts=rollouts)
+    return Group(
+        prompt=Prompt(id=id, ids=np.array([1], np.int32), answer=answer), rollouts=rollouts
+    )
 
 
 class Pool:
@@ -53,7 +61,9 @@ def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
 
 def test_quick_checks_do_not_wait_at_all():
     async def main():
-        assert len(await verifier_of(Pool()).check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
+        assert (
+            len(await verifier_of(Pool()).check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
+        )
         assert now() == 0
 
     virtual(main())
@@ -63,7 +73,9 @@ def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller(
     async def main():
         async with asyncio.timeout(10):
             verdicts = await verifier_of(Pool(), within_s=10).check(group("0@0", "slow"))
-        assert verdicts == (Verdict(id="0@0#0", correct=None, cause="no worker was free within 9.0 s"),)
+        assert verdicts == (
+            Verdict(id="0@0#0", correct=None, cause="no worker was free within 9.0 s"),
+        )
         assert now() == SHARE * 10
 
     virtual(main())
@@ -72,7 +84,9 @@ def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller(
 def test_groups_that_share_an_id_each_get_their_own_verdicts():
     async def main():
         verifier = verifier_of(pool := Pool())
-        first, second, third = await verifier.check_all(group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2"))
+        first, second, third = await verifier.check_all(
+            group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2")
+        )
         assert isinstance(third, tuple) and first != second
         pool.decided.set()
         assert await verifier.late(first) == await verifier.late(second) == third
@@ -94,7 +108,15 @@ async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callab
     asked = group("0@0", "2", responses=len(texts))
     verdicts = await verifier.check(asked)
     said = await verifier.said(asked, verdicts)
-    assert [verdict.correct for verdict in verdicts] == [False, True, False, False, False, True, False]
+    assert [verdict.correct for verdict in verdicts] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert [one.vote for one in said] == [0, 1, 0, None, 4, 1, 4]
     assert [one.text for one in said] == texts
 
@@ -106,7 +128,9 @@ def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_
 
     async def main():
         answers = [r"\boxed{1}", r"\boxed{3}", r"\boxed{1}", ""]
-        verdicts = tuple(Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers))
+        verdicts = tuple(
+            Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers)
+        )
         verifier = verifier_of(Hangs(), answers, within_s=10)
         async with asyncio.timeout(10):
             said = await verifier.said(group("0@0", "2", responses=4), verdicts)

@@ -80,6 +80,12 @@ def test_the_last_box_ends_at_its_own_brace():
 
 
 def test_kinds_are_listed_without_importing_them():
-    code = "import sys; from async_opd.verify.checks import kinds; print(kinds(), 'math_verify' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "('code', 'math') False\n"
+    code = (
+        "import sys; from async_opd.verify.checks import kinds; print(kinds(), 'math_verify' in"
+        " sys.modules)"
+    )
+    assert (
+        subprocess.check_output([sys.executable, "-c", code], text=True)
+        == "('code', 'math') False\n"
+    )
     assert load(VerifyConfig(check="math")) is check

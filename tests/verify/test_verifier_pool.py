@@ -46,24 +46,33 @@ async def test_verdicts_are_right_or_wrong_and_carry_the_id_of_their_check(start
 async def test_a_right_answer_behind_hanging_ones_is_still_right(start_pool, check, patient):
     pool = await start_pool(timeout_s=0.75, check=patient.check)
     started = time.monotonic()
-    *hung, last = await asyncio.gather(*(pool.check(check(response)) for response in ["hang", "hang", "2"]))
+    *hung, last = await asyncio.gather(
+        *(pool.check(check(response)) for response in ["hang", "hang", "2"])
+    )
     assert [verdict.correct for verdict in hung] == [None, None]
     assert last.correct is True
-    assert time.monotonic() - started > 1.5  # it waited for two deadlines of 0.75 s, and has one of its own
+    # it waited for two deadlines of 0.75 s, and has one of its own
+    assert time.monotonic() - started > 1.5
 
 
-async def test_a_hanging_check_is_unknown_at_its_deadline_and_its_worker_replaced(start_pool, check, workers, hangs):
+async def test_a_hanging_check_is_unknown_at_its_deadline_and_its_worker_replaced(
+    start_pool, check, workers, hangs
+):
     pool = await start_pool(timeout_s=1.0)
     (before,) = workers()
     started = time.monotonic()
-    assert await pool.check(check(hangs)) == Verdict(id="0@0#0", correct=None, cause="timed out after 1.0 s")
+    assert await pool.check(check(hangs)) == Verdict(
+        id="0@0#0", correct=None, cause="timed out after 1.0 s"
+    )
     assert time.monotonic() - started >= 1.0
     assert not before.is_running()
     assert (await pool.check(check())).correct is True
     assert workers() != [before]
 
 
-async def test_a_worker_killed_mid_check_is_unknown_and_replaced(start_pool, check, workers, patient):
+async def test_a_worker_killed_mid_check_is_unknown_and_replaced(
+    start_pool, check, workers, patient
+):
     pool = await start_pool(check=patient.check)
     pending = asyncio.create_task(pool.check(check("hang")))
     await until(lambda: patient.begun)
@@ -82,12 +91,15 @@ async def test_a_worker_killed_while_idle_costs_no_check(start_pool, check, work
 
 
 async def test_no_worker_outlives_a_parent_killed_in_the_middle_of_checks(hangs):
-    with subprocess.Popen([sys.executable, "-c", PARENT, hangs], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, hangs], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout.readline() == "started\n"
         busy = psutil.Process(parent.pid).children()
         assert len(busy) == 2
         for worker, before in [(worker, cpu_s(worker)) for worker in busy]:
-            await until(lambda worker=worker, before=before: cpu_s(worker) > before + 0.1)  # it is at its check
+            # it is at its check
+            await until(lambda worker=worker, before=before: cpu_s(worker) > before + 0.1)
         parent.kill()
     await until(lambda: not any(map(runs, busy)))
 
@@ -121,7 +133,9 @@ async def test_a_pool_that_is_not_started_refuses(check):
 
 
 @pytest.mark.parametrize("busy", [True, False], ids=["in a check", "idle"])
-async def test_a_stopped_worker_is_unknown_at_the_deadline_and_replaced(start_pool, check, workers, patient, busy):
+async def test_a_stopped_worker_is_unknown_at_the_deadline_and_replaced(
+    start_pool, check, workers, patient, busy
+):
     pool = await start_pool(timeout_s=0.75, check=patient.check)
     (before,) = workers()
     pending = asyncio.create_task(pool.check(check("hang"))) if busy else None

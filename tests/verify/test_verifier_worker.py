@@ -12,14 +12,22 @@ from async_opd.errors import ActorLost
 from async_opd.verify.config import VerifyConfig
 from tests.verify.conftest import WITHIN_S, runs, until
 
-WRITE = "[os.write(fd, {!r}) for fd in range(3, 9) if os.path.exists(f'/proc/self/fd/{{fd}}') and WRITABLE(fd)]"
+WRITE = (
+    "[os.write(fd, {!r}) for fd in range(3, 9) if os.path.exists(f'/proc/self/fd/{{fd}}') and"
+    " WRITABLE(fd)]"
+)
 WRITABLE = "import fcntl\ndef WRITABLE(fd): return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY"
 
 
-async def test_a_check_that_prints_or_reads_leaves_the_protocol_alone(start_pool, check, fake_math_verify):
+async def test_a_check_that_prints_or_reads_leaves_the_protocol_alone(
+    start_pool, check, fake_math_verify
+):
     fake_math_verify(
         top="print('importing', flush=True)",
-        body="os.write(1, b'raw'); print('parsing', flush=True); os.system('echo child'); assert not sys.stdin.read()",
+        body=(
+            "os.write(1, b'raw'); print('parsing', flush=True); os.system('echo child'); assert not"
+            " sys.stdin.read()"
+        ),
     )
     pool = await start_pool()
     verdicts = await asyncio.gather(*(pool.check(check(r"\boxed{3}")) for _ in range(3)))
@@ -30,7 +38,8 @@ async def test_a_check_that_prints_or_reads_leaves_the_protocol_alone(start_pool
     ("garbage", "cause"),
     [
         (b"\xff\xff\xff\xff", "malformed reply (WireError)"),  # a length of 4 GiB
-        (b"\xff\xff\xff\xff" + b"x" * 1_000_000, "malformed reply (WireError)"),  # more than the pipe holds
+        # more than the pipe holds
+        (b"\xff\xff\xff\xff" + b"x" * 1_000_000, "malformed reply (WireError)"),
         (b"\x00\x00\x00\x03abc", "malformed reply (ValidationError)"),  # msgpack, of an int
         (b"\x00\x00\x00\x03\xa2\xff\xff", "malformed reply (ValidationError)"),
         (b"\x00\x00\x00\x09\x93\xa5wrong\xc3\xa0", "malformed reply (WireError)"),
@@ -69,8 +78,12 @@ def test_a_malformed_request_ends_a_worker_with_no_reply(garbage, fake_math_veri
     assert (worker.returncode, worker.stdout) == (1, b"\0\0\0\0")
 
 
-async def test_a_check_that_kills_its_worker_is_unknown_and_tried_once(start_pool, check, fake_math_verify, tmp_path):
-    fake_math_verify(body=f"open({str(tmp_path / 'tries')!r}, 'a').write('x'); '3' in text and os._exit(1)")
+async def test_a_check_that_kills_its_worker_is_unknown_and_tried_once(
+    start_pool, check, fake_math_verify, tmp_path
+):
+    fake_math_verify(
+        body=f"open({str(tmp_path / 'tries')!r}, 'a').write('x'); '3' in text and os._exit(1)"
+    )
     pool = await start_pool()
     verdict = await pool.check(check(r"\boxed{3}", answer="3.0"))
     assert (verdict.correct, verdict.cause) == (None, "worker died (exit 1)")
@@ -78,7 +91,9 @@ async def test_a_check_that_kills_its_worker_is_unknown_and_tried_once(start_poo
     assert (await pool.check(check(r"\boxed{4}"))).correct is True
 
 
-async def test_a_check_that_raises_is_unknown_and_keeps_its_worker(start_pool, check, fake_math_verify, workers):
+async def test_a_check_that_raises_is_unknown_and_keeps_its_worker(
+    start_pool, check, fake_math_verify, workers
+):
     fake_math_verify(body="raise KeyError(text)")
     pool = await start_pool()
     before = workers()
@@ -89,14 +104,19 @@ async def test_a_check_that_raises_is_unknown_and_keeps_its_worker(start_pool, c
 
 async def test_a_check_that_swallows_a_memory_error_is_unknown(start_pool, check, fake_math_verify):
     fake_math_verify(
-        body="kept = []\n    try:\n        while True: kept.append(bytes(8 << 20))\n    except MemoryError: pass"
+        body=(
+            "kept = []\n    try:\n        while True: kept.append(bytes(8 << 20))\n    except"
+            " MemoryError: pass"
+        )
     )
     pool = await start_pool(memory_gib=0.5)
     verdict = await pool.check(check(r"\boxed{3}"))
     assert (verdict.correct, verdict.cause) == (None, "worker died (exit 1)")
 
 
-async def test_what_a_hanging_check_started_dies_with_it(start_pool, check, fake_math_verify, workers):
+async def test_what_a_hanging_check_started_dies_with_it(
+    start_pool, check, fake_math_verify, workers
+):
     fake_math_verify(body="os.system('sleep 60')")
     pool = await start_pool(timeout_s=2.0)
     pending = asyncio.create_task(pool.check(check(r"\boxed{3}")))
@@ -116,7 +136,9 @@ async def test_a_slow_start_does_not_count_against_a_check(start_pool, check, fa
 
 async def test_three_failed_starts_in_a_row_are_an_error(start_pool, fake_math_verify):
     fake_math_verify(top="sys.exit(7)")
-    with pytest.raises(ActorLost, match=r"3 starts in a row failed, last .*worker died \(exit 7\) while starting"):
+    with pytest.raises(
+        ActorLost, match=r"3 starts in a row failed, last .*worker died \(exit 7\) while starting"
+    ):
         await start_pool()
 
 
@@ -127,7 +149,9 @@ async def test_a_start_that_hangs_is_an_error(start_pool, fake_math_verify):
             await start_pool(start_timeout_s=0.2)
 
 
-async def test_replacements_that_do_not_start_fail_what_waits_and_what_comes(start_pool, check, fake_math_verify):
+async def test_replacements_that_do_not_start_fail_what_waits_and_what_comes(
+    start_pool, check, fake_math_verify
+):
     fake_math_verify(body="os._exit(1)")
     pool = await start_pool()
     fake_math_verify(top="sys.exit(7)")

@@ -1,8 +1,10 @@
-"""Checks found by name: modules beside this one, or a function of the user's as "package.module:function".
+"""Checks found by name: modules beside this one, or a function of the user's as
+"package.module:function".
 
-A check is `(response, answer) -> bool`, True when the response is right. One that reads a single answer out of a
-response returns a pair of that and the answer: a text that checks as the response does, or "" where there is none. A
-check may hang, crash or print: it only ever runs inside a worker process.
+A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
+answer out of a response returns a pair of that and the answer: a text that checks as the response
+does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
+process.
 """
 
 import importlib
@@ -38,9 +40,13 @@ def _load_own(check: str, module: str, function: str) -> Decide:
     try:
         decide = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})"
+        ) from error
     if not callable(decide):
-        raise ConfigError(f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function")
+        raise ConfigError(
+            f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function"
+        )
 
     def decided(response: str, answer: str) -> bool:
         right = decide(response, answer)

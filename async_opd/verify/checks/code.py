@@ -1,12 +1,14 @@
 """A program against tests, in a sandbox.
 
-The program is the last closed block of a response between lines of ```, of Python or of no language; without such a
-block it is the whole response. The reference answer is a JSON object that holds its tests:
+The program is the last closed block of a response between lines of ```, of Python or of no
+language; without such a block it is the whole response. The reference answer is a JSON object that
+holds its tests:
 
     {"inputs": [...], "outputs": [...]}                    as in APPS: what it reads, what it prints
-    {"inputs": [...], "outputs": [...], "fn_name": ...}    as in APPS: arguments of a function, or a method of Solution
-    {"test": ..., "entry_point": ..., "prompt"?: ...}      as in HumanEval: `test` defines check(candidate)
-    {"test_list": [...], "test_setup_code"?: ...}          as in MBPP: assert statements
+    {"inputs": [...], "outputs": [...], "fn_name": ...}    as in APPS: arguments of a function, or a
+    method of Solution {"test": ..., "entry_point": ..., "prompt"?: ...}      as in HumanEval:
+    `test` defines check(candidate) {"test_list": [...], "test_setup_code"?: ...}          as in
+    MBPP: assert statements
 
 Tests by calls are run beside the program, by the module `examiner`. They see copies of its values.
 """
@@ -31,9 +33,13 @@ from async_opd.verify import examiner
 from async_opd.verify.config import VerifyConfig
 from async_opd.verify.sandbox import PROCESSES, Program, probe
 
-SHARE = 0.8  # of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict unknown
+# of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
+# unknown
+SHARE = 0.8
 SPARE_BYTES = 65536  # output beyond twice what is expected
-BLOCK = re.compile(r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL
+)
 LANGUAGES = {"", "python", "python3", "py"}
 EXAMINER = Path(examiner.__file__).read_text(encoding="utf-8")
 # What LeetCode, where such tasks come from, has imported before a solution.
@@ -78,15 +84,21 @@ STYLES = {"inputs": InOut, "entry_point": HumanEval, "test_list": Mbpp}
 
 def make(config: VerifyConfig) -> Callable[[str, str], bool]:
     """The check, once a sandbox was tried. Raises ConfigError where there is none to be had."""
-    limits = {"isolated": config.sandbox == "namespaces", "memory": int(config.memory_gib * 2**30 / PROCESSES)}
+    limits = {
+        "isolated": config.sandbox == "namespaces",
+        "memory": int(config.memory_gib * 2**30 / PROCESSES),
+    }
     probe(**limits)
     return lambda response, answer: check(
-        response, answer, partial(Program, **limits, deadline=time.monotonic() + SHARE * config.timeout_s)
+        response,
+        answer,
+        partial(Program, **limits, deadline=time.monotonic() + SHARE * config.timeout_s),
     )
 
 
 def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
-    """Whether the program in `response` passes all tests in `answer`. An exception or a limit hit is a test failed.
+    """Whether the program in `response` passes all tests in `answer`. An exception or a limit hit
+    is a test failed.
 
     Raises DataError if the tests cannot be read.
     """
@@ -98,7 +110,9 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
         case InOut(fn_name=name):
             code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
             cases = json.dumps(list(zip(tests.inputs, tests.outputs, strict=True)))
-            return _answers(code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED)
+            return _answers(
+                code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED
+            )
         case HumanEval(test, name, prompt):
             return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
         case Mbpp(asserts, setup):
@@ -116,10 +130,14 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
         style = next(style for key, style in STYLES.items() if key in tree)
         tests = msgspec.convert(tree, style)
     except (ValueError, TypeError, RecursionError, StopIteration, msgspec.ValidationError) as error:
-        raise DataError(f"reference answer {answer[:200]!r} holds no tests of a known style: {error}") from error
+        raise DataError(
+            f"reference answer {answer[:200]!r} holds no tests of a known style: {error}"
+        ) from error
     inputs, outputs = getattr(tests, "inputs", [""]), getattr(tests, "outputs", [""])
     if not inputs or len(inputs) != len(outputs) or getattr(tests, "test_list", [""]) == []:
-        raise DataError(f"reference answer {answer[:200]!r}: must have a test, and one output for each input")
+        raise DataError(
+            f"reference answer {answer[:200]!r}: must have a test, and one output for each input"
+        )
     name = getattr(tests, "entry_point", "") or getattr(tests, "fn_name", None)
     if name and not name.isidentifier():
         raise DataError(f"reference answer {answer[:200]!r}: {name!r} is no name of a function")
@@ -133,9 +151,13 @@ def _text(lines: Any) -> str:
 
 def _same(said: str, wanted: str) -> bool:
     """Word by word in each line that has any; numbers with a point within 1e-6, as in APPS."""
-    ours, theirs = ([line.split() for line in text.splitlines() if line.strip()] for text in (said, wanted))
+    ours, theirs = (
+        [line.split() for line in text.splitlines() if line.strip()] for text in (said, wanted)
+    )
     lines = zip(ours, theirs, strict=False)
-    return len(ours) == len(theirs) and all(len(x) == len(y) and all(map(_equal, x, y)) for x, y in lines)
+    return len(ours) == len(theirs) and all(
+        len(x) == len(y) and all(map(_equal, x, y)) for x, y in lines
+    )
 
 
 def _equal(said: str, wanted: str) -> bool:
@@ -163,10 +185,16 @@ def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -
     return _same(said.decode(errors="replace"), wanted)
 
 
-def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[..., Program], prelude: str = "") -> bool:
+def _answers(
+    code: str, setup: str, tests: str, entry: str, start: Callable[..., Program], prelude: str = ""
+) -> bool:
     program = f"{EXAMINER}\n\nserve({code!r}, 3, 4, {prelude!r})"
     exam = f"{EXAMINER}\n\nexamine({setup!r}, {tests!r}, {entry!r}, 4, 3)"
-    with _pipe() as (asked, ask), _pipe() as (answered, answer), open(os.devnull, "r+b", buffering=0) as nothing:
+    with (
+        _pipe() as (asked, ask),
+        _pipe() as (answered, answer),
+        open(os.devnull, "r+b", buffering=0) as nothing,
+    ):
         std = [nothing.fileno()] * 3
         with (
             start(program, [*std, asked.fileno(), answer.fileno()]),
@@ -176,7 +204,9 @@ def _answers(code: str, setup: str, tests: str, entry: str, start: Callable[...,
                 end.close()
             status = examined.wait()
     if status == examiner.UNUSABLE:
-        raise DataError(f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data")
+        raise DataError(
+            f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"
+        )
     return status == 0
 
 

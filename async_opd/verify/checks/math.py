@@ -1,7 +1,7 @@
 r"""Mathematical equality of a response's final answer with the reference, by math-verify.
 
-math-verify's own timeouts are off: they are signals, which a long operation in C never sees, and one that does fire
-is scored as wrong. The pool kills the process instead.
+math-verify's own timeouts are off: they are signals, which a long operation in C never sees, and
+one that does fire is scored as wrong. The pool kills the process instead.
 """
 
 import logging
@@ -16,7 +16,8 @@ from async_opd.verify.config import VerifyConfig
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns once a process that timeouts are off
+# else it warns once a process that timeouts are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
@@ -24,8 +25,8 @@ def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
 
 
 def check(response: str, answer: str) -> tuple[bool, str]:
-    r"""Whether the last boxed answer of `response`, or without a box what math-verify extracts, equals `answer`; and
-    that answer as `\boxed{…}`, "" where there is none.
+    r"""Whether the last boxed answer of `response`, or without a box what math-verify extracts,
+    equals `answer`; and that answer as `\boxed{…}`, "" where there is none.
 
     What does not parse is wrong. Raises DataError if the reference does not parse.
     """
@@ -56,7 +57,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def _parse_boxed(text: str) -> list:
-    """What math-verify makes of `text`, with or without `$`: an expression and its text, or nothing."""
+    """What math-verify makes of `text`, with or without `$`: an expression and its text, or
+    nothing."""
     return parse(_boxed(text), parsing_timeout=None)
 
 
