@@ -1,5 +1,5 @@
 import sys
 
-from async_opd.cli import main
+from async_opd.cli.main import main
 
 sys.exit(main())

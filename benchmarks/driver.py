@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from async_opd.commands.demo import CONFIG as DEMO
-from async_opd.config import load
-from async_opd.crew import Roles
-from async_opd.metrics import Jsonl, Meter, Row, observed
-from async_opd.run import environment
-from async_opd.spans import FILE, Window, encode
-from async_opd.train import train
-from async_opd.wire import GroupMeta, Prompt, Rollout, Span, Verdict
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.schema import load
+from async_opd.core.roles import Roles
+from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict
+from async_opd.driver.train_loop import train
+from async_opd.launch.new_run import environment
+from async_opd.telemetry.metrics import Jsonl, Meter, Row, observed
+from async_opd.telemetry.spans import FILE, Window, encode
 from tests.simulated.roles import AT_ONCE, LOGP, PROBE_TOKENS, Prompts, SimulatedLearner
 
 GENERATORS, LOOKS = (1, 8, 64, 512), (1_000, 10_000, 100_000)
@@ -158,7 +158,7 @@ def main() -> None:
         # imports and first calls are nobody's
         asyncio.run(measure(1, 1_000, Path(folder), args.trace_steps))
         gc.collect()
-        gc.freeze()  # as `async_opd.run` does before training
+        gc.freeze()  # as `async_opd.launch.run` does before training
         for _ in range(args.repeat):
             for generators in GENERATORS:
                 raw[generators].append(

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from async_opd.run import environment
+from async_opd.launch.new_run import environment
 from tests.faults.harness import Hurt
 
 SETTINGS = (

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd.audit.books import audit
-from async_opd.commands.demo import CONFIG as DEMO
-from async_opd.config import load
-from async_opd.run import environment
-from async_opd.stream.ledger import Ledger
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.schema import load
+from async_opd.driver.ledger import Ledger
+from async_opd.launch.new_run import environment
+from async_opd.tools.audit.books import audit
 
 
 async def write(path: Path, steps: int, per_step: int) -> tuple[float, float]:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from async_opd.launch.new_run import environment
 from async_opd.maths.logprobs import Head, read_logprobs
-from async_opd.run import environment
 
 TOKENS, WIDTH, VOCABULARY = 8192, 512, 150_000
 LOGITS = 4 * TOKENS * VOCABULARY  # bytes

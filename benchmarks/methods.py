@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from async_opd.run import environment
+from async_opd.launch.new_run import environment
 
 COMMON = (
     "run.max_lag_steps=4",

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from async_opd import causal_lm
-from async_opd.learner.batch import MicroBatch
-from async_opd.learner.step import Moment, Student, accumulate, batch_statistics, token_batch
+from async_opd.core.wire import Needs
+from async_opd.launch.new_run import environment
 from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
-from async_opd.run import environment
-from async_opd.wire import Needs
+from async_opd.roles.learner.batch import MicroBatch
+from async_opd.roles.learner.step import Moment, Student, accumulate, batch_statistics, token_batch
+from async_opd.roles.models import causal_lm
 
 TOKENS, TRAJECTORIES, WIDTH, LAYERS, VOCABULARY, K = 16_384, 8, 1024, 4, 32_000, 16
 OBJECTIVES = [

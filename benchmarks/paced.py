@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from async_opd.run import environment
+from async_opd.launch.new_run import environment
 from tests.simulated.roles import Pace
 from tests.simulated.runs import REGIMES, measure
 

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from async_opd import causal_lm, toy
-from async_opd.learner.batch import Sample, pack
-from async_opd.learner.record import Recorder
-from async_opd.learner.step import Moment, Student, accumulate
+from async_opd import toy
+from async_opd.core.wire import Prompt, Rollout, Scores, Span, Verdict
+from async_opd.launch.new_run import environment
 from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
-from async_opd.run import environment
-from async_opd.wire import Prompt, Rollout, Scores, Span, Verdict
+from async_opd.roles.learner.batch import Sample, pack
+from async_opd.roles.learner.recorder import Recorder
+from async_opd.roles.learner.step import Moment, Student, accumulate
+from async_opd.roles.models import causal_lm
 
 RESPONSES, TOKENS, SEED = 96, 40, 0
 TAGS = ("opd", "sg_opd", "dear")

@@ -32,14 +32,14 @@ from bare import IN_FLIGHT, PER_STEP, PROMPT, STEPS, TOKENS, WARM_UP, cpu_second
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from async_opd.actors import Cluster
-from async_opd.config import Config, load
-from async_opd.crew import Roles
-from async_opd.metrics import Meter
-from async_opd.ports import Ready
-from async_opd.rollout.prompts import PromptSource
-from async_opd.run import environment
-from async_opd.train import train
+from async_opd.config.schema import Config, load
+from async_opd.core.ports import Ready
+from async_opd.core.roles import Roles
+from async_opd.driver.train_loop import train
+from async_opd.launch.new_run import environment
+from async_opd.roles.rollout.prompts import PromptSource
+from async_opd.runtime.actors import Cluster
+from async_opd.telemetry.metrics import Meter
 
 RESULTS = (
     "trained_tokens_per_s",
@@ -123,7 +123,7 @@ async def run(config: Config, folder: Path) -> dict:
     with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         gc.collect()
-        gc.freeze()  # as `async_opd.run` does
+        gc.freeze()  # as `async_opd.launch.run` does
         with tempfile.TemporaryDirectory() as run_dir:
             summary = await train(config, roles, prompts, [], Path(run_dir), Meter([mark]))
     (began, cpu_before), (ended, cpu_after) = marks[WARM_UP], marks[STEPS]

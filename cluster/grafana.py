@@ -6,9 +6,9 @@ python cluster/grafana.py
 import json
 from pathlib import Path
 
-from async_opd import metric_names
-from async_opd.metric_names import PREFIX
-from async_opd.metrics import ROLES, STATES
+from async_opd.telemetry import metric_names
+from async_opd.telemetry.metric_names import PREFIX
+from async_opd.telemetry.metrics import ROLES, STATES
 
 FILE = Path(__file__).with_name("grafana-dashboard.json")
 UNITS = {"share": "percentunit", "tokens/s": "short", "s": "s"}  # others: short

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import async_opd
-from async_opd.cli import parsed
-from async_opd.config import load
+from async_opd.cli.main import parsed
+from async_opd.config.schema import load
 
 ROOT = Path(async_opd.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_its_objective_is_one_file_and_does_what_it_says(tmp_path):
     code = f"""
 import async_opd.objectives as folder
 folder.__path__.append({str(tmp_path)!r})
-from async_opd.cli import main
+from async_opd.cli.main import main
 example = {str(ROOT / "configs" / "explain_example.json")!r}
 main(["explain", "--objective", "bounded_opd", "most=1.5", example])
 """

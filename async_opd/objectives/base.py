@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from async_opd.core.wire import Needs
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
-from async_opd.wire import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor

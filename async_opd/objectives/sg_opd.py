@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from async_opd import maths
+from async_opd.core.wire import Needs
 from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
-from async_opd.wire import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from async_opd import maths
+from async_opd.core.wire import Needs
 from async_opd.objectives.base import Objective, Terms, TokenBatch
 from async_opd.objectives.modifiers import PrefixRatio, refuse_change
-from async_opd.wire import Needs
 
 
 class TopkKl(Objective, tag="topk_kl"):

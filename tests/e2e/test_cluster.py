@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from async_opd.audit.books import audit
-from async_opd.checkpoints import find
+from async_opd.driver.checkpoints import find
+from async_opd.tools.audit.books import audit
 from tests.e2e.conftest import SMALL, Job, events, rows, wait_for_event, wait_for_steps
 from tests.e2e.nodes import Nodes
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from async_opd.checkpoints import find
+from async_opd.driver.checkpoints import find
 from tests.e2e.conftest import demo, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

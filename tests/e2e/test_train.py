@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from async_opd import metric_names
-from async_opd.cli import main
-from async_opd.metrics import ROLES, STATES
+from async_opd.cli.main import main
+from async_opd.telemetry import metric_names
+from async_opd.telemetry.metrics import ROLES, STATES
 from async_opd.toy import STUDENT
 from tests.e2e.conftest import Job, demo, rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from async_opd.audit.books import Books, audit
+from async_opd.tools.audit.books import Books, audit
 from tests.e2e.conftest import Job, demo, rows, wait_for_event, wait_for_steps
 
 TITLES = {

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from async_opd import checkpoints
+from async_opd.driver import checkpoints
 from tests.e2e.conftest import rows
 from tests.faults.harness import Hurt
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from async_opd import metrics
-from async_opd.console.lines import Lines
-from async_opd.metrics import Jsonl, observed
+from async_opd.telemetry import metrics
+from async_opd.telemetry.console.lines import Lines
+from async_opd.telemetry.metrics import Jsonl, observed
 from tests.simulated.roles import LONGEST_S, Pace
 from tests.simulated.runs import STEPS, measure
 from tests.simulated.virtual_time import virtual
@@ -112,8 +112,9 @@ def test_a_stdout_that_nobody_reads_loses_the_lines_of_the_console_and_nothing_e
 
 PRINTS = """
 import sys
-from async_opd import metrics, say
-from async_opd.console.lines import Lines
+from async_opd.core import printing as say
+from async_opd.telemetry import metrics
+from async_opd.telemetry.console.lines import Lines
 metrics.CLOSE_S = say.SAY_S = 0.3
 row = {key: 1 for _, key, _, _ in Lines.COLUMNS} | {"step": 1}
 with metrics.observed({"console": lambda: Lines(1, every_s=0)}) as (console,):

@@ -9,15 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from async_opd import checkpoints
-from async_opd.audit.books import audit
-from async_opd.checkpoints import Checkpoint
-from async_opd.config import Config, load
-from async_opd.crew import Roles
-from async_opd.errors import ActorLost, SyncFailed, TimedOut, WireError
-from async_opd.metrics import Meter
-from async_opd.train import train
-from async_opd.wire import StepResult
+from async_opd.config.schema import Config, load
+from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, WireError
+from async_opd.core.roles import Roles
+from async_opd.core.wire import StepResult
+from async_opd.driver import checkpoints
+from async_opd.driver.checkpoints import Checkpoint
+from async_opd.driver.train_loop import train
+from async_opd.telemetry.metrics import Meter
+from async_opd.tools.audit.books import audit
 from tests.simulated.roles import (
     Pace,
     Prompts,

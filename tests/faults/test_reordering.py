@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
+from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.maths import lag
-from async_opd.stream.queue import Slots, TrajectoryQueue
-from async_opd.wire import GroupMeta, Prompt, Span, Verdict
 from tests.simulated.runs import producer_over
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000

@@ -16,9 +16,9 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from async_opd.errors import ConfigError
-from async_opd.verify.sandbox import PROCESSES, probe
-from tests.verify.conftest import runs, until
+from async_opd.core.errors import ConfigError
+from async_opd.roles.verifier.sandbox.program import PROCESSES, probe
+from tests.roles.verifier.conftest import runs, until
 
 try:
     probe(isolated=True, memory=512 << 20)
@@ -326,10 +326,10 @@ async def test_without_namespaces_its_environment_is_empty_and_its_directory_goe
 
 REFUSED = """
 import asyncio, sys
-from async_opd.errors import ConfigError
-from async_opd.verify import namespaces
-from async_opd.verify.config import VerifyConfig
-from async_opd.verify.pool import VerifierPool
+from async_opd.core.errors import ConfigError
+from async_opd.roles.verifier import namespaces
+from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.pool import VerifierPool
 
 namespaces.UNCOVERED = {"x86_64": (0xC000003E, (272,)), "aarch64": (0xC00000B7, (97,))}  # unshare
 namespaces.gain_nothing()

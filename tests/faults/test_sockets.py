@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
-from async_opd.collective import broadcast, gloo_group, join_store, open_store
+from async_opd.roles.weight_sync.gloo import broadcast, gloo_group, join_store, open_store
 
 HOST, TIMEOUT_S = "127.0.0.1", 60.0
 HELLO = struct.pack("<BI", 0, 0x3C85F7CE)  # torch's: query VALIDATE and its magic number; SET is 1

@@ -15,9 +15,9 @@ from itertools import cycle, islice
 import psutil
 import pytest
 
-from async_opd.verify.pool import VerifierPool
-from async_opd.verify.process import WorkerProcess
-from async_opd.wire import Check
+from async_opd.core.wire import Check
+from async_opd.roles.verifier.pool import VerifierPool
+from async_opd.roles.verifier.process import WorkerProcess
 
 REFERENCE = r"\frac{17}{19}"
 SLACK_S = 20.0  # for a kill, on a busy machine

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from async_opd.learner.batch import Sample, pack
-from async_opd.learner.step import Moment, accumulate, batch_statistics, token_batch
+from async_opd.core.wire import Prompt, Rollout, Scores, Span, Verdict
 from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Head, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
-from async_opd.wire import Prompt, Rollout, Scores, Span, Verdict
+from async_opd.roles.learner.batch import Sample, pack
+from async_opd.roles.learner.step import Moment, accumulate, batch_statistics, token_batch
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
     "opd": [{}, {"student_signal": "cached"}],

@@ -4,11 +4,11 @@ from math import exp, sqrt
 import pytest
 from given import KEPT, NAN, STUDENT, TEACHER, batch, coefficients, ragged, rows, with_statistics
 
+from async_opd.core.wire import Needs
 from async_opd.maths.advantages import Moments
 from async_opd.objectives.cl_egrsd import ClEgrsd
 from async_opd.objectives.egrsd import Egrsd
 from async_opd.objectives.sampled import Importance
-from async_opd.wire import Needs
 
 ENTROPY = [0.05, 2, 1.5, 0.1, 3, 2.8]
 START = {"reward": Moments()}

@@ -7,12 +7,12 @@ import torch
 from given import LENGTHS, batch, coefficients, ragged, rows, with_candidates
 
 import async_opd
-from async_opd.config import load
+from async_opd.config.schema import load
+from async_opd.core.wire import Needs
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Ppo
-from async_opd.wire import Needs
 
 CONFIG = Path(async_opd.__file__).parents[1] / "configs/eopd.toml"
 FIRST = torch.arange(3).expand(sum(LENGTHS), 3)  # three candidates at each position, the first ids

@@ -5,9 +5,9 @@ import pytest
 import torch
 from given import LENGTHS, batch, ragged
 
+from async_opd.core.wire import Needs
 from async_opd.objectives.mc_opd import McOpd
 from async_opd.objectives.sampled import Importance, Ppo
-from async_opd.wire import Needs
 
 FACTORS = {
     Importance(): lambda rho, a: rho,

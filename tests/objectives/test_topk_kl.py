@@ -6,10 +6,10 @@ import pytest
 import torch
 from given import LENGTHS, batch, ragged, rows, with_candidates
 
+from async_opd.core.wire import Needs
 from async_opd.maths.logprobs import Head, read_logprobs
 from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.wire import Needs
 
 
 def one(student, teacher):

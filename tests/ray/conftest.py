@@ -4,13 +4,13 @@ from contextlib import asynccontextmanager
 
 from transformers import AutoTokenizer
 
-from async_opd.actors import Cluster
-from async_opd.config import Config, load
-from async_opd.inputs import views
-from async_opd.rollout.prompts import PromptSource
-from async_opd.run import resolve_toy
-from async_opd.stream.pool import Pool
-from async_opd.stream.publish import Publisher
+from async_opd.config.schema import Config, load
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.weight_publisher import Publisher
+from async_opd.launch.inputs import views
+from async_opd.launch.toy_models import resolve_toy
+from async_opd.roles.rollout.prompts import PromptSource
+from async_opd.runtime.actors import Cluster
 
 
 def demo_config(tmp_path, *overrides: str) -> Config:

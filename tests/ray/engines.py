@@ -9,7 +9,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.sampling_params import RequestOutputKind
 
-from async_opd.cpu_engine import cpu_engine
+from async_opd.roles.models.vllm_cpu import cpu_engine
 
 _engines: list[LLM] = []
 

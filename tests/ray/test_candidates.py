@@ -11,13 +11,13 @@ import pytest
 import pytest_asyncio
 import torch
 
-from async_opd.learner import conversion
-from async_opd.learner.publish import GlooSender
-from async_opd.rollout.config import RolloutConfig
-from async_opd.wire import Needs, Prompt, Rollout, Sampling
+from async_opd.core.wire import Needs, Prompt, Rollout, Sampling
+from async_opd.roles.rollout.config import RolloutConfig
+from async_opd.roles.weight_sync import checkpoint_names
+from async_opd.roles.weight_sync.sender import GlooSender
 
 if TYPE_CHECKING:
-    from async_opd.rollout.generator import RolloutGenerator
+    from async_opd.roles.rollout.generator import RolloutGenerator
 
 pytestmark = [
     pytest.mark.ray,
@@ -42,7 +42,7 @@ def model(tiny_lm):
 @pytest.fixture(scope="module")
 def started(model, tmp_path_factory) -> Iterator[Callable[[str], "RolloutGenerator"]]:
     """Starts a generator of two responses of 400 tokens a prompt, with candidates of a kind."""
-    from async_opd.rollout.generator import RolloutGenerator  # loads vLLM
+    from async_opd.roles.rollout.generator import RolloutGenerator
 
     folder, engines = str(tmp_path_factory.mktemp("model")), []
     model.save_pretrained(folder)
@@ -189,7 +189,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
     await asyncio.gather(
         generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2)
     )
-    pieces, models, rng = conversion.pieces(model), [model], torch.Generator().manual_seed(0)
+    pieces, models, rng = checkpoint_names.pieces(model), [model], torch.Generator().manual_seed(0)
     described = [meta for piece in pieces for meta in piece.tensors]
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
     info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
@@ -201,7 +201,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
         with torch.no_grad():
             for weight in moved.parameters():
                 weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
-        weights = conversion.tensors(moved, pieces, dict(moved.named_parameters()))
+        weights = checkpoint_names.tensors(moved, pieces, dict(moved.named_parameters()))
         await asyncio.gather(
             generator.update(len(models), info, 0),
             asyncio.to_thread(sender.send, described, weights),

@@ -7,11 +7,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 import torch
 
-from async_opd import causal_lm
-from async_opd.collective import buckets
-from async_opd.learner import conversion
-from async_opd.learner.publish import GlooSender
 from async_opd.maths.logprobs import read_logprobs
+from async_opd.roles.models import causal_lm
+from async_opd.roles.weight_sync import checkpoint_names
+from async_opd.roles.weight_sync.gloo import buckets
+from async_opd.roles.weight_sync.sender import GlooSender
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 SIZES = dict(
@@ -30,7 +30,7 @@ TOKENS, BUCKET = 16, 20_000
 
 
 def _there(call: str, *args):
-    from tests.ray import engines  # loads vLLM
+    from tests.ray import engines
 
     return getattr(engines, call)(*args)
 
@@ -102,7 +102,7 @@ def test_after_each_update_generators_and_learner_agree(
     results(started)
     probe = check(vllm, model, generators)
 
-    pieces = conversion.pieces(model)
+    pieces = checkpoint_names.pieces(model)
     described = [meta for piece in pieces for meta in piece.tensors]
     columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
     update_info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
@@ -117,6 +117,8 @@ def test_after_each_update_generators_and_learner_agree(
         # far more than the tolerance
         assert (learner_logp(model, probe) - before).abs().max() > 0.05
         updated = vllm("update", [(update_info,)] * generators)
-        sender.send(described, conversion.tensors(model, pieces, dict(model.named_parameters())))
+        sender.send(
+            described, checkpoint_names.tensors(model, pieces, dict(model.named_parameters()))
+        )
         results(updated)
         check(vllm, model, generators)

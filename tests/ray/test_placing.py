@@ -11,13 +11,13 @@ from ray.cluster_utils import Cluster as Nodes
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from async_opd.actors import Cluster
-from async_opd.casting import Casting, Part
-from async_opd.commands.demo import CONFIG as DEMO
-from async_opd.config import load
-from async_opd.errors import ActorLost, ClusterTooSmall, ConfigError
-from async_opd.nodes import home
-from async_opd.placement import asks
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.schema import load
+from async_opd.core.errors import ActorLost, ClusterTooSmall, ConfigError
+from async_opd.runtime.actor_specs import Casting, Part
+from async_opd.runtime.actors import Cluster
+from async_opd.runtime.nodes import home
+from async_opd.runtime.placement import asks
 
 pytestmark = pytest.mark.ray
 SPLIT = "rollout.tensor_parallel_size=2"
@@ -117,7 +117,7 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
 
 
 async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monkeypatch):
-    monkeypatch.setattr("async_opd.actors.asks", lambda config, gpus: asks(config, False))
+    monkeypatch.setattr("async_opd.runtime.actors.asks", lambda config, gpus: asks(config, False))
     for _ in range(3):
         with starting("rollout.generators=2") as cluster:
             await cluster.roles()
@@ -134,7 +134,9 @@ async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(
         nodes.add_node(num_cpus=1, num_gpus=3)  # where the three ranks are together
         await cluster.roles()  # this machine's nodes have one disk
         assert list((tmp_path / "run").iterdir()) == []
-        monkeypatch.setattr("async_opd.actors._Actor.sees", lambda self, file, timeout_s: _no())
+        monkeypatch.setattr(
+            "async_opd.runtime.actors._Actor.sees", lambda self, file, timeout_s: _no()
+        )
         with pytest.raises(
             ConfigError,
             match=r"run.dir = .*: not seen by learner rank 0, learner rank 1, learner rank 2",

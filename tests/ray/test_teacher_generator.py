@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from async_opd.actors import Cluster
-from async_opd.wire import Prompt
+from async_opd.core.wire import Prompt
+from async_opd.runtime.actors import Cluster
 from tests.ray.conftest import demo_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

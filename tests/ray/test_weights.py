@@ -13,15 +13,15 @@ import ray
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from async_opd.config import Config
-from async_opd.crew import Roles
-from async_opd.errors import AsyncOpdError, OverAge
-from async_opd.ports import Ready
-from async_opd.stream.follow import Followers
-from async_opd.stream.pool import Pool
-from async_opd.stream.publish import Publisher
+from async_opd.config.schema import Config
+from async_opd.core.errors import AsyncOpdError, OverAge
+from async_opd.core.ports import Ready
+from async_opd.core.roles import Roles
+from async_opd.core.wire import Prompt, Sampling
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.self_teachers import Followers
+from async_opd.driver.weight_publisher import Publisher
 from async_opd.toy import STUDENT
-from async_opd.wire import Prompt, Sampling
 from tests.ray.conftest import demo_config, running
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]

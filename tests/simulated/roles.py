@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from async_opd.ports import Ready
-from async_opd.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
+from async_opd.core.ports import Ready
+from async_opd.core.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
 
 PER_STEP = 16  # trajectories
 LONGEST_S = 0.25  # what a step's work takes the longest role

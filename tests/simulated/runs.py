@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from async_opd.commands.demo import CONFIG as DEMO
-from async_opd.config import load
-from async_opd.crew import Roles
-from async_opd.metrics import Meter, Row, Sink
-from async_opd.stream.ledger import Ledger
-from async_opd.stream.pool import Pool
-from async_opd.stream.produce import Producer
-from async_opd.train import train
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.schema import load
+from async_opd.core.roles import Roles
+from async_opd.driver.ledger import Ledger
+from async_opd.driver.producer import Producer
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.train_loop import train
+from async_opd.telemetry.metrics import Meter, Row, Sink
 from tests.simulated.roles import (
     PER_STEP,
     Pace,

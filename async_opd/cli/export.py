@@ -1,0 +1,33 @@
+"""Make a Hugging Face directory of a run's student, with a model card.
+
+Copies weights, config, generation config and tokenizer of the newest checkpoint, whose checksums
+are verified first, and writes a card with the run's facts: method, teacher, data, steps, staleness,
+accuracies, versions. The folder loads in transformers and vLLM. Name a license in the card before
+you publish it.
+
+  async-opd export runs/demo
+  async-opd export runs/demo -o addition-student --checkpoint best
+"""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN", help="its directory, or one of its checkpoints"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="a new folder; RUN/export where absent"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="N|best", help="that of step N, or the one with the best score"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.tools.export.export import export
+
+    found, output = export(args.run_dir, args.output, args.checkpoint)
+    print(f"{output}: the student after step {found.state.version}, from {found.folder}")
+    return 0

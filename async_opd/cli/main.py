@@ -1,0 +1,128 @@
+"""The command line. The one place that prints an error without a trace."""
+
+import argparse
+import os
+import sys
+from asyncio import CancelledError
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
+
+from async_opd.core.errors import AsyncOpdError, CallFailed, ConfigError
+
+COMMANDS = (  # files of this folder, in the order help gives them
+    "train",
+    "demo",
+    "plan",
+    "submit",
+    "status",
+    "logs",
+    "stop",
+    "scale",
+    "eval",
+    "export",
+    "report",
+    "trace",
+    "explain",
+    "audit",
+    "cluster",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what
+    was asked."""
+    try:
+        args = parsed(sys.argv[1:] if argv is None else argv)
+        status = args.run(args)
+        print(end="", flush=True)
+        return status
+    except AsyncOpdError as e:
+        if isinstance(e, CallFailed) and e.__cause__:
+            _complain(f"{e.__cause__}")  # with the trace of where it was raised
+        notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
+        _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
+        return e.exit_status
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        # for what would be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (KeyboardInterrupt, CancelledError) as e:
+        _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
+        return 130
+
+
+def _complain(text: str) -> None:
+    from async_opd.core.printing import say
+
+    say(f"async-opd: {text}", sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The words of the command line; behind the command, options may stand anywhere. Raises
+    ConfigError."""
+    parser, commands = _parsers(words[:1] if words and words[0] in COMMANDS else COMMANDS)
+    if words and words[0] not in (*COMMANDS, "-h", "--help"):
+        from async_opd.core.suggest import wrong
+
+        raise ConfigError(wrong("COMMAND", words[0], COMMANDS))
+    if not words or words[0] not in COMMANDS:
+        parser.parse_args(words)  # prints the help and ends, or says what is missing
+    command, behind = commands[words[0]], words[1:]
+    flags = {
+        name for option in command._actions if option.nargs == 0 for name in option.option_strings
+    }
+    for flag, _, value in (word.partition("=") for word in behind):
+        if flag in flags and value:
+            _refuse_value(command, flag, value)
+    args, unknown = command.parse_known_intermixed_args(behind)
+    one_too_many = len(_names(command, args)) + len(unknown) > 1  # a command with flags wants one
+    for flag, word in pairwise(behind):
+        if flag in flags and one_too_many and not word.startswith("-") and "=" not in word:
+            _refuse_value(command, flag, word)
+    for word in unknown:
+        command.error(
+            f"{word}: {'no such option' if word.startswith('-') else 'one word too many'}"
+        )
+    return args
+
+
+def _refuse_value(command: argparse.ArgumentParser, flag: str, value: str) -> None:
+    instead = f"; it prints: for a file, end the command with > {value}" if flag == "--json" else ""
+    command.error(f"{flag} {value}: {flag} takes no value{instead}")
+
+
+def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The words that are neither an option's nor a setting: of a config, a run, a file."""
+    values = [
+        getattr(args, option.dest) for option in command._actions if not option.option_strings
+    ]
+    words = [
+        f"{word}" for value in values for word in (value if isinstance(value, list) else [value])
+    ]
+    return [word for word in words if "=" not in word]
+
+
+def _parsers(
+    names: Sequence[str],
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the whole command line, which knows the help of the commands `names`, and that of
+    each of them."""
+    parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in names:
+        command = import_module(f"async_opd.cli.{name}")
+        own = commands.add_parser(
+            name,
+            help=command.__doc__.partition("\n")[0],
+            description=command.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.arguments(own)
+        own.set_defaults(run=command.run)
+    return parser, commands.choices

@@ -1,0 +1,32 @@
+"""The commands, a file each: its docstring is its help, `arguments` what may stand behind it, `run`
+what it does.
+
+What a command loads, it loads in `run`: asking for help, or a mistake in the command line, must not
+wait for torch.
+"""
+
+import argparse
+from pathlib import Path
+
+from async_opd.core.errors import ConfigError
+
+OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
+ADDRESS = (
+    "of the cluster's dashboard; else Ray's RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or"
+    " http://127.0.0.1:8265"
+)
+
+
+def count(text: str) -> int:
+    """A word of the command line that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer >= 1")
+    return int(text)
+
+
+def write(path: Path, text: str) -> None:
+    """What a command was asked to leave at `path`. Raises ConfigError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e

@@ -1,0 +1,41 @@
+"""Say how a submitted run is doing, or list every run of the cluster.
+
+A line a run: its id, what it is doing, since when or for how long, its directory; then why it
+failed, if it did.
+
+  async-opd status
+  async-opd status raysubmit_4LamXRuQpYdSMg7J --address http://127.0.0.1:8265
+"""
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from async_opd.cli.options import ADDRESS
+
+if TYPE_CHECKING:
+    from async_opd.runtime.jobs import JobDetails
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", nargs="?", metavar="ID", help="what submit printed; else all of them")
+    parser.add_argument("--address", metavar="URL", help=ADDRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from async_opd.runtime.jobs import Jobs
+
+    jobs = Jobs(args.address)
+    found = [jobs.about(args.id)] if args.id else jobs.runs()
+    print("\n".join(map(_line, found)) or f"no run has been submitted to {jobs.address}")
+    return 0
+
+
+def _line(job: "JobDetails") -> str:
+    from async_opd.runtime.jobs import RUN_DIR, last_word
+
+    now = 1000 * time.time()
+    minutes = ((job.end_time or now) - (job.start_time or now)) / 60_000
+    where = (job.metadata or {}).get(RUN_DIR, job.entrypoint)
+    why = f"\n  {last_word(job.message or '')}" if job.status == "FAILED" else ""
+    return f"{job.submission_id}  {job.status.value:9}  {minutes:6.1f} min  {where}{why}"

@@ -1,0 +1,91 @@
+"""Distil a student as a TOML config says, or go on with a run.
+
+Checks the whole config, then starts generators, teachers, verifier and learner on a Ray cluster:
+that of RAY_ADDRESS, one that runs here, or one of its own. Everything goes into run.dir; an earlier
+run there is kept beside it. One Ctrl-C lets the step at hand finish, saves a checkpoint and ends;
+--resume goes on from the newest checkpoint, or from the one that is named, with other settings
+where they are given.
+
+  async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
+  async-opd train --resume runs/slow run.steps=200
+  async-opd train --resume runs/slow/checkpoints/000100
+"""
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from async_opd.cli.options import OVERRIDES
+from async_opd.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from async_opd.config.schema import Config
+    from async_opd.driver.checkpoints import Checkpoint
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "async-opd train CONFIG [key=value ...] | --resume RUN [key=value ...]"
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.resume is None:
+        from async_opd.config.schema import load
+
+        if not args.words:
+            raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
+        path, *overrides = args.words
+        return train(load(path, overrides))
+    return train(*to_resume(args.resume, args.words))
+
+
+def to_resume(
+    path: Path, overrides: list[str], *, elsewhere: bool = False
+) -> "tuple[Config, Checkpoint]":
+    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from.
+    Raises ConfigError where nothing is left."""
+    from async_opd.config.schema import load_run
+    from async_opd.core.run_dir import run_of
+    from async_opd.driver.checkpoints import find
+
+    config, found = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
+    if found.state.version >= config.run.steps:
+        done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
+        raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
+    return config, found
+
+
+def train(config: "Config", found: "Checkpoint | None" = None) -> int:
+    """Run it to the end and say what it reached; the exit status."""
+    from async_opd.core.printing import say
+    from async_opd.launch.run import run
+    from async_opd.telemetry.metrics import time_table
+
+    try:
+        summary = asyncio.run(run(config, found))
+    except (KeyboardInterrupt, asyncio.CancelledError) as e:
+        e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
+        raise
+    lines = ["", time_table(summary)]
+    if "accuracy_before" in summary:
+        lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
+        for key in (key for key in summary if key.startswith("teacher_accuracy")):
+            name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
+            lines.append(
+                f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured"
+            )
+        lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
+        lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
+    lines.append(
+        f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
+        f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "
+        f"{summary['wall_s']:.0f} s; {config.run.dir}/summary.json"
+    )
+    say("\n".join(lines))
+    return 0

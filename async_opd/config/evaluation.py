@@ -1,0 +1,110 @@
+"""What `async-opd eval` is asked for: which model, which problems, how its responses are sampled
+and checked."""
+
+import json
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from async_opd.config.paths import MODELS, check_data, check_model, local
+from async_opd.config.schema import Config, apply_override, check_run_dir, checked
+from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
+from async_opd.core.errors import ConfigError
+from async_opd.core.suggest import wrong
+from async_opd.core.wire import Sampling
+from async_opd.objectives.opd import Opd
+from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.rollout.config import DataConfig, EngineConfig, RolloutConfig
+from async_opd.roles.verifier.checks import kinds, known
+from async_opd.roles.verifier.config import VerifyConfig
+
+
+class ResponseConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the responses that are evaluated are sampled."""
+
+    # absent: what the longest prompt leaves of the context
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    # absent: k; more make every figure surer
+    samples_per_prompt: Annotated[int, Meta(ge=1)] | None = None
+    # 0: greedy; absent: that for one response, else 1
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
+class PlaceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the result goes, and what the engines start from."""
+
+    dir: str = "runs/eval"  # made new
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    trust_remote_code: bool = False
+
+
+class EvalRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An evaluation. Its words are those of a training config."""
+
+    student: StudentConfig
+    data: DataConfig
+    k: Annotated[int, Meta(ge=1)] = 1  # of avg@k, pass@k and maj@k
+    problems: Annotated[int, Meta(ge=1)] | None = None  # the first rows; absent: all
+    run: PlaceConfig = msgspec.field(default_factory=PlaceConfig)
+    rollout: ResponseConfig = msgspec.field(default_factory=ResponseConfig)
+    verify: VerifyConfig = msgspec.field(default_factory=VerifyConfig)
+    timeout: TimeoutConfig = msgspec.field(default_factory=TimeoutConfig)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How each problem is responded to."""
+        samples, temperature = self.rollout.samples_per_prompt or self.k, self.rollout.temperature
+        if temperature is None:
+            temperature = 0.0 if samples == 1 else 1.0
+        return Sampling(samples=samples, temperature=temperature, top_p=self.rollout.top_p)
+
+
+def load_eval(model: str, settings: list[str]) -> EvalRun:
+    """The evaluation of `model` by `key.path=value` settings, checked. Raises ConfigError."""
+    tree: dict = {}
+    for setting in (f"student.model={json.dumps(model)}", *settings):
+        apply_override(tree, setting)
+    if not any(setting.startswith("data.path=") for setting in settings):
+        raise ConfigError("eval: needs problems: --data PATH, a file, a folder or a hub id")
+    asked = checked(tree, EvalRun)
+    sampling, rollout = asked.sampling, asked.rollout
+    if sampling.samples < asked.k:
+        raise ConfigError(
+            f"rollout.samples_per_prompt = {sampling.samples}: must be >= k = {asked.k}"
+        )
+    if sampling.temperature == 0 and sampling.samples > 1:
+        one = "1 at rollout.temperature = 0, where all would be the same"
+        raise ConfigError(f"rollout.samples_per_prompt = {sampling.samples}: must be {one}")
+    if sampling.temperature == 0 and sampling.top_p < 1:
+        raise ConfigError(
+            f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
+            " greedy"
+        )
+    if not known(asked.verify.check):
+        raise ConfigError(
+            wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"])
+        )
+    check_data("data.path", asked.data.path)
+    if folder := local("student.model", model, MODELS):
+        tokens = rollout.max_new_tokens or 1
+        check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens, False)
+    check_run_dir(run_config(asked))
+    return asked
+
+
+def run_config(asked: EvalRun) -> Config:
+    """The config of a run whose generators and verifier do what is `asked`; nothing in it is
+    trained."""
+    shared = {name: getattr(asked.rollout, name) for name in EngineConfig.__struct_fields__}
+    return Config(
+        run=RunConfig(steps=1, **msgspec.structs.asdict(asked.run)),
+        student=asked.student,
+        data=asked.data,
+        rollout=RolloutConfig(max_new_tokens=asked.rollout.max_new_tokens or 1, **shared),
+        learner=LearnerConfig(trajectories_per_step=1, lr=1e-6),
+        objective=Opd(),
+        verify=asked.verify,
+        timeout=asked.timeout,
+    )

@@ -1,0 +1,154 @@
+"""What is wrong with a tree of settings, in words: the key's path, the value, what is allowed, the
+nearest spelling."""
+
+import math
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import msgspec
+from msgspec import Struct, inspect
+
+from async_opd.core.errors import ConfigError
+from async_opd.core.suggest import did_you_mean, either, wrong
+
+OUT_OF_SCOPE = {  # by the words of a setting's name
+    "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
+    "(sequence|context)_parallel|ulysses": (
+        "sequence parallelism is out of scope for now: a rank takes whole sequences"
+    ),
+    "tools?|turns|multi_?turn": (
+        "multi-turn tools are out of scope for now: a rollout is one answer to one prompt"
+    ),
+}
+
+
+def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
+    """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds,
+    in any section."""
+    fields = [f for f in msgspec.structs.fields(kind) if not _named(f.type)]
+    _check(tree, kind, "", {f.name: _sections(f.type) for f in fields})
+
+
+def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} = {tree!r}: must be {_a_section(path, [kind])}")
+    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    for name, value in tree.items():
+        if name not in fields and name != kind.__struct_config__.tag_field:
+            raise ConfigError(_unknown(path, name, value, fields, root))
+    for name, field in fields.items():
+        at, sections = _at(path, name), _sections(field.type)
+        if name in tree:
+            if sections and _named(field.type):
+                if not isinstance(tree[name], dict):
+                    raise ConfigError(f"{at} = {tree[name]!r}: must be sections [{at}.NAME]")
+                for own, section in tree[name].items():
+                    _check(section, sections[0], _at(at, own), root)
+            elif sections:
+                _check(tree[name], _variant(tree[name], sections, at), at, root)
+            else:
+                _check_value(at, tree[name], field.type)
+        elif field.required:
+            allowed = (
+                _a_section(at, sections) if sections else _allowed(inspect.type_info(field.type))
+            )
+            raise ConfigError(f"{at}: missing; must be {allowed}")
+
+
+def _check_value(path: str, value: Any, type_: Any) -> None:
+    try:
+        msgspec.convert(value, type_)
+        numbers = value if isinstance(value, list) else [value]
+        if value != "" and all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+            return
+    except msgspec.ValidationError:
+        pass
+    info = inspect.type_info(type_)
+    if isinstance(info, inspect.LiteralType):
+        raise ConfigError(wrong(path, value, info.values))
+    raise ConfigError(f"{path} = {value!r}: must be {_allowed(info)}")
+
+
+def _sections(type_: Any) -> list[type[Struct]]:
+    """The section a type stands for; several where a tag tells which; none for a plain value."""
+    types = getattr(type_, "__args__", (type_,))
+    return [t for t in types if isinstance(t, type) and issubclass(t, Struct)]
+
+
+def _named(type_: Any) -> bool:
+    """Whether a type stands for a table of settings, or of sections, by names that the user
+    gives."""
+    return getattr(type_, "__origin__", None) is dict
+
+
+def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]:
+    """The section the tree's tag asks for."""
+    if len(sections) == 1 or not isinstance(tree, dict):
+        return sections[0]
+    field, known = (
+        sections[0].__struct_config__.tag_field,
+        {s.__struct_config__.tag: s for s in sections},
+    )
+    if field not in tree:
+        raise ConfigError(f"{_at(path, field)}: missing; must be {either(sorted(known))}")
+    if str(tree[field]) not in known:
+        raise ConfigError(wrong(_at(path, field), tree[field], sorted(known)))
+    return known[str(tree[field])]
+
+
+def _unknown(
+    path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]
+) -> str:
+    """Suggests the same name in another section, and the nearest one in this section."""
+    for words, why in OUT_OF_SCOPE.items():
+        if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
+            return f"{_at(path, name)}: {why}"
+    homes = [
+        _at(home, name)
+        for home, kinds in root.items()
+        if any(name in kind.__struct_encode_fields__ for kind in kinds)
+    ]
+    near = [_at(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
+    others = [home for home in homes if home != _at(path, name)]
+    hint = did_you_mean(others + near) or f"; allowed: {', '.join(fields)}"
+    if isinstance(value, dict):
+        return f"{_at(path, name)}: no such section{hint}"
+    return f"{_at(path, name)} = {value!r}: no such setting{hint}"
+
+
+def _a_section(path: str, sections: list[type[Struct]]) -> str:
+    fields = msgspec.structs.fields(sections[0])
+    tag = sections[0].__struct_config__.tag_field
+    needed = [tag] if tag else [field.encode_name for field in fields if field.required]
+    return f"a section [{path}] with {', '.join(needed)}" if needed else f"a section [{path}]"
+
+
+def _allowed(info: inspect.Type) -> str:
+    """A type and its bounds in words."""
+    match info:
+        case inspect.LiteralType(values=values):
+            return either(values)
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType():
+            return "a string that is not empty"
+        case inspect.IntType() | inspect.FloatType():
+            noun = "an integer" if isinstance(info, inspect.IntType) else "a finite number"
+            signs = {">": info.gt, ">=": info.ge, "<": info.lt, "<=": info.le}
+            bounds = " and ".join(
+                f"{sign} {bound}" for sign, bound in signs.items() if bound is not None
+            )
+            return f"{noun} {bounds}".rstrip()
+        case inspect.TupleType(item_types=items):
+            return f"[{', '.join(map(_allowed, items))}]"
+        case inspect.VarTupleType(item_type=item):
+            return f"a list of {_allowed(item)}"
+        case inspect.UnionType(types=types):
+            return " or ".join(_allowed(t) for t in types if not isinstance(t, inspect.NoneType))
+    return "a table { name = value }"
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

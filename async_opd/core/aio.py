@@ -1,0 +1,37 @@
+"""What asyncio lacks: bounded waits, why a group of tasks ended, errors that nobody awaits."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from async_opd.core.errors import AsyncOpdError, TimedOut
+
+T = TypeVar("T")
+F = TypeVar("F", bound=asyncio.Future)
+
+
+async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
+    """Await at most `seconds`; raises TimedOut naming who was waited for and how long."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await awaitable
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise TimedOut(f"{who}: no answer in {seconds:g} s") from None
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The named error inside (nested) exception groups: what ended the run, rather than what it
+    dragged along."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [first_cause(e) for e in error.exceptions]
+    return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])
+
+
+def retrieved(future: F) -> F:
+    """`future`, whose error asyncio does not report as never retrieved where nobody awaits it any
+    more: who did was cancelled, or has raised the error of another, and that is told."""
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

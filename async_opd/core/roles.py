@@ -1,0 +1,24 @@
+"""Every actor a run starts with."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from async_opd.core.ports import Generator, Learner, Teacher, Verifier
+
+# a new member of a pool, by the pool's name and the member's seat
+Spawn = Callable[[str, int], Awaitable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Every actor a run starts with, behind its port, and how others are started in their place."""
+
+    generators: Sequence[Generator]
+    teachers: Mapping[str, Sequence[Teacher]]  # replicas by `Prompt.teacher`
+    references: Sequence[Teacher] = ()  # replicas, where the objective needs a reference
+    verifier: Verifier
+    learner: Learner
+    # they hold the teacher and answer the taught prompts
+    teacher_generators: Sequence[Generator] = ()
+    spawn: Spawn | None = None  # absent: who is lost is not replaced

@@ -1,0 +1,158 @@
+"""Greedy accuracy of a run on its held-out problems: before training, beside it, and after.
+
+Beside training the generators that train respond, without a stop. The requests charge no slot. They
+go before those of training, yet only as many at a time as SHARE of the engines' places: while an
+evaluation runs training loses no more of its generation than that, and the evaluation is soon over.
+Weights change meanwhile, so a row says which versions sampled the tokens; the evaluation has the
+name of the one that was live when it began.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from async_opd.config.schema import Config
+from async_opd.core.errors import AsyncOpdError
+from async_opd.core.events import Tell
+from async_opd.core.wire import Prompt
+from async_opd.driver.pools import Crew
+from async_opd.driver.respond import ALL, Accuracy, Responded, of_all, of_teacher, respond
+from async_opd.telemetry.metrics import Row
+
+SHARE = 0.25  # of the engines' places, beside training
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation."""
+
+    accuracy: Accuracy
+    version: int  # that was live when it began
+    oldest: int  # version of its tokens
+    newest: int
+    tokens: float  # mean length of a response
+    truncated: float  # share of the responses
+    seconds: float
+
+    def row(self) -> Row:
+        """What a row of metrics says of it."""
+        return {
+            "eval_accuracy": self.accuracy.share,
+            "eval_unknown": self.accuracy.unknown,
+            "eval_version": self.version,
+            "eval_version_min": self.oldest,
+            "eval_version_max": self.newest,
+            "eval_tokens": self.tokens,
+            "eval_truncated": self.truncated,
+            "eval_s": self.seconds,
+        }
+
+
+# a row to which no evaluation came
+NONE = dict.fromkeys(Measured(Accuracy(0, 0, 1), *[0] * 6).row())
+
+
+class HeldOut:
+    """The evaluations of one run."""
+
+    def __init__(self, config: Config, crew: Crew, problems: list[Prompt], tell: Tell):
+        self._config = config
+        self._crew = crew
+        self._problems = problems
+        self._tell = tell
+        self._every = config.eval.every_steps if config.eval and problems else 0
+        self.before = Accuracy(0, 0, 0)
+        self._running: asyncio.Task | None = None
+        self._ready: Measured | None = None  # for the next row
+        self._skipped = 0
+
+    async def begin(self, version: int) -> None:
+        """Measure what is to be trained, unless that is known from before a restart."""
+        if self._problems and not self.before.problems:
+            self._ready = await self._measure(version, ALL)
+            self.before = self._ready.accuracy
+
+    def trained(self, version: int, tasks: asyncio.TaskGroup) -> None:
+        """Evaluate `version`, which has been published, where that is due and the one before has
+        ended."""
+        if not self._every or version % self._every or version == self._config.run.steps:
+            return
+        if self._running and not self._running.done():
+            self._skip(version, "the one before still runs")
+        else:
+            self._running = tasks.create_task(
+                self._beside(version), name=f"evaluate version {version}"
+            )
+
+    def row(self) -> Row:
+        """What the next row says: the evaluation that ended since the last, or that there was
+        none."""
+        if not self._every:
+            return {}
+        ready, self._ready = self._ready, None
+        return (ready.row() if ready else NONE) | {"eval_skipped": self._skipped}
+
+    async def end(self, version: int) -> Row:
+        """Accuracies for the summary. The teachers' come last: nobody waits for them, and they are
+        idle now."""
+        if self._running and not self._running.done():
+            self._running.cancel()
+            self._skipped += 1
+        if not self._problems:
+            return {}
+        after = (await self._measure(version, ALL)).accuracy
+        teachers: Row = {}
+        for name, teacher in self._config.named_teachers.items():
+            own = (
+                [prompt for prompt in self._problems if prompt.teacher == name]
+                if teacher.evaluate
+                else []
+            )
+            found = (
+                await of_teacher(self._crew.teachers[name], self._crew.verifier, own)
+                if own
+                else None
+            )
+            teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = (
+                found and found.share
+            )
+        return {
+            **teachers,
+            "accuracy_before": self.before.share,
+            "accuracy_after": after.share,
+            "eval_problems": self.before.problems,
+            "eval_unknown": self.before.unknown + after.unknown,
+            **({"eval_skipped": self._skipped} if self._every else {}),
+        }
+
+    async def _beside(self, version: int) -> None:
+        """An evaluation that fails costs training nothing."""
+        try:
+            self._ready = await self._measure(version, SHARE)
+        except AsyncOpdError as e:
+            self._skip(version, f"{e}")
+
+    def _skip(self, version: int, why: str) -> None:
+        self._skipped += 1
+        self._tell("not evaluated", f"version {version}", why)
+
+    async def _measure(self, version: int, share: float) -> Measured:
+        generators = self._crew.generators
+        verifier = self._crew.verifier
+        clock = asyncio.get_running_loop().time
+        began = clock()
+
+        async def one(prompt: Prompt) -> Responded:
+            return await respond(generators, verifier, prompt)
+
+        places = self._config.rollout.concurrency * generators.size
+        found = await of_all(self._problems, one, max(1, int(share * places)))
+        spans = [span for each in found for span in each.meta.spans[0]]
+        return Measured(
+            accuracy=Accuracy.of([each.verdicts[0] for each in found]),
+            version=version,
+            oldest=min(span.version for span in spans),
+            newest=max(span.version for span in spans),
+            tokens=sum(each.meta.lengths[0] for each in found) / len(found),
+            truncated=sum(each.meta.truncated[0] for each in found) / len(found),
+            seconds=clock() - began,
+        )

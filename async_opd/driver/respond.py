@@ -1,0 +1,101 @@
+"""Held-out problems through the pools: responses of the weights that the generators hold, or of a
+teacher."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from async_opd.core.aio import first_cause
+from async_opd.core.ports import Generator, Ref, Teacher, Verifier
+from async_opd.core.wire import GroupMeta, Prompt, Sampling, Verdict
+from async_opd.driver.producer import losses
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.timed import GROUP
+
+T = TypeVar("T")
+GREEDY = Sampling()
+ALL = 2.0  # of the engines' places may be asked for with nothing beside: enough to keep them full
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Verdicts on `problems` held-out problems, one response each."""
+
+    right: int
+    unknown: int  # timed out or crashed: neither right nor wrong
+    problems: int
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> "Accuracy":
+        found = [verdict.correct for verdict in verdicts]
+        return cls(found.count(True), found.count(None), len(found))
+
+    @property
+    def share(self) -> float:
+        """Right ones among the decided."""
+        return self.right / max(self.problems - self.unknown, 1)
+
+
+@dataclass(frozen=True)
+class Responded:
+    """The responses to one problem; the data stays where it was made."""
+
+    prompt: Prompt
+    meta: GroupMeta
+    group: Ref
+    verdicts: tuple[Verdict, ...]
+
+
+async def respond(
+    generators: Pool[Generator],
+    verifier: Pool[Verifier],
+    prompt: Prompt,
+    sampling: Sampling = GREEDY,
+) -> Responded:
+    """Have `prompt` responded to and the responses checked, by others where somebody is lost
+    meanwhile."""
+    # a prompt of training may have the same: ids are rows of their own data
+    GROUP.set(f"evaluation/{prompt.id}")
+    lost = losses(prompt.id)
+    meta, group = await generators.ask(
+        lambda generator: generator.respond(prompt, sampling), lost=lost
+    )
+    verdicts = await verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))
+    return Responded(prompt, meta, group, verdicts)
+
+
+async def of_all(
+    problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T]], at_once: int
+) -> list[T]:
+    """What `one` gives for each of `problems`, `at_once` of them at a time, so that none waits in
+    an engine for long. The first error ends the others."""
+    places = asyncio.Semaphore(at_once)
+
+    async def placed(prompt: Prompt) -> T:
+        async with places:
+            return await one(prompt)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            found = [tasks.create_task(placed(prompt)) for prompt in problems]
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from None
+    return [task.result() for task in found]
+
+
+async def of_teacher(
+    teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]
+) -> Accuracy:
+    """The teacher's own accuracy, by its own greedy responses."""
+    prompts = [prompt.shown_to_teacher for prompt in held_out]
+    responses = await teachers.ask(lambda teacher: teacher.greedy(prompts))
+
+    async def one(prompt: Prompt, ids: np.ndarray) -> Verdict:
+        return await verifier.ask(
+            lambda verifier: verifier.check_response(prompt.id, ids, prompt.answer)
+        )
+
+    return Accuracy.of(await asyncio.gather(*map(one, held_out, responses)))

@@ -1,0 +1,116 @@
+"""What a run leaves behind so that another can go on: its ledger, and checkpoints of everything
+that is trained."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from async_opd.core.events import Tell
+from async_opd.core.ports import Learner, Ready
+from async_opd.core.wire import Prompt
+from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState, write_whole
+from async_opd.driver.ledger import Ledger
+from async_opd.driver.self_teachers import Followers
+
+
+class Source(Protocol):
+    """Prompts that can be gone on with: `rollout.prompts.PromptSource`."""
+
+    position: dict[str, Any]
+
+    def __iter__(self) -> Iterator[Prompt]: ...
+    def continued(
+        self, position: dict[str, Any], outstanding: Sequence[str]
+    ) -> Iterator[Prompt]: ...
+
+
+class Progress:
+    """The books of one run, and its checkpoints."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        source: Source,
+        learner: Learner,
+        followers: Followers,
+        keep: int,
+        tell: Tell,
+    ):
+        """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is
+        saved."""
+        self.ledger, self._checkpoints = (
+            Ledger(run_dir / "ledger.jsonl"),
+            Checkpoints(run_dir, keep),
+        )
+        self._run_dir = run_dir
+        self._source = source
+        self._learner = learner
+        self._followers = followers
+        self._tell = tell
+        self._saved: int | None = None  # version of the newest checkpoint
+        self._right, self._known = 0, 0  # verdicts since then
+
+    async def restore(self, found: Checkpoint, needed: int) -> Iterator[Prompt]:
+        """Bring learner and self-teachers to where they were; returns the prompts from there on:
+        first those that were outstanding, at most the `needed` ones (there may be fewer steps than
+        there were to be)."""
+        state = found.state
+        await self._learner.load_state(str(found.folder / "learner"))
+        await self._followers.restore(found.folder)
+        prompts = self._source.continued(state.position, state.outstanding[:needed])
+        # It can be gone on with: what came later is void.
+        await asyncio.to_thread(self._checkpoints.rewind, state.version)
+        self.ledger.resumed(state.version, state.outstanding)
+        for id in state.outstanding[needed:]:
+            self.ledger.dropped(id, "no step left")
+        await self.ledger.sync()
+        await asyncio.to_thread(_rewind, self._run_dir, state.version)
+        self._saved = state.version
+        return prompts
+
+    def trained(self, step: int, batch: Sequence[Ready]) -> None:
+        """Step `step` trained `batch`."""
+        self.ledger.trained(step, [ready.prompt.id for ready in batch])
+        verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
+        self._right += verdicts.count(True)
+        self._known += len(verdicts) - verdicts.count(None)
+
+    async def save(self, version: int, counters: dict[str, Any]) -> None:
+        """A checkpoint of `version`, unless there is one. The best is the one with the largest
+        share of right rollouts since the one before. Generation goes on meanwhile. Raises
+        CheckpointError or LedgerError."""
+        if version == self._saved:
+            return
+        state = RunState(
+            version=version,
+            position=self._source.position,
+            outstanding=self.ledger.checkpoint(version),
+            score=self._right / self._known if self._known else None,
+            counters=counters,
+        )
+        self._right, self._known = 0, 0
+        folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
+        await self.ledger.sync()
+        await self._learner.save(str(folder / "model"))
+        await self._learner.save_state(str(folder / "learner"))
+        await self._followers.save(folder)
+        await asyncio.to_thread(self._checkpoints.commit, version, state)
+        self._saved = version
+        self._tell("saved", "checkpoint", f"step {version}")
+
+
+def _rewind(run_dir: Path, version: int) -> None:
+    """Cut off the rows of steps that are void, and what was said of a run that had ended: training
+    goes on behind `version`. Not before the books say so: they would miss the rows."""
+    for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [
+                line
+                for line in lines
+                if line.endswith(b"\n") and json.loads(line)["step"] <= version
+            ]
+            write_whole(path, b"".join(kept))
+    (run_dir / "summary.json").unlink(missing_ok=True)

@@ -1,0 +1,220 @@
+"""What an evaluation found: each problem's share in it, the figures with their intervals, and how
+two of them compare.
+
+A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and
+`result.json`. Unknown verdicts are left out: a problem counts for avg@k where one response was
+decided, and for pass@k and maj@k where k were.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.wire import GroupMeta, Prompt, Said, Verdict
+from async_opd.evaluation.estimates import RESAMPLES, intervals, majority_at_k, means_of, pass_at_k
+
+FIGURES = ("avg", "pass", "maj")
+BOOTSTRAP_SEED = 0
+INTERVAL = f"95%, percentile bootstrap over problems, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}"
+
+
+class Response(Struct):
+    """One response to a problem."""
+
+    text: str
+    correct: bool | None  # None: the check timed out or crashed
+    cause: str  # of an unknown verdict
+    answer: str | None  # the part that was read
+    vote: int | None  # the first response with the same answer
+    tokens: int
+    truncated: bool
+
+
+class Shares(Struct, rename={"pass_": "pass"}):
+    """Of one problem: its share in each figure where it has one."""
+
+    id: str
+    avg: float | None
+    pass_: float | None
+    maj: float | None
+
+
+class Problem(Shares):
+    """A line of `problems.jsonl`. Only its shares are read again."""
+
+    answer: str
+    responses: list[Response]
+
+
+class Figure(Struct):
+    """The mean of one figure over the `problems` that count for it."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int
+
+
+class Settings(Struct):
+    """What must be alike for two results to be compared."""
+
+    rows: str  # digest of their ids and reference answers
+    problems: int
+    k: int
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    chat_template: bool
+    template_args: dict[str, Any]
+    check: str
+
+
+class Result(Struct):
+    """`result.json`."""
+
+    model: str
+    path: str  # of the problems
+    settings: Settings
+    thinking: bool | None  # as the template is told; None: as it has it by itself
+    seed: int  # of the engines
+    figures: dict[str, Figure]  # without "maj" where the check reads no answers
+    interval: str
+    tokens: float  # mean length of a response
+    truncated: float  # share of the responses
+    unknown: float
+    wall_s: float
+    environment: dict[str, Any]
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of ids and reference answers, whatever tokenizer and template."""
+    rows = msgspec.json.encode([(prompt.id, prompt.answer) for prompt in prompts])
+    return hashlib.sha256(rows).hexdigest()[:16]
+
+
+def problem(
+    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: Sequence[Said], k: int
+) -> Problem:
+    """What the responses to `prompt` came to."""
+    pairs = zip(verdicts, said, strict=True)
+    known = [(verdict.correct, one.vote) for verdict, one in pairs if verdict.correct is not None]
+    n, right = len(known), sum(correct for correct, _ in known)
+    enough, votes = (
+        n >= k,
+        all(verdict.answer is not None for verdict in verdicts if verdict.correct is not None),
+    )
+    wrong = Counter(vote for correct, vote in known if not correct and vote is not None)
+    silent = n - right - wrong.total()
+    columns = zip(verdicts, said, meta.lengths, meta.truncated, strict=True)
+    return Problem(
+        id=prompt.id,
+        answer=prompt.answer,
+        avg=right / n if n else None,
+        pass_=pass_at_k(n, right, k) if enough else None,
+        maj=majority_at_k(right, list(wrong.values()), silent, k) if enough and votes else None,
+        responses=list(starmap(_response, columns)),
+    )
+
+
+def _response(verdict: Verdict, said: Said, tokens: int, truncated: bool) -> Response:
+    return Response(
+        said.text, verdict.correct, verdict.cause, verdict.answer, said.vote, tokens, truncated
+    )
+
+
+def table(shares: Iterable[Shares]) -> np.ndarray:
+    """Their shares by FIGURES, [P, 3]; NaN where there is none."""
+    return np.array([(one.avg, one.pass_, one.maj) for one in shares], np.float64)
+
+
+def figures(shares_PM: np.ndarray) -> dict[str, Figure]:
+    """The mean of each figure that has problems, with its interval."""
+    there = [at for at in range(len(FIGURES)) if not np.isnan(shares_PM[:, at]).all()]
+    columns_PM = shares_PM[:, there]
+    rows = (
+        means_of(columns_PM),
+        *intervals(columns_PM, BOOTSTRAP_SEED),
+        (~np.isnan(columns_PM)).sum(0),
+    )
+    found = zip(*(row.tolist() for row in rows), strict=True)
+    return {FIGURES[at]: Figure(*figure) for at, figure in zip(there, found, strict=True)}
+
+
+def read(folder: Path) -> tuple[Result, list[Shares]]:
+    """The result in `folder`. Raises RunMissing."""
+    try:
+        result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
+        lines = (folder / "problems.jsonl").read_bytes().splitlines()
+        shares = [msgspec.json.decode(line, type=Shares) for line in lines]
+    except OSError as e:
+        raise RunMissing(
+            f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}"
+        ) from e
+    except msgspec.DecodeError as e:
+        raise RunMissing(f"{folder}: its result is damaged: {e}") from e
+    if len(shares) != result.settings.problems:
+        raise RunMissing(
+            f"{folder}: its result is damaged: {len(shares)} problems of {result.settings.problems}"
+        )
+    return result, sorted(shares, key=lambda one: one.id)
+
+
+def compare(first: Path, second: Path) -> list[str]:
+    """What changed from `first` to `second`, by paired resamples of the same problems. Raises
+    ConfigError where they are of other problems or settings, RunMissing where there is no
+    result."""
+    (one, old), (two, new) = read(first), read(second)
+    ours, theirs = (msgspec.to_builtins(result.settings) for result in (one, two))
+    differ = [
+        f"{key} = {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]
+    ]
+    if differ:
+        raise ConfigError(
+            f"--compare {first} {second}: measured by other settings: {'; '.join(differ)}"
+        )
+    changes = figures(table(new) - table(old))
+    lines = [
+        f"from {one.model} ({first}) to {two.model} ({second}), on the same {one.settings.problems}"
+        " problems"
+    ]
+    for name, change in changes.items():
+        then, now = one.figures[name].mean, two.figures[name].mean
+        between = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        title = f"{name}@{one.settings.k}"
+        lines.append(
+            f"  {title:9}{then:7.1%} -> {now:6.1%}  {100 * change.mean:+5.1f} points ({between})"
+        )
+    return [*lines, f"  intervals: {INTERVAL}, paired"]
+
+
+def lines_of(result: Result) -> list[str]:
+    """The result in words."""
+    how, mode = (
+        result.settings,
+        {None: "", True: ", thinking", False: ", not thinking"}[result.thinking],
+    )
+    lines = [
+        f"{result.model} on {how.problems} problems of {result.path}{mode}: {how.samples}"
+        f" response(s) each, temperature {how.temperature:g}, top-p {how.top_p:g}, at most"
+        f" {how.max_new_tokens} tokens"
+    ]
+    for name, figure in result.figures.items():
+        some = "" if figure.problems == how.problems else f", {figure.problems} problems"
+        lines.append(
+            f"  {f'{name}@{how.k}':9}{figure.mean:7.1%}  ({figure.low:.1%} to"
+            f" {figure.high:.1%}{some})"
+        )
+    shares = f"{result.truncated:.1%} truncated, {result.unknown:.1%} unknown"
+    return [
+        *lines,
+        f"  mean length {result.tokens:.1f} tokens, {shares}; intervals: {result.interval}",
+    ]

@@ -1,0 +1,138 @@
+"""One evaluation from its settings to its folder."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from async_opd.config.evaluation import EvalRun, run_config
+from async_opd.config.schema import Config
+from async_opd.core.errors import ConfigError
+from async_opd.core.printing import say
+from async_opd.core.wire import Prompt
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.respond import ALL, of_all, respond
+from async_opd.evaluation.result import (
+    INTERVAL,
+    Problem,
+    Result,
+    Settings,
+    digest,
+    figures,
+    problem,
+    table,
+)
+from async_opd.launch import inputs
+from async_opd.launch.new_run import environment, new_dir
+from async_opd.launch.signals import interrupted_by_signal
+from async_opd.launch.toy_models import resolve_toy
+from async_opd.runtime.actors import Cluster
+from async_opd.runtime.address import refuse_unreachable
+
+
+async def run_eval(asked: EvalRun) -> Result:
+    """Do what is `asked`; returns what is in the folder too. Until it ends SIGTERM is as Ctrl-C."""
+    with interrupted_by_signal(asyncio.current_task()), new_dir(Path(asked.run.dir)) as folder:
+        return await _run_eval(asked, folder)
+
+
+async def _run_eval(asked: EvalRun, folder: Path) -> Result:
+    started = time.monotonic()
+    config = resolve_toy(run_config(asked), folder)
+    refuse_unreachable()
+    found = inputs.read_problems(config, asked.problems)
+    config = _fitted(config, asked, found.prompts, found.context)
+    with Cluster(
+        config, eos_ids=found.eos_ids, tokenizer=found.tokenizer.backend_tokenizer
+    ) as cluster:
+        generators, verifiers = await cluster.evaluators()
+        say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
+        pools = Pool("generator", generators), Pool("verifier", verifiers)
+        problems = await _problems(config, asked, *pools, found.prompts, folder / "problems.jsonl")
+    result = _result(config, asked, found.prompts, problems, time.monotonic() - started)
+    (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    return result
+
+
+def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int | None) -> Config:
+    """`config` with room for the longest prompt, and for responses as long as asked for, or as the
+    context leaves."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    most = asked.rollout.max_new_tokens
+    if most is None:
+        most = (context or 0) - longest
+        if most < 1:
+            why = (
+                f"the longest prompt has {longest} tokens, the context"
+                f" {context or 'an unknown number'}"
+            )
+            raise ConfigError(
+                f"rollout.max_new_tokens: missing, and {why}; set it, or data.max_prompt_tokens"
+            )
+    data, rollout = (
+        replace(config.data, max_prompt_tokens=longest),
+        replace(config.rollout, max_new_tokens=most),
+    )
+    return replace(config, data=data, rollout=rollout)
+
+
+async def _problems(
+    config: Config,
+    asked: EvalRun,
+    generators: Pool,
+    verifier: Pool,
+    prompts: list[Prompt],
+    path: Path,
+) -> list[Problem]:
+    """Each of `prompts` responded to, a line of the file at `path`; what is returned is without the
+    texts."""
+    ended = 0
+    with path.open("wb") as file:
+
+        async def one(prompt: Prompt) -> Problem:
+            nonlocal ended
+            found = await respond(generators, verifier, prompt, asked.sampling)
+            said = await verifier.ask(lambda verifier: verifier.said(found.group, found.verdicts))
+            whole = problem(prompt, found.meta, found.verdicts, said, asked.k)
+            file.write(msgspec.json.encode(whole) + b"\n")
+            ended += 1
+            if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
+                say(f"{ended} of {len(prompts)} problems")
+            return replace(
+                whole, responses=[replace(response, text="") for response in whole.responses]
+            )
+
+        places = config.rollout.concurrency * generators.size
+        return await of_all(prompts, one, max(1, int(ALL * places / asked.sampling.samples)))
+
+
+def _result(
+    config: Config, asked: EvalRun, prompts: list[Prompt], problems: list[Problem], wall_s: float
+) -> Result:
+    sampling, data = asked.sampling, config.data
+    responses = [response for one in problems for response in one.responses]
+    return Result(
+        model=asked.student.model,
+        path=asked.data.path,
+        settings=Settings(
+            rows=digest(prompts),
+            problems=len(prompts),
+            k=asked.k,
+            max_new_tokens=config.rollout.max_new_tokens,
+            chat_template=data.chat_template,
+            template_args=data.template_args,
+            check=asked.verify.check,
+            **msgspec.structs.asdict(sampling),
+        ),
+        thinking=data.template_args.get("enable_thinking"),
+        seed=asked.run.seed,
+        figures=figures(table(problems)),
+        interval=INTERVAL,
+        tokens=sum(response.tokens for response in responses) / len(responses),
+        truncated=sum(response.truncated for response in responses) / len(responses),
+        unknown=sum(response.correct is None for response in responses) / len(responses),
+        wall_s=wall_s,
+        environment=environment(),
+    )

@@ -1,0 +1,174 @@
+"""One run from its config, or from its last checkpoint, to its run directory."""
+
+import asyncio
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from async_opd.config.schema import Config
+from async_opd.core.errors import (
+    ActorLost,
+    CallFailed,
+    CheckpointError,
+    SyncFailed,
+    TimedOut,
+)
+from async_opd.core.events import Tell
+from async_opd.core.printing import say
+from async_opd.core.process_wide import no_garbage_collection
+from async_opd.driver import checkpoints
+from async_opd.driver.checkpoints import Checkpoint, write_whole
+from async_opd.driver.train_loop import train
+from async_opd.launch.new_run import environment, new_dir
+from async_opd.launch.signals import interrupted_by_signal
+from async_opd.launch.toy_models import resolve_toy
+from async_opd.runtime.actors import Cluster
+from async_opd.runtime.address import refuse_unreachable
+from async_opd.runtime.prometheus import gauge
+from async_opd.telemetry.console import console
+from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.telemetry.rollout_log import decoder, sample_file
+from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
+from async_opd.telemetry.spans import FILE, Window, encode
+
+# what a new start from a checkpoint can repair
+LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
+
+
+async def run(config: Config, found: Checkpoint | None = None) -> Row:
+    """Train as `config` says, from the start or from the checkpoint `found` of its run directory;
+    returns what is written to `summary.json`.
+
+    A run that loses what it cannot do without, such as a learner rank, starts again from its newest
+    checkpoint, at most `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
+    with interrupted_by_signal(asyncio.current_task()):
+        if found:
+            return await _run(config, Path(config.run.dir), found)
+        with new_dir(Path(config.run.dir)) as run_dir:
+            return await _run(config, run_dir, None)
+
+
+async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
+    asked, config = config, resolve_toy(config, run_dir)
+    refuse_unreachable()
+    with no_garbage_collection():
+        from async_opd.launch.inputs import read
+
+    inputs = read(config)
+    # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
+    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
+    say(f"run directory {run_dir}; starting {_roster(config)}")
+    pieces = decoder(inputs.tokenizer.backend_tokenizer)
+    records = _records(config, run_dir) | {
+        "samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)
+    }
+    with (
+        observed(_sinks(config, run_dir)) as sinks,
+        observed(records) as (log, spans, shown, record),
+    ):
+        observers, meter = [*sinks, shown], None
+
+        def tell(what: str, who: str, why: str) -> None:
+            event = {"time": time.time(), "step": meter.at, "what": what, "who": who, "why": why}
+            log(event)
+            if what != "placed":  # of each member: for those who look for it
+                shown(event)
+
+        for restarts in itertools.count():
+            try:
+                meter = Meter(
+                    observers, spans=spans if config.run.trace_steps else None, record=record
+                )
+                if found:  # what is told until it goes on belongs behind that step, too
+                    meter.start(found.state.version)
+                summary = await _trained(config, inputs, run_dir, meter, tell, found)
+                break
+            except LOST as e:
+                if restarts == config.run.max_restarts or asyncio.current_task().cancelling():
+                    raise
+                try:
+                    found = await asyncio.to_thread(checkpoints.find, run_dir)
+                except CheckpointError as none:
+                    e.add_note(f"not started again: {none}")
+                    raise e from None
+                tell(
+                    "starts again",
+                    "run",
+                    f"from step {found.state.version}, for {type(e).__name__}: {e}",
+                )
+    lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
+    summary |= {
+        "prompts_skipped": inputs.prompts.skipped,
+        "observer_rows_lost": sum(lost.values()),
+        **lost,
+    }
+    summary |= {"version": config.run.steps, "restarts": restarts}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+async def _trained(
+    config: Config, inputs, run_dir: Path, meter: Meter, tell: Tell, found: Checkpoint | None
+) -> Row:
+    with Cluster(
+        config,
+        eos_ids=inputs.eos_ids,
+        tokenizer=inputs.tokenizer.backend_tokenizer,
+        first_seed=config.run.seed + 1000 * found.state.version if found else config.run.seed,
+        tell=tell,
+    ) as cluster:
+        started = time.monotonic()
+        roles = await cluster.roles()
+        say(f"every actor is ready after {time.monotonic() - started:.0f} s")
+        gc.collect()
+        # each full collection would look through all that was imported: 0.2 s, half of the driver's
+        # CPU
+        gc.freeze()
+        try:
+            return await train(
+                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found
+            )
+        finally:
+            gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
+            meter.flush()
+
+
+def _roster(config: Config) -> str:
+    scorers = (
+        f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items()
+    )
+    sampling = config.teacher_sampling
+    return (
+        f"{config.rollout.generators} generator(s), {', '.join(scorers)}, "
+        + (f"{sampling.generators} generator(s) of the teacher's, " if sampling else "")
+        + f"{config.verify.workers} verifier process(es), {config.learner.ranks} learner rank(s)"
+    )
+
+
+def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes the observers of events and of spans, and the console, which has the rows of steps
+    besides."""
+    write = Jsonl(run_dir / FILE, encode)
+    return {
+        "events": lambda: Jsonl(run_dir / "events.jsonl"),
+        "spans": lambda: Window(run_dir, config.run.trace_steps, write),
+        "console": lambda: console(config.run.steps),
+    }
+
+
+def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """What makes each sink of the rows of steps, by its name."""
+    kinds = {
+        "wandb": Wandb,
+        "tensorboard": TensorBoard,
+        "prometheus": partial(Prometheus, gauge=gauge),
+    }
+    asked = {name: partial(kinds[name], config, run_dir) for name in config.run.sinks}
+    return {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl")} | asked

@@ -1,0 +1,99 @@
+"""What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all,
+and of each rank what DeepSpeed does not keep."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from async_opd.core.errors import CheckpointError
+from async_opd.maths.advantages import Moments
+from async_opd.roles.learner.config import LearnerConfig
+
+
+class RankState(Struct, frozen=True, kw_only=True):
+    """Of one rank. JSON, so that it is read, and refused, before any pickle of DeepSpeed's is."""
+
+    ranks: int
+    zero_stage: int
+    dtype: str
+    version: int
+    running: dict[str, Moments]
+    random: dict[str, bytes]  # state of torch's generator by kind of device
+
+
+def save_rank(state: RankState, folder: Path, rank: int) -> None:
+    """Write the state of `rank` to `folder`."""
+    _of(folder, rank).write_bytes(msgspec.json.encode(state))
+
+
+def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
+    """The state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not fit
+    `config`."""
+    state = _read(_of(folder, 0))
+    for name in ("ranks", "zero_stage", "dtype"):
+        then, now = getattr(state, name), getattr(config, name)
+        if then != now:
+            raise CheckpointError(
+                f"checkpoint {folder.parent}: was saved with learner.{name} = {then!r} and cannot"
+                f" go on with {now!r}"
+            )
+    return _read(_of(folder, rank)) if rank else state
+
+
+def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder: Path) -> None:
+    """Write `weights`, config, generation config and the tokenizer of `source` to `folder`,
+    replacing it.
+
+    `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself.
+    Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and
+    `vllm` load it. Raises CheckpointError where it cannot be written.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    kept = model.state_dict(keep_vars=True).items()
+    buffers = {name: tensor for name, tensor in kept if not isinstance(tensor, nn.Parameter)}
+    with writing(folder):
+        beside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside, state_dict=weights | buffers)
+        tokenizer.save_pretrained(beside)
+        for file in beside.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A full disk has three names: torch, safetensors and the standard library each have their own.
+    Here it has one."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(f"{folder}: cannot be written: {e}") from e
+
+
+def _of(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.json"
+
+
+def _read(file: Path) -> RankState:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=RankState)
+    except OSError as e:
+        raise CheckpointError(
+            f"{file}: {e.strerror}; every learner rank must see the run directory"
+        ) from e

@@ -1,0 +1,101 @@
+"""A few trajectories of a step as the objective sees them, for people to look at."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from async_opd.core.wire import Recorded
+from async_opd.objectives import Objective
+from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.effect import effect
+from async_opd.roles.learner.batch import MicroBatch, Sample
+
+TRAJECTORIES = 2  # of a recorded step
+LONGEST = 2000  # tokens that are kept, of a prompt and of a response
+
+
+class Recorder:
+    """Looks at every micro-batch of this rank's step and keeps TRAJECTORIES of the student's,
+    chosen by their keys alone, whatever their length or place."""
+
+    def __init__(
+        self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int
+    ):
+        """`samples` of each of `micros`; `live` version that they are trained at."""
+        self._objective = objective
+        self._samples = samples
+        self._live = live
+        keys = [
+            (key, at, place)
+            for at, micro in enumerate(micros)
+            if not micro.taught
+            for place, key in enumerate(micro.key_S.tolist())
+        ]
+        self._chosen = {(at, place) for _, at, place in sorted(keys)[:TRAJECTORIES]}
+        self.recorded: list[Recorded] = []
+
+    def look(self, at: int, micro: MicroBatch, batch: TokenBatch) -> None:
+        """Keep what is chosen of micro-batch `at`."""
+        chosen = [place for place in range(len(self._samples[at])) if (at, place) in self._chosen]
+        if chosen:
+            columns = self._columns(micro, batch)
+            self.recorded += [
+                self._record(self._samples[at][p], columns, micro.segment_N == p) for p in chosen
+            ]
+
+    def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
+        """[N] by name; where a position has several samples, of the one that was generated. The
+        loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module gave
+        by anything but its own backward."""
+        leaves = {
+            "student_logp_N": _leaf(batch.student_logp_N),
+            "student_logp_NK": _leaf(batch.student_logp_NK),
+            "student_tail_logp_N": _leaf(batch.student_tail_logp_N),
+        }
+        result = self._objective.loss(replace(batch, **leaves))
+        live = dict(
+            zip(
+                ("coefficient", "candidate_coefficient", "tail_coefficient"),
+                leaves.values(),
+                strict=True,
+            )
+        )
+        columns = {
+            "version": self._live - micro.lag_N,
+            # in the loss: no staler than the bound, and no truncated response where they are out
+            "kept": micro.keep_N,
+            "student": batch.student_logp_N,
+            "behaviour": batch.behaviour_logp_N,
+            "teacher": batch.teacher_logp_N,
+            "reference": batch.reference_logp_N,
+            "student_entropy": batch.student_entropy_N,
+            "teacher_entropy": batch.teacher_entropy_N,
+            **effect(result, live),
+        }
+        sampled = result.advantage is not None
+        columns = {
+            k: v[:, 0] if sampled and v.ndim == 2 else v
+            for k, v in columns.items()
+            if v is not None
+        }
+        for other in ("candidate_coefficient", "tail_coefficient"):
+            columns.pop(other, None)
+        return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
+
+    def _record(self, sample: Sample, columns: dict[str, Tensor], here_N: Tensor) -> Recorded:
+        prompt, rollout = sample.prompt, sample.rollout
+        return Recorded(
+            id=rollout.id,
+            step=self._live + 1,
+            prompt_ids=prompt.ids[-LONGEST:],
+            ids=rollout.ids[:LONGEST],
+            prompt_tokens=len(prompt.ids),
+            tokens=len(rollout.ids),
+            truncated=rollout.truncated,
+            correct=next(v.correct for v in sample.verdicts if v.id == rollout.id),
+            numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
+        )
+
+
+def _leaf(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().requires_grad_()

@@ -1,0 +1,185 @@
+"""One optimizer step on one rank: forward, objective, the one reduction, backward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from async_opd.core.wire import Needs
+from async_opd.maths import segments
+from async_opd.maths.advantages import Moments
+from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.objectives import Objective
+from async_opd.objectives.base import TokenBatch
+from async_opd.roles.learner.batch import MicroBatch
+from async_opd.roles.learner.step_metrics import Measured
+from async_opd.roles.models import causal_lm
+
+COUNTS = ("tokens", "sequences", "taught")
+Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
+# at a micro-batch of the student's, with its number
+Look = Callable[[int, MicroBatch, TokenBatch], None]
+
+
+class Student(nn.Module):
+    """The module DeepSpeed wraps. Log-probs are read inside its forward, so that ZeRO's hooks see
+    the LM head."""
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_rows: int):
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_rows = chunk_rows
+
+    def forward(self, micro: MicroBatch, needs: Needs = Needs()) -> Read:  # noqa: B008, it is immutable
+        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and what
+        `needs` asks for."""
+        hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)
+        hidden_ND = hidden_LD[micro.rows_N]
+        read = read_logprobs(
+            hidden_ND,
+            causal_lm.head(self.lm),
+            micro.targets_N,
+            temperature=self.temperature,
+            chunk_rows=self.chunk_rows,
+            entropy=needs.student_entropy,
+            candidate_ids_NK=micro.candidate_ids_NK,
+            tail=needs.tail,
+        )
+        return read._replace(hidden_ND=hidden_ND.detach()) if needs.hidden_state else read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a step is made with besides its micro-batches, the same on every rank."""
+
+    step: int = 1  # the one that is being made, from 1
+    max_lag_steps: int = 0  # of a trained token
+    # over the trajectories of all past steps
+    running: dict[str, Moments] = field(default_factory=dict)
+    taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
+
+
+def token_batch(
+    micro: MicroBatch,
+    read: Read | None,
+    moment: Moment,
+    statistics: dict[str, Tensor] | None = None,
+) -> TokenBatch:
+    """What an objective sees of one micro-batch; without `read`, nothing of the live student."""
+    read = read or Read(*[None] * 5)
+    return TokenBatch(
+        student_logp_N=read.sampled_N,
+        behaviour_logp_N=micro.behaviour_logp_N,
+        teacher_logp_N=micro.teacher_logp_N,
+        segment_N=micro.segment_N,
+        key_S=micro.key_S,
+        reward_S=micro.reward_S,
+        group_reward_SG=micro.group_reward_SG,
+        cap_S=micro.cap_S,
+        step=moment.step,
+        reference_logp_N=micro.reference_logp_N,
+        student_logp_NK=read.candidates_NK,
+        behaviour_logp_NK=micro.behaviour_logp_NK,
+        teacher_logp_NK=micro.teacher_logp_NK,
+        student_tail_logp_N=read.tail_N,
+        teacher_tail_logp_N=micro.teacher_tail_logp_N,
+        student_entropy_N=read.entropy_N,
+        teacher_entropy_N=micro.teacher_entropy_N,
+        hidden_ND=read.hidden_ND,
+        statistics=statistics or {},
+        running=moment.running,
+    )
+
+
+@torch.no_grad()
+def batch_statistics(
+    module: Callable[..., Read],
+    all_reduce: Reduce,
+    objective: Objective,
+    micros: list[MicroBatch],
+    moment: Moment,
+) -> dict[str, Tensor]:
+    """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own
+    answers (`taught`), and the sums and maxima that `objective` declares over the kept tokens; of
+    every micro-batch and rank, 0-d float64.
+
+    One forward of each micro-batch where the objective reads the live student for them. A maximum
+    over no token is -inf.
+    """
+    needs = objective.needs()
+    start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
+    device = micros[0].ids_L.device
+    found = {
+        name: torch.tensor(value, dtype=torch.float64, device=device)
+        for name, value in start.items()
+    }
+    for micro in micros:
+        read = module(micro, needs) if needs.first_pass else None
+        if micro.taught:
+            found["taught"] += micro.keep_N.sum()
+        elif micro.keep_N.any():
+            found["sequences"] += len(micro.segment_N[micro.keep_N].unique())
+            for name, value in objective.statistics(
+                token_batch(micro, read, moment), micro.keep_N
+            ).items():
+                found[name] = (
+                    torch.maximum(found[name], value)
+                    if name in needs.maxima
+                    else found[name] + value
+                )
+    for name, value in found.items():
+        all_reduce(value, "max" if name in needs.maxima else "sum")
+    return found
+
+
+def accumulate(
+    module: Callable[..., Read],
+    backward: Callable[[Tensor], None],
+    all_reduce: Reduce,
+    objective: Objective,
+    micros: list[MicroBatch],
+    moment: Moment,
+    look: Look | None = None,
+) -> tuple[dict[str, float], dict[str, Moments]]:
+    """Forward and backward over this rank's micro-batches; gradients add up to those of one big
+    batch.
+
+    loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says),
+    all-reduced before the first backward, + α · mean cross-entropy of the teacher's own answers.
+    `backward` takes this rank's share of it. `look` is shown each micro-batch of the student's.
+    Returns metrics, and the running moments with this step's trajectories; both are equal on all
+    ranks. Non-finite losses show in `loss`: the caller must look before the optimizer moves.
+    """
+    statistics = batch_statistics(module, all_reduce, objective, micros, moment)
+    needs, measured = (
+        objective.needs(),
+        Measured(objective, moment.max_lag_steps, micros[0].ids_L.device),
+    )
+    for at, micro in enumerate(micros):
+        read = module(micro, Needs() if micro.taught else needs)
+        if not len(micro.targets_N):  # joins backward
+            backward(read.sampled_N.sum())
+        elif micro.taught:
+            share = -read.sampled_N[micro.keep_N].sum() / statistics["taught"].clamp(min=1)
+            backward((moment.taught_weight * share).float())
+            measured.taught(moment.taught_weight, share)
+        else:
+            batch = token_batch(micro, read, moment, statistics)
+            if look:
+                look(at, micro, batch)
+            result = objective.loss(batch)
+            loss_N = result.loss_N * shares(objective, micro, statistics)
+            backward(loss_N[micro.keep_N].sum().float())
+            measured.add(micro, batch, result, loss_N)
+    return measured.reduced(all_reduce, statistics), measured.merged(moment.running)
+
+
+def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:
+    """What each kept token's loss is multiplied by in the one reduction, [N]."""
+    if objective.mean_over != "sequences":
+        return (1 / statistics[objective.mean_over].clamp(min=1)).expand(len(micro.segment_N))
+    kept_S = segments.sums(micro.keep_N.float(), micro.segment_N, len(micro.reward_S))
+    return 1 / (kept_S.clamp(min=1)[micro.segment_N] * statistics["sequences"].clamp(min=1))

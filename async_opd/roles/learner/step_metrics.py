@@ -1,0 +1,191 @@
+"""What a step's metrics are made of: sums and maxima over its micro-batches, then over all
+ranks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from async_opd.maths.advantages import Moments
+from async_opd.maths.importance import effective_sample_size
+from async_opd.objectives import Objective
+from async_opd.objectives.base import TokenBatch, TokenLoss
+from async_opd.roles.learner.batch import MicroBatch
+
+FACTORS = ("method", "ratio", "advantage")  # of the importance weight W · ρ̃ · |A|
+SUMS = (
+    "loss",
+    "kl",
+    "entries",
+    "weight",
+    "weight_squared",
+    "ratio",
+    "ratio_squared",
+    "selected",
+    "stale_log_ratio",
+    "stale",
+    "lag",
+    "excluded",
+    "taught_loss",
+    "surprise",
+    "responses",
+    "response_tokens",
+    "logs",
+    "log",
+    "log_squared",
+    *(f"log_{factor}" for factor in FACTORS),
+    *(f"log_{factor}_log" for factor in FACTORS),
+)
+MAXIMA = ("weight", "ratio", "mismatch", "lag")
+
+
+class Measured:
+    """Adds up what one rank's micro-batches show."""
+
+    def __init__(self, objective: Objective, max_lag_steps: int, device: torch.device):
+        self._objective, self._lags = objective, range(max_lag_steps + 1)
+        self._shown, self._episodes = objective.shown, objective.needs().running
+        names = [*SUMS, *(f"shown_{name}" for name in self._shown)]
+        names += [f"tokens_lag_{lag}" for lag in self._lags]
+        names += [
+            f"{part}_{name}" for name in self._episodes for part in ("count", "total", "squares")
+        ]
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self._maxima = {
+            name: torch.zeros((), dtype=torch.float64, device=device) for name in MAXIMA
+        }
+
+    @torch.no_grad()
+    def add(self, micro: MicroBatch, batch: TokenBatch, result: TokenLoss, loss_N: Tensor) -> None:
+        """One micro-batch of the student's rollouts; `loss_N` is each token's part of the step's
+        loss."""
+        keep, sampled_N = micro.keep_N, batch.student_logp_N
+        gap_N = (sampled_N - batch.behaviour_logp_N).abs()
+        fresh, stale = keep & (micro.lag_N == 0), keep & (micro.lag_N > 0)
+        self._sum("loss", loss_N[keep])
+        self._sum("kl", (sampled_N - batch.teacher_logp_N)[keep])
+        self._sum("selected", result.selected_N[keep])
+        self._sum("surprise", -batch.behaviour_logp_N[keep])
+        self._sum("responses", torch.ones_like(batch.reward_S))
+        self._sum("response_tokens", torch.ones_like(sampled_N))
+        self._sum("stale_log_ratio", gap_N[stale])
+        self._sum("stale", stale)
+        self._sum("lag", micro.lag_N[keep])
+        for lag in self._lags:
+            self._sum(f"tokens_lag_{lag}", keep & (micro.lag_N == lag))
+        self._sum("excluded", ~keep)
+        self._largest("mismatch", gap_N[fresh])
+        self._largest("lag", micro.lag_N[keep])
+        self._weights(result, keep & result.selected_N)
+        for name in self._shown:
+            self._sum(f"shown_{name}", result.shown[name][keep])
+        for name, value_S in self._objective.episode(batch).items():
+            known_S = value_S[~value_S.isnan()].double()
+            self._sum(f"count_{name}", torch.ones_like(known_S))
+            self._sum(f"total_{name}", known_S)
+            self._sum(f"squares_{name}", known_S.square())
+
+    @torch.no_grad()
+    def taught(self, weight: float, mean: Tensor) -> None:
+        """One micro-batch of the teacher's own answers, by its share of their mean
+        cross-entropy."""
+        self._sum("taught_loss", mean)
+        self._sum("loss", weight * mean)
+
+    def reduced(
+        self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """The step's metrics, equal on all ranks."""
+        for found, op in ((self._sums, "sum"), (self._maxima, "max")):
+            values = torch.stack(list(found.values()))
+            all_reduce(values, op)
+            found.update(zip(found, values, strict=True))
+        sums = {name: value.item() for name, value in self._sums.items()}
+        found = _metrics(
+            {name: value.item() for name, value in statistics.items()},
+            sums,
+            {name: value.item() for name, value in self._maxima.items()},
+        )
+        found |= {name: sums[f"shown_{name}"] / max(found["tokens"], 1) for name in self._shown}
+        return found | {name: sums[name] for name in (f"tokens_lag_{lag}" for lag in self._lags)}
+
+    def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
+        """`running` with this step's trajectories; after `reduced`."""
+        return {
+            name: (
+                running[name].with_sums(
+                    *(self._sums[f"{p}_{name}"].item() for p in ("count", "total", "squares"))
+                )
+            )
+            for name in self._episodes
+        }
+
+    def _weights(self, result: TokenLoss, chosen: Tensor) -> None:
+        """Mean, size and spread of W · ρ̃ · |A|, and of each factor's logarithm."""
+        one = result.weight_N.new_ones(())
+        ratio = one if result.ratio is None else result.ratio
+        size = one if result.advantage is None else result.advantage.abs()
+        columns = (slice(None), None) if max(ratio.ndim, size.ndim) == 2 else slice(None)
+        factors = torch.broadcast_tensors(result.weight_N[columns], ratio, size)
+        method, ratio, size = (factor[chosen].double().flatten() for factor in factors)
+        weight = method * ratio * size
+        self._sum("entries", torch.ones_like(weight))
+        for name, value in (("weight", weight), ("ratio", ratio)):
+            self._sum(name, value)
+            self._sum(f"{name}_squared", value.square())
+            self._largest(name, value)
+        some = weight > 0
+        log = weight[some].log()
+        self._sum("logs", torch.ones_like(log))
+        self._sum("log", log)
+        self._sum("log_squared", log.square())
+        for name, factor in zip(FACTORS, (method, ratio, size), strict=True):
+            part = factor[some].log()
+            self._sum(f"log_{name}", part)
+            self._sum(f"log_{name}_log", part * log)
+
+    def _sum(self, name: str, values: Tensor) -> None:
+        self._sums[name] += values.sum(dtype=torch.float64)
+
+    def _largest(self, name: str, values: Tensor) -> None:
+        if len(values):
+            self._maxima[name] = torch.maximum(self._maxima[name], values.max().double())
+
+
+def _metrics(
+    statistics: dict[str, float], sums: dict[str, float], maxima: dict[str, float]
+) -> dict[str, float]:
+    tokens, entries = max(statistics["tokens"], 1), max(sums["entries"], 1)
+    found = {
+        "tokens": statistics["tokens"],
+        "tokens_excluded": sums["excluded"],
+        "tokens_taught": statistics["taught"],
+        "loss": sums["loss"],
+        # mean cross-entropy of the teacher's own answers, nats a token
+        "loss_taught": sums["taught_loss"],
+        # nats a token: mean log π_student - log π_teacher of the sampled tokens
+        "kl": sums["kl"] / tokens,
+        # nats: of the policy that sampled, as its own tokens estimate it
+        "entropy": sums["surprise"] / tokens,
+        # tokens of the student's responses
+        "length_mean": sums["response_tokens"] / max(sums["responses"], 1),
+        "selected": sums["selected"] / tokens,
+        # nats, mean |student - behaviour|, lag > 0
+        "log_ratio_stale": sums["stale_log_ratio"] / max(sums["stale"], 1),
+        # nats, max |student - behaviour| at lag 0: engine mismatch alone
+        "log_ratio_fresh_max": maxima["mismatch"],
+        "lag_mean": sums["lag"] / tokens,
+        "lag_max": maxima["lag"],
+    }
+    for name in ("weight", "ratio"):  # W · ρ̃ · |A| and ρ̃ of the selected tokens
+        found |= {f"{name}_mean": sums[name] / entries, f"{name}_max": maxima[name]}
+        found[f"{name}_ess"] = effective_sample_size(sums[name], sums[f"{name}_squared"], entries)
+    logs = max(sums["logs"], 1)
+    variance = sums["log_squared"] / logs - (sums["log"] / logs) ** 2
+    # its share of the variance of log(W · ρ̃ · |A|); they add up to 1 where that varies
+    for factor in FACTORS:
+        covariance = (
+            sums[f"log_{factor}_log"] / logs - sums[f"log_{factor}"] / logs * sums["log"] / logs
+        )
+        found[f"weight_by_{factor}"] = covariance / variance if variance > 1e-12 else 0.0
+    return found

@@ -1,0 +1,186 @@
+"""A transformers causal LM run on packed segments: shared by the learner's student and the
+teacher's scorer."""
+
+import itertools
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from async_opd.core.errors import ConfigError
+from async_opd.maths.logprobs import Head
+
+ATTENTION = "packed_segments"
+
+
+def load(
+    path: str | Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load the causal LM at `path` (local directory or hub id) with attention that never crosses a
+    segment.
+
+    Raises ConfigError for a model whose attention is not plain causal (sliding window, chunked,
+    state space, biased) or that scales its logits: log-probs from packed segments would be silently
+    wrong.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=ATTENTION,
+        trust_remote_code=trust_remote_code,
+    ).to(device)
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
+        raise ConfigError(
+            f"model {path}: layers {sorted(kinds)} are not supported; only full causal attention is"
+        )
+    _refuse_unless_packing_is_exact(model, path)
+    return model
+
+
+@torch.no_grad()
+def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) -> None:
+    """Compare the second of two packed segments with the model's own logits of it alone, on a few
+    tokens."""
+    ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
+    packed = head(model).logits(hidden_states(model, ids_L, [3, 2])[3:])
+    alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
+    gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
+    # rounding in bfloat16 stays below; a missed bias, mask or scale does not
+    if not gap <= 0.1 * largest:
+        raise ConfigError(
+            f"model {path}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not"
+            " supported"
+        )
+
+
+def packed_segments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_lengths: list[int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each of the segments packed along one row, as a transformers
+    attention function.
+
+    `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L.
+    FlashAttention takes them as they lie, where it is installed and can. Otherwise segments are
+    padded beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a
+    causal mask already hides the padding, which lies behind every real token. Returns ([1, L, H,
+    d], None).
+    """
+    if sliding_window or softcap or s_aux is not None:
+        raise ConfigError(
+            "attention with a sliding window, soft-capped scores or sinks is not supported"
+        )
+    if flash_can(query):
+        return _flash(query, key, value, tuple(segment_lengths), scaling), None
+
+    grid_ST, place_L = _layout(tuple(segment_lengths), query.device)
+
+    def spread(x: Tensor) -> Tensor:
+        return (
+            x[0]
+            .transpose(0, 1)
+            .index_select(0, grid_ST.flatten())
+            .unflatten(0, grid_ST.shape)
+            .transpose(1, 2)
+        )
+
+    out = nn.functional.scaled_dot_product_attention(
+        spread(query),
+        spread(key),
+        spread(value),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)
+    return out.flatten(0, 1).index_select(0, place_L)[None], None
+
+
+def flash_can(query: Tensor) -> bool:
+    """Whether FlashAttention is installed and takes such heads, [..., d]."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] <= 256 and is_flash_attn_2_available()
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: tuple[int, ...],
+    scaling: float | None,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # of a GPU environment
+
+    ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
+    tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
+    bounds = dict(
+        cu_seqlens_q=ends_S1, cu_seqlens_k=ends_S1, max_seqlen_q=longest, max_seqlen_k=longest
+    )
+    return flash_attn_varlen_func(*tokens_first, **bounds, softmax_scale=scaling, causal=True)[None]
+
+
+@lru_cache(maxsize=2)
+def _bounds(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment begins and the last ends, int32 [S + 1]."""
+    return torch.tensor(
+        [0, *itertools.accumulate(segment_lengths)], dtype=torch.int32, device=device
+    )
+
+
+@lru_cache(maxsize=2)
+def _layout(segment_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed index of each place beside each other [S, T_max] (padding shows token 0), and each
+    token's place [L].
+
+    Two gathers, because splitting and padding segment by segment costs a copy of everything per
+    segment in backward.
+    """
+    length_S = torch.tensor(segment_lengths)
+    at_T = torch.arange(max(segment_lengths))
+    real_ST = at_T < length_S[:, None]
+    grid_ST = torch.where(real_ST, (length_S.cumsum(0) - length_S)[:, None] + at_T, 0)
+    return grid_ST.to(device), real_ST.flatten().nonzero().squeeze(1).to(device)
+
+
+AttentionInterface.register(ATTENTION, packed_segments)
+
+
+def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:
+    """Last hidden states [L, D] (after the final norm, what the head reads) of segments packed in
+    one row."""
+    positions_L = torch.cat(
+        [torch.arange(length, device=ids_L.device) for length in segment_lengths]
+    )
+    return model.base_model(
+        input_ids=ids_L[None],
+        position_ids=positions_L[None],
+        use_cache=False,
+        segment_lengths=segment_lengths,
+    ).last_hidden_state[0]
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that
+    (Gemma).
+
+    The weight, not the module: ZeRO-3 gathers at every call of a module, and it must not gather at
+    every chunk, of which each rank has its own number. Read like this, the weight counts as the
+    calling module's own.
+    """
+    project = model.get_output_embeddings()
+    return Head(
+        project.weight, project.bias, getattr(model.config, "final_logit_softcapping", None)
+    )

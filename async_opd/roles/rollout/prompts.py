@@ -1,0 +1,296 @@
+"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle
+per epoch."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from async_opd.core.errors import DataError
+from async_opd.core.process_wide import log_level
+from async_opd.core.suggest import wrong
+from async_opd.core.wire import Prompt
+from async_opd.roles.rollout.config import FILE_READERS, DataConfig
+from async_opd.roles.rollout.teacher_prompt import TeacherView
+
+
+class PromptSource:
+    """An iterator of `Prompt`s over epochs. Each epoch has an order of its own, fixed by `seed` and
+    the epoch. It goes on from `position`, which is where it stopped.
+
+    Raises DataError naming the row for a missing or mistyped column, for an unknown teacher, for a
+    prompt over its bound in either rendering (where `long_prompt` is "skip" it counts as `skipped`
+    instead), and when the epochs are used up.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        views: Mapping[str, TeacherView] | None = None,
+    ):
+        """`views` say by name what each teacher is shown (one alone has the name ""); absent: what
+        the student is. Prompts carry the teacher's rendering too where it is another."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._views = {"": TeacherView()} if views is None else views
+        if config.chat_template and not tokenizer.chat_template:
+            raise DataError(
+                "data.chat_template = true: the tokenizer of student.model has no chat template"
+            )
+        self._rows = _load(config)
+        self.skipped = 0  # prompts that were too long
+        self._epoch, self._drawn = 0, 0  # how far it was read
+        columns = self._rows.column_names
+        for key in ("prompt", "answer", "id", "teacher", "solution"):
+            name = getattr(config, key)
+            if name is not None and columns is not None and name not in columns:
+                raise DataError(
+                    f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}"
+                )
+        if (
+            config.id
+            and not config.streaming
+            and len(self._rows.unique(config.id)) < len(self._rows)
+        ):
+            raise DataError(f"data.id = {config.id!r}: rows of {config.path} share ids")
+        if config.teacher and not config.streaming and not self._all_are_known(config.teacher):
+            for row in self._numbered(self._rows):
+                self._teacher(self._id(row), row)
+
+    def __len__(self) -> int:
+        """Rows of one epoch; a streaming set has no length and raises TypeError."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        while self._config.epochs is None or self._epoch < self._config.epochs:
+            # of an epoch that is continued the rows so far have been seen
+            served = bool(self._drawn)
+            for row in self._shuffled(self._epoch, self._drawn):
+                self._drawn += 1
+                prompt = self.prompt(row, self._epoch)
+                if prompt is not None:
+                    served = True
+                    yield prompt
+            if not served:
+                raise DataError(f"data.path = {self._config.path!r}: no usable row")
+            self._epoch, self._drawn = self._epoch + 1, 0
+        raise DataError(
+            f"data.path = {self._config.path!r}: {self._epoch} epochs are used up; raise"
+            " data.epochs"
+        )
+
+    @property
+    def position(self) -> dict[str, int | None]:
+        """How far the source was read, in plain JSON: where `continued` goes on."""
+        rows = None if self._config.streaming else len(self)
+        return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
+
+    def continued(
+        self, position: Mapping[str, int | None], outstanding: Sequence[str]
+    ) -> Iterator[Prompt]:
+        """The prompts `outstanding`, which were handed out before, then those that follow
+        `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
+        has changed since."""
+        if not self._config.streaming and position["rows"] != len(self):
+            raise DataError(
+                f"data.path = {self._config.path!r}: {len(self)} rows, it had {position['rows']}"
+                " before"
+            )
+        self._epoch, self._drawn = position["epoch"], position["drawn"]
+        again = self._again(outstanding)
+        self.skipped = position["skipped"]
+        return chain(again, self)
+
+    def _again(self, ids: Sequence[str]) -> list[Prompt]:
+        """The prompts of these ids, in their order."""
+        wanted: dict[int, set[str]] = {}
+        for id in ids:
+            row, _, epoch = id.rpartition("@")
+            wanted.setdefault(int(epoch), set()).add(row)
+        found = {
+            f"{self._id(row)}@{epoch}": self.prompt(row, epoch)
+            for epoch, names in wanted.items()
+            for row in self._of(names, epoch)
+        }
+        for id in ids:
+            if found.get(id) is None:
+                changed = "is too long" if id in found else "is not there"
+                raise DataError(
+                    f"row {id}: handed out before, but {changed} now: {self._config.path} has"
+                    " changed"
+                )
+        return [found[id] for id in ids]
+
+    def _of(self, names: set[str], epoch: int) -> Iterator[dict]:
+        """The rows of these names. A stream is read from the start of the epoch until all are
+        found."""
+        if self._config.streaming:
+            rows = self._shuffled(epoch)
+            named = (row for row in rows if self._id(row) in names)
+        elif self._config.id:
+            column = enumerate(self._rows[self._config.id])
+            named = (self._at(position) for position, name in column if str(name) in names)
+        else:
+            places = (int(name) for name in names if name.isdecimal())
+            named = (self._at(position) for position in places if position < len(self))
+        return islice(named, len(names))
+
+    def first(self, count: int | None) -> list[Prompt]:
+        """The first `count` prompts in file order, or all, for evaluation."""
+        prompts = (self.prompt(row, 0) for row in self._numbered(self._rows))
+        found = list(islice((p for p in prompts if p is not None), count))
+        if len(found) < (count or 1):
+            raise DataError(
+                f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems ="
+                f" {count or 1}"
+            )
+        return found
+
+    def prompt(self, row: dict, epoch: int) -> Prompt | None:
+        """Render and tokenize one row."""
+        id = f"{self._id(row)}@{epoch}"
+        content, answer = row.get(self._config.prompt), row.get(self._config.answer)
+        if not isinstance(content, str | list) or not content:
+            raise DataError(
+                f"row {id}: {self._config.prompt!r} must be a string or a list of messages, got"
+                f" {content!r}"
+            )
+        if not isinstance(answer, str | int | float):
+            raise DataError(
+                f"row {id}: {self._config.answer!r} must be a string or a number, got {answer!r}"
+            )
+        teacher = self._teacher(id, row)
+        view = self._views[teacher]
+        ids, teacher_ids = self._tokens(id, content, self._config.template_args), None
+        bound = "data.max_prompt_tokens", self._config.max_prompt_tokens
+        lengths = [(len(ids), *bound)]
+        if view.own:
+            shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
+            teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)
+            lengths.append((len(teacher_ids), *(view.longest or bound)))
+        over = [
+            f"{length} prompt tokens, {key} = {limit}"
+            for length, key, limit in lengths
+            if length > limit
+        ]
+        if over and self._config.long_prompt == "error":
+            raise DataError(
+                f"row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt ="
+                ' "skip"'
+            )
+        if over:
+            self.skipped += 1
+            return None
+        return Prompt(id=id, ids=ids, answer=str(answer), teacher_ids=teacher_ids, teacher=teacher)
+
+    def _id(self, row: dict) -> str:
+        return str(row[self._config.id] if self._config.id else row["_position"])
+
+    def _all_are_known(self, column: str) -> bool:
+        """Whether every value is a teacher's name, found without looking at row by row."""
+        text = getattr(self._rows.features[column], "dtype", "") in ("string", "large_string")
+        return text and self._views.keys() >= set(self._rows.unique(column))
+
+    def _teacher(self, id: str, row: dict) -> str:
+        """Name of the teacher that the row is for."""
+        if self._config.teacher is None:
+            return ""
+        name = row.get(self._config.teacher)
+        if not isinstance(name, str) or name not in self._views:
+            raise DataError(
+                f"row {id}:"
+                f" {wrong(f'data.teacher, column {self._config.teacher!r}', name, self._views)}"
+            )
+        return name
+
+    def _tokens(self, id: str, content: str | list, template_args: dict) -> np.ndarray:
+        if self._config.chat_template:
+            messages = (
+                [{"role": "user", "content": content}] if isinstance(content, str) else content
+            )
+            if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+                raise DataError(
+                    f"row {id}: {self._config.prompt!r} holds a message without role or content:"
+                    f" {messages!r}"
+                )
+            try:
+                content = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **template_args
+                )
+            except TemplateError as e:
+                raise DataError(
+                    f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
+                ) from e
+        elif isinstance(content, list):
+            raise DataError(
+                f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template ="
+                " true"
+            )
+        special = not self._config.chat_template  # a template writes its own
+        return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
+
+    def _shuffled(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The rows of an epoch in its order, from the `start`-th on. Those of a stream are read to
+        be passed over."""
+        seed = self._seed + epoch
+        if self._config.streaming:
+            rows = self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer)
+            return islice(self._numbered(rows), start, None)
+        order = np.random.default_rng(seed).permutation(len(self._rows))
+        return (self._at(int(i)) for i in order[start:])
+
+    def _at(self, position: int) -> dict:
+        return {**self._rows[position], "_position": position}
+
+    def _numbered(self, rows) -> Iterator[dict]:
+        numbered = enumerate(rows)
+        # the rows of a stream are read here
+        quiet = _quietly if self._config.streaming else nullcontext
+        while True:
+            with _reading(self._config), quiet():
+                found = next(numbered, None)
+            if found is None:
+                return
+            position, row = found
+            yield {**row, "_position": position}
+
+
+def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
+    reader = FILE_READERS.get(Path(config.path).suffix)
+    where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
+    with _reading(config), _quietly():
+        return datasets.load_dataset(
+            **where, name=config.subset, split=config.split, streaming=config.streaming
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """`datasets` draws no bars and logs nothing: what it logs of a broken file, it raises too."""
+    with ExitStack() as undo:
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        undo.enter_context(log_level(logging.CRITICAL, logging.getLogger("datasets")))
+        yield
+
+
+@contextmanager
+def _reading(config: DataConfig) -> Iterator[None]:
+    """Names the set in what `datasets` raises, which is StopIteration for an empty file."""
+    try:
+        yield
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
+        # "an error occurred" has a cause that says which
+        cause = str(e.__cause__ or e) or "no rows"
+        raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e

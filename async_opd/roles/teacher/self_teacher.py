@@ -1,0 +1,64 @@
+"""How a self-teacher follows the student."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from async_opd.core.errors import DataError
+
+
+class Follower:
+    """Takes the student's weights over into `model`: as they are, or into an exponential moving
+    average."""
+
+    def __init__(self, model: PreTrainedModel, decay: float | None):
+        """`decay` d of t = d·t + (1-d)·s for each parameter; None copies. The average begins with
+        `model` as it is.
+
+        It is float32 on the host (the parameters themselves where they are that): bfloat16 has
+        eight bits, and would round nearly every step of 1 % away.
+        """
+        self._parameters, self._decay = dict(model.named_parameters()), decay
+        self._average = {}
+        if decay is not None:
+            self._average = {
+                n: p.detach().to("cpu", torch.float32) for n, p in self._parameters.items()
+            }
+
+    @torch.no_grad()
+    def follow(self, student: dict[str, Tensor]) -> None:
+        """One update by the `student`'s weights."""
+        for name, parameter in self._parameters.items():
+            if self._decay is None:
+                parameter.copy_(student[name])
+            else:
+                parameter.copy_(self._average[name].lerp_(student[name].float(), 1 - self._decay))
+
+    def save(self, file: Path) -> None:
+        """Write what the next update goes on from."""
+        save_file(
+            self._average
+            or {n: p.detach().cpu().contiguous() for n, p in self._parameters.items()},
+            file,
+        )
+
+    @torch.no_grad()
+    def restore(self, file: Path) -> None:
+        """Be as at `save`."""
+        for name, tensor in load_file(file).items():
+            self._parameters[name].copy_(tensor)
+            if self._decay is not None:
+                self._average[name] = tensor
+
+
+def read(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:
+    """The parameters of the checkpoint in `folder`, on the host, by their names in a model of
+    `kind`. Raises DataError where this node does not see it."""
+    if not Path(folder).is_dir():
+        raise DataError(
+            f"a self-teacher finds no {folder}: run.dir must lie on a disk that every node sees"
+        )
+    return dict(kind.from_pretrained(folder, dtype="auto").named_parameters())

@@ -1,0 +1,234 @@
+"""An exact teacher on transformers. A plain class: `runtime/actors.py` makes a Ray actor of it."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from async_opd.core.errors import WireError
+from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
+from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.roles.models import causal_lm
+from async_opd.roles.teacher.candidates import refuse_unknown_ids
+from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
+from async_opd.roles.teacher.self_teacher import Follower, read
+
+
+class TransformersTeacher:
+    """Scores response positions in packed batches of at most `batch_tokens`; never holds [tokens,
+    vocabulary]."""
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        needs: Needs,
+        *,
+        temperature: float,
+        vocabulary: int,
+        as_student: bool = False,
+        trust_remote_code: bool = False,
+    ):
+        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never
+        candidates. `as_student`: it reads the student's rendering of a prompt, also where the
+        teacher has one of its own."""
+        self._config = config
+        self._needs = needs
+        self._temperature = temperature
+        self._vocabulary = vocabulary
+        self._as_student, self._at_candidates = as_student, bool(needs.teacher_at_student_ids)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = causal_lm.load(
+            config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
+        ).eval()
+        self._logits = len(causal_lm.head(self._model).weight_VD)
+        # penalties of the checkpoint's own would bend `greedy`
+        self._model.generation_config = GenerationConfig()
+        self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
+        self._arrived = asyncio.Condition()
+        self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
+        decay = (
+            config.ema_decay
+            if isinstance(config, TeacherConfig) and config.update == "ema"
+            else None
+        )
+        self._follower = Follower(self._model, decay)
+        self._serving: asyncio.Task | None = None
+
+    async def score(self, group: Group) -> tuple[Scores, ...]:
+        """Scores of each rollout of `group`. Waits until a batch with them has been through the
+        model. Raises WireError for an id that it has no logit of."""
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
+        loop = asyncio.get_running_loop()
+        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        for rollout in group.rollouts:
+            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
+        futures = [loop.create_future() for _ in group.rollouts]
+        async with self._arrived:
+            self._waiting += [
+                (prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)
+            ]
+            self._arrived.notify_all()
+        return matched(group, tuple(await asyncio.gather(*futures)))
+
+    async def load(self, folder: str) -> None:
+        """Follow the student to its checkpoint in `folder`, between two forwards. Raises
+        DataError."""
+        student = await asyncio.to_thread(read, folder, type(self._model))
+        async with self._weights:
+            await asyncio.to_thread(self._follower.follow, student)
+
+    async def save(self, file: str) -> None:
+        """Write a self-teacher's own weights, for a checkpoint."""
+        async with self._weights:
+            await asyncio.to_thread(self._follower.save, Path(file))
+
+    async def restore(self, file: str) -> None:
+        """Be the self-teacher of that checkpoint."""
+        async with self._weights:
+            await asyncio.to_thread(self._follower.restore, Path(file))
+
+    async def _serve(self) -> None:
+        """Waits for a request, then at most `flush_s` for a full batch; ends only with the
+        actor."""
+        while True:
+            async with self._arrived:
+                await self._arrived.wait_for(lambda: self._waiting)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._config.flush_s):
+                        await self._arrived.wait_for(
+                            lambda: self._tokens_waiting() >= self._config.batch_tokens
+                        )
+            batch = self._take()
+            try:
+                async with self._weights:
+                    scored = await asyncio.to_thread(
+                        self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
+                    )
+            except Exception as error:
+                # belongs to these requests: their callers get it, the next batch goes on
+                for _, _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, _, future), scores in zip(batch, scored, strict=True):
+                if future.done():  # its caller gave up
+                    continue
+                if isinstance(scores, WireError):
+                    future.set_exception(scores)
+                else:
+                    future.set_result(scores)
+
+    def _tokens_waiting(self) -> int:
+        return sum(len(prompt) + len(rollout.ids) for prompt, rollout, _ in self._waiting)
+
+    def _take(self) -> list[tuple[np.ndarray, Rollout, asyncio.Future]]:
+        """Oldest requests that fit one batch, at least one."""
+        tokens, count = 0, 0
+        for prompt, rollout, _ in self._waiting:
+            tokens += len(prompt) + len(rollout.ids)
+            if count and tokens > self._config.batch_tokens:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    @torch.no_grad()
+    def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
+        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
+        the LM head. What is not finite is that rollout's error alone."""
+        ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
+        starts = np.cumsum([0, *map(len, ids)])
+        rows = [
+            at + len(p) - 1 + np.arange(len(r.ids))
+            for at, (p, r) in zip(starts, items, strict=False)
+        ]
+
+        def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+            return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
+
+        hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
+        read = read_logprobs(
+            hidden_LD[tensor(rows)],
+            causal_lm.head(self._model),
+            tensor([r.ids for _, r in items]),
+            temperature=self._temperature,
+            chunk_rows=self._config.head_chunk_rows,
+            entropy=self._needs.teacher_entropy,
+            candidate_ids_NK=tensor([r.candidate_ids for _, r in items])
+            if self._at_candidates
+            else None,
+            topk=self._needs.teacher_topk,
+            topk_below=self._vocabulary,
+            tail=self._needs.tail,
+        )
+        return _split(read, [r for _, r in items])
+
+    async def greedy(
+        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
+    ) -> list[np.ndarray]:
+        """The teacher's own likeliest responses, int32 each, to measure its accuracy."""
+        async with self._weights:
+            return await asyncio.to_thread(self._greedy, prompts, max_new_tokens, eos_ids)
+
+    def _greedy(
+        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
+    ) -> list[np.ndarray]:
+        width = max(map(len, prompts))
+        ids = torch.tensor(
+            [[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device
+        )
+        # generation keeps a cache and pads; packing does neither
+        self._model.set_attn_implementation("sdpa")
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos_ids,
+            pad_token_id=eos_ids[0],
+        )
+        self._model.set_attn_implementation(causal_lm.ATTENTION)
+        return list(out[:, width:].cpu().numpy().astype(np.int32))
+
+
+def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
+    lengths = [len(rollout.ids) for rollout in rollouts]
+
+    def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
+        if x is None:
+            return [None] * len(lengths)
+        return [part.numpy().astype(dtype) for part in x.cpu().split(lengths)]
+
+    columns = zip(
+        rollouts,
+        parts(read.sampled_N),
+        parts(read.topk_ids_NK, np.int32),
+        parts(read.topk_NK),
+        parts(read.entropy_N),
+        parts(read.candidates_NK),
+        parts(read.tail_N),
+        strict=True,
+    )
+    return [_scores(rollout.id, *row) for rollout, *row in columns]
+
+
+def _scores(id: str, logp, topk_ids, topk_logp, entropy, given, tail) -> Scores | WireError:
+    try:
+        return Scores(
+            id=id,
+            sampled_logp=logp,
+            topk_ids=topk_ids,
+            topk_logp=topk_logp,
+            entropy=entropy,
+            candidate_logp=given,
+            tail_logp=tail,
+        )
+    except WireError as e:
+        return e

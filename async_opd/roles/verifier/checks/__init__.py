@@ -1,0 +1,57 @@
+"""Checks found by name: modules beside this one, or a function of the user's as
+"package.module:function".
+
+A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
+answer out of a response returns a pair of that and the answer: a text that checks as the response
+does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
+process.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+
+from async_opd.core.errors import ConfigError
+from async_opd.roles.verifier.config import VerifyConfig
+
+Decide = Callable[[str, str], bool | tuple[bool, str]]
+OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of all checks of this package, sorted. Imports none of them."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def known(check: str) -> bool:
+    """Whether `check` is one of them, or has the form of a user's."""
+    return check in kinds() or OWN.fullmatch(check) is not None
+
+
+def load(config: VerifyConfig) -> Decide:
+    """The check that `config` names, ready to be used. Raises ConfigError if it cannot be."""
+    if own := OWN.fullmatch(config.check):
+        return _load_own(config.check, *own.groups())
+    return importlib.import_module(f"{__name__}.{config.check}").make(config)
+
+
+def _load_own(check: str, module: str, function: str) -> Decide:
+    try:
+        decide = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ConfigError(
+            f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    if not callable(decide):
+        raise ConfigError(
+            f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function"
+        )
+
+    def decided(response: str, answer: str) -> bool:
+        right = decide(response, answer)
+        if not isinstance(right, bool):
+            raise TypeError(f"{check} returned {right!r}, and must return True or False")
+        return right
+
+    return decided

@@ -1,0 +1,217 @@
+"""A program against tests, in a sandbox.
+
+The program is the last closed block of a response between lines of ```, of Python or of no
+language; without such a block it is the whole response. The reference answer is a JSON object that
+holds its tests:
+
+    {"inputs": [...], "outputs": [...]}                    as in APPS: what it reads, what it prints
+    {"inputs": [...], "outputs": [...], "fn_name": ...}    as in APPS: arguments of a function, or a
+    method of Solution {"test": ..., "entry_point": ..., "prompt"?: ...}      as in HumanEval:
+    `test` defines check(candidate) {"test_list": [...], "test_setup_code"?: ...}          as in
+    MBPP: assert statements
+
+Tests by calls are run beside the program, by the module `examiner`. They see copies of its values.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from async_opd.core.errors import DataError
+from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.sandbox import test_driver
+from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, probe
+
+# of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
+# unknown
+SHARE = 0.8
+SPARE_BYTES = 65536  # output beyond twice what is expected
+BLOCK = re.compile(
+    r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL
+)
+LANGUAGES = {"", "python", "python3", "py"}
+EXAMINER = Path(test_driver.__file__).read_text(encoding="utf-8")
+# What LeetCode, where such tasks come from, has imported before a solution.
+PROVIDED = """
+from typing import *
+from collections import *
+from itertools import *
+from functools import *
+from math import ceil, floor, gcd, inf, log, sqrt
+from heapq import *
+from bisect import *
+import collections, functools, heapq, itertools, math, random, re, string, sys
+"""
+EACH_CALL = """
+import json
+def _each(candidate, cases):
+    for given, wanted in json.loads(cases):
+        found = json.loads(json.dumps(candidate(*given)))
+        assert found == wanted or [found] == wanted
+"""
+
+
+class InOut(Struct):
+    inputs: list[Any]
+    outputs: list[Any]
+    fn_name: str | None = None
+
+
+class HumanEval(Struct):
+    test: str
+    entry_point: str
+    prompt: str = ""
+
+
+class Mbpp(Struct):
+    test_list: list[str]
+    test_setup_code: str = ""
+
+
+STYLES = {"inputs": InOut, "entry_point": HumanEval, "test_list": Mbpp}
+
+
+def make(config: VerifyConfig) -> Callable[[str, str], bool]:
+    """The check, once a sandbox was tried. Raises ConfigError where there is none to be had."""
+    limits = {
+        "isolated": config.sandbox == "namespaces",
+        "memory": int(config.memory_gib * 2**30 / PROCESSES),
+    }
+    probe(**limits)
+    return lambda response, answer: check(
+        response,
+        answer,
+        partial(Program, **limits, deadline=time.monotonic() + SHARE * config.timeout_s),
+    )
+
+
+def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
+    """Whether the program in `response` passes all tests in `answer`. An exception or a limit hit
+    is a test failed.
+
+    Raises DataError if the tests cannot be read.
+    """
+    tests, code = read_tests(answer), last_program(response)
+    match tests:
+        case InOut(fn_name=None | ""):
+            cases = zip(tests.inputs, tests.outputs, strict=True)
+            return all(_prints(code, _text(given), _text(wanted), start) for given, wanted in cases)
+        case InOut(fn_name=name):
+            code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
+            cases = json.dumps(list(zip(tests.inputs, tests.outputs, strict=True)))
+            return _answers(
+                code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED
+            )
+        case HumanEval(test, name, prompt):
+            return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
+        case Mbpp(asserts, setup):
+            return _answers(code, setup, "\n".join(asserts), "", start)
+
+
+def last_program(response: str) -> str:
+    blocks = [code for language, code in BLOCK.findall(response) if language.lower() in LANGUAGES]
+    return blocks[-1] if blocks else response
+
+
+def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
+    try:
+        tree = json.loads(answer)
+        style = next(style for key, style in STYLES.items() if key in tree)
+        tests = msgspec.convert(tree, style)
+    except (ValueError, TypeError, RecursionError, StopIteration, msgspec.ValidationError) as error:
+        raise DataError(
+            f"reference answer {answer[:200]!r} holds no tests of a known style: {error}"
+        ) from error
+    inputs, outputs = getattr(tests, "inputs", [""]), getattr(tests, "outputs", [""])
+    if not inputs or len(inputs) != len(outputs) or getattr(tests, "test_list", [""]) == []:
+        raise DataError(
+            f"reference answer {answer[:200]!r}: must have a test, and one output for each input"
+        )
+    name = getattr(tests, "entry_point", "") or getattr(tests, "fn_name", None)
+    if name and not name.isidentifier():
+        raise DataError(f"reference answer {answer[:200]!r}: {name!r} is no name of a function")
+    return tests
+
+
+def _text(lines: Any) -> str:
+    """What is read or printed; some write it as a list of lines."""
+    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+
+
+def _same(said: str, wanted: str) -> bool:
+    """Word by word in each line that has any; numbers with a point within 1e-6, as in APPS."""
+    ours, theirs = (
+        [line.split() for line in text.splitlines() if line.strip()] for text in (said, wanted)
+    )
+    lines = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(
+        len(x) == len(y) and all(map(_equal, x, y)) for x, y in lines
+    )
+
+
+def _equal(said: str, wanted: str) -> bool:
+    if said == wanted or "." not in wanted:
+        return said == wanted
+    try:
+        return math.isclose(float(said), float(wanted), rel_tol=1e-6, abs_tol=1e-6)
+    except ValueError:
+        return False
+
+
+def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -> bool:
+    limit = 2 * len(wanted.encode()) + SPARE_BYTES
+    with os.fdopen(os.memfd_create("input"), "wb", buffering=0) as store, _pipe() as (out, printed):
+        store.write(given.encode(errors="replace"))
+        with (
+            open(f"/proc/self/fd/{store.fileno()}", "rb") as stdin,
+            open(os.devnull, "wb") as stderr,
+            start(code, [stdin.fileno(), printed.fileno(), stderr.fileno()]) as program,
+        ):
+            printed.close()
+            said = program.read(out.fileno(), limit)
+            if len(said) > limit or program.wait() != 0:
+                return False
+    return _same(said.decode(errors="replace"), wanted)
+
+
+def _answers(
+    code: str, setup: str, tests: str, entry: str, start: Callable[..., Program], prelude: str = ""
+) -> bool:
+    program = f"{EXAMINER}\n\nserve({code!r}, 3, 4, {prelude!r})"
+    exam = f"{EXAMINER}\n\nexamine({setup!r}, {tests!r}, {entry!r}, 4, 3)"
+    with (
+        _pipe() as (asked, ask),
+        _pipe() as (answered, answer),
+        open(os.devnull, "r+b", buffering=0) as nothing,
+    ):
+        std = [nothing.fileno()] * 3
+        with (
+            start(program, [*std, asked.fileno(), answer.fileno()]),
+            start(exam, [*std, answered.fileno(), ask.fileno()]) as examined,
+        ):
+            for end in (asked, ask, answered, answer):
+                end.close()
+            status = examined.wait()
+    if status == test_driver.UNUSABLE:
+        raise DataError(
+            f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"
+        )
+    return status == 0
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as out, os.fdopen(write, "wb", buffering=0) as into:
+        yield out, into

@@ -1,0 +1,91 @@
+"""A verifier's child process: `python -m async_opd.roles.verifier.worker <parent pid> <VerifyConfig
+in JSON>`.
+
+Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty
+frame once its check is imported, or one with the text that says why it cannot be used, then one
+`Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from async_opd.core.errors import ConfigError
+from async_opd.core.wire import Check, Verdict
+from async_opd.roles.verifier.checks import Decide, load
+from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.sandbox.namespaces import die_with
+
+MAX_REPLY = 4096  # bytes
+MAX_REQUEST = 64 << 20
+LONGEST = 500  # characters of an answer that is told
+
+
+def main(parent: int, config: VerifyConfig) -> None:
+    die_with(parent)
+    limit = int(config.memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    requests, replies = take_pipes()
+    try:
+        decide = load(config)
+    except ConfigError as error:
+        replies.write(frame(f"{error}".encode(errors="replace")[:MAX_REPLY]))
+        return
+    exit_if_large(limit)
+    replies.write(frame(b""))
+    while header := requests.read(4):
+        size = int.from_bytes(header, "big")
+        if size > MAX_REQUEST:
+            sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
+        body = requests.read(size)
+        check = msgspec.msgpack.decode(body, type=Check)
+        verdict = judge(check, decide)
+        exit_if_large(limit)
+        replies.write(frame(msgspec.msgpack.encode(verdict)))
+
+
+def judge(check: Check, decide: Decide) -> Verdict:
+    try:
+        found = decide(check.response, check.answer)
+        correct, answer = found if isinstance(found, tuple) else (found, None)
+        if answer and len(answer) > LONGEST:
+            answer = ""
+        return Verdict(id=check.id, correct=correct, answer=answer)
+    except Exception as error:
+        # foreign code met a model's text: whatever it raises, the verdict is unknown
+        return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
+
+
+def frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """The protocol's two pipes, out of reach of a check: it reads nothing and prints to stderr."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def exit_if_large(limit: int) -> None:
+    """Exits once this process has ever mapped more than half of `limit` bytes.
+
+    Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full,
+    for later ones.
+    """
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
+    if peak > limit / 2:
+        sys.exit(
+            f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of"
+            f" {limit / 2**30:.2f} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=VerifyConfig))

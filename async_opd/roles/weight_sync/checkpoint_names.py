@@ -1,0 +1,91 @@
+"""The student's weights as its checkpoint names them: transformers renames, fuses or splits some of
+them in memory."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from async_opd.core.errors import DataError
+from async_opd.roles.weight_sync.gloo import TensorMeta
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Parameters that go back to the checkpoint together (nearly always one), and what they become
+    there."""
+
+    parameters: tuple[str, ...]  # names in the model
+    tensors: tuple[TensorMeta, ...]  # in the checkpoint
+
+    @property
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.tensors)
+
+    @property
+    def dtype(self) -> str:
+        return self.tensors[0].dtype
+
+
+def pieces(model: PreTrainedModel) -> list[Piece]:
+    """How the parameters of `model` go back to its checkpoint, in the order of its modules; a tied
+    weight goes once.
+
+    Tried out without data, on meta tensors. Raises DataError for a weight that does not come back
+    whole by parts.
+    """
+    empty = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    together: dict[str, list[str]] = {}  # name of the first tensor they become: the parameters
+    for name, parameter in empty.items():
+        together.setdefault(min(_revert(model, {name: parameter})), []).append(name)
+    whole = dict(_revert(model, empty))
+    found = []
+    for names in together.values():
+        become = _revert(model, {name: empty[name] for name in names})
+        for name, tensor in become.items():
+            if name not in whole or whole.pop(name).shape != tensor.shape:
+                raise DataError(
+                    f"student.model: {', '.join(names)} cannot be sent alone: {name} needs other"
+                    " weights"
+                )
+        if sum(tensor.numel() for tensor in become.values()) != sum(
+            empty[name].numel() for name in names
+        ):
+            raise DataError(
+                f"student.model: {', '.join(names)} does not come back whole as {', '.join(become)}"
+            )
+        found.append(
+            Piece(tuple(names), tuple(_meta(name, tensor) for name, tensor in become.items()))
+        )
+    return found
+
+
+def tensors(
+    model: PreTrainedModel, pieces: Iterable[Piece], parameters: dict[str, Tensor]
+) -> Iterator[Tensor]:
+    """The checkpoint's tensors of `pieces`, in order, made from the model's `parameters` when they
+    are asked for."""
+    for piece in pieces:
+        held = {name: parameters[name].detach() for name in piece.parameters}
+        if tuple(held) == tuple(meta.name for meta in piece.tensors):
+            yield from held.values()
+        else:
+            reverted = _revert(model, held)
+            yield from (reverted[meta.name] for meta in piece.tensors)
+
+
+def _revert(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return revert_weight_conversion(model, parameters)
+    except (NotImplementedError, RuntimeError, ValueError) as e:
+        # what operations without a reverse raise
+        raise DataError(
+            f"student.model: no way back to a checkpoint for {', '.join(parameters)}: {e!r}"
+        ) from e
+
+
+def _meta(name: str, tensor: Tensor) -> TensorMeta:
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

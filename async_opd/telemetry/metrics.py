@@ -1,0 +1,237 @@
+"""What is measured and where it goes: one row a step to observers, a file and the console among
+them, which can never slow or stop training. What a key means:
+`async_opd.telemetry.metric_names`."""
+
+import errno
+import itertools
+import json
+import queue
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from async_opd.core.printing import say
+from async_opd.telemetry.spans import STATES, ActorTime, Spans
+
+OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
+CLOSE_S = 5.0  # for all observers together to take, at the end of a run, what they were given
+ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
+
+Row = dict[str, float | int | str | None]
+Sink = Callable[[Row], None]  # one that has a `close` is closed behind the last row
+
+
+class Jsonl:
+    """One JSON object a line, in the file before the next is taken, whole or not at all. A file
+    that could not be written is tried again with the next row."""
+
+    def __init__(
+        self, path: Path, encode: Callable[[Any], bytes] = lambda row: json.dumps(row).encode()
+    ):
+        self._path, self._encode = path, encode
+
+    def __call__(self, row: Any) -> None:
+        line = self._encode(row) + b"\n"
+        with self._path.open("ab", buffering=0) as file:
+            written = file.write(line)
+            if written < len(line):  # the disk filled up within the line
+                file.truncate(file.tell() - written)
+                raise OSError(
+                    errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path)
+                )
+
+
+class Observed:
+    """Runs a sink that may block or raise on a thread of its own behind a bounded queue."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]):
+        """`make` is tried again with each row until it gives a sink; `name` is what messages call
+        it."""
+        self.name = name
+        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._given = 0
+        self._taken = 0
+        self._told = False
+        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
+        self._thread.start()
+
+    def __call__(self, row: Row) -> None:
+        self._given += 1
+        if self._rows.qsize() < OBSERVER_BACKLOG:
+            self._rows.put(row)
+
+    @property
+    def lost(self) -> int:
+        """Rows it was given and has not taken; those still waiting among them."""
+        return self._given - self._taken
+
+    def end(self) -> None:
+        """No row comes after this."""
+        self._rows.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """After `end`: give it `timeout_s` seconds to take what waits; then leave it behind."""
+        self._thread.join(max(timeout_s, 0))
+
+    def _run(self, make: Callable[[], Sink]) -> None:
+        sink = None
+        while (row := self._rows.get()) is not None:
+            with self._survived():
+                sink = sink or make()
+                sink(row)
+                self._taken += 1
+        with self._survived():
+            getattr(sink, "close", lambda: None)()
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever an observer does, training goes on
+            if not self._told:
+                self._told = True
+                say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
+
+
+@contextmanager
+def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed]]:
+    """An observer for each of `makers`; on leaving they have CLOSE_S seconds to take what they were
+    given."""
+    observers = [Observed(name, make) for name, make in makers.items()]
+    try:
+        yield observers
+    finally:
+        deadline = time.monotonic() + CLOSE_S
+        for observer in observers:
+            observer.end()
+        for observer in observers:
+            observer.join(deadline - time.monotonic())
+
+
+class Meter:
+    """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals,
+    never rows."""
+
+    def __init__(
+        self,
+        sinks: list[Sink],
+        clock: Callable[[], float] = time.monotonic,
+        spans: Callable[[Any], None] | None = None,
+        record: Callable[[Any], None] = lambda _: None,
+    ):
+        """`spans`, where they are recorded, takes what each actor did, a line a step; `record`
+        takes the trajectories that the learner recorded in a step."""
+        self._sinks = sinks
+        self._clock = clock
+        self.record = record
+        self._spans = Spans(spans, clock) if spans else None
+        self._actors: dict[str, list[ActorTime]] = {role: [] for role in ROLES}
+        self.start()
+
+    @property
+    def at(self) -> int:
+        """The step of the last row, since the start."""
+        return self._first + self._steps
+
+    def actor(self, role: str, name: str = "") -> ActorTime:
+        """Account for one more actor of `role`, which has no `name` where it is the only one."""
+        self._actors.setdefault(role, []).append(ActorTime(self._clock, name or role, self._spans))
+        return self._actors[role][-1]
+
+    def count(self, role: str, tokens: int) -> None:
+        """`tokens` more have been through `role`."""
+        self._tokens[role] += tokens
+
+    def start(self, version: int = 0) -> None:
+        """Training starts now, behind step `version`: what comes before is start-up."""
+        self._first = version
+        self._started = self._last = self._clock()
+        self._steps, self._max_lag = 0, 0
+        self._tokens: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
+        for actor in itertools.chain(*self._actors.values()):
+            actor.restart(self._started)
+        self._seconds = self._mean_seconds(self._started)
+        self.flush(self._started)
+
+    def step(
+        self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None
+    ) -> None:
+        """One row: `metrics` of the learner, rates and shares of time since the last row, and
+        `more`."""
+        now = self._clock()
+        passed, elapsed = now - self._last, now - self._started
+        self._steps, self._max_lag = self._steps + 1, max(self._max_lag, int(metrics["lag_max"]))
+        self._tokens["trained"] += int(metrics["tokens"] + metrics.get("tokens_taught", 0))
+        rates = {
+            f"{role}_tokens_per_s": (self._tokens[role] - self._seen[role]) / passed
+            for role in ("generators", "teachers", "trained")
+        }
+        seconds = self._mean_seconds(now)
+        shares = {key: (seconds[key] - self._seconds[key]) / passed for key in seconds}
+        self._seen = self._tokens.copy()
+        self._seconds = seconds
+        self._last = now
+        row = (
+            {
+                "step": step,
+                "elapsed_s": elapsed,
+                "left_s": elapsed / (step - self._first) * (steps - step),
+            }
+            | metrics
+            | rates
+        )
+        row |= shares | more
+        for sink in self._sinks:
+            sink(row)
+        self.flush(now, row)
+
+    def flush(self, until: float | None = None, row: Row | None = None) -> None:
+        """Hand over the spans up to now, or up to a moment that has just passed, with the `row`
+        that belongs to it."""
+        if self._spans:
+            self._spans.flush(self._clock() if until is None else until, row or {})
+
+    def summary(self) -> Row:
+        """Totals from the start of training to the last row; shares of time are means over it."""
+        elapsed = self._last - self._started
+        return {
+            "steps": self._steps,
+            "trained_tokens": self._tokens["trained"],
+            "trained_tokens_per_s": self._tokens["trained"] / elapsed if self._steps else 0.0,
+            "max_lag_seen": self._max_lag,
+            "wall_s": elapsed,
+            **{
+                key: seconds / elapsed if self._steps else 0.0
+                for key, seconds in self._seconds.items()
+            },
+        }
+
+    def _mean_seconds(self, now: float) -> dict[str, float]:
+        """Seconds from the start until `now` by role and state, averaged over the role's actors."""
+        return {
+            f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors)
+            / max(len(actors), 1)
+            for role, actors in self._actors.items()
+            for state in STATES
+        }
+
+
+def roles_of(row: Iterable[str]) -> list[str]:
+    """The roles whose time a row, or a summary, accounts for."""
+    return [key.removesuffix("_busy") for key in row if key.endswith("_busy")]
+
+
+def time_table(summary: Row) -> str:
+    """Where each role's time went, a line a role."""
+    lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
+    for role in roles_of(summary):
+        lines.append(
+            role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
+        )
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""The file of recorded trajectories, `samples.jsonl`: tokens as text, numbers beside them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from async_opd.core.wire import Recorded
+from async_opd.telemetry.metrics import Jsonl
+
+
+def sample_file(
+    path: Path, pieces: Callable[[np.ndarray], list[str]]
+) -> Callable[[tuple[Recorded, ...]], None]:
+    """An observer that adds a line for each trajectory to the file at `path`; `pieces` turns ids
+    into text."""
+    write = Jsonl(path)
+
+    def take(recorded: tuple[Recorded, ...]) -> None:
+        for trajectory in recorded:
+            write(line(trajectory, pieces))
+
+    return take
+
+
+def line(recorded: Recorded, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
+    """What the file says of one trajectory: per-token lists by name, as long as `tokens`, numbers
+    to 5 digits."""
+    return {
+        "step": recorded.step,
+        "id": recorded.id,
+        "prompt": "".join(pieces(recorded.prompt_ids)),
+        # tokens left out before it
+        "prompt_cut": recorded.prompt_tokens - len(recorded.prompt_ids),
+        "tokens": pieces(recorded.ids),
+        "cut": recorded.tokens - len(recorded.ids),  # tokens left out behind them
+        "truncated": recorded.truncated,
+        "correct": recorded.correct,
+        **{
+            name: [float(f"{x:.5g}") for x in value.tolist()]
+            for name, value in recorded.numbers.items()
+        },
+    }
+
+
+def decoder(tokenizer: Any) -> Callable[[np.ndarray], list[str]]:
+    """Text of each id by a `tokenizers.Tokenizer`; what only several ids spell together stands with
+    the last."""
+    from tokenizers.decoders import DecodeStream
+
+    def pieces(ids: np.ndarray) -> Iterator[str]:
+        stream = DecodeStream(skip_special_tokens=False)
+        for id in ids.tolist():
+            yield stream.step(tokenizer, id) or ""
+
+    return lambda ids: list(pieces(ids))

@@ -1,0 +1,152 @@
+"""The books of a run, from its ledger and from what its checkpoints and metrics attest."""
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from async_opd.config.schema import read_run
+from async_opd.core.errors import RunMissing
+from async_opd.core.run_dir import CHECKPOINTS
+from async_opd.driver.checkpoints import MANIFEST, STATE, RunState
+from async_opd.tools.audit.replay import Replay
+from async_opd.tools.audit.timeline import Timeline
+
+
+class Books(Struct, kw_only=True):
+    """What became of every prompt by the live records: those behind a checkpoint that the run went
+    back to are void."""
+
+    steps: int
+    steps_asked: int  # run.steps
+    finished: bool
+    handed_out: int
+    trained: int
+    dropped: dict[str, int]  # for good, by cause
+    outstanding: list[str]
+    reissued: dict[str, int]  # by cause
+    returned: dict[str, int]
+    resumed_at: list[int]  # steps, those void too
+    void: int  # records
+    discrepancies: list[str]
+
+    def lines(self) -> Iterator[str]:
+        """The books in words."""
+        dropped, reissued, returned = (
+            sum(c.values()) for c in (self.dropped, self.reissued, self.returned)
+        )
+        resumes = f"at step {', '.join(map(str, self.resumed_at))}" if self.resumed_at else ""
+        for name, count, more in (
+            (
+                "steps",
+                self.steps,
+                f"of {self.steps_asked}, {'finished' if self.finished else 'not finished'}",
+            ),
+            ("handed out", self.handed_out, ""),
+            ("  trained", self.trained, ""),
+            ("  dropped", dropped, _by_cause(self.dropped)),
+            ("  outstanding", len(self.outstanding), ""),
+            ("re-issued", reissued, _by_cause(self.reissued)),
+            ("handed back", returned, _by_cause(self.returned)),
+            ("resumes", len(self.resumed_at), resumes),
+            ("void records", self.void, ""),
+        ):
+            yield f"{name:14}{count:9}  {more}".rstrip()
+        yield from self.discrepancies
+        found = len(self.discrepancies)
+        yield f"the books do not balance: {found} found" if found else "the books balance"
+
+
+def audit(run_dir: Path) -> Books:
+    """The books of a run, which may be at work. Memory is bounded by what is outstanding at once,
+    checkpoints, and 8 bytes a prompt. Raises RunMissing, and LedgerError for a line that is no
+    record."""
+    config, path = read_run(run_dir), run_dir / "ledger.jsonl"
+    if not path.exists():
+        raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
+    found: list[str] = []
+    # Both are written after what they attest is in the ledger, so they are read before it.
+    checkpoints, rows = _complete(run_dir / CHECKPOINTS), _rows(run_dir / "metrics.jsonl", found)
+    timeline = Timeline(path, found)
+    checkpoint, at = timeline.newest(checkpoints)
+    replay = Replay(config.groups_per_step, found)
+    for line, record in timeline.live():
+        replay.read(record)
+        if line == at and (state := _state(checkpoint, found)):
+            replay.agrees(f"the checkpoint of step {int(checkpoint.name)}", state.outstanding)
+    replay.close(config.run.steps, timeline.live())
+    if rows is not None:
+        found += _against(rows, replay.step, timeline.highest, replay.finished)
+    return Books(
+        steps=replay.step,
+        steps_asked=config.run.steps,
+        finished=replay.finished,
+        handed_out=len(replay.handed_out),
+        trained=replay.trained,
+        dropped=dict(replay.dropped),
+        outstanding=list(replay.attempts),
+        reissued=dict(replay.reissued),
+        returned=dict(replay.returned),
+        resumed_at=timeline.resumed_at,
+        void=sum(end - first for first, end in timeline.void),
+        discrepancies=found,
+    )
+
+
+class _Row(Struct):
+    """Of a row of metrics.jsonl."""
+
+    step: Annotated[int, Meta(ge=1, lt=2**32)]
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints, the newest first."""
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def _state(checkpoint: Path, found: list[str]) -> RunState | None:
+    """Its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
+    try:
+        state = msgspec.json.decode((checkpoint / STATE).read_bytes(), type=RunState)
+    except (OSError, msgspec.DecodeError) as e:
+        found.append(f"{checkpoint}: its run.json cannot be read: {e}")
+        return None
+    if state.version != int(checkpoint.name):
+        found.append(f"{checkpoint}: its run.json is of step {state.version}")
+    return state
+
+
+def _rows(path: Path, found: list[str]) -> np.ndarray | None:
+    """The steps that have a row; None without a file. What is no row is a discrepancy, save at a
+    torn end."""
+    if not path.exists():
+        return None
+    steps = array("I")
+    with path.open("rb") as file:
+        for at, line in enumerate(file, 1):
+            try:
+                steps.append(msgspec.json.decode(line, type=_Row).step)
+            except (msgspec.DecodeError, UnicodeDecodeError) as e:
+                if line.endswith(b"\n"):
+                    found.append(f"{path}, line {at}: not a row: {e}")
+    return np.array(steps)
+
+
+def _against(rows: np.ndarray, step: int, highest: int, finished: bool) -> Iterator[str]:
+    """Where the steps with a row and the ledger disagree. A kill between the two leaves a record
+    without its row."""
+    last = int(rows.max(initial=0))
+    if last > highest:
+        yield f"metrics.jsonl has a row of step {last}, the ledger ends with step {highest}"
+    due = np.arange(1, (step if finished else min(step, last)) + 1)
+    for missing in np.setdiff1d(due, rows):
+        yield f"step {missing} was trained, but metrics.jsonl has no row of it"
+
+
+def _by_cause(counts: dict[str, int]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items()))

@@ -1,0 +1,160 @@
+"""The live records of a ledger, followed one by one: who is outstanding, and what breaks the
+books."""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from async_opd.driver import ledger
+
+
+class Replay:
+    """Follows the live records, and notes in `found` what breaks the books."""
+
+    def __init__(self, per_step: int, found: list[str]):
+        self._per_step, self._found = per_step, found
+        self.attempts: dict[str, int] = {}  # of each outstanding prompt
+        # of them: to be handed out again since a resume, in this order
+        self._due: dict[str, None] = {}
+        self.handed_out = array("q")  # hashes of ids
+        # an id not outstanding, hand-outs before, what was said of it
+        self._strays: list[tuple[str, int, str]] = []
+        self.step = self.trained = 0
+        self.finished = False
+        self.dropped = Counter()
+        self.reissued = Counter()
+        self.returned = Counter()
+        self._of: dict[type, Callable] = {
+            ledger.Out: self._out,
+            ledger.Trained: self._train,
+            ledger.Dropped: self._drop,
+            ledger.Reissued: self._reissue,
+            ledger.Returned: self._return,
+            ledger.Checkpoint: self._check,
+            ledger.Resumed: self._resume,
+            ledger.Finished: self._finish,
+        }
+
+    def read(self, record: ledger.Record) -> None:
+        """Follow one record."""
+        if self.finished:
+            self._found.append(f"record {record.n} stands behind the end of the run")
+        self._of[type(record)](record)
+
+    def agrees(self, where: str, theirs: list[str]) -> None:
+        """Hold what `where` says is outstanding against what is."""
+        ours, known = list(self.attempts), set(theirs)
+        self._found += [
+            f"{id}: outstanding, but {where} does not know it" for id in ours if id not in known
+        ]
+        self._found += [
+            f"{id}: not outstanding, but {where} says so"
+            for id in theirs
+            if id not in self.attempts
+        ]
+        if ours != theirs and sorted(ours) == sorted(theirs):
+            self._found.append(f"{where} has what is outstanding in another order")
+
+    def close(self, steps: int, again: Iterator[tuple[int, ledger.Record]]) -> None:
+        """The end of the file; `again` are the records once more, read where an id has to be
+        found."""
+        if self.finished and self.step != steps:
+            self._found.append(f"the run finished after step {self.step} of {steps}")
+        if self.finished:
+            self._found += [
+                f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts
+            ]
+        hashes = np.asarray(self.handed_out)
+        if self._strays:
+            known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
+            first = {int(hashes[at]): at for at in reversed(known)}
+            for id, before, what in self._strays:
+                was_out = first.get(hash(id), before) < before
+                self._found.append(
+                    f"{id}: {what}, but it"
+                    f" {'had ended before' if was_out else 'was never handed out'}"
+                )
+        hashes = np.sort(hashes)
+        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if twice:
+            ids = {
+                record.id
+                for _, record in again
+                if type(record) is ledger.Out and hash(record.id) in twice
+            }
+            self._found += [f"{id}: handed out anew after it had ended" for id in sorted(ids)]
+
+    def _out(self, record: ledger.Out) -> None:
+        if record.id not in self._due:
+            if record.id in self.attempts:
+                self._found.append(f"{record.id}: handed out while it was outstanding")
+            else:
+                self.attempts[record.id] = 0
+                self.handed_out.append(hash(record.id))
+        while self._due:
+            due = next(iter(self._due))
+            del self._due[due]
+            if due == record.id:
+                return
+            self._found.append(
+                f"{due}: outstanding at the resume, but {record.id} was handed out before it"
+            )
+
+    def _train(self, record: ledger.Trained) -> None:
+        if record.step != self.step + 1:
+            self._found.append(f"step {record.step} follows step {self.step}")
+        if len(record.ids) != self._per_step:
+            self._found.append(
+                f"step {record.step} has {len(record.ids)} groups, config.json says"
+                f" {self._per_step}"
+            )
+        self.step = record.step
+        self.trained += len(record.ids)
+        for id in record.ids:
+            self._end(id, f"trained at step {record.step}")
+
+    def _drop(self, record: ledger.Dropped) -> None:
+        self.dropped[record.cause] += 1
+        self._due.pop(record.id, None)  # what no step is left for is not handed out again
+        self._end(record.id, f"dropped ({record.cause})")
+
+    def _reissue(self, record: ledger.Reissued) -> None:
+        self.reissued[record.cause] += 1
+        before = self.attempts.get(record.id)
+        if before is None:
+            self._stray(record.id, f"re-issued ({record.cause})")
+            return
+        # what the teacher did not answer is the student's first attempt
+        if record.attempt not in (before, before + 1):
+            self._found.append(f"{record.id}: attempt {record.attempt} follows attempt {before}")
+        self.attempts[record.id] = record.attempt
+
+    def _return(self, record: ledger.Returned) -> None:
+        self.returned[record.cause] += 1
+        if record.id not in self.attempts:
+            self._stray(record.id, f"handed back ({record.cause})")
+
+    def _check(self, record: ledger.Checkpoint) -> None:
+        if record.step != self.step:
+            self._found.append(f"a checkpoint of step {record.step} stands behind step {self.step}")
+
+    def _resume(self, record: ledger.Resumed) -> None:
+        self.agrees(f"the resume at step {record.step}", record.outstanding)
+        self.step = record.step
+        self.attempts = dict.fromkeys(record.outstanding, 0)
+        self._due = dict.fromkeys(record.outstanding)
+
+    def _finish(self, record: ledger.Finished) -> None:
+        self.finished = True
+
+    def _end(self, id: str, what: str) -> None:
+        if self.attempts.pop(id, None) is None:
+            self._stray(id, what)
+        elif id in self._due:
+            del self._due[id]
+            self._found.append(f"{id}: {what} before it was handed out again")
+
+    def _stray(self, id: str, what: str) -> None:
+        self._strays.append((id, len(self.handed_out), what))

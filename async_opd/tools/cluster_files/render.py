@@ -1,0 +1,58 @@
+"""The files themselves: templates beside this file, filled from a Shape."""
+
+import json
+import shlex
+from dataclasses import asdict
+from importlib.metadata import requires, version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from textwrap import indent
+
+from async_opd.config.schema import load
+from async_opd.core.errors import ConfigError
+from async_opd.runtime.jobs import RUN_DIR, STOP_S
+from async_opd.tools.cluster_files import KINDS
+from async_opd.tools.cluster_files.shape import shape_of
+
+
+class _Filled(Template):
+    """`@{name}`: `$` is the shell's."""
+
+    delimiter = "@"
+
+
+def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, image: str) -> str:
+    """The file of that kind for the config at `path` with `overrides`. Raises ConfigError."""
+    config = load(path, overrides, elsewhere=True)
+    here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
+    if kind == "kuberay" and here:
+        raise ConfigError(
+            f"{', '.join(here)}: the pods see no file of this machine: name an absolute path of"
+            " theirs"
+        )
+    shape = shape_of(config, gpus_per_node)
+    asked = [str(path), *overrides, "--gpus-per-node", str(gpus_per_node), "--image", image]
+    text = files("async_opd.tools.cluster_files").joinpath(KINDS[kind]).read_text(encoding="utf-8")
+    return _Filled(text).substitute(
+        asdict(shape) | {"workers": shape.workers},
+        command=f"async-opd cluster render --kind {kind} {shlex.join(asked)}",
+        config=indent(path.read_text(encoding="utf-8"), " " * 4),
+        config_path=shlex.quote(str(path)),
+        overrides=shlex.join(overrides),
+        entrypoint=json.dumps(
+            shlex.join(["python", "-m", "async_opd", "train", "/config/config.toml", *overrides])
+        ),
+        image=image,
+        metadata=json.dumps({RUN_DIR: shape.run_dir}),
+        ray=version("ray"),
+        stop_s=STOP_S,
+        vllm=_vllm(),
+        worker_ips=json.dumps([f"worker-{at}.example" for at in range(1, shape.nodes)]),
+    )
+
+
+def _vllm() -> str:
+    """The release that the package asks for on GPUs."""
+    (asked,) = (line for line in requires("async-opd-ray") if line.startswith("vllm=="))
+    return asked.partition(";")[0].removeprefix("vllm==").strip()

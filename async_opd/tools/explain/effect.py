@@ -1,0 +1,41 @@
+"""What an objective makes of each token, by the functions that the learner calls."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from async_opd.objectives import Objective
+from async_opd.objectives.effect import effect
+from async_opd.tools.explain.given import Absent, Given, Rollouts
+
+
+def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[dict[str, Any]]:
+    """What `objective` does to each trajectory, as plain lists over its T tokens, by the names of
+    `effect`.
+
+    Statistics and groups are over all that is given. Raises DataError naming the trajectory, the
+    field and the objective where `file`, which `rollouts` were read from, lacks what the objective
+    reads, or holds what cannot be.
+    """
+    batch = Given(objective, rollouts, file).batch()
+    with torch.no_grad():
+        statistics = objective.statistics(batch, torch.ones(len(batch.segment_N), dtype=torch.bool))
+    batch = replace(batch, statistics=statistics)
+    live = {
+        "coefficient": batch.student_logp_N,
+        "candidate_coefficient": batch.student_logp_NK,
+        "tail_coefficient": batch.student_tail_logp_N,
+    }
+    columns = effect(
+        objective.loss(batch), {name: x for name, x in live.items() if not isinstance(x, Absent)}
+    )
+    lengths = [t.length for t in rollouts.trajectories]
+    split = {
+        name: [None] * len(lengths)
+        if value is None
+        else [part.tolist() for part in value.split(lengths)]
+        for name, value in columns.items()
+    }
+    return [{name: parts[i] for name, parts in split.items()} for i in range(len(lengths))]

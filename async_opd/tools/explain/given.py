@@ -1,0 +1,308 @@
+"""Rollouts from a JSON file, and the batch that an objective sees of them.
+
+The file is {"step": 1, "running": {"reward": {"count": n, "mean": m, "squares": s}},
+"trajectories": [{…}, …]}. A trajectory has the fields of `Trajectory`; what the objective does not
+read may be left out. Trajectories of one `prompt` are a group. `running` holds the moments of all
+past steps, `squares` being Σ(x - mean)².
+"""
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from msgspec import UNSET, Meta, UnsetType
+from torch import Tensor
+
+from async_opd.core.errors import DataError
+from async_opd.core.suggest import beside, wrong
+from async_opd.core.wire import LOGP_TOLERANCE
+from async_opd.maths.advantages import Moments
+from async_opd.objectives import Objective
+from async_opd.objectives.base import TokenBatch
+
+LOGP = (-torch.inf, LOGP_TOLERANCE, "a finite log-prob <= 0")
+ENTROPY = (-LOGP_TOLERANCE, torch.inf, "a finite entropy >= 0")
+FINITE = (-torch.inf, torch.inf, "a finite number")
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what the file holds."""
+
+
+class Candidate(Struct):
+    """One of K tokens at a position beside the generated one: the likeliest, or samples of the
+    behaviour policy."""
+
+    student_logp: float
+    teacher_logp: float
+    behaviour_logp: float | UnsetType = UNSET  # of samples
+    token: str | int = ""  # shown as it is
+
+
+class Trajectory(Struct):
+    """One response of T tokens; log-probs and entropies in nats."""
+
+    prompt: str | int | UnsetType = UNSET
+    tokens: list[str | int] | UnsetType = UNSET  # shown as they are
+    student_logp: list[float] | UnsetType = UNSET
+    behaviour_logp: list[float] | UnsetType = UNSET
+    teacher_logp: list[float] | UnsetType = UNSET
+    reference_logp: list[float] | UnsetType = UNSET
+    student_entropy: list[float] | UnsetType = UNSET
+    teacher_entropy: list[float] | UnsetType = UNSET
+    hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
+    candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
+    # log-mass of all other tokens than the candidates
+    student_tail_logp: list[float] | UnsetType = UNSET
+    teacher_tail_logp: list[float] | UnsetType = UNSET
+    reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
+    length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
+
+    @property
+    def length(self) -> int:
+        """T, by the first field that tells."""
+        return next((len(value) for value in self.per_token.values()), 0)
+
+    @property
+    def per_token(self) -> dict[str, list]:
+        """What is given of each token, by field."""
+        return {
+            name: value
+            for name in self.__struct_fields__
+            if isinstance(value := getattr(self, name), list)
+        }
+
+
+class PastMoments(Struct):
+    """Of one quantity, over all past steps."""
+
+    count: Annotated[float, Meta(gt=0)]
+    mean: float
+    squares: Annotated[float, Meta(ge=0)]
+
+
+class Running(Struct):
+    """Past moments by what they are of."""
+
+    reward: PastMoments | UnsetType = UNSET
+
+
+class Rollouts(Struct):
+    """The file."""
+
+    trajectories: Annotated[list[Trajectory], Meta(min_length=1)]
+    step: Annotated[int, Meta(ge=1)] = 1  # the optimizer step that is being made
+    running: Running = Running()
+
+
+KINDS = {
+    "": Rollouts,
+    "trajectories": Trajectory,
+    "candidates": Candidate,
+    "running": Running,
+    "reward": PastMoments,
+}
+
+
+def read(path: str | Path) -> Rollouts:
+    """The rollouts in a JSON file. Raises DataError naming the file, the place and what is
+    wrong."""
+    try:
+        return msgspec.convert(json.loads(Path(path).read_text(encoding="utf-8")), Rollouts)
+    except FileNotFoundError as e:
+        raise DataError(f"{path}: no such file{beside(path)}") from e
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from e
+    except msgspec.ValidationError as e:
+        raise DataError(f"{path}: {_in_words(str(e))}") from e
+    except ValueError as e:
+        raise DataError(f"{path} is not JSON: {e}") from e
+
+
+def _in_words(said: str) -> str:
+    """What msgspec said, with the allowed names where one is unknown."""
+    if not (
+        unknown := re.fullmatch(
+            r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?", said
+        )
+    ):
+        return said
+    place = unknown[2] or ""
+    kind = KINDS[re.sub(r"\[.*?\]", "", place).split(".")[-1]]
+    return wrong(f"{place or 'top level'}: field", unknown[1], kind.__struct_fields__)
+
+
+class Absent(Tensor):
+    """Stands for what the file leaves out: it has a length, and whatever reads its values raises
+    DataError. So what an objective needs is what it reads."""
+
+    message: str  # of each subclass
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function not in (Tensor.__len__, Tensor.new_ones, Tensor.new_full):
+            raise DataError(cls.message)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+class Given:
+    """Makes the batch of `rollouts`, which were read from `file`, for `objective`."""
+
+    def __init__(self, objective: Objective, rollouts: Rollouts, file: str | Path):
+        self._tag, self._needs = objective.tag, objective.needs()
+        self._rollouts = rollouts
+        self._trajectories = rollouts.trajectories
+        self._file = file
+        self._count = sum(t.length for t in rollouts.trajectories)
+
+    def batch(self) -> TokenBatch:
+        """All tokens of all trajectories, float64; student log-probs are leaves that take
+        gradients. Raises DataError, here for what cannot be, and from the objective for what it
+        reads and the file lacks."""
+        self._check_lengths()
+        lengths = torch.tensor([t.length for t in self._trajectories])
+        return TokenBatch(
+            student_logp_N=_leaf(self._tokens("student_logp", LOGP)),
+            behaviour_logp_N=self._tokens("behaviour_logp", LOGP),
+            teacher_logp_N=self._tokens("teacher_logp", LOGP),
+            reference_logp_N=self._tokens("reference_logp", LOGP),
+            student_entropy_N=self._tokens("student_entropy", ENTROPY),
+            teacher_entropy_N=self._tokens("teacher_entropy", ENTROPY),
+            hidden_ND=self._tokens("hidden", FINITE),
+            student_logp_NK=_leaf(self._candidates("student_logp")),
+            behaviour_logp_NK=self._candidates("behaviour_logp"),
+            teacher_logp_NK=self._candidates("teacher_logp"),
+            student_tail_logp_N=_leaf(self._tokens("student_tail_logp", LOGP)),
+            teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
+            segment_N=torch.repeat_interleave(lengths),
+            key_S=torch.tensor(
+                [zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]
+            ),
+            reward_S=self._each("reward"),
+            group_reward_SG=self._group_rewards(),
+            cap_S=self._each("length_cap"),
+            step=self._rollouts.step,
+            running={name: self._moments(name) for name in self._needs.running},
+        )
+
+    def _check_lengths(self) -> None:
+        for i, t in enumerate(self._trajectories):
+            lengths = {name: len(value) for name, value in t.per_token.items()}
+            if t.length < 1:
+                raise DataError(f"{self._at(i)}: holds no token")
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"{self._at(i)}: lengths differ: {lengths}")
+            if t.length_cap is not UNSET and t.length > t.length_cap:
+                raise DataError(
+                    f"{self._at(i)}.length_cap = {t.length_cap}: must be >= its {t.length} tokens"
+                )
+
+    def _tokens(self, field: str, bounds: tuple) -> Tensor:
+        """A field of every token, [N] or [N, D]."""
+        if (lacking := self._lacking(field, self._count)) is not None:
+            return lacking
+        return self._joined(field, [getattr(t, field) for t in self._trajectories], bounds)
+
+    def _candidates(self, field: str) -> Tensor | None:
+        """A field of every candidate, [N, K]; None where the objective wants none."""
+        wanted = self._needs.teacher_topk or self._needs.teacher_at_student_ids
+        if not wanted or (lacking := self._lacking("candidates", self._count)) is not None:
+            return lacking if wanted else None
+        for i, t in enumerate(self._trajectories):
+            for place, row in enumerate(t.candidates):
+                if len(row) != wanted:
+                    many = f"{self._at(i)}.candidates[{place}] has {len(row)} candidates"
+                    raise DataError(f"{many}: must be {wanted} for objective {self._tag}")
+                if any(getattr(candidate, field) is UNSET for candidate in row):
+                    return self._absent(
+                        f"{self._at(i)}.candidates[{place}] has no {field}", self._count
+                    )
+        values = [
+            [[getattr(c, field) for c in row] for row in t.candidates] for t in self._trajectories
+        ]
+        return self._joined(f"candidates.{field}", values, LOGP)
+
+    def _each(self, field: str) -> Tensor:
+        """A field of every trajectory, [S]; NaN for null."""
+        if (lacking := self._lacking(field, len(self._trajectories))) is not None:
+            return lacking
+        values = [getattr(t, field) for t in self._trajectories]
+        return torch.tensor(
+            [torch.nan if value is None else value for value in values], dtype=torch.float64
+        )
+
+    def _group_rewards(self) -> Tensor:
+        """Rewards of all trajectories of the same prompt, [S, G]; NaN where there is none."""
+        for field in ("prompt", "reward"):
+            if (lacking := self._lacking(field, len(self._trajectories))) is not None:
+                return lacking
+        reward_S = self._each("reward")
+        groups = [
+            torch.tensor([t.prompt == other.prompt for other in self._trajectories])
+            for t in self._trajectories
+        ]
+        return torch.nn.utils.rnn.pad_sequence(
+            [reward_S[group] for group in groups], True, torch.nan
+        )
+
+    def _placed(self) -> list[tuple[Trajectory, int]]:
+        """Every trajectory with its place in its group."""
+        prompts = [t.prompt for t in self._trajectories]
+        return [(t, prompts[:i].count(t.prompt)) for i, t in enumerate(self._trajectories)]
+
+    def _moments(self, name: str) -> Moments:
+        found = getattr(self._rollouts.running, name)
+        if found is UNSET:
+            lacking = self._absent(
+                f"{self._file} has no running.{name} at step {self._rollouts.step}", 0
+            )
+            return Moments(lacking, lacking, lacking)
+        values = [found.count, found.mean, found.squares]
+        return Moments(*_checked(f"{self._file}: running.{name}", values, FINITE).tolist())
+
+    def _joined(self, field: str, values: list[list], bounds: tuple) -> Tensor:
+        parts = [
+            _checked(f"{self._at(i)}.{field}", value, bounds) for i, value in enumerate(values)
+        ]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise DataError(f"{self._file}: {field} has rows of different lengths")
+        return torch.cat(parts)
+
+    def _lacking(self, field: str, length: int) -> Absent | None:
+        """A stand-in of that length where a trajectory lacks the field."""
+        lacking = [i for i, t in enumerate(self._trajectories) if getattr(t, field) is UNSET]
+        return self._absent(f"{self._at(lacking[0])} has no {field}", length) if lacking else None
+
+    def _absent(self, what: str, length: int) -> Absent:
+        kind = type("Absent", (Absent,), {"message": f"{what}, which objective {self._tag} needs"})
+        return torch.empty(length, dtype=torch.float64).as_subclass(kind)
+
+    def _at(self, index: int) -> str:
+        return f"{self._file}: trajectories[{index}]"
+
+
+def _checked(at: str, values: list, bounds: tuple[float, float, str]) -> Tensor:
+    try:
+        found = torch.tensor(values, dtype=torch.float64)
+    except ValueError as e:
+        raise DataError(f"{at}: rows of different lengths") from e
+    low, high, allowed = bounds
+    broken = (~(found.isfinite() & (found >= low) & (found <= high))).nonzero()
+    if len(broken):
+        place = broken[0].tolist()
+        raise DataError(
+            f"{at}{''.join(f'[{i}]' for i in place)} = {found[tuple(place)].item()}: must be"
+            f" {allowed}"
+        )
+    return found
+
+
+def _leaf(logp: Tensor | None) -> Tensor | None:
+    return logp if logp is None or isinstance(logp, Absent) else logp.requires_grad_()

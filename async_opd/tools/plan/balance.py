@@ -1,0 +1,131 @@
+"""How many generators and teachers keep up with the learner, from rates given or measured in a
+short run."""
+
+import json
+import re
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from async_opd.config.schema import Config
+from async_opd.core.errors import ConfigError, RunMissing
+
+# its name in a row, that of its tokens, and the states in which it waits for no other role
+ROLES = {
+    "generator": ("generators", "generators", ("busy", "syncing")),
+    "teacher": ("teachers", "teachers", ("busy", "syncing")),
+    "learner": ("learner", "trained", ("busy", "syncing", "blocked")),  # blocked: by a checkpoint
+}
+SLOWER = {  # settings that rates hang on
+    "model",
+    "backend",
+    "dtype",
+    "tensor_parallel_size",
+    "max_new_tokens",
+    "concurrency",
+    "gradient_checkpointing",
+}
+WARM = 3  # first steps of a run, which are slow
+
+
+class Balance(Struct, frozen=True, kw_only=True):
+    """Rates are response tokens a second of one generator, one teacher replica, one learner rank at
+    work."""
+
+    source: str
+    rates: dict[str, float]
+    capacity: dict[str, float]  # of all members, as planned
+    bottleneck: str
+    generators: int  # that keep up with the learner
+    teachers: int  # of all kinds
+    differs: list[str]  # from the run that was measured
+
+
+def balance(config: Config, rates: dict[str, float], source: str, differs: list[str]) -> Balance:
+    """Every token is sampled, scored and trained once, so the role that does the fewest a second
+    bounds the run; ranks are taken to add up."""
+    counts = _counts(msgspec.to_builtins(config))
+    capacity = {role: rates[role] * counts[role] for role in ROLES}
+    return Balance(
+        source=source,
+        rates=rates,
+        capacity=capacity,
+        bottleneck=min(capacity, key=capacity.get),
+        generators=ceil(capacity["learner"] / rates["generator"]),
+        teachers=ceil(capacity["learner"] / rates["teacher"]),
+        differs=differs,
+    )
+
+
+def given(text: str) -> dict[str, float]:
+    """Rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
+    allowed = f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}"
+    try:
+        rates = {
+            role: float(rate) for role, _, rate in (part.partition("=") for part in text.split(","))
+        }
+    except ValueError as e:
+        raise ConfigError(allowed) from e
+    if set(rates) != set(ROLES) or not all(0 < rate < float("inf") for rate in rates.values()):
+        raise ConfigError(allowed)
+    return rates
+
+
+def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]]:
+    """Rates of a run's members at work, and the settings that they hang on and `config` has
+    otherwise. Raises RunMissing where `run_dir` holds no rows."""
+    try:
+        then = json.loads((run_dir / "config.json").read_bytes())
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise RunMissing(
+            f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl: {e}"
+        ) from e
+    if len(rows) <= WARM:
+        raise RunMissing(
+            f"{run_dir}: --like needs more than {WARM} steps, the first are slow; it has"
+            f" {len(rows)}"
+        )
+    counts = _counts(then)
+    tokens = dict.fromkeys(ROLES, 0.0)
+    seconds = dict.fromkeys(ROLES, 0.0)
+    for before, row in zip(rows[WARM - 1 :], rows[WARM:], strict=False):
+        passed = row["elapsed_s"] - before["elapsed_s"]
+        if passed <= 0:  # the run was gone on with, and counts anew
+            continue
+        for role, (name, counted, at_work) in ROLES.items():
+            tokens[role] += row[f"{counted}_tokens_per_s"] * passed
+            seconds[role] += (
+                sum(row[f"{name}_{state}"] for state in at_work) * passed * counts[role]
+            )
+    idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
+    if idle:
+        raise RunMissing(f"{run_dir}: its rows have no work of {', '.join(idle)}")
+    return {role: tokens[role] / seconds[role] for role in ROLES}, list(
+        _differences(then, msgspec.to_builtins(config))
+    )
+
+
+def _counts(tree: dict) -> dict[str, int]:
+    teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
+    replicas = sum(teacher["replicas"] for teacher in teachers)
+    return {
+        "generator": tree["rollout"]["generators"],
+        "teacher": replicas,
+        "learner": tree["learner"]["ranks"],
+    }
+
+
+def _differences(then: dict, now: dict) -> Iterator[str]:
+    for at in ("student", "teacher", "rollout", "learner"):
+        before, after = then[at] or {}, now[at] or {}
+        for key in sorted(before.keys() & after.keys() & SLOWER):
+            ends = (
+                re.split("[/:]", value)[-1] if key == "model" else value
+                for value in (before[key], after[key])
+            )
+            if len(set(ends)) > 1:  # a model may lie elsewhere now
+                yield f"{at}.{key}: {before[key]!r} then, {after[key]!r} now"

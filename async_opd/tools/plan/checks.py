@@ -1,0 +1,63 @@
+"""What a plan reads besides the config: shapes from the hub, tokenizers, first rows. Importing this
+takes seconds."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+from transformers import AutoConfig
+
+from async_opd.config.schema import Config
+from async_opd.core.errors import DataError
+from async_opd.core.process_wide import log_level
+from async_opd.launch import inputs
+from async_opd.tools.plan.make import models
+from async_opd.tools.plan.shape import Shape, local, read
+
+
+def shapes(config: Config) -> dict[str, Shape]:
+    """The shape of each model by its name. Raises DataError where the hub cannot be asked."""
+    found = {}
+    with _hinting():
+        for key, model in models(config).items():
+            found[model] = (
+                found.get(model)
+                or local(key, model)
+                or _from_hub(key, model, config.run.trust_remote_code)
+            )
+    return found
+
+
+def rows(config: Config) -> None:
+    """Vocabularies agree, and the first row of each set can be used. Raises DataError. Training
+    rows are streamed: a plan does not wait until all of them are here."""
+    replace = msgspec.structs.replace
+    streamed = replace(config.data, streaming=True, shuffle_buffer=1)
+    with _hinting():
+        found = inputs.read(
+            replace(config, data=streamed, eval=config.eval and replace(config.eval, problems=1))
+        )
+        next(iter(found.prompts))
+
+
+def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
+    try:
+        return read(
+            AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict(), key
+        )
+    except (OSError, ValueError) as e:
+        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+
+
+@contextmanager
+def _hinting() -> Iterator[None]:
+    try:
+        # it tells of every try
+        with log_level(logging.ERROR, logging.getLogger("huggingface_hub")):
+            yield
+    except DataError as e:
+        raise DataError(
+            f"{str(e).rstrip('.')}; with --offline plan asks neither hub nor data, and says what it"
+            " skipped"
+        ) from e

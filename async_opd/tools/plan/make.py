@@ -1,0 +1,231 @@
+"""The plan of a run: who is where, what each holds, and what does not fit. Pure: shapes and
+settings in, a plan out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import Struct
+
+from async_opd.config.schema import Config
+from async_opd.config.teacher_rules import Engines, longest_sequence, shared_with_learner
+from async_opd.maths.lag import slots
+from async_opd.roles.teacher.config import TeacherConfig
+from async_opd.runtime.placement import RANK, Ask, asks, place_on_alike
+from async_opd.tools.plan import memory
+from async_opd.tools.plan.memory import HEADROOM, Memory
+from async_opd.tools.plan.shape import Shape
+
+GIB = 2**30
+UNBOUNDED = 2**20  # tokens of a response, where no model names a context
+
+
+class Cluster(Struct, frozen=True, kw_only=True):
+    """What is planned for."""
+
+    nodes: int | None  # None: as many as are needed
+    gpus_per_node: int
+    gpu_memory_gib: float
+
+
+class RolePlan(Struct, frozen=True, kw_only=True):
+    """One role; memory is of each of its GPUs, in GiB."""
+
+    role: str
+    members: int
+    gpus: float  # of each member
+    model: str
+    parameters: int
+    parts_gib: dict[str, float]
+    total_gib: float
+    limit_gib: float
+    host_gib: float  # of each member's process, while most is held
+    fits: bool
+    kv_tokens: int | None = None  # that a vLLM engine has room for
+    longest_tokens: int  # of a sequence it is given
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """What does not fit, and changes of settings each of which was tried and lets it fit."""
+
+    what: str
+    changes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a role holds on each of its GPUs, and may."""
+
+    ask: Ask
+    at: str  # its section
+    model: str
+    shape: Shape
+    memory: Memory
+    limit: float
+    longest: int
+    kv_bytes: float = 0.0  # of one token; 0: it has no cache
+
+    @property
+    def kv_tokens(self) -> int:
+        return int(self.memory.parts["kv_cache"] / self.kv_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """An engine needs room for one sequence of the longest: vLLM starts with no less."""
+        return self.kv_tokens >= self.longest if self.kv_bytes else self.memory.total <= self.limit
+
+    def plan(self) -> RolePlan:
+        parts = self.memory.parts | self.memory.either
+        return RolePlan(
+            role=self.ask.role,
+            members=self.ask.count,
+            gpus=self.ask.gpus,
+            model=self.model,
+            parameters=self.shape.parameters,
+            parts_gib={name: round(size / GIB, 3) for name, size in parts.items()},
+            total_gib=round(self.memory.total / GIB, 3),
+            limit_gib=round(self.limit / GIB, 3),
+            host_gib=round(self.memory.host / GIB, 3),
+            fits=self.fits,
+            kv_tokens=self.kv_tokens if self.kv_bytes else None,
+            longest_tokens=self.longest,
+        )
+
+
+def models(config: Config) -> dict[str, str]:
+    """Every model by the setting that names it."""
+    return {"student.model": config.student.model} | {
+        f"{at}.model": s.model for at, s in config.scorers.items()
+    }
+
+
+def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need]:
+    """What each role with a model needs of cards of `card` bytes; `shapes` by model."""
+    asked = {ask.role: ask for ask in asks(config, gpus=True)}
+    share, longest = (
+        config.run.share_gpu,
+        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+    )
+    student = shapes[config.student.model]
+    found = [
+        Need(
+            ask=asked[RANK],
+            at="learner",
+            model=config.student.model,
+            shape=student,
+            memory=memory.learner(config.learner, student, config.sync),
+            limit=card * (shared_with_learner(config.engines) if share else 1 - HEADROOM),
+            longest=longest,
+        )
+    ]
+    return found + [
+        _engine(config, pool, asked[pool.role], shapes, card) for pool in config.engines
+    ]
+
+
+def _engine(
+    config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape], card: float
+) -> Need:
+    """What a member of a pool of generators or scorers needs."""
+    role, at, _, _, each = pool
+    answers, scorer = role == "teacher-generator", config.scorers.get(at)
+    model = scorer.model if scorer else config.student.model
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if scorer:
+        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
+    if scorer and not answers:
+        average = isinstance(scorer, TeacherConfig) and scorer.update == "ema"
+        held = memory.scorer(scorer, shapes[model], card, follows_by_average=average)
+    else:
+        concurrency = config.teacher_sampling.concurrency if answers else config.rollout.concurrency
+        held = memory.generator(each, shapes[model], config.sync, card, concurrency)
+    vllm = "kv_cache" in held.parts
+    return Need(
+        ask=ask,
+        at=at,
+        model=model,
+        shape=shapes[model],
+        memory=held,
+        limit=card
+        * (each.gpu_memory_utilization if vllm or config.run.share_gpu else 1 - HEADROOM),
+        # vLLM samples a token behind what it scores
+        longest=longest + (vllm and not answers and scorer is not None),
+        kv_bytes=memory.kv_bytes(shapes[model], each.dtype, each.tensor_parallel_size)
+        if vllm
+        else 0.0,
+    )
+
+
+def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
+    """The members on each node. Raises ClusterTooSmall."""
+    return place_on_alike(asks(config, gpus=True), cluster.gpus_per_node, cluster.nodes)
+
+
+def longest_response(
+    config: Config, shapes: Mapping[str, Shape], card: float
+) -> tuple[int, list[str]]:
+    """The longest response that memory and contexts have room for, all other settings as they are
+    (batches grow to one sequence where they must), and what bounds it. 0 where no response fits."""
+    known = {
+        key: context for key, model in models(config).items() if (context := shapes[model].context)
+    }
+    contexts = {
+        f"the context of {key}": _room(config, key, context) for key, context in known.items()
+    }
+    bound = min(contexts.values(), default=UNBOUNDED)
+
+    def full(response: int) -> list[str]:
+        found = needs(_stretched(config, response), shapes, card)
+        return [f"the memory of a {need.ask.role}" for need in found if not need.fits]
+
+    fits, over = 0, bound + 1
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        fits, over = (fits, middle) if full(middle) else (middle, over)
+    return fits, full(over) if over <= bound else [
+        key for key, room in contexts.items() if room == bound
+    ]
+
+
+def outstanding(config: Config) -> int:
+    """Groups that may be on their way at once."""
+    return slots(config.outstanding_steps, config.groups_per_step)
+
+
+def _room(config: Config, key: str, context: int) -> int:
+    """Tokens of a response that the `context` of the model in setting `key` leaves."""
+    at = key.removesuffix(".model")
+    if at == "student":
+        return context - config.data.max_prompt_tokens
+    scorer = config.scorers[at]
+    behind = (
+        longest_sequence(at, scorer, config.data, config.rollout)[1] - config.rollout.max_new_tokens
+    )
+    return context - behind - (scorer.backend == "vllm")
+
+
+def _stretched(config: Config, response: int) -> Config:
+    """`config` for responses of at most `response` tokens: each batch that must hold a sequence
+    does."""
+    replace = msgspec.structs.replace
+    rollout = replace(config.rollout, max_new_tokens=response)
+
+    def scorer(at: str, each):
+        if each is None or each.backend == "vllm":
+            return each
+        return replace(
+            each,
+            batch_tokens=max(
+                each.batch_tokens, longest_sequence(at, each, config.data, rollout)[1]
+            ),
+        )
+
+    tokens = max(config.learner.micro_batch_tokens, config.data.max_prompt_tokens + response)
+    return replace(
+        config,
+        rollout=rollout,
+        learner=replace(config.learner, micro_batch_tokens=tokens),
+        teacher=scorer("teacher", config.teacher),
+        teachers={name: scorer(f"teachers.{name}", each) for name, each in config.teachers.items()},
+        reference=scorer("reference", config.scorers.get("reference")),
+    )

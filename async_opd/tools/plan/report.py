@@ -1,0 +1,110 @@
+"""The whole plan as one object, and in words."""
+
+from collections.abc import Iterator
+
+from msgspec import Struct
+
+from async_opd.tools.plan.balance import Balance
+from async_opd.tools.plan.make import Cluster, Problem, RolePlan
+
+CALIBRATE = (
+    "a run needs rates for this: `async-opd train CONFIG run.steps=20 run.dir=DIR`, then plan with"
+    " `--like DIR`; or `--rates generator=…,teacher=…,learner=…`, tokens/s of one"
+)
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What `--json` prints. Sizes are GiB."""
+
+    config: str
+    fits: bool
+    cluster: Cluster
+    nodes: dict[str, list[str]]  # members by node
+    roles: list[RolePlan]
+    groups_outstanding: int
+    trajectories_outstanding: int
+    worst_lag_steps: int
+    longest_response: int  # tokens, that memory and contexts have room for
+    longest_bound_by: list[str]
+    balance: Balance | None
+    problems: list[Problem]
+    checked: list[str]
+    skipped: list[str]
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan for a reader."""
+    c, count = plan.cluster, len(plan.nodes) or plan.cluster.nodes or "any number of"
+    yield f"{plan.config} on {count} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
+    for node, members in plan.nodes.items():
+        yield f"  {node:8} {_grouped(members)}"
+    yield ""
+    yield (
+        "memory of one GPU of each role, GiB (estimates; of backward and update only the larger"
+        " counts)"
+    )
+    for role in plan.roles:
+        yield from _role(role)
+    yield ""
+    yield (
+        f"outstanding      at most {plan.groups_outstanding} groups,"
+        f" {plan.trajectories_outstanding} trajectories"
+    )
+    yield f"worst lag        {plan.worst_lag_steps} optimizer steps"
+    yield (
+        f"longest response {plan.longest_response:,} tokens, bounded by"
+        f" {' and '.join(plan.longest_bound_by)}"
+    )
+    yield from _balance(plan.balance)
+    for problem in plan.problems:
+        yield f"does not fit     {problem.what}"
+        yield from (
+            f"  {'or' if at else 'set'} {change}" for at, change in enumerate(problem.changes)
+        )
+    yield f"checked          {'; '.join(plan.checked)}"
+    if plan.skipped:
+        yield f"skipped          {'; '.join(plan.skipped)}"
+    yield "it fits" if plan.fits else "it does not fit"
+
+
+def _role(role: RolePlan) -> Iterator[str]:
+    cards, mark = f"{role.members} x {role.gpus:g} GPU", "" if role.fits else "   DOES NOT FIT"
+    held = f"{role.total_gib:6.1f} of {role.limit_gib:.1f}"
+    yield f"  {role.role:16} {cards:12} {held}{mark}   {_size(role.parameters)} {role.model}"
+    yield "    " + ", ".join(
+        f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size
+    )
+    if role.kv_tokens is not None:
+        at_once = role.kv_tokens // role.longest_tokens
+        yield (
+            f"    cache for {role.kv_tokens:,} tokens: {at_once:,} sequences of the longest,"
+            f" {role.longest_tokens:,}"
+        )
+    if role.host_gib >= 0.05:
+        yield f"    on the host {role.host_gib:.1f}, of each"
+
+
+def _balance(found: Balance | None) -> Iterator[str]:
+    if found is None:
+        yield f"bottleneck       not known: {CALIBRATE}"
+        return
+    does = ", ".join(f"{role} {rate:,.0f}" for role, rate in found.capacity.items())
+    yield f"bottleneck       {found.bottleneck} (tokens/s of all: {does}; {found.source})"
+    yield (
+        f"in balance       {found.generators} generator(s) and {found.teachers} teacher(s) keep up"
+        " with the learner"
+    )
+    yield from (f"  measured otherwise: {what}" for what in found.differs)
+
+
+def _grouped(members: list[str]) -> str:
+    """ "generator 0, 1; verifier 0" """
+    seats: dict[str, list[str]] = {}
+    for member in members:
+        role, _, seat = member.rpartition(" ")
+        seats.setdefault(role, []).append(seat)
+    return "; ".join(f"{role} {', '.join(found)}" for role, found in seats.items()) or "nobody"
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

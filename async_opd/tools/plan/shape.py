@@ -1,0 +1,135 @@
+"""What a model's config.json says of its size: parameters, experts, key-value cache."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from msgspec import Struct
+
+from async_opd.config.paths import MODELS, context
+from async_opd.core.errors import ConfigError
+from async_opd.core.suggest import nearest
+
+# config.json of common models, and each one's context by hub id
+SHIPPED = Path(__file__).with_name("shapes.json")
+# families whose queries, keys and values have a bias that config.json does not mention
+BIASED = {"qwen2"}
+NORMED = {"qwen3", "qwen3_moe"}
+FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """A decoder with full causal attention."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int  # of a layer without experts
+    vocabulary: int  # rows of the embedding
+    tied: bool
+    context: int | None
+    experts: int = 0  # of a layer that has them
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    expert_layers: int = 0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """All weights, as `transformers` makes them: embedding, head where it is not tied, and for
+        each layer attention (grouped queries), two norms and either an MLP of three matrices or a
+        router and its experts."""
+        hidden = self.hidden
+        queries = self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
+        attention = 2 * hidden * queries + 2 * hidden * keys
+        if self.family in BIASED or self.attention_bias:
+            attention += queries + 2 * keys
+        attention += hidden if self.attention_bias else 0
+        attention += 2 * self.head_dim if self.normed else 0
+        mlp = 3 * hidden * self.intermediate + (
+            2 * self.intermediate + hidden if self.mlp_bias else 0
+        )
+        moe = hidden * self.experts + 3 * hidden * self.expert_intermediate * self.experts
+        blocks = self.layers * (attention + 2 * hidden)
+        blocks += (self.layers - self.expert_layers) * mlp + self.expert_layers * moe
+        return self.vocabulary * hidden * (1 if self.tied else 2) + blocks + hidden
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys are normed, head by head."""
+        return self.family in NORMED
+
+    def kv_bytes(self, bytes_each: int) -> int:
+        """Key-value cache of one token: a key and a value of every key-value head in every
+        layer."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
+
+
+def read(tree: dict, setting: str) -> Shape:
+    """The shape that a config.json holds; `setting` is what messages call the model. Raises
+    ConfigError."""
+    family = tree.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{setting}: plan cannot count a model of type {family!r}, only {', '.join(FAMILIES)}"
+        )
+    try:
+        layers, heads = tree["num_hidden_layers"], tree["num_attention_heads"]
+        experts = tree.get("num_experts") or tree.get("num_local_experts") or 0
+        every, dense = tree.get("decoder_sparse_step", 1), tree.get("mlp_only_layers") or []
+        sparse = (
+            sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
+            if experts
+            else 0
+        )
+        return Shape(
+            family=family,
+            layers=layers,
+            hidden=tree["hidden_size"],
+            heads=heads,
+            kv_heads=tree.get("num_key_value_heads") or heads,
+            head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
+            intermediate=tree["intermediate_size"],
+            vocabulary=tree["vocab_size"],
+            tied=tree.get("tie_word_embeddings", family == "gemma"),
+            context=context(tree),
+            experts=experts,
+            experts_per_token=tree.get("num_experts_per_tok", 0) if experts else 0,
+            expert_intermediate=tree.get("moe_intermediate_size") or tree["intermediate_size"],
+            expert_layers=sparse,
+            attention_bias=tree.get("attention_bias", False),
+            mlp_bias=tree.get("mlp_bias", False),
+        )
+    except KeyError as e:
+        raise ConfigError(f"{setting}: its config says nothing of {e}") from e
+
+
+def local(setting: str, model: str) -> Shape | None:
+    """The shape of a model that lies on this machine, or is the demo's; None for a hub id."""
+    file = MODELS.get(model, Path(model)) / "config.json"
+    return read(json.loads(file.read_text(encoding="utf-8")), setting) if file.is_file() else None
+
+
+def shipped(setting: str, model: str) -> Shape:
+    """The shape of a hub model without asking the hub. Raises ConfigError naming those that are
+    known."""
+    if model in (known := _shipped()):
+        return read(known[model], setting)
+    sizes = ", ".join(next(iter(tree["contexts"])) for tree in _trees())
+    others = f"their Base, Instruct and other variants{nearest(model, known)}"
+    raise ConfigError(f"{setting} = {model!r}: --offline knows {sizes}, {others}")
+
+
+@cache
+def _shipped() -> dict[str, dict]:
+    contexts = ((tree, *item) for tree in _trees() for item in tree["contexts"].items())
+    return {model: tree | {"max_position_embeddings": context} for tree, model, context in contexts}
+
+
+def _trees() -> list[dict]:
+    return json.loads(SHIPPED.read_text(encoding="utf-8"))

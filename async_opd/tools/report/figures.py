@@ -1,0 +1,272 @@
+"""Which figures a page has, and the numbers of each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from async_opd.objectives import all_objectives
+from async_opd.telemetry.metrics import ROLES, STATES, roles_of
+from async_opd.tools.report.read import Run
+
+POINTS = 240  # of a curve; a longer run is averaged
+BARS = 60  # places of a stack
+
+
+@dataclass
+class Series:
+    """One curve, or one band of a stack."""
+
+    label: str
+    colour: str  # class of the style sheet
+    dash: int  # style of the line
+    step: np.ndarray
+    seconds: np.ndarray
+    mean: np.ndarray  # NaN: none there
+    low: np.ndarray | None = None  # of the rows that a point stands for
+    high: np.ndarray | None = None
+    dots: bool = False  # a few points, each of its own
+
+
+@dataclass
+class Figure:
+    """Curves over one pair of axes, or a stack."""
+
+    title: str
+    what: str
+    unit: str  # "share", "nats", …
+    series: list[Series]
+    stacked: bool = False
+    ends: tuple[float, float] = (1.0, 1.0)  # last step and second of all runs
+    marks: list[tuple[str, float, float]] | None = None  # kind, step, seconds
+
+
+@dataclass
+class Curves:
+    """A figure of rows: keys and what they are called."""
+
+    title: str
+    what: str
+    unit: str
+    keys: dict[str, str]
+
+
+LEARNING = (
+    Curves(
+        "Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}
+    ),
+    Curves("KL to the teacher", "Mean log π − log π teacher, sampled tokens", "nats", {"kl": "KL"}),
+    Curves("Loss", "What the optimizer minimises", "", {"loss": "loss"}),
+    Curves("Entropy", "Of the sampling policy, by its own tokens", "nats", {"entropy": "entropy"}),
+    Curves("Length", "Mean tokens of a response", "tokens", {"length_mean": "length"}),
+    Curves("Gradient", "Norm before clipping", "", {"grad_norm": "norm"}),
+)
+OFF_POLICY = (
+    Curves(
+        "Mean weight",
+        "Importance weight W · ρ̃ · |A| of the selected tokens",
+        "",
+        {"weight_mean": "mean"},
+    ),
+    Curves("Largest weight", "Of one token, in the step", "", {"weight_max": "max"}),
+    Curves(
+        "Effective sample size",
+        "Share of tokens that the weights leave in effect",
+        "share",
+        {"weight_ess": "weight", "ratio_ess": "ratio alone"},
+    ),
+    Curves("Selected tokens", "Share that the method trains on", "share", {"selected": "selected"}),
+)
+FLOW = (
+    Curves(
+        "Throughput",
+        "Tokens through each role",
+        "tokens/s",
+        {
+            "generators_tokens_per_s": "generated",
+            "teachers_tokens_per_s": "scored",
+            "trained_tokens_per_s": "trained",
+        },
+    ),
+    Curves(
+        "Queue",
+        "Scored and waiting, and all that are out",
+        "groups",
+        {"queue_ready": "ready", "queue_outstanding": "outstanding"},
+    ),
+    Curves("Dropped", "Scored and never trained, so far", "trajectories", {"dropped": "dropped"}),
+)
+
+
+def learning(runs: list[Run]) -> list[Figure]:
+    found = [_lines(curves, runs) for curves in LEARNING]
+    found[0].series += [
+        dots for at, run in enumerate(runs) if (dots := _held_out(run, at, len(runs) > 1))
+    ]
+    tags = {run.config.get("objective.tag") for run in runs}
+    shown = dict.fromkeys(
+        name for tag in sorted(tags & set(all_objectives())) for name in all_objectives()[tag].shown
+    )
+    if shown:
+        method = Curves(
+            "What the method shows",
+            "Means over tokens",
+            "",
+            {key: key.replace("_", " ") for key in shown},
+        )
+        found.append(_lines(method, runs))
+    return _with_marks(found, runs)
+
+
+def off_policy(runs: list[Run]) -> list[Figure]:
+    return _with_marks(
+        [*_stacks(runs, _lags), *(_lines(curves, runs) for curves in OFF_POLICY)], runs
+    )
+
+
+def flow(runs: list[Run]) -> list[Figure]:
+    return _with_marks([*_stacks(runs, _states), *(_lines(curves, runs) for curves in FLOW)], runs)
+
+
+def absent(runs: list[Run]) -> Iterator[str]:
+    """Keys of the figures that a run's rows lack."""
+    for run in runs:
+        wanted = [key for curves in (*LEARNING, *OFF_POLICY, *FLOW) for key in curves.keys]
+        if lacking := [key for key in wanted if key not in run.rows]:
+            yield f"{run.name}: its rows have no {', '.join(lacking)}: left out"
+
+
+def _lines(curves: Curves, runs: list[Run]) -> Figure:
+    """Colour tells the run, where there are several, and the style of the line the quantity."""
+    several, series = len(runs) > 1, []
+    for at, run in enumerate(runs):
+        for number, (key, label) in enumerate(curves.keys.items()):
+            if key in run.rows and not np.isnan(run.rows[key]).all():
+                told = (
+                    label
+                    if not several
+                    else run.name
+                    if len(curves.keys) == 1
+                    else f"{run.name}, {label}"
+                )
+                series.append(
+                    _curve(
+                        run, run.rows[key], told, f"c{at if several else number}", number, len(runs)
+                    )
+                )
+    return Figure(curves.title, curves.what, curves.unit, series)
+
+
+def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, runs: int) -> Series:
+    most = POINTS if runs <= 2 else POINTS // 2
+    step, seconds, mean = (
+        averaged(x, most) for x in (run.rows["step"], run.rows["seconds"], values)
+    )
+    if len(values) <= most:
+        return Series(label, colour, dash, step, seconds, mean)
+    low, high = extremes(values, most)
+    return Series(label, colour, dash, step, seconds, mean, low, high)
+
+
+def _held_out(run: Run, at: int, several: bool) -> Series | None:
+    """Evaluations before, during and after training, by the version they belong to."""
+    steps, shares = (run.rows.get(key, np.zeros(0)) for key in ("eval_version", "eval_accuracy"))
+    ends = {
+        0.0: run.summary.get("accuracy_before"),
+        run.rows["step"][-1]: run.summary.get("accuracy_after"),
+    }
+    known = {step: share for step, share in ends.items() if isinstance(share, float)}
+    known |= {
+        step: share for step, share in zip(steps, shares, strict=False) if not np.isnan(share)
+    }
+    if not known:
+        return None
+    step, share = (averaged(np.array(x), POINTS) for x in zip(*sorted(known.items()), strict=True))
+    label = f"{run.name}, held-out" if several else "held-out"
+    return Series(label, f"c{at if several else 1}", 0, step, run.times(step), share, dots=True)
+
+
+def _stacks(runs: list[Run], bands_of) -> list[Figure]:
+    found = []
+    for run in runs:
+        for title, what, bands in bands_of(run):
+            title = f"{title}, {run.name}" if len(runs) > 1 else title
+            values = np.nan_to_num([run.rows[key] for key in bands])
+            values = values / np.maximum(values.sum(0), 1e-9)
+            step, seconds = averaged(run.rows["step"], BARS), averaged(run.rows["seconds"], BARS)
+            series = [
+                Series(label, colour, 0, step, seconds, averaged(share, BARS))
+                for share, (label, colour) in zip(values, bands.values(), strict=True)
+            ]
+            found.append(Figure(title, what, "share", series, stacked=True))
+    return found
+
+
+def _lags(run: Run) -> Iterator[tuple[str, str, dict]]:
+    keys = sorted(
+        (key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:])
+    )
+    last = max([at for at, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
+    bands = {key: (f"lag {key[11:]}", f"l{min(at, 7)}") for at, key in enumerate(keys)}
+    if keys:
+        yield "Lag", "Trained tokens by age in steps, share", dict(list(bands.items())[: last + 1])
+
+
+def _states(run: Run) -> Iterator[tuple[str, str, dict]]:
+    for role in sorted(
+        roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)
+    ):
+        bands = {
+            f"{role}_{state}": (state, f"s-{state}")
+            for state in STATES
+            if f"{role}_{state}" in run.rows
+        }
+        yield role.capitalize().replace("_", " "), "Share of time in each state", bands
+
+
+def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
+    """The figures with a curve, with checkpoints and what happened to members where one run alone
+    is shown."""
+    ends = tuple(max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
+    marks = marks_of(runs[0]) if len(runs) == 1 else None
+    for figure in figures:
+        figure.ends, figure.marks = ends, marks
+    return [figure for figure in figures if figure.series]
+
+
+def constant(figure: Figure) -> float | None:
+    """The one value that all curves have everywhere, which needs no picture."""
+    values = np.concatenate([series.mean for series in figure.series])
+    found = {float(f"{x:.4g}") for x in values if not np.isnan(x)}
+    return found.pop() if len(found) == 1 and not figure.stacked else None
+
+
+def marks_of(run: Run) -> list[tuple[str, float, float]]:
+    """At most 60 of a kind, evenly."""
+    happened = [event["step"] for event in run.events if isinstance(event.get("step"), int)]
+    found = []
+    for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted({*happened}))):
+        steps = [
+            steps[at] for at in np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
+        ]
+        found += [(kind, float(step), float(run.times(step))) for step in steps]
+    return found
+
+
+def averaged(values: np.ndarray, most: int) -> np.ndarray:
+    """Means of at most `most` runs of neighbours, NaN left out."""
+    if len(values) <= most:
+        return values
+    starts, known = _starts(len(values), most), ~np.isnan(values)
+    count = np.add.reduceat(known, starts, dtype=float)
+    return np.add.reduceat(np.where(known, values, 0), starts) / np.where(count, count, np.nan)
+
+
+def extremes(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest of each run of neighbours that `averaged` makes one of."""
+    starts = _starts(len(values), most)
+    return np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+
+
+def _starts(count: int, most: int) -> np.ndarray:
+    return (np.arange(most) * count) // most

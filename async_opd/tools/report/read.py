@@ -1,0 +1,196 @@
+"""What a run directory says, read with tolerance: whatever is absent or damaged becomes a remark,
+never an error."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from async_opd.core.errors import RunMissing
+from async_opd.core.suggest import beside
+
+ROLLOUTS = "samples.jsonl"
+ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
+CHUNK = 1000  # rows that become numbers at once
+
+
+@dataclass
+class Run:
+    """One run directory."""
+
+    folder: Path
+    name: str
+    config: dict[str, str] = field(default_factory=dict)  # "learner.lr": "0.001"
+    environment: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    # float64 [steps] by key, NaN where there is none
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    events: list[dict] = field(default_factory=list)  # but those of ROUTINE
+    checkpoints: list[int] = field(default_factory=list)  # steps
+    rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
+    recorded: int = 0  # lines in samples.jsonl
+    remarks: list[str] = field(default_factory=list)
+
+    def times(self, steps: np.ndarray) -> np.ndarray:
+        """Seconds of training at which `steps` were done."""
+        return np.interp(steps, self.rows["step"], self.rows["seconds"])
+
+
+def read(folder: Path, name: str, rollouts: int) -> Run:
+    """The run in `folder` with at most so many `rollouts`. Raises RunMissing where there is none,
+    or not a step yet."""
+    if not folder.is_dir():
+        raise RunMissing(
+            f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
+        )
+    run = Run(folder, name)
+    if not (folder / "metrics.jsonl").is_file():
+        raise RunMissing(
+            f"{folder}: no metrics.jsonl in it: it is no run directory, or no step is done yet"
+        )
+    tree = _json(run, "config.json")
+    run.config = dict(_flat(tree))
+    run.environment, run.summary = (
+        _json(run, "environment.json"),
+        _json(run, "summary.json", "the run has not ended"),
+    )
+    run.rows = _columns(_records(run, "metrics.jsonl"))
+    if not len(run.rows.get("step", ())):
+        raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
+    run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
+    found = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
+    run.events = [event for event in found if event.get("what") not in ROUTINE]
+    run.checkpoints = _checkpoints(folder / "ledger.jsonl")
+    _read_rollouts(run, rollouts)
+    return run
+
+
+def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
+    try:
+        found = json.loads((run.folder / file).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        run.remarks.append(f"{file} is no JSON object: left out")
+    except FileNotFoundError:
+        run.remarks.append(f"{file} is not there: {absent}")
+    except ValueError as e:
+        run.remarks.append(f"{file} is not JSON: left out ({e})")
+    return {}
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, json.dumps(tree) if not isinstance(tree, str) else tree
+
+
+def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tuple[int, Any]]:
+    """Each line that `decode` takes, with its number; the others are named."""
+    damaged = []
+    with (run.folder / file).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = decode(line)
+            except ValueError:  # msgspec's own among them
+                damaged.append(number)
+            else:
+                yield number, found
+    if damaged:
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        many = "lines" if len(damaged) > 1 else "line"
+        run.remarks.append(
+            f"{file}: {many} {', '.join(map(str, damaged[:5]))}{more} damaged: left out"
+        )
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict)
+    except msgspec.DecodeError:
+        found = json.loads(line)  # takes NaN, which a metric may be
+        if not isinstance(found, dict):
+            raise ValueError("no object") from None
+        return found
+
+
+def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
+    return (record for _, record in _lines(run, file, _record))
+
+
+def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The numbers of all `records` by key; whatever else there is, and what is infinite, counts as
+    absent."""
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    count = 0
+    for keys, alike in groupby(records, tuple):
+        while chunk := [[*record.values()] for record in islice(alike, CHUNK)]:
+            for key, values in zip(keys, _numbers(chunk).T, strict=True):
+                parts.setdefault(key, []).append((count, values))
+            count += len(chunk)
+    columns = {key: np.full(count, np.nan) for key in parts}
+    for key, found in parts.items():
+        for start, values in found:
+            columns[key][start : start + len(values)] = np.where(
+                np.isfinite(values), values, np.nan
+            )
+    return columns
+
+
+def _numbers(rows: list[list[Any]]) -> np.ndarray:
+    try:
+        return np.array(rows, float)  # None becomes NaN
+    except (TypeError, ValueError):
+        return np.array(
+            [[x if isinstance(x, int | float) else np.nan for x in row] for row in rows], float
+        )
+
+
+def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
+    """Seconds of training over all starts: each begins to count anew."""
+    before = np.where(np.diff(elapsed, prepend=0) < 0, np.roll(elapsed, 1), 0)
+    return elapsed + np.cumsum(before)
+
+
+def _checkpoints(ledger: Path) -> list[int]:
+    """Steps of all that were made, those among them that are deleted by now."""
+    if not ledger.is_file():
+        return []
+    with ledger.open("rb") as lines:
+        found = [
+            line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
+        ]
+    return sorted({int(parts[2]) for parts in found if len(parts) == 3 and parts[2].isdigit()})
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
+def _read_rollouts(run: Run, most: int) -> None:
+    """Evenly over the recorded steps, the first and the last among them. Of the others only the
+    step is decoded."""
+    path = run.folder / ROLLOUTS
+    if not path.is_file():
+        run.remarks.append(
+            f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
+        )
+        return
+    step_of = msgspec.json.Decoder(_Step).decode
+    numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
+    run.recorded = len(numbers)
+    chosen = (
+        {numbers[at] for at in np.linspace(0, len(numbers) - 1, most).round().astype(int)}
+        if numbers
+        else set()
+    )
+    with path.open("rb") as lines:
+        run.rollouts = [
+            msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen
+        ]

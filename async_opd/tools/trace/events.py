@@ -1,0 +1,190 @@
+"""Trace events (the JSON format of Chrome and Perfetto) of what was recorded.
+
+A process of the trace is a role, a thread is an actor with its states, which follow one another.
+Its calls lie below, on as many more threads as there were calls at once: slices of one thread must
+not overlap. Groups that wait in the queue have threads of their own. Arrows follow a group from
+call to call into the step that trained it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any, NamedTuple
+
+from async_opd.tools.trace.read import Call, Recorded, calls, states
+
+Event = dict[str, Any]
+DRIVER = "driver"
+LEARNER = "learner"
+QUEUE = "queue"
+FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
+# what a call is of; else a group
+OF = {"update": "version", "checkpoint": "version", "step": "groups"}
+COUNTERS = {
+    "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
+    "tokens/s": {role: f"{role}_tokens_per_s" for role in ("generators", "teachers", "trained")},
+    "lag": {"mean": "lag_mean", "max": "lag_max"},
+}
+
+
+class Trained(NamedTuple):
+    """A group on its way to the step that trained it, as far as it was recorded."""
+
+    calls: list[Call]  # generate, score and check, and the wait in the queue
+    step: Call
+
+
+def trace(recorded: Recorded, name: str) -> dict[str, Any]:
+    """The object that is written as JSON. Its clock starts with the first line."""
+    origin = recorded.lines[0].since + recorded.lines[0].epoch
+    found = calls(recorded.lines)
+    groups = list(trained(found))
+    threads = _Threads(origin)
+    for state in states(recorded.lines):
+        threads.slice(
+            state.lane, threads.of(state.lane), state.state, "state", state.start, state.end, {}
+        )
+    waits = [call for group in groups for call in group.calls if call.lane == QUEUE]
+    for call in sorted([*found, *waits], key=lambda call: call.start):
+        threads.call(call)
+    for number, group in enumerate(groups, 1):
+        threads.arrows(number, group)
+    threads.instants(recorded.events)
+    for line in recorded.lines:
+        threads.counters(line.until + line.epoch, line.counters)
+    steps = [line.step for line in recorded.lines if line.step is not None]
+    return {
+        "traceEvents": [*threads.names(), *threads.events],
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "run": name,
+            "began": datetime.fromtimestamp(origin, UTC).isoformat(),
+            "first_step": min(steps, default=None),
+            "last_step": max(steps, default=None),
+            "damaged": recorded.damaged,
+        },
+    }
+
+
+def trained(found: list[Call]) -> Iterator[Trained]:
+    """Every group of every step. What it was asked for before it was issued anew is no part of
+    it."""
+    asked: dict[str, list[Call]] = defaultdict(list)
+    for call in found:
+        if call.name in ("generate", "score", "check"):
+            asked[call.of].append(call)
+    for step in (call for call in found if (call.lane, call.name) == (LEARNER, "step")):
+        for id in step.of:
+            before = [call for call in asked[id] if call.end <= step.start]
+            last = max((at for at, call in enumerate(before) if call.name == "generate"), default=0)
+            ready = max((call.end for call in before), default=step.start)
+            wait = (
+                [Call(QUEUE, "wait", id, ready, step.start, step.step)]
+                if step.start - ready > 1e-6
+                else []
+            )
+            yield Trained([*before[last:], *wait], step)
+
+
+class _Threads:
+    """Numbers processes and threads, and draws on them."""
+
+    def __init__(self, origin: float):
+        self._origin = origin
+        self.events: list[Event] = []
+        self._processes: dict[str, int] = {role: number for number, role in enumerate(FIRST, 1)}
+        # of each actor: 0 its states, then its calls
+        self._threads: dict[tuple[str, int], int] = {}
+        self._numbers = count(1001)  # of threads: never that of a process
+        # rows of calls: until when, which
+        self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._free: dict[str, list[int]] = defaultdict(list)
+        self._drawn: dict[Call, int] = {}  # the thread of each call
+
+    def of(self, lane: str, row: int = 0) -> int:
+        """The thread of an actor's states, or one of those of its calls."""
+        if (lane, row) not in self._threads:
+            self._threads[lane, row] = next(self._numbers)
+            self._processes.setdefault(_role(lane), len(self._processes) + 1)
+        return self._threads[lane, row]
+
+    def slice(
+        self, lane: str, tid: int, name: str, kind: str, start: float, end: float, args: Event
+    ) -> None:
+        ts = self._micros(start)
+        what = {"ph": "X", "name": name, "cat": kind, "args": args}
+        self.events.append({**what, **self._at(lane, tid, start), "dur": self._micros(end) - ts})
+
+    def call(self, call: Call) -> None:
+        """On the first row that is free: they come by their starts."""
+        busy, free = self._busy[call.lane], self._free[call.lane]
+        while busy and busy[0][0] <= call.start:
+            heappush(free, heappop(busy)[1])
+        row = heappop(free) if free else len(busy) + 1
+        heappush(busy, (call.end, row))
+        args = {} if call.of == "" else {OF.get(call.name, "group"): call.of}
+        args |= {} if call.step is None else {"step": call.step}
+        tid = self._drawn[call] = self.of(call.lane, row)
+        self.slice(call.lane, tid, call.name, "call", call.start, call.end, args)
+
+    def arrows(self, number: int, group: Trained) -> None:
+        """Through the group's calls into its step."""
+        for at, call in enumerate(group.calls):
+            self._arrow(number, {"ph": "t" if at else "s"}, call)
+        if group.calls:
+            self._arrow(number, {"ph": "f", "bp": "e"}, group.step)
+
+    def _arrow(self, number: int, phase: Event, call: Call) -> None:
+        place = self._at(call.lane, self._drawn[call], call.start)
+        self.events.append({**phase, "id": number, "name": "group", "cat": "group", **place})
+
+    def instants(self, events: list[Event]) -> None:
+        """Who was lost, who came, and what was saved: a line from top to bottom each."""
+        for event in events:
+            place = self._at(DRIVER, self.of(DRIVER), event["time"])
+            name = f"{event['who']}: {event['what']}"
+            args = {"why": event["why"]}
+            self.events.append(
+                {"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args}
+            )
+
+    def counters(self, at: float, row: dict[str, float | None]) -> None:
+        place = self._at(DRIVER, self.of(DRIVER), at)
+        for name, series in COUNTERS.items():
+            values = {key: row[of] for key, of in series.items() if row.get(of) is not None}
+            if values:
+                self.events.append({"ph": "C", "name": name, **place, "args": values})
+
+    def names(self) -> Iterator[Event]:
+        """What a viewer shows beside the threads, and in which order."""
+        for role in {_role(lane): None for lane, _ in self._threads}:
+            yield from self._named(
+                "process", role, self._processes[role], {"pid": self._processes[role], "tid": 0}
+            )
+        for order, (lane, row) in enumerate(sorted(self._threads, key=_in_order)):
+            name = f"{lane}, {'place' if lane == QUEUE else 'call'} {row}" if row else lane
+            place = {"pid": self._processes[_role(lane)], "tid": self._threads[lane, row]}
+            yield from self._named("thread", name, order, place)
+
+    def _named(self, kind: str, name: str, order: int, place: Event) -> Iterator[Event]:
+        yield {"ph": "M", "name": f"{kind}_name", **place, "args": {"name": name}}
+        yield {"ph": "M", "name": f"{kind}_sort_index", **place, "args": {"sort_index": order}}
+
+    def _at(self, lane: str, tid: int, time: float) -> Event:
+        return {"pid": self._processes[_role(lane)], "tid": tid, "ts": self._micros(time)}
+
+    def _micros(self, time: float) -> int:
+        return round((time - self._origin) * 1e6)
+
+
+def _role(lane: str) -> str:
+    return lane.partition(" ")[0]
+
+
+def _in_order(thread: tuple[str, int]) -> tuple:
+    """By number: generator 10 comes behind generator 9."""
+    lane, row = thread
+    role, _, index = lane.partition(" ")
+    return role, int(index or 0), row

@@ -1,0 +1,108 @@
+"""What the driver recorded of a run, put together: who was in which state when, and every call."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from async_opd.config.schema import read_run
+from async_opd.core.errors import RunMissing
+from async_opd.telemetry.spans import EARLIER, FILE, Line, Of
+
+
+class State(NamedTuple):
+    """An actor was in one of `spans.STATES`. Times are Unix time, in seconds."""
+
+    lane: str
+    state: str
+    start: float
+    end: float
+
+
+class Call(NamedTuple):
+    """An actor was asked for something. `step` is that of the row of metrics that came next."""
+
+    lane: str
+    name: str
+    of: Of
+    start: float
+    end: float
+    step: int | None
+
+
+class Recorded(NamedTuple):
+    """The last steps of a run."""
+
+    lines: list[Line]
+    events: list[dict[str, Any]]  # who was lost, who came and what was saved, within that time
+    damaged: list[str]  # which lines of the files could not be read, and why
+
+
+def recorded(run_dir: Path) -> Recorded:
+    """What there is of the run, which may be at work. Raises RunMissing."""
+    read_run(run_dir, dict)
+    damaged: list[str] = []
+    lines = [line for name in (EARLIER, FILE) for line in _lines(run_dir / name, Line, damaged)]
+    if not lines:
+        why = (
+            "; ".join(damaged)
+            or "a run keeps those of its last run.trace_steps steps, where that is not 0"
+        )
+        raise RunMissing(f"{run_dir / FILE}: no spans: {why}")
+    first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
+    events = [
+        e
+        for e in _lines(run_dir / "events.jsonl", dict[str, Any], damaged)
+        if first <= e["time"] <= last
+    ]
+    return Recorded(lines, events, damaged)
+
+
+def _lines(path: Path, kind: type, damaged: list[str]) -> Iterator[Any]:
+    """Of a file that may not be there; the last may be half written."""
+    decode = msgspec.json.Decoder(kind).decode
+    for at, line in enumerate(
+        path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1
+    ):
+        try:
+            if line.endswith(b"\n"):
+                yield decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            damaged.append(f"{path}, line {at}: left out: {e}")
+
+
+def states(lines: list[Line]) -> Iterator[State]:
+    """Every span of every actor, those of one actor in order and end to end, but for time of which
+    no line is left."""
+    now: dict[str, tuple[str, float]] = {}  # of each actor: its state, since when
+    until = None
+
+    def ended(lane: str, end: float) -> Iterator[State]:
+        state, start = now.pop(lane)
+        if start < end:
+            yield State(lane, state, start, end)
+
+    for line in lines:
+        since = line.since + line.epoch
+        if since != until:  # lines are missing, or training started anew
+            for lane in list(now):
+                yield from ended(lane, until)
+            now = {lane: (state, since) for lane, state in line.lanes.items()}
+        for lane, state, at in line.states:
+            if lane in now:
+                yield from ended(lane, at + line.epoch)
+            now[lane] = state, at + line.epoch
+        until = line.until + line.epoch
+    for lane in list(now):
+        yield from ended(lane, until)
+
+
+def calls(lines: list[Line]) -> list[Call]:
+    """Every call, by its start."""
+    found = [
+        Call(lane, name, of, start + line.epoch, end + line.epoch, line.step)
+        for line in lines
+        for lane, name, of, start, end in line.calls
+    ]
+    return sorted(found, key=lambda call: (call.start, call.end))

@@ -1,0 +1,95 @@
+"""Every way to name a run or one of its checkpoints leads to that run, or is refused by name."""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.train import to_resume
+from async_opd.config.schema import load
+from async_opd.core.errors import CheckpointError, RunMissing
+from async_opd.core.run_dir import run_of
+from async_opd.driver.checkpoints import Checkpoints, RunState
+
+
+def make_run(run: Path) -> Path:
+    """A run with the checkpoints of steps 50 and 100."""
+    run.mkdir(parents=True)
+    (run / "config.json").write_bytes(msgspec.json.encode(load(DEMO, ["run.steps=200"])))
+    checkpoints = Checkpoints(run, keep=2)
+    for step in (50, 100):
+        model = checkpoints.begin(step) / "model"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        checkpoints.commit(step, RunState(version=step, position={}, outstanding=[]))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    made = make_run(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "link").symlink_to(made / "checkpoints" / "000050")
+    (made / "checkpoints" / "kept").symlink_to("000050")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("working_directory", "named", "step"),
+    [
+        ("checkpoints", "000050", 50),
+        ("checkpoints", "./000050/", 50),
+        ("checkpoints/000050", ".", 50),
+        ("checkpoints/000050", "../000050", 50),
+        ("checkpoints/000050", "../../checkpoints/000050", 50),
+        ("checkpoints/000050", "model", 50),
+        ("checkpoints/000050/model", ".", 50),
+        ("checkpoints", "kept", 50),
+        (".", "checkpoints/000050", 50),
+        (".", "checkpoints/kept", 50),
+        (".", "checkpoints/000050/model", 50),
+        (".", "checkpoint", 100),
+        (".", ".", 100),
+        ("checkpoints", "..", 100),
+        ("..", "a", 100),
+        ("..", "a/checkpoints/..", 100),
+        ("..", "a/checkpoints/000050", 50),
+        ("..", "a/checkpoint", 100),
+        ("..", "link", 50),
+    ],
+)
+def test_whatever_names_a_run_or_a_checkpoint_goes_on_with_that_run(
+    working_directory, named, step, run, monkeypatch
+):
+    monkeypatch.chdir(run / working_directory)
+    for path in (Path(named), Path.cwd() / named):
+        config, found = to_resume(path, [])
+        assert (Path(config.run.dir).resolve(), found.state.version) == (run, step)
+
+
+@pytest.mark.parametrize("name", ["a", "20260101", "model"])
+def test_a_run_may_lie_in_a_folder_of_checkpoints(name, tmp_path):
+    run = make_run(tmp_path / "checkpoints" / name)
+    config, found = to_resume(run, [])
+    assert (config.run.dir, found.state.version) == (str(run), 100)
+
+
+def test_a_run_that_cannot_be_seen_from_here_is_told_by_its_name_alone():
+    run = Path("/shared/checkpoints/a")
+    assert run_of(run) == run_of(run / "checkpoints" / "000100") == run
+
+
+@pytest.mark.parametrize("named", ["checkpoints/000070", "checkpoints/50"])
+def test_a_checkpoint_that_is_not_there_is_refused_by_its_name(named, run):
+    with pytest.raises(
+        CheckpointError, match=f"^checkpoint .*/runs/a/{named}: manifest.json is missing; "
+    ):
+        to_resume(run / named, [])
+
+
+def test_what_belongs_to_no_run_is_refused_by_its_name(run, tmp_path):
+    copied = shutil.copytree(run / "checkpoints" / "000100", tmp_path / "copied")
+    for folder in (copied, run / "checkpoints", tmp_path):
+        with pytest.raises(RunMissing, match=f"^{folder}: no config.json in it: "):
+            to_resume(folder, [])

@@ -1,0 +1,317 @@
+import asyncio
+
+import msgspec
+import pytest
+
+from async_opd.core.errors import ActorLost
+from async_opd.core.wire import Span, Verdict
+from async_opd.driver.producer import Producer
+from async_opd.driver.queue import Slots, TrajectoryQueue
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.teacher_sampling import Taught
+from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
+from tests.simulated.runs import books
+
+
+class Generator(SimulatedGenerator):
+    """Keeps the prompts it was given."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.served = []
+
+    async def generate(self, prompt):
+        self.served.append(prompt)
+        return await super().generate(prompt)
+
+
+def stream(
+    tasks,
+    generators,
+    *,
+    slots=2,
+    needed=10,
+    drop_truncated=False,
+    attempts=3,
+    teachers=None,
+    references=(),
+    verifier=None,
+    taught=None,
+    source=None,
+):
+    """(producer, queue, slots) over simulated roles."""
+    limit = Slots(slots)
+    queue = TrajectoryQueue(
+        groups_per_step=1,
+        max_lag_steps=0,
+        stale="drop",
+        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
+        wait_s=60.0,
+        taught=taught,
+    )
+    producer = Producer(
+        prompts=iter(source or Prompts()),
+        needed=needed,
+        samples=1,
+        generators=Pool("generator", generators),
+        teachers={
+            name: Pool("teacher", pool)
+            for name, pool in (teachers or {"": [SimulatedTeacher()]}).items()
+        },
+        references=Pool("reference", references) if references else None,
+        verifier=Pool("verifier", [verifier or SimulatedVerifier()]),
+        slots=limit,
+        queue=queue,
+        tasks=tasks,
+        max_attempts=attempts,
+        drop_truncated=drop_truncated,
+        count_tokens=lambda role, tokens: None,
+        ledger=books(),
+        taught=taught,
+    )
+    return producer, queue, limit
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_no_more_groups_are_outstanding_than_slots():
+    generator = Generator()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(tasks, [generator])
+        producer.fill()
+        await settle()
+        assert [p.id for p in generator.served] == ["0", "1"]
+        slots.give_back((await queue.take(0))[0].ticket)
+        producer.fill()
+        await settle()
+    assert [p.id for p in generator.served] == ["0", "1", "2"]
+
+
+async def test_exactly_the_needed_groups_are_admitted():
+    generator = Generator()
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, [generator], slots=8, needed=3)[0].fill()
+    assert len(generator.served) == 3
+
+
+async def test_work_is_spread_over_generators():
+    generators = [Generator(), Generator()]
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, generators, slots=6, needed=6)[0].fill()
+    assert [len(g.served) for g in generators] == [3, 3]
+
+
+async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():
+    generator = Generator()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(tasks, [generator], slots=1)
+        producer.fill()
+        await settle()
+        generator.version = 1
+        (ready,) = await queue.take(1)  # version 0 is over age now
+        assert (ready.prompt.id, ready.prompt.attempt, ready.meta.oldest) == ("0", 1, 1)
+        assert slots.free == 0
+    assert queue.dropped == {"stale": 1}
+
+
+async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
+    generator = Generator(truncated=True)
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(
+            tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2
+        )
+        producer.fill()
+        await settle()
+        # replaced by "1"
+        assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]
+        generator.truncated = False
+        assert len(await queue.take(0)) == 1
+    assert queue.dropped["truncated"] >= 2
+    assert slots.free == 0
+
+
+async def test_the_last_generator_that_dies_ends_the_stream_with_its_own_error():
+    class Dead(SimulatedGenerator):
+        async def generate(self, prompt):
+            raise ActorLost("generator 0 died")
+
+    with pytest.RaisesGroup(pytest.RaisesExc(ActorLost, match="generator 0 died")):
+        async with asyncio.TaskGroup() as tasks:
+            stream(tasks, [Dead()], slots=1)[0].fill()
+
+
+class Named(SimulatedTeacher):
+    """Keeps what it was asked; its scores are its name."""
+
+    def __init__(self, name: str = ""):
+        super().__init__()
+        self.name, self.asked = name, []
+
+    async def score(self, group):
+        self.asked.append(group.id)
+        await asyncio.sleep(0)
+        return self.name
+
+
+async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
+    named = ("math", "code", "math", "math")
+    teachers = {"math": [Named("math 0"), Named("math 1")], "code": [Named("code 0")]}
+    async with asyncio.TaskGroup() as tasks:
+        source = [
+            msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(4), named, strict=True)
+        ]
+        producer, queue, _ = stream(
+            tasks, [Generator()], slots=4, needed=4, teachers=teachers, source=source
+        )
+        producer.fill()
+        groups = [(await queue.take(0))[0] for _ in named]
+    assert [teacher.asked for pool in teachers.values() for teacher in pool] == [
+        ["0", "3"],
+        ["2"],
+        ["1"],
+    ]
+    scored = {ready.prompt.id: (ready.scores, ready.reference) for ready in groups}
+    assert scored == {
+        "0": ("math 0", None),
+        "1": ("code 0", None),
+        "2": ("math 1", None),
+        "3": ("math 0", None),
+    }
+
+
+async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
+    meet = asyncio.Barrier(3)  # none of the three goes on before the others have begun
+
+    class Meets(Named, SimulatedVerifier):
+        async def score(self, group):
+            await meet.wait()
+            return await super().score(group)
+
+        async def check(self, group):
+            await meet.wait()
+            return await super().check(group)
+
+    references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(
+            tasks,
+            [Generator()],
+            needed=2,
+            teachers={"": [both]},
+            references=references,
+            verifier=both,
+        )
+        producer.fill()
+        ready = [(await queue.take(0))[0] for _ in range(2)]
+    assert {r.prompt.id: r.reference for r in ready} == {"0": "reference 0", "1": "reference 1"}
+
+
+async def test_teachers_are_balanced_by_tokens_not_by_groups():
+    # Tokens with the prompt's one: 901, 11, 501, 501, 11. Taking turns would give 901 + 501 + 11 =
+    # 1413 against 512.
+    lengths, scored = iter([900, 10, 500, 500, 10]), asyncio.Event()
+
+    class HeavyTail(SimulatedGenerator):
+        async def generate(self, prompt):
+            meta, _ = await super().generate(prompt)
+            spans = ((Span(version=0, start=0, end=next(lengths)),),)
+            return msgspec.structs.replace(meta, spans=spans), prompt
+
+    class Slow(SimulatedTeacher):
+        def __init__(self):
+            super().__init__()
+            self.asked = []
+
+        async def score(self, group):
+            self.asked.append(group.id)
+            await scored.wait()
+
+    teachers = [Slow(), Slow()]
+    async with asyncio.TaskGroup() as tasks:
+        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
+        await settle()
+        # 912 and 1013 tokens
+        assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]
+        scored.set()
+
+
+def half_taught(*generators, until: int = 99, keeps_truncated=True) -> Taught:
+    """Every second prompt is the teacher's, up to step `until`."""
+    weight = dict(share=0.5, weight=lambda step: float(step <= until))
+    return Taught(
+        **weight,
+        generators=Pool("teacher-generator", generators),
+        version=lambda: 0,
+        outstanding=lambda: 99,
+        keeps_truncated=keeps_truncated,
+    )
+
+
+class Judge(SimulatedTeacher, SimulatedVerifier):
+    """Finds every response `correct`, and scores nothing that the teacher answered."""
+
+    def __init__(self, correct: bool | None = True):
+        super().__init__()
+        self._correct = correct
+
+    async def score(self, group):
+        assert not group.taught
+
+    async def check(self, group):
+        return (Verdict(id=f"{group.id}#0", correct=self._correct),)
+
+
+async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
+    student, own = Generator(), [Generator(), Generator()]
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, _ = stream(
+            tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, taught=half_taught(*own)
+        )
+        producer.fill()
+        await settle()
+        groups = [(await queue.take(0))[0] for _ in range(8)]
+    assert [p.id for p in student.served] == ["0", "2", "4", "6"]
+    assert [[p.id for p in g.served] for g in own] == [["1", "5"], ["3", "7"]]  # the idlest of them
+    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [
+        (id, None) for id in "1357"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("correct", "truncated", "policy", "cause"),
+    [
+        (False, False, "train", "teacher_wrong"),
+        (None, False, "train", "teacher_unknown"),
+        (False, True, "drop", "teacher_wrong"),
+        (True, True, "drop", "teacher_truncated"),
+        (True, True, "mask", "teacher_truncated"),  # no token of it would be in the loss
+        (True, True, "train", None),
+    ],
+)
+async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_student_asked_instead(
+    correct, truncated, policy, cause
+):
+    student, own = Generator(), Generator(truncated=truncated)
+    async with asyncio.TaskGroup() as tasks:
+        producer, queue, slots = stream(
+            tasks,
+            [student],
+            slots=2,
+            needed=2,
+            verifier=Judge(correct),
+            taught=half_taught(own, until=1, keeps_truncated=policy == "train"),
+            drop_truncated=policy == "drop",
+        )
+        producer.fill()
+        await settle()
+        served = [p.id for p in own.served]
+        assert len(served) == len(set(served)) >= 1  # none is asked twice
+        kept = [(await asyncio.wait_for(queue.take(0), 5))[0] for _ in range(2)]
+        assert [g.prompt.taught for g in kept] == [False, cause is None]
+        assert queue.dropped == ({cause: len(served)} if cause else {})
+        assert [p.id for p in student.served] == (["0", "1"] if cause else ["0"])
+        assert slots.free == 0
+        assert producer.needed == 0

@@ -1,0 +1,270 @@
+"""Members that die, stall, come back late, are replaced or not: each provoked, in virtual time."""
+
+import asyncio
+import random
+
+import pytest
+
+from async_opd.core.errors import ActorLost, CallFailed, TimedOut
+from async_opd.driver.replica_pool import MAX_FAILED_STARTS, Loads, Pool
+from tests.simulated.virtual_time import virtual
+
+
+class Worker:
+    """Answers after a second with its name; `dead` workers raise, `silent` ones never answer
+    anything."""
+
+    def __init__(self, name: str):
+        self.name, self.dead, self.silent, self.killed, self.served = name, False, False, False, []
+
+    async def work(self, item: str) -> str:
+        self.served.append(item)
+        await asyncio.sleep(1)
+        await self.check_health()
+        return f"{self.name}: {item}"
+
+    async def check_health(self) -> None:
+        if self.silent:
+            await asyncio.sleep(10_000)
+        if self.dead:
+            raise ActorLost(f"{self.name} died")
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def ask(pool: Pool, item: str, **settings) -> asyncio.Task:
+    return asyncio.ensure_future(pool.ask(lambda worker: worker.work(item), **settings))
+
+
+class Spare:
+    """Starts a worker after three seconds; the first `failing` starts fail."""
+
+    def __init__(self, failing: int = 0):
+        self.failing, self.started = failing, []
+
+    async def __call__(self, index: int) -> Worker:
+        await asyncio.sleep(3)
+        if self.failing:
+            self.failing -= 1
+            raise ActorLost(f"no place for {index}")
+        self.started.append(Worker(f"new {index}"))
+        return self.started[-1]
+
+
+def scenario(workers: list[Worker], play, **settings):
+    """Run `play(pool, events)` over a watched pool in virtual time; returns its result."""
+
+    async def main():
+        events = []
+        pool = Pool("worker", workers, tell=lambda *event: events.append(event[:2]), **settings)
+        async with asyncio.timeout(20_000), asyncio.TaskGroup() as tasks:
+            pool.start(tasks, every_s=1, stall_s=5)
+            found = await play(pool, events)
+            pool.stop()
+        return found
+
+    return virtual(main())
+
+
+def now() -> float:
+    return round(asyncio.get_running_loop().time(), 3)
+
+
+def test_what_a_dead_member_had_is_asked_of_the_others_at_once_and_its_loss_is_told():
+    workers, why = [Worker("a"), Worker("b")], []
+
+    async def play(pool, events):
+        first, second = ask(pool, "x", lost=why.append), ask(pool, "y")
+        await asyncio.sleep(0.5)
+        workers[0].dead = True
+        return await first, await second, now(), events
+
+    x, y, at, events = scenario(workers, play)
+    assert (x, y) == ("b: x", "b: y")
+    assert at == 2.0  # lost at 1 s, when it was to answer; asked again then
+    assert (workers[0].killed, workers[1].served) == (True, ["y", "x"])
+    assert (why, events) == (["a died"], [("lost", "worker 0")])
+
+
+def test_a_member_that_gives_no_sign_of_life_is_retired_and_its_late_answer_meets_nobody():
+    workers = [Worker("a"), Worker("b")]
+
+    async def play(pool, events):
+        first = ask(pool, "x")
+        workers[0].silent = True
+        found = await first, now()
+        await asyncio.sleep(20_000 - now() - 1)  # the silent one has answered long ago
+        return found
+
+    assert scenario(workers, play) == ("b: x", 7.0)  # a look at 1 s, 5 s of patience, 1 s of work
+    assert workers[0].killed
+
+
+def test_with_nobody_left_calls_wait_for_the_replacement_and_nothing_is_lost():
+    worker, spare = Worker("a"), Spare()
+
+    async def play(pool, events):
+        asked = [ask(pool, str(i)) for i in range(5)]
+        worker.dead = True
+        return await asyncio.gather(*asked), now(), events
+
+    answers, at, events = scenario([worker], play, spawn=spare)
+    assert answers == [f"new 0: {i}" for i in range(5)]
+    assert at == 5.0  # dead at 1 s, 3 s to start, 1 s of work
+    assert events == [("lost", "worker 0"), ("none left", "worker"), ("serves", "worker 0")]
+
+
+def test_without_a_replacement_the_last_one_s_loss_is_every_caller_s():
+    worker = Worker("a")
+    worker.dead = True
+
+    async def play(pool, events):
+        return [
+            str(e)
+            for e in await asyncio.gather(*(ask(pool, i) for i in "xyz"), return_exceptions=True)
+        ]
+
+    assert scenario([worker], play) == ["a died"] * 3
+
+
+def test_a_new_member_serves_only_after_its_welcome():
+    seen, worker = [], Worker("a")
+
+    async def welcome(seat):
+        await asyncio.sleep(10)
+        seen.append((seat.port.name, list(seat.port.served)))
+
+    async def play(pool, events):
+        worker.dead = True
+        return await ask(pool, "x"), now()
+
+    assert scenario([worker], play, spawn=Spare(), welcome=welcome) == ("new 0: x", 15.0)
+    assert seen == [("new 0", [])]
+
+
+def test_a_seat_whose_starts_fail_is_tried_again_and_then_given_up_while_others_serve():
+    workers, spare = [Worker("a"), Worker("b")], Spare(failing=MAX_FAILED_STARTS)
+
+    async def play(pool, events):
+        workers[0].dead = True
+        await asyncio.sleep(100)
+        return events, [seat.name for seat in pool.serving]
+
+    events, serving = scenario(workers, play, spawn=spare)
+    assert [what for what, _ in events] == [
+        "lost",
+        *["did not start"] * MAX_FAILED_STARTS,
+        "given up",
+    ]
+    assert serving == ["worker 1"]
+
+
+def test_the_last_seat_s_failed_starts_end_the_run_by_name():
+    worker, spare = Worker("a"), Spare(failing=MAX_FAILED_STARTS)
+    worker.dead = True
+
+    async def play(pool, events):
+        await ask(pool, "x")
+
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(ActorLost, match="worker 0: 3 starts in a row failed, the last: no place")
+    ):
+        scenario([worker], play, spawn=spare)
+
+
+def test_a_pool_grows_and_shrinks_and_those_who_leave_hand_back_what_they_have():
+    workers, spare = [Worker("a"), Worker("b")], Spare()
+
+    async def play(pool, events):
+        pool.resize(3)
+        await asyncio.sleep(4)
+        grown = [seat.name for seat in pool.serving]
+        asked = [ask(pool, i) for i in "xyz"]
+        await asyncio.sleep(0.5)
+        pool.resize(1)
+        answers = await asyncio.gather(*asked)
+        return grown, [seat.name for seat in pool.serving], answers, [what for what, _ in events]
+
+    grown, left, answers, told = scenario(workers, play, spawn=spare)
+    assert (grown, left) == (["worker 0", "worker 1", "worker 2"], ["worker 0"])
+    assert answers == ["a: x", "a: y", "a: z"]
+    assert told == ["scaled", "serves", "scaled", "lost", "lost"]
+    assert workers[1].killed and spare.started[0].killed
+
+
+def test_a_pool_that_shrinks_while_a_member_starts_does_not_keep_it():
+    spare = Spare()
+
+    async def play(pool, events):
+        pool.resize(2)
+        await asyncio.sleep(1)
+        pool.resize(1)
+        await asyncio.sleep(10)
+        return [seat.name for seat in pool.serving]
+
+    assert scenario([Worker("a")], play, spawn=spare) == ["worker 0"]
+    assert [worker.killed for worker in spare.started] == [True]
+
+
+def test_a_call_that_fails_by_name_is_the_caller_s_and_its_member_is_asked_last():
+    class Odd(Worker):
+        async def work(self, item):
+            raise CallFailed("not this one")
+
+    async def play(pool, events):
+        failed: set[int] = set()
+        with pytest.raises(CallFailed):
+            await pool.ask(lambda worker: worker.work("x"), failed=failed)
+        return await pool.ask(lambda worker: worker.work("x"), failed=failed), failed, events
+
+    assert scenario([Odd("a"), Worker("b")], play) == ("b: x", {0}, [])
+
+
+def test_a_late_member_is_lost_only_where_the_pool_says_so():
+    class Late(Worker):
+        async def work(self, item):
+            raise TimedOut("no answer in 9 s")
+
+    async def play(pool, events):
+        return await asyncio.gather(ask(pool, "x"), return_exceptions=True), events
+
+    ((answer,), events) = scenario([Late("a"), Worker("b")], play)
+    assert (answer, events) == ("b: x", [("lost", "worker 0")])
+    ((answer,), events) = scenario([Late("a"), Worker("b")], play, lost_by=(ActorLost,))
+    assert (str(answer), events) == ("no answer in 9 s", [])
+
+
+def test_a_caller_that_gives_up_ends_its_call_and_frees_the_member():
+    async def play(pool, events):
+        first = ask(pool, "x", load=100)
+        await asyncio.sleep(0.5)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await ask(pool, "y")
+
+    assert scenario([Worker("a"), Worker("b")], play) == "a: y"
+
+
+def test_the_seat_with_the_least_in_flight_is_found_whatever_came_and_went():
+    draw, loads, naive = random.Random(0), Loads(), {}
+    for _ in range(1000):
+        if naive and draw.random() < 0.05:
+            loads.leave(gone := draw.choice(list(naive)))
+            del naive[gone]
+        elif len(naive) < 7 and draw.random() < 0.3:
+            new = next(at for at in range(9) if at not in naive)
+            loads.join(new)
+            naive[new] = 0
+        if not naive:
+            continue
+        avoid = {at for at in naive if draw.random() < 0.2}
+        able = [at for at in naive if at not in avoid] or list(naive)
+        at = min(able, key=lambda i: (naive[i], i))  # the first of several
+        assert loads.least(avoid) == at
+        load = +1
+        if draw.random() < 0.5 and any(naive.values()):
+            at, load = draw.choice([i for i in naive if naive[i]]), -1
+        naive[at] += load
+        loads.add(at, load)

@@ -1,0 +1,119 @@
+"""A running job's pools are resized through its run directory."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from async_opd.config.schema import load
+from async_opd.core.errors import ConfigError, TimedOut
+from async_opd.core.roles import Roles
+from async_opd.driver import resize
+from async_opd.driver.train_loop import train
+from async_opd.telemetry.metrics import Meter
+from tests.simulated.roles import (
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(resize, "POLL_S", 0.02)
+
+
+class Holds(RecordingLearner):
+    """Trains until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def step(self, groups):
+        if self.version == 3:
+            await self.go.wait()
+        await asyncio.sleep(0.01)
+        return await super().step(groups)
+
+
+async def job(run_dir: Path, play):
+    """Train in `run_dir` while `play(crew pools by event)` runs; returns what both leave behind."""
+    (run_dir / "config.json").write_text("{}")
+    settings = [
+        "run.steps=8",
+        "learner.trajectories_per_step=4",
+        "learner.warmup_steps=0",
+        "teacher.evaluate=false",
+    ]
+    config = load("configs/demo.toml", settings)
+    learner, started = Holds(), []
+
+    async def spawn(name: str, index: int):
+        started.append(f"{name} {index}")
+        return SimulatedGenerator() if name == "generator" else SimulatedTeacher()
+
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
+        learner=learner,
+        spawn=spawn,
+    )
+    running = asyncio.ensure_future(train(config, roles, Prompts(), [], run_dir, Meter([])))
+    found = await play(learner)
+    learner.go.set()
+    await running
+    return found, started, learner
+
+
+async def asked(run_dir: Path, *words: str) -> str:
+    return await asyncio.to_thread(resize.ask, run_dir, resize.parse(list(words)), 60.0)
+
+
+async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_trained_once(
+    tmp_path,
+):
+    async def play(learner):
+        grown = await asked(tmp_path, "generators=3", "teacher=2")
+        shrunk = await asked(tmp_path, "generators=1")
+        return grown, shrunk
+
+    (grown, shrunk), started, learner = await job(tmp_path, play)
+    assert (grown, shrunk) == ("generators: 1 -> 3, teacher: 1 -> 2", "generators: 3 -> 1")
+    assert sorted(started) == ["generator 1", "generator 2", "teacher 1"]
+    assert len(learner.trained) == len(set(learner.trained)) == 32
+    assert not list(tmp_path.glob("scale-*"))
+
+
+async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp_path):
+    async def play(learner):
+        meant = r"scale = 'generator': must be 'teacher' or 'generators'; did you mean 'generators'"
+        with pytest.raises(ConfigError, match=meant):
+            await asked(tmp_path, "teacher=4", "generator=2")
+        with pytest.raises(ConfigError, match="scale = 'learner': must be"):
+            await asked(tmp_path, "learner=2")
+
+    _, started, _ = await job(tmp_path, play)
+    assert started == []
+
+
+def test_with_no_job_there_is_no_answer_and_nothing_is_left(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TimedOut, match=r"no answer in 0\.2 s: no job is training in"):
+        resize.ask(tmp_path, {"generators": 2}, timeout_s=0.2)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+async def test_a_request_that_is_no_request_is_refused_and_taken_away(tmp_path):
+    async def play(learner):
+        (tmp_path / "scale-x.json").write_text('{"generators": "many"}')
+        while (tmp_path / "scale-x.json").exists():
+            await asyncio.sleep(0.01)
+        return (tmp_path / "scale-x.answer").read_text()
+
+    answer, started, _ = await job(tmp_path, play)
+    assert answer.startswith('[true,"Expected `int`, got `str`')
+    assert started == []

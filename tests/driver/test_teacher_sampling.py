@@ -1,0 +1,259 @@
+"""Phased teacher sampling in whole runs of the real driver over simulated roles, in virtual
+time."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from async_opd.config.schema import Config, load
+from async_opd.core.roles import Roles
+from async_opd.core.wire import Prompt, StepResult, Verdict
+from async_opd.driver.teacher_sampling import Taught
+from async_opd.driver.train_loop import train
+from async_opd.telemetry.metrics import ROLES, STATES, Meter
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
+
+PACE = Pace.of(1, 1, heavy_tail=True)
+PER_STEP, STEPS = 8, 24
+SHARE = 0.25  # prompts 3, 7, 11, … in order of admission
+SLOW = replace(PACE, token_s=PACE.token_s * 3)
+
+
+class Asked(SimulatedGenerator):
+    """The teacher's own generator; keeps (live version, prompt) of each request. It has sampled
+    before training starts, and is never updated."""
+
+    def __init__(self, pace: Pace, learner: SimulatedLearner):
+        super().__init__(pace, seed=1)
+        self._learner, self.asked, self.warm = learner, [], False
+
+    async def generate(self, prompt):
+        assert prompt.taught and self.warm
+        self.asked.append((self._learner.version, int(prompt.id)))
+        return await super().generate(prompt)
+
+    async def probe(self):
+        self.warm = not self.asked
+        return await super().probe()
+
+    async def update(self, version, update_info, oldest):
+        raise AssertionError("the teacher takes no weights")
+
+
+class Judge(SimulatedVerifier):
+    """A verdict on a response is what `judge` says of its prompt."""
+
+    def __init__(self, pace: Pace, judge: Callable[[Prompt], bool | None]):
+        super().__init__(pace)
+        self._judge = judge
+
+    async def check(self, group):
+        (verdict,) = await super().check(group)
+        return (Verdict(id=verdict.id, correct=self._judge(group)),)
+
+
+def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
+    """The student is right, the teacher at random."""
+    draw = random.Random(0)
+    return lambda prompt: draw.choice(outcomes) if prompt.taught else True
+
+
+class Unscoring(SimulatedTeacher):
+    async def score(self, group):
+        assert not group.taught
+        await super().score(group)
+
+
+class Learns(SimulatedLearner):
+    """Keeps (step, prompt) of what it trained; lags are those of the student's tokens."""
+
+    def __init__(self, pace: Pace, bound: int):
+        super().__init__(pace, bound)
+        self.trained, self.taught = [], []
+
+    async def step(self, groups) -> StepResult:
+        for ready in groups:
+            (self.taught if ready.prompt.taught else self.trained).append(
+                (self.version + 1, int(ready.prompt.id))
+            )
+            assert (ready.scores is None and ready.since <= self.version) or not ready.prompt.taught
+        if own := [ready for ready in groups if not ready.prompt.taught]:
+            return await super().step(own)
+        await asyncio.sleep(self.pace.step_s)
+        self.version += 1
+        return StepResult(
+            version=self.version, metrics={"tokens": 0, "tokens_excluded": 0, "lag_max": 0}
+        )
+
+
+@dataclass
+class Found:
+    """What a run did."""
+
+    config: Config
+    summary: dict
+    learner: Learns
+    asked: list[tuple[int, int]]
+    rows: list[dict] = field(default_factory=list)
+
+
+def run(
+    tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pace: Pace = SLOW
+) -> Found:
+    """A run over a pool of 2 of the teacher's generators, which take 3 times as long as the
+    student's."""
+    sampling = {"share": SHARE, "full_until_step": 6, "until_step": 12}
+    settings = [
+        f"run.steps={STEPS}",
+        f"learner.trajectories_per_step={PER_STEP}",
+        f"run.max_lag_steps={bound}",
+    ]
+    settings += [f"teacher_sampling.{key}={value}" for key, value in sampling.items()] + [
+        "teacher.evaluate=false"
+    ]
+    config = load("configs/demo.toml", [*settings, *overrides])
+    learner, rows = Learns(PACE, bound), []
+    pool = [Asked(pace, learner), Asked(pace, learner)]
+    roles = Roles(
+        generators=[SimulatedGenerator(PACE), SimulatedGenerator(PACE, seed=2)],
+        teachers={"": [Unscoring(PACE)]},
+        verifier=Judge(PACE, judge),
+        learner=learner,
+        teacher_generators=pool,
+    )
+
+    async def main():
+        meter = Meter([rows.append], asyncio.get_running_loop().time)
+        async with asyncio.timeout(3600):  # virtual; a run that lost a slot never ends
+            return await train(config, roles, Prompts(), [], tmp_path, meter)
+
+    summary = virtual(main())
+    assert all(engine.asked for engine in pool)
+    return Found(
+        config,
+        summary,
+        learner,
+        sorted(request for engine in pool for request in engine.asked),
+        rows,
+    )
+
+
+CAUSES = ("wrong", "unknown", "truncated", "late")
+SCHEDULES = {
+    "ends inside the run": (),
+    "has a weight to its last step": ("teacher_sampling.weight_end=0.5",),
+    "falls at once": ("teacher_sampling.full_until_step=12",),
+    "outlasts the run": ("teacher_sampling.until_step=99",),
+}
+
+
+@pytest.mark.parametrize("stale", ["mask", "drop"])
+@pytest.mark.parametrize("bound", [0, 1, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
+    tmp_path, schedule, bound, stale
+):
+    judge = drawn([True, True, True, False, None])
+    found = run(tmp_path, *schedule, f"run.stale={stale}", bound=bound, judge=judge)
+    summary, last = found.summary, found.rows[-1]
+    trained = [prompt for _, prompt in found.learner.trained + found.learner.taught]
+    # none twice, and the run came to its end
+    assert len(trained) == len(set(trained)) == STEPS * PER_STEP
+    assert last["queue_outstanding"] == last["queue_ready"] == 0  # every slot came back
+    assert summary["max_lag_seen"] <= bound
+
+    requests = [prompt for _, prompt in found.asked]
+    # every fourth prompt, as long as there are any
+    assert requests == list(range(3, requests[-1] + 1, 4))
+    assert len(requests) == summary["taught_requested"]
+    assert (
+        len(found.learner.taught)
+        == summary["taught_trained"]
+        == sum(row["taught"] for row in found.rows)
+    )
+    ends = [summary["taught_trained"], *(summary[f"dropped_teacher_{cause}"] for cause in CAUSES)]
+    assert sum(ends) == len(requests)
+    assert min(ends[:3]) > 0  # trained, wrong, unknown
+
+    weight = found.config.teacher_sampling.weight
+    assert all(weight(step) > 0 for step, _ in found.learner.taught)
+    assert all(weight(version + 1) > 0 for version, _ in found.asked)
+
+
+def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flight_is_discarded(
+    tmp_path,
+):
+    found = run(tmp_path, "teacher_sampling.weight_end=0.5")
+    assert max(version + 1 for version, _ in found.asked) <= 12  # P2
+    assert max(step for step, _ in found.learner.taught) == 12
+    assert found.summary["dropped_teacher_late"] > 0
+    assert found.summary["taught_trained"] + found.summary["dropped_teacher_late"] == len(
+        found.asked
+    )
+    assert found.summary["scored_dropped"] == 0  # no score was thrown away
+
+
+def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
+    found = run(tmp_path)  # the weight ends at 0 in step 12
+    assert max(step for step, _ in found.learner.taught) < 12
+    assert found.summary["dropped_teacher_late"] > 0
+    assert [row["taught_weight"] for row in found.rows][5:12] == pytest.approx(  # steps 6 to 12
+        [1, 0.933013, 0.75, 0.5, 0.25, 0.066987, 0], abs=1e-6
+    )
+
+
+def test_a_teacher_that_is_never_right_costs_the_run_no_step(tmp_path):
+    found = run(tmp_path, "teacher_sampling.until_step=99", judge=lambda prompt: not prompt.taught)
+    # and no prompt
+    assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))
+    assert found.summary["dropped_teacher_wrong"] == len(found.asked) == STEPS * PER_STEP // 4
+
+
+def test_what_no_version_sampled_never_ages(tmp_path):
+    forever = replace(PACE, token_s=PACE.token_s * 10)  # several steps an answer, at a bound of 0
+    found = run(tmp_path, "teacher_sampling.until_step=99", bound=1, pace=forever)
+    waited = dict((prompt, version) for version, prompt in found.asked)
+    lags = [step - 1 - waited[prompt] for step, prompt in found.learner.taught]
+    assert max(lags) > 1
+    assert len(found.learner.taught) == len(found.asked)  # all of them were trained
+
+
+def test_the_accuracy_of_a_step_is_the_students_own(tmp_path):
+    found = run(tmp_path, judge=lambda prompt: prompt.taught)
+    assert {row["accuracy"] for row in found.rows} == {0.0}
+
+
+def test_its_generators_are_a_role_with_times_of_its_own(tmp_path):
+    found = run(tmp_path)
+    for row in (*found.rows, found.summary):
+        for role in (*ROLES, "teacher_generators"):
+            assert sum(row[f"{role}_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
+    assert found.summary["teacher_generators_busy"] > 0
+    assert found.rows[-1]["teacher_generators_starved"] == pytest.approx(1)  # nobody asks any more
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.125, [7, 15, 23, 31, 39]), (0.3, [3, 6, 9, 13, 16]), (0.9, [1, 2, 3])],
+)
+def test_the_prompts_are_spread_evenly(share, expected):
+    taught = Taught(
+        share=share,
+        weight=lambda step: 1.0,
+        generators=[],
+        version=lambda: 0,
+        outstanding=lambda: 0,
+        keeps_truncated=True,
+    )
+    assert [at for at in range(expected[-1] + 1) if taught.turn()] == expected

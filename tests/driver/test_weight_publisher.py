@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+
+from async_opd.core.errors import ActorLost, ParityError, SyncFailed
+from async_opd.driver.replica_pool import Pool, Seat
+from async_opd.driver.weight_publisher import Publisher
+from tests.simulated.roles import LOGP, SimulatedGenerator, SimulatedLearner
+
+BESIDE = LOGP + 0.01 * (np.arange(len(LOGP)) == 1).astype(np.float32)  # of the second token
+
+
+def publisher_of(learner, *generators, every: int = 1) -> Publisher:
+    return Publisher(learner, Pool("generator", generators), parity_every=every, tolerance=1e-3)
+
+
+async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_version():
+    generators, seen = (SimulatedGenerator(), SimulatedGenerator()), []
+    publisher = publisher_of(SimulatedLearner(), *generators)
+    await publisher.publish(3, admit=lambda: seen.extend((g.version, g.paused) for g in generators))
+    assert seen == [(3, True), (3, True)]
+    assert [g.paused for g in generators] == [False, False]
+
+
+async def test_the_probe_runs_at_every_kth_version():
+    publisher = publisher_of(SimulatedLearner(), SimulatedGenerator(), every=2)
+    assert [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)] == [
+        None,
+        0.0,
+        None,
+        0.0,
+    ]
+
+
+async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
+    class Disagrees(SimulatedLearner):
+        async def logprobs(self, prompt_ids, response_ids):
+            return BESIDE
+
+    publisher = publisher_of(Disagrees(), SimulatedGenerator())
+    with pytest.raises(
+        ParityError, match=r"differ by 1\.00e-02 nats from the learner's at version 1"
+    ):
+        await publisher.publish(1, admit=lambda: None)
+
+
+async def test_a_log_prob_that_is_not_a_number_is_no_agreement():
+    class Broken(SimulatedLearner):
+        async def logprobs(self, prompt_ids, response_ids):
+            return LOGP * np.nan
+
+    with pytest.raises(ParityError):
+        await publisher_of(Broken(), SimulatedGenerator()).publish(1, admit=lambda: None)
+
+
+async def test_a_generator_that_samples_under_another_version_stops_the_run():
+    class Stuck(SimulatedGenerator):
+        async def update(self, version, update_info, oldest): ...
+
+    with pytest.raises(ParityError, match="expected version 1"):
+        await publisher_of(SimulatedLearner(), Stuck()).publish(1, admit=lambda: None)
+
+
+async def test_a_failed_update_admits_nothing_and_leaves_the_generators_paused():
+    class Aborted(SimulatedGenerator):
+        async def update(self, version, update_info, oldest):
+            await super().update(version, update_info, oldest)
+            raise SyncFailed("generator 0 did not take version 1")
+
+    generator, admitted = Aborted(), []
+    publisher = publisher_of(SimulatedLearner(), generator)
+    with pytest.raises(SyncFailed, match="did not take version 1"):
+        await publisher.publish(1, admit=lambda: admitted.append(1))
+    assert (generator.paused, admitted) == (True, [])
+
+
+class Breaks(SimulatedGenerator):
+    """Dies in the update to `fatal`; notes the groups it joined and the versions it was sent."""
+
+    def __init__(self, fatal: int | None = None):
+        super().__init__()
+        self.fatal, self.joined, self.sent, self.killed = fatal, [], [], False
+
+    async def join_group(self, init_info):
+        self.joined.append(init_info)
+
+    async def update(self, version, update_info, oldest):
+        self.sent.append((version, oldest))
+        if version == self.fatal:
+            raise ActorLost("generator died during update")
+        await super().update(version, update_info, oldest)
+
+    def kill(self):
+        self.killed = True
+
+
+class Epochs(SimulatedLearner):
+    """Counts groups; a broadcast fails where a member did."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    async def open_group(self, generators):
+        self.groups.append(generators)
+        return [{"epoch": len(self.groups), "at": at} for at in range(generators)]
+
+
+async def test_a_generator_that_dies_in_a_broadcast_is_retired_and_a_new_group_gets_that_version():
+    generators = [Breaks(), Breaks(fatal=1), Breaks()]
+    learner, pool = Epochs(), Pool("generator", generators)
+    publisher = Publisher(learner, pool, parity_every=1, tolerance=1e-3)
+    await publisher.publish(0, admit=lambda: None)
+    assert await publisher.publish(1, admit=lambda: None) == 0.0
+    assert learner.groups == [3, 2]
+    assert [seat.name for seat in pool.serving] == ["generator 0", "generator 2"]
+    assert [g.killed for g in generators] == [False, True, False]
+    first, _, last = generators
+    assert first.joined == [{"epoch": 1, "at": 0}, {"epoch": 2, "at": 0}]
+    assert last.joined == [{"epoch": 1, "at": 2}, {"epoch": 2, "at": 1}]
+    assert first.sent == last.sent == [(0, 0), (1, 0), (1, 0)]
+    assert (first.version, first.paused, last.version, last.paused) == (1, False, 1, False)
+
+
+async def test_a_version_that_no_group_takes_ends_in_the_cause_after_three_tries():
+    class Refuses(Breaks):
+        async def update(self, version, update_info, oldest):
+            self.sent.append(version)
+            raise SyncFailed("generator 0 did not take version 1")
+
+    generator = Refuses()
+    with pytest.raises(SyncFailed, match="did not take version 1"):
+        await publisher_of(SimulatedLearner(), generator).publish(1, admit=lambda: None)
+    assert generator.sent == [1, 1, 1]
+    assert len(generator.joined) == 3  # a new group each time
+
+
+async def test_a_learner_that_dies_in_a_broadcast_is_not_tried_again():
+    class Dies(SimulatedLearner):
+        async def send_weights(self):
+            raise ActorLost("learner rank 0 died")
+
+    generator = Breaks()
+    with pytest.raises(ActorLost, match="learner rank 0 died"):
+        await publisher_of(Dies(), generator).publish(1, admit=lambda: None)
+    assert generator.sent == [(1, 0)]
+
+
+async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_none_is_due():
+    old, new, pool_learner = Breaks(), Breaks(), Epochs()
+    pool = Pool("generator", [old])
+    publisher = Publisher(pool_learner, pool, parity_every=100, tolerance=1e-3)
+    await publisher.publish(7, admit=lambda: None)
+    assert (
+        await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)])
+        == 0.0
+    )
+    assert (pool_learner.groups, new.version, new.paused) == ([1, 2], 7, False)
+
+    class Disagrees(Epochs):
+        async def logprobs(self, prompt_ids, response_ids):
+            return BESIDE
+
+    publisher = Publisher(Disagrees(), pool, parity_every=100, tolerance=1e-3)
+    with pytest.raises(ParityError):
+        await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)])
+
+
+async def test_with_every_generator_lost_the_learner_goes_on_alone():
+    learner, pool = Epochs(), Pool("generator", [Breaks(fatal=1)])
+    publisher = Publisher(learner, pool, parity_every=1, tolerance=1e-3)
+    admitted = []
+    assert await publisher.publish(1, admit=lambda: admitted.append(1)) is None
+    assert (learner.groups, pool.serving, admitted) == ([1], [], [1])
+
+
+async def test_where_stale_groups_are_dropped_an_update_cuts_those_that_are_over_age():
+    generator = Breaks()
+    publisher = Publisher(
+        SimulatedLearner(),
+        Pool("generator", [generator]),
+        parity_every=9,
+        tolerance=1e-3,
+        max_age=2,
+    )
+    for version in (1, 2, 3, 7):
+        await publisher.publish(version, admit=lambda: None)
+    assert generator.sent == [(1, 0), (2, 0), (3, 1), (7, 5)]

@@ -1,0 +1,204 @@
+"""Figures of hand-made problems, and results that are compared or refused."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.wire import GroupMeta, Prompt, Said, Span, Verdict
+from async_opd.evaluation.result import (
+    Result,
+    Settings,
+    compare,
+    digest,
+    figures,
+    lines_of,
+    problem,
+    table,
+)
+
+SETTINGS = dict(
+    rows="ab12",
+    problems=4,
+    k=2,
+    samples=2,
+    temperature=1.0,
+    top_p=1.0,
+    max_new_tokens=64,
+    chat_template=False,
+    template_args={},
+    check="math",
+)
+
+
+def prompt(id: str = "7@0", answer: str = "2") -> Prompt:
+    return Prompt(id=id, ids=np.zeros(1, np.int32), answer=answer)
+
+
+def responded(*found: tuple[bool | None, int | None], k: int, reads: bool = True):
+    """The problem of responses that are right, wrong or unknown, with their votes."""
+    verdicts = [
+        (
+            Verdict(
+                id=f"{at}",
+                correct=correct,
+                cause="" if correct is not None else "timed out after 5.0 s",
+            )
+            if correct is None or not reads
+            else Verdict(id=f"{at}", correct=correct, answer="" if vote is None else "\\boxed{1}")
+        )
+        for at, (correct, vote) in enumerate(found)
+    ]
+    spans = tuple((Span(version=0, start=0, end=3 + at),) for at in range(len(found)))
+    meta = GroupMeta(
+        id="7@0", prompt_len=1, spans=spans, truncated=(True,) + (False,) * (len(found) - 1)
+    )
+    return problem(prompt(), meta, verdicts, [Said(text="so", vote=vote) for _, vote in found], k)
+
+
+def test_a_problem_has_its_share_in_each_figure():
+    found = responded((True, 0), (False, 1), (False, 1), (False, None), k=2)
+    # Of the 6 pairs 3 hold the right one; it wins against silence, and shares with either of the
+    # other two.
+    assert (found.avg, found.pass_, found.maj) == (0.25, 0.5, pytest.approx((1 + 0.5 + 0.5) / 6))
+    assert [response.tokens for response in found.responses] == [3, 4, 5, 6]
+    assert [response.truncated for response in found.responses] == [True, False, False, False]
+
+
+def test_an_unknown_verdict_is_neither_right_nor_wrong():
+    found = responded((True, 0), (None, None), (False, 2), k=2)
+    assert (found.avg, found.pass_, found.maj) == (0.5, 1.0, 0.5)
+    assert found.responses[1].cause == "timed out after 5.0 s"
+
+
+def test_a_problem_with_fewer_than_k_decided_counts_for_its_average_alone():
+    found = responded((True, 0), (None, None), k=2)
+    assert (found.avg, found.pass_, found.maj) == (1.0, None, None)
+    found = responded((None, None), (None, None), k=2)
+    assert (found.avg, found.pass_, found.maj) == (None, None, None)
+
+
+def test_there_is_no_vote_where_the_check_reads_no_answers():
+    found = responded((True, None), (False, None), k=2, reads=False)
+    assert (found.avg, found.pass_, found.maj) == (0.5, 1.0, None)
+    assert set(figures(table([found, found]))) == {"avg", "pass"}
+
+
+def test_figures_are_means_over_the_problems_that_count():
+    shares = np.array([[1.0, 1.0, np.nan], [0.0, 0.0, np.nan], [np.nan] * 3, [0.5, np.nan, np.nan]])
+    found = figures(shares)
+    assert [(name, figure.mean, figure.problems) for name, figure in found.items()] == [
+        ("avg", 0.5, 3),
+        ("pass", 0.5, 2),
+    ]
+    assert found["avg"].low < 0.5 < found["avg"].high
+
+
+def saved(folder, shares: list[tuple[str, float]], model: str = "one", **changes):
+    """A result of problems by id and share, the same in each figure."""
+    folder.mkdir()
+    settings = Settings(**SETTINGS | changes)
+    values = np.array([[share] * 3 for _, share in shares])
+    result = Result(
+        model=model,
+        path="rows.jsonl",
+        settings=settings,
+        thinking=None,
+        seed=0,
+        figures=figures(values),
+        interval="",
+        tokens=3.0,
+        truncated=0.25,
+        unknown=0.0,
+        wall_s=1.0,
+        environment={},
+    )
+    (folder / "result.json").write_bytes(msgspec.json.encode(result))
+    lines = [
+        dict(id=id, answer="2", avg=s, maj=s, responses=[{"text": "so"}]) | {"pass": s}
+        for id, s in shares
+    ]
+    (folder / "problems.jsonl").write_bytes(
+        b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    )
+    return folder
+
+
+BEFORE = [("1@0", 0.0), ("2@0", 0.5), ("3@0", 1.0), ("4@0", 0.0)]
+# in the order in which they ended
+AFTER = [("4@0", 0.25), ("3@0", 1.0), ("1@0", 0.25), ("2@0", 0.75)]
+
+
+def test_two_results_are_compared_problem_by_problem(tmp_path):
+    lines = compare(saved(tmp_path / "a", BEFORE), saved(tmp_path / "b", AFTER, model="two"))
+    assert (
+        lines[0].startswith("from one (")
+        and " to two (" in lines[0]
+        and lines[0].endswith("the same 4 problems")
+    )
+    # Each problem gains 25 points but the third, so no resample loses, and one of the third alone
+    # gains nothing.
+    assert lines[1].split() == [
+        "avg@2",
+        "37.5%",
+        "->",
+        "56.2%",
+        "+18.8",
+        "points",
+        "(+6.2",
+        "to",
+        "+25.0)",
+    ]
+    assert [line.split()[0] for line in lines[1:4]] == ["avg@2", "pass@2", "maj@2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rows": "cd34"}, "rows = 'ab12' and 'cd34'"),
+        ({"temperature": 0.6, "k": 4}, "k = 2 and 4; temperature = 1.0 and 0.6"),
+        (
+            {"template_args": {"enable_thinking": True}},
+            "template_args = {} and {'enable_thinking': True}",
+        ),
+    ],
+)
+def test_results_of_other_problems_or_settings_are_refused_by_name(tmp_path, changes, says):
+    with pytest.raises(ConfigError) as refused:
+        compare(saved(tmp_path / "a", BEFORE), saved(tmp_path / "b", AFTER, **changes))
+    assert f"measured by other settings: {says}" in str(refused.value)
+
+
+def test_what_holds_no_whole_result_is_refused(tmp_path):
+    whole = saved(tmp_path / "a", BEFORE)
+    with pytest.raises(
+        RunMissing, match=r"/b: holds no result of `async-opd eval`: result.json: No such file"
+    ):
+        compare(whole, tmp_path / "b")
+    cut = saved(tmp_path / "c", AFTER)
+    (cut / "problems.jsonl").write_bytes((cut / "problems.jsonl").read_bytes()[:-70])
+    with pytest.raises(RunMissing, match="/c: its result is damaged: "):
+        compare(whole, cut)
+    (cut / "problems.jsonl").write_bytes(
+        b"\n".join((whole / "problems.jsonl").read_bytes().splitlines()[:3])
+    )
+    with pytest.raises(RunMissing, match="/c: its result is damaged: 3 problems of 4"):
+        compare(whole, cut)
+
+
+def test_the_digest_is_of_rows_and_answers_whatever_the_tokens():
+    other_tokens = Prompt(id="7@0", ids=np.ones(5, np.int32), answer="2")
+    assert digest([prompt()]) == digest([other_tokens]) != digest([prompt(answer="3")])
+
+
+def test_a_result_says_how_it_was_measured(tmp_path):
+    saved(tmp_path / "a", BEFORE)
+    result = msgspec.json.decode((tmp_path / "a/result.json").read_bytes(), type=Result)
+    first, avg, *_, last = lines_of(result)
+    assert (
+        first
+        == "one on 4 problems of rows.jsonl: 2 response(s) each, temperature 1, top-p 1, at most 64"
+        " tokens"
+    )
+    assert avg.startswith("  avg@2      37.5%  (")
+    assert last.startswith("  mean length 3.0 tokens, 25.0% truncated, 0.0% unknown; ")

@@ -1,0 +1,107 @@
+import pytest
+
+from async_opd.config.evaluation import load_eval, run_config
+from async_opd.core.errors import ConfigError
+from async_opd.core.wire import Sampling
+
+DATA = "data.path=toy:heldout"
+
+
+def test_the_words_are_those_of_a_training_config():
+    settings = [
+        "k=2",
+        "rollout.generators=3",
+        "rollout.top_p=0.9",
+        "verify.workers=2",
+        "run.seed=7",
+        "run.dir=there",
+    ]
+    config = run_config(load_eval("toy:student", [DATA, *settings]))
+    assert (config.student.model, config.data.path, config.run.dir) == (
+        "toy:student",
+        "toy:heldout",
+        "there",
+    )
+    assert (config.rollout.generators, config.verify.workers, config.run.seed) == (3, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ([], Sampling(samples=1, temperature=0.0)),
+        (["k=4"], Sampling(samples=4, temperature=1.0)),
+        (
+            ["k=4", "rollout.samples_per_prompt=8", "rollout.temperature=0.6"],
+            Sampling(samples=8, temperature=0.6),
+        ),
+        (
+            ["rollout.temperature=0.7", "rollout.top_p=0.8"],
+            Sampling(samples=1, temperature=0.7, top_p=0.8),
+        ),
+    ],
+)
+def test_one_response_is_greedy_and_several_are_sampled_unless_a_temperature_is_given(
+    settings, sampling
+):
+    assert load_eval("toy:student", [DATA, *settings]).sampling == sampling
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "says"),
+    [
+        ("toy:student", [], "eval: needs problems: --data PATH"),
+        (
+            "toy:studnet",
+            [DATA],
+            "student.model = 'toy:studnet': must be 'toy:student' or 'toy:teacher'; did you mean",
+        ),
+        ("no/such/model", [DATA], "student.model = 'no/such/model': no such file or folder"),
+        ("toy:student", ["data.path=rows.csv"], "data.path = 'rows.csv': no such file or folder"),
+        ("toy:student", [DATA, "rollout.temprature=1"], "did you mean 'rollout.temperature'?"),
+        (
+            "toy:student",
+            [DATA, "rollout.truncated=mask"],
+            "rollout.truncated = 'mask': no such setting",
+        ),
+        ("toy:student", [DATA, "learner.lr=1e-4"], "learner: no such section"),
+        ("toy:student", [DATA, "k=0"], "k = 0: must be an integer >= 1"),
+        (
+            "toy:student",
+            [DATA, "k=4", "rollout.samples_per_prompt=2"],
+            "samples_per_prompt = 2: must be >= k = 4",
+        ),
+        (
+            "toy:student",
+            [DATA, "k=4", "rollout.temperature=0"],
+            "must be 1 at rollout.temperature = 0",
+        ),
+        (
+            "toy:student",
+            [DATA, "rollout.top_p=0.9"],
+            "rollout.top_p = 0.9: must be 1 at rollout.temperature = 0",
+        ),
+        (
+            "toy:student",
+            [DATA, "rollout.max_new_tokens=257"],
+            "rollout.max_new_tokens = 257: must be <= 256",
+        ),
+        (
+            "toy:student",
+            [DATA, "verify.check=maths"],
+            "verify.check = 'maths': must be 'code', 'math' or",
+        ),
+        ("toy:student", [DATA, "run.dir=."], "run.dir = '.': holds the working directory"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_starts(model, settings, says):
+    with pytest.raises(ConfigError) as refused:
+        load_eval(model, settings)
+    assert says in str(refused.value)
+
+
+def test_training_has_no_top_p():
+    from async_opd.cli.demo import CONFIG
+    from async_opd.config.schema import load
+
+    with pytest.raises(ConfigError, match=r"rollout.top_p = 0.9: no such setting"):
+        load(CONFIG, ["rollout.top_p=0.9"])

@@ -1,0 +1,190 @@
+"""One learner rank in a process of its own: trains on the same random groups in every run and saves
+what came of it.
+
+Not a test: `test_engine.py` starts `main`.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from async_opd.core.errors import CheckpointError, Diverged
+from async_opd.core.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from async_opd.driver.checkpoints import write_whole
+from async_opd.maths.packing import plan
+from async_opd.objectives.opd import Opd
+from async_opd.objectives.sampled import Importance
+from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.learner.engine import LearnerRank
+from tests.roles.learner.centred import Centred, Remembering
+
+LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
+VOCABULARY = 40
+
+
+def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
+    random, tokens, id = np.random.default_rng(i), LENGTHS[i], f"{i}@0"
+    ids = random.integers(VOCABULARY, size=3 + tokens, dtype=np.int32)
+    behaviour, teacher = random.uniform(-4, -0.5, (2, tokens)).astype(np.float32)
+    spans = (Span(version=0, start=0, end=tokens),)
+    rollout = Rollout(
+        id=f"{id}#0", ids=ids[3:], behaviour_logp=behaviour, spans=spans, truncated=False
+    )
+    prompt = Prompt(id=id, ids=ids[:3], answer="")
+    scores, verdict = (
+        Scores(id=rollout.id, sampled_logp=teacher),
+        Verdict(id=rollout.id, correct=True),
+    )
+    return Group(prompt=prompt, rollouts=(rollout,)), (scores,), (verdict,)
+
+
+def weights(learner: LearnerRank) -> list[torch.Tensor]:
+    """A copy of every weight, gathered from all ranks."""
+    copies = []
+    for bucket in learner._gathered():
+        copies += [
+            learner._parameters[name].detach().clone()
+            for piece in bucket
+            for name in piece.parameters
+        ]
+    return copies
+
+
+def fail(learner: LearnerRank, step: Callable[[], object]) -> dict:
+    """Take a step that must not move the weights; says what became of it."""
+    before = weights(learner)
+    try:
+        step()
+        error = None
+    except Diverged as raised:
+        error = str(raised)
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
+    return dict(error=error, unmoved=unmoved, version=learner.version)
+
+
+def poison_gradient(module, args, out):
+    """A forward hook: the gradient of the last hidden states is not a number."""
+    if out.requires_grad:
+        out.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def on_a_full_disk(learner: LearnerRank, folder: str) -> str:
+    """What saving says where no file may grow beyond 4 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        learner.save_state(folder)
+    except CheckpointError as e:
+        return str(e)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
+    """Where rank 0 listens, which it leaves in the file `meeting`."""
+    if rank == 0:
+        write_whole(meeting, learner.listen("127.0.0.1").encode())
+    while not meeting.exists():
+        time.sleep(0.01)
+    return meeting.read_text()
+
+
+OBJECTIVES = dict(
+    opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering()
+)
+SAVED = 3  # the step after which the state is saved
+
+
+def main(
+    rank: int,
+    meeting: str,
+    model: str,
+    out: str,
+    steps: int,
+    settings: dict,
+    objective: str,
+    lopsided: bool,
+    resume: str | None,
+) -> None:
+    config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
+    learner = LearnerRank(
+        config,
+        OBJECTIVES[objective],
+        model=model,
+        temperature=0.7,
+        steps=steps,
+        max_lag_steps=steps,
+        stale="mask",
+        truncated="mask",
+        cap=64,
+        seed=0,
+        rank=rank,
+        timeout_s=60.0,
+        bucket_bytes=4096,
+        record_every_steps=2,
+    )
+    learner.start(rendezvous(learner, rank, Path(meeting)))
+    # elements of weights this rank holds whole
+    held = sum(p.numel() for p in learner._lm.parameters())
+    groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
+    lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
+    mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[
+        0 if lopsided else rank
+    ]
+    if lopsided and rank:  # everything is rank 0's, and the others only join in
+        mine = [[] for _ in mine]
+    pairs = [[(i, 0) for i in micro] for micro in mine]
+
+    def logprobs() -> list[float]:
+        return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
+
+    recorded = []
+
+    def step() -> dict[str, float]:
+        done = learner.step(pairs, list(verdicts), *groups, *scores)
+        metrics = done.metrics
+        recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
+        moved = weights(learner)  # as an update does, between any two steps
+        assert all(w.isfinite().all() for w in moved)
+        if learner.version == SAVED:
+            torch.rand(1 + rank)  # so that each rank is somewhere else in its random numbers
+            learner.save_state(f"{Path(out).with_suffix('')}.state")
+        return metrics
+
+    if resume:
+        learner.load_state(resume)
+    result = dict(held=held, micro_batches=len(pairs), before=logprobs())
+    result["metrics"] = [step() for _ in range(steps - learner.version)]
+    result |= dict(
+        recorded=recorded,
+        random=torch.rand(3).tolist(),
+        running=[value for moments in learner._running.values() for value in moments],
+    )
+    if config.ranks == 1:
+        result["full"] = on_a_full_disk(learner, f"{out}.full")
+    if config.dtype == "bfloat16":
+        optimizer = learner._engine.optimizer
+        sums = (
+            optimizer.grad_partitions_flat_buffer
+            if config.zero_stage == 3
+            else optimizer.fp32_groups_gradients_flat[0]
+        )
+        result["accumulates"] = str(sums.dtype)
+    learner.save(f"{out}.model")
+    result["logprobs"] = logprobs()
+    # only the last rank goes wrong
+    norm, last = learner._lm.base_model.norm, rank == config.ranks - 1
+    hook = norm.register_forward_hook(poison_gradient if last else lambda *_: None)
+    result["gradient"] = fail(learner, step)
+    hook.remove()
+    norm.register_forward_hook(lambda module, args, out: out * (float("inf") if last else 1))
+    result["loss"] = fail(learner, step)
+    Path(out).write_text(json.dumps(result))
+    dist.barrier()  # rank 0 holds the store: the others abort when it goes first
+    dist.destroy_process_group()

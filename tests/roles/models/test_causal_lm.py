@@ -1,0 +1,166 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from async_opd.core.errors import ConfigError
+from async_opd.roles.models import causal_lm
+
+CPU = torch.device("cpu")
+LENGTHS = [9, 1, 4]
+
+
+@pytest.fixture
+def load(tiny_lm, tmp_path):
+    def load(family="Qwen3", **settings):
+        """The same weights twice: with packed attention, and as transformers runs them by
+        itself."""
+        plain = tiny_lm(family, attn_implementation="eager", **settings).eval()
+        plain.save_pretrained(tmp_path)
+        return causal_lm.load(tmp_path, "float32", CPU), plain
+
+    return load
+
+
+@pytest.fixture
+def ids_L():
+    return torch.randint(40, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+
+
+def packed_logits(model, ids_L):
+    return causal_lm.head(model).logits(causal_lm.hidden_states(model, ids_L, LENGTHS))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma", "Mixtral"])
+@torch.no_grad()
+def test_packed_segments_equal_each_segment_alone(load, ids_L, family, tied):
+    packed, plain = load(family, tie_word_embeddings=tied)
+    alone = torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)])
+    torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("GPT2", {}),  # learned positions, which must start anew in each segment
+        # scores scaled by its own number
+        ("Granite", dict(attention_multiplier=0.7, logits_scaling=1.0)),
+    ],
+)
+@torch.no_grad()
+def test_positions_and_scaling_are_those_of_the_model(load, ids_L, family, settings):
+    packed, plain = load(family, **settings)
+    alone = torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)])
+    torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_gpu", "dtype", "width", "chosen"),
+    [
+        (True, True, torch.bfloat16, 128, True),
+        (True, True, torch.float16, 256, True),
+        (False, True, torch.bfloat16, 128, False),
+        (True, False, torch.bfloat16, 128, False),
+        (True, True, torch.float32, 128, False),
+        (True, True, torch.bfloat16, 512, False),
+    ],
+)
+def test_flash_attention_is_chosen_on_gpus_that_have_it_for_half_precision(
+    monkeypatch, installed, on_gpu, dtype, width, chosen
+):
+    monkeypatch.setattr(causal_lm, "is_flash_attn_2_available", lambda: installed)
+    query = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, shape=(1, 4, 14, width))
+    assert causal_lm.flash_can(query) is chosen
+
+
+@torch.no_grad()
+def test_flash_attention_is_given_the_segments_as_they_lie(load, ids_L, monkeypatch):
+    """A stand-in as `flash_attn_varlen_func` documents itself: the real one was never run, for want
+    of a GPU."""
+    calls = []
+
+    def varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal
+    ):
+        calls.append(
+            (cu_seqlens_q.tolist(), cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal)
+        )
+        parts = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
+        alone = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in part),
+                is_causal=True,
+                scale=softmax_scale,
+                enable_gqa=True,
+            ).transpose(0, 1)
+            for part in parts
+        ]
+        return torch.cat(alone)
+
+    packed, _ = load()
+    expected = packed_logits(packed, ids_L)
+    monkeypatch.setattr(causal_lm, "flash_can", lambda query: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    torch.testing.assert_close(packed_logits(packed, ids_L), expected, atol=1e-5, rtol=1e-5)
+    assert calls == [([0, 9, 10, 14], torch.int32, 9, 9, True)] * 2  # layers
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@torch.no_grad()
+def test_key_value_heads_may_be_shared_by_any_number_of_query_heads(load, ids_L, heads):
+    packed, plain = load(num_key_value_heads=heads)
+    alone = torch.cat([plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)])
+    torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_packed_segments_are_the_sum_of_those_alone(load, ids_L, checkpointing):
+    packed, plain = load()
+    if checkpointing:
+        packed.train().gradient_checkpointing_enable({"use_reentrant": False})
+    packed_logits(packed, ids_L).square().mean().backward()
+    torch.cat(
+        [plain(part[None]).logits[0] for part in ids_L.split(LENGTHS)]
+    ).square().mean().backward()
+    for (name, got), (_, expected) in zip(
+        packed.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_tokens_of_one_segment_do_not_move_another(load, ids_L):
+    packed, _ = load()
+    before = packed_logits(packed, ids_L)
+    ids_L[:9] = (ids_L[:9] + 1) % 40
+    after = packed_logits(packed, ids_L)
+    assert torch.equal(before[9:], after[9:]) and not torch.equal(before[:9], after[:9])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+        ("Mistral", dict(sliding_window=8)),  # its config names no kinds of layers
+        ("Gemma2", {}),  # every other layer slides
+        ("Gemma2", dict(layer_types=["full_attention"] * 2)),  # soft-caps the attention scores
+        # biased by distance, and never asks for our attention
+        ("Bloom", dict(n_head=4, n_layer=2)),
+        ("Granite", dict(logits_scaling=8.0)),  # the head is not all that makes its logits
+        ("Mamba", dict(state_size=4)),
+    ],
+)
+def test_a_model_that_packing_would_get_wrong_is_refused(load, family, settings):
+    with pytest.raises(ConfigError, match="not supported"):
+        load(family, **settings)
+
+
+@torch.no_grad()
+def test_the_head_soft_caps_logits_where_the_model_does(tiny_lm, ids_L):
+    model = tiny_lm("Gemma2", final_logit_softcapping=2.0).eval()
+    hidden = model.base_model(ids_L[None]).last_hidden_state
+    logits = model(ids_L[None]).logits
+    torch.testing.assert_close(causal_lm.head(model).logits(hidden), logits)
+    assert 1 < logits.abs().max() < 2

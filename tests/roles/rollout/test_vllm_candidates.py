@@ -1,0 +1,69 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from async_opd.roles.rollout.vllm_candidates import Candidates
+
+LOGP_BV = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.5, 0.0]]).log()
+
+
+class Columns(NamedTuple):
+    """vLLM's answer: a row for each request."""
+
+    logprob_token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    selected_token_ranks: torch.Tensor
+
+
+class Sampler:
+    @staticmethod
+    def gather_logprobs(logp_BV, k, token_ids):
+        assert k == 0
+        return Columns(
+            token_ids[:, None].int(), logp_BV.gather(1, token_ids[:, None]), torch.tensor([7, 8])
+        )
+
+
+@pytest.fixture(params=["once", "twice"])
+def columns(request):
+    """Columns for K candidates of a kind, behind the sampled ids 2 and 0; asked for once, or of
+    another kind before."""
+
+    def answer(which, k):
+        worker = Candidates()
+        worker.model_runner = Sampler()
+        worker.model_runner.sampler = Sampler()
+        for kind in {"once": [which], "twice": ["likeliest", "sampled", which]}[request.param]:
+            worker.return_candidates(kind, vocabulary=3)
+        return worker.model_runner.sampler.gather_logprobs(
+            LOGP_BV, k, token_ids=torch.tensor([2, 0])
+        )
+
+    return answer
+
+
+def test_the_likeliest_ids_below_the_vocabulary_stand_behind_the_sampled_token(columns):
+    ids, logp, ranks = columns("likeliest", 2)
+    assert ids[0].tolist() == [2, 2, 1]  # id 3 is likelier, but padding
+    assert ids[1].sort().values.tolist() == [0, 0, 2]
+    assert ids.dtype == torch.int32
+    assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
+    assert ranks.tolist() == [7, 8]  # of the sampled token, as vLLM gave it
+
+
+def test_samples_follow_the_probabilities_of_their_row_padding_included(columns):
+    torch.manual_seed(0)
+    ids, logp, _ = columns("sampled", 100_000)
+    assert ids[:, 0].tolist() == [2, 0]
+    assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
+    share = torch.stack([row.bincount(minlength=4) for row in ids[:, 1:]]) / 100_000
+    # six standard deviations of a share of 0.4: 0.0093
+    assert (share - LOGP_BV.exp()).abs().max() < 0.01
+
+
+def test_a_request_without_candidates_gets_what_vllm_gives(columns):
+    for which in ("likeliest", "sampled"):
+        ids, logp, _ = columns(which, 0)
+        assert ids.tolist() == [[2], [0]]
+        assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))

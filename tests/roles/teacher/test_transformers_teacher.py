@@ -1,0 +1,406 @@
+import asyncio
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from async_opd.core.errors import DataError, WireError
+from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
+from async_opd.maths.logprobs import Head
+from async_opd.roles.models import causal_lm
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
+from async_opd.roles.teacher.self_teacher import Follower
+from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
+from tests.simulated.virtual_time import virtual
+
+V, REAL = 40, 33  # the model's vocabulary, and the tokenizer's: ids from 33 on are padding
+NOTHING = Needs()
+
+
+@pytest.fixture
+def model(tiny_lm, tmp_path):
+    """The teacher's weights as transformers runs them by itself; saved where `teacher` loads
+    them."""
+    model = tiny_lm(attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[list[int]]:
+    """The lengths of the segments of each forward."""
+    lengths, forward = [], causal_lm.hidden_states
+
+    def hidden_states(model, ids_L, segment_lengths):
+        lengths.append(segment_lengths)
+        return forward(model, ids_L, segment_lengths)
+
+    monkeypatch.setattr(causal_lm, "hidden_states", hidden_states)
+    return lengths
+
+
+@pytest.fixture
+def teacher(model, tmp_path, forwards):
+    """Makes a teacher."""
+
+    def make(needs=NOTHING, *, temperature=0.7, **settings):
+        config = TeacherConfig(model=str(tmp_path), **settings)
+        made = TransformersTeacher(config, needs, temperature=temperature, vocabulary=REAL)
+        forwards.clear()  # of loading, which tries the model
+        return made
+
+    return make
+
+
+@pytest.fixture
+def group():
+    def make(seed=0, *, samples=2, prompt_tokens=3, tokens=(4, 2), candidates=0, teacher_ids=None):
+        random = np.random.default_rng(seed)
+        rollouts = [
+            Rollout(
+                id=f"{seed}@0#{i}",
+                ids=random.integers(REAL, size=tokens[i], dtype=np.int32),
+                behaviour_logp=np.full(tokens[i], -1, np.float32),
+                spans=(Span(version=0, start=0, end=tokens[i]),),
+                truncated=False,
+                candidate_ids=random.integers(V, size=(tokens[i], candidates), dtype=np.int32)
+                if candidates
+                else None,
+            )
+            for i in range(samples)
+        ]
+        ids = random.integers(REAL, size=prompt_tokens, dtype=np.int32)
+        return Group(
+            prompt=Prompt(id=f"{seed}@0", ids=ids, answer="", teacher_ids=teacher_ids),
+            rollouts=tuple(rollouts),
+        )
+
+    return make
+
+
+@torch.no_grad()
+def plain_logp(model, prompt_ids, rollout, temperature=0.7):
+    """Log-probs [T, V] of the response positions of one rollout, one forward of it alone."""
+    ids = torch.as_tensor(np.concatenate([prompt_ids, rollout.ids])).long()
+    return torch.log_softmax(
+        model(ids[None]).logits[0, len(prompt_ids) - 1 : -1] / temperature, dim=-1
+    )
+
+
+def close(got, expected):
+    torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-5, rtol=0)
+
+
+def outside(logp_TV, ids_TK):
+    """Log of what is left by some ids, padding among it."""
+    return logp_TV.scatter(1, ids_TK, -torch.inf).logsumexp(1)
+
+
+async def test_the_tail_of_the_likeliest_is_that_of_all_other_ids(model, teacher, group):
+    one = group()
+    for rollout, got in zip(
+        one.rollouts, await teacher(Needs(teacher_topk=3, tail=True)).score(one), strict=True
+    ):
+        logp_TV = plain_logp(model, one.prompt.ids, rollout)
+        close(got.tail_logp, outside(logp_TV, logp_TV[:, :REAL].topk(3).indices))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+async def test_scores_equal_a_plain_forward_of_each_rollout_alone(
+    model, teacher, group, forwards, chunk
+):
+    needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2, tail=True)
+    scorer = teacher(needs, head_chunk_rows=chunk)
+    groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
+    answers = await asyncio.gather(*(scorer.score(one) for one in groups))
+    assert len(forwards) == 1  # three groups, two rollouts each, one forward
+    for one, scores in zip(groups, answers, strict=True):
+        for rollout, got in zip(one.rollouts, scores, strict=True):
+            logp_TV = plain_logp(model, one.prompt.ids, rollout)
+            top = logp_TV[:, :REAL].topk(3)
+            assert got.id == rollout.id
+            close(
+                got.sampled_logp,
+                logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0],
+            )
+            close(
+                got.candidate_logp, logp_TV.gather(1, torch.as_tensor(rollout.candidate_ids).long())
+            )
+            close(got.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+            close(got.tail_logp, outside(logp_TV, torch.as_tensor(rollout.candidate_ids).long()))
+            close(got.topk_logp, top.values)
+            assert got.topk_ids.tolist() == top.indices.tolist()
+
+
+async def test_what_no_objective_needs_is_not_computed(teacher, group):
+    (scores, _) = await teacher().score(group())
+    assert (scores.topk_ids, scores.topk_logp, scores.entropy, scores.candidate_logp) == (None,) * 4
+    assert scores.tail_logp is None
+
+
+async def test_only_response_positions_reach_the_head(teacher, group, forwards, monkeypatch):
+    scorer, rows, logits = teacher(), [], Head.logits
+    monkeypatch.setattr(
+        Head,
+        "logits",
+        lambda head, hidden, *ids: rows.append(len(hidden)) or logits(head, hidden, *ids),
+    )
+    await scorer.score(group(prompt_tokens=7, tokens=(4, 2)))
+    assert sum(rows) == 6 and forwards == [[11, 9]]
+
+
+async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_share(
+    model, teacher, group
+):
+    one = group()
+    (scores, _) = await teacher(Needs(teacher_topk=REAL)).score(one)
+    assert scores.topk_ids.max() == REAL - 1
+    padding_T = plain_logp(model, one.prompt.ids, one.rollouts[0])[:, REAL:].exp().sum(-1)
+    close(np.exp(scores.topk_logp).sum(-1), 1 - padding_T)
+    assert padding_T.min() > 1e-3
+
+
+async def test_the_temperature_of_sampling_is_applied(model, teacher, group):
+    one = group()
+    (scores, _) = await teacher(Needs(teacher_entropy=True), temperature=2.0).score(one)
+    logp_TV = plain_logp(model, one.prompt.ids, one.rollouts[0], temperature=2.0)
+    close(scores.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+
+
+async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model, teacher, group):
+    own = np.array([5, 6, 7, 8, 9], np.int32)
+    one = group(teacher_ids=own)
+    (scores, _) = await teacher().score(one)
+    logp_TV = plain_logp(model, own, one.rollouts[0])
+    close(
+        scores.sampled_logp,
+        logp_TV.gather(1, torch.as_tensor(one.rollouts[0].ids).long()[:, None])[:, 0],
+    )
+
+
+async def test_a_reference_reads_what_the_student_was_asked(model, tmp_path, group):
+    config = ReferenceConfig(model=str(tmp_path))
+    reference = TransformersTeacher(
+        config, NOTHING, temperature=0.7, vocabulary=REAL, as_student=True
+    )
+    one = group(teacher_ids=np.array([5, 6, 7, 8, 9], np.int32), candidates=2)
+    (scores, _) = await reference.score(one)
+    close(scores.sampled_logp, sampled(model, one))
+    assert scores.candidate_logp is None  # those are for the teacher
+
+
+def sampled(model, group) -> torch.Tensor:
+    """Log-probs of the first response of `group` after the student's prompt."""
+    rollout = group.rollouts[0]
+    logp_TV = plain_logp(model, group.prompt.ids, rollout)
+    return logp_TV.gather(1, torch.as_tensor(rollout.ids).long()[:, None])[:, 0]
+
+
+@pytest.fixture
+def student(tiny_lm, tmp_path):
+    """Saves a student in `tmp_path`/student, and returns it."""
+
+    def make(seed: int, dtype=torch.float32):
+        lm = tiny_lm(seed=seed, attn_implementation="eager").to(dtype).eval()
+        lm.save_pretrained(tmp_path / "student")
+        return lm
+
+    return make
+
+
+async def test_a_copy_scores_as_the_student_does(teacher, group, student, tmp_path):
+    scorer, one = teacher(update="copy"), group()
+    for seed in (1, 2):
+        live = student(seed)
+        await scorer.load(str(tmp_path / "student"))
+        (scores, _) = await scorer.score(one)
+        close(scores.sampled_logp, sampled(live, one))
+
+
+async def test_an_average_moves_by_its_share_at_each_update(
+    model, teacher, group, student, tmp_path
+):
+    scorer, one = teacher(update="ema", ema_decay=0.75), group()
+    for seed in (1, 2):
+        live = student(seed)
+        await scorer.load(str(tmp_path / "student"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(0.75 * parameter + 0.25 * live.get_parameter(name))
+        (scores, _) = await scorer.score(one)
+        close(scores.sampled_logp, sampled(model, one))
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_average(tiny_lm):
+    model, student = tiny_lm().bfloat16(), tiny_lm(seed=1).bfloat16()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before, goal = (lm.get_parameter(name).detach().float() for lm in (model, student))
+    follower = Follower(model, 0.999)
+    for _ in range(100):
+        follower.follow(dict(student.named_parameters()))
+    moved = model.get_parameter(name).detach().float() - before
+    expected = (1 - 0.999**100) * (goal - before)  # 9.5 % of the way
+    # half a step of bfloat16 below 2
+    torch.testing.assert_close(moved, expected, atol=0.004, rtol=0)
+    assert expected.abs().mean() > 0.02
+
+
+async def test_no_score_is_of_weights_in_the_middle_of_an_update(
+    model, teacher, group, student, tmp_path, monkeypatch
+):
+    class Slow(Follower):
+        def follow(self, student):
+            everything = self._parameters
+            for name, parameter in everything.items():
+                self._parameters = {name: parameter}
+                super().follow(student)
+                time.sleep(0.01)
+
+    monkeypatch.setattr("async_opd.roles.teacher.transformers_teacher.Follower", Slow)
+    scorer, one, live = teacher(update="copy"), group(), student(1)
+    old, new = sampled(model, one), sampled(live, one)
+
+    async def is_old() -> bool:
+        (scores, _) = await scorer.score(one)
+        if np.allclose(scores.sampled_logp, old, atol=1e-5):
+            return True
+        close(scores.sampled_logp, new)
+        return False
+
+    assert await is_old()
+    loading = asyncio.create_task(scorer.load(str(tmp_path / "student")))
+    while not loading.done():
+        await is_old()
+    assert not await is_old()
+
+
+async def test_a_checkpoint_that_a_node_does_not_see_is_named(teacher, tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"a self-teacher finds no .*/away: run.dir must lie on a disk that every node",
+    ):
+        await teacher(update="copy").load(f"{tmp_path}/away")
+
+
+async def test_a_forward_takes_the_oldest_that_fit_its_budget(teacher, group, forwards):
+    scorer = teacher(batch_tokens=16)  # segments of 3 + 4 and 3 + 2 tokens, so 7, 5, 7, 5, 7, 5
+    await asyncio.gather(*(scorer.score(group(seed)) for seed in range(3)))
+    assert forwards == [[7, 5], [7, 5], [7, 5]]
+
+
+async def test_a_rollout_over_the_budget_is_scored_alone(teacher, group, forwards):
+    scorer = teacher(batch_tokens=6)
+    await scorer.score(group())
+    assert forwards == [[7], [5]]
+
+
+async def test_requests_that_come_during_a_forward_share_the_next(teacher, group, forwards):
+    scorer = teacher()
+    first = asyncio.create_task(scorer.score(group(0)))
+    while not forwards:
+        await asyncio.sleep(0)
+    await asyncio.gather(first, *(scorer.score(group(seed)) for seed in (1, 2, 3)))
+    # the first may end in between
+    assert [len(lengths) for lengths in forwards] in ([2, 6], [2, 2, 4])
+
+
+def test_a_request_waits_for_company_no_longer_than_the_flush(teacher, group, forwards):
+    async def main():
+        scorer = teacher(flush_s=3.0)
+        first = asyncio.create_task(scorer.score(group(0)))
+        await asyncio.sleep(1)
+        await asyncio.gather(first, scorer.score(group(1)))
+        assert [len(lengths) for lengths in forwards] == [4]
+        assert asyncio.get_running_loop().time() == 3
+
+    virtual(main())
+
+
+def test_a_full_batch_does_not_wait_for_the_flush(teacher, group):
+    async def main():
+        await teacher(flush_s=60.0, batch_tokens=12).score(group())
+        assert asyncio.get_running_loop().time() == 0
+
+    virtual(main())
+
+
+async def test_an_error_reaches_its_callers_and_the_next_batch_is_served(teacher, group):
+    scorer = teacher()
+    bad = group(tokens=(4, 2))
+    bad.prompt.ids[0] = V  # no such row in the embedding
+    with pytest.raises(IndexError):
+        await scorer.score(bad)
+    assert [scores.id for scores in await scorer.score(group(7))] == ["7@0#0", "7@0#1"]
+
+
+async def test_an_id_that_the_teacher_has_no_logit_of_is_named(teacher, group):
+    scorer, read = teacher(Needs(teacher_at_student_ids=2)), teacher()
+    beyond, unread = group(candidates=2), group(1, candidates=2)
+    beyond.rollouts[1].candidate_ids[1, 0] = V
+    with pytest.raises(
+        WireError,
+        match="0@0#1: candidate_ids holds 40: must be < 40, the number of the teacher's log",
+    ):
+        await scorer.score(beyond)
+    await read.score(beyond)  # which reads no candidates
+    unread.rollouts[0].ids[3] = V + 2
+    for each in (scorer, read):
+        with pytest.raises(WireError, match="1@0#0: ids holds 42: must be < 40"):
+            await each.score(unread)
+    assert [scores.id for scores in await scorer.score(group(7, candidates=2))] == [
+        "7@0#0",
+        "7@0#1",
+    ]
+
+
+async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
+    scorer = teacher()
+    impatient, patient = (asyncio.create_task(scorer.score(group(seed))) for seed in (0, 1))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert [scores.id for scores in await patient] == ["1@0#0", "1@0#1"]
+
+
+@torch.no_grad()
+def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
+    prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]
+    responses = asyncio.run(teacher().greedy(prompts, 6, [1]))
+    for prompt, got in zip(prompts, responses, strict=True):
+        ids = prompt.tolist()
+        for token in got.tolist():
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+        assert got.dtype == np.int32 and len(got) == 6
+
+
+@torch.no_grad()
+def test_greedy_stops_at_an_end_token(model, teacher):
+    prompt = np.array([5, 6, 7], np.int32)
+    free = asyncio.run(teacher().greedy([prompt], 6, [1]))[0]
+    stopped = asyncio.run(teacher().greedy([prompt], 6, [int(free[2])]))[0]
+    end = free.tolist().index(free[2]) + 1
+    assert stopped.tolist()[:end] == free.tolist()[:end] and len(stopped) == end
+
+
+@torch.no_grad()
+def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(
+    model, teacher, tmp_path
+):
+    plain = asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))
+    GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(
+        tmp_path
+    )
+    assert (
+        asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))[0].tolist()
+        == plain[0].tolist()
+    )
+
+
+async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
+    scorer = teacher()
+    (before, _) = await scorer.score(group())
+    await scorer.greedy([np.array([5, 6, 7], np.int32)], 4, [1])
+    (after, _) = await scorer.score(group())
+    np.testing.assert_allclose(after.sampled_logp, before.sampled_logp, atol=1e-5)

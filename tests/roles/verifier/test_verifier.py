@@ -1,0 +1,149 @@
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from async_opd.core.wire import Check, Group, Prompt, Rollout, Span, Verdict
+from async_opd.roles.verifier.verifier import PATIENCE_S, SHARE, GroupVerifier
+from tests.simulated.virtual_time import virtual
+
+
+def group(id: str, answer: str, responses: int = 1) -> Group:
+    """Responses of one token each, 0, 1, …"""
+    logp, spans = np.array([-1.0], np.float32), (Span(version=0, start=0, end=1),)
+    rollouts = tuple(
+        Rollout(
+            id=f"{id}#{at}",
+            ids=np.array([at], np.int32),
+            behaviour_logp=logp,
+            spans=spans,
+            truncated=False,
+        )
+        for at in range(responses)
+    )
+    return Group(
+        prompt=Prompt(id=id, ids=np.array([1], np.int32), answer=answer), rollouts=rollouts
+    )
+
+
+class Pool:
+    """Decides at once, but for the answer "slow", which waits for `decided`."""
+
+    def __init__(self):
+        self.decided = asyncio.Event()
+
+    async def check(self, check: Check) -> Verdict:
+        if check.answer == "slow":
+            await self.decided.wait()
+        return Verdict(id=check.id, correct=True)
+
+
+def verifier_of(pool, texts: Sequence[str] = ("",), within_s: float = 60.0) -> GroupVerifier:
+    """Token 0 decodes to the first of `texts`, and so on."""
+    return GroupVerifier(pool, lambda ids: texts[ids[0]], within_s)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
+    async def main():
+        verifier = verifier_of(pool := Pool())
+        quick, slow = await verifier.check_all(group("0@0", "2"), group("1@0", "slow"))
+        assert quick == (Verdict(id="0@0#0", correct=True),) and isinstance(slow, str)
+        assert now() == PATIENCE_S
+        pool.decided.set()
+        assert await verifier.late(slow) == (Verdict(id="1@0#0", correct=True),)
+
+    virtual(main())
+
+
+def test_quick_checks_do_not_wait_at_all():
+    async def main():
+        assert (
+            len(await verifier_of(Pool()).check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
+        )
+        assert now() == 0
+
+    virtual(main())
+
+
+def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller():
+    async def main():
+        async with asyncio.timeout(10):
+            verdicts = await verifier_of(Pool(), within_s=10).check(group("0@0", "slow"))
+        assert verdicts == (
+            Verdict(id="0@0#0", correct=None, cause="no worker was free within 9.0 s"),
+        )
+        assert now() == SHARE * 10
+
+    virtual(main())
+
+
+def test_groups_that_share_an_id_each_get_their_own_verdicts():
+    async def main():
+        verifier = verifier_of(pool := Pool())
+        first, second, third = await verifier.check_all(
+            group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2")
+        )
+        assert isinstance(third, tuple) and first != second
+        pool.decided.set()
+        assert await verifier.late(first) == await verifier.late(second) == third
+
+    virtual(main())
+
+
+async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callable):
+    texts = [
+        r"\boxed{0.5}",
+        r"\boxed{2}",
+        r"\boxed{\frac{1}{2}}",
+        "no idea",
+        r"\boxed{7}",
+        r"\boxed{4/2}",
+        r"so \boxed{7}",
+    ]
+    verifier = verifier_of(await start_pool(timeout_s=60.0), texts)
+    asked = group("0@0", "2", responses=len(texts))
+    verdicts = await verifier.check(asked)
+    said = await verifier.said(asked, verdicts)
+    assert [verdict.correct for verdict in verdicts] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert [one.vote for one in said] == [0, 1, 0, None, 4, 1, 4]
+    assert [one.text for one in said] == texts
+
+
+def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_vote_alike():
+    class Hangs(Pool):
+        async def check(self, check: Check) -> Verdict:
+            await self.decided.wait()
+
+    async def main():
+        answers = [r"\boxed{1}", r"\boxed{3}", r"\boxed{1}", ""]
+        verdicts = tuple(
+            Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers)
+        )
+        verifier = verifier_of(Hangs(), answers, within_s=10)
+        async with asyncio.timeout(10):
+            said = await verifier.said(group("0@0", "2", responses=4), verdicts)
+        assert [one.vote for one in said] == [0, 1, 0, None]
+
+    virtual(main())
+
+
+async def test_a_check_that_reads_no_answer_gives_no_votes():
+    verdicts = (
+        Verdict(id="0", correct=True),
+        Verdict(id="1", correct=False),
+        Verdict(id="2", correct=None, cause="late"),
+    )
+    said = await verifier_of(Pool(), ["", "", ""]).said(group("0@0", "2", responses=3), verdicts)
+    assert [one.vote for one in said] == [None, None, None]

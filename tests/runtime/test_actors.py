@@ -1,0 +1,156 @@
+import logging
+import signal
+
+import pytest
+from ray.exceptions import AuthenticationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.schema import load
+from async_opd.core.errors import ConfigError
+from async_opd.core.wire import Needs
+from async_opd.objectives.topk_kl import TopkKl
+from async_opd.runtime.actors import Cluster
+from async_opd.runtime.nodes import start_ray, taken_over
+
+VLLM, TWO = "teacher.backend=vllm", "tensor_parallel_size=2"
+REFUSED = {
+    "given ids": (
+        [VLLM],
+        Needs(teacher_at_student_ids=4),
+        "teacher.backend = 'vllm': must be .* given ids scored",
+    ),
+    "split teacher": (
+        [VLLM, f"teacher.{TWO}"],
+        Needs(),
+        "teacher.tensor_parallel_size = 2: must be 1 .* without GPUs",
+    ),
+    "one card": (
+        [
+            "run.share_gpu=true",
+            "rollout.gpu_memory_utilization=0.4",
+            "teacher.gpu_memory_utilization=0.3",
+        ],
+        Needs(),
+        "run.share_gpu = true: must be false on a cluster without GPUs",
+    ),
+    "split generator": (
+        [f"rollout.{TWO}"],
+        Needs(),
+        "rollout.tensor_parallel_size = 2: must be 1 .* without GPUs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "needs", "message"), REFUSED.values(), ids=REFUSED)
+async def test_what_needs_gpus_is_refused_before_any_actor_starts(
+    overrides, needs, message, monkeypatch
+):
+    monkeypatch.setattr(TopkKl, "needs", lambda self: needs)
+    cluster = Cluster(load(DEMO, overrides), eos_ids=[1], tokenizer=Tokenizer(WordLevel()))
+    cluster._gpus = 0  # as Ray says of a cluster without
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        await cluster.roles()
+    assert cluster._actors == []
+
+
+class Ray:
+    """Ray's connection, which takes SIGTERM and the level of its log as the real one does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.said, self.connected, self.refuses = [], False, False
+        patch.setattr("ray.is_initialized", lambda: self.connected)
+        patch.setattr("ray.init", self.init)
+        patch.setattr("ray.shutdown", self.shutdown)
+        patch.setattr("ray.cluster_resources", dict)
+
+    def init(self, logging_level: str, **_) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        logging.getLogger("ray").setLevel(logging_level)
+        if self.refuses:
+            raise AuthenticationError(
+                "Token authentication is enabled but no authentication token was found"
+            )
+        self.said.append("connected")
+        self.connected = True
+
+    def shutdown(self) -> None:
+        self.said += ["ended"] * self.connected
+        self.connected = False
+
+
+@pytest.fixture
+def connection(monkeypatch):
+    """Ray's; what is process-wide is afterwards as it was before."""
+    before = signal.getsignal(signal.SIGTERM), logging.getLogger("ray").level
+    yield Ray(monkeypatch)
+    assert (signal.getsignal(signal.SIGTERM), logging.getLogger("ray").level) == before
+
+
+def a_cluster() -> Cluster:
+    return Cluster(load(DEMO), eos_ids=[1], tokenizer=Tokenizer(WordLevel()))
+
+
+def test_a_cluster_ends_the_connection_that_it_has_begun(connection):
+    for _ in range(2):
+        with a_cluster():
+            assert connection.connected
+        assert not connection.connected
+
+
+def test_a_connection_begun_ahead_of_the_cluster_is_ended_with_it(connection):
+    start_ray()
+    start_ray()
+    with a_cluster():
+        pass
+    assert connection.said == ["connected", "ended"]
+
+
+def test_a_callers_own_connection_stays_when_the_cluster_is_left(connection):
+    connection.connected = True
+    with a_cluster():
+        pass
+    taken_over().close()
+    assert connection.connected and connection.said == []
+
+
+def test_of_two_clusters_the_one_that_began_the_connection_ends_it(connection):
+    with a_cluster():
+        with a_cluster():
+            pass
+        assert connection.connected
+    assert connection.said == ["connected", "ended"]
+
+
+def test_a_connection_that_no_cluster_took_is_ended_by_who_takes_it_over(connection):
+    start_ray()
+    taken_over().close()
+    assert connection.said == ["connected", "ended"]
+
+
+def test_a_cluster_that_cannot_be_entered_leaves_no_connection(connection, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), a_cluster():
+        pass
+    assert connection.said == ["connected", "ended"]
+
+
+def test_every_actor_is_killed_whatever_becomes_of_the_others(connection):
+    class Member:
+        def kill(self):
+            connection.said.append("killed")
+            raise RuntimeError("it is gone")
+
+    with pytest.raises(RuntimeError, match="it is gone"), a_cluster() as cluster:
+        cluster._actors += [Member(), Member()]
+    assert connection.said == ["connected", "killed", "killed", "ended"]
+
+
+def test_a_cluster_that_refuses_the_token_is_a_mistake_in_words(connection, monkeypatch):
+    connection.refuses = True
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        ConfigError, match=r"^RAY_ADDRESS = '10\.0\.0\.1:6379': .*no authentication token was found"
+    ):
+        start_ray()

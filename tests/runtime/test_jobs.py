@@ -1,0 +1,587 @@
+"""What is refused on the way to a cluster, and what is said of a job, without a cluster."""
+
+import io
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from ray.job_submission import JobStatus
+
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.main import main, stop
+from async_opd.config.schema import load
+from async_opd.driver.checkpoints import Checkpoints, RunState
+from async_opd.driver.train_loop import INTERRUPT_S
+from async_opd.runtime import jobs
+from async_opd.telemetry.console import lines
+
+
+@pytest.fixture(autouse=True)
+def a_home_without_a_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in (
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+
+
+def said(capsys, *argv: str, status: int = 2) -> str:
+    assert main(list(argv)) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def dashboard():
+    """An HTTP server in a dashboard's place: its address, and its answers by path, each a status
+    and a body."""
+    answers = {"/api/authentication_mode": (200, {"authentication_mode": "token"})}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answers.setdefault("tokens", []).append(self.headers.get("Authorization"))
+            status, body = answers.get(self.path, (404, {}))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
+    yield f"http://127.0.0.1:{server.server_port}", answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(capsys):
+    line = said(capsys, "status", "--address", "http://127.0.0.1:1")
+    assert (
+        "http://127.0.0.1:1: no Ray dashboard answers within 10 s: [Errno 111] Connection refused;"
+        " is it up" in line
+    )
+
+
+def test_a_server_that_does_not_answer_is_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        line = said(capsys, "status", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert "no Ray dashboard answers within 0.2 s: timed out" in line
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((404, {}), "answers 404 Not Found, as no Ray dashboard of 2.60 does"),
+        ((200, b"<html>"), "answers, but not as a Ray dashboard does"),
+        ((200, {"result": 1}), "answers, but not as a Ray dashboard does"),
+    ],
+)
+def test_another_server_is_none(answer, says, dashboard, capsys):
+    address, answers = dashboard
+    answers["/api/authentication_mode"] = answer
+    assert says in said(capsys, "status", "--address", address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:8265", "ray://head:10001", "auto", "http://", "http://a:b", "http://[::1"],
+)
+def test_an_address_that_is_no_dashboards_url_is_refused(address, monkeypatch, capsys):
+    must = (
+        f"{address!r}: must be the URL of a Ray dashboard, such as --address http://127.0.0.1:8265"
+    )
+    assert f"--address = {must}" in said(capsys, "status", "--address", address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert f"RAY_ADDRESS = {must}" in said(capsys, "status")
+
+
+def test_what_is_given_goes_before_the_environment(monkeypatch):
+    assert jobs._url(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://a:1")
+    assert jobs._url(None) == "http://a:1"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://b:2/")
+    assert jobs._url(None) == "http://b:2"
+    assert jobs._url("https://c") == "https://c"
+
+
+def test_without_a_token_a_cluster_that_asks_for_one_gets_nothing(dashboard, capsys):
+    address, answers = dashboard
+    line = said(capsys, "status", "--address", address)
+    assert (
+        "asks for a token, and there is none here; `ray get-auth-token` on its head node prints"
+        in line
+    )
+    assert answers["tokens"] == [None]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_refused_says_where_the_right_one_is(
+    status, dashboard, monkeypatch, capsys
+):
+    address, answers = dashboard
+    answers["/api/version"] = status, b"Unauthorized: or so"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    line = said(capsys, "status", "--address", address)
+    assert "refuses the token found here; `ray get-auth-token` on its head node" in line
+    assert answers["tokens"] == [None, "Bearer wrong"]
+
+
+def test_the_token_is_found_where_ray_looks_for_it(monkeypatch, tmp_path):
+    assert jobs._token() is None
+    home = tmp_path / "home" / ".ray" / "auth_token"
+    home.parent.mkdir(parents=True)
+    home.write_text("of the home\n")
+    assert jobs._token() == "of the home"
+    (tmp_path / "token").write_text("of a file")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert jobs._token() == "of a file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert jobs._token() == "given"
+
+
+def answers_with(mode: str, monkeypatch) -> None:
+    answer = json.dumps({"authentication_mode": mode}).encode()
+    monkeypatch.setattr(jobs, "urlopen", lambda url, timeout: io.BytesIO(answer))
+
+
+@pytest.mark.parametrize(
+    "address", ["https://10.0.0.5:8265", "http://10.0.0.5:8265", "https://8.8.8.8"]
+)
+def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fix(
+    address, monkeypatch, capsys
+):
+    answers_with("disabled", monkeypatch)
+    line = said(
+        capsys,
+        "submit",
+        str(DEMO),
+        "run.dir=/shared/a",
+        "--working-dir",
+        str(DEMO.parent),
+        "--address",
+        address,
+    )
+    assert (
+        "the cluster has no token authentication, so anyone can run code on it: set"
+        " RAY_AUTH_MODE=token and" in line
+    )
+
+
+def test_a_token_never_crosses_the_open_net_in_clear(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "urlopen", None)  # nothing is asked
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    line = said(capsys, "status", "--address", "http://8.8.8.8:8265")
+    assert (
+        "http would send the token in clear through the open net: use https, or a tunnel (ssh -L"
+        " 8265:localhost:8265" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "token", "warned"),
+    [
+        ("http://127.0.0.1:8265", "disabled", None, False),
+        ("http://127.0.0.1:8265", "token", "secret", False),
+        ("https://8.8.8.8:8265", "token", "secret", False),
+        ("http://10.0.0.5:8265", "token", "secret", True),
+    ],
+)
+def test_a_token_goes_where_it_is_asked_for_and_a_private_network_is_warned_of(
+    address, mode, token, warned, monkeypatch, capsys
+):
+    answers_with(mode, monkeypatch)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert jobs._token_for(address) == token
+    assert (
+        "warning: http://10.0.0.5:8265 gets the token in clear" in capsys.readouterr().err
+    ) == warned
+
+
+class Client:
+    """A cluster with the jobs in `found`: Ray's client, as far as it is used."""
+
+    found: dict[str, SimpleNamespace]
+
+    def __init__(self, headers=None):
+        self.headers = headers
+
+    def get_job_info(self, id):
+        if id not in self.found:
+            raise RuntimeError(f"Request failed with status code 404: Job {id} does not exist.")
+        return self.found[id]
+
+    def list_jobs(self):
+        return list(self.found.values())
+
+    def get_job_logs(self, id):
+        return self.found[id].log
+
+    async def tail_job_logs(self, id):
+        for line in self.found[id].log.splitlines(keepends=True):
+            yield line
+        if error := self.found[id].error:
+            raise error
+
+    def stop_job(self, id):
+        self.found[id].status = JobStatus.STOPPED
+
+    def submit_job(self, *, entrypoint, runtime_env, metadata):
+        self.found["raysubmit_new"] = job(
+            "raysubmit_new", "SUCCEEDED", "starting\ngenerators: 1 -> 2\n", metadata
+        )
+        self.found["raysubmit_new"].asked = entrypoint, runtime_env
+        return "raysubmit_new"
+
+
+def job(
+    id: str, status: str, log: str = "", metadata: dict | None = None, error=None
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=id,
+        status=JobStatus(status),
+        log=log,
+        error=error,
+        message="why\nit failed",
+        entrypoint="x",
+        metadata={jobs.RUN_DIR: "/shared/a"} if metadata is None else metadata,
+        start_time=60_000,
+        end_time=240_000,
+        runtime_env={"env_vars": {"A": "1"}},
+    )
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Puts jobs on the cluster at the default address."""
+    answers_with("disabled", monkeypatch)
+    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    monkeypatch.setattr(Client, "found", {}, raising=False)
+
+    def has(*found: SimpleNamespace) -> dict[str, SimpleNamespace]:
+        Client.found.update({one.submission_id: one for one in found})
+        return Client.found
+
+    return has
+
+
+def test_what_ray_reads_of_the_process_is_put_back(cluster, monkeypatch):
+    handlers = logging.getLogger("ray").handlers
+
+    def said_to_ray() -> tuple:
+        return os.environ.get("RAY_API_SERVER_ADDRESS"), [handler.level for handler in handlers]
+
+    read = []
+    monkeypatch.setattr(Client, "__init__", lambda self, headers: read.append(said_to_ray()))
+    before = said_to_ray()
+    cluster()
+    assert main(["status"]) == 0
+    assert said_to_ray() == before
+    assert read == [("http://127.0.0.1:8265", [logging.WARNING for _ in handlers])]
+
+
+@pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 130)])
+def test_following_ends_with_the_status_of_the_job(status, code, cluster, capsys):
+    cluster(job("raysubmit_a", status, "one\ntwo\n"))
+    assert main(["logs", "raysubmit_a", "--follow"]) == code
+    assert capsys.readouterr() == ("one\ntwo\n", f"raysubmit_a {status}\n")
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_get_back(cluster, capsys):
+    found = cluster(job("raysubmit_a", "RUNNING", "one\n", error=KeyboardInterrupt()))
+    assert main(["logs", "raysubmit_a", "--follow"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "one\n" and "left raysubmit_a, which goes on" in err
+    assert (
+        "`async-opd logs raysubmit_a --follow --address http://127.0.0.1:8265` goes on with its log"
+        in err
+    )
+    assert found["raysubmit_a"].status == "RUNNING"
+
+
+def test_a_connection_that_breaks_says_that_the_job_may_go_on(cluster, capsys):
+    cluster(job("raysubmit_a", "RUNNING", error=RuntimeError("WebSocket connection closed")))
+    line = said(capsys, "logs", "raysubmit_a", "--follow")
+    assert (
+        "WebSocket connection closed; the job may go on: `async-opd logs raysubmit_a --follow"
+        " --address" in line
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["logs"], ["logs", "--follow"], ["stop"], ["scale", "generators=2"]]
+)
+def test_an_unknown_job_is_one_line(command, cluster, monkeypatch, capsys):
+    monkeypatch.setattr(Client, "stop_job", Client.get_job_info)
+    monkeypatch.setattr(Client, "get_job_logs", Client.get_job_info)
+    monkeypatch.setattr(Client, "tail_job_logs", Client.get_job_info)
+    name, *rest = command
+    assert "Job raysubmit_b does not exist" in said(capsys, name, "raysubmit_b", *rest)
+
+
+def test_status_lists_the_runs_and_says_why_one_failed(cluster, capsys):
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == "no run has been submitted to http://127.0.0.1:8265\n"
+    cluster(
+        job("raysubmit_a", "FAILED"),
+        job("raysubmit_b", "RUNNING"),
+        job("raysubmit_other", "RUNNING", metadata={}),
+    )
+    assert main(["status"]) == 0
+    assert (
+        capsys.readouterr().out
+        == "raysubmit_a  FAILED        3.0 min  /shared/a\n  it failed\nraysubmit_b  RUNNING      "
+        " 3.0 min  /shared/a\n"
+    )
+    assert main(["status", "raysubmit_b"]) == 0
+    assert capsys.readouterr().out == "raysubmit_b  RUNNING       3.0 min  /shared/a\n"
+
+
+def test_logs_are_printed_as_they_are(cluster, capsys):
+    cluster(job("raysubmit_a", "RUNNING", "one\ntwo"))
+    assert main(["logs", "raysubmit_a"]) == 0
+    assert capsys.readouterr().out == "one\ntwo"
+
+
+def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
+    told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
+    saved, not_saved = (
+        lines.told(told),
+        lines.told(told | {"what": "not saved", "why": "the disk is full"}),
+    )
+    cluster(
+        job(
+            "raysubmit_a",
+            "RUNNING",
+            f"{saved}\nstep 7\n{not_saved}\nasync-opd: interrupted\nnoise of a library\n",
+        )
+    )
+    assert main(["stop", "raysubmit_a"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{not_saved}\nraysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume"
+        " /shared/a --address http://127.0.0.1:8265\n"
+    )
+    assert f"at most {INTERRUPT_S:g} s;" in stop.__doc__ and jobs.STOP_S == 60  # "a minute"
+
+
+def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys):
+    found = cluster(job("raysubmit_a", "RUNNING"), job("raysubmit_done", "SUCCEEDED"))
+    assert main(["scale", "raysubmit_a", "generators=2"]) == 0
+    assert capsys.readouterr().out == "generators: 1 -> 2\n"
+    asked = "python -m async_opd scale /shared/a generators=2", {"env_vars": {"A": "1"}}
+    assert found["raysubmit_new"].asked == asked
+    assert "only a run that is RUNNING can be scaled" in said(
+        capsys, "scale", "raysubmit_done", "generators=2"
+    )
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working directory with a config of its own data."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text("{}\n")
+    (folder / "a.toml").write_text(DEMO.read_text().replace("toy:train", "data/train.jsonl"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+SUBMIT = ["submit", "a.toml", "run.dir=/shared/runs/a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "submit: needs a config, a TOML file, or --resume RUN"),
+        (["a.toml"], "run.dir = 'runs/demo': must be absolute, on a disk that every node sees"),
+        (["b.toml"], "config b.toml: no such file"),
+        ([*SUBMIT[1:], "learner.lr=-1"], "learner.lr = -1"),
+        ([*SUBMIT[1:], "data.path=../train.jsonl"], "data.path = '../train.jsonl': no such file"),
+        (["../a.toml", "run.dir=/shared/a"], "is outside of the working directory"),
+        (
+            [*SUBMIT[1:], "eval.path=../outside.jsonl"],
+            "outside.jsonl is outside of the working directory",
+        ),
+        ([*SUBMIT[1:], "--working-dir", "nowhere"], "--working-dir nowhere: no such folder"),
+        (["--resume", "runs/a"], "--resume runs/a: must be absolute"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(
+    words, says, project, monkeypatch, capsys
+):
+    (project.parent / "outside.jsonl").write_text("{}\n")
+    monkeypatch.setattr(jobs, "Jobs", None)
+    assert says in said(capsys, "submit", *words)
+
+
+def test_a_run_that_can_be_seen_from_here_is_checked_here(project, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "Jobs", None)
+    assert "RunMissing: " in said(capsys, "submit", "--resume", str(project))
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """A run of the project's that was stopped after step 3, on a disk that is seen from here
+    too."""
+    run_dir = tmp_path / "shared"
+    run_dir.mkdir()
+    config = load(DEMO, ["teacher.model=/cluster/teacher", f"run.dir={run_dir}"], elsewhere=True)
+    tree = msgspec.to_builtins(config) | {
+        "data": msgspec.to_builtins(config.data) | {"path": "data/train.jsonl"}
+    }
+    (run_dir / "config.json").write_text(json.dumps(tree))
+    checkpoints = Checkpoints(run_dir, keep=1)
+    checkpoints.begin(3)
+    checkpoints.commit(3, RunState(version=3, position={}, outstanding=[]))
+    return run_dir
+
+
+def test_a_run_is_gone_on_with_in_its_working_directory_wherever_one_stands(
+    stopped, project, cluster, monkeypatch, capsys
+):
+    found = cluster()
+    monkeypatch.chdir(project.parent)  # where no data/train.jsonl is
+    assert main(["submit", "--resume", str(stopped), "--working-dir", "project", "--no-wait"]) == 0
+    assert found["raysubmit_new"].asked[0] == f"python -m async_opd train --resume {stopped}"
+    capsys.readouterr()
+    assert "data.path = 'data/train.jsonl': no such file" in said(
+        capsys, "submit", "--resume", str(stopped)
+    )
+
+
+def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(
+    stopped, project, cluster, capsys
+):
+    (project / ".gitignore").write_text("*.jsonl\n")
+    line = said(capsys, "submit", "--resume", str(stopped))
+    assert (
+        "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
+        " .rayignore" in line
+    )
+
+
+def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, cluster, capsys):
+    (project / ".gitignore").write_text("*.jsonl\n")
+    line = said(capsys, *SUBMIT)
+    assert (
+        "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
+        " .rayignore" in line
+    )
+
+
+def test_more_than_ray_takes_is_refused(project, cluster, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "GCS_STORAGE_MAX_SIZE", 100)
+    assert "MiB packed, of which Ray takes" in said(capsys, *SUBMIT)
+
+
+@pytest.mark.parametrize(
+    ("words", "trains"),
+    [
+        (SUBMIT[1:], "a.toml run.dir=/shared/runs/a"),
+        (
+            [*SUBMIT[1:], "data.path=/not here.jsonl"],
+            "a.toml run.dir=/shared/runs/a 'data.path=/not here.jsonl'",
+        ),
+        (["--resume", "/shared/runs/a", "run.steps=9"], "--resume /shared/runs/a run.steps=9"),
+    ],
+)
+def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
+    words, trains, project, cluster, monkeypatch, capsys
+):
+    inside = {}
+
+    def submit_job(self, *, entrypoint, runtime_env, metadata):
+        inside.update(
+            names=set(zipfile.ZipFile(runtime_env["working_dir"]).namelist()), metadata=metadata
+        )
+        return Client.SUBMIT(
+            self, entrypoint=entrypoint, runtime_env=runtime_env, metadata=metadata
+        )
+
+    monkeypatch.setattr(Client, "SUBMIT", Client.submit_job, raising=False)
+    monkeypatch.setattr(Client, "submit_job", submit_job)
+    for left_out in ("runs", ".venv", ".git"):
+        (project / left_out).mkdir()
+        (project / left_out / "file").write_text("")
+    found = cluster()
+    assert main(["submit", *words, "--no-wait"]) == 0
+    assert capsys.readouterr().out == "raysubmit_new\n"
+    entrypoint, environment = found["raysubmit_new"].asked
+    assert entrypoint == f"python -m async_opd train {trains}"
+    assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    package, metadata = map(Path, environment["py_modules"])
+    # by which vLLM finds it
+    assert (package / "cli.py").is_file() and (metadata / "entry_points.txt").is_file()
+    assert {name for name in inside["names"] if not name.endswith("/")} == {
+        "a.toml",
+        "data/train.jsonl",
+    }
+    assert inside["metadata"] == {jobs.RUN_DIR: "/shared/runs/a"}
+
+
+def test_submit_follows_the_job_it_started(project, cluster, capsys):
+    cluster()
+    assert main(SUBMIT) == 0
+    out, err = capsys.readouterr()
+    assert (
+        out == "raysubmit_new\nstarting\ngenerators: 1 -> 2\n"
+        and err == "raysubmit_new SUCCEEDED\n"
+    )
+
+
+# a script's background jobs ignore Ctrl-C
+@pytest.mark.parametrize("sigint", ["default_int_handler", "SIG_IGN"])
+@pytest.mark.parametrize(
+    ("signals", "said"), [(1, ["step", "saved", "interrupted"]), (2, ["interrupted"])]
+)
+def test_sigterm_is_ctrl_c_and_lets_the_step_at_hand_finish(sigint, signals, said):
+    code = f"""
+import asyncio, signal
+signal.signal(signal.SIGINT, signal.{sigint})
+from async_opd.launch.signals import interrupted_by_signal
+
+async def step():
+    await asyncio.sleep(0.25)
+    print("step", flush=True)
+
+async def run():
+    for n in range({signals}):
+        asyncio.get_running_loop().call_later(0.05 + 0.05 * n, signal.raise_signal, signal.SIGTERM)
+    at_work = asyncio.ensure_future(step())
+    with interrupted_by_signal(asyncio.current_task()):
+        try:
+            await asyncio.shield(at_work)
+        except asyncio.CancelledError:
+            await asyncio.shield(at_work)
+            print("saved", flush=True)
+            raise
+
+try:
+    asyncio.run(run())
+except (KeyboardInterrupt, asyncio.CancelledError):
+    print("interrupted")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (found.stdout.split(), found.returncode) == (said, 0), found.stderr

@@ -1,0 +1,162 @@
+"""No error is reported as never retrieved: who waited for it has been told of another, and why."""
+
+import asyncio
+import os
+import threading
+from itertools import count
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from async_opd.config.schema import load
+from async_opd.core.errors import ActorLost, CallFailed, LedgerError
+from async_opd.core.roles import Roles
+from async_opd.core.wire import Group, Prompt, Rollout, Span
+from async_opd.driver.ledger import Ledger
+from async_opd.driver.replica_pool import Pool
+from async_opd.driver.train_loop import train
+from async_opd.driver.weight_publisher import Publisher
+from async_opd.runtime.actor_specs import make_verifier
+from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
+from async_opd.telemetry.metrics import Meter
+from tests.simulated.roles import (
+    Prompts,
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+
+DEMO = load("configs/demo.toml")
+
+
+async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
+    class Teacher:
+        """An actor that answers nothing until it dies; of each call that is told a moment after the
+        one before."""
+
+        died, told = asyncio.Event(), count()
+
+        async def spread(self, *_):
+            await self.died.wait()
+            await asyncio.sleep(0.01 * next(self.told))
+            raise ActorLost("teacher 0 died")
+
+        def kill(self): ...
+
+    teacher = Teacher()
+    pool = Pool("teacher", [TeacherProxy(teacher, DEMO, [1])])
+    asking = []
+    for group in ("a", "b", "c"):  # in a remote call each
+        asking.append(asyncio.ensure_future(pool.ask(lambda port, group=group: port.score(group))))
+        await asyncio.sleep(2 * Together.LINGER_S)
+    teacher.died.set()
+    errors = await asyncio.gather(*asking, return_exceptions=True)
+    assert [str(error) for error in errors] == ["teacher 0 died"] * 3
+    await asyncio.sleep(0.05)
+    del asking, errors, pool, teacher
+    assert unheard() == []
+
+
+async def test_of_a_rank_that_dies_once_nobody_waits_for_it(unheard):
+    class Rank:
+        died = asyncio.Event()
+
+        async def call(self, timeout_s, method, *args):
+            await self.died.wait()
+            raise ActorLost("learner rank 0 died")
+
+    saving = asyncio.ensure_future(LearnerProxy([Rank()], "", DEMO).save("folder"))
+    await asyncio.sleep(0)
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    Rank.died.set()
+    await asyncio.sleep(0.01)
+    assert unheard() == []
+
+
+async def test_of_a_probe_that_fails_beside_another(unheard):
+    class Broken(SimulatedGenerator):
+        async def probe(self):
+            raise CallFailed("no probe")
+
+    pool = Pool("generator", [Broken(), Broken()])
+    with pytest.raises(CallFailed, match="no probe"):
+        await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(
+            1, admit=lambda: None
+        )
+    del pool
+    assert unheard() == []
+
+
+async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path, monkeypatch):
+    class Hangs(SimulatedLearner):
+        begun, died = asyncio.Event(), asyncio.Event()
+
+        async def step(self, groups):
+            self.begun.set()
+            await self.died.wait()
+            raise ActorLost("learner rank 0 died")
+
+    monkeypatch.setattr("async_opd.driver.train_loop.INTERRUPT_S", 0.01)
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher()]},
+        verifier=SimulatedVerifier(),
+        learner=Hangs(),
+    )
+    running = asyncio.ensure_future(train(DEMO, roles, Prompts(), [], tmp_path, Meter([])))
+    await Hangs.begun.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    Hangs.died.set()
+    await asyncio.sleep(0.01)
+    del running
+    assert unheard() == []
+
+
+async def test_of_a_batch_of_the_ledger_whose_caller_was_cancelled(unheard, tmp_path, monkeypatch):
+    refused = threading.Event()
+
+    def fsync(descriptor):
+        refused.wait(10)
+        raise OSError(28, "No space left on device")
+
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    monkeypatch.setattr(os, "fsync", fsync)
+    ledger.handed_out("1@0")
+    syncing = asyncio.ensure_future(ledger.sync())
+    await asyncio.sleep(0.01)
+    syncing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await syncing
+    refused.set()
+    with pytest.raises(LedgerError, match="No space left"):  # it is told at the next
+        ledger.close()
+    await asyncio.sleep(0.01)
+    del syncing
+    assert unheard() == []
+
+
+async def test_of_groups_that_a_lost_pool_of_verifiers_cannot_check(unheard):
+    verifier = make_verifier(DEMO.verify, Tokenizer(WordLevel()).to_str(), 1.0)  # not started
+    with pytest.raises(ActorLost, match="not started"):
+        await verifier.check_all(*map(group, range(3)))
+    del verifier
+    assert unheard() == []
+
+
+def group(at: int) -> Group:
+    ids = np.array([1], np.int32)
+    rollout = Rollout(
+        id=f"{at}@0#0",
+        ids=ids,
+        behaviour_logp=np.array([-1.0], np.float32),
+        spans=(Span(version=0, start=0, end=1),),
+        truncated=False,
+    )
+    return Group(prompt=Prompt(id=f"{at}@0", ids=ids, answer="2"), rollouts=(rollout,))

@@ -1,0 +1,110 @@
+"""What keeps up with the learner, from rates that are given and from rows of a run."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.main import main
+from async_opd.config.schema import load
+from async_opd.core.errors import RunMissing
+from async_opd.tools.plan.balance import balance, given, measured
+
+STATES = ("busy", "starved", "blocked", "syncing", "down")
+
+
+def row(elapsed_s: float, rate: float, **shares: tuple[float, ...]) -> dict:
+    rates = dict.fromkeys(
+        ("generators_tokens_per_s", "teachers_tokens_per_s", "trained_tokens_per_s"), rate
+    )
+    states = {
+        f"{role}_{s}": share
+        for role, each in shares.items()
+        for s, share in zip(STATES, each, strict=True)
+    }
+    return {"elapsed_s": elapsed_s} | rates | states
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A run of two generators, one teacher and two ranks: three slow steps, then a second of 100
+    tokens/s and three of 200."""
+    config = load(DEMO, ["rollout.generators=2", "learner.ranks=2", "rollout.concurrency=64"])
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    slow = dict(generators=(1, 0, 0, 0, 0), teachers=(1, 0, 0, 0, 0), learner=(1, 0, 0, 0, 0))
+    shares = dict(
+        generators=(0.5, 0, 0.25, 0.25, 0),  # at work 3/4 of the time, each of two
+        teachers=(0.5, 0.5, 0, 0, 0),
+        learner=(0.2, 0.5, 0.1, 0.2, 0),  # blocked: its own checkpoint
+    )
+    rows = [row(at, 1.0, **slow) for at in (10, 20, 30)] + [
+        row(31, 100.0, **shares),
+        row(34, 200.0, **shares),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return tmp_path
+
+
+def test_rates_are_tokens_by_the_seconds_a_member_was_at_work(run_dir):
+    rates, _ = measured(run_dir, load(DEMO))
+    tokens, seconds = 100 + 3 * 200, 4
+    assert rates["generator"] == pytest.approx(tokens / (2 * 0.75 * seconds))
+    assert rates["teacher"] == pytest.approx(tokens / (0.5 * seconds))
+    assert rates["learner"] == pytest.approx(tokens / (2 * 0.5 * seconds))
+
+
+def test_a_run_that_was_gone_on_with_has_the_rates_of_its_steps(run_dir):
+    rates, _ = measured(run_dir, load(DEMO))
+    metrics = run_dir / "metrics.jsonl"
+    *_, last = metrics.read_text().splitlines()
+    for elapsed_s in (1, 4):  # from anew, and the same step once more
+        with metrics.open("a") as file:
+            file.write(json.dumps(json.loads(last) | {"elapsed_s": elapsed_s}) + "\n")
+    again, _ = measured(run_dir, load(DEMO))
+    tokens, seconds = 100 + 6 * 200, 7
+    assert again["teacher"] == pytest.approx(tokens / (0.5 * seconds))
+    assert again["generator"] == pytest.approx(tokens / (2 * 0.75 * seconds))
+    assert rates != again
+
+
+def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
+    _, differs = measured(run_dir, load(DEMO, ["learner.gradient_checkpointing=true"]))
+    assert differs == [
+        "rollout.concurrency: 64 then, 256 now",
+        "learner.gradient_checkpointing: False then, True now",
+    ]
+    config = load(DEMO, ["rollout.concurrency=64"])
+    # neither the number of members nor where a model lies matters
+    assert measured(run_dir, config)[1] == []
+
+
+def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
+    config = load(DEMO, ["rollout.generators=3", "teacher.replicas=2", "learner.ranks=2"])
+    found = balance(config, given("generator=1000,teacher=4000,learner=2500"), "rates as given", [])
+    assert found.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
+    assert (found.bottleneck, found.generators, found.teachers) == ("generator", 5, 2)
+
+
+def test_the_plan_says_what_a_short_run_tells(run_dir, capsys):
+    assert main(["plan", str(DEMO), "--offline", "--like", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "bottleneck       generator (tokens/s of all: generator 117, teacher 350, learner 175;"
+        " rates of " in said
+    )
+    assert "in balance       2 generator(s) and 1 teacher(s) keep up with the learner\n" in said
+    assert "  measured otherwise: rollout.concurrency: 64 then, 256 now\n" in said
+
+
+def test_a_run_without_enough_rows_is_refused_by_name(run_dir):
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(rows[:3]))
+    with pytest.raises(
+        RunMissing, match="--like needs more than 3 steps, the first are slow; it has 3"
+    ):
+        measured(run_dir, load(DEMO))
+    (run_dir / "metrics.jsonl").write_text("{")
+    with pytest.raises(RunMissing, match="--like needs a run's directory"):
+        measured(run_dir, load(DEMO))

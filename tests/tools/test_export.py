@@ -1,0 +1,213 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.main import main
+from async_opd.config.schema import load
+from async_opd.driver.checkpoints import Checkpoints, RunState
+from async_opd.roles.learner.checkpoint import save
+from async_opd.toy.tokenizer import build_tokenizer
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture
+def run(tmp_path, finished) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_lm) -> Path:
+    """A run with checkpoints of steps 2, the best, and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_dir, source = folder / "run", folder / "source"
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(source)
+    checkpoints = Checkpoints(run_dir, keep=3)
+    for step, score in ((2, 0.9), (4, 0.5)):
+        model = tiny_lm(seed=step, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+        folder = checkpoints.begin(step)
+        save(model, dict(model.named_parameters()), str(source), folder / "model")
+        counters = {"before": [30, 20, 120], "dropped": {}}
+        checkpoints.commit(
+            step,
+            RunState(version=step, position={}, outstanding=[], score=score, counters=counters),
+        )
+    config = msgspec.to_builtins(
+        load(DEMO, ["learner.warmup_steps=0", "run.steps=4", "run.max_lag_steps=3"])
+    )
+    config["objective"] = {"tag": "dear", "p": 0.2, "q": 0.3}
+    config["student"]["model"], config["data"]["path"] = "Qwen/Qwen3-1.7B", "owner/problems"
+    config["teacher"]["model"] = "/somewhere/else/my-teacher"  # not on this machine
+    (run_dir / "config.json").write_text(json.dumps(config))
+    rows = [
+        {"step": step, "tokens": 100.0 + step, "tokens_taught": 7.0, "lag_max": float(step - 1)}
+        for step in range(1, 5)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {
+        "version": 4,
+        "accuracy_before": 0.3,
+        "accuracy_after": 0.625,
+        "teacher_accuracy": 0.875,
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    (run_dir / "environment.json").write_text(
+        json.dumps({"commit": "abc123", "versions": {"torch": "2.13.0"}})
+    )
+    return run_dir
+
+
+def card(folder: Path) -> tuple[dict, str, dict[str, str]]:
+    """Front matter, text, and the cells of its tables."""
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    cells = [
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if line.startswith("| ") and line != "| | |"
+    ]
+    return yaml.safe_load(front), text, dict(cells)
+
+
+def test_an_exported_folder_loads_with_the_logits_of_its_checkpoint(run, tmp_path, capsys):
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 0
+    newest = run / "checkpoints" / "000004"
+    assert (
+        capsys.readouterr().out == f"{tmp_path / 'out'}: the student after step 4, from {newest}\n"
+    )
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.inference_mode():
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(at)(ids).logits
+            for at in (tmp_path / "out", newest / "model")
+        )
+    torch.testing.assert_close(ours, theirs)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "1+2="}], tokenize=False)
+        == "1+2="
+    )
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_the_best_or_the_named_checkpoint_is_exported(run, tmp_path, capsys):
+    for at, which in enumerate((["--checkpoint", "best"], ["--checkpoint", "2"])):
+        assert main(["export", str(run), "-o", str(tmp_path / f"{at}"), *which]) == 0
+    assert main(["export", str(run / "checkpoints" / "000002"), "-o", str(tmp_path / "2")]) == 0
+    weights = run / "checkpoints" / "000002" / "model" / "model.safetensors"
+    wanted = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {
+        hashlib.sha256((tmp_path / at / weights.name).read_bytes()).hexdigest() for at in "012"
+    } == {wanted}
+    assert main(["export", str(run), "--checkpoint", "3"]) == 2
+    folder = run / "checkpoints"
+    assert f"no checkpoint '3' in {folder}; there are: 2 (best), 4\n" in capsys.readouterr().err
+
+
+def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
+    assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 0
+    front, text, cells = card(tmp_path / "mine")
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Qwen3-1.7B",
+        "datasets": ["owner/problems"],
+        "tags": ["async-opd", "on-policy-distillation", "dear"],
+    }
+    assert "`Qwen/Qwen3-1.7B`, distilled on-policy from `my-teacher` by async-opd." in text
+    assert "/somewhere" not in text
+    assert cells["optimizer steps"] == "4 of 4"
+    # 101 + 102 + 103 + 104, and 7 of the teacher's own a step
+    assert cells["trained tokens"] == "438"
+    assert (
+        cells["largest lag seen"] == "3 steps"
+        and cells["staleness bound"] == "3 steps; what is older is masked"
+    )
+    # 30 of 100 decided
+    assert cells["held-out problems"].startswith("120 of ") and cells["before"] == "30.0%"
+    assert cells["after"] == "62.5%" and cells["teacher"] == "87.5%"
+    assert cells["p"] == "`0.2`" and cells["q"] == "`0.3`"
+    assert "(DEAR, [arXiv:2606.22830](https://arxiv.org/abs/2606.22830))" in text
+    assert "EXACT, Eq. 2 REPAIRED" in text  # how certain the formula is
+    assert cells["commit"] == "abc123" and cells["torch"] == "2.13.0"
+    assert 'from_pretrained("mine")' in text and "vllm serve mine" in text
+
+
+def test_what_no_file_says_is_left_out_of_the_card(run, tmp_path):
+    assert main(["export", str(run), "-o", str(tmp_path / "early"), "--checkpoint", "2"]) == 0
+    _, _, cells = card(tmp_path / "early")
+    # up to its step
+    assert cells["trained tokens"] == "217" and cells["largest lag seen"] == "1 steps"
+    assert cells["before"] == "30.0%" and "after" not in cells  # which is of step 4
+    for name in ("summary.json", "metrics.jsonl", "environment.json"):  # killed, or copied in part
+        (run / name).unlink()
+    assert main(["export", str(run), "-o", str(tmp_path / "killed")]) == 0
+    _, text, cells = card(tmp_path / "killed")
+    assert (
+        not {"after", "teacher", "trained tokens", "largest lag seen", "commit", "torch"}
+        & cells.keys()
+    )
+    assert cells["before"] == "30.0%" and "Made with" not in text
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_left(run, tmp_path, capsys):
+    weights = run / "checkpoints" / "000004" / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "checkpoint " + str(weights.parent.parent) in said
+        and "model/model.safetensors is damaged" in said
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_nothing_is_overwritten(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
+    said = (
+        f"async-opd: DataError: {tmp_path / 'out'}: is there already; name another folder with -o,"
+        " or remove it\n"
+    )
+    assert capsys.readouterr().err == said
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(["export", str(run)]) == 0 and (run / "export" / "README.md").exists()
+
+
+def test_an_export_that_was_killed_is_no_hindrance(run, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").touch()
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "half").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["export", str(run), "-o", str(tmp_path / "file" / "out")]) == 2
+    assert f"cannot be copied to {tmp_path / 'file' / 'out'}: " in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_or_no_run_at_all_is_refused(tmp_path, capsys):
+    assert main(["export", str(tmp_path)]) == 2
+    assert f"RunMissing: {tmp_path}: no config.json in it" in capsys.readouterr().err
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(load(DEMO)))
+    assert main(["export", str(tmp_path)]) == 2
+    assert (
+        f"CheckpointError: {tmp_path}: no complete checkpoint in {tmp_path / 'checkpoints'}"
+        in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
