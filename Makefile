@@ -30,6 +30,7 @@ soak: setup
 lint: setup
 	$(BIN)/ruff check async_opd tests benchmarks cluster
 	$(BIN)/ruff format --check async_opd tests benchmarks cluster
+	$(BIN)/pyright
 
 # Into build/docs. Any warning fails it but one: torch hides where Tensor is written, so pdoc cannot say whose that field
 # of it is. Platform checks of what is imported may run their programs.
