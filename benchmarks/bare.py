@@ -2,8 +2,9 @@
 process of its own.
 
     python benchmarks/bare.py vllm FOLDER       tokens per CPU-second of AsyncLLM, `IN_FLIGHT`
-    requests at a time python benchmarks/bare.py deepspeed FOLDER  tokens per CPU-second of a
-    forward, backward, step loop
+                                                requests at a time
+    python benchmarks/bare.py deepspeed FOLDER  tokens per CPU-second of a forward, backward,
+                                                step loop
 
 Each prints one number. FOLDER holds the `student` and `teacher` that `throughput.py` makes.
 """

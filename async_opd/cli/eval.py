@@ -7,10 +7,10 @@ agree on is. One response is greedy, several are sampled at temperature 1, and e
 as the model's context leaves. Settings have the words of a training config: data, rollout (with
 top_p), verify, timeout, run.seed; and k, problems.
 
-    async-opd eval runs/demo/checkpoint --data runs/demo/data/heldout.jsonl --k 4 async-opd eval
-    Qwen/Qwen3-1.7B --data aime.parquet --k 8 --out runs/aime rollout.samples_per_prompt=32
-        rollout.temperature=0.6 rollout.top_p=0.95 data.chat_template=true
-        data.template_args.enable_thinking=true
+    async-opd eval runs/demo/checkpoint --data runs/demo/data/heldout.jsonl --k 4
+    async-opd eval Qwen/Qwen3-1.7B --data aime.parquet --k 8 --out runs/aime
+        rollout.samples_per_prompt=32 rollout.temperature=0.6 rollout.top_p=0.95
+        data.chat_template=true data.template_args.enable_thinking=true
 
 Two results of the same problems and settings are compared by paired resamples:
 

@@ -5,10 +5,10 @@ GPUs, and estimates the memory of each by parts. Exit status 0: it fits, 1: it d
 change that was tried is named, 2: the config is wrong. With --offline neither hub nor data is
 asked: shapes of common models are shipped.
 
-    async-opd plan configs/node8_deepmath_4b.toml --offline async-opd plan configs/dear.toml
-    rollout.generators=5 --nodes 2 --gpus-per-node 5 --gpu-memory-gib 40 --offline async-opd plan
-    configs/dear.toml --like RUN      # how many generators keep up, by the rates of a run of 20
-    steps
+    async-opd plan configs/node8_deepmath_4b.toml --offline
+    async-opd plan configs/dear.toml rollout.generators=5 --offline
+        --nodes 2 --gpus-per-node 5 --gpu-memory-gib 40
+    async-opd plan configs/dear.toml --like RUN  # how many generators keep up, by a run's rates
 """
 
 import argparse

@@ -74,7 +74,7 @@ def test_help_of_a_command_explains_every_option_of_its_usage(command, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_commands(command):
     # a line that goes on
-    text = import_module(f"async_opd.cli.options.{command}").__doc__.replace("\n        ", " ")
+    text = import_module(f"async_opd.cli.{command}").__doc__.replace("\n        ", " ")
     examples = re.findall(r"^ +async-opd (.*?)(?: {2,}.*)?$", text, re.MULTILINE)
     assert examples and all(parsed(shlex.split(example, comments=True)).run for example in examples)
 
@@ -97,10 +97,13 @@ def test_help_loads_nothing_but_the_command_line():
     loaded = set(found.stdout.split("\n")[-2].split())
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
+        "async_opd.cli",
         "async_opd.cli.main",
-        "async_opd.tools.cluster_files",  # the names of its kinds
         "async_opd.cli.options",
-        *(f"async_opd.cli.options.{command}" for command in COMMANDS),
+        "async_opd.core",
+        "async_opd.tools",
+        "async_opd.tools.cluster_files",  # the names of its kinds
+        *(f"async_opd.cli.{command}" for command in COMMANDS),
         "async_opd.core.errors",
     }
     assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()

@@ -327,7 +327,7 @@ async def test_without_namespaces_its_environment_is_empty_and_its_directory_goe
 REFUSED = """
 import asyncio, sys
 from async_opd.core.errors import ConfigError
-from async_opd.roles.verifier import namespaces
+from async_opd.roles.verifier.sandbox import namespaces
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.pool import VerifierPool
 

@@ -18,7 +18,8 @@ import pytest
 from ray.job_submission import JobStatus
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.cli.main import main, stop
+from async_opd.cli import stop
+from async_opd.cli.main import main
 from async_opd.config.schema import load
 from async_opd.driver.checkpoints import Checkpoints, RunState
 from async_opd.driver.train_loop import INTERRUPT_S
@@ -531,7 +532,7 @@ def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     package, metadata = map(Path, environment["py_modules"])
     # by which vLLM finds it
-    assert (package / "cli.py").is_file() and (metadata / "entry_points.txt").is_file()
+    assert (package / "cli" / "main.py").is_file() and (metadata / "entry_points.txt").is_file()
     assert {name for name in inside["names"] if not name.endswith("/")} == {
         "a.toml",
         "data/train.jsonl",

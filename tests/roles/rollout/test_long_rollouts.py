@@ -101,7 +101,7 @@ def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher, monkeyp
     """
     arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
     numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
-    rest = 512 + 16 * arrays + 4 * P
+    rest = 544 + 16 * arrays + 4 * P
     total, scorer = 0, teacher(needs)
     # No size depends on what the model makes of the tokens, which takes most of the time.
     monkeypatch.setattr(

@@ -4,13 +4,12 @@ The program is the last closed block of a response between lines of ```, of Pyth
 language; without such a block it is the whole response. The reference answer is a JSON object that
 holds its tests:
 
-    {"inputs": [...], "outputs": [...]}                    as in APPS: what it reads, what it prints
-    {"inputs": [...], "outputs": [...], "fn_name": ...}    as in APPS: arguments of a function, or a
-    method of Solution {"test": ..., "entry_point": ..., "prompt"?: ...}      as in HumanEval:
-    `test` defines check(candidate) {"test_list": [...], "test_setup_code"?: ...}          as in
-    MBPP: assert statements
+    {"inputs": [...], "outputs": [...]}                   APPS: what it reads, what it prints
+    {"inputs": [...], "outputs": [...], "fn_name": ...}   APPS: arguments of a function or method
+    {"test": ..., "entry_point": ..., "prompt"?: ...}     HumanEval: `test` defines check(candidate)
+    {"test_list": [...], "test_setup_code"?: ...}         MBPP: assert statements
 
-Tests by calls are run beside the program, by the module `examiner`. They see copies of its values.
+Tests by calls are run beside the program, by the module `test_driver`. They see copies of its values.
 """
 
 import json
