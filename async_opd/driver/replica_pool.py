@@ -69,7 +69,7 @@ class Loads:
     """What each seat has in flight, kept in order: a choice among hundreds must not look at each of
     them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._of: dict[int, int] = {}
         self._order: list[tuple[int, int]] = []
 

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 from ray.job_submission import JobStatus
 
-from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli import stop
+from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.schema import load
 from async_opd.driver.checkpoints import Checkpoints, RunState

@@ -44,7 +44,9 @@ async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(tmp
 
 
 def test_a_key_that_is_in_no_entry_is_named():
-    with pytest.raises(KeyError, match=r"tokens_lag_x: not in async_opd/telemetry/metric_names\.py"):
+    with pytest.raises(
+        KeyError, match=r"tokens_lag_x: not in async_opd/telemetry/metric_names\.py"
+    ):
         metric_names.of("tokens_lag_x")
 
 

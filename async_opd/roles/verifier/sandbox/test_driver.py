@@ -102,7 +102,7 @@ def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> 
 class _Theirs:
     """Something in the program's process that is no data: a function, or what one made."""
 
-    def __init__(self, ask, id):
+    def __init__(self, ask, id) -> None:
         self.__dict__.update(_ask=ask, _id=id)  # not by __setattr__
 
     def __call__(self, *args, **named):
@@ -114,7 +114,7 @@ class _Theirs:
     def __getattr__(self, name):
         return self._ask("getattr", self, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name, value) -> None:
         self._ask("setattr", self, name, value)
 
 
