@@ -37,13 +37,13 @@ class Run:
     remarks: list[str] = field(default_factory=list)
 
     def times(self, steps: np.ndarray) -> np.ndarray:
-        """Seconds of training at which `steps` were done."""
+        """Return the seconds of training after which `steps` were done."""
         return np.interp(steps, self.rows["step"], self.rows["seconds"])
 
 
 def read(folder: Path, name: str, rollouts: int) -> Run:
-    """The run in `folder` with at most so many `rollouts`. Raises RunMissing where there is none,
-    or not a step yet."""
+    """Read the run in `folder` with at most so many `rollouts`. Raises RunMissing where there is
+    none, or not a step yet."""
     if not folder.is_dir():
         raise RunMissing(
             f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
@@ -55,16 +55,14 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
         )
     tree = _json(run, "config.json")
     run.config = dict(_flat(tree))
-    run.environment, run.summary = (
-        _json(run, "environment.json"),
-        _json(run, "summary.json", "the run has not ended"),
-    )
+    run.environment = _json(run, "environment.json")
+    run.summary = _json(run, "summary.json", "the run has not ended")
     run.rows = _columns(_records(run, "metrics.jsonl"))
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
-    found = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
-    run.events = [event for event in found if event.get("what") not in ROUTINE]
+    events = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
+    run.events = [event for event in events if event.get("what") not in ROUTINE]
     run.checkpoints = _checkpoints(folder / "ledger.jsonl")
     _read_rollouts(run, rollouts)
     return run
@@ -72,9 +70,9 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
 
 def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
     try:
-        found = json.loads((run.folder / file).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        tree = json.loads((run.folder / file).read_text(encoding="utf-8"))
+        if isinstance(tree, dict):
+            return tree
         run.remarks.append(f"{file} is no JSON object: left out")
     except FileNotFoundError:
         run.remarks.append(f"{file} is not there: {absent}")
@@ -125,8 +123,8 @@ def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The numbers of all `records` by key; whatever else there is, and what is infinite, counts as
-    absent."""
+    """Collect the numbers of all `records` by key; whatever else there is, and what is infinite,
+    counts as absent."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     count = 0
     for keys, alike in groupby(records, tuple):
@@ -135,8 +133,8 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
                 parts.setdefault(key, []).append((count, values))
             count += len(chunk)
     columns = {key: np.full(count, np.nan) for key in parts}
-    for key, found in parts.items():
-        for start, values in found:
+    for key, chunks in parts.items():
+        for start, values in chunks:
             columns[key][start : start + len(values)] = np.where(
                 np.isfinite(values), values, np.nan
             )
@@ -153,20 +151,20 @@ def _numbers(rows: list[list[Any]]) -> np.ndarray:
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
-    """Seconds of training over all starts: each begins to count anew."""
+    """Count seconds of training over all starts: each begins anew."""
     before = np.where(np.diff(elapsed, prepend=0) < 0, np.roll(elapsed, 1), 0)
     return elapsed + np.cumsum(before)
 
 
 def _checkpoints(ledger: Path) -> list[int]:
-    """Steps of all that were made, those among them that are deleted by now."""
+    """List the steps of all that were made, those among them that are deleted by now."""
     if not ledger.is_file():
         return []
     with ledger.open("rb") as lines:
-        found = [
+        entries = [
             line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
         ]
-    return sorted({int(parts[2]) for parts in found if len(parts) == 3 and parts[2].isdigit()})
+    return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
 
 
 class _Step(msgspec.Struct):
@@ -174,8 +172,8 @@ class _Step(msgspec.Struct):
 
 
 def _read_rollouts(run: Run, most: int) -> None:
-    """Evenly over the recorded steps, the first and the last among them. Of the others only the
-    step is decoded."""
+    """Choose evenly over the recorded steps, the first and the last among them. Of the others only
+    the step is decoded."""
     path = run.folder / ROLLOUTS
     if not path.is_file():
         run.remarks.append(
@@ -185,11 +183,8 @@ def _read_rollouts(run: Run, most: int) -> None:
     step_of = msgspec.json.Decoder(_Step).decode
     numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
     run.recorded = len(numbers)
-    chosen = (
-        {numbers[at] for at in np.linspace(0, len(numbers) - 1, most).round().astype(int)}
-        if numbers
-        else set()
-    )
+    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
+    chosen = {numbers[place] for place in places}
     with path.open("rb") as lines:
         run.rollouts = [
             msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ CHROMIUM = (
 
 
 def row(step: int, rng: random.Random) -> dict:
-    """As a step of the demo says it."""
-    lags, shares = [rng.random() for _ in range(3)], {}
+    """Make a row as a step of the demo writes it."""
+    lags = [rng.random() for _ in range(3)]
+    shares = {}
     for role in ROLES:
         parts = [rng.random() for _ in STATES]
         shares |= {
@@ -57,7 +58,8 @@ def row(step: int, rng: random.Random) -> dict:
     }
 
 
-def rollout(step: int, tokens: list[str], **more: Any) -> dict:
+def rollout(step: int, tokens: list[str], **more: Any) -> dict[str, Any]:
+    """Make a line as the rollout log writes it."""
     count = len(tokens)
     numbers = {name: [-0.5] * count for name in ("student", "behaviour", "teacher")}
     numbers |= {
@@ -69,7 +71,7 @@ def rollout(step: int, tokens: list[str], **more: Any) -> dict:
         "ratio": [1.0] * count,
         "version": [step - 1] * count,
     }
-    said = {
+    line = {
         "step": step,
         "id": f"{step}@0#0",
         "prompt": "1+2=",
@@ -77,18 +79,18 @@ def rollout(step: int, tokens: list[str], **more: Any) -> dict:
         "tokens": tokens,
         "cut": 0,
     }
-    return said | {"truncated": False, "correct": True} | numbers | more
+    return line | {"truncated": False, "correct": True} | numbers | more
 
 
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    """Makes a run directory of so many steps."""
+    """Make run directories of so many steps."""
 
     def make(
         name: str = "run",
         steps: int = 30,
         *,
-        rollouts: list[dict] = (),
+        rollouts: Sequence[dict] = (),
         settings: dict | None = None,
     ) -> Path:
         folder, rng = tmp_path / name, random.Random(name)
@@ -129,7 +131,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
 
 
 class Page:
-    """A page in a browser of its own, by the DevTools protocol."""
+    """A page in a tab by itself, by the DevTools protocol."""
 
     def __init__(self, socket: Connection):
         self._socket, self._next, self._session = socket, 0, None
@@ -186,9 +188,9 @@ class Page:
         return self
 
     def js(self, expression: str) -> Any:
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
@@ -199,7 +201,7 @@ class Page:
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory) -> Iterator[str]:
-    """Address of a headless Chromium."""
+    """Start a headless Chromium and yield its address."""
     if CHROMIUM is None:
         if os.environ.get("CI") == "true":
             pytest.fail("Chromium is not installed: apt-get install chromium")
@@ -212,9 +214,10 @@ def chromium(tmp_path_factory) -> Iterator[str]:
         "--disable-dev-shm-usage",
         "--remote-debugging-port=0",
     ]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(
-        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], **quiet
+        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         try:
             port, deadline = folder / "DevToolsActivePort", time.monotonic() + 60
