@@ -1,7 +1,7 @@
 """Which figures a page has, and the numbers of each."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -171,9 +171,10 @@ def _held_out(run: Run, place: int, several: bool) -> Series | None:
         0.0: run.summary.get("accuracy_before"),
         run.rows["step"][-1]: run.summary.get("accuracy_after"),
     }
-    known = {step: share for step, share in ends.items() if isinstance(share, float)}
-    known |= {
-        step: share for step, share in zip(steps, shares, strict=False) if not np.isnan(share)
+    known = {
+        step: share
+        for step, share in (*ends.items(), *zip(steps, shares, strict=False))
+        if isinstance(share, float) and not np.isnan(share)
     }
     if not known:
         return None
@@ -206,9 +207,10 @@ def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
         (key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:])
     )
     last = max([lag for lag, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
-    bands = {key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys)}
     if keys:
-        yield "Lag", "Trained tokens by age in steps, share", dict(list(bands.items())[: last + 1])
+        keys = keys[: last + 1]
+        bands = {key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys)}
+        yield "Lag", "Trained tokens by age in steps, share", bands
 
 
 def _states(run: Run) -> Iterator[tuple[str, str, Bands]]:
@@ -228,10 +230,8 @@ def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
     run alone is shown."""
     last_step, last_second = (max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
     marks = marks_of(runs[0]) if len(runs) == 1 else None
-    for figure in figures:
-        figure.ends = (last_step, last_second)
-        figure.marks = marks
-    return [figure for figure in figures if figure.series]
+    ends = (last_step, last_second)
+    return [replace(figure, ends=ends, marks=marks) for figure in figures if figure.series]
 
 
 def constant(figure: Figure) -> float | None:

@@ -55,7 +55,7 @@ def page(folders: list[Path]) -> str:
         sections=sections,
         facts=_facts(runs),
         environment=_environment(runs),
-        figures_of_merit=[_merit(run) for run in runs],
+        merits=_merits(runs[0]),
         differ=_differences(runs),
         drops=_drops(runs),
         events=[(run, run.events[-EVENTS:]) for run in runs if run.events],
@@ -63,7 +63,6 @@ def page(folders: list[Path]) -> str:
         rollouts=shown,
         agreement=any("agree" in rollout.numbers for rollout in shown),
         chosen=not all("agree" in rollout.numbers for rollout in shown),
-        tokens=rollouts.TOKENS,
         averaged=any(
             panel.figure.series[0].spread for _, panels, _ in sections for panel in panels
         ),
@@ -115,7 +114,7 @@ def _share(value: Any) -> str:
     return number(value, "share") if isinstance(value, float) else "–"
 
 
-def _merit(run: Run) -> list[tuple[str, str, str]]:
+def _merits(run: Run) -> list[tuple[str, str, str]]:
     """Choose the few numbers one looks for first: value, what it is, and a note."""
     summary = run.summary
     merits = []

@@ -28,7 +28,6 @@ class Plot:
     paths: list[tuple[str, str]]  # classes, d
     dots: list[tuple[str, float, float]]  # classes, per cent from the left and from the bottom
     marks: list[tuple[str, float]]  # kind, per cent from the left
-    points: int  # of the longest curve
 
 
 def plot(figure: Figure, axis: str) -> Plot | None:
@@ -72,7 +71,6 @@ def plot(figure: Figure, axis: str) -> Plot | None:
             (kind, scale.left(step if axis == "step" else seconds))
             for kind, step, seconds in figure.marks or ()
         ],
-        points=max(len(x) for x in xs),
     )
 
 
@@ -132,21 +130,21 @@ def _range(figure: Figure) -> tuple[float, float]:
     return (low, high + (high - low) * 0.05) if high > low else (low, low + 1.0)
 
 
+@dataclass(frozen=True)
 class Scale:
-    """The way from numbers to the box."""
+    """The way from numbers to the box: both axes by their ends; the left one is 0."""
 
-    def __init__(self, right: float, low: float, high: float):
-        self._right = right
-        self._low = low
-        self._high = high
+    right: float
+    low: float
+    high: float
 
     def left(self, x: float) -> float:
         """Place `x` in per cent from the left."""
-        return round(100 * float(x) / self._right, 2)
+        return round(100 * float(x) / self.right, 2)
 
     def up(self, y: float) -> float:
         """Place `y` in per cent from the bottom."""
-        return round(100 * (float(y) - self._low) / (self._high - self._low), 2)
+        return round(100 * (float(y) - self.low) / (self.high - self.low), 2)
 
     def line(self, x: np.ndarray, y: np.ndarray) -> str:
         """Draw a path, broken where there is no number. A point alone is a line of no length, which
@@ -166,8 +164,8 @@ class Scale:
         return f"M{'L'.join(there + back)}Z" if there else ""
 
     def _points(self, x: np.ndarray, y: np.ndarray) -> list[str]:
-        across = WIDTH * x / self._right
-        down = HEIGHT * (1 - (y - self._low) / (self._high - self._low))
+        across = WIDTH * x / self.right
+        down = HEIGHT * (1 - (y - self.low) / (self.high - self.low))
         return [f"{a:.5g},{b:.4g}" for a, b in zip(across, down, strict=True)]
 
 

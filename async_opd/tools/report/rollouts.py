@@ -98,9 +98,8 @@ def _rollout(
         for i in range(count)
     ]
     others = [name for name in numbers if name not in {*NUMBERS, "signal", "kept"}]
-    labels = NUMBERS | {name: name.replace("_", " ") for name in others}
-    if "advantage" not in numbers:
-        labels |= {"signal": "teacher − student"}
+    signal = "advantage" if "advantage" in numbers else "teacher − student"
+    labels = NUMBERS | {name: name.replace("_", " ") for name in others} | {"signal": signal}
     return Rollout(
         run=run.name,
         step=int(line["step"]),
@@ -113,7 +112,7 @@ def _rollout(
         tokens=list(zip(classes, map(_visible, line["tokens"]), strict=False)),
         left_out=len(line["tokens"]) - count + int(line.get("cut", 0)),
         truncated=bool(line.get("truncated")),
-        signal="advantage" if "advantage" in numbers else "teacher − student",
+        signal=signal,
         strongest=scales,
         uniform=bool(np.ptp(weight) == 0 and selected.all() and "agree" not in numbers),
         numbers={label: _plain(numbers[name]) for name, label in labels.items() if name in numbers},

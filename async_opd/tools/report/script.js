@@ -41,6 +41,7 @@ for (const plot of document.querySelectorAll(".plot")) {
     cursor.style.left = 100 * xs[place] / right + "%";
     cursor.hidden = !seen;
   };
+  plot.setAttribute("aria-valuemax", place);
   move(place, false);
   plot.addEventListener("pointermove", (event) => {
     const box = area.getBoundingClientRect();
