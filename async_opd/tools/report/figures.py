@@ -203,17 +203,20 @@ def _stacks(
 
 
 def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
+    """Name the bands of one stack: ages of tokens up to the largest that occurred."""
     keys = sorted(
         (key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:])
     )
     last = max([lag for lag, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
+    bands = {
+        key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys[: last + 1])
+    }
     if keys:
-        keys = keys[: last + 1]
-        bands = {key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys)}
         yield "Lag", "Trained tokens by age in steps, share", bands
 
 
 def _states(run: Run) -> Iterator[tuple[str, str, Bands]]:
+    """Name the bands of a stack for each role: what its actors spend their time in."""
     for role in sorted(
         roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)
     ):
@@ -230,8 +233,11 @@ def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
     run alone is shown."""
     last_step, last_second = (max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
     marks = marks_of(runs[0]) if len(runs) == 1 else None
-    ends = (last_step, last_second)
-    return [replace(figure, ends=ends, marks=marks) for figure in figures if figure.series]
+    return [
+        replace(figure, ends=(last_step, last_second), marks=marks)
+        for figure in figures
+        if figure.series
+    ]
 
 
 def constant(figure: Figure) -> float | None:

@@ -37,15 +37,16 @@ def plot(figure: Figure, axis: str) -> Plot | None:
     right = figure.ends[axis == "time"]
     if not right > 0 or all(np.isnan(x).all() for x in xs):
         return None
-    tops = _tops(figure)
     low, high = _range(figure)
     scale = Scale(right, low, high)
     paths: list[tuple[str, str]] = []
     dots: list[tuple[str, float, float]] = []
-    for place, (series, x) in enumerate(zip(figure.series, xs, strict=True)):
+    below = np.zeros(len(xs[0]))  # upper edge of the band below, in a stack
+    for series, x in zip(figure.series, xs, strict=True):
         look = f"{series.colour} d{series.dash}"
         if figure.stacked:
-            paths.append((f"band {look}", scale.band(x, tops[place], tops[place + 1])))
+            paths.append((f"band {look}", scale.band(x, below, below + series.mean)))
+            below = below + series.mean
         elif series.dots:
             dots += [
                 (look, scale.left(a), scale.up(b)) for a, b in zip(x, series.mean, strict=True)
@@ -111,14 +112,6 @@ def _nearest(series: Series, step: float) -> float:
     place = int(np.abs(series.step - step).argmin())
     near = not series.dots or series.step[place] == step
     return float(series.mean[place]) if near and step <= series.step[-1] else math.nan
-
-
-def _tops(figure: Figure) -> list[np.ndarray]:
-    """Return the upper edges of the bands of a stack, 0 first."""
-    if not figure.stacked:
-        return []
-    shares = np.array([series.mean for series in figure.series])
-    return [np.zeros(shares.shape[1]), *np.cumsum(shares, 0)]
 
 
 def _range(figure: Figure) -> tuple[float, float]:
@@ -189,9 +182,8 @@ def number(x: float | None, unit: str = "") -> str:
     if x == 0:
         return "0"
     if abs(x) >= 10000:
-        for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(x) >= size:
-                return f"{x / size:.3g}{name}"
+        size, suffix = next(s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(x) >= s[0])
+        return f"{x / size:.3g}{suffix}"
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.1e}"
 
 

@@ -33,7 +33,6 @@ class Run:
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
     rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
-    recorded: int = 0  # lines in samples.jsonl
     remarks: list[str] = field(default_factory=list)
 
     def times(self, steps: np.ndarray) -> np.ndarray:
@@ -182,7 +181,6 @@ def _read_rollouts(run: Run, most: int) -> None:
         return
     step_of = msgspec.json.Decoder(_Step).decode
     numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
-    run.recorded = len(numbers)
     places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
     chosen = {numbers[place] for place in places}
     with path.open("rb") as lines:

@@ -69,8 +69,11 @@ def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
     """Take the per-token numbers of a line by name; `signal` is the advantage, or the teacher's
     log-prob above the student's."""
     count = min(len(line["tokens"]), TOKENS)
-    columns = {k: v for k, v in line.items() if k not in TEXTS and isinstance(v, list)}
-    numbers = {name: np.array(column[:count], float) for name, column in columns.items()}
+    numbers = {
+        name: np.array(column[:count], float)
+        for name, column in line.items()
+        if name not in TEXTS and isinstance(column, list)
+    }
     if wrong := [name for name, column in numbers.items() if column.shape != (count,)]:
         raise ValueError(f"{', '.join(wrong)}: not a number a token")
     numbers["signal"] = (
@@ -81,7 +84,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _scale(columns: list[np.ndarray]) -> float:
     """Choose the size that has the strongest colour: that of the 95th per cent."""
-    sizes = np.abs(np.concatenate(columns)) if columns else np.ones(1)
+    sizes = np.abs(np.concatenate([np.ones(0), *columns]))
     sizes = sizes[np.isfinite(sizes)]
     return float(np.quantile(sizes, 0.95)) or 1.0 if len(sizes) else 1.0
 

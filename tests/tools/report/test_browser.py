@@ -125,6 +125,7 @@ def test_arrow_keys_go_through_tokens_and_charts_and_say_their_numbers(report, p
         page.js("document.querySelector('#f0-1 .x-step').getAttribute('aria-valuetext')")
         == "step 2, 4 s: KL 1"
     )
+    assert page.js("document.querySelector('#f0-1 .x-step').ariaValueMax") == "29"
     assert page.js("document.querySelector('#f0-1 .legend').textContent.trim()") == "KL 1"
     page.js("document.getElementById('axis-step').focus()")
     page.press(*ARROW_RIGHT)
