@@ -19,8 +19,7 @@ from async_opd.config.schema import read_run
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.suggest import wrong
 from async_opd.driver.checkpoints import write_whole
-from async_opd.driver.pools import Crew
-from async_opd.driver.replica_pool import Pool
+from async_opd.driver.pools import Pools
 
 POLL_S = 0.5
 REQUEST, ANSWER = "scale-{}.json", "scale-{}.answer"
@@ -60,35 +59,35 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
     return said
 
 
-async def serve(run_dir: Path, crew: Crew) -> None:
+async def serve(run_dir: Path, pools: Pools) -> None:
     """Answers requests for ever; waits `POLL_S` between two looks."""
     while True:
         for request in run_dir.glob(REQUEST.format("*")):
             with suppress(OSError):  # who asked may have gone, or may not be allowed to
-                _answer(request, crew)
+                _answer(request, pools)
         await asyncio.sleep(POLL_S)
 
 
-def _answer(request: Path, crew: Crew) -> None:
+def _answer(request: Path, pools: Pools) -> None:
     asked = request.read_bytes()
     request.unlink()
     try:
-        answer = False, _resize(crew, msgspec.json.decode(asked, type=dict[str, int]))
+        answer = False, _resize(pools, msgspec.json.decode(asked, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
     write_whole(request.with_suffix(".answer"), msgspec.json.encode(answer))
 
 
-def _resize(crew: Crew, sizes: dict[str, int]) -> str:
-    pools = crew.scalable
+def _resize(pools: Pools, sizes: dict[str, int]) -> str:
+    scalable = pools.scalable
     for name, size in sizes.items():
-        if name not in pools:
-            raise ConfigError(wrong("scale", name, pools))
+        if name not in scalable:
+            raise ConfigError(wrong("scale", name, scalable))
         if not 1 <= size < 10**6:
             raise ConfigError(f"scale: {name}={size}: must be at least 1")
     said = []
     for name, size in sizes.items():
-        pool: Pool = pools[name]
+        pool = scalable[name]
         said.append(f"{name}: {pool.size} -> {size}")
         pool.resize(size)
     return ", ".join(said)
