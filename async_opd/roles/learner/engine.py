@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import deepspeed
 import numpy as np
@@ -22,7 +23,7 @@ from async_opd.core.wire import StepResult, Verdict
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint
-from async_opd.roles.learner.batch import pack, samples
+from async_opd.roles.learner.batch import TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import Moment, Student, accumulate
@@ -47,8 +48,8 @@ class LearnerRank:
         temperature: float,
         steps: int,
         max_lag_steps: int,
-        stale: str,
-        truncated: str,
+        stale: Literal["mask", "drop"],
+        truncated: Literal["train", "mask", "drop"],
         cap: int,
         seed: int,
         rank: int,
@@ -69,7 +70,9 @@ class LearnerRank:
         self._objective = objective
         self._model = model
         self._temperature = temperature
-        self._bounds = dict(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap)
+        self._bounds = TrainingBounds(
+            max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap
+        )
         self._steps = steps
         self._seed = seed
         self._rank = rank
@@ -155,14 +158,14 @@ class LearnerRank:
         there is a reference, its scores, in one order. Raises Diverged on every rank before the
         optimizer moves if a loss or gradient is not finite anywhere.
         """
-        given = samples(plan, verdicts, data)
+        shares = trajectories(plan, verdicts, data)
         micros = [
-            pack(own, live=self.version, device=self._device, **self._bounds) for own in given
+            pack(share, self._bounds, live=self.version, device=self._device) for share in shares
         ]
         due = (
             self._rank == 0 and self._record_every and (self.version + 1) % self._record_every == 0
         )
-        recorder = Recorder(self._objective, given, micros, self.version) if due else None
+        recorder = Recorder(self._objective, shares, micros, self.version) if due else None
         metrics, running = accumulate(
             self._engine,
             lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
@@ -171,7 +174,7 @@ class LearnerRank:
             micros,
             Moment(
                 step=self.version + 1,
-                max_lag_steps=self._bounds["max_lag_steps"],
+                max_lag_steps=self._bounds.max_lag_steps,
                 running=self._running,
                 taught_weight=self._taught_weight(self.version + 1),
             ),
@@ -203,7 +206,7 @@ class LearnerRank:
         ids_L = torch.as_tensor(
             np.concatenate([prompt_ids, response_ids]), dtype=torch.int64, device=self._device
         )
-        empty = pack([], live=self.version, device=self._device, **self._bounds)
+        empty = pack([], self._bounds, live=self.version, device=self._device)
         rows_N = torch.arange(len(prompt_ids) - 1, len(ids_L) - 1, device=self._device)
         micro = replace(
             empty,
