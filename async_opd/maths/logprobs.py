@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# of the vocabulary; with some hundred rows the block stays in a CPU's cache over all its passes
-BLOCK_IDS = 4096
+from async_opd.maths.blocks import BLOCK_IDS
+
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
 

@@ -23,7 +23,7 @@ from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
-from async_opd.roles.learner.batch import Sample, pack
+from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
 from async_opd.roles.learner.step import Moment, accumulate, batch_statistics, token_batch
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
@@ -199,17 +199,23 @@ def sample(i, needs):
         else None
     )
     prompt = Prompt(id=f"{i}@0", ids=ids_L[:prompt_tokens].int().numpy(), answer="")
-    return Sample(
+    return Trajectory(
         prompt=prompt, rollout=rollout, scores=scores, verdicts=words, reference=from_reference
     )
 
 
 def packed(objective, *micros):
     """Micro-batches of the trajectories with these numbers."""
-    settings = dict(
-        live=4, max_lag_steps=3, stale="mask", truncated="mask", cap=8, device=torch.device("cpu")
-    )
-    return [pack([sample(i, objective.needs()) for i in micro], **settings) for micro in micros]
+    bounds = TrainingBounds(max_lag_steps=3, stale="mask", truncated="mask", cap=8)
+    return [
+        pack(
+            [sample(i, objective.needs()) for i in micro],
+            bounds,
+            live=4,
+            device=torch.device("cpu"),
+        )
+        for micro in micros
+    ]
 
 
 WHOLE = range(len(TRAJECTORIES))

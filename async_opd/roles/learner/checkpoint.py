@@ -35,8 +35,8 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
 
 
 def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
-    """The state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not fit
-    `config`."""
+    """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not
+    fit `config`."""
     state = _read(_of(folder, 0))
     for name in ("ranks", "zero_stage", "dtype"):
         then, now = getattr(state, name), getattr(config, name)
@@ -78,8 +78,8 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A full disk has three names: torch, safetensors and the standard library each have their own.
-    Here it has one."""
+    """Give a full disk one name: torch, safetensors and the standard library each have their
+    own."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:

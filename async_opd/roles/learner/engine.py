@@ -33,7 +33,7 @@ from async_opd.core.wire import (
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint
-from async_opd.roles.learner.batch import pack, trajectories
+from async_opd.roles.learner.batch import TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import Moment, Student, accumulate
@@ -65,7 +65,7 @@ class LearnerRank:
         self._config = config
         self._objective = objective
         self._teacher_sampling = teacher_sampling
-        self._bounds = dict(
+        self._bounds = TrainingBounds(
             max_lag_steps=settings.max_lag_steps,
             stale=settings.stale,
             truncated=settings.truncated,

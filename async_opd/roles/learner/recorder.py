@@ -8,7 +8,7 @@ from async_opd.core.wire import Recorded
 from async_opd.objectives import Objective
 from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.effect import effect
-from async_opd.roles.learner.batch import MicroBatch, Sample
+from async_opd.roles.learner.batch import MicroBatch, Trajectory
 
 TRAJECTORIES = 2  # of a recorded step
 LONGEST = 2000  # tokens that are kept, of a prompt and of a response
@@ -19,11 +19,15 @@ class Recorder:
     chosen by their keys alone, whatever their length or place."""
 
     def __init__(
-        self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int
+        self,
+        objective: Objective,
+        trajectories: list[list[Trajectory]],
+        micros: list[MicroBatch],
+        live: int,
     ):
-        """`samples` of each of `micros`; `live` version that they are trained at."""
+        """`trajectories` of each of `micros`; `live` version that they are trained at."""
         self._objective = objective
-        self._samples = samples
+        self._trajectories = trajectories
         self._live = live
         keys = [
             (key, at, place)
@@ -36,11 +40,14 @@ class Recorder:
 
     def look(self, at: int, micro: MicroBatch, batch: TokenBatch) -> None:
         """Keep what is chosen of micro-batch `at`."""
-        chosen = [place for place in range(len(self._samples[at])) if (at, place) in self._chosen]
+        chosen = [
+            place for place in range(len(self._trajectories[at])) if (at, place) in self._chosen
+        ]
         if chosen:
             columns = self._columns(micro, batch)
             self.recorded += [
-                self._record(self._samples[at][p], columns, micro.segment_N == p) for p in chosen
+                self._record(self._trajectories[at][p], columns, micro.segment_N == p)
+                for p in chosen
             ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
@@ -82,8 +89,10 @@ class Recorder:
             columns.pop(other, None)
         return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
 
-    def _record(self, sample: Sample, columns: dict[str, Tensor], here_N: Tensor) -> Recorded:
-        prompt, rollout = sample.prompt, sample.rollout
+    def _record(
+        self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor
+    ) -> Recorded:
+        prompt, rollout = trajectory.prompt, trajectory.rollout
         return Recorded(
             id=rollout.id,
             step=self._live + 1,
@@ -92,7 +101,7 @@ class Recorder:
             prompt_tokens=len(prompt.ids),
             tokens=len(rollout.ids),
             truncated=rollout.truncated,
-            correct=next(v.correct for v in sample.verdicts if v.id == rollout.id),
+            correct=next(v.correct for v in trajectory.verdicts if v.id == rollout.id),
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )
 

@@ -3,9 +3,11 @@ makes a Ray actor of it."""
 
 import asyncio
 import itertools
+from typing import Any
 
 import numpy as np
 from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+from vllm.logprobs import FlatLogprobs
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -14,8 +16,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from async_opd.core.errors import ActorLost
 from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
 from async_opd.roles.models.vllm_cpu import cpu_engine
-from async_opd.roles.teacher.candidates import refuse_unknown_ids, tail_left_by
-from async_opd.roles.teacher.config import ScorerConfig
+from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids, tail_left_by
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 
 
 class VllmTeacher:
@@ -27,7 +29,7 @@ class VllmTeacher:
 
     def __init__(
         self,
-        config: ScorerConfig,
+        config: TeacherConfig | ReferenceConfig,
         needs: Needs,
         *,
         role: str,
@@ -40,6 +42,7 @@ class VllmTeacher:
         tokenizer's: ids from there on are padding and never candidates. `as_student`: it reads the
         student's rendering of a prompt, also where the teacher has one of its own. `role` is its
         name in messages."""
+        assert config.model  # a reference without one of its own is sent with the student's
         self._role = role
         self._vocabulary = vocabulary
         self._as_student = as_student
@@ -56,7 +59,7 @@ class VllmTeacher:
             enable_prefix_caching=False,  # prompt log-probs could not use it
             tensor_parallel_size=config.tensor_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            # penalties and end tokens of the checkpoint's own would bend `greedy`
+            # Penalties and end tokens of the checkpoint's own would bend `greedy`.
             generation_config="vllm",
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
@@ -73,7 +76,7 @@ class VllmTeacher:
         self._padding = self._logits - vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the
+        """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
@@ -84,37 +87,39 @@ class VllmTeacher:
 
     async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
         k = self._topk
-        ids, logp, given = await self._read(prompt, rollout, k)
-        # rare in a trained model: look behind the padding
+        ids, logp, candidate_logp = await self._read(prompt, rollout, k)
+        # Rare in a trained model: look behind the padding.
         if k and ids[:, 1:].max() >= self._vocabulary:
-            ids, logp, given = await self._read(prompt, rollout, k + self._padding)
+            ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
             likeliest = 1 + np.argsort(ids[:, 1:] >= self._vocabulary, axis=1, kind="stable")[:, :k]
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
-        candidates = given if self._at_candidates else topk_logp
+        candidates = topk_logp if candidate_logp is None else candidate_logp
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
             topk_ids=topk_ids if k else None,
             topk_logp=topk_logp if k else None,
-            candidate_logp=given,
+            candidate_logp=candidate_logp,
             tail_logp=tail_left_by(candidates) if self._tail else None,
         )
 
     async def _read(
         self, prompt: np.ndarray, rollout: Rollout, k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Ids and log-probs [T, 1 + k] of a response, the sampled token before the k likeliest; and
-        log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs only."""
-        scoring = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
+        """Read ids and log-probs [T, 1 + k] of a response, the sampled token before the k
+        likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
+        only."""
+        scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
         if self._at_candidates:
             scoring |= {
-                "prompt_logprob_token_ids": rollout.candidate_ids,
+                "prompt_logprob_token_ids": candidates_of(rollout),
                 "prompt_logprob_start": len(prompt) - 1,
             }
         output = await self._run(np.concatenate([prompt, rollout.ids]), **scoring)
         flat, rows = output.prompt_logprobs, len(rollout.ids)
+        assert isinstance(flat, FlatLogprobs)  # as it was asked for
         ids = np.array(flat.token_ids[-rows * (k + 1) :], np.int32).reshape(rows, k + 1)
         logp = np.array(flat.logprobs[-rows * (k + 1) :], np.float32).reshape(rows, k + 1)
         return ids, np.minimum(logp, 0), output.prompt_token_id_logprobs
@@ -122,7 +127,7 @@ class VllmTeacher:
     async def greedy(
         self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
     ) -> list[np.ndarray]:
-        """The teacher's own likeliest responses, int32 each, to measure its accuracy. Raises
+        """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
         sampling = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
         outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
@@ -136,7 +141,7 @@ class VllmTeacher:
         except EngineDeadError as e:
             raise ActorLost(f"{self._role}: its engine died") from e
 
-    async def _run(self, ids: np.ndarray, **sampling) -> RequestOutput:
+    async def _run(self, ids: np.ndarray, **sampling: Any) -> RequestOutput:
         params = SamplingParams(
             detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
         )
