@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import section
+from async_opd.config.teacher_rules import teacher_section
 from async_opd.core.errors import ActorLost
 from async_opd.core.events import Tell
 from async_opd.core.ports import Generator, Teacher, Verifier
@@ -43,7 +43,10 @@ class Crew:
         )
         self.teachers: dict[str, Pool[Teacher]] = {
             name: self._scorers(
-                section(name), "teachers", pool, config.named_teachers[name].update == "frozen"
+                teacher_section(name),
+                "teachers",
+                pool,
+                config.named_teachers[name].update == "frozen",
             )
             for name, pool in roles.teachers.items()
         }
@@ -71,7 +74,7 @@ class Crew:
     def scalable(self) -> dict[str, Pool]:
         """Pools whose size may be changed, by the name a user has for them. A self-teacher's is
         none."""
-        named = {section(name): pool for name, pool in self.teachers.items()}
+        named = {teacher_section(name): pool for name, pool in self.teachers.items()}
         named |= {"generators": self.generators, "reference": self.references}
         return {name: pool for name, pool in named.items() if pool and pool.can_grow}
 

@@ -11,7 +11,7 @@ import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import longest_prompt, section
+from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.prompts import PromptSource
@@ -81,7 +81,7 @@ def views(config: Config) -> dict[str, TeacherView]:
         name: TeacherView(
             template_args=teacher.template_args,
             context=teacher.context,
-            longest=longest_prompt(section(name), teacher, config.data),
+            longest=longest_prompt(teacher_section(name), teacher, config.data),
         )
         for name, teacher in config.named_teachers.items()
     }

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import refuse_without_gpus, section
+from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
 from async_opd.core.events import Tell
@@ -222,7 +222,7 @@ class Cluster:
         return Roles(
             generators=members["generator"],
             teacher_generators=members.get("teacher-generator", ()),
-            teachers={name: members[section(name)] for name in config.named_teachers},
+            teachers={name: members[teacher_section(name)] for name in config.named_teachers},
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
@@ -305,7 +305,7 @@ class Cluster:
         disk."""
         config = self._config
         moving = (
-            section(name)
+            teacher_section(name)
             for name, teacher in config.named_teachers.items()
             if teacher.update != "frozen"
         )

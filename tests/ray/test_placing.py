@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, ClusterTooSmall, ConfigError
 from async_opd.runtime.actor_specs import Casting, Part
 from async_opd.runtime.actors import Cluster

@@ -20,7 +20,7 @@ from ray.job_submission import JobStatus
 from async_opd.cli import stop
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.driver.checkpoints import Checkpoints, RunState
 from async_opd.driver.train_loop import INTERRUPT_S
 from async_opd.runtime import jobs

@@ -8,7 +8,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.evaluation import load_eval, run_config
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.runtime.placement import Node, asks, choose, place
 
