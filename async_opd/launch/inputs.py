@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_prompt, teacher_section
-from async_opd.core.errors import DataError
+from async_opd.core.errors import DataError, first_line
 from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -103,7 +103,7 @@ def _load(key: str, kind: type, model: str, trust_remote_code: bool):
     try:
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
-        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+        raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
 
 def check_epochs(config: Config, prompts: PromptSource) -> None:

@@ -26,8 +26,14 @@ from async_opd.core.ports import Ref
 from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.roles import Roles
 from async_opd.runtime.actor_specs import Casting, Part
-from async_opd.runtime.nodes import home, living, room, start_ray, taken_over
-from async_opd.runtime.placement import RANK, Ask, Node, asks, choose
+from async_opd.runtime.nodes import (
+    alive_nodes,
+    driver_node,
+    start_ray,
+    taken_over,
+    wait_for_resources,
+)
+from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, resource_requests
 from async_opd.runtime.remote_roles import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
@@ -95,7 +101,7 @@ class _Host:
 class _Actor:
     """A handle with a name and bounded calls."""
 
-    def __init__(self, name: str, part: Part, ask: Ask, node: str | None):
+    def __init__(self, name: str, part: Part, ask: ResourceRequest, node: str | None):
         """On that node, or where Ray finds room once there is some."""
         self.name = name
         self.ask = ask
@@ -196,7 +202,7 @@ class Cluster:
             start_ray()
             leaving.enter_context(taken_over())
             self._gpus = bool(ray.cluster_resources().get("GPU"))
-            self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
+            self._asked = {ask.role: ask for ask in resource_requests(self._config, self._gpus)}
             self._leaving = leaving.pop_all()
         return self
 
@@ -235,10 +241,10 @@ class Cluster:
         nodes = await self._room(asked)
         return await asyncio.gather(*(self._pool(ask, nodes) for ask in asked))
 
-    async def _room(self, asked: Iterable[Ask]) -> Mapping[str, Node]:
-        return await room(list(asked), self._config.timeout.nodes_s, self._tell)
+    async def _room(self, asked: Iterable[ResourceRequest]) -> Mapping[str, Node]:
+        return await wait_for_resources(list(asked), self._config.timeout.nodes_s, self._tell)
 
-    async def _pool(self, ask: Ask, nodes: Mapping[str, Node]) -> list[Member]:
+    async def _pool(self, ask: ResourceRequest, nodes: Mapping[str, Node]) -> list[Member]:
         """Every member that `ask` is for."""
         return await asyncio.gather(
             *(self._spawn(ask.role, index, nodes) for index in range(ask.count))
@@ -271,7 +277,11 @@ class Cluster:
             lost = next(
                 (actor.node or "" for actor in reversed(self._actors) if actor.name == name), ""
             )
-            node = nodes[name] if nodes else choose(ask, living(self._members()), home(), lost=lost)
+            node = (
+                nodes[name]
+                if nodes
+                else choose(ask, alive_nodes(self._members()), driver_node(), lost=lost)
+            )
             actor = self._make(name, self._casting.member(pool, index), node)
             with ExitStack() as unless:
                 unless.callback(actor.kill)
@@ -296,7 +306,7 @@ class Cluster:
         )
         return self._actors[-1]
 
-    def _members(self) -> list[tuple[str | None, Ask]]:
+    def _members(self) -> list[tuple[str | None, ResourceRequest]]:
         """The node of each that lives."""
         return [(actor.node, actor.ask) for actor in self._actors if not actor.killed]
 
@@ -310,7 +320,11 @@ class Cluster:
             if teacher.update != "frozen"
         )
         roles = {RANK, *moving}
-        far = [actor for actor in self._actors if actor.ask.role in roles and actor.node != home()]
+        far = [
+            actor
+            for actor in self._actors
+            if actor.ask.role in roles and actor.node != driver_node()
+        ]
         if not far:
             return
         with tempfile.NamedTemporaryFile(
