@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import section
+from async_opd.config.teacher_rules import teacher_section
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
 from async_opd.core.events import Tell
 from async_opd.core.ports import Generator, Teacher, Verifier
@@ -38,7 +38,10 @@ class Pools:
         )
         self.teachers = {
             name: self._scorers(
-                section(name), "teachers", replicas, config.named_teachers[name].update == "frozen"
+                teacher_section(name),
+                "teachers",
+                replicas,
+                config.named_teachers[name].update == "frozen",
             )
             for name, replicas in roles.teachers.items()
         }
@@ -63,7 +66,7 @@ class Pools:
         """Pools whose size may be changed, by the name a user has for them. A self-teacher's is
         none."""
         named: dict[str, ReplicaPool[Any]] = {
-            section(name): pool for name, pool in self.teachers.items()
+            teacher_section(name): pool for name, pool in self.teachers.items()
         }
         named["generators"] = self.generators
         if self.references:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.suggest import wrong
 from async_opd.driver.checkpoints import write_whole

@@ -25,7 +25,7 @@ from async_opd.core.ports import Ref, Remote
 from async_opd.core.process_wide import no_garbage_collection
 from async_opd.objectives.base import Objective
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.placement import Ask
+from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
@@ -123,15 +123,15 @@ def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
 class RemoteActor:
     """An actor, with a name and bounded calls."""
 
-    def __init__(self, name: str, spec: ActorSpec, ask: Ask, node: str | None):
+    def __init__(self, name: str, spec: ActorSpec, request: ResourceRequest, node: str | None):
         """On that node, or where Ray finds room once there is some."""
-        self.name, self.ask, self.node = name, ask, node
+        self.name, self.request, self.node = name, request, node
         self.killed = False
         # of the process, in `ps` and Ray's tools
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": ask.gpus,
+            "num_gpus": request.gpus,
             "max_concurrency": CALLS_AT_ONCE,
             # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
             "memory": 1,
@@ -139,7 +139,7 @@ class RemoteActor:
         if node is not None:  # softly: a node that dies meanwhile keeps nobody waiting
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         # an engine of vLLM's, in a process of its own, is told by its gpu_memory_utilization
-        share = 0.0 if spec.engine else ask.gpus
+        share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
         role = ray.remote(type(title, (RoleActor,), {})).options(**options)
         self._handle: Any = role.remote(spec.target, share, *spec.args)

@@ -11,15 +11,21 @@ import ray
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import refuse_without_gpus, section
+from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.errors import ConfigError
 from async_opd.core.events import Tell
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.actors import RemoteActor, RemoteRole
-from async_opd.runtime.nodes import home, living, room, start_ray, taken_over
-from async_opd.runtime.placement import RANK, Ask, Node, asks, choose
+from async_opd.runtime.nodes import (
+    alive_nodes,
+    driver_node,
+    start_ray,
+    taken_over,
+    wait_for_resources,
+)
+from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, resource_requests
 from async_opd.runtime.remote_learner import RemoteLearner
 
 PORTS = {"generator": Generator, "teacher-generator": Generator, "verifier": Verifier}
@@ -58,7 +64,9 @@ class Cluster:
             start_ray()
             leaving.enter_context(taken_over())
             self._gpus = bool(ray.cluster_resources().get("GPU"))
-            self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
+            self._requests = {
+                request.role: request for request in resource_requests(self._config, self._gpus)
+            }
             self._leaving = leaving.pop_all()
         return self
 
@@ -74,16 +82,16 @@ class Cluster:
         if not self._gpus:
             needs_gpus = config.run.share_gpu, config.sync.backend
             refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
-        nodes = await self._room(self._asked.values())
-        pools = [ask for ask in self._asked.values() if ask.role != RANK]
-        starting = asyncio.gather(*(self._pool(ask, nodes) for ask in pools))
+        nodes = await self._room(self._requests.values())
+        pools = [request for request in self._requests.values() if request.role != RANK]
+        starting = asyncio.gather(*(self._pool(request, nodes) for request in pools))
         learner, replicas = await asyncio.gather(self._learner(nodes), starting)
         await self._share_files()
-        members = {ask.role: ports for ask, ports in zip(pools, replicas, strict=True)}
+        members = {request.role: ports for request, ports in zip(pools, replicas, strict=True)}
         return Roles(
             generators=members["generator"],
             teacher_generators=members.get("teacher-generator", ()),
-            teachers={name: members[section(name)] for name in config.named_teachers},
+            teachers={name: members[teacher_section(name)] for name in config.named_teachers},
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
@@ -92,27 +100,27 @@ class Cluster:
 
     async def evaluators(self) -> tuple[list[Any], list[Any]]:
         """Start only what an evaluation needs."""
-        asked = [self._asked[role] for role in ("generator", "verifier")]
-        nodes = await self._room(asked)
-        generators, verifiers = (self._pool(ask, nodes) for ask in asked)
+        requests = [self._requests[role] for role in ("generator", "verifier")]
+        nodes = await self._room(requests)
+        generators, verifiers = (self._pool(request, nodes) for request in requests)
         return await asyncio.gather(generators, verifiers)
 
-    async def _room(self, asked: Iterable[Ask]) -> Mapping[str, Node]:
-        return await room(list(asked), self._config.timeout.nodes_s, self._tell)
+    async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
+        return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._tell)
 
-    async def _pool(self, ask: Ask, nodes: Mapping[str, Node]) -> list[Any]:
-        """Every member that `ask` is for, as its port."""
+    async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
+        """Every member that `request` is for, as its port."""
         return await asyncio.gather(
-            *(self._spawn(ask.role, index, nodes) for index in range(ask.count))
+            *(self._spawn(request.role, index, nodes) for index in range(request.count))
         )
 
     async def _learner(self, nodes: Mapping[str, Node]) -> RemoteLearner:
         """Every rank, in one process group."""
-        start_s, ask = self._config.timeout.start_s, self._asked[RANK]
+        start_s, request = self._config.timeout.start_s, self._requests[RANK]
         async with self._turn:
             ranks = [
                 self._make(name, self._specs.learner_rank(rank), nodes[name])
-                for rank, name in enumerate(ask.members)
+                for rank, name in enumerate(request.members)
             ]
             address = await ranks[0].ask_host(start_s, "address", what="start")
             rendezvous = await ranks[0].call(start_s, "listen", address)
@@ -126,12 +134,16 @@ class Cluster:
         there is room now."""
         start_s = self._config.timeout.start_s
         name = f"{pool} {index}"
-        ask = self._asked[pool]
+        request = self._requests[pool]
         async with self._turn:
             lost = next(
                 (actor.node or "" for actor in reversed(self._actors) if actor.name == name), ""
             )
-            node = nodes[name] if nodes else choose(ask, living(self._members()), home(), lost=lost)
+            node = (
+                nodes[name]
+                if nodes
+                else choose(request, alive_nodes(self._members()), driver_node(), lost=lost)
+            )
             actor = self._make(name, self._specs.member(pool, index), node)
             with ExitStack() as unless:
                 unless.callback(actor.kill)
@@ -146,25 +158,29 @@ class Cluster:
         self._tell("placed", actor.name, place)
 
     def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
-        ask = self._asked[name.rpartition(" ")[0]]
-        self._actors.append(RemoteActor(name, spec, ask, node.id if node else None))
+        request = self._requests[name.rpartition(" ")[0]]
+        self._actors.append(RemoteActor(name, spec, request, node.id if node else None))
         return self._actors[-1]
 
-    def _members(self) -> list[tuple[str | None, Ask]]:
+    def _members(self) -> list[tuple[str | None, ResourceRequest]]:
         """The node of each that lives."""
-        return [(actor.node, actor.ask) for actor in self._actors if not actor.killed]
+        return [(actor.node, actor.request) for actor in self._actors if not actor.killed]
 
     async def _share_files(self) -> None:
         """Raise ConfigError where one that writes to the run directory, or reads there, has another
         disk."""
         config = self._config
         moving = (
-            section(name)
+            teacher_section(name)
             for name, teacher in config.named_teachers.items()
             if teacher.update != "frozen"
         )
         roles = {RANK, *moving}
-        far = [actor for actor in self._actors if actor.ask.role in roles and actor.node != home()]
+        far = [
+            actor
+            for actor in self._actors
+            if actor.request.role in roles and actor.node != driver_node()
+        ]
         if not far:
             return
         folder, what = Path(config.run.dir).resolve(), "look at the run directory"

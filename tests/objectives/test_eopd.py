@@ -7,7 +7,7 @@ import torch
 from given import LENGTHS, batch, coefficients, ragged, rows, with_candidates
 
 import async_opd
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.wire import Needs
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import PrefixRatio

@@ -3,7 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost
 from async_opd.core.ports import Ready
 from async_opd.core.wire import GroupMeta, Prompt, Span

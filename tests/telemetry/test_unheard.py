@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, CallFailed, LedgerError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Group, Prompt, Rollout, Span

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from async_opd.cli.main import main
-from async_opd.config.schema import load_objective
+from async_opd.config.load import load_objective
 from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import MicroBatch

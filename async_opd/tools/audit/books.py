@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import CHECKPOINTS
 from async_opd.driver.checkpoints import MANIFEST, STATE, RunState

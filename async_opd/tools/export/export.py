@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import CheckpointError, DataError
 from async_opd.core.run_dir import run_of
 from async_opd.driver.checkpoints import Checkpoint, choose, find

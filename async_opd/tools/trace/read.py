@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.telemetry.spans import EARLIER, FILE, Line, Of
 
