@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from given import LENGTHS, batch, coefficients, ragged, rows, with_candidates
+from given import LENGTHS, batch, coefficients, learns_from_agreement, ragged, rows, with_candidates
 
 import async_opd
 from async_opd.config.schema import load
@@ -89,7 +89,7 @@ def test_forward_kl_is_added_at_tokens_where_the_teacher_is_uncertain():
         added = [0.0, 2 * expected, 2 * expected]
         # OPD's own: -ρ · A = -.5
         assert (result.loss_N + 0.5).tolist() == pytest.approx(added, abs=1e-5)
-        assert result.shown["uncertain"].tolist() == [0, 1, 1]
+        assert result.metrics["uncertain"].tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("prefix", [None, PrefixRatio(at_most=1.5)], ids=str)
@@ -142,7 +142,7 @@ def test_agreement_is_a_minimum_only_with_a_bucket_for_the_rest(rest):
     (gradient_NV,) = torch.autograd.grad(objective.loss(given).loss_N.sum(), logits_NV)
     assert (
         bool(gradient_NV.abs().max() > 1e-6)
-        == objective.learns_from_agreement
+        == learns_from_agreement(objective)
         == (rest != "bucket")
     )
 

@@ -25,7 +25,7 @@ from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import pack, samples
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.recorder import Recorder
-from async_opd.roles.learner.step import Moment, Student, accumulate
+from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.gloo import TensorMeta, buckets, join_store, open_store
@@ -169,7 +169,7 @@ class LearnerRank:
             self._all_reduce,
             self._objective,
             micros,
-            Moment(
+            StepContext(
                 step=self.version + 1,
                 max_lag_steps=self._bounds["max_lag_steps"],
                 running=self._running,
