@@ -90,9 +90,8 @@ class Objective(
         method = self.requirements()
         gate = ("drift_gate",) if self.drift_gate else ()
         chosen = ("selected",) if self.mean_over == "selected" else ()
-        # by what the student says
-        selects = chosen and type(self).selection is not Objective.selection
-        live = bool(method.first_pass or gate or selects)
+        by_student = chosen and type(self).selection is not Objective.selection
+        live = bool(method.first_pass or gate or by_student)
         return msgspec.structs.replace(method, sums=(*method.sums, *gate, *chosen), first_pass=live)
 
     def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
@@ -125,9 +124,8 @@ class Objective(
         )
 
     def _selected(self, batch: TokenBatch) -> Tensor:
-        parts = [self.selection(batch)]
-        parts += [chooser.chosen(batch) for chooser in (self.position, self.random) if chooser]
+        choosers = [chooser for chooser in (self.position, self.random) if chooser]
         selected_N = batch.behaviour_logp_N.new_ones(len(batch.segment_N)).bool()
-        for part_N in parts:
+        for part_N in (self.selection(batch), *(chooser.chosen(batch) for chooser in choosers)):
             selected_N = selected_N if part_N is None else selected_N & part_N
         return selected_N

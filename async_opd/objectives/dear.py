@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from msgspec import Meta
+from typing import TYPE_CHECKING, Literal
 
 from async_opd.core.wire import Needs
 from async_opd.maths import selection
-from async_opd.objectives.modifiers import refuse_change
+from async_opd.objectives.modifiers import Share, refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Dear(Sampled, frozen=True, tag="dear"):

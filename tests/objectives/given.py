@@ -102,22 +102,3 @@ def coefficients(objective, batch):
     """-∂Σℓ/∂log π of each sampled token: positive makes it likelier."""
     (gradient_N,) = torch.autograd.grad(objective.loss(batch).loss_N.sum(), batch.student_logp_N)
     return (-gradient_N).tolist()
-
-
-LEARNS_FROM_AGREEMENT = {  # where a method has a signal although student and teacher agree, by tag
-    "egrsd": lambda o: True,  # the verdict
-    "cl_egrsd": lambda o: True,
-    # where the teacher is not the reference
-    "g_opd": lambda o: o.lam != 1,
-    "iw_opd": lambda o: o.lam != 1,
-    # by a fallback other than the plain signal
-    "sg_opd": lambda o: o.fallback == "grpo" or (o.fallback == "preserve" and o.lambda_base != 1),
-    # where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it cancels)
-    "topk_kl": lambda o: o.rest == "drop" and o.divergence != "jensen_shannon",
-    # over the k alone, Σ_k π_T ∇log π is not 0
-    "eopd": lambda o: o.rest != "bucket",
-}
-
-
-def learns_from_agreement(objective) -> bool:
-    return LEARNS_FROM_AGREEMENT.get(objective.tag, lambda o: False)(objective)

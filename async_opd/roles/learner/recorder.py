@@ -73,14 +73,12 @@ class Recorder:
             **effect(result, live),
         }
         sampled = result.advantage is not None
-        columns = {
-            k: v[:, 0] if sampled and v.ndim == 2 else v
-            for k, v in columns.items()
-            if v is not None
+        generated = {
+            name: value[:, 0] if sampled and value.ndim == 2 else value
+            for name, value in columns.items()
+            if value is not None and name not in ("candidate_coefficient", "tail_coefficient")
         }
-        for other in ("candidate_coefficient", "tail_coefficient"):
-            columns.pop(other, None)
-        return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
+        return {name: value.detach() for name, value in generated.items() if value.ndim == 1}
 
     def _record(self, sample: Sample, columns: dict[str, Tensor], here_N: Tensor) -> Recorded:
         prompt, rollout = sample.prompt, sample.rollout

@@ -112,9 +112,8 @@ def batch_statistics(
     """
     needs = objective.needs()
     start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
-    device = micros[0].ids_L.device
     statistics = {
-        name: torch.tensor(value, dtype=torch.float64, device=device)
+        name: torch.tensor(value, dtype=torch.float64, device=micros[0].ids_L.device)
         for name, value in start.items()
     }
     for micro in micros:

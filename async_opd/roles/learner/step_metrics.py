@@ -36,6 +36,7 @@ SUMS = (
     *(f"log_{factor}" for factor in FACTORS),
     *(f"log_{factor}_log" for factor in FACTORS),
 )
+MOMENTS = ("count", "total", "squares")  # of a quantity of each trajectory
 MAXIMA = ("weight", "ratio", "mismatch", "lag")
 
 
@@ -45,10 +46,11 @@ class Measured:
     def __init__(self, objective: Objective, max_lag_steps: int, device: torch.device):
         self._objective, self._lags = objective, range(max_lag_steps + 1)
         self._running = objective.needs().running
-        names = [*SUMS, *(f"metric_{name}" for name in objective.metrics)]
-        names += [f"tokens_lag_{lag}" for lag in self._lags]
-        names += [
-            f"{part}_{name}" for name in self._running for part in ("count", "total", "squares")
+        names = [
+            *SUMS,
+            *(f"metric_{name}" for name in objective.metrics),
+            *(f"tokens_lag_{lag}" for lag in self._lags),
+            *(f"{part}_{name}" for name in self._running for part in MOMENTS),
         ]
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self._maxima = {
@@ -64,35 +66,35 @@ class Measured:
         keep, sampled_N = micro.keep_N, declared(batch.student_logp_N)
         gap_N = (sampled_N - batch.behaviour_logp_N).abs()
         fresh, stale = keep & (micro.lag_N == 0), keep & (micro.lag_N > 0)
-        self._sum("loss", loss_N[keep])
-        self._sum("kl", (sampled_N - batch.teacher_logp_N)[keep])
-        self._sum("selected", result.selected_N[keep])
-        self._sum("surprise", -batch.behaviour_logp_N[keep])
-        self._sum("responses", torch.ones_like(batch.reward_S))
-        self._sum("response_tokens", torch.ones_like(sampled_N))
-        self._sum("stale_log_ratio", gap_N[stale])
-        self._sum("stale", stale)
-        self._sum("lag", micro.lag_N[keep])
-        for lag in self._lags:
-            self._sum(f"tokens_lag_{lag}", keep & (micro.lag_N == lag))
-        self._sum("excluded", ~keep)
+        self._sum(
+            {
+                "loss": loss_N[keep],
+                "kl": (sampled_N - batch.teacher_logp_N)[keep],
+                "selected": result.selected_N[keep],
+                "surprise": -batch.behaviour_logp_N[keep],
+                "responses": torch.ones_like(batch.reward_S),
+                "response_tokens": torch.ones_like(sampled_N),
+                "stale_log_ratio": gap_N[stale],
+                "stale": stale,
+                "lag": micro.lag_N[keep],
+                "excluded": ~keep,
+            }
+        )
+        self._sum({f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags})
+        self._sum({f"metric_{n}": result.metrics[n][keep] for n in self._objective.metrics})
         self._largest("mismatch", gap_N[fresh])
         self._largest("lag", micro.lag_N[keep])
         self._weights(result, keep & result.selected_N)
-        for name in self._objective.metrics:
-            self._sum(f"metric_{name}", result.metrics[name][keep])
         for name, value_S in self._objective.trajectory_statistics(batch).items():
             known_S = value_S[~value_S.isnan()].double()
-            self._sum(f"count_{name}", torch.ones_like(known_S))
-            self._sum(f"total_{name}", known_S)
-            self._sum(f"squares_{name}", known_S.square())
+            powers = (torch.ones_like(known_S), known_S, known_S.square())
+            self._sum({f"{p}_{name}": x for p, x in zip(MOMENTS, powers, strict=True)})
 
     @torch.no_grad()
     def taught(self, weight: float, mean: Tensor) -> None:
         """One micro-batch of the teacher's own answers, by its share of their mean
         cross-entropy."""
-        self._sum("taught_loss", mean)
-        self._sum("loss", weight * mean)
+        self._sum({"taught_loss": mean, "loss": weight * mean})
 
     def reduced(
         self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]
@@ -115,9 +117,7 @@ class Measured:
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
         """`running` with this step's trajectories; after `reduced`."""
         return {
-            name: running[name].with_sums(
-                *(self._sums[f"{p}_{name}"].item() for p in ("count", "total", "squares"))
-            )
+            name: running[name].with_sums(*(self._sums[f"{p}_{name}"].item() for p in MOMENTS))
             for name in self._running
         }
 
@@ -131,23 +131,20 @@ class Measured:
         factors = torch.broadcast_tensors(weight, ratio, size)
         method, ratio, size = (factor[chosen].double().flatten() for factor in factors)
         weight = method * ratio * size
-        self._sum("entries", torch.ones_like(weight))
+        self._sum({"entries": torch.ones_like(weight)})
         for name, value in (("weight", weight), ("ratio", ratio)):
-            self._sum(name, value)
-            self._sum(f"{name}_squared", value.square())
+            self._sum({name: value, f"{name}_squared": value.square()})
             self._largest(name, value)
         some = weight > 0
         log = weight[some].log()
-        self._sum("logs", torch.ones_like(log))
-        self._sum("log", log)
-        self._sum("log_squared", log.square())
+        self._sum({"logs": torch.ones_like(log), "log": log, "log_squared": log.square()})
         for name, factor in zip(FACTORS, (method, ratio, size), strict=True):
             part = factor[some].log()
-            self._sum(f"log_{name}", part)
-            self._sum(f"log_{name}_log", part * log)
+            self._sum({f"log_{name}": part, f"log_{name}_log": part * log})
 
-    def _sum(self, name: str, values: Tensor) -> None:
-        self._sums[name] += values.sum(dtype=torch.float64)
+    def _sum(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._sums[name] += value.sum(dtype=torch.float64)
 
     def _largest(self, name: str, values: Tensor) -> None:
         if len(values):

@@ -99,23 +99,19 @@ FLOW = (
 
 
 def learning(runs: list[Run]) -> list[Figure]:
-    found = [_lines(curves, runs) for curves in LEARNING]
-    found[0].series += [
-        dots for at, run in enumerate(runs) if (dots := _held_out(run, at, len(runs) > 1))
+    figures = [_lines(curves, runs) for curves in LEARNING]
+    figures[0].series += [
+        dots for number, run in enumerate(runs) if (dots := _held_out(run, number, len(runs) > 1))
     ]
     tags = {run.config.get("objective.tag") for run in runs}
-    shown = dict.fromkeys(
-        name for tag in sorted(tags & set(all_objectives())) for name in all_objectives()[tag].shown
-    )
-    if shown:
-        method = Curves(
-            "What the method shows",
-            "Means over tokens",
-            "",
-            {key: key.replace("_", " ") for key in shown},
-        )
-        found.append(_lines(method, runs))
-    return _with_marks(found, runs)
+    names = {
+        name: name.replace("_", " ")
+        for tag, objective in sorted(all_objectives().items())
+        if tag in tags
+        for name in objective.metrics
+    }
+    method = Curves("What the method shows", "Means over tokens", "", names)
+    return _with_marks([*figures, _lines(method, runs)], runs)
 
 
 def off_policy(runs: list[Run]) -> list[Figure]:
