@@ -25,7 +25,7 @@ from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
 from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
 from async_opd.roles.learner.recorder import Recorder
-from async_opd.roles.learner.step import Moment, Student, accumulate
+from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.models import causal_lm
 
 RESPONSES, TOKENS, SEED = 96, 40, 0
@@ -67,7 +67,7 @@ def step(student: Student, objective: Objective, batch: list[Trajectory], look: 
         lambda values, op: None,
         objective,
         micros,
-        Moment(max_lag_steps=4),
+        StepContext(max_lag_steps=4),
         recorder and recorder.look,
     )
     student.zero_grad()

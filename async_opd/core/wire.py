@@ -157,7 +157,7 @@ class Needs(Struct, frozen=True):
     maxima: tuple[str, ...] = ()
     # they read the live student, at the price of one more forward of everything
     first_pass: bool = False
-    # moments over the trajectories of all past steps, from `Objective.episode`
+    # moments over the trajectories of all past steps, from `Objective.trajectory_statistics`
     running: tuple[str, ...] = ()
 
 

@@ -36,7 +36,7 @@ from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.recorder import Recorder
-from async_opd.roles.learner.step import Moment, Student, accumulate
+from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.roles.weight_sync import checkpoint_names
@@ -171,7 +171,7 @@ class LearnerRank:
             self._all_reduce,
             self._objective,
             micros,
-            Moment(
+            StepContext(
                 step=step,
                 max_lag_steps=self._settings.max_lag_steps,
                 running=self._running,

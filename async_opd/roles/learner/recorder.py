@@ -6,8 +6,8 @@ from torch import Tensor
 
 from async_opd.core.wire import Recorded
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.effect import effect
+from async_opd.objectives.token_batch import TokenBatch
 from async_opd.roles.learner.batch import MicroBatch, Trajectory
 
 TRAJECTORIES = 2  # of a recorded step
@@ -30,43 +30,40 @@ class Recorder:
         self._trajectories = trajectories
         self._live = live
         keys = [
-            (key, at, place)
-            for at, micro in enumerate(micros)
+            (key, number, place)
+            for number, micro in enumerate(micros)
             if not micro.taught
             for place, key in enumerate(micro.key_S.tolist())
         ]
-        self._chosen = {(at, place) for _, at, place in sorted(keys)[:TRAJECTORIES]}
+        self._chosen = {(number, place) for _, number, place in sorted(keys)[:TRAJECTORIES]}
         self.recorded: list[Recorded] = []
 
-    def look(self, at: int, micro: MicroBatch, batch: TokenBatch) -> None:
-        """Keep what is chosen of micro-batch `at`."""
-        chosen = [
-            place for place in range(len(self._trajectories[at])) if (at, place) in self._chosen
-        ]
+    def look(self, number: int, micro: MicroBatch, batch: TokenBatch) -> None:
+        """Keep what is chosen of micro-batch `number`."""
+        own = self._trajectories[number]
+        chosen = [place for place in range(len(own)) if (number, place) in self._chosen]
         if chosen:
             columns = self._columns(micro, batch)
             self.recorded += [
-                self._record(self._trajectories[at][p], columns, micro.segment_N == p)
-                for p in chosen
+                self._record(own[place], columns, micro.segment_N == place) for place in chosen
             ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
         """[N] by name; where a position has several samples, of the one that was generated. The
         loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module gave
         by anything but its own backward."""
-        leaves = {
-            "student_logp_N": _leaf(batch.student_logp_N),
-            "student_logp_NK": _leaf(batch.student_logp_NK),
-            "student_tail_logp_N": _leaf(batch.student_tail_logp_N),
-        }
-        result = self._objective.loss(replace(batch, **leaves))
-        live = dict(
-            zip(
-                ("coefficient", "candidate_coefficient", "tail_coefficient"),
-                leaves.values(),
-                strict=True,
-            )
+        leaves = replace(
+            batch,
+            student_logp_N=_leaf(batch.student_logp_N),
+            student_logp_NK=_leaf(batch.student_logp_NK),
+            student_tail_logp_N=_leaf(batch.student_tail_logp_N),
         )
+        live = {
+            "coefficient": leaves.student_logp_N,
+            "candidate_coefficient": leaves.student_logp_NK,
+            "tail_coefficient": leaves.student_tail_logp_N,
+        }
+        result = self._objective.loss(leaves)
         columns = {
             "version": self._live - micro.lag_N,
             # in the loss: no staler than the bound, and no truncated response where they are out
@@ -80,14 +77,12 @@ class Recorder:
             **effect(result, live),
         }
         sampled = result.advantage is not None
-        columns = {
-            k: v[:, 0] if sampled and v.ndim == 2 else v
-            for k, v in columns.items()
-            if v is not None
+        generated = {
+            name: value[:, 0] if sampled and value.ndim == 2 else value
+            for name, value in columns.items()
+            if value is not None and name not in ("candidate_coefficient", "tail_coefficient")
         }
-        for other in ("candidate_coefficient", "tail_coefficient"):
-            columns.pop(other, None)
-        return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
+        return {name: value.detach() for name, value in generated.items() if value.ndim == 1}
 
     def _record(
         self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor

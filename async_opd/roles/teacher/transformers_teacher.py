@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from async_opd.core.errors import WireError
 from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
-from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
@@ -157,15 +157,17 @@ class TransformersTeacher:
             hidden_LD[tensor(rows)],
             causal_lm.head(self._model),
             tensor([r.ids for _, r in items]),
-            temperature=self._temperature,
-            chunk_rows=self._config.head_chunk_rows,
-            entropy=self._needs.teacher_entropy,
+            ReadOptions(
+                self._temperature,
+                self._config.head_chunk_rows,
+                entropy=self._needs.teacher_entropy,
+                topk=self._needs.teacher_topk,
+                topk_below=self._vocabulary,
+                tail=self._needs.tail,
+            ),
             candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
             if self._at_candidates
             else None,
-            topk=self._needs.teacher_topk,
-            topk_below=self._vocabulary,
-            tail=self._needs.tail,
         )
         return _split(scored, [r for _, r in items])
 

@@ -81,7 +81,7 @@ def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
     return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
 
 
-PRICED = {case.wants(): type(case).__name__ for case in CASES} | {
+PRICED = {case.requirements(): type(case).__name__ for case in CASES} | {
     LIKELIEST: "likeliest",
     SAMPLED: "sampled",
 }
