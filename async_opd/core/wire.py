@@ -7,6 +7,7 @@ never buffers to write into. Invariants run on construction and on arrival, so a
 where it arrives, naming its id.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -281,6 +282,11 @@ class StepResult(Struct, frozen=True):
     recorded: tuple[Recorded, ...] = ()  # where the step is one to be recorded
 
 
+def trained_tokens(metrics: Mapping[str, float]) -> float:
+    """Tokens that a step trained, the teacher's own answers among them, by its metrics."""
+    return metrics["tokens"] + metrics.get("tokens_taught", 0)
+
+
 class WeightGroup(Struct, frozen=True):
     """Where one generator's workers join the learner, who is rank 0, for updates of the weights.
     Made by the learner; consumed by a generator."""
@@ -318,8 +324,8 @@ class GeneratorSettings(Struct, frozen=True):
 
 
 class ScorerSettings(Struct, frozen=True):
-    """What a teacher, or the reference, is built with, beside its section of the config. Made by the
-    runtime; consumed by a teacher."""
+    """What a teacher, or the reference, is built with, beside its section of the config. Made by
+    the runtime; consumed by a teacher."""
 
     name: str  # what errors call it
     temperature: float

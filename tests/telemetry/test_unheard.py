@@ -7,6 +7,7 @@ from itertools import count
 
 import numpy as np
 import pytest
+from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -19,7 +20,6 @@ from async_opd.driver.replica_pool import Pool
 from async_opd.driver.train_loop import train
 from async_opd.driver.weight_publisher import Publisher
 from async_opd.runtime.actor_specs import make_verifier
-from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 from async_opd.telemetry.metrics import Meter
 from tests.simulated.roles import (
     Prompts,

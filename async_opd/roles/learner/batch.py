@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from async_opd.core.errors import StaleTrajectory, WireError
-from async_opd.core.wire import Group, Prompt, Rollout, Scores, Verdict
+from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Verdict
 from async_opd.maths import lag
 
 
@@ -23,6 +23,11 @@ class Trajectory:
     scores: Scores | None  # None: the teacher's own answer
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
     reference: Scores | None = None
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether the teacher has answered the prompt itself."""
+        return self.scores is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +45,26 @@ class TrainingBounds:
 
 
 def trajectories(
-    plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], data: tuple
+    share: LearnerShare,
+    groups: tuple[Group, ...],
+    scores: tuple[tuple[Scores, ...] | None, ...],
+    references: tuple[tuple[Scores, ...] | None, ...] = (),
 ) -> list[list[Trajectory]]:
-    """Pick the trajectories of each micro-batch of `plan`, pairs of (index of group, sample);
-    `data` as in `LearnerRank.step`."""
-    count = len(verdicts)
-    groups: tuple[Group, ...] = data[:count]
-    scores: tuple[tuple[Scores, ...] | None, ...] = data[count : 2 * count]
-    references: tuple[tuple[Scores, ...] | None, ...] = data[2 * count :] or (None,) * count
+    """Pick the trajectories of each micro-batch of `share`; the rest is as in
+    `LearnerRank.step`."""
+    references = references or (None,) * len(groups)
     return [
         [
             Trajectory(
                 prompt=groups[g].prompt,
                 rollout=groups[g].rollouts[s],
                 scores=scored[s] if (scored := scores[g]) else None,
-                verdicts=verdicts[g],
+                verdicts=share.verdicts[g],
                 reference=scored[s] if (scored := references[g]) else None,
             )
-            for g, s in pairs
+            for g, s in micro
         ]
-        for pairs in plan
+        for micro in share.micro_batches
     ]
 
 
@@ -87,7 +92,7 @@ class MicroBatch:
     teacher_tail_logp_N: Tensor | None
     teacher_entropy_N: Tensor | None
     reference_logp_N: Tensor | None
-    taught: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
+    from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
 
     def to(self, device: torch.device) -> Self:
         """Copy its tensors to `device`."""
@@ -106,11 +111,11 @@ def pack(
     have let it by. Raises WireError where scores and rollout do not belong together, or answers of
     teacher and student come together.
     """
-    taught = any(t.prompt.taught for t in trajectories)
+    from_teacher = any(t.from_teacher for t in trajectories)
     rollouts = [t.rollout for t in trajectories]
     scores = [_scores(t) for t in trajectories]
-    _refuse_mismatch(trajectories, scores, taught)
-    versions = [np.full(len(r.ids), live) if taught else r.versions() for r in rollouts]
+    _refuse_mismatch(trajectories, scores, from_teacher)
+    versions = [np.full(len(r.ids), live) if from_teacher else r.versions() for r in rollouts]
     ids, rows = _positions(trajectories)
     at_student_ids = not scores or scores[0].topk_ids is None
     return MicroBatch(
@@ -144,24 +149,24 @@ def pack(
         reference_logp_N=_flat_if_there(
             [t.reference and t.reference.sampled_logp for t in trajectories]
         ),
-        taught=taught,
+        from_teacher=from_teacher,
     ).to(device)
 
 
 def _refuse_mismatch(
-    trajectories: Sequence[Trajectory], scores: Sequence[Scores], taught: bool
+    trajectories: Sequence[Trajectory], scores: Sequence[Scores], from_teacher: bool
 ) -> None:
     """Raise WireError for a trajectory with scores or verdicts of another, or one that is not
-    `taught` as the others are."""
+    `from_teacher` as the others are."""
     for t, scored in zip(trajectories, scores, strict=True):
         id, rows = t.rollout.id, len(scored.sampled_logp)
         scored_ids = {scored.id, *([t.reference.id] if t.reference else [])}
         decided_ids = {v.id for v in t.verdicts}
         if scored_ids != {id} or id not in decided_ids or rows != len(t.rollout.ids):
             raise WireError(f"{id}: paired with {scored_ids | decided_ids}, {rows} scores")
-        if t.prompt.taught != taught:
+        if t.from_teacher != from_teacher:
             raise WireError(
-                f"{id}: packed with answers of {'the teacher' if taught else 'the student'}"
+                f"{id}: packed with answers of {'the teacher' if from_teacher else 'the student'}"
             )
 
 

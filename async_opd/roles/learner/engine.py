@@ -3,11 +3,9 @@ Ray actor of it."""
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] as documented
 from transformers import PreTrainedModel, get_scheduler
 
 from async_opd.core.errors import Diverged, SyncFailed
@@ -29,18 +27,20 @@ from async_opd.core.wire import (
     StepResult,
     WeightGroup,
     WeightLayout,
+    trained_tokens,
 )
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.learner.deepspeed_config import deepspeed_config
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
+from async_opd.roles.learner.weights import StudentWeights
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import TeacherSamplingConfig
-from async_opd.roles.weight_sync import checkpoint_names
-from async_opd.roles.weight_sync.gloo import TensorMeta, buckets, join_store, open_store
+from async_opd.roles.weight_sync.gloo import join_store, open_store
 from async_opd.roles.weight_sync.sender import SENDERS
 
 DEEPSPEED = "deepspeed"  # folder of its files in a rank's state
@@ -90,7 +90,7 @@ class LearnerRank:
         # one visible device an actor
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)
         # or it compiles, for half a minute, an all-reduce for inference alone
-        deepspeed.ops.__compatible_ops__ = {}
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store or join_store(host, int(port), settings.timeout_s),
@@ -100,15 +100,16 @@ class LearnerRank:
         )
         torch.manual_seed(settings.seed)
         lm = self._load()
-        self._pieces = checkpoint_names.pieces(lm)
+        self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes)
         width = lm.config.get_text_config().hidden_size
         student = Student(lm, temperature=settings.temperature, chunk_rows=config.head_chunk_rows)
-        engine_config = _deepspeed_config(config, width)
+        engine_config = deepspeed_config(config, width)
         # weight by weight from host memory, so that no device ever holds the whole model
         if config.zero_stage == 3:
             deepspeed.zero.Init(module=student, config_dict_or_path=engine_config)
             student.to(self._device)  # what is left are buffers
-        self._engine, optimizer, _, _ = deepspeed.initialize(
+        initialize: Any = deepspeed.initialize  # its own types name other classes
+        self._engine, optimizer, _, _ = initialize(
             model=student,
             model_parameters=[p for p in student.parameters() if p.requires_grad],
             config=engine_config,
@@ -120,7 +121,6 @@ class LearnerRank:
             ),
             dist_init_required=False,
         )
-        self._lm, self._parameters = lm, dict(lm.named_parameters())
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
@@ -159,7 +159,7 @@ class LearnerRank:
         step = self.version + 1
         batches = trajectories(share, groups, scores, references)
         micros = [
-            pack(own, live=self.version, device=self._device, **self._bounds) for own in batches
+            pack(own, self._bounds, live=self.version, device=self._device) for own in batches
         ]
         every = self._settings.record_every_steps
         due = self._rank == 0 and every and step % every == 0
@@ -175,7 +175,7 @@ class LearnerRank:
                 step=step,
                 max_lag_steps=self._settings.max_lag_steps,
                 running=self._running,
-                taught_weight=sampling.weight(step) if sampling else 0.0,
+                teacher_weight=sampling.weight(step) if sampling else 0.0,
             ),
             recorder and recorder.look,
         )
@@ -202,7 +202,7 @@ class LearnerRank:
         ids_L = torch.as_tensor(
             np.concatenate([prompt_ids, response_ids]), dtype=torch.int64, device=self._device
         )
-        empty = pack([], live=self.version, device=self._device, **self._bounds)
+        empty = pack([], self._bounds, live=self.version, device=self._device)
         rows_N = torch.arange(len(prompt_ids) - 1, len(ids_L) - 1, device=self._device)
         micro = replace(
             empty,
@@ -234,24 +234,15 @@ class LearnerRank:
 
     def weight_layout(self) -> WeightLayout:
         """What an update carries: the same for every update, and for every generator."""
-        described = self._described()
-        return WeightLayout(
-            names=tuple(meta.name for meta in described),
-            dtypes=tuple(meta.dtype for meta in described),
-            shapes=tuple(tuple(meta.shape) for meta in described),
-        )
+        return self._weights.layout()
 
     def send_weights(self) -> None:
         """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or too
         slow."""
-        weights = (
-            w
-            for bucket in self._gathered()
-            for w in checkpoint_names.tensors(self._lm, bucket, self._parameters)
-        )
+        weights = self._weights.tensors()
         try:
             if self._rank == 0:
-                self._sender.send(self._described(), weights)
+                self._sender.send(self._weights.described, weights)
         except RuntimeError as e:
             raise SyncFailed(f"the broadcast of version {self.version} broke off: {e}") from e
         finally:
@@ -261,13 +252,9 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """Rank 0 writes the Hugging Face checkpoint; a whole copy of the weights is in its host
         memory meanwhile."""
-        weights = {}
-        for bucket in self._gathered():
-            if self._rank == 0:
-                names = (name for piece in bucket for name in piece.parameters)
-                weights |= {name: self._parameters[name].detach().cpu() for name in names}
+        copies = self._weights.copied(keep=self._rank == 0)
         if self._rank == 0:
-            checkpoint.save(self._lm, weights, self._settings.model, Path(folder))
+            checkpoint.save(self._lm, copies, self._settings.model, Path(folder))
 
     def save_state(self, folder: str) -> None:
         """Every rank writes its part of what `load_state` goes on from: optimizer, master weights,
@@ -285,10 +272,7 @@ class LearnerRank:
                 dtype=self._config.dtype,
                 version=self.version,
                 running=self._running,
-                random={
-                    device: of.get_rng_state().numpy().tobytes()
-                    for device, of in _generators().items()
-                },
+                random=checkpoint.random_state(),
             )
             checkpoint.save_rank(state, Path(folder), self._rank)
 
@@ -300,22 +284,7 @@ class LearnerRank:
         state = checkpoint.load_rank(Path(folder), self._rank, self._config)
         self._engine.load_checkpoint(folder, tag=DEEPSPEED)
         self.version, self._running = state.version, state.running
-        for device, generator in _generators().items():
-            if device in state.random:
-                generator.set_rng_state(
-                    torch.frombuffer(bytearray(state.random[device]), dtype=torch.uint8)
-                )
-
-    def _gathered(self) -> Iterator[list[checkpoint_names.Piece]]:
-        """Collective: all weights, a bucket at a time; only those of the bucket in hand are whole
-        under ZeRO-3."""
-        for bucket in buckets(self._pieces, self._settings.bucket_bytes):
-            names = (name for piece in bucket for name in piece.parameters)
-            with deepspeed.zero.GatheredParameters([self._parameters[name] for name in names]):
-                yield bucket
-
-    def _described(self) -> list[TensorMeta]:
-        return [meta for piece in self._pieces for meta in piece.tensors]
+        checkpoint.restore_random_state(state.random)
 
     def _clip(self, *_: object) -> None:
         self._grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -328,37 +297,3 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
-
-
-def _generators() -> dict[str, ModuleType]:
-    """What has `get_rng_state` and `set_rng_state`, by kind of device."""
-    return {"cpu": torch, "cuda": torch.cuda} if torch.cuda.is_available() else {"cpu": torch}
-
-
-def _deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict:
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "stage3_param_persistence_threshold": 10 * hidden_size,  # norms and biases
-    }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        # the plan decides how many micro-batches make a step
-        "managed_gradient_accumulation": False,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.lr,
-                "betas": list(config.betas),
-                "weight_decay": config.weight_decay,
-                # DeepSpeed's own are compiled on first use, with a compiler that may be absent
-                "torch_adam": True,
-            },
-        },
-        "zero_optimization": zero,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # over micro-batches, whatever the weights are
-        # absent, it would be 1.0
-        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
-    }

@@ -32,7 +32,7 @@ class Recorder:
         keys = [
             (key, number, place)
             for number, micro in enumerate(micros)
-            if not micro.taught
+            if not micro.from_teacher
             for place, key in enumerate(micro.key_S.tolist())
         ]
         self._chosen = {(number, place) for _, number, place in sorted(keys)[:TRAJECTORIES]}

@@ -17,7 +17,7 @@ from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step_metrics import Measured
 from async_opd.roles.models import causal_lm
 
-COUNTS = ("tokens", "sequences", "taught")
+COUNTS = ("tokens", "sequences", "from_teacher")
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
 # takes a micro-batch of the student's, with its number
 Look = Callable[[int, MicroBatch, TokenBatch], None]
@@ -61,7 +61,7 @@ class StepContext:
     max_lag_steps: int = 0  # of a trained token
     # over the trajectories of all past steps
     running: dict[str, Moments] = field(default_factory=dict[str, Moments])
-    taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
+    teacher_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
 
 
 def token_batch(
@@ -104,8 +104,8 @@ def batch_statistics(
     context: StepContext,
 ) -> dict[str, Tensor]:
     """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own
-    answers (`taught`), and the sums and maxima that `objective` declares over the kept tokens; of
-    every micro-batch and rank, 0-d float64.
+    answers (`from_teacher`), and the sums and maxima that `objective` declares over the kept
+    tokens; of every micro-batch and rank, 0-d float64.
 
     One forward of each micro-batch where the objective reads the live student for them. A maximum
     over no token is -inf.
@@ -118,8 +118,8 @@ def batch_statistics(
     }
     for micro in micros:
         read = module(micro, needs) if needs.first_pass else None
-        if micro.taught:
-            statistics["taught"] += micro.keep_N.sum()
+        if micro.from_teacher:
+            statistics["from_teacher"] += micro.keep_N.sum()
         elif micro.keep_N.any():
             statistics["sequences"] += len(micro.segment_N[micro.keep_N].unique())
             batch = token_batch(micro, read, context)
@@ -153,13 +153,13 @@ def accumulate(
     needs = objective.needs()
     measured = Measured(objective, context.max_lag_steps, micros[0].ids_L.device)
     for number, micro in enumerate(micros):
-        read = module(micro, Needs() if micro.taught else needs)
+        read = module(micro, Needs() if micro.from_teacher else needs)
         if not len(micro.targets_N):  # joins backward
             backward(read.sampled_N.sum())
-        elif micro.taught:
-            share = -read.sampled_N[micro.keep_N].sum() / statistics["taught"].clamp(min=1)
-            backward((context.taught_weight * share).float())
-            measured.taught(context.taught_weight, share)
+        elif micro.from_teacher:
+            share = -read.sampled_N[micro.keep_N].sum() / statistics["from_teacher"].clamp(min=1)
+            backward((context.teacher_weight * share).float())
+            measured.from_teacher(context.teacher_weight, share)
         else:
             batch = token_batch(micro, read, context, statistics)
             if look:

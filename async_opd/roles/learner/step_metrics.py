@@ -26,7 +26,7 @@ SUMS = (
     "stale",
     "lag",
     "excluded",
-    "taught_loss",
+    "teacher_loss",
     "surprise",
     "responses",
     "response_tokens",
@@ -91,10 +91,10 @@ class Measured:
             self._sum({f"{p}_{name}": x for p, x in zip(MOMENTS, powers, strict=True)})
 
     @torch.no_grad()
-    def taught(self, weight: float, mean: Tensor) -> None:
+    def from_teacher(self, weight: float, mean: Tensor) -> None:
         """One micro-batch of the teacher's own answers, by its share of their mean
         cross-entropy."""
-        self._sum({"taught_loss": mean, "loss": weight * mean})
+        self._sum({"teacher_loss": mean, "loss": weight * mean})
 
     def reduced(
         self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]
@@ -158,10 +158,10 @@ def _metrics(
     metrics = {
         "tokens": statistics["tokens"],
         "tokens_excluded": sums["excluded"],
-        "tokens_taught": statistics["taught"],
+        "tokens_taught": statistics["from_teacher"],
         "loss": sums["loss"],
         # mean cross-entropy of the teacher's own answers, nats a token
-        "loss_taught": sums["taught_loss"],
+        "loss_taught": sums["teacher_loss"],
         # nats a token: mean log π_student - log π_teacher of the sampled tokens
         "kl": sums["kl"] / tokens,
         # nats: of the policy that sampled, as its own tokens estimate it

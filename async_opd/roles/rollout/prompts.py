@@ -172,7 +172,7 @@ class PromptSource:
         view = self._views[teacher]
         ids, teacher_ids = self._tokens(id, content, self._config.template_args), None
         bound = "data.max_prompt_tokens", self._config.max_prompt_tokens
-        lengths = [(len(ids), bound)]
+        lengths: list[tuple[int, tuple[str, int]]] = [(len(ids), bound)]
         if view.differs:
             shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
             teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)

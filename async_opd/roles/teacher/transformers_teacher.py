@@ -1,6 +1,7 @@
 """An exact teacher on transformers. A plain class: `runtime/actors.py` makes a Ray actor of it."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from async_opd.core.errors import WireError
-from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
+from async_opd.core.wire import Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids
@@ -23,27 +24,17 @@ class TransformersTeacher:
     vocabulary]."""
 
     def __init__(
-        self,
-        config: TeacherConfig | ReferenceConfig,
-        needs: Needs,
-        *,
-        temperature: float,
-        vocabulary: int,
-        as_student: bool = False,
-        trust_remote_code: bool = False,
+        self, settings: ScorerSettings, config: TeacherConfig | ReferenceConfig, needs: Needs
     ):
-        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never
-        candidates. `as_student`: it reads the student's rendering of a prompt, also where the
-        teacher has one of its own."""
+        """Load the model."""
         assert config.model  # a reference without one of its own is sent with the student's
         self._config = config
         self._needs = needs
-        self._temperature = temperature
-        self._vocabulary = vocabulary
-        self._as_student, self._at_candidates = as_student, bool(needs.teacher_at_student_ids)
+        self._settings = settings
+        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
-            config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
+            config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
         ).eval()
         self._logits = len(causal_lm.head(self._model).weight_VD)
         # Penalties of the checkpoint's own would bend `greedy`.
@@ -65,7 +56,7 @@ class TransformersTeacher:
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
-        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         futures = [loop.create_future() for _ in group.rollouts]
@@ -158,11 +149,11 @@ class TransformersTeacher:
             causal_lm.head(self._model),
             tensor([r.ids for _, r in items]),
             ReadOptions(
-                self._temperature,
+                self._settings.temperature,
                 self._config.head_chunk_rows,
                 entropy=self._needs.teacher_entropy,
                 topk=self._needs.teacher_topk,
-                topk_below=self._vocabulary,
+                topk_below=self._settings.vocabulary,
                 tail=self._needs.tail,
             ),
             candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
@@ -171,16 +162,13 @@ class TransformersTeacher:
         )
         return _split(scored, [r for _, r in items])
 
-    async def greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
+    async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy."""
         async with self._weights:
-            return await asyncio.to_thread(self._greedy, prompts, max_new_tokens, eos_ids)
+            return await asyncio.to_thread(self._greedy, prompts)
 
-    def _greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
+    def _greedy(self, prompts: Sequence[Ints]) -> list[Ints]:
+        eos_ids = list(self._settings.eos_ids)
         width = max(map(len, prompts))
         ids = torch.tensor(
             [[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device
@@ -193,7 +181,7 @@ class TransformersTeacher:
         out = self._model.generate(  # pyright: ignore[reportCallIssue] of a mixin
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._settings.max_new_tokens,
             do_sample=False,
             eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],

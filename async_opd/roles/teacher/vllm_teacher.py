@@ -14,7 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.core.errors import ActorLost
-from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
+from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids, tail_left_by
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
@@ -28,31 +28,18 @@ class VllmTeacher:
     TAIL_FLOOR."""
 
     def __init__(
-        self,
-        config: TeacherConfig | ReferenceConfig,
-        needs: Needs,
-        *,
-        role: str,
-        vocabulary: int,
-        longest: int,
-        as_student: bool = False,
-        trust_remote_code: bool = False,
+        self, settings: ScorerSettings, config: TeacherConfig | ReferenceConfig, needs: Needs
     ):
-        """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the
-        tokenizer's: ids from there on are padding and never candidates. `as_student`: it reads the
-        student's rendering of a prompt, also where the teacher has one of its own. `role` is its
-        name in messages."""
+        """Load the engine for sequences of at most `settings.longest` tokens."""
         assert config.model  # a reference without one of its own is sent with the student's
-        self._role = role
-        self._vocabulary = vocabulary
-        self._as_student = as_student
+        self._settings = settings
         self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
         self._tail = needs.tail
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
             dtype=config.dtype,
-            max_model_len=longest + 1,  # vLLM samples a token behind every prompt
+            max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
             max_num_batched_tokens=config.batch_tokens,
             max_num_seqs=min(config.batch_tokens, 256),
             max_logprobs=-1,
@@ -62,7 +49,7 @@ class VllmTeacher:
             # Penalties and end tokens of the checkpoint's own would bend `greedy`.
             generation_config="vllm",
             skip_tokenizer_init=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             disable_log_stats=True,
             # On CPU it would be compiled for lengths that never come again.
             **(
@@ -73,25 +60,26 @@ class VllmTeacher:
         )
         self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
-        self._padding = self._logits - vocabulary
+        self._padding = self._logits - settings.vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
-        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         return matched(
             group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
         )
 
-    async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
+    async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
         k = self._topk
         ids, logp, candidate_logp = await self._read(prompt, rollout, k)
         # Rare in a trained model: look behind the padding.
-        if k and ids[:, 1:].max() >= self._vocabulary:
+        if k and ids[:, 1:].max() >= self._settings.vocabulary:
             ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
-            likeliest = 1 + np.argsort(ids[:, 1:] >= self._vocabulary, axis=1, kind="stable")[:, :k]
+            padding = ids[:, 1:] >= self._settings.vocabulary
+            likeliest = 1 + np.argsort(padding, axis=1, kind="stable")[:, :k]
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
@@ -106,8 +94,8 @@ class VllmTeacher:
         )
 
     async def _read(
-        self, prompt: np.ndarray, rollout: Rollout, k: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        self, prompt: Ints, rollout: Rollout, k: int
+    ) -> tuple[Ints, Floats, Floats | None]:
         """Read ids and log-probs [T, 1 + k] of a response, the sampled token before the k
         likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
         only."""
@@ -124,12 +112,14 @@ class VllmTeacher:
         logp = np.array(flat.logprobs[-rows * (k + 1) :], np.float32).reshape(rows, k + 1)
         return ids, np.minimum(logp, 0), output.prompt_token_id_logprobs
 
-    async def greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
+    async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
-        sampling = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
+        sampling = {
+            "temperature": 0.0,
+            "max_tokens": self._settings.max_new_tokens,
+            "stop_token_ids": list(self._settings.eos_ids),
+        }
         outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
@@ -139,9 +129,9 @@ class VllmTeacher:
         try:
             await self._engine.get_weight_version()
         except EngineDeadError as e:
-            raise ActorLost(f"{self._role}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
-    async def _run(self, ids: np.ndarray, **sampling: Any) -> RequestOutput:
+    async def _run(self, ids: Ints, **sampling: Any) -> RequestOutput:
         params = SamplingParams(
             detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
         )
@@ -151,5 +141,5 @@ class VllmTeacher:
         try:
             (output,) = [output async for output in request]
         except EngineDeadError as e:
-            raise ActorLost(f"{self._role}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
         return output

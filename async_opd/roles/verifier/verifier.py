@@ -3,16 +3,13 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
 
 import numpy as np
 
-from async_opd.core.aio import retrieved
 from async_opd.core.wire import Check, Group, Said, Verdict
 from async_opd.roles.verifier.pool import VerifierPool
 
 SHARE = 0.9  # of the time that a caller waits, so that it hears of the verdict
-PATIENCE_S = 0.5  # the longest a quick check waits for a slow one beside it
 
 
 class GroupVerifier:
@@ -23,8 +20,6 @@ class GroupVerifier:
         self._pool = pool
         self._decode = decode
         self._within_s = SHARE * within_s
-        self._late: dict[str, asyncio.Task] = {}
-        self._tickets = count()
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
@@ -35,18 +30,7 @@ class GroupVerifier:
         checks = (self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
         return tuple(await asyncio.gather(*checks))
 
-    async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
-        """Check each group; for one that is not decided in PATIENCE_S a ticket, to be
-        given to `late`. Groups may share ids: a held-out problem is checked beside training."""
-        checks = [retrieved(asyncio.create_task(self.check(group))) for group in groups]
-        await asyncio.wait(checks, timeout=PATIENCE_S)
-        return [check.result() if check.done() else self._later(check) for check in checks]
-
-    async def late(self, ticket: str) -> tuple[Verdict, ...]:
-        """Wait for the verdicts of a group that was slow."""
-        return await self._late.pop(ticket)
-
-    async def said(self, group: Group, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
+    async def said(self, group: Group, *verdicts: Verdict) -> tuple[Said, ...]:
         """Read what each rollout of `group` says and votes for. Right ones vote alike; wrong ones
         do where the check takes the one's answer for the other's. What cannot be compared in time
         votes for itself."""
@@ -80,11 +64,6 @@ class GroupVerifier:
                 (first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct),
                 index,
             )
-
-    def _later(self, check: asyncio.Task) -> str:
-        ticket = f"{next(self._tickets)}"
-        self._late[ticket] = check
-        return ticket
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         """Check one response; unknown, where the workers are too busy with others to decide in

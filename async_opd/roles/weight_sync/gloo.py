@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,12 +35,9 @@ class Sized(Protocol):
     """What fills a bucket."""
 
     @property
-    def dtype(self) -> str:
-        """Name of its dtype."""
-
+    def dtype(self) -> str: ...
     @property
-    def nbytes(self) -> int:
-        """Its size."""
+    def nbytes(self) -> int: ...
 
 
 Item = TypeVar("Item", bound=Sized)
@@ -118,5 +115,5 @@ def broadcast(group: ProcessGroupGloo, flat: Tensor) -> Work:
 
     Works of one group run in the order in which they were started, a few at a time.
     """
-    # pyright: ignore[reportAttributeAccessIssue] torch's stubs have it of ProcessGroup alone
-    return group.broadcast([flat], torch.distributed.BroadcastOptions())
+    gloo: Any = group  # torch's stubs have `broadcast` of ProcessGroup alone
+    return gloo.broadcast([flat], torch.distributed.BroadcastOptions())
