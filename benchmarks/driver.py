@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.roles import Roles
-from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict
+from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict, WeightGroup, WeightLayout
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, observed
@@ -69,13 +69,13 @@ class Instant:
             id="probe#0", ids=PROBED, behaviour_logp=LOGP, spans=spans, truncated=True
         )
 
-    async def join_group(self, init_info: dict) -> None: ...
+    async def join_group(self, group: WeightGroup) -> None: ...
 
-    async def update(self, version: int, update_info: dict, oldest: int) -> None:
+    async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         await self._answer()
         self.version = version
 
-    async def resume(self) -> None:
+    async def resume(self, expected: int) -> None:
         await self._answer()
 
     async def check_health(self) -> None: ...

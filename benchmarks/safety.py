@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.launch.new_run import environment
 from tests.simulated.roles import Pace
 from tests.simulated.runs import measure
@@ -39,7 +38,7 @@ def run(*, safe: bool) -> dict:
         if not safe:
             off.enter_context(patch.object(Ledger, "sync", nothing))
             off.enter_context(patch.object(Ledger, "_add", lambda *_: None))
-            off.enter_context(patch.object(Pool, "start", lambda *_, **__: None))
+            off.enter_context(patch.object(ReplicaPool, "start", lambda *_, **__: None))
         settings = (f"sync.parity_every_steps={every}", "timeout.health_s=0.5")
         return asyncio.run(measure(PACE, *settings, bound=4, steps=STEPS))
 

@@ -34,12 +34,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
-from async_opd.core.ports import Ready
+from async_opd.core.ports import ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.roles.rollout.prompts import PromptSource
-from async_opd.runtime.actors import Cluster
+from async_opd.runtime.cluster import Cluster
 from async_opd.telemetry.metrics import Meter
 
 RESULTS = (
@@ -170,7 +170,16 @@ async def alone(config: Config) -> dict:
             *(roles.verifier.check(group) for _, _, group in groups[:PER_STEP])
         )
         batch = [
-            Ready(at, prompt, meta, group, scores, verdict, (0,))
+            ScoredGroup(
+                ticket=at,
+                prompt=prompt,
+                meta=meta,
+                group=group,
+                scores=scores,
+                verdicts=verdict,
+                samples=(0,),
+                since=0,
+            )
             for at, ((prompt, meta, group), scores, verdict) in enumerate(
                 zip(groups, scored, verdicts, strict=False)
             )

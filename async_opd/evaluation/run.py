@@ -28,8 +28,8 @@ from async_opd.launch import inputs
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
-from async_opd.runtime.actors import Cluster
 from async_opd.runtime.address import refuse_unreachable
+from async_opd.runtime.cluster import Cluster
 
 
 async def run_eval(asked: EvalRun) -> Result:

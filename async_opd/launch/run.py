@@ -28,8 +28,8 @@ from async_opd.driver.train_loop import train
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
-from async_opd.runtime.actors import Cluster
 from async_opd.runtime.address import refuse_unreachable
+from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
 from async_opd.telemetry.console import console
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, observed

@@ -265,7 +265,8 @@ def test_the_member_with_the_least_in_flight_is_asked_whatever_came_and_went():
                 loads[name] += load
             load = draw.choice((1, 5, 20))
             asking = ask(pool, item, load=load)
-            await asyncio.sleep(0)
+            for _ in range(4):
+                await asyncio.sleep(0)
             asked = next(worker for worker in workers if item in worker.served)
             assert asked.name == min(loads, key=lambda name: (loads[name], name))
             out[asking] = asked.name, load

@@ -6,14 +6,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, StepResult, Verdict
-from async_opd.driver.teacher_sampling import Taught
+from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.train import train
+from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.telemetry.metrics import ROLES, STATES, Meter
 from tests.simulated.roles import (
     Pace,
@@ -23,11 +25,13 @@ from tests.simulated.roles import (
     SimulatedTeacher,
     SimulatedVerifier,
 )
+from tests.simulated.runs import OverPorts, books
 from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1, heavy_tail=True)
 PER_STEP, STEPS = 8, 24
 SHARE = 0.25  # prompts 3, 7, 11, … in order of admission
+ANSWERED = "by the teacher"  # what marks its groups
 SLOW = replace(PACE, token_s=PACE.token_s * 3)
 
 
@@ -40,15 +44,16 @@ class Asked(SimulatedGenerator):
         self._learner, self.asked, self.warm = learner, [], False
 
     async def generate(self, prompt):
-        assert prompt.taught and self.warm
+        assert self.warm
         self.asked.append((self._learner.version, int(prompt.id)))
-        return await super().generate(prompt)
+        meta, group = await super().generate(prompt)
+        return meta, msgspec.structs.replace(group, answer=ANSWERED)
 
     async def probe(self):
         self.warm = not self.asked
         return await super().probe()
 
-    async def update(self, version, update_info, oldest):
+    async def update(self, version, layout, oldest):
         raise AssertionError("the teacher takes no weights")
 
 
@@ -67,12 +72,12 @@ class Judge(SimulatedVerifier):
 def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
     """The student is right, the teacher at random."""
     draw = random.Random(0)
-    return lambda prompt: draw.choice(outcomes) if prompt.taught else True
+    return lambda prompt: draw.choice(outcomes) if prompt.answer == ANSWERED else True
 
 
 class Unscoring(SimulatedTeacher):
     async def score(self, group):
-        assert not group.taught
+        assert group.answer != ANSWERED
         await super().score(group)
 
 
@@ -81,15 +86,15 @@ class Learns(SimulatedLearner):
 
     def __init__(self, pace: Pace, bound: int):
         super().__init__(pace, bound)
-        self.trained, self.taught = [], []
+        self.trained, self.answers = [], []
 
     async def step(self, groups) -> StepResult:
-        for ready in groups:
-            (self.taught if ready.prompt.taught else self.trained).append(
-                (self.version + 1, int(ready.prompt.id))
+        for group in groups:
+            (self.answers if group.from_teacher else self.trained).append(
+                (self.version + 1, int(group.prompt.id))
             )
-            assert (ready.scores is None and ready.since <= self.version) or not ready.prompt.taught
-        if own := [ready for ready in groups if not ready.prompt.taught]:
+            assert (group.scores is None and group.since <= self.version) or not group.from_teacher
+        if own := [group for group in groups if not group.from_teacher]:
             return await super().step(own)
         await asyncio.sleep(self.pace.step_s)
         self.version += 1
@@ -168,7 +173,7 @@ def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
     judge = drawn([True, True, True, False, None])
     found = run(tmp_path, *schedule, f"run.stale={stale}", bound=bound, judge=judge)
     summary, last = found.summary, found.rows[-1]
-    trained = [prompt for _, prompt in found.learner.trained + found.learner.taught]
+    trained = [prompt for _, prompt in found.learner.trained + found.learner.answers]
     # none twice, and the run came to its end
     assert len(trained) == len(set(trained)) == STEPS * PER_STEP
     assert last["queue_outstanding"] == last["queue_ready"] == 0  # every slot came back
@@ -179,7 +184,7 @@ def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
     assert requests == list(range(3, requests[-1] + 1, 4))
     assert len(requests) == summary["taught_requested"]
     assert (
-        len(found.learner.taught)
+        len(found.learner.answers)
         == summary["taught_trained"]
         == sum(row["taught"] for row in found.rows)
     )
@@ -188,7 +193,7 @@ def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
     assert min(ends[:3]) > 0  # trained, wrong, unknown
 
     weight = found.config.teacher_sampling.weight
-    assert all(weight(step) > 0 for step, _ in found.learner.taught)
+    assert all(weight(step) > 0 for step, _ in found.learner.answers)
     assert all(weight(version + 1) > 0 for version, _ in found.asked)
 
 
@@ -197,7 +202,7 @@ def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flig
 ):
     found = run(tmp_path, "teacher_sampling.weight_end=0.5")
     assert max(version + 1 for version, _ in found.asked) <= 12  # P2
-    assert max(step for step, _ in found.learner.taught) == 12
+    assert max(step for step, _ in found.learner.answers) == 12
     assert found.summary["dropped_teacher_late"] > 0
     assert found.summary["taught_trained"] + found.summary["dropped_teacher_late"] == len(
         found.asked
@@ -207,7 +212,7 @@ def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flig
 
 def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
     found = run(tmp_path)  # the weight ends at 0 in step 12
-    assert max(step for step, _ in found.learner.taught) < 12
+    assert max(step for step, _ in found.learner.answers) < 12
     assert found.summary["dropped_teacher_late"] > 0
     assert [row["taught_weight"] for row in found.rows][5:12] == pytest.approx(  # steps 6 to 12
         [1, 0.933013, 0.75, 0.5, 0.25, 0.066987, 0], abs=1e-6
@@ -215,7 +220,9 @@ def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
 
 
 def test_a_teacher_that_is_never_right_costs_the_run_no_step(tmp_path):
-    found = run(tmp_path, "teacher_sampling.until_step=99", judge=lambda prompt: not prompt.taught)
+    found = run(
+        tmp_path, "teacher_sampling.until_step=99", judge=lambda prompt: prompt.answer != ANSWERED
+    )
     # and no prompt
     assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))
     assert found.summary["dropped_teacher_wrong"] == len(found.asked) == STEPS * PER_STEP // 4
@@ -225,13 +232,13 @@ def test_what_no_version_sampled_never_ages(tmp_path):
     forever = replace(PACE, token_s=PACE.token_s * 10)  # several steps an answer, at a bound of 0
     found = run(tmp_path, "teacher_sampling.until_step=99", bound=1, pace=forever)
     waited = dict((prompt, version) for version, prompt in found.asked)
-    lags = [step - 1 - waited[prompt] for step, prompt in found.learner.taught]
+    lags = [step - 1 - waited[prompt] for step, prompt in found.learner.answers]
     assert max(lags) > 1
-    assert len(found.learner.taught) == len(found.asked)  # all of them were trained
+    assert len(found.learner.answers) == len(found.asked)  # all of them were trained
 
 
 def test_the_accuracy_of_a_step_is_the_students_own(tmp_path):
-    found = run(tmp_path, judge=lambda prompt: prompt.taught)
+    found = run(tmp_path, judge=lambda prompt: prompt.answer == ANSWERED)
     assert {row["accuracy"] for row in found.rows} == {0.0}
 
 
@@ -249,12 +256,30 @@ def test_its_generators_are_a_role_with_times_of_its_own(tmp_path):
     [(0.125, [7, 15, 23, 31, 39]), (0.3, [3, 6, 9, 13, 16]), (0.9, [1, 2, 3])],
 )
 def test_the_prompts_are_spread_evenly(share, expected):
-    taught = Taught(
-        share=share,
-        weight=lambda step: 1.0,
-        generators=[],
-        version=lambda: 0,
-        outstanding=lambda: 0,
-        keeps_truncated=True,
-    )
-    assert [at for at in range(expected[-1] + 1) if taught.turn()] == expected
+    async def asked() -> list[int]:
+        async with asyncio.TaskGroup() as tasks:
+            pools = OverPorts(
+                generators=[],
+                teachers={},
+                verifier=SimulatedVerifier(),
+                teacher_generators=[SimulatedGenerator()],
+            ).pools()
+            sampling = TeacherSampling(
+                TeacherSamplingConfig(share=share, full_until_step=1, until_step=1),
+                pools,
+                Queue(),
+                tasks,
+                version=lambda: 0,
+                keeps_truncated=True,
+                ledger=books(),
+            )
+            prompts = zip(range(expected[-1] + 1), Prompts(), strict=False)
+            return [ticket for ticket, prompt in prompts if sampling.answers(ticket, prompt)]
+
+    assert virtual(asked()) == expected
+
+
+class Queue:
+    """Takes what comes."""
+
+    def put(self, group): ...

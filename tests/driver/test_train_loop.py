@@ -157,9 +157,9 @@ async def test_a_self_teacher_follows_the_student_before_its_next_weights_are_pu
 
 async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
     class Asked(SimulatedTeacher, SimulatedVerifier):
-        async def greedy(self, prompts):
+        async def greedy(self, *prompts):
             asked.append(len(prompts))
-            return prompts
+            return list(prompts)
 
         async def check_response(self, id, ids, answer):
             return Verdict(id=id, correct=id == "0")
@@ -360,7 +360,13 @@ def gone_on_with(run_dir: Path, learner: RecordingLearner) -> None:
         shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")
         found = checkpoints.find(run_dir / "checkpoints" / "000002")
         again = train(
-            config, Roles(learner=learner, **roles), Prompts(), [], run_dir, Meter([]), found=found
+            config,
+            Roles(learner=learner, **roles),
+            Prompts(),
+            [],
+            run_dir,
+            Meter([]),
+            checkpoint=found,
         )
         running = asyncio.ensure_future(again)
         await asyncio.sleep(1)

@@ -4,7 +4,6 @@ import asyncio
 from itertools import islice
 
 import pytest
-from async_opd.driver.timed import TimedGenerator, TimedVerifier
 from msgspec.structs import replace
 
 from async_opd.core.errors import CallFailed
@@ -193,10 +192,13 @@ async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
     meter = Meter([], spans=lines.extend)
     generators = ReplicaPool(
         "generator",
-        [TimedGenerator(SimulatedGenerator(), meter.actor("generators", "generator 0"))],
+        [SimulatedGenerator()],
+        actor_time=lambda index: meter.actor("generators", "generator 0"),
     )
     verifier = ReplicaPool(
-        "verifier", [TimedVerifier(SimulatedVerifier(), meter.actor("verifier", "verifier 0"))]
+        "verifier",
+        [SimulatedVerifier()],
+        actor_time=lambda index: meter.actor("verifier", "verifier 0"),
     )
     found = await respond(generators, verifier, next(iter(Prompts())))
     meter.flush()

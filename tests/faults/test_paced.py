@@ -284,7 +284,7 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
     killed = []
 
     class Refuses(Generator):
-        async def update(self, version, update_info, oldest):
+        async def update(self, version, layout, oldest):
             raise SyncFailed("out of memory")
 
         def kill(self):

@@ -6,12 +6,13 @@ from transformers import AutoTokenizer
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.weight_publisher import Publisher
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.launch.inputs import views
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.roles.rollout.prompts import PromptSource
-from async_opd.runtime.actors import Cluster
+from async_opd.runtime.cluster import Cluster
+from tests.simulated.runs import replica
 
 
 def demo_config(tmp_path, *overrides: str) -> Config:
@@ -27,8 +28,11 @@ async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
     prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
     with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
-        publisher = Publisher(
-            roles.learner, Pool("generator", roles.generators), parity_every=1, tolerance=1e-4
+        publisher = WeightPublisher(
+            replica(roles.learner),
+            ReplicaPool("generator", roles.generators),
+            parity_every=1,
+            tolerance=1e-4,
         )
         await publisher.publish(0, admit=lambda: None)
         yield roles, publisher, prompts

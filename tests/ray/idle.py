@@ -19,7 +19,7 @@ class Idle:
         """Nobody comes."""
         return f"tcp://{host}:0"
 
-    def start(self, *args) -> None:
+    async def start(self, *args) -> None:
         """Nothing."""
 
     def where(self) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from async_opd.core.wire import Needs, Prompt, Rollout, Sampling
+from async_opd.core.wire import GeneratorSettings, Needs, Prompt, Rollout, Sampling, WeightLayout
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.sender import GlooSender
@@ -55,17 +55,17 @@ def started(model, tmp_path_factory) -> Iterator[Callable[[str], "RolloutGenerat
     )
 
     def start(which: str) -> "RolloutGenerator":
-        generator = RolloutGenerator(
-            config,
-            Needs(teacher_at_student_ids=K, student_ids=which),
+        settings = GeneratorSettings(
             name="generator 0",
             model=folder,
-            eos_ids=[],
+            eos_ids=(),
             max_prompt_tokens=64,
             vocabulary=VOCABULARY,
             backend="gloo",
             seed=0,
         )
+        needs = Needs(teacher_at_student_ids=K, student_ids=which)
+        generator = RolloutGenerator(settings, config, needs)
         engines.append(generator._engine)
         return generator
 
@@ -187,12 +187,12 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
 ):
     sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=20.0)
     await asyncio.gather(
-        generator.join_group(sender.init_info(1, 2)), asyncio.to_thread(sender.join, 2)
+        generator.join_group(sender.group(1, 2)), asyncio.to_thread(sender.join, 2)
     )
     pieces, models, rng = checkpoint_names.pieces(model), [model], torch.Generator().manual_seed(0)
     described = [meta for piece in pieces for meta in piece.tensors]
-    columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
-    info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
+    columns = zip(*((meta.name, meta.dtype, tuple(meta.shape)) for meta in described), strict=True)
+    layout = WeightLayout(*columns)
 
     running = asyncio.ensure_future(rollouts(generator))
     while len(models) < 4:
@@ -203,7 +203,7 @@ async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_t
                 weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
         weights = checkpoint_names.tensors(moved, pieces, dict(moved.named_parameters()))
         await asyncio.gather(
-            generator.update(len(models), info, 0),
+            generator.update(len(models), layout, 0),
             asyncio.to_thread(sender.send, described, weights),
         )
         models.append(moved)

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 import torch
+from msgspec.structs import asdict
 
 from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
@@ -108,7 +109,8 @@ def test_after_each_update_generators_and_learner_agree(
     update_info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
     sender = GlooSender("127.0.0.1", bucket_bytes=BUCKET, timeout_s=20.0)
     assert len(list(buckets(described, BUCKET))) > 3
-    joined = vllm("join", [(sender.init_info(1 + at, 1 + generators),) for at in range(generators)])
+    places = (sender.group(1 + at, 1 + generators) for at in range(generators))
+    joined = vllm("join", [(asdict(place),) for place in places])
     sender.join(1 + generators)
     results(joined)
     for version in (1, 2):

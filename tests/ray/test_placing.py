@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, ClusterTooSmall, ConfigError
-from async_opd.runtime.actor_specs import Casting, Part
-from async_opd.runtime.actors import Cluster
+from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
+from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import driver_node
 from async_opd.runtime.placement import resource_requests
 
@@ -26,9 +26,9 @@ SPLIT = "rollout.tensor_parallel_size=2"
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Everybody is idle."""
-    part = Part("tests.ray.idle:Idle", (str(tmp_path),), {})
-    monkeypatch.setattr(Casting, "member", lambda self, pool, index: part)
-    monkeypatch.setattr(Casting, "learner_rank", lambda self, rank: part)
+    spec = ActorSpec("tests.ray.idle:Idle", (str(tmp_path),))
+    monkeypatch.setattr(ActorSpecs, "member", lambda self, pool, index: spec)
+    monkeypatch.setattr(ActorSpecs, "learner_rank", lambda self, rank: spec)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
 
 async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monkeypatch):
     monkeypatch.setattr(
-        "async_opd.runtime.actors.resource_requests",
+        "async_opd.runtime.cluster.resource_requests",
         lambda config, gpus: resource_requests(config, False),
     )
     for _ in range(3):
@@ -141,7 +141,7 @@ async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(
         await cluster.roles()  # this machine's nodes have one disk
         assert list((tmp_path / "run").iterdir()) == []
         monkeypatch.setattr(
-            "async_opd.runtime.actors._Actor.sees", lambda self, file, timeout_s: _no()
+            "async_opd.runtime.actors.RemoteActor.ask_host", lambda self, *args, what: _no()
         )
         with pytest.raises(
             ConfigError,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from async_opd.core.wire import Prompt
-from async_opd.runtime.actors import Cluster
+from async_opd.runtime.cluster import Cluster
 from tests.ray.conftest import demo_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -19,7 +19,7 @@ SAMPLING = (
 )
 
 
-async def test_a_taught_prompt_is_answered_once_by_the_teachers_weights_in_the_teachers_rendering(
+async def test_a_prompt_is_answered_once_by_the_teachers_weights_in_the_teachers_rendering(
     tmp_path,
 ):
     config = demo_config(
@@ -30,7 +30,7 @@ async def test_a_taught_prompt_is_answered_once_by_the_teachers_weights_in_the_t
         "rollout.temperature=0.5",
     )
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
-    prompt = Prompt(id="a@0", ids=np.array([3, 4], np.int32), answer="", taught=True)
+    prompt = Prompt(id="a@0", ids=np.array([3, 4], np.int32), answer="")
     rendered = msgspec.structs.replace(prompt, id="b@0", teacher_ids=np.array([5, 6, 7], np.int32))
     with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
         generator = await cluster._spawn("teacher-generator", 0)
@@ -41,11 +41,7 @@ async def test_a_taught_prompt_is_answered_once_by_the_teachers_weights_in_the_t
         answers, groups, (prompt, rendered), ([3, 4], [5, 6, 7]), strict=True
     ):
         (rollout,) = group.rollouts  # one sample, not 4
-        assert (group.prompt.id, group.prompt.taught, group.prompt.ids.tolist()) == (
-            asked.id,
-            True,
-            [3, 4],
-        )
+        assert (group.prompt.id, group.prompt.ids.tolist()) == (asked.id, [3, 4])
         # what the student trains on
         assert (meta.prompt_len, meta.lengths, meta.truncated) == (2, (5,), (True,))
         ids = torch.tensor([[*read, *rollout.ids.tolist()]])

@@ -15,14 +15,15 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import AsyncOpdError, OverAge
-from async_opd.core.ports import Ready
+from async_opd.core.ports import ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, Sampling
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.self_teachers import Followers
-from async_opd.driver.weight_publisher import Publisher
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.self_teachers import SelfTeachers
+from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.toy import STUDENT
 from tests.ray.conftest import demo_config, running
+from tests.simulated.runs import replica
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 FAST = (
@@ -33,17 +34,26 @@ FAST = (
 )
 
 
-async def produced(roles, prompts, count: int) -> list[Ready]:
+async def produced(roles, prompts, count: int) -> list[ScoredGroup]:
     """`count` freshly generated, scored and verified groups."""
 
-    async def ready(ticket: int) -> Ready:
+    async def ready(ticket: int) -> ScoredGroup:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
         scores, verdicts = await asyncio.gather(
             roles.teachers[""][ticket % len(roles.teachers[""])].score(group),
             roles.verifier.check(group),
         )
-        return Ready(ticket, prompt, meta, group, scores, verdicts, tuple(range(len(meta.spans))))
+        return ScoredGroup(
+            ticket=ticket,
+            prompt=prompt,
+            meta=meta,
+            group=group,
+            scores=scores,
+            verdicts=verdicts,
+            samples=tuple(range(len(meta.spans))),
+            since=meta.oldest,
+        )
 
     return await asyncio.gather(*(ready(ticket) for ticket in range(count)))
 
@@ -74,7 +84,7 @@ class Running(NamedTuple):
 
     config: Config
     roles: Roles
-    publisher: Publisher
+    publisher: WeightPublisher
     prompts: Iterator[Prompt]
 
 
@@ -127,8 +137,9 @@ async def test_an_untied_student_over_two_ranks_agrees_with_two_generators_after
 
 async def test_two_teachers_that_follow_score_as_the_student_does(untied):
     roles = untied.roles
-    pool = Pool("teacher", roles.teachers[""])
-    await Followers(roles.learner, {1: [pool]}, f"{untied.config.run.dir}/self-teacher").follow(3)
+    pool = ReplicaPool("teacher", roles.teachers[""])
+    folder = Path(untied.config.run.dir, "self-teacher")
+    await SelfTeachers(replica(roles.learner), {1: [pool]}, folder).follow(3)
     for ready in await produced(roles, untied.prompts, 2):
         group, (scores,) = await ready.group, await ready.scores
         logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
@@ -140,7 +151,7 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     generator = roles.generators[0]
     data = await produced(roles, prompts, 2)
 
-    async def updated(by: Publisher = publisher) -> int:
+    async def updated(by: WeightPublisher = publisher) -> int:
         """One step more, and its update: the version."""
         version = (await roles.learner.step(data)).version
         assert await by.publish(version, admit=lambda: None) <= 1e-4
@@ -161,10 +172,10 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     assert gap[spans[-1].start :].max() <= 1e-4
     assert gap[: spans[-1].start].max() > 1e-2  # the other tokens really are of other weights
 
-    info = await roles.learner.update_info()
+    layout = await roles.learner.weight_layout()
     with pytest.raises((AsyncOpdError, ray.exceptions.RayTaskError)):
-        await generator.update(99, info, 0)  # the learner sends nothing: the broadcast times out
-    await generator.resume()
+        await generator.update(99, layout, 0)  # the learner sends nothing: the broadcast times out
+    await generator.resume(0)
     meta, ref = await generator.generate(next(prompts))
     assert {span.version for span in meta.spans[0]} == {version}
     group = await ref
@@ -180,9 +191,9 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     await asyncio.gather(*queued)
 
     data = await produced(roles, prompts, 2)
-    drops_stale = Publisher(
-        roles.learner,
-        Pool("generator", roles.generators),
+    drops_stale = WeightPublisher(
+        replica(roles.learner),
+        ReplicaPool("generator", roles.generators),
         parity_every=1,
         tolerance=1e-4,
         max_age=0,

@@ -11,7 +11,7 @@ from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.runtime.actors import Cluster
+from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import start_ray, taken_over
 
 VLLM, TWO = "teacher.backend=vllm", "tensor_parallel_size=2"

@@ -7,20 +7,23 @@ from itertools import count
 
 import numpy as np
 import pytest
-from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from async_opd.config.load import load
+from async_opd.core import ports
 from async_opd.core.errors import ActorLost, CallFailed, LedgerError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Group, Prompt, Rollout, Span
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.train import train
-from async_opd.driver.weight_publisher import Publisher
+from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.runtime.actor_specs import make_verifier
+from async_opd.runtime.actors import LINGER_S, RemoteRole, RoleActor
+from async_opd.runtime.remote_learner import RemoteLearner
 from async_opd.telemetry.metrics import Meter
+from tests.runtime.test_ports import TIMEOUTS
 from tests.simulated.roles import (
     Prompts,
     SimulatedGenerator,
@@ -28,6 +31,7 @@ from tests.simulated.roles import (
     SimulatedTeacher,
     SimulatedVerifier,
 )
+from tests.simulated.runs import replica
 
 DEMO = load("configs/demo.toml")
 
@@ -39,7 +43,7 @@ async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
 
         died, told = asyncio.Event(), count()
 
-        async def spread(self, *_):
+        async def call_keeping(self, *_):
             await self.died.wait()
             await asyncio.sleep(0.01 * next(self.told))
             raise ActorLost("teacher 0 died")
@@ -47,11 +51,11 @@ async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
         def kill(self): ...
 
     teacher = Teacher()
-    pool = ReplicaPool("teacher", [TeacherProxy(teacher, DEMO, [1])])
+    pool = ReplicaPool("teacher", [RemoteRole(teacher, ports.Teacher, TIMEOUTS)])
     asking = []
     for group in ("a", "b", "c"):  # in a remote call each
-        asking.append(asyncio.ensure_future(pool.ask(lambda port, group=group: port.score(group))))
-        await asyncio.sleep(2 * Together.LINGER_S)
+        asking.append(asyncio.ensure_future(pool.ask(ports.Teacher.score, group)))
+        await asyncio.sleep(2 * LINGER_S)
     teacher.died.set()
     errors = await asyncio.gather(*asking, return_exceptions=True)
     assert [str(error) for error in errors] == ["teacher 0 died"] * 3
@@ -68,7 +72,7 @@ async def test_of_a_rank_that_dies_once_nobody_waits_for_it(unheard):
             await self.died.wait()
             raise ActorLost("learner rank 0 died")
 
-    saving = asyncio.ensure_future(LearnerProxy([Rank()], "", DEMO).save("folder"))
+    saving = asyncio.ensure_future(RemoteLearner([Rank()], "", 64, DEMO).save("folder"))
     await asyncio.sleep(0)
     saving.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -85,9 +89,9 @@ async def test_of_a_probe_that_fails_beside_another(unheard):
 
     pool = ReplicaPool("generator", [Broken(), Broken()])
     with pytest.raises(CallFailed, match="no probe"):
-        await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(
-            1, admit=lambda: None
-        )
+        await WeightPublisher(
+            replica(SimulatedLearner()), pool, parity_every=1, tolerance=1e-3
+        ).publish(1, admit=lambda: None)
     del pool
     assert unheard() == []
 
@@ -144,9 +148,11 @@ async def test_of_a_batch_of_the_ledger_whose_caller_was_cancelled(unheard, tmp_
 
 async def test_of_groups_that_a_lost_pool_of_verifiers_cannot_check(unheard):
     verifier = make_verifier(DEMO.verify, Tokenizer(WordLevel()).to_str(), 1.0)  # not started
-    with pytest.raises(ActorLost, match="not started"):
-        await verifier.check_all(*map(group, range(3)))
-    del verifier
+    actor = RoleActor("async_opd.core.wire:Sampling", 0.0)
+    actor._role = verifier
+    outcomes = await actor.each("check", *map(group, range(3)))
+    assert {f"{outcome}" for outcome in outcomes} == {"verifier pool: not started"}, outcomes
+    del verifier, actor, outcomes
     assert unheard() == []
 
 

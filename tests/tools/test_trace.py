@@ -9,7 +9,8 @@ import pytest
 
 from async_opd.cli.main import main
 from async_opd.core.errors import RunMissing
-from async_opd.driver.timed import TimedGenerator
+from async_opd.core.ports import Generator
+from async_opd.driver.replica import Replica
 from async_opd.telemetry.metrics import ROLES, Jsonl, Meter
 from async_opd.telemetry.spans import EARLIER, FILE, STATES, Window, encode
 from async_opd.tools.trace.events import trace
@@ -226,11 +227,12 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
 
     async def killed():
         meter = Meter([], asyncio.get_running_loop().time, lines.extend)
-        generator = TimedGenerator(Stuck(), meter.actor("generators", "generator 3"))
-        asking = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
+        actor_time = meter.actor("generators", "generator 3")
+        generator = Replica("generator 3", 3, Stuck(), actor_time)
+        asking = asyncio.ensure_future(generator.call(Generator.generate, next(iter(Prompts()))))
         await asyncio.sleep(1)
-        generator.kill()
-        asking.cancel()
+        generator.leave("it is gone")
+        await asyncio.wait([asking])
         await asyncio.sleep(2)
         meter.flush()
 

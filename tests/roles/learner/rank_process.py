@@ -15,7 +15,16 @@ import torch
 import torch.distributed as dist
 
 from async_opd.core.errors import CheckpointError, Diverged
-from async_opd.core.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from async_opd.core.wire import (
+    Group,
+    LearnerSettings,
+    LearnerShare,
+    Prompt,
+    Rollout,
+    Scores,
+    Span,
+    Verdict,
+)
 from async_opd.driver.checkpoints import write_whole
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
@@ -113,22 +122,22 @@ def main(
     resume: str | None,
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
-    learner = LearnerRank(
-        config,
-        OBJECTIVES[objective],
+    learner_settings = LearnerSettings(
         model=model,
         temperature=0.7,
         steps=steps,
         max_lag_steps=steps,
         stale="mask",
         truncated="mask",
-        cap=64,
+        max_new_tokens=64,
         seed=0,
-        rank=rank,
-        timeout_s=60.0,
+        backend="gloo",
         bucket_bytes=4096,
+        sync_s=60.0,
+        timeout_s=60.0,
         record_every_steps=2,
     )
+    learner = LearnerRank(rank, learner_settings, config, OBJECTIVES[objective])
     learner.start(rendezvous(learner, rank, Path(meeting)))
     # elements of weights this rank holds whole
     held = sum(p.numel() for p in learner._lm.parameters())
@@ -139,7 +148,7 @@ def main(
     ]
     if lopsided and rank:  # everything is rank 0's, and the others only join in
         mine = [[] for _ in mine]
-    pairs = [[(i, 0) for i in micro] for micro in mine]
+    share = LearnerShare(tuple(tuple((i, 0) for i in micro) for micro in mine), verdicts)
 
     def logprobs() -> list[float]:
         return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
@@ -147,7 +156,7 @@ def main(
     recorded = []
 
     def step() -> dict[str, float]:
-        done = learner.step(pairs, list(verdicts), *groups, *scores)
+        done = learner.step(share, groups=groups, scores=scores)
         metrics = done.metrics
         recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
         moved = weights(learner)  # as an update does, between any two steps
@@ -159,7 +168,7 @@ def main(
 
     if resume:
         learner.load_state(resume)
-    result = dict(held=held, micro_batches=len(pairs), before=logprobs())
+    result = dict(held=held, micro_batches=len(mine), before=logprobs())
     result["metrics"] = [step() for _ in range(steps - learner.version)]
     result |= dict(
         recorded=recorded,

@@ -12,9 +12,18 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from async_opd.core.ports import Ready
-from async_opd.core.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
-from async_opd.driver.queue import TrajectoryQueue
+from async_opd.core.ports import ScoredGroup
+from async_opd.core.wire import (
+    GeneratorSettings,
+    Group,
+    GroupMeta,
+    Needs,
+    Prompt,
+    Rollout,
+    Span,
+    Verdict,
+)
+from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.maths.packing import plan
 from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
@@ -24,6 +33,7 @@ from async_opd.roles.teacher.config import TeacherConfig
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
 from async_opd.toy import STUDENT, TEACHER
 from tests.objectives.test_contract import CASES
+from tests.roles.teacher.settings import scorer_settings
 
 LONG, P = 16_384, 700  # tokens of the response and of the prompt
 WIDTH = 32  # of the teacher
@@ -58,7 +68,7 @@ def teacher(tiny_lm, tmp_path):
     )
     tiny_lm(**shape).save_pretrained(tmp_path)
     config = TeacherConfig(model=str(tmp_path), head_chunk_rows=LONG)
-    return lambda needs: TransformersTeacher(config, needs, temperature=1.0, vocabulary=40)
+    return lambda needs: TransformersTeacher(scorer_settings(40), config, needs)
 
 
 def messages(teacher: TransformersTeacher, needs: Needs, tokens: int):
@@ -128,14 +138,25 @@ def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
         max_lag_steps=4,
         stale="mask",
         on_drop=lambda ticket, prompt, cause: None,
+        slots=Slots(1),
         wait_s=60.0,
     )
+    scored = ScoredGroup(
+        ticket=1,
+        prompt=group.prompt,
+        meta=meta,
+        group=group,
+        scores=scores,
+        verdicts=verdicts,
+        samples=(0,),
+        since=meta.oldest,
+    )
 
-    async def through(ready: Ready) -> list[Ready]:
-        queue.put(ready)
+    async def through() -> list[ScoredGroup]:
+        queue.put(scored)
         return await queue.take(104)
 
-    (ready,) = asyncio.run(through(Ready(1, group.prompt, meta, group, scores, verdicts, (0,))))
+    (ready,) = asyncio.run(through())
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
     trajectory = Trajectory(
         prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts
@@ -238,23 +259,21 @@ def around_vllm(monkeypatch):
     monkeypatch.setattr(teacher, "AsyncLLM", with_padding)
 
     def make(needs: Needs):
-        sampler = generator.RolloutGenerator(
-            RolloutConfig(max_new_tokens=LONG, enforce_eager=True),
-            needs,
+        settings = GeneratorSettings(
             name="generator 0",
             model=str(STUDENT),
-            eos_ids=[1],
+            eos_ids=(1,),
             max_prompt_tokens=P,
             vocabulary=24,
             backend="gloo",
             seed=0,
         )
+        rollout = RolloutConfig(max_new_tokens=LONG, enforce_eager=True)
+        sampler = generator.RolloutGenerator(settings, rollout, needs)
         config = TeacherConfig(model=str(TEACHER), backend="vllm")
         asked = Needs(teacher_topk=4, teacher_at_student_ids=needs.teacher_at_student_ids)
         teachers = [
-            teacher.VllmTeacher(
-                config, asked, role="teacher 0", vocabulary=vocabulary, longest=P + LONG
-            )
+            teacher.VllmTeacher(scorer_settings(vocabulary, longest=P + LONG), config, asked)
             for vocabulary in (9, 2)
         ]
         return engine, sampler, teachers

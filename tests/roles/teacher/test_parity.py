@@ -8,12 +8,13 @@ import torch
 from msgspec.structs import replace
 
 from async_opd.core.errors import ActorLost
-from async_opd.core.ports import Ready
+from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
 from async_opd.roles.teacher.config import TeacherConfig
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
 from tests.ray.conftest import demo_config, running
 from tests.roles.teacher.anchored import Anchored
+from tests.roles.teacher.settings import scorer_settings
 
 # the tokenizer's vocabulary, the model's, and the candidates a position
 REAL, PADDED, K = 24, 32, 5
@@ -86,9 +87,8 @@ def check(model, group: Group, scores) -> None:
 
 async def test_the_transformers_teacher_equals_a_plain_forward(model, tmp_path):
     config = TeacherConfig(model=str(tmp_path / "teacher"))
-    teacher = TransformersTeacher(
-        config, Needs(teacher_topk=K, tail=True), temperature=1.0, vocabulary=REAL
-    )
+    needs = Needs(teacher_topk=K, tail=True)
+    teacher = TransformersTeacher(scorer_settings(REAL), config, needs)
     for group in groups():
         check(model, group, await teacher.score(group))
 
@@ -126,12 +126,21 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
         # before its first step
         logp = await roles.learner.logprobs(prompt.ids, (await group).rollouts[0].ids)
         assert (await references)[0].sampled_logp == pytest.approx(logp, abs=1e-5)
-        result = await roles.learner.step(
-            [Ready(1, prompt, meta, group, scores, verdicts, (0,), references)]
+        ready = ScoredGroup(
+            ticket=1,
+            prompt=prompt,
+            meta=meta,
+            group=group,
+            scores=scores,
+            verdicts=verdicts,
+            samples=(0,),
+            since=0,
+            reference=references,
         )
+        result = await roles.learner.step([ready])
         assert result.version == 1 and result.metrics["tokens"] == meta.lengths[0]
 
-        (response,) = await teacher.greedy([prompt.ids])
+        (response,) = await teacher.greedy(prompt.ids)
         ids = torch.tensor([[*prompt.ids.tolist(), *response.tolist()]])
         assert (
             response.tolist()

@@ -13,6 +13,7 @@ from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.self_teacher import WeightEma
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
+from tests.roles.teacher.settings import scorer_settings
 from tests.simulated.virtual_time import virtual
 
 V, REAL = 40, 33  # the model's vocabulary, and the tokenizer's: ids from 33 on are padding
@@ -45,9 +46,12 @@ def forwards(monkeypatch) -> list[list[int]]:
 def teacher(model, tmp_path, forwards):
     """Makes a teacher."""
 
-    def make(needs=NOTHING, *, temperature=0.7, **settings):
+    def make(needs=NOTHING, *, temperature=0.7, longest=6, end=1, **settings):
         config = TeacherConfig(model=str(tmp_path), **settings)
-        made = TransformersTeacher(config, needs, temperature=temperature, vocabulary=REAL)
+        scoring = scorer_settings(
+            REAL, temperature=temperature, max_new_tokens=longest, eos_ids=(end,)
+        )
+        made = TransformersTeacher(scoring, config, needs)
         forwards.clear()  # of loading, which tries the model
         return made
 
@@ -182,9 +186,8 @@ async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model,
 
 async def test_a_reference_reads_what_the_student_was_asked(model, tmp_path, group):
     config = ReferenceConfig(model=str(tmp_path))
-    reference = TransformersTeacher(
-        config, NOTHING, temperature=0.7, vocabulary=REAL, as_student=True
-    )
+    settings = scorer_settings(REAL, temperature=0.7, as_student=True)
+    reference = TransformersTeacher(settings, config, NOTHING)
     one = group(teacher_ids=np.array([5, 6, 7, 8, 9], np.int32), candidates=2)
     (scores, _) = await reference.score(one)
     close(scores.sampled_logp, sampled(model, one))
@@ -372,7 +375,7 @@ async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
 @torch.no_grad()
 def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
     prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]
-    responses = asyncio.run(teacher().greedy(prompts, 6, [1]))
+    responses = asyncio.run(teacher().greedy(*prompts))
     for prompt, got in zip(prompts, responses, strict=True):
         ids = prompt.tolist()
         for token in got.tolist():
@@ -384,8 +387,8 @@ def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
 @torch.no_grad()
 def test_greedy_stops_at_an_end_token(model, teacher):
     prompt = np.array([5, 6, 7], np.int32)
-    free = asyncio.run(teacher().greedy([prompt], 6, [1]))[0]
-    stopped = asyncio.run(teacher().greedy([prompt], 6, [int(free[2])]))[0]
+    free = asyncio.run(teacher().greedy(prompt))[0]
+    stopped = asyncio.run(teacher(end=int(free[2])).greedy(prompt))[0]
     end = free.tolist().index(free[2]) + 1
     assert stopped.tolist()[:end] == free.tolist()[:end] and len(stopped) == end
 
@@ -394,19 +397,18 @@ def test_greedy_stops_at_an_end_token(model, teacher):
 def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(
     model, teacher, tmp_path
 ):
-    plain = asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))
+    prompt = np.array([5, 6, 7], np.int32)
+    plain = asyncio.run(teacher(longest=8).greedy(prompt))
     GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=5.0).save_pretrained(
         tmp_path
     )
-    assert (
-        asyncio.run(teacher().greedy([np.array([5, 6, 7], np.int32)], 8, [1]))[0].tolist()
-        == plain[0].tolist()
-    )
+    (bent,) = asyncio.run(teacher(longest=8).greedy(prompt))
+    assert bent.tolist() == plain[0].tolist()
 
 
 async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
     scorer = teacher()
     (before, _) = await scorer.score(group())
-    await scorer.greedy([np.array([5, 6, 7], np.int32)], 4, [1])
+    await scorer.greedy(np.array([5, 6, 7], np.int32))
     (after, _) = await scorer.score(group())
     np.testing.assert_allclose(after.sampled_logp, before.sampled_logp, atol=1e-5)

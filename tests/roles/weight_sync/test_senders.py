@@ -6,6 +6,7 @@ import torch
 from torch.profiler import profile
 
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
+from async_opd.roles.weight_sync.receiver import init_info
 from async_opd.roles.weight_sync.sender import SENDERS, GlooSender
 
 HOST, BUCKET = "127.0.0.1", 40_000
@@ -45,9 +46,9 @@ def model(count):
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # nobody joins it
 def test_the_port_that_the_members_are_told_is_the_senders_own(backend):
     sender = SENDERS[backend](HOST, bucket_bytes=BUCKET, timeout_s=10.0)
-    told = sender.init_info(1, 2)
+    info = init_info(sender.group(1, 2), backend)
     with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
-        other.bind((HOST, told["port" if backend == "gloo" else "master_port"]))
+        other.bind((HOST, info["port" if backend == "gloo" else "master_port"]))
 
 
 def test_every_weight_arrives_in_order_and_again_after_it_moved(wire):

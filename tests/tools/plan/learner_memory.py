@@ -13,7 +13,16 @@ import sys
 import numpy as np
 import torch
 
-from async_opd.core.wire import Group, Prompt, Rollout, Scores, Span, Verdict
+from async_opd.core.wire import (
+    Group,
+    LearnerSettings,
+    LearnerShare,
+    Prompt,
+    Rollout,
+    Scores,
+    Span,
+    Verdict,
+)
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.engine import LearnerRank
@@ -36,21 +45,22 @@ def peak(work) -> int:
 
 
 def main(model: str, settings: dict, tokens: list[int]) -> None:
-    learner = LearnerRank(
-        LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings),
-        Opd(),
+    learner_settings = LearnerSettings(
         model=model,
         temperature=1.0,
         steps=10,
         max_lag_steps=9,
         stale="mask",
         truncated="train",
-        cap=4096,
+        max_new_tokens=4096,
         seed=0,
-        rank=0,
-        timeout_s=60.0,
+        backend="gloo",
         bucket_bytes=2**20,
+        sync_s=60.0,
+        timeout_s=60.0,
     )
+    config = LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings)
+    learner = LearnerRank(0, learner_settings, config, Opd())
     learner.start(learner.listen("127.0.0.1"))
 
     def step(length: int) -> None:
@@ -65,7 +75,8 @@ def main(model: str, settings: dict, tokens: list[int]) -> None:
         )
         group = Group(prompt=Prompt(id="0", ids=ids[:1], answer=""), rollouts=(rollout,))
         scores = Scores(id="0#0", sampled_logp=-2 * np.ones(length - 1, np.float32))
-        learner.step([[(0, 0)]], [(Verdict(id="0#0", correct=True),)], group, (scores,))
+        share = LearnerShare((((0, 0),),), ((Verdict(id="0#0", correct=True),),))
+        learner.step(share, groups=(group,), scores=((scores,),))
 
     step(tokens[0])  # which makes the optimizer's state
     print(

@@ -3,11 +3,12 @@ runs."""
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from async_opd.driver.timed import TimedGenerator, TimedTeacher, TimedVerifier
+from async_opd.core.errors import ActorLost
+from async_opd.core.ports import Generator, Teacher, Verifier
+from async_opd.driver.replica import Replica
 from async_opd.telemetry.metrics import ROLES, STATES, Meter
 from tests.simulated.roles import (
     Pace,
@@ -18,8 +19,6 @@ from tests.simulated.roles import (
 )
 from tests.simulated.runs import measure
 from tests.simulated.virtual_time import virtual
-
-WITH_SLOTS = partial(TimedGenerator, idle="blocked")
 
 
 class Slow(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
@@ -36,21 +35,21 @@ class Slow(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
         await asyncio.sleep(1)
         return ()
 
-    async def update(self, version, update_info, oldest):
+    async def update(self, version, layout, oldest):
         await asyncio.sleep(1)
 
     async def load(self, folder):
         await asyncio.sleep(2)
 
 
-def spent(scenario, wrap, role: str) -> dict[str, float]:
+def spent(scenario, role: str, idle: str = "starved") -> dict[str, float]:
     """Virtual seconds by state of one actor that goes through `scenario`; only those that are not
     0."""
 
     async def account():
         clock = asyncio.get_running_loop().time
         actor = Meter([], clock).actor(role)
-        await scenario(wrap(Slow(), actor))
+        await scenario(Replica(role, 0, Slow(), actor, idle=idle))
         return {
             state: round(seconds, 6)
             for state in STATES
@@ -60,70 +59,102 @@ def spent(scenario, wrap, role: str) -> dict[str, float]:
     return virtual(account())
 
 
+def asks(replica, method, *args) -> asyncio.Task:
+    return asyncio.ensure_future(replica.call(method, *args))
+
+
+def prompt():
+    return next(iter(Prompts()))
+
+
 def test_a_generator_is_busy_while_any_request_is_out_and_else_blocked_until_no_prompt_is_left():
     async def scenario(generator):
-        first = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
+        first = asks(generator, Generator.generate, prompt())
         await asyncio.sleep(0.5)
-        await generator.generate(next(iter(Prompts())))  # overlaps the first: busy for 1.5 s
+        # overlaps the first: busy for 1.5 s
+        await generator.call(Generator.generate, prompt())
         await first
         await asyncio.sleep(2)  # prompts are left, but no slot: blocked
-        generator.no_prompt_is_left()
+        generator.idles("starved")
         await asyncio.sleep(4)
 
-    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.5, "blocked": 2, "starved": 4}
+    assert spent(scenario, "generators", "blocked") == {"busy": 1.5, "blocked": 2, "starved": 4}
 
 
 def test_a_generator_is_syncing_from_update_to_resume_whatever_is_out():
     async def scenario(generator):
-        asking = asyncio.ensure_future(generator.generate(next(iter(Prompts()))))
+        asking = asks(generator, Generator.generate, prompt())
         await asyncio.sleep(0.25)
-        await generator.update(1, {}, 0)  # 1 s, in which the request ends
-        await asyncio.sleep(2)  # until it is told to run on
-        await generator.resume()
+        with generator.held("syncing"):
+            await generator.call(Generator.update, 1, None, 0)  # 1 s, in which the request ends
+            await asyncio.sleep(2)  # until it is told to run on
+            await generator.call(Generator.resume, 0)
         await asking
-        await generator.generate(next(iter(Prompts())))
+        await generator.call(Generator.generate, prompt())
 
-    assert spent(scenario, WITH_SLOTS, "generators") == {"busy": 1.25, "syncing": 3}
+    assert spent(scenario, "generators", "blocked") == {"busy": 1.25, "syncing": 3}
 
 
 def test_a_member_is_down_from_its_end_until_another_takes_its_place_whatever_still_comes_back():
-    times = []
-
-    def wrap(port, time):
-        times.append(time)
-        return WITH_SLOTS(port, time)
-
-    async def scenario(timed):
-        asking = asyncio.ensure_future(timed.generate(next(iter(Prompts()))))
+    async def scenario(lost):
+        asking = asks(lost, Generator.generate, prompt())
         await asyncio.sleep(0.25)
-        timed.kill()
-        await asking  # its late answer, at 1 s
-        await asyncio.sleep(2)
-        another = WITH_SLOTS(Slow(), *times)
-        await another.generate(next(iter(Prompts())))
+        lost.leave("it is gone")
+        with pytest.raises(ActorLost, match="it is gone"):
+            await asking
+        with pytest.raises(ActorLost, match="it is gone"):
+            await lost.call(Generator.generate, prompt())
+        await asyncio.sleep(2.75)
+        another = Replica("generator 0", 0, Slow(), lost._time, idle="blocked")
+        await another.call(Generator.generate, prompt())
         await asyncio.sleep(1)
 
-    assert spent(scenario, wrap, "generators") == {"busy": 1.25, "down": 2.75, "blocked": 1}
+    found = spent(scenario, "generators", "blocked")
+    assert found == {"busy": 1.25, "down": 2.75, "blocked": 1}
 
 
-@pytest.mark.parametrize(("wrap", "call"), [(TimedTeacher, "score"), (TimedVerifier, "check")])
-def test_a_teacher_or_verifier_without_a_group_is_starved(wrap, call):
-    async def scenario(timed):
+@pytest.mark.parametrize("method", [Teacher.score, Verifier.check])
+def test_a_teacher_or_verifier_without_a_group_is_starved(method):
+    async def scenario(replica):
         await asyncio.sleep(2)
-        await getattr(timed, call)(None)
+        await replica.call(method, None)
 
-    assert spent(scenario, wrap, "teachers") == {"busy": 1, "starved": 2}
+    assert spent(scenario, "teachers") == {"busy": 1, "starved": 2}
 
 
 def test_a_teacher_is_syncing_while_it_takes_the_student_s_weights_whatever_is_out():
     async def scenario(teacher):
-        asking = asyncio.ensure_future(teacher.score(None))
+        asking = asks(teacher, Teacher.score, None)
         await asyncio.sleep(0.25)
-        await teacher.load("folder")  # 2 s, in which the score comes
+        with teacher.held("syncing"):
+            await teacher.call(Teacher.load, "folder")  # 2 s, in which the score comes
         await asking
         await asyncio.sleep(1)
 
-    assert spent(scenario, TimedTeacher, "teachers") == {"busy": 0.25, "syncing": 2, "starved": 1}
+    assert spent(scenario, "teachers") == {"busy": 0.25, "syncing": 2, "starved": 1}
+
+
+def test_a_call_is_a_span_of_what_it_was_of_and_one_that_is_cut_off_says_so():
+    lines = []
+
+    async def account():
+        clock = asyncio.get_running_loop().time
+        meter = Meter([], clock, spans=lines.extend)
+        replica = Replica("generator 0", 0, Slow(), meter.actor("generators", "generator 0"))
+        await replica.call(Generator.generate, prompt(), of="0")
+        cut = asks(replica, Generator.generate, prompt())
+        await asyncio.sleep(0.5)
+        replica.leave("it is gone")
+        await asyncio.wait([cut])
+        meter.flush()
+
+    virtual(account())
+    calls = [call for line in lines for call in line.calls]
+    assert [(name, call, of) for name, call, of, _, _ in calls] == [
+        ("generator 0", "generate", "0"),
+        ("generator 0", "generate, cut off", ""),
+    ]
+    assert [end - start for *_, start, end in calls] == [1, 0.5]
 
 
 BALANCED = Pace.of(1, 1)
