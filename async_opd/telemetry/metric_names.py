@@ -28,7 +28,7 @@ class Metric(NamedTuple):
 def _of_objectives() -> dict[str, tuple[Metric, ...]]:
     """What objectives say of themselves, under the tags of those that say the same."""
     tags: dict[tuple[Metric, ...], list[str]] = {}
-    for tag, objective in all_objectives().items():
+    for tag, objective in sorted(all_objectives().items()):
         metrics = tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
         tags.setdefault(metrics, []).append(f"`{tag}`")
     return {
