@@ -91,8 +91,11 @@ class Objective(
         gate = ("drift_gate",) if self.drift_gate else ()
         chosen = ("selected",) if self.mean_over == "selected" else ()
         by_student = chosen and type(self).selection is not Objective.selection
-        live = bool(method.first_pass or gate or by_student)
-        return msgspec.structs.replace(method, sums=(*method.sums, *gate, *chosen), first_pass=live)
+        return msgspec.structs.replace(
+            method,
+            sums=(*method.sums, *gate, *chosen),
+            first_pass=bool(method.first_pass or gate or by_student),
+        )
 
     def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
         """The declared sums and maxima over the kept tokens of one batch, at least one, and their

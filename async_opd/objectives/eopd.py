@@ -67,6 +67,4 @@ class Eopd(Sampled, frozen=True, tag="eopd"):
     def _uncertain(self, batch: TokenBatch) -> Tensor:
         """1[H_T ≥ τ] as a number, [N]."""
         one_N = batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
-        if not self.tau:
-            return one_N
-        return one_N.where(declared(batch.teacher_entropy_N) >= self.tau, 0)
+        return one_N.where(declared(batch.teacher_entropy_N) >= self.tau, 0) if self.tau else one_N

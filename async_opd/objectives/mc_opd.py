@@ -35,9 +35,11 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
         signal_NM = behaviour_NM if self.student_signal == "cached" else student_NM.detach()
         advantage_NM = advantages.reverse_kl(signal_NM, teacher_NM)
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
-        one_N = behaviour_NM.new_ones(len(behaviour_NM))
         return TokenLoss(
-            loss_N=loss_NM.mean(1), weight_N=one_N, advantage=advantage_NM, ratio=ratio_NM
+            loss_N=loss_NM.mean(1),
+            weight_N=behaviour_NM.new_ones(len(behaviour_NM)),
+            advantage=advantage_NM,
+            ratio=ratio_NM,
         )
 
 

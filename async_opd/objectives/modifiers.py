@@ -28,9 +28,12 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def gate(self, batch: TokenBatch) -> Tensor:
         """g [N]."""
-        student_logp_N = declared(batch.student_logp_N).detach()
         return gates.drift(
-            student_logp_N, batch.behaviour_logp_N, batch.segment_N, block=self.block, tau=self.tau
+            declared(batch.student_logp_N).detach(),
+            batch.behaviour_logp_N,
+            batch.segment_N,
+            block=self.block,
+            tau=self.tau,
         )
 
     def weight(self, batch: TokenBatch) -> Tensor:
@@ -83,8 +86,9 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def factor(self, batch: TokenBatch) -> Tensor:
         """Detached, [N]."""
-        student_logp_N = declared(batch.student_logp_N).detach()
-        ratio_N = importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
+        ratio_N = importance.prefix_ratio(
+            declared(batch.student_logp_N).detach(), batch.behaviour_logp_N, batch.segment_N
+        )
         return importance.truncate(ratio_N, at_most=self.at_most, between=self.between)
 
 

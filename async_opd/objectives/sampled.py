@@ -109,9 +109,8 @@ class Sampled(Objective, frozen=True, kw_only=True):
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
         """The student's log-probs that the signal takes, [N], detached."""
-        if self.student_signal == "cached":
-            return batch.behaviour_logp_N
-        return declared(batch.student_logp_N).detach()
+        live = self.student_signal == "live"
+        return declared(batch.student_logp_N).detach() if live else batch.behaviour_logp_N
 
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π [N], detached."""

@@ -66,7 +66,8 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
         else:
             loss_N = divergences.jensen_shannon(student, teacher, beta=self.beta)
         ratio_N = self.prefix.factor(batch) if self.prefix else None
-        one_N = batch.behaviour_logp_N.new_ones(len(loss_N))
         return TokenLoss(
-            loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N
+            loss_N=loss_N if ratio_N is None else ratio_N * loss_N,
+            weight_N=batch.behaviour_logp_N.new_ones(len(loss_N)),
+            ratio=ratio_N,
         )

@@ -27,14 +27,14 @@ class Metric(NamedTuple):
 
 def _of_objectives() -> dict[str, tuple[Metric, ...]]:
     """What objectives say of themselves, under the tags of those that say the same."""
-    tags: dict[tuple[Metric, ...], list[str]] = {}
-    for tag, objective in sorted(all_objectives().items()):
-        metrics = tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
-        tags.setdefault(metrics, []).append(f"`{tag}`")
+    tables = {
+        f"`{tag}`": tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
+        for tag, objective in sorted(all_objectives().items())
+        if objective.metrics
+    }
     return {
-        f"the learner, for {' and '.join(names)}": metrics
-        for metrics, names in tags.items()
-        if metrics
+        f"the learner, for {' and '.join(tag for tag in tables if tables[tag] == table)}": table
+        for table in tables.values()
     }
 
 

@@ -22,9 +22,8 @@ class Recorder:
         self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int
     ):
         """`samples` of each of `micros`; `live` version that they are trained at."""
-        self._objective = objective
+        self._objective, self._live = objective, live
         self._samples = samples
-        self._live = live
         keys = [
             (key, number, place)
             for number, micro in enumerate(micros)

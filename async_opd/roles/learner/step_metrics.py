@@ -127,8 +127,8 @@ class Measured:
         ratio = one if result.ratio is None else result.ratio
         size = one if result.advantage is None else result.advantage.abs()
         several = max(ratio.ndim, size.ndim) == 2
-        weight = result.weight_N[:, None] if several else result.weight_N
-        factors = torch.broadcast_tensors(weight, ratio, size)
+        method = result.weight_N[:, None] if several else result.weight_N
+        factors = torch.broadcast_tensors(method, ratio, size)
         method, ratio, size = (factor[chosen].double().flatten() for factor in factors)
         weight = method * ratio * size
         self._sum({"entries": torch.ones_like(weight)})
@@ -177,9 +177,12 @@ def _metrics(
         "lag_max": maxima["lag"],
     }
     for name in ("weight", "ratio"):  # W · ρ̃ · |A| and ρ̃ of the selected tokens
-        metrics |= {f"{name}_mean": sums[name] / entries, f"{name}_max": maxima[name]}
-        squares = sums[f"{name}_squared"]
-        metrics[f"{name}_ess"] = effective_sample_size(sums[name], squares, entries)
+        total, squares = sums[name], sums[f"{name}_squared"]
+        metrics |= {
+            f"{name}_mean": total / entries,
+            f"{name}_max": maxima[name],
+            f"{name}_ess": effective_sample_size(total, squares, entries),
+        }
     logs = max(sums["logs"], 1)
     variance = sums["log_squared"] / logs - (sums["log"] / logs) ** 2
     # its share of the variance of log(W · ρ̃ · |A|); they add up to 1 where that varies

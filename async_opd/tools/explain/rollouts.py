@@ -24,7 +24,6 @@ from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.objectives.token_batch import TokenBatch
 
-Bounds = tuple[float, float, str]  # least, most, in words
 LOGP = (-torch.inf, LOGP_TOLERANCE, "a finite log-prob <= 0")
 ENTROPY = (-LOGP_TOLERANCE, torch.inf, "a finite entropy >= 0")
 FINITE = (-torch.inf, torch.inf, "a finite number")
@@ -164,6 +163,7 @@ class BatchReader:
         reads and the file lacks."""
         self._check_lengths()
         lengths = torch.tensor([t.length for t in self._trajectories])
+        prompts = self._values("prompt")
         return TokenBatch(
             student_logp_N=_leaf(self._tokens("student_logp", LOGP)),
             behaviour_logp_N=self._tokens("behaviour_logp", LOGP),
@@ -179,7 +179,8 @@ class BatchReader:
             teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor(
-                [zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]
+                # of the prompt and the place in its group
+                [zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode()) for i, p in enumerate(prompts)]
             ),
             reward_S=self._each("reward"),
             group_reward_SG=self._group_rewards(),
@@ -200,7 +201,7 @@ class BatchReader:
                     f"{self._at(i)}.length_cap = {t.length_cap}: must be >= its {t.length} tokens"
                 )
 
-    def _tokens(self, field: str, bounds: Bounds) -> Tensor:
+    def _tokens(self, field: str, bounds: tuple[float, float, str]) -> Tensor:
         """A field of every token, [N] or [N, D]."""
         if (lacking := self._lacking(field, self._count)) is not None:
             return lacking
@@ -227,8 +228,10 @@ class BatchReader:
         """A field of every trajectory, [S]; NaN for null."""
         if (lacking := self._lacking(field, len(self._trajectories))) is not None:
             return lacking
-        numbers = [torch.nan if value is None else value for value in self._values(field)]
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(
+            [torch.nan if value is None else value for value in self._values(field)],
+            dtype=torch.float64,
+        )
 
     def _group_rewards(self) -> Tensor:
         """Rewards of all trajectories of the same prompt, [S, G]; NaN where there is none."""
@@ -239,26 +242,23 @@ class BatchReader:
         groups = [reward_S[torch.tensor([p == other for other in prompts])] for p in prompts]
         return torch.nn.utils.rnn.pad_sequence(groups, True, torch.nan)
 
-    def _placed(self) -> list[tuple[Trajectory, int]]:
-        """Every trajectory with its place in its group."""
-        prompts = [t.prompt for t in self._trajectories]
-        return [(t, prompts[:i].count(t.prompt)) for i, t in enumerate(self._trajectories)]
-
     def _moments(self, name: str) -> Moments:
         past = getattr(self._rollouts.running, name)
         if past is UNSET:
-            missing = f"{self._file} has no running.{name} at step {self._rollouts.step}"
-            lacking: Any = self._absent(
-                missing, 0
-            )  # in place of numbers, to raise where it is read
+            what = f"{self._file} has no running.{name} at step {self._rollouts.step}"
+            lacking: Any = self._absent(what, 0)  # for numbers: it raises where they are read
             return Moments(lacking, lacking, lacking)
-        values = [past.count, past.mean, past.squares]
-        return Moments(*_checked(f"{self._file}: running.{name}", values, FINITE).tolist())
+        values = _checked(
+            f"{self._file}: running.{name}", [past.count, past.mean, past.squares], FINITE
+        )
+        return Moments(*values.tolist())
 
     def _values(self, field: str) -> list[Any]:
         return [getattr(t, field) for t in self._trajectories]
 
-    def _joined(self, field: str, values: list[list[Any]], bounds: Bounds) -> Tensor:
+    def _joined(
+        self, field: str, values: list[list[Any]], bounds: tuple[float, float, str]
+    ) -> Tensor:
         parts = [
             _checked(f"{self._at(i)}.{field}", value, bounds) for i, value in enumerate(values)
         ]
@@ -279,7 +279,7 @@ class BatchReader:
         return f"{self._file}: trajectories[{index}]"
 
 
-def _checked(place: str, values: list[Any], bounds: Bounds) -> Tensor:
+def _checked(place: str, values: list[Any], bounds: tuple[float, float, str]) -> Tensor:
     try:
         numbers = torch.tensor(values, dtype=torch.float64)
     except ValueError as e:

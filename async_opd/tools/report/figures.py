@@ -104,13 +104,13 @@ def learning(runs: list[Run]) -> list[Figure]:
         dots for number, run in enumerate(runs) if (dots := _held_out(run, number, len(runs) > 1))
     ]
     tags = {run.config.get("objective.tag") for run in runs}
-    names = {
+    metrics = {
         name: name.replace("_", " ")
         for tag, objective in sorted(all_objectives().items())
         if tag in tags
         for name in objective.metrics
     }
-    method = Curves("What the method shows", "Means over tokens", "", names)
+    method = Curves("What the method shows", "Means over tokens", "", metrics)
     return _with_marks([*figures, _lines(method, runs)], runs)
 
 
