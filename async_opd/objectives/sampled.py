@@ -109,8 +109,11 @@ class Sampled(Objective, frozen=True, kw_only=True):
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
         """The student's log-probs that the signal takes, [N], detached."""
-        live = self.student_signal == "live"
-        return declared(batch.student_logp_N).detach() if live else batch.behaviour_logp_N
+        return (
+            batch.behaviour_logp_N
+            if self.student_signal == "cached"
+            else declared(batch.student_logp_N).detach()
+        )
 
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π [N], detached."""

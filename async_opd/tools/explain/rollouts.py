@@ -217,8 +217,10 @@ class BatchReader:
             for place, row in enumerate(rows):
                 position = f"{self._at(i)}.candidates[{place}] has"
                 if len(row) != wanted:
-                    many = f"{len(row)} candidates: must be {wanted} for objective {self._tag}"
-                    raise DataError(f"{position} {many}")
+                    raise DataError(
+                        f"{position} {len(row)} candidates:"
+                        f" must be {wanted} for objective {self._tag}"
+                    )
                 if any(getattr(candidate, field) is UNSET for candidate in row):
                     return self._absent(f"{position} no {field}", self._count)
         values = [[[getattr(c, field) for c in row] for row in rows] for rows in candidates]
