@@ -24,11 +24,12 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
     m: Annotated[int, Meta(ge=1)] = 4
 
     def requirements(self) -> Needs:
-        """m - 1 samples of the behaviour policy at each position, with the teacher's log-probs."""
+        """Ask for m - 1 samples of the behaviour policy at each position, with the teacher's
+        log-probs."""
         return Needs(teacher_at_student_ids=self.m - 1, student_ids="sampled")
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """ℓ [N], the mean of a position's m samples."""
+        """Compute ℓ [N], the mean of a position's m samples."""
         student_NM = _beside(declared(batch.student_logp_N), batch.student_logp_NK)
         behaviour_NM = _beside(batch.behaviour_logp_N, batch.behaviour_logp_NK)
         teacher_NM = _beside(batch.teacher_logp_N, batch.teacher_logp_NK)

@@ -12,8 +12,8 @@ from async_opd.tools.explain.rollouts import Absent, BatchReader, Rollouts
 
 
 def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[dict[str, Any]]:
-    """What `objective` does to each trajectory, as plain lists over its T tokens, by the names of
-    `effect`.
+    """Show what `objective` does to each trajectory, as plain lists over its T tokens, by the
+    names of `effect`.
 
     Statistics and groups are over all that is given. Raises DataError naming the trajectory, the
     field and the objective where `file`, which `rollouts` were read from, lacks what the objective

@@ -108,7 +108,7 @@ KINDS = {
 
 
 def read(path: str | Path) -> Rollouts:
-    """The rollouts in a JSON file. Raises DataError naming the file, the place and what is
+    """Read the rollouts in a JSON file. Raises DataError naming the file, the place and what is
     wrong."""
     try:
         return msgspec.convert(json.loads(Path(path).read_text(encoding="utf-8")), Rollouts)
@@ -123,7 +123,7 @@ def read(path: str | Path) -> Rollouts:
 
 
 def _in_words(message: str) -> str:
-    """A message of msgspec's, with the allowed names where one is unknown."""
+    """Repeat a message of msgspec's, with the allowed names where one is unknown."""
     pattern = r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?"
     if not (unknown := re.fullmatch(pattern, message)):
         return message
@@ -158,7 +158,7 @@ class BatchReader:
         self._count = sum(t.length for t in rollouts.trajectories)
 
     def batch(self) -> TokenBatch:
-        """All tokens of all trajectories, float64; student log-probs are leaves that take
+        """Collect all tokens of all trajectories, float64; student log-probs are leaves that take
         gradients. Raises DataError, here for what cannot be, and from the objective for what it
         reads and the file lacks."""
         self._check_lengths()
@@ -202,13 +202,13 @@ class BatchReader:
                 )
 
     def _tokens(self, field: str, bounds: tuple[float, float, str]) -> Tensor:
-        """A field of every token, [N] or [N, D]."""
+        """Join a field of every token, [N] or [N, D]."""
         if (lacking := self._lacking(field, self._count)) is not None:
             return lacking
         return self._joined(field, self._values(field), bounds)
 
     def _candidates(self, field: str) -> Tensor | None:
-        """A field of every candidate, [N, K]; None where the objective wants none."""
+        """Join a field of every candidate, [N, K]; None where the objective wants none."""
         wanted = self._needs.teacher_topk or self._needs.teacher_at_student_ids
         if not wanted or (lacking := self._lacking("candidates", self._count)) is not None:
             return lacking if wanted else None
@@ -227,7 +227,7 @@ class BatchReader:
         return self._joined(f"candidates.{field}", values, LOGP)
 
     def _each(self, field: str) -> Tensor:
-        """A field of every trajectory, [S]; NaN for null."""
+        """Collect a field of every trajectory, [S]; NaN for null."""
         if (lacking := self._lacking(field, len(self._trajectories))) is not None:
             return lacking
         return torch.tensor(
@@ -236,7 +236,8 @@ class BatchReader:
         )
 
     def _group_rewards(self) -> Tensor:
-        """Rewards of all trajectories of the same prompt, [S, G]; NaN where there is none."""
+        """Collect the rewards of all trajectories of the same prompt, [S, G]; NaN where there is
+        none."""
         reward_S, prompts = self._each("reward"), self._values("prompt")
         for lacking in (self._lacking("prompt", len(prompts)), reward_S):
             if isinstance(lacking, Absent):
@@ -269,7 +270,7 @@ class BatchReader:
         return torch.cat(parts)
 
     def _lacking(self, field: str, length: int) -> Absent | None:
-        """A stand-in of that length where a trajectory lacks the field."""
+        """Make a stand-in of that length where a trajectory lacks the field."""
         lacking = [i for i, value in enumerate(self._values(field)) if value is UNSET]
         return self._absent(f"{self._at(lacking[0])} has no {field}", length) if lacking else None
 

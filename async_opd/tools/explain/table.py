@@ -19,9 +19,9 @@ Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a da
 
 
 def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
-    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with rows
-    below it for its candidates and their tail. With `colour`, what becomes likelier is green, and
-    what becomes less likely red."""
+    """Write lines of at most 120 columns: for each trajectory a heading and a row a token, with
+    rows below it for its candidates and their tail. With `colour`, what becomes likelier is green,
+    and what becomes less likely red."""
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
         reward = (
@@ -80,6 +80,6 @@ def _number(x: Any) -> str:
 
 
 def _shown(token: str | int, width: int) -> str:
-    """On one line, with its spaces."""
+    """Show it on one line, with its spaces."""
     text = repr(token)[1:-1] if isinstance(token, str) else str(token)
     return text if len(text) <= width else text[: width - 1] + "…"
