@@ -44,7 +44,7 @@ class Objective(
     metrics: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def __init_subclass__(cls) -> None:
-        for old in RENAMED.keys() & vars(cls).keys():
+        for old in sorted(RENAMED.keys() & vars(cls).keys()):
             raise ConfigError(f"objective {cls.__name__}: {old} is called {RENAMED[old]} now")
 
     def __post_init__(self) -> None:

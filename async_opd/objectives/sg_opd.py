@@ -50,8 +50,8 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
             refuse_change(self, "lambda_base", f"fallback = {self.fallback!r}")
 
     def requirements(self) -> Needs:
-        """Ask for log-probs of the reference, unless no λ reads them; the mean of φ under the live
-        student."""
+        """Ask for log-probs of the reference, unless no λ reads them, and for the mean of φ under the
+        live student."""
         reference = self.lambda_high != 1 or self.lambda_base != 1
         return Needs(
             reference=reference,
@@ -85,8 +85,8 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
         )
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Mark the tokens where the teacher's sign is the verifier's, is not, or where one
-        of them has none."""
+        """Mark the tokens where the teacher's sign is the verifier's, is not, or where one of
+        them has none."""
         sign_N = (self._trust(batch) * self.teacher_minus_student(batch)).sign()
         return {"agree": sign_N > 0, "disagree": sign_N < 0, "no_sign": sign_N == 0}
 
