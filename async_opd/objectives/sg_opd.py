@@ -50,8 +50,8 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
             refuse_change(self, "lambda_base", f"fallback = {self.fallback!r}")
 
     def requirements(self) -> Needs:
-        """Ask for log-probs of the reference, unless no λ reads them, and for the mean of φ under the
-        live student."""
+        """Ask for log-probs of the reference, unless no λ reads them, and for the mean of φ under
+        the live student."""
         reference = self.lambda_high != 1 or self.lambda_base != 1
         return Needs(
             reference=reference,
