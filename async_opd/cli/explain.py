@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     # torch waits until the objective is known to be right
     from async_opd.tools.explain.effect import explain
-    from async_opd.tools.explain.given import read
+    from async_opd.tools.explain.rollouts import read
     from async_opd.tools.explain.table import table
 
     rollouts = read(files[0])

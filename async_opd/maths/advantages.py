@@ -28,11 +28,10 @@ def extrapolated(
     >>> extrapolated(torch.tensor([-1.2]), torch.tensor([-0.7]), torch.tensor([-1.1]), lam=1.25)
     tensor([0.6000])
     """
-    advantage = reverse_kl(student_logp, teacher_logp)
     if lam == 1:
-        return advantage
+        return reverse_kl(student_logp, teacher_logp)
     assert reference_logp is not None
-    return advantage + (lam - 1) * (teacher_logp - reference_logp)
+    return reverse_kl(student_logp, teacher_logp) + (lam - 1) * (teacher_logp - reference_logp)
 
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:

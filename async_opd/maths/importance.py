@@ -96,8 +96,8 @@ def clipped(ratio: Tensor, advantage: Tensor, *, clip: float, dual_clip: float |
     >>> clipped(ratios, advantages, clip=0.2, dual_clip=3.0)
     tensor([1.2000, 1.5000, 3.0000])
     """
-    worse = ratio.clamp(min=1 - clip, max=dual_clip)
-    return ratio.clamp(max=1 + clip).where(advantage >= 0, worse)
+    lowered = ratio.clamp(max=1 + clip)
+    return lowered.where(advantage >= 0, ratio.clamp(min=1 - clip, max=dual_clip))
 
 
 def effective_sample_size(total: float, squares: float, count: float) -> float:

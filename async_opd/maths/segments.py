@@ -62,8 +62,7 @@ def lookahead_minimum(value_N: Tensor, segment_N: Tensor, window: int) -> Tensor
     least_N = value_N.clone()
     for ahead in range(1, min(window, len(value_N) - 1) + 1):
         same = segment_N[ahead:] == segment_N[:-ahead]
-        nearer_N = least_N[:-ahead]
-        least_N[:-ahead] = nearer_N.minimum(value_N[ahead:]).where(same, nearer_N)
+        least_N[:-ahead] = value_N[ahead:].minimum(least_N[:-ahead]).where(same, least_N[:-ahead])
     return least_N
 
 

@@ -57,8 +57,8 @@ def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     tensor(2)
     """
     place_N = segments.places(segment_N)
-    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15  # wraps around, as does what follows
-    mixed_N = mixed_N + (place_N + 1) * 0x3F58476D1CE4E5B9
+    # int64 wraps around, here and below
+    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, 0x14D049BB133111EB), (27, 0x369DEA0F31A53F85)):
         mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
     order_N = (segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33).argsort(stable=True)
@@ -74,8 +74,7 @@ def kept(length_S: Tensor, share: float) -> Tensor:
     >>> kept(torch.tensor([8, 5, 1]), 0.2)
     tensor([2, 1, 1])
     """
-    rounded_S = (share * length_S.double() + 0.5 + ROUNDING).long()
-    return rounded_S.clamp(min=1).minimum(length_S)
+    return (share * length_S.double() + 0.5 + ROUNDING).long().clamp(min=1).minimum(length_S)
 
 
 def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Tensor:

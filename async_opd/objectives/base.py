@@ -44,7 +44,7 @@ class Objective(
     metrics: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def __init_subclass__(cls) -> None:
-        for old in RENAMED.keys() & vars(cls).keys():
+        for old in sorted(RENAMED.keys() & vars(cls).keys()):
             raise ConfigError(f"objective {cls.__name__}: {old} is called {RENAMED[old]} now")
 
     def __post_init__(self) -> None:
@@ -58,46 +58,49 @@ class Objective(
         return str(self.__struct_config__.tag)
 
     def requirements(self) -> Needs:
-        """What this method must be supplied with."""
+        """Say what this method must be supplied with."""
         return Needs()
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """Loss of each response token, to be minimised. Sees all tokens; exclusion comes in the
-        reduction."""
+        """Compute the loss of each response token, to be minimised. It sees all tokens; exclusion
+        comes in the reduction."""
         raise NotImplementedError
 
     def selection(self, batch: TokenBatch) -> Tensor | None:
-        """Which tokens the method trains on, bool [N]; None: all."""
+        """Choose the tokens that the method trains on, bool [N]; None: all."""
         return None
 
     def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each sum or maximum that the method declares is taken of, [N] by name, in a new
-        dict."""
+        """Compute what each sum or maximum that the method declares is taken of, [N] by name, in a
+        new dict."""
         return {}
 
     def trajectory_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What the running moments that the method declares are taken of, [S] by name; NaN is left
-        out."""
+        """Compute what the running moments that the method declares are taken of, [S] by name; NaN
+        is left out."""
         return {}
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each of `metrics` is the mean of over the kept tokens, [N] by name."""
+        """Compute what each of `metrics` is the mean of over the kept tokens, [N] by name."""
         return {}
 
     def needs(self) -> Needs:
-        """What the generator, the teachers and the learner must compute and ship: the method's, and
-        what composes."""
+        """Say what the generator, the teachers and the learner must compute and ship: for the
+        method, and for what composes."""
         method = self.requirements()
         gate = ("drift_gate",) if self.drift_gate else ()
         chosen = ("selected",) if self.mean_over == "selected" else ()
         by_student = chosen and type(self).selection is not Objective.selection
-        live = bool(method.first_pass or gate or by_student)
-        return msgspec.structs.replace(method, sums=(*method.sums, *gate, *chosen), first_pass=live)
+        return msgspec.structs.replace(
+            method,
+            sums=(*method.sums, *gate, *chosen),
+            first_pass=bool(method.first_pass or gate or by_student),
+        )
 
     def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
-        """The declared sums and maxima over the kept tokens of one batch, at least one, and their
-        number, `tokens`; 0-d float64. The learner reduces them over micro-batches and ranks, before
-        any `loss` is asked for."""
+        """Take the declared sums and maxima over the kept tokens of one batch, at least one, and
+        their number, `tokens`; 0-d float64. The learner reduces them over micro-batches and ranks,
+        before any `loss` is asked for."""
         value_N = self.token_statistics(batch)
         if self.drift_gate:
             value_N["drift_gate"] = self.drift_gate.gate(batch)
@@ -109,7 +112,8 @@ class Objective(
         return {"tokens": kept_N.double().sum()} | sums | maxima
 
     def loss(self, batch: TokenBatch) -> ComposedLoss:
-        """The method's loss times the weights that compose with it, on what it and they select."""
+        """Multiply the method's loss by the weights that compose with it, on what it and they
+        select."""
         method, selected_N = self.token_loss(batch), self._selected(batch)
         factor_N = batch.behaviour_logp_N.new_full(selected_N.shape, self.constant)
         if self.drift_gate:

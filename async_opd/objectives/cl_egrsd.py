@@ -31,7 +31,7 @@ class ClEgrsd(Egrsd, frozen=True, tag="cl_egrsd"):
             refuse_change(self, "window", "gamma = 0")
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
-        """The least entropy from the token on, [N]."""
+        """Compute the least entropy from the token on, [N]."""
         return segments.lookahead_minimum(
             declared(batch.teacher_entropy_N), batch.segment_N, self.window
         )

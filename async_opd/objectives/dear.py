@@ -36,15 +36,15 @@ class Dear(Sampled, frozen=True, tag="dear"):
             refuse_change(self, "q", "p = 1")
 
     def requirements(self) -> Needs:
-        """The student's own entropy and hidden states."""
+        """Ask for the student's own entropy and hidden states."""
         return Needs(student_entropy=True, hidden_state=True)
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """log π_T - log π, [N]."""
+        """Compute log π_T - log π, [N]."""
         return self.teacher_minus_student(batch)
 
     def selection(self, batch: TokenBatch) -> Tensor:
-        """D ∪ E, bool [N]."""
+        """Choose D ∪ E, bool [N]."""
         return selection.decisions_and_evidence(
             declared(batch.student_entropy_N).detach(),
             self.teacher_minus_student(batch).abs(),

@@ -54,18 +54,18 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
             )
 
     def requirements(self) -> Needs:
-        """The teacher's exact entropy and its maximum over the step, unless γ = 0; the running
-        moments of rewards."""
+        """Ask for the teacher's exact entropy and its maximum over the step, unless γ = 0, and
+        for the running moments of rewards."""
         if not self.gamma:
             return Needs(running=("reward",))
         return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
 
     def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """H_T."""
+        """Compute H_T."""
         return {"teacher_entropy": declared(batch.teacher_entropy_N)} if self.gamma else {}
 
     def trajectory_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """The length-aware reward."""
+        """Compute the length-aware reward."""
         if not self.length_bonus:
             return {"reward": batch.reward_S}
         length_S = segments.lengths(batch.segment_N, batch.trajectories)
@@ -76,7 +76,7 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
         }
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """The trajectory's, [N]."""
+        """Compute the trajectory's advantage, [N]."""
         return advantages.whitened(
             self.trajectory_statistics(batch)["reward"],
             batch.running["reward"],
@@ -86,15 +86,15 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
         )[batch.segment_N]
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        """w · ω [N]."""
+        """Compute w · ω [N]."""
         return self._direction(batch) * self._certainty(batch)
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """w and ω."""
+        """Compute w and ω."""
         return {"direction": self._direction(batch), "certainty": self._certainty(batch)}
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
-        """What the gate reads: H_T [N]."""
+        """Compute what the gate reads: H_T [N]."""
         return declared(batch.teacher_entropy_N)
 
     def _direction(self, batch: TokenBatch) -> Tensor:

@@ -37,16 +37,16 @@ class Eopd(Sampled, frozen=True, tag="eopd"):
     prefix: PrefixRatio | None = None  # of the added term
 
     def requirements(self) -> Needs:
-        """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ >
-        0."""
+        """Ask for the teacher's k likeliest tokens, the tail of a bucket, and its exact entropy
+        where τ > 0."""
         return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """log π_T - log π of the sampled token, [N]."""
+        """Compute log π_T - log π of the sampled token, [N]."""
         return self.teacher_minus_student(batch)
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """ℓ_OPD and what is added to it."""
+        """Compute ℓ_OPD and what is added to it."""
         sampled = super().token_loss(batch)
         plain = "drop" if self.rest == "renormalise" else self.rest
         student = divergences.outcomes(
@@ -61,12 +61,10 @@ class Eopd(Sampled, frozen=True, tag="eopd"):
         return replace(sampled, loss_N=sampled.loss_N + more_N)
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Where the forward KL is added."""
+        """Mark where the forward KL is added."""
         return {"uncertain": self._uncertain(batch)}
 
     def _uncertain(self, batch: TokenBatch) -> Tensor:
-        """1[H_T ≥ τ] as a number, [N]."""
+        """Compute 1[H_T ≥ τ] as a number, [N]."""
         one_N = batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
-        if not self.tau:
-            return one_N
-        return one_N.where(declared(batch.teacher_entropy_N) >= self.tau, 0)
+        return one_N.where(declared(batch.teacher_entropy_N) >= self.tau, 0) if self.tau else one_N

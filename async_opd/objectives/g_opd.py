@@ -27,11 +27,11 @@ class GOpd(Sampled, frozen=True, tag="g_opd"):
     lam: Annotated[float, Meta(gt=0)] = field(default=1.25, name="lambda")
 
     def requirements(self) -> Needs:
-        """Log-probs of the reference, unless λ = 1."""
+        """Ask for log-probs of the reference, unless λ = 1."""
         return Needs(reference=self.lam != 1)
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """A(λ) [N]."""
+        """Compute A(λ) [N]."""
         return advantages.extrapolated(
             self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=self.lam
         )

@@ -35,7 +35,7 @@ class IwOpd(GOpd, frozen=True, tag="iw_opd"):
             refuse_change(self, "total", "gamma = 0")
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        """W [N]."""
+        """Compute W [N]."""
         return gates.prefix_discrepancy(
             self.teacher_minus_student(batch),
             batch.segment_N,

@@ -24,20 +24,23 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
     m: Annotated[int, Meta(ge=1)] = 4
 
     def requirements(self) -> Needs:
-        """m - 1 samples of the behaviour policy at each position, with the teacher's log-probs."""
+        """Ask for m - 1 samples of the behaviour policy at each position, with the teacher's
+        log-probs."""
         return Needs(teacher_at_student_ids=self.m - 1, student_ids="sampled")
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """ℓ [N], the mean of a position's m samples."""
+        """Compute ℓ [N], the mean of a position's m samples."""
         student_NM = _beside(declared(batch.student_logp_N), batch.student_logp_NK)
         behaviour_NM = _beside(batch.behaviour_logp_N, batch.behaviour_logp_NK)
         teacher_NM = _beside(batch.teacher_logp_N, batch.teacher_logp_NK)
         signal_NM = behaviour_NM if self.student_signal == "cached" else student_NM.detach()
         advantage_NM = advantages.reverse_kl(signal_NM, teacher_NM)
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
-        one_N = behaviour_NM.new_ones(len(behaviour_NM))
         return TokenLoss(
-            loss_N=loss_NM.mean(1), weight_N=one_N, advantage=advantage_NM, ratio=ratio_NM
+            loss_N=loss_NM.mean(1),
+            weight_N=behaviour_NM.new_ones(len(behaviour_NM)),
+            advantage=advantage_NM,
+            ratio=ratio_NM,
         )
 
 

@@ -27,14 +27,17 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tau: Annotated[float, Meta(gt=0)] = 1.0  # per nat
 
     def gate(self, batch: TokenBatch) -> Tensor:
-        """g [N]."""
-        student_logp_N = declared(batch.student_logp_N).detach()
+        """Compute g [N]."""
         return gates.drift(
-            student_logp_N, batch.behaviour_logp_N, batch.segment_N, block=self.block, tau=self.tau
+            declared(batch.student_logp_N).detach(),
+            batch.behaviour_logp_N,
+            batch.segment_N,
+            block=self.block,
+            tau=self.tau,
         )
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        """g/ḡ [N], ḡ over the kept tokens of the whole step."""
+        """Compute g/ḡ [N], ḡ over the kept tokens of the whole step."""
         mean = batch.statistics["drift_gate"] / batch.statistics["tokens"].clamp(min=1)
         return self.gate(batch) / (mean + 1e-6)
 
@@ -55,7 +58,7 @@ class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             refuse_change(self, "part", "share = 1")
 
     def chosen(self, batch: TokenBatch) -> Tensor:
-        """bool [N]; at least one token of each trajectory."""
+        """Choose tokens, bool [N]; at least one token of each trajectory."""
         count_S = segments.lengths(batch.segment_N, batch.trajectories)
         return selection.part(batch.segment_N, count_S, share=self.share, end=self.part == "suffix")
 
@@ -67,7 +70,7 @@ class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     share: Share
 
     def chosen(self, batch: TokenBatch) -> Tensor:
-        """bool [N]: `share` of each response, at least one token of it."""
+        """Choose tokens, bool [N]: `share` of each response, at least one token of it."""
         return selection.at_random(batch.segment_N, batch.key_S, share=self.share)
 
 
@@ -82,9 +85,10 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         check_bounds(self.at_most, self.between)
 
     def factor(self, batch: TokenBatch) -> Tensor:
-        """Detached, [N]."""
-        student_logp_N = declared(batch.student_logp_N).detach()
-        ratio_N = importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
+        """Compute the factor, detached, [N]."""
+        ratio_N = importance.prefix_ratio(
+            declared(batch.student_logp_N).detach(), batch.behaviour_logp_N, batch.segment_N
+        )
         return importance.truncate(ratio_N, at_most=self.at_most, between=self.between)
 
 

@@ -21,5 +21,5 @@ class Opd(Sampled, frozen=True, tag="opd"):
     """
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """log π_T - log π, [N]."""
+        """Compute log π_T - log π, [N]."""
         return self.teacher_minus_student(batch)

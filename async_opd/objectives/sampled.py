@@ -35,8 +35,8 @@ class Importance(
     def apply(
         self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N,
-        M]."""
+        """Return (-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position
+        [N, M]."""
         factor = importance.truncate(
             self._ratio(batch, logp.detach(), behaviour_logp),
             at_most=self.at_most,
@@ -74,7 +74,7 @@ class Ppo(
     def apply(
         self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(the clipped surrogate's negative, its factor detached)."""
+        """Return (the clipped surrogate's negative, its factor detached)."""
         ratio = importance.ratio(logp, behaviour_logp)
         factor = importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
         return -factor * signal, factor.detach()
@@ -89,15 +89,15 @@ class Sampled(Objective, frozen=True, kw_only=True):
     student_signal: Literal["live", "cached"] = "live"
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """A [N], detached: positive makes the token likelier."""
+        """Compute A [N], detached: positive makes the token likelier."""
         raise NotImplementedError
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        """The method's own W [N], detached."""
+        """Compute the method's own W [N], detached."""
         return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """ℓ [N], by the correction."""
+        """Compute ℓ [N], by the correction."""
         advantage_N, weight_N = self.advantage(batch), self.weight(batch)
         loss_N, ratio_N = self.correction.apply(
             batch,
@@ -108,11 +108,13 @@ class Sampled(Objective, frozen=True, kw_only=True):
         return TokenLoss(loss_N=loss_N, weight_N=weight_N, advantage=advantage_N, ratio=ratio_N)
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
-        """The student's log-probs that the signal takes, [N], detached."""
-        if self.student_signal == "cached":
-            return batch.behaviour_logp_N
-        return declared(batch.student_logp_N).detach()
+        """Choose the student's log-probs that the signal takes, [N], detached."""
+        return (
+            batch.behaviour_logp_N
+            if self.student_signal == "cached"
+            else declared(batch.student_logp_N).detach()
+        )
 
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
-        """log π_T - log π [N], detached."""
+        """Compute log π_T - log π [N], detached."""
         return advantages.reverse_kl(self.signal_logp(batch), batch.teacher_logp_N)

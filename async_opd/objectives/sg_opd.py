@@ -50,8 +50,8 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
             refuse_change(self, "lambda_base", f"fallback = {self.fallback!r}")
 
     def requirements(self) -> Needs:
-        """Log-probs of the reference, unless no λ reads them; the mean of φ under the live
-        student."""
+        """Ask for log-probs of the reference, unless no λ reads them, and for the mean of φ under
+        the live student."""
         reference = self.lambda_high != 1 or self.lambda_base != 1
         return Needs(
             reference=reference,
@@ -61,11 +61,11 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
         )
 
     def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """φ before its mean is divided out."""
+        """Compute φ before its mean is divided out."""
         return {"phi": gates.magnitude(self.teacher_minus_student(batch), tau=self.tau)}
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """A [N], before φ."""
+        """Compute A [N], before φ."""
         trust_N, gap_N = self._trust(batch), self.teacher_minus_student(batch)
         if self.fallback == "interp":
             conflict_N = self.beta * gap_N
@@ -78,15 +78,15 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
         )
 
     def weight(self, batch: TokenBatch) -> Tensor:
-        """φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
+        """Compute φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
         mean = batch.statistics["phi"] / batch.statistics["tokens"].clamp(min=1)
         return gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(
             min=1e-6
         )
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Shares of tokens where the teacher's sign is the verifier's, is not, or where one of them
-        has none."""
+        """Mark the tokens where the teacher's sign is the verifier's, is not, or where one of
+        them has none."""
         sign_N = (self._trust(batch) * self.teacher_minus_student(batch)).sign()
         return {"agree": sign_N > 0, "disagree": sign_N < 0, "no_sign": sign_N == 0}
 

@@ -44,15 +44,16 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
             )
 
     def requirements(self) -> Needs:
-        """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the
-        tail of a bucket."""
+        """Ask for the teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and
+        the tail of a bucket."""
         tail = self.rest == "bucket"
         if self.support == "teacher":
             return Needs(teacher_topk=self.k, tail=tail)
         return Needs(teacher_at_student_ids=self.k, tail=tail)
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
-        """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
+        """Compute the loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is
+        dropped."""
         student = divergences.outcomes(
             declared(batch.student_logp_NK), batch.student_tail_logp_N, rest=self.rest
         )
@@ -66,7 +67,8 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
         else:
             loss_N = divergences.jensen_shannon(student, teacher, beta=self.beta)
         ratio_N = self.prefix.factor(batch) if self.prefix else None
-        one_N = batch.behaviour_logp_N.new_ones(len(loss_N))
         return TokenLoss(
-            loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N
+            loss_N=loss_N if ratio_N is None else ratio_N * loss_N,
+            weight_N=batch.behaviour_logp_N.new_ones(len(loss_N)),
+            ratio=ratio_N,
         )

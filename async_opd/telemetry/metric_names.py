@@ -26,15 +26,15 @@ class Metric(NamedTuple):
 
 
 def _of_objectives() -> dict[str, tuple[Metric, ...]]:
-    """What objectives say of themselves, under the tags of those that say the same."""
-    tags: dict[tuple[Metric, ...], list[str]] = {}
-    for tag, objective in all_objectives().items():
-        metrics = tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
-        tags.setdefault(metrics, []).append(f"`{tag}`")
+    """Collect what objectives say of themselves, under the tags of those that say the same."""
+    tables = {
+        f"`{tag}`": tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
+        for tag, objective in sorted(all_objectives().items())
+        if objective.metrics
+    }
     return {
-        f"the learner, for {' and '.join(names)}": metrics
-        for metrics, names in tags.items()
-        if metrics
+        f"the learner, for {' and '.join(tag for tag in tables if tables[tag] == table)}": table
+        for table in tables.values()
     }
 
 
@@ -179,14 +179,14 @@ NAMES = tuple(metric for metrics in TABLE.values() for metric in metrics)
 
 
 def pattern(name: str) -> str:
-    """A regular expression for the keys that `name` stands for."""
+    """Write a regular expression for the keys that `name` stands for."""
     for place, what in PLACES.items():
         name = re.sub(rf"(?<![A-Z]){place}(?![A-Z])", f"({what})", name)
     return name
 
 
 def of(key: str) -> Metric:
-    """What `key` means. Raises KeyError for one that the table has not."""
+    """Find what `key` means. Raises KeyError for one that the table has not."""
     for metric in NAMES:
         if re.fullmatch(pattern(metric.name), key):
             return metric
@@ -194,7 +194,7 @@ def of(key: str) -> Metric:
 
 
 def markdown() -> str:
-    """The table as METRICS.md has it."""
+    """Write the table as METRICS.md has it."""
     lines = [
         "# Metrics",
         "",

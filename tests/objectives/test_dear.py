@@ -2,7 +2,7 @@ from math import sqrt
 
 import pytest
 import torch
-from given import LENGTHS, batch, ragged, with_statistics
+from batches import LENGTHS, batch, ragged, with_statistics
 
 from async_opd.maths.selection import evidence_scores
 from async_opd.objectives.dear import Dear

@@ -2,7 +2,7 @@ from dataclasses import replace
 from math import exp, sqrt
 
 import pytest
-from given import KEPT, NAN, STUDENT, TEACHER, batch, coefficients, ragged, rows, with_statistics
+from batches import KEPT, NAN, STUDENT, TEACHER, batch, coefficients, ragged, rows, with_statistics
 
 from async_opd.core.wire import Needs
 from async_opd.maths.advantages import Moments

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from given import LENGTHS, batch, coefficients, ragged, rows, with_candidates
+from batches import LENGTHS, batch, coefficients, ragged, rows, with_candidates
 
 import async_opd
 from async_opd.config.load import load

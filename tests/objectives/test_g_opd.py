@@ -1,5 +1,5 @@
 import pytest
-from given import REFERENCE, STUDENT, TEACHER, batch, coefficients, ragged, rows
+from batches import REFERENCE, STUDENT, TEACHER, batch, coefficients, ragged, rows
 
 from async_opd.objectives.g_opd import GOpd
 

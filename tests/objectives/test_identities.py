@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from given import LENGTHS, batch, ragged, with_statistics
+from batches import LENGTHS, batch, ragged, with_statistics
 
 from async_opd.maths.advantages import Moments
 from async_opd.objectives.cl_egrsd import ClEgrsd

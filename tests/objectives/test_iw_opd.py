@@ -1,5 +1,5 @@
 import pytest
-from given import REFERENCE, STUDENT, TEACHER, batch, ragged, rows
+from batches import REFERENCE, STUDENT, TEACHER, batch, ragged, rows
 
 from async_opd.objectives.iw_opd import IwOpd
 

@@ -3,7 +3,7 @@ from math import exp
 
 import pytest
 import torch
-from given import LENGTHS, batch, ragged
+from batches import LENGTHS, batch, ragged
 
 from async_opd.core.wire import Needs
 from async_opd.objectives.mc_opd import McOpd

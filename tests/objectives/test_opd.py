@@ -2,7 +2,7 @@ from math import exp
 
 import pytest
 import torch
-from given import (
+from batches import (
     KEPT,
     LENGTHS,
     STUDENT,

@@ -3,7 +3,7 @@ from statistics import mean, pstdev
 
 import pytest
 import torch
-from given import (
+from batches import (
     KEPT,
     LENGTHS,
     NAN,

@@ -4,7 +4,7 @@ from math import exp, log
 import msgspec
 import pytest
 import torch
-from given import LENGTHS, batch, ragged, rows, with_candidates
+from batches import LENGTHS, batch, ragged, rows, with_candidates
 
 from async_opd.core.wire import Needs
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs

@@ -19,7 +19,7 @@ from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step import StepContext, batch_statistics, token_batch
 from async_opd.tools.explain.effect import explain
-from async_opd.tools.explain.given import Given, Rollouts, Trajectory
+from async_opd.tools.explain.rollouts import BatchReader, Rollouts, Trajectory
 
 SIX = dict(
     student_logp=[-0.10, -1.20, -0.05, -2.30, -0.40, -0.02],
@@ -336,7 +336,7 @@ def test_it_is_what_the_learner_computes(command):
     tag, *settings = command.split()
     objective = load_objective(tag, settings)
     rollouts = msgspec.convert({"step": 7, "trajectories": everything()}, Rollouts)
-    batch = Given(objective, rollouts, "file").batch()
+    batch = BatchReader(objective, rollouts, "file").batch()
     given = {f.name: getattr(batch, f.name) for f in fields(MicroBatch) if hasattr(batch, f.name)}
     others = dict.fromkeys({f.name for f in fields(MicroBatch)} - set(given))
     kept = {"ids_L": torch.zeros(14), "keep_N": torch.ones(14, dtype=bool), "taught": False}

@@ -26,9 +26,8 @@ class Recorder:
         live: int,
     ):
         """`trajectories` of each of `micros`; `live` version that they are trained at."""
-        self._objective = objective
+        self._objective, self._live = objective, live
         self._trajectories = trajectories
-        self._live = live
         keys = [
             (key, number, place)
             for number, micro in enumerate(micros)
@@ -49,9 +48,9 @@ class Recorder:
             ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
-        """[N] by name; where a position has several samples, of the one that was generated. The
-        loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module gave
-        by anything but its own backward."""
+        """Compute [N] by name; where a position has several samples, of the one that was generated.
+        The loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module
+        gave by anything but its own backward."""
         leaves = replace(
             batch,
             student_logp_N=_leaf(batch.student_logp_N),

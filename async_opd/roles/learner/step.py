@@ -34,8 +34,8 @@ class Student(nn.Module):
         self.chunk_rows = chunk_rows
 
     def forward(self, micro: MicroBatch, needs: Needs = Needs()) -> Read:  # noqa: B008, it is immutable
-        """Log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and what
-        `needs` asks for."""
+        """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
+        what `needs` asks for."""
         hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)
         hidden_ND = hidden_LD[micro.rows_N]
         read = read_logprobs(
@@ -70,7 +70,8 @@ def token_batch(
     context: StepContext,
     statistics: dict[str, Tensor] | None = None,
 ) -> TokenBatch:
-    """What an objective sees of one micro-batch; without `read`, nothing of the live student."""
+    """Collect what an objective sees of one micro-batch; without `read`, nothing of the live
+    student."""
     return TokenBatch(
         student_logp_N=read and read.sampled_N,
         behaviour_logp_N=micro.behaviour_logp_N,
@@ -103,9 +104,9 @@ def batch_statistics(
     micros: list[MicroBatch],
     context: StepContext,
 ) -> dict[str, Tensor]:
-    """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own
-    answers (`from_teacher`), and the sums and maxima that `objective` declares over the kept
-    tokens; of every micro-batch and rank, 0-d float64.
+    """Count kept `tokens` of the student, `sequences` that hold one and kept tokens of the
+    teacher's own answers (`from_teacher`), and take the sums and maxima that `objective` declares
+    over the kept tokens; of every micro-batch and rank, 0-d float64.
 
     One forward of each micro-batch where the objective reads the live student for them. A maximum
     over no token is -inf.
@@ -140,8 +141,8 @@ def accumulate(
     context: StepContext,
     look: Look | None = None,
 ) -> tuple[dict[str, float], dict[str, Moments]]:
-    """Forward and backward over this rank's micro-batches; gradients add up to those of one big
-    batch.
+    """Run forward and backward over this rank's micro-batches; gradients add up to those of one
+    big batch.
 
     loss = Σ over kept tokens of every rank ÷ their number (or as `objective.mean_over` says),
     all-reduced before the first backward, + α · mean cross-entropy of the teacher's own answers.
@@ -172,7 +173,7 @@ def accumulate(
 
 
 def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:
-    """What each kept token's loss is multiplied by in the one reduction, [N]."""
+    """Compute what each kept token's loss is multiplied by in the one reduction, [N]."""
     if objective.mean_over != "sequences":
         return (1 / statistics[objective.mean_over].clamp(min=1)).expand(len(micro.segment_N))
     kept_S = segments.sums(micro.keep_N.float(), micro.segment_N, len(micro.reward_S))

@@ -61,8 +61,8 @@ class Measured:
     def add(
         self, micro: MicroBatch, batch: TokenBatch, result: ComposedLoss, loss_N: Tensor
     ) -> None:
-        """One micro-batch of the student's rollouts; `loss_N` is each token's part of the step's
-        loss."""
+        """Add one micro-batch of the student's rollouts; `loss_N` is each token's part of the
+        step's loss."""
         keep, sampled_N = micro.keep_N, declared(batch.student_logp_N)
         gap_N = (sampled_N - batch.behaviour_logp_N).abs()
         fresh, stale = keep & (micro.lag_N == 0), keep & (micro.lag_N > 0)
@@ -92,14 +92,14 @@ class Measured:
 
     @torch.no_grad()
     def from_teacher(self, weight: float, mean: Tensor) -> None:
-        """One micro-batch of the teacher's own answers, by its share of their mean
+        """Add one micro-batch of the teacher's own answers, by its share of their mean
         cross-entropy."""
         self._sum({"teacher_loss": mean, "loss": weight * mean})
 
     def reduced(
         self, all_reduce: Callable[[Tensor, str], None], statistics: dict[str, Tensor]
     ) -> dict[str, float]:
-        """The step's metrics, equal on all ranks."""
+        """Reduce to the step's metrics, equal on all ranks."""
         for parts, op in ((self._sums, "sum"), (self._maxima, "max")):
             values = torch.stack(list(parts.values()))
             all_reduce(values, op)
@@ -115,20 +115,20 @@ class Measured:
         return metrics | {f"tokens_lag_{lag}": sums[f"tokens_lag_{lag}"] for lag in self._lags}
 
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
-        """`running` with this step's trajectories; after `reduced`."""
+        """Merge this step's trajectories into `running`; after `reduced`."""
         return {
             name: running[name].with_sums(*(self._sums[f"{p}_{name}"].item() for p in MOMENTS))
             for name in self._running
         }
 
     def _weights(self, result: ComposedLoss, chosen: Tensor) -> None:
-        """Mean, size and spread of W · ρ̃ · |A|, and of each factor's logarithm."""
+        """Add mean, size and spread of W · ρ̃ · |A|, and of each factor's logarithm."""
         one = result.weight_N.new_ones(())
         ratio = one if result.ratio is None else result.ratio
         size = one if result.advantage is None else result.advantage.abs()
         several = max(ratio.ndim, size.ndim) == 2
-        weight = result.weight_N[:, None] if several else result.weight_N
-        factors = torch.broadcast_tensors(weight, ratio, size)
+        method = result.weight_N[:, None] if several else result.weight_N
+        factors = torch.broadcast_tensors(method, ratio, size)
         method, ratio, size = (factor[chosen].double().flatten() for factor in factors)
         weight = method * ratio * size
         self._sum({"entries": torch.ones_like(weight)})
@@ -177,9 +177,12 @@ def _metrics(
         "lag_max": maxima["lag"],
     }
     for name in ("weight", "ratio"):  # W · ρ̃ · |A| and ρ̃ of the selected tokens
-        metrics |= {f"{name}_mean": sums[name] / entries, f"{name}_max": maxima[name]}
-        squares = sums[f"{name}_squared"]
-        metrics[f"{name}_ess"] = effective_sample_size(sums[name], squares, entries)
+        total, squares = sums[name], sums[f"{name}_squared"]
+        metrics |= {
+            f"{name}_mean": total / entries,
+            f"{name}_max": maxima[name],
+            f"{name}_ess": effective_sample_size(total, squares, entries),
+        }
     logs = max(sums["logs"], 1)
     variance = sums["log_squared"] / logs - (sums["log"] / logs) ** 2
     # its share of the variance of log(W · ρ̃ · |A|); they add up to 1 where that varies

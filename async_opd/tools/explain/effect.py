@@ -8,18 +8,18 @@ import torch
 
 from async_opd.objectives import Objective
 from async_opd.objectives.effect import effect
-from async_opd.tools.explain.given import Absent, Given, Rollouts
+from async_opd.tools.explain.rollouts import Absent, BatchReader, Rollouts
 
 
 def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[dict[str, Any]]:
-    """What `objective` does to each trajectory, as plain lists over its T tokens, by the names of
-    `effect`.
+    """Show what `objective` does to each trajectory, as plain lists over its T tokens, by the
+    names of `effect`.
 
     Statistics and groups are over all that is given. Raises DataError naming the trajectory, the
     field and the objective where `file`, which `rollouts` were read from, lacks what the objective
     reads, or holds what cannot be.
     """
-    batch = Given(objective, rollouts, file).batch()
+    batch = BatchReader(objective, rollouts, file).batch()
     with torch.no_grad():
         statistics = objective.statistics(batch, torch.ones(len(batch.segment_N), dtype=torch.bool))
     batch = replace(batch, statistics=statistics)

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from async_opd.tools.explain.given import Rollouts, Trajectory
+from async_opd.tools.explain.rollouts import Rollouts, Trajectory
 
 GREEN = "\033[32m"
 RED = "\033[31m"
@@ -19,9 +19,9 @@ Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a da
 
 
 def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
-    """Lines of at most 120 columns: for each trajectory a heading and a row a token, with rows
-    below it for its candidates and their tail. With `colour`, what becomes likelier is green, and
-    what becomes less likely red."""
+    """Write lines of at most 120 columns: for each trajectory a heading and a row a token, with
+    rows below it for its candidates and their tail. With `colour`, what becomes likelier is green,
+    and what becomes less likely red."""
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
         reward = (
@@ -39,24 +39,18 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
 
 
 def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
-    """One for the generated token, one for each candidate that has a coefficient, and one for the
-    tail that has."""
+    """Yield one for the generated token, one for each candidate that has a coefficient, and one for
+    the tail that has."""
     here = {name: values and values[place] for name, values in effect.items()}
     advantages, ratios = _several(here["advantage"]), _several(here["ratio"])
     coefficients = _several(here["coefficient"]) + here.get("candidate_coefficient", [])
     if here["advantage"] is None:  # a divergence, of candidates alone
         coefficients = [None, *coefficients]
-    token = "" if t.tokens is UNSET else t.tokens[place]
-    logps = [
-        t.per_token[field][place] if (field := f"{name}_logp") in t.per_token else None
-        for name in LOGPS
-    ]
-    yield (
-        place,
-        token,
-        [*logps, advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]],
-    )
-    candidates = t.candidates[place] if len(coefficients) > 1 else []
+    fields = {name: values[place] for name, values in t.per_token.items()}
+    logps = [fields.get(f"{name}_logp") for name in LOGPS]
+    numbers = [advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]]
+    yield place, fields.get("tokens", ""), [*logps, *numbers]
+    candidates = fields["candidates"] if len(coefficients) > 1 else []
     for c, advantage, ratio, coefficient in zip_longest(
         candidates, advantages[1:], ratios[1:], coefficients[1:]
     ):
@@ -64,7 +58,7 @@ def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
         logps = [c.student_logp, behaviour, c.teacher_logp, None]
         yield "", f"· {_shown(c.token, 14)}", [*logps, advantage, "", "", ratio, coefficient]
     if "tail_coefficient" in here:
-        logps = [t.student_tail_logp[place], None, t.teacher_tail_logp[place], None]
+        logps = [fields["student_tail_logp"], None, fields["teacher_tail_logp"], None]
         yield "", "· all others", [*logps, None, "", "", None, here["tail_coefficient"]]
 
 
@@ -86,6 +80,6 @@ def _number(x: Any) -> str:
 
 
 def _shown(token: str | int, width: int) -> str:
-    """On one line, with its spaces."""
+    """Show it on one line, with its spaces."""
     text = repr(token)[1:-1] if isinstance(token, str) else str(token)
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -106,14 +106,14 @@ def learning(runs: list[Run]) -> list[Figure]:
         dots for place, run in enumerate(runs) if (dots := _held_out(run, place, len(runs) > 1))
     ]
     tags = {run.config.get("objective.tag", "") for run in runs}
-    names = {
+    metrics = {
         name: name.replace("_", " ")
         for tag, objective in sorted(all_objectives().items())
         if tag in tags
         for name in objective.metrics
     }
-    if names:
-        method = Curves("What the method shows", "Means over tokens", "", names)
+    if metrics:
+        method = Curves("What the method shows", "Means over tokens", "", metrics)
         figures.append(_lines(method, runs))
     return _with_marks(figures, runs)
 

@@ -22,7 +22,7 @@ from async_opd.core.suggest import beside, wrong
 from async_opd.core.wire import LOGP_TOLERANCE
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.token_batch import TokenBatch
 
 LOGP = (-torch.inf, LOGP_TOLERANCE, "a finite log-prob <= 0")
 ENTROPY = (-LOGP_TOLERANCE, torch.inf, "a finite entropy >= 0")
@@ -33,7 +33,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of what the file holds."""
 
 
-class Candidate(Struct):
+class Candidate(Struct, frozen=True):
     """One of K tokens at a position beside the generated one: the likeliest, or samples of the
     behaviour policy."""
 
@@ -43,7 +43,7 @@ class Candidate(Struct):
     token: str | int = ""  # shown as it is
 
 
-class Trajectory(Struct):
+class Trajectory(Struct, frozen=True):
     """One response of T tokens; log-probs and entropies in nats."""
 
     prompt: str | int | UnsetType = UNSET
@@ -56,8 +56,7 @@ class Trajectory(Struct):
     teacher_entropy: list[float] | UnsetType = UNSET
     hidden: list[list[float]] | UnsetType = UNSET  # [T][D]
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
-    # log-mass of all other tokens than the candidates
-    student_tail_logp: list[float] | UnsetType = UNSET
+    student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all others than the candidates
     teacher_tail_logp: list[float] | UnsetType = UNSET
     reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
@@ -68,7 +67,7 @@ class Trajectory(Struct):
         return next((len(value) for value in self.per_token.values()), 0)
 
     @property
-    def per_token(self) -> dict[str, list]:
+    def per_token(self) -> dict[str, list[Any]]:
         """What is given of each token, by field."""
         return {
             name: value
@@ -77,7 +76,7 @@ class Trajectory(Struct):
         }
 
 
-class PastMoments(Struct):
+class PastMoments(Struct, frozen=True):
     """Of one quantity, over all past steps."""
 
     count: Annotated[float, Meta(gt=0)]
@@ -85,13 +84,13 @@ class PastMoments(Struct):
     squares: Annotated[float, Meta(ge=0)]
 
 
-class Running(Struct):
+class Running(Struct, frozen=True):
     """Past moments by what they are of."""
 
     reward: PastMoments | UnsetType = UNSET
 
 
-class Rollouts(Struct):
+class Rollouts(Struct, frozen=True):
     """The file."""
 
     trajectories: Annotated[list[Trajectory], Meta(min_length=1)]
@@ -109,7 +108,7 @@ KINDS = {
 
 
 def read(path: str | Path) -> Rollouts:
-    """The rollouts in a JSON file. Raises DataError naming the file, the place and what is
+    """Read the rollouts in a JSON file. Raises DataError naming the file, the place and what is
     wrong."""
     try:
         return msgspec.convert(json.loads(Path(path).read_text(encoding="utf-8")), Rollouts)
@@ -123,14 +122,11 @@ def read(path: str | Path) -> Rollouts:
         raise DataError(f"{path} is not JSON: {e}") from e
 
 
-def _in_words(said: str) -> str:
-    """What msgspec said, with the allowed names where one is unknown."""
-    if not (
-        unknown := re.fullmatch(
-            r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?", said
-        )
-    ):
-        return said
+def _in_words(message: str) -> str:
+    """Repeat a message of msgspec's, with the allowed names where one is unknown."""
+    pattern = r"Object contains unknown field `([^`]*)`(?: - at `\$\.(.*)`)?"
+    if not (unknown := re.fullmatch(pattern, message)):
+        return message
     place = unknown[2] or ""
     kind = KINDS[re.sub(r"\[.*?\]", "", place).split(".")[-1]]
     return wrong(f"{place or 'top level'}: field", unknown[1], kind.__struct_fields__)
@@ -152,22 +148,22 @@ class Absent(Tensor):
             return function(*args, **(kwargs or {}))
 
 
-class Given:
+class BatchReader:
     """Makes the batch of `rollouts`, which were read from `file`, for `objective`."""
 
     def __init__(self, objective: Objective, rollouts: Rollouts, file: str | Path):
         self._tag, self._needs = objective.tag, objective.needs()
-        self._rollouts = rollouts
+        self._rollouts, self._file = rollouts, file
         self._trajectories = rollouts.trajectories
-        self._file = file
         self._count = sum(t.length for t in rollouts.trajectories)
 
     def batch(self) -> TokenBatch:
-        """All tokens of all trajectories, float64; student log-probs are leaves that take
+        """Collect all tokens of all trajectories, float64; student log-probs are leaves that take
         gradients. Raises DataError, here for what cannot be, and from the objective for what it
         reads and the file lacks."""
         self._check_lengths()
         lengths = torch.tensor([t.length for t in self._trajectories])
+        prompts = self._values("prompt")
         return TokenBatch(
             student_logp_N=_leaf(self._tokens("student_logp", LOGP)),
             behaviour_logp_N=self._tokens("behaviour_logp", LOGP),
@@ -183,7 +179,8 @@ class Given:
             teacher_tail_logp_N=self._tokens("teacher_tail_logp", LOGP),
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor(
-                [zlib.crc32(f"{t.prompt}#{place}".encode()) for t, place in self._placed()]
+                # of the prompt and the place in its group
+                [zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode()) for i, p in enumerate(prompts)]
             ),
             reward_S=self._each("reward"),
             group_reward_SG=self._group_rewards(),
@@ -204,70 +201,67 @@ class Given:
                     f"{self._at(i)}.length_cap = {t.length_cap}: must be >= its {t.length} tokens"
                 )
 
-    def _tokens(self, field: str, bounds: tuple) -> Tensor:
-        """A field of every token, [N] or [N, D]."""
+    def _tokens(self, field: str, bounds: tuple[float, float, str]) -> Tensor:
+        """Join a field of every token, [N] or [N, D]."""
         if (lacking := self._lacking(field, self._count)) is not None:
             return lacking
-        return self._joined(field, [getattr(t, field) for t in self._trajectories], bounds)
+        return self._joined(field, self._values(field), bounds)
 
     def _candidates(self, field: str) -> Tensor | None:
-        """A field of every candidate, [N, K]; None where the objective wants none."""
+        """Join a field of every candidate, [N, K]; None where the objective wants none."""
         wanted = self._needs.teacher_topk or self._needs.teacher_at_student_ids
         if not wanted or (lacking := self._lacking("candidates", self._count)) is not None:
             return lacking if wanted else None
-        for i, t in enumerate(self._trajectories):
-            for place, row in enumerate(t.candidates):
+        candidates = self._values("candidates")
+        for i, rows in enumerate(candidates):
+            for place, row in enumerate(rows):
+                position = f"{self._at(i)}.candidates[{place}] has"
                 if len(row) != wanted:
-                    many = f"{self._at(i)}.candidates[{place}] has {len(row)} candidates"
-                    raise DataError(f"{many}: must be {wanted} for objective {self._tag}")
-                if any(getattr(candidate, field) is UNSET for candidate in row):
-                    return self._absent(
-                        f"{self._at(i)}.candidates[{place}] has no {field}", self._count
+                    raise DataError(
+                        f"{position} {len(row)} candidates:"
+                        f" must be {wanted} for objective {self._tag}"
                     )
-        values = [
-            [[getattr(c, field) for c in row] for row in t.candidates] for t in self._trajectories
-        ]
+                if any(getattr(candidate, field) is UNSET for candidate in row):
+                    return self._absent(f"{position} no {field}", self._count)
+        values = [[[getattr(c, field) for c in row] for row in rows] for rows in candidates]
         return self._joined(f"candidates.{field}", values, LOGP)
 
     def _each(self, field: str) -> Tensor:
-        """A field of every trajectory, [S]; NaN for null."""
+        """Collect a field of every trajectory, [S]; NaN for null."""
         if (lacking := self._lacking(field, len(self._trajectories))) is not None:
             return lacking
-        values = [getattr(t, field) for t in self._trajectories]
         return torch.tensor(
-            [torch.nan if value is None else value for value in values], dtype=torch.float64
+            [torch.nan if value is None else value for value in self._values(field)],
+            dtype=torch.float64,
         )
 
     def _group_rewards(self) -> Tensor:
-        """Rewards of all trajectories of the same prompt, [S, G]; NaN where there is none."""
-        for field in ("prompt", "reward"):
-            if (lacking := self._lacking(field, len(self._trajectories))) is not None:
+        """Collect the rewards of all trajectories of the same prompt, [S, G]; NaN where there is
+        none."""
+        reward_S, prompts = self._each("reward"), self._values("prompt")
+        for lacking in (self._lacking("prompt", len(prompts)), reward_S):
+            if isinstance(lacking, Absent):
                 return lacking
-        reward_S = self._each("reward")
-        groups = [
-            torch.tensor([t.prompt == other.prompt for other in self._trajectories])
-            for t in self._trajectories
-        ]
-        return torch.nn.utils.rnn.pad_sequence(
-            [reward_S[group] for group in groups], True, torch.nan
-        )
-
-    def _placed(self) -> list[tuple[Trajectory, int]]:
-        """Every trajectory with its place in its group."""
-        prompts = [t.prompt for t in self._trajectories]
-        return [(t, prompts[:i].count(t.prompt)) for i, t in enumerate(self._trajectories)]
+        groups = [reward_S[torch.tensor([p == other for other in prompts])] for p in prompts]
+        return torch.nn.utils.rnn.pad_sequence(groups, True, torch.nan)
 
     def _moments(self, name: str) -> Moments:
-        found = getattr(self._rollouts.running, name)
-        if found is UNSET:
-            lacking = self._absent(
-                f"{self._file} has no running.{name} at step {self._rollouts.step}", 0
-            )
+        past = getattr(self._rollouts.running, name)
+        if past is UNSET:
+            what = f"{self._file} has no running.{name} at step {self._rollouts.step}"
+            lacking: Any = self._absent(what, 0)  # for numbers: it raises where they are read
             return Moments(lacking, lacking, lacking)
-        values = [found.count, found.mean, found.squares]
-        return Moments(*_checked(f"{self._file}: running.{name}", values, FINITE).tolist())
+        values = _checked(
+            f"{self._file}: running.{name}", [past.count, past.mean, past.squares], FINITE
+        )
+        return Moments(*values.tolist())
 
-    def _joined(self, field: str, values: list[list], bounds: tuple) -> Tensor:
+    def _values(self, field: str) -> list[Any]:
+        return [getattr(t, field) for t in self._trajectories]
+
+    def _joined(
+        self, field: str, values: list[list[Any]], bounds: tuple[float, float, str]
+    ) -> Tensor:
         parts = [
             _checked(f"{self._at(i)}.{field}", value, bounds) for i, value in enumerate(values)
         ]
@@ -276,8 +270,8 @@ class Given:
         return torch.cat(parts)
 
     def _lacking(self, field: str, length: int) -> Absent | None:
-        """A stand-in of that length where a trajectory lacks the field."""
-        lacking = [i for i, t in enumerate(self._trajectories) if getattr(t, field) is UNSET]
+        """Make a stand-in of that length where a trajectory lacks the field."""
+        lacking = [i for i, value in enumerate(self._values(field)) if value is UNSET]
         return self._absent(f"{self._at(lacking[0])} has no {field}", length) if lacking else None
 
     def _absent(self, what: str, length: int) -> Absent:
@@ -288,20 +282,18 @@ class Given:
         return f"{self._file}: trajectories[{index}]"
 
 
-def _checked(at: str, values: list, bounds: tuple[float, float, str]) -> Tensor:
+def _checked(place: str, values: list[Any], bounds: tuple[float, float, str]) -> Tensor:
     try:
-        found = torch.tensor(values, dtype=torch.float64)
+        numbers = torch.tensor(values, dtype=torch.float64)
     except ValueError as e:
-        raise DataError(f"{at}: rows of different lengths") from e
+        raise DataError(f"{place}: rows of different lengths") from e
     low, high, allowed = bounds
-    broken = (~(found.isfinite() & (found >= low) & (found <= high))).nonzero()
+    broken = (~(numbers.isfinite() & (numbers >= low) & (numbers <= high))).nonzero()
     if len(broken):
-        place = broken[0].tolist()
-        raise DataError(
-            f"{at}{''.join(f'[{i}]' for i in place)} = {found[tuple(place)].item()}: must be"
-            f" {allowed}"
-        )
-    return found
+        index = "".join(f"[{i}]" for i in broken[0].tolist())
+        number = numbers[tuple(broken[0])].item()
+        raise DataError(f"{place}{index} = {number}: must be {allowed}")
+    return numbers
 
 
 def _leaf(logp: Tensor | None) -> Tensor | None:
