@@ -35,8 +35,8 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
 
 
 def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
-    """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not
-    fit `config`."""
+    """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
+    not fit `config`."""
     state = _read(_of(folder, 0))
     for name in ("ranks", "zero_stage", "dtype"):
         then, now = getattr(state, name), getattr(config, name)
@@ -57,8 +57,11 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
     `vllm` load it. Raises CheckpointError where it cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    kept = model.state_dict(keep_vars=True).items()
-    buffers = {name: tensor for name, tensor in kept if not isinstance(tensor, nn.Parameter)}
+    buffers = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter)
+    }
     with writing(folder):
         beside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(beside, ignore_errors=True)

@@ -134,8 +134,7 @@ class PromptSource:
         """Find the rows of these names. A stream is read from the start of the epoch until all are
         there."""
         if self._config.streaming:
-            rows = self._shuffled(epoch)
-            named = (row for row in rows if self._id(row) in names)
+            named = (row for row in self._shuffled(epoch) if self._id(row) in names)
         elif self._config.id:
             column = enumerate(self._table[self._config.id])
             named = (self._row(position) for position, name in column if str(name) in names)
@@ -172,7 +171,7 @@ class PromptSource:
         view = self._views[teacher]
         ids, teacher_ids = self._tokens(id, content, self._config.template_args), None
         bound = "data.max_prompt_tokens", self._config.max_prompt_tokens
-        lengths = [(len(ids), bound)]
+        lengths: list[tuple[int, tuple[str, int]]] = [(len(ids), bound)]
         if view.differs:
             shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
             teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)
@@ -223,10 +222,13 @@ class PromptSource:
                     f" {messages!r}"
                 )
             try:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **template_args
+                # A text, as it does not tokenize.
+                content = cast(
+                    str,
+                    self._tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True, **template_args
+                    ),
                 )
-                content = cast(str, rendered)  # which it is unless it tokenizes
             except TemplateError as e:
                 raise DataError(
                     f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
@@ -236,8 +238,9 @@ class PromptSource:
                 f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template ="
                 " true"
             )
-        special = not self._config.chat_template  # a template writes its own
-        return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
+        # A template writes its own special tokens.
+        encoded = self._tokenizer(content, add_special_tokens=not self._config.chat_template)
+        return np.asarray(encoded.input_ids, np.int32)
 
     @property
     def _table(self) -> datasets.Dataset:
@@ -268,8 +271,7 @@ class PromptSource:
                 item = next(numbered, None)
             if item is None:
                 return
-            position, row = item
-            yield {**row, "_position": position}
+            yield {**item[1], "_position": item[0]}
 
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:

@@ -64,11 +64,10 @@ class TransformersTeacher:
         Raises WireError for an id that it has no logit of."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
-        loop = asyncio.get_running_loop()
         prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
-        futures = [loop.create_future() for _ in group.rollouts]
+        futures = [asyncio.get_running_loop().create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [
                 (prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)
@@ -142,12 +141,7 @@ class TransformersTeacher:
     def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
         """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
         the LM head. What is not finite is that rollout's error alone."""
-        ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
-        starts = np.cumsum([0, *map(len, ids)])
-        rows = [
-            start + len(p) - 1 + np.arange(len(r.ids))
-            for start, (p, r) in zip(starts, items, strict=False)
-        ]
+        ids, rows = causal_lm.segments([(prompt, rollout.ids) for prompt, rollout in items])
 
         def tensor(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)

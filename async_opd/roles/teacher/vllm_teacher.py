@@ -95,14 +95,15 @@ class VllmTeacher:
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
-        candidates = topk_logp if candidate_logp is None else candidate_logp
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
             topk_ids=topk_ids if k else None,
             topk_logp=topk_logp if k else None,
             candidate_logp=candidate_logp,
-            tail_logp=tail_left_by(candidates) if self._tail else None,
+            tail_logp=tail_left_by(topk_logp if candidate_logp is None else candidate_logp)
+            if self._tail
+            else None,
         )
 
     async def _read(

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
 
 import numpy as np
 
@@ -24,7 +23,6 @@ class GroupVerifier:
         self._decode = decode
         self._within_s = SHARE * within_s
         self._late: dict[str, asyncio.Task] = {}
-        self._tickets = count()
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
@@ -61,10 +59,11 @@ class GroupVerifier:
                 await self._compare(
                     group.prompt.id, {first: text for text, first in firsts.items() if text}, same
                 )
-        texts = [self._decode(rollout.ids) for rollout in group.rollouts]
         return tuple(
-            Said(text=text, vote=None if vote is None else same.get(vote, vote))
-            for text, vote in zip(texts, votes, strict=True)
+            Said(
+                text=self._decode(rollout.ids), vote=None if vote is None else same.get(vote, vote)
+            )
+            for rollout, vote in zip(group.rollouts, votes, strict=True)
         )
 
     async def _compare(self, id: str, answers: dict[int, str], same: dict[int, int]) -> None:
@@ -82,9 +81,8 @@ class GroupVerifier:
             )
 
     def _later(self, check: asyncio.Task) -> str:
-        ticket = f"{next(self._tickets)}"
-        self._late[ticket] = check
-        return ticket
+        self._late[check.get_name()] = check  # which asyncio numbers
+        return check.get_name()
 
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
         """Check one response; unknown, where the workers are too busy with others to decide in

@@ -176,6 +176,6 @@ def _unpack(value: Any, find: Callable[[int], object]) -> Any:
         return find(parts)
     if name == "builtin":
         return TYPES[parts]
-    if name == "complex":
-        return complex(*parts)
-    return DATA[name](_unpack(part, find) for part in parts)
+    return (
+        complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)
+    )
