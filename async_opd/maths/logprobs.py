@@ -5,14 +5,13 @@ is never held.
 `I` the sampled id and, behind it, the candidates of a position.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from async_opd.maths.blocks import BLOCK_IDS
+from async_opd.maths.blocks import BLOCK_IDS, slices
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
@@ -111,7 +110,7 @@ class _ReadLogprobs(torch.autograd.Function):
             given_NI = torch.cat([given_NI, candidate_ids_NK], 1)
         chunks = [
             _read_rows(head, hidden_ND[rows], given_NI[rows], asked)
-            for rows in _slices(len(hidden_ND), asked.chunk_rows)
+            for rows in slices(len(hidden_ND), asked.chunk_rows)
         ]
         columns = zip(*chunks, strict=True)
         read = _Rows(*(None if column[0] is None else torch.cat(column) for column in columns))
@@ -153,11 +152,11 @@ class _ReadLogprobs(torch.autograd.Function):
             tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
         hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
-        for rows in _slices(len(hidden_ND), ctx.asked.chunk_rows):
+        for rows in slices(len(hidden_ND), ctx.asked.chunk_rows):
             outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
             if tail:
                 outer_R = outer_R + tail_grad_N[rows, None]
-            for ids in _slices(len(weight_VD), BLOCK_IDS):
+            for ids in slices(len(weight_VD), BLOCK_IDS):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
                 z_RB.div_(temperature)
@@ -195,7 +194,7 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -
     tails = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
     top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
-    for ids in _slices(len(head.weight_VD), BLOCK_IDS):
+    for ids in slices(len(head.weight_VD), BLOCK_IDS):
         z_RB = head.logits(hidden_RD, ids).div_(asked.temperature)
         at_RI, inside_RI = _inside(given_RI, ids)
         given_z_RI = torch.where(inside_RI, z_RB.gather(1, at_RI), given_z_RI)
@@ -240,12 +239,6 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -
         topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if asked.topk else None,
         tail_z_R=torch.stack(tails, 1).logsumexp(1) if asked.tail else None,
     )
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    """Runs of `size` that cover `length`; an empty one covers nothing, so that results keep their
-    shapes."""
-    return (slice(at, min(at + size, length)) for at in range(0, max(length, 1), size))
 
 
 def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:

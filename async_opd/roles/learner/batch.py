@@ -187,8 +187,7 @@ def _flat_if_there(
     parts: list[np.ndarray | None], dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
     """One tensor of what all trajectories have, None where they have none."""
-    absent = not parts or parts[0] is None
-    return None if absent else _flat([np.asarray(part) for part in parts], dtype)
+    return None if not parts or parts[0] is None else _flat([np.asarray(p) for p in parts], dtype)
 
 
 def _reward(verdict: Verdict) -> float:

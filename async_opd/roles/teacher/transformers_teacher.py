@@ -51,12 +51,12 @@ class TransformersTeacher:
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
-        decay = (
+        self._ema = WeightEma(
+            self._model,
             config.ema_decay
             if isinstance(config, TeacherConfig) and config.update == "ema"
-            else None
+            else None,
         )
-        self._ema = WeightEma(self._model, decay)
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -199,9 +199,8 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
     lengths = [len(rollout.ids) for rollout in rollouts]
 
     def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
-        if x is None:
-            return [None] * len(lengths)
-        return [part.numpy().astype(dtype) for part in x.cpu().split(lengths)]
+        pieces = [None] * len(lengths) if x is None else x.cpu().split(lengths)
+        return [part if part is None else part.numpy().astype(dtype) for part in pieces]
 
     columns = {
         "sampled_logp": parts(read.sampled_N),

@@ -143,11 +143,10 @@ class VllmTeacher:
             raise ActorLost(f"{self._role}: its engine died") from e
 
     async def _run(self, ids: np.ndarray, **sampling: Any) -> RequestOutput:
-        params = SamplingParams(
-            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
-        )
         request = self._engine.generate(
-            {"prompt_token_ids": ids.tolist()}, params, str(next(self._request_ids))
+            {"prompt_token_ids": ids.tolist()},
+            SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling),
+            str(next(self._request_ids)),
         )
         try:
             (output,) = [output async for output in request]

@@ -53,9 +53,8 @@ def run_check(check: Check, decide: Decide) -> Verdict:
     try:
         decision = decide(check.response, check.answer)
         correct, answer = decision if isinstance(decision, tuple) else (decision, None)
-        if answer and len(answer) > LONGEST:
-            answer = ""
-        return Verdict(id=check.id, correct=correct, answer=answer)
+        short = answer if answer is None or len(answer) <= LONGEST else ""
+        return Verdict(id=check.id, correct=correct, answer=short)
     except Exception as error:
         # Foreign code met a model's text: whatever it raises, the verdict is unknown.
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
