@@ -166,7 +166,7 @@ def _scores(trajectory: Trajectory, taught: bool) -> Scores:
 def _kept(
     rollouts: list[Rollout], versions: list[np.ndarray], bounds: TrainingBounds, live: int
 ) -> list[np.ndarray]:
-    """Which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
+    """Find which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
     fresh = [lag.fresh(v, live, bounds.max_lag_steps) for v in versions]
     for rollout, fresh_T in zip(rollouts, fresh, strict=True):
         if bounds.stale == "drop" and not fresh_T.all():
@@ -186,7 +186,7 @@ def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
 def _flat_if_there(
     parts: list[np.ndarray | None], dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """One tensor of what all trajectories have, None where they have none."""
+    """Join what all trajectories have to one tensor; None where they have none."""
     return None if not parts or parts[0] is None else _flat([np.asarray(p) for p in parts], dtype)
 
 
