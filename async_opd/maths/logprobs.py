@@ -8,14 +8,13 @@ is never held.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from async_opd.maths.blocks import BLOCK_IDS
+from async_opd.maths.blocks import BLOCK_IDS, slices
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
@@ -120,7 +119,7 @@ class _ReadLogprobs(torch.autograd.Function):
             given_NI = torch.cat([given_NI, candidate_ids_NK], 1)
         chunks = [
             _read_rows(head, hidden_ND[rows], given_NI[rows], options)
-            for rows in _slices(len(hidden_ND), options.chunk_rows)
+            for rows in slices(len(hidden_ND), options.chunk_rows)
         ]
         columns = zip(*chunks, strict=True)
         read = _Rows._make(None if part[0] is None else torch.cat(part) for part in columns)
@@ -171,11 +170,11 @@ class _ReadLogprobs(torch.autograd.Function):
         hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
         tail_RB = None
-        for rows in _slices(len(hidden_ND), ctx.options.chunk_rows):
+        for rows in slices(len(hidden_ND), ctx.options.chunk_rows):
             outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
             if tail:
                 outer_R = outer_R + tail_grad_N[rows, None]
-            for ids in _slices(len(weight_VD), BLOCK_IDS):
+            for ids in slices(len(weight_VD), BLOCK_IDS):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
                 z_RB.div_(ctx.options.temperature)
@@ -215,7 +214,7 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
     tails: list[Tensor] = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
     top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
-    for ids in _slices(vocabulary, BLOCK_IDS):
+    for ids in slices(vocabulary, BLOCK_IDS):
         z_RB = head.logits(hidden_RD, ids).div_(options.temperature)
         at_RI, inside_RI = _inside(given_RI, ids)
         given_z_RI = torch.where(inside_RI, z_RB.gather(1, at_RI), given_z_RI)
@@ -253,12 +252,6 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
         topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if options.topk else None,
         tail_z_R=torch.stack(tails, 1).logsumexp(1) if options.tail else None,
     )
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    """Runs of `size` that cover `length`; an empty one covers nothing, so that results keep their
-    shapes."""
-    return (slice(i, min(i + size, length)) for i in range(0, max(length, 1), size))
 
 
 def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """From groups and scores to packed micro-batches of tensors."""
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from async_opd.core.errors import StaleTrajectory, WireError
 from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Verdict
 from async_opd.maths import lag
+from async_opd.roles.models.causal_lm import segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class MicroBatch:
 
 
 def pack(
-    trajectories: Sequence[Trajectory], bounds: TrainingBounds, *, live: int, device: torch.device
+    trajectories: list[Trajectory], bounds: TrainingBounds, *, live: int, device: torch.device
 ) -> MicroBatch:
     """Pack `trajectories` (possibly none: such a micro-batch still joins every collective) under
     live version `live`.
@@ -113,10 +113,9 @@ def pack(
     """
     from_teacher = any(t.from_teacher for t in trajectories)
     rollouts = [t.rollout for t in trajectories]
-    scores = [_scores(t) for t in trajectories]
-    _refuse_mismatch(trajectories, scores, from_teacher)
+    scores = [_scores(t, from_teacher) for t in trajectories]
     versions = [np.full(len(r.ids), live) if from_teacher else r.versions() for r in rollouts]
-    ids, rows = _positions(trajectories)
+    ids, rows = segments([(t.prompt.ids, t.rollout.ids) for t in trajectories])
     at_student_ids = not scores or scores[0].topk_ids is None
     return MicroBatch(
         ids_L=_flat(ids, torch.int64),
@@ -153,27 +152,26 @@ def pack(
     ).to(device)
 
 
-def _refuse_mismatch(
-    trajectories: Sequence[Trajectory], scores: Sequence[Scores], from_teacher: bool
-) -> None:
-    """Raise WireError for a trajectory with scores or verdicts of another, or one that is not
-    `from_teacher` as the others are."""
-    for t, scored in zip(trajectories, scores, strict=True):
-        id, rows = t.rollout.id, len(scored.sampled_logp)
-        scored_ids = {scored.id, *([t.reference.id] if t.reference else [])}
-        decided_ids = {v.id for v in t.verdicts}
-        if scored_ids != {id} or id not in decided_ids or rows != len(t.rollout.ids):
-            raise WireError(f"{id}: paired with {scored_ids | decided_ids}, {rows} scores")
-        if t.from_teacher != from_teacher:
-            raise WireError(
-                f"{id}: packed with answers of {'the teacher' if from_teacher else 'the student'}"
-            )
+def _scores(trajectory: Trajectory, from_teacher: bool) -> Scores:
+    """Take the teacher's scores; of its own answer, what it was sampled with. Raises WireError
+    where scores or verdicts are of another, and where it is not `from_teacher` as the others
+    are."""
+    rollout, reference = trajectory.rollout, trajectory.reference
+    scores = trajectory.scores or Scores(id=rollout.id, sampled_logp=rollout.behaviour_logp)
+    scored = {scores.id, reference.id if reference else scores.id}
+    decided, rows = {v.id for v in trajectory.verdicts}, len(scores.sampled_logp)
+    if scored != {rollout.id} or rollout.id not in decided or rows != len(rollout.ids):
+        raise WireError(f"{rollout.id}: paired with {scored | decided}, {rows} scores")
+    if trajectory.from_teacher != from_teacher:
+        who = "the teacher" if from_teacher else "the student"
+        raise WireError(f"{rollout.id}: packed with answers of {who}")
+    return scores
 
 
 def _kept(
-    rollouts: Sequence[Rollout], versions: Sequence[np.ndarray], bounds: TrainingBounds, live: int
+    rollouts: list[Rollout], versions: list[np.ndarray], bounds: TrainingBounds, live: int
 ) -> list[np.ndarray]:
-    """Which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
+    """Find which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
     fresh = [lag.fresh(v, live, bounds.max_lag_steps) for v in versions]
     for rollout, fresh_T in zip(rollouts, fresh, strict=True):
         if bounds.stale == "drop" and not fresh_T.all():
@@ -186,38 +184,15 @@ def _kept(
     ]
 
 
-def _positions(
-    trajectories: Sequence[Trajectory],
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Token ids of each segment, one token where there are none; and of each trajectory the rows
-    that predict its response."""
-    ids = [np.concatenate([t.prompt.ids, t.rollout.ids]) for t in trajectories]
-    starts = np.cumsum([0, *map(len, ids)])
-    rows = [
-        start + len(t.prompt.ids) - 1 + np.arange(len(t.rollout.ids))
-        for start, t in zip(starts, trajectories, strict=False)
-    ]
-    return ids or [np.zeros(1, np.int32)], rows
-
-
-def _flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
     return torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0), dtype=dtype)
 
 
 def _flat_if_there(
-    parts: Sequence[np.ndarray | None], dtype: torch.dtype = torch.float32
+    parts: list[np.ndarray | None], dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """One tensor of what all trajectories have, None where they have none."""
-    if not parts or parts[0] is None:
-        return None
-    return _flat([np.asarray(part) for part in parts], dtype)
-
-
-def _scores(trajectory: Trajectory) -> Scores:
-    """The teacher's scores; of its own answer, what it was sampled with."""
-    if trajectory.scores is not None:
-        return trajectory.scores
-    return Scores(id=trajectory.rollout.id, sampled_logp=trajectory.rollout.behaviour_logp)
+    """Join what all trajectories have to one tensor; None where they have none."""
+    return None if not parts or parts[0] is None else _flat([np.asarray(p) for p in parts], dtype)
 
 
 def _reward(verdict: Verdict) -> float:

@@ -59,8 +59,11 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
     `vllm` load it. Raises CheckpointError where it cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    kept = model.state_dict(keep_vars=True).items()
-    buffers = {name: tensor for name, tensor in kept if not isinstance(tensor, nn.Parameter)}
+    buffers = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter)
+    }
     with writing(folder):
         beside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(beside, ignore_errors=True)

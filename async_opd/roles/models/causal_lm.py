@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
@@ -32,8 +33,7 @@ def load(
         dtype=getattr(torch, dtype),
         attn_implementation=ATTENTION,
         trust_remote_code=trust_remote_code,
-    )
-    model.to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
+    ).to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
         raise ConfigError(
@@ -79,8 +79,7 @@ def packed_segments(
     causal mask already hides the padding, which lies behind every real token. Returns ([1, L, H,
     d], None). Raises ConfigError for `options` that would change the result.
     """
-    windowed, sinks = options.get("sliding_window"), options.get("s_aux")
-    if windowed or options.get("softcap") or sinks is not None:
+    if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
         raise ConfigError(
             "attention with a sliding window, soft-capped scores or sinks is not supported"
         )
@@ -127,10 +126,15 @@ def _flash(
 
     ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
     tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
-    bounds = dict(
-        cu_seqlens_q=ends_S1, cu_seqlens_k=ends_S1, max_seqlen_q=longest, max_seqlen_k=longest
-    )
-    return flash_attn_varlen_func(*tokens_first, **bounds, softmax_scale=scaling, causal=True)[None]
+    return flash_attn_varlen_func(
+        *tokens_first,
+        cu_seqlens_q=ends_S1,
+        cu_seqlens_k=ends_S1,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scaling,
+        causal=True,
+    )[None]
 
 
 @lru_cache(maxsize=2)
@@ -157,6 +161,19 @@ def _layout(segment_lengths: tuple[int, ...], device: torch.device) -> tuple[Ten
 
 
 AttentionInterface.register(ATTENTION, packed_segments)
+
+
+def segments(
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Join each prompt and its response, ids [P] and [T], to one segment [P + T]; returns these,
+    one token where there are none, and the rows [T], in L, that predict each response."""
+    starts = np.cumsum([0, *(len(prompt) + len(response) for prompt, response in pairs)])
+    rows = [
+        start + len(prompt) - 1 + np.arange(len(response))
+        for start, (prompt, response) in zip(starts, pairs, strict=False)
+    ]
+    return [np.concatenate(pair) for pair in pairs] or [np.zeros(1, np.int32)], rows
 
 
 def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:

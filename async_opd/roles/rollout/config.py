@@ -17,13 +17,13 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
     answer: str = "answer"  # column: the reference answer
     id: str | None = None  # column naming the row; absent: its position
-    # column naming the teacher of the row, with sections [teachers.NAME]
+    # Column naming the teacher of the row, with sections [teachers.NAME].
     teacher: str | None = None
     solution: str | None = None  # column: a worked solution, for teachers with a context
     chat_template: bool = False  # render the prompt by the model's chat template
     template_args: dict[str, Any] = {}  # passed to the template, such as enable_thinking
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 1024
-    # a longer one stops the run, or is counted and left out
+    # A longer one stops the run, or is counted and left out.
     long_prompt: Literal["error", "skip"] = "error"
     epochs: Annotated[int, Meta(ge=1)] | None = None  # absent: as many as the steps need
     streaming: bool = False
@@ -36,7 +36,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # neither torch.compile nor CUDA graphs: starts sooner, samples more slowly
+    # Neither torch.compile nor CUDA graphs: starts sooner, samples more slowly.
     enforce_eager: bool = False
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
@@ -49,5 +49,5 @@ class RolloutConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     max_new_tokens: Annotated[int, Meta(ge=1)]
     samples_per_prompt: Annotated[int, Meta(ge=1)] = 1
     temperature: Annotated[float, Meta(gt=0)] = 1.0
-    # what becomes of a rollout cut by max_new_tokens
+    # What becomes of a rollout cut by max_new_tokens.
     truncated: Literal["train", "mask", "drop"] = "train"

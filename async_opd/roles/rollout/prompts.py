@@ -1,5 +1,4 @@
-"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, seeded shuffle
-per epoch."""
+"""Prompts from any dataset that `datasets` loads: columns, chat template, tokens, order by seed."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,8 +83,8 @@ class PromptSource:
                 raise DataError(f"data.path = {self._config.path!r}: no usable row")
             self._epoch, self._drawn = self._epoch + 1, 0
         raise DataError(
-            f"data.path = {self._config.path!r}: {self._epoch} epochs are used up; raise"
-            " data.epochs"
+            f"data.path = {self._config.path!r}: {self._epoch} epochs are used up;"
+            " raise data.epochs"
         )
 
     @property
@@ -94,16 +93,14 @@ class PromptSource:
         rows = None if self._config.streaming else len(self)
         return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
 
-    def continued(
-        self, position: Mapping[str, Any], outstanding: Sequence[str]
-    ) -> Iterator[Prompt]:
+    def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Give the prompts `outstanding`, which were handed out before, then those that follow
         `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
         has changed since."""
         if not self._config.streaming and position["rows"] != len(self):
             raise DataError(
-                f"data.path = {self._config.path!r}: {len(self)} rows, it had {position['rows']}"
-                " before"
+                f"data.path = {self._config.path!r}: {len(self)} rows,"
+                f" it had {position['rows']} before"
             )
         self._epoch, self._drawn = position["epoch"], position["drawn"]
         again = self._again(outstanding)
@@ -125,8 +122,8 @@ class PromptSource:
             if prompts.get(id) is None:
                 changed = "is too long" if id in prompts else "is not there"
                 raise DataError(
-                    f"row {id}: handed out before, but {changed} now: {self._config.path} has"
-                    " changed"
+                    f"row {id}: handed out before, but {changed} now: "
+                    f"{self._config.path} has changed"
                 )
         return [prompt for id in ids if (prompt := prompts[id]) is not None]
 
@@ -134,8 +131,7 @@ class PromptSource:
         """Find the rows of these names. A stream is read from the start of the epoch until all are
         there."""
         if self._config.streaming:
-            rows = self._shuffled(epoch)
-            named = (row for row in rows if self._id(row) in names)
+            named = (row for row in self._shuffled(epoch) if self._id(row) in names)
         elif self._config.id:
             column = enumerate(self._table[self._config.id])
             named = (self._row(position) for position, name in column if str(name) in names)
@@ -150,8 +146,8 @@ class PromptSource:
         usable = list(islice((p for p in prompts if p is not None), count))
         if len(usable) < (count or 1):
             raise DataError(
-                f"eval.path = {self._config.path!r}: {len(usable)} usable rows, eval.problems ="
-                f" {count or 1}"
+                f"eval.path = {self._config.path!r}: {len(usable)} usable rows,"
+                f" eval.problems = {count or 1}"
             )
         return usable
 
@@ -161,8 +157,8 @@ class PromptSource:
         content, answer = row.get(self._config.prompt), row.get(self._config.answer)
         if not isinstance(content, str | list) or not content:
             raise DataError(
-                f"row {id}: {self._config.prompt!r} must be a string or a list of messages, got"
-                f" {content!r}"
+                f"row {id}: {self._config.prompt!r} must be a string or a list of messages,"
+                f" got {content!r}"
             )
         if not isinstance(answer, str | int | float):
             raise DataError(
@@ -184,8 +180,8 @@ class PromptSource:
         ]
         if over and self._config.long_prompt == "error":
             raise DataError(
-                f"row {id}: {over[0]}; shorten it, raise the limit, or set data.long_prompt ="
-                ' "skip"'
+                f"row {id}: {over[0]}; shorten it, raise the limit,"
+                ' or set data.long_prompt = "skip"'
             )
         if over:
             self.skipped += 1
@@ -206,10 +202,8 @@ class PromptSource:
             return ""
         name = row.get(self._config.teacher)
         if not isinstance(name, str) or name not in self._views:
-            raise DataError(
-                f"row {id}:"
-                f" {wrong(f'data.teacher, column {self._config.teacher!r}', name, self._views)}"
-            )
+            column = f"data.teacher, column {self._config.teacher!r}"
+            raise DataError(f"row {id}: {wrong(column, name, self._views)}")
         return name
 
     def _tokens(self, id: str, content: str | list, template_args: dict) -> np.ndarray:
@@ -219,25 +213,26 @@ class PromptSource:
             )
             if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
                 raise DataError(
-                    f"row {id}: {self._config.prompt!r} holds a message without role or content:"
-                    f" {messages!r}"
+                    f"row {id}: {self._config.prompt!r} holds a message without role or"
+                    f" content: {messages!r}"
                 )
             try:
                 rendered = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, **template_args
                 )
-                content = cast(str, rendered)  # which it is unless it tokenizes
+                content = cast(str, rendered)  # as it does not tokenize
             except TemplateError as e:
                 raise DataError(
                     f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
                 ) from e
         elif isinstance(content, list):
             raise DataError(
-                f"data.prompt = {self._config.prompt!r} holds messages: set data.chat_template ="
-                " true"
+                f"data.prompt = {self._config.prompt!r} holds messages:"
+                " set data.chat_template = true"
             )
-        special = not self._config.chat_template  # a template writes its own
-        return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
+        # A template writes its own special tokens.
+        encoded = self._tokenizer(content, add_special_tokens=not self._config.chat_template)
+        return np.asarray(encoded.input_ids, np.int32)
 
     @property
     def _table(self) -> datasets.Dataset:
@@ -268,8 +263,7 @@ class PromptSource:
                 item = next(numbered, None)
             if item is None:
                 return
-            position, row = item
-            yield {**row, "_position": position}
+            yield {**item[1], "_position": item[0]}
 
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:

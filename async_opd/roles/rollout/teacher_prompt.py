@@ -32,8 +32,8 @@ class TeacherView:
             return content
         if not isinstance(solution, str | int | float) or solution == "":
             raise DataError(
-                f"row {id}: {column!r} must be a string that is not empty or a number, got"
-                f" {solution!r}"
+                f"row {id}: {column!r} must be a string that is not empty or a number,"
+                f" got {solution!r}"
             )
         if isinstance(content, str):
             return _filled(self.context, content, str(solution))

@@ -25,8 +25,10 @@ def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> No
         asked["candidate_ids"] = candidates_of(rollout)
     for field, ids in asked.items():
         if ids.max(initial=0) >= logits:
-            limit = f"must be < {logits}, the number of the teacher's logits"
-            raise WireError(f"{rollout.id}: {field} holds {ids.max()}: {limit}")
+            raise WireError(
+                f"{rollout.id}: {field} holds {ids.max()}: must be < {logits}, the number of the"
+                " teacher's logits"
+            )
 
 
 def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:

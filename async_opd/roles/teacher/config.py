@@ -11,21 +11,21 @@ from async_opd.maths import schedules
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`replicas` copies of one model."""
 
-    # vllm: for larger models; temperature 1, no entropy, of a tail what its candidates leave and no
-    # less than 1e-6
+    # "vllm" is for larger models: temperature 1, no entropy, and of a tail what its candidates
+    # leave, no less than 1e-6.
     backend: Literal["transformers", "vllm"] = "transformers"
     replicas: Annotated[int, Meta(ge=1)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # of one forward, prompts included; vllm on CPU holds their logits
+    # Of one forward, prompts included; vllm on CPU holds their logits.
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192
-    # transformers only
-    # longest a request waits for company; 0: take what is queued
+    # For transformers only.
+    # Longest a request waits for company; 0: take what is queued.
     flush_s: Annotated[float, Meta(ge=0)] = 0.0
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
-    # vllm only
+    # For vllm only.
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # GPUs of one replica
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
-    # of a GPU; with run.share_gpu of any backend
+    # Of a GPU; with run.share_gpu of any backend.
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
 
 
@@ -34,14 +34,14 @@ class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     self-teacher."""
 
     model: str  # local directory or hub id; its tokenizer must agree with the student's
-    # for the teacher's own rendering of the prompt, where it differs
+    # For the teacher's own rendering of the prompt, where it differs.
     template_args: dict[str, Any] = {}
     context: str | None = None  # shown instead of the prompt: text with {prompt} and {solution}
-    # of its own rendering; absent: data.max_prompt_tokens
+    # Of its own rendering; absent: data.max_prompt_tokens.
     max_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None
-    # how a self-teacher follows the student; transformers only
+    # How a self-teacher follows the student; transformers only.
     update: Literal["frozen", "ema", "copy"] = "frozen"
-    # the learner waits: a checkpoint is written and read
+    # The learner waits: a checkpoint is written and read.
     update_every_steps: Annotated[int, Meta(ge=1)] = 1
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] = 0.99  # d of t = d·t + (1-d)·s, ema only
     evaluate: bool = False  # measure the teacher's own accuracy, once, after training
@@ -70,9 +70,9 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
     until_step: Annotated[int, Meta(ge=1)]  # P2: last optimizer step of any weight
     weight_start: Annotated[float, Meta(gt=0)] = 1.0  # until P1
     weight_end: Annotated[float, Meta(ge=0)] = 0.0  # at P2
-    # absent: rollout.max_new_tokens, the most there may be
+    # Absent: rollout.max_new_tokens, the most there may be.
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
-    # engines; dtype, memory and tensor_parallel_size are those of [teacher]
+    # Engines; dtype, memory and tensor_parallel_size are those of [teacher].
     generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 64  # sequences one of them runs at once
 

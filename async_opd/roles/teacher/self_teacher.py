@@ -22,20 +22,18 @@ class WeightEma:
         has eight bits, and would round nearly every step of 1 % away.
         """
         self._parameters, self._decay = dict(model.named_parameters()), decay
-        self._average: dict[str, Tensor] = {}
-        if decay is not None:
-            self._average = {
-                n: p.detach().to("cpu", torch.float32) for n, p in self._parameters.items()
-            }
+        averaged = {} if decay is None else self._parameters
+        self._average = {n: p.detach().to("cpu", torch.float32) for n, p in averaged.items()}
 
     @torch.no_grad()
     def update(self, student: dict[str, Tensor]) -> None:
         """Take one step to the `student`'s weights."""
         for name, parameter in self._parameters.items():
-            if self._decay is None:
-                parameter.copy_(student[name])
-            else:
-                parameter.copy_(self._average[name].lerp_(student[name].float(), 1 - self._decay))
+            parameter.copy_(
+                student[name]
+                if self._decay is None
+                else self._average[name].lerp_(student[name].float(), 1 - self._decay)
+            )
 
     def save(self, file: Path) -> None:
         """Write what the next update goes on from."""

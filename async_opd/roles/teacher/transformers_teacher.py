@@ -42,12 +42,12 @@ class TransformersTeacher:
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
-        decay = (
+        self._ema = WeightEma(
+            self._model,
             config.ema_decay
             if isinstance(config, TeacherConfig) and config.update == "ema"
-            else None
+            else None,
         )
-        self._ema = WeightEma(self._model, decay)
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -55,11 +55,10 @@ class TransformersTeacher:
         Raises WireError for an id that it has no logit of."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
-        loop = asyncio.get_running_loop()
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
-        futures = [loop.create_future() for _ in group.rollouts]
+        futures = [asyncio.get_running_loop().create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [
                 (prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)
@@ -133,12 +132,7 @@ class TransformersTeacher:
     def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
         """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
         the LM head. What is not finite is that rollout's error alone."""
-        ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
-        starts = np.cumsum([0, *map(len, ids)])
-        rows = [
-            start + len(p) - 1 + np.arange(len(r.ids))
-            for start, (p, r) in zip(starts, items, strict=False)
-        ]
+        ids, rows = causal_lm.segments([(prompt, rollout.ids) for prompt, rollout in items])
 
         def tensor(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
@@ -195,9 +189,8 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
     lengths = [len(rollout.ids) for rollout in rollouts]
 
     def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
-        if x is None:
-            return [None] * len(lengths)
-        return [part.numpy().astype(dtype) for part in x.cpu().split(lengths)]
+        pieces = [None] * len(lengths) if x is None else x.cpu().split(lengths)
+        return [part if part is None else part.numpy().astype(dtype) for part in pieces]
 
     columns = {
         "sampled_logp": parts(read.sampled_N),

@@ -84,14 +84,15 @@ class VllmTeacher:
             topk_logp = np.take_along_axis(logp, likeliest, axis=1)
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
-        candidates = topk_logp if candidate_logp is None else candidate_logp
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
             topk_ids=topk_ids if k else None,
             topk_logp=topk_logp if k else None,
             candidate_logp=candidate_logp,
-            tail_logp=tail_left_by(candidates) if self._tail else None,
+            tail_logp=tail_left_by(topk_logp if candidate_logp is None else candidate_logp)
+            if self._tail
+            else None,
         )
 
     async def _read(
@@ -133,11 +134,10 @@ class VllmTeacher:
             raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _run(self, ids: Ints, **sampling: Any) -> RequestOutput:
-        params = SamplingParams(
-            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
-        )
         request = self._engine.generate(
-            {"prompt_token_ids": ids.tolist()}, params, str(next(self._request_ids))
+            {"prompt_token_ids": ids.tolist()},
+            SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling),
+            str(next(self._request_ids)),
         )
         try:
             (output,) = [output async for output in request]

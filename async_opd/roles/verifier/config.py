@@ -12,7 +12,7 @@ class VerifyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     check: str = "math"
     workers: Annotated[int, Meta(ge=1)] = 1
     timeout_s: Annotated[float, Meta(gt=0)] = 5.0  # from when a worker picks the response up
-    # address space of one worker, or of all processes of a program
+    # Address space of one worker, or of all processes of a program.
     memory_gib: Annotated[float, Meta(gt=0)] = 2.0
-    # of `code`; none: a program may do what this user may
+    # Of `code`; none: a program may do what this user may.
     sandbox: Literal["namespaces", "none"] = "namespaces"

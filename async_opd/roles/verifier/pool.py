@@ -84,8 +84,9 @@ class VerifierPool:
             except (ActorLost, ConfigError) as error:
                 self._failed_starts += 1
                 if self._failed_starts >= MAX_FAILED_STARTS:
-                    why = f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}"
-                    raise type(error)(why) from error
+                    raise type(error)(
+                        f"verifier: {MAX_FAILED_STARTS} starts in a row failed, last {error}"
+                    ) from error
             else:
                 self._failed_starts = 0
                 return worker

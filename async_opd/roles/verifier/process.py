@@ -30,16 +30,13 @@ class WorkerProcess:
     async def spawn(cls, config: VerifyConfig, timeout_s: float) -> Self:
         """Start a worker, with its check imported. Raises ActorLost if it cannot start or is not
         ready in time, ConfigError if its check cannot be used."""
-        command = (
-            "-m",
-            "async_opd.roles.verifier.worker",
-            str(os.getpid()),
-            msgspec.json.encode(config).decode(),
-        )
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *command,
+                "-m",
+                "async_opd.roles.verifier.worker",
+                str(os.getpid()),
+                msgspec.json.encode(config).decode(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # A process group to kill, and no Ctrl-C meant for the parent.

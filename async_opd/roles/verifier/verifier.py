@@ -45,10 +45,11 @@ class GroupVerifier:
                 await self._compare(
                     group.prompt.id, {first: text for text, first in firsts.items() if text}, same
                 )
-        texts = [self._decode(rollout.ids) for rollout in group.rollouts]
         return tuple(
-            Said(text=text, vote=None if vote is None else same.get(vote, vote))
-            for text, vote in zip(texts, votes, strict=True)
+            Said(
+                text=self._decode(rollout.ids), vote=None if vote is None else same.get(vote, vote)
+            )
+            for rollout, vote in zip(group.rollouts, votes, strict=True)
         )
 
     async def _compare(self, id: str, answers: dict[int, str], same: dict[int, int]) -> None:

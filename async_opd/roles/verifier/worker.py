@@ -42,8 +42,7 @@ def main(parent: int, config: VerifyConfig) -> None:
         size = int.from_bytes(header, "big")
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
-        body = requests.read(size)
-        check = msgspec.msgpack.decode(body, type=Check)
+        check = msgspec.msgpack.decode(requests.read(size), type=Check)
         verdict = run_check(check, decide)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
@@ -54,9 +53,8 @@ def run_check(check: Check, decide: Decide) -> Verdict:
     try:
         decision = decide(check.response, check.answer)
         correct, answer = decision if isinstance(decision, tuple) else (decision, None)
-        if answer and len(answer) > LONGEST:
-            answer = ""
-        return Verdict(id=check.id, correct=correct, answer=answer)
+        short = answer if answer is None or len(answer) <= LONGEST else ""
+        return Verdict(id=check.id, correct=correct, answer=short)
     except Exception as error:
         # Foreign code met a model's text: whatever it raises, the verdict is unknown.
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")

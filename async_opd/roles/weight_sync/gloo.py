@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,10 +60,9 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
     (an address of this machine) and there alone, where torch by itself would on every interface.
     The system chooses the store's `port`."""
     listening = socket.create_server((host, 0))
-    port = listening.getsockname()[1]
     return TCPStore(
         host,
-        port,
+        listening.getsockname()[1],
         is_master=True,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
@@ -84,12 +83,11 @@ def gloo_group(store: TCPStore, *, rank: int, world: int, timeout_s: float) -> P
     Traffic uses the interface that reaches the store, so a group on one machine stays on loopback.
     Raises RuntimeError (torch's DistError) when the members do not meet in time.
     """
-    timeout = timedelta(seconds=timeout_s)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((store.host, store.port))
         local = probe.getsockname()[0]
     options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] no stub
-    options._timeout = timeout
+    options._timeout = timedelta(seconds=timeout_s)
     options._devices = [ProcessGroupGloo.create_device(hostname=local)]
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world, options)
 
@@ -115,5 +113,6 @@ def broadcast(group: ProcessGroupGloo, flat: Tensor) -> Work:
 
     Works of one group run in the order in which they were started, a few at a time.
     """
-    gloo: Any = group  # torch's stubs have `broadcast` of ProcessGroup alone
-    return gloo.broadcast([flat], torch.distributed.BroadcastOptions())
+    return group.broadcast(  # pyright: ignore[reportAttributeAccessIssue] torch's stubs lack it
+        [flat], torch.distributed.BroadcastOptions()
+    )

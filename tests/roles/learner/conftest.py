@@ -79,10 +79,12 @@ def packed() -> Callable[..., MicroBatch]:
         truncated="train",
         cap=64,
     ) -> MicroBatch:
-        bounds = TrainingBounds(
-            max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap
+        return pack(
+            list(trajectories),
+            TrainingBounds(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap),
+            live=live,
+            device=torch.device("cpu"),
         )
-        return pack(trajectories, bounds, live=live, device=torch.device("cpu"))
 
     return make
 

@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -76,15 +77,17 @@ async def start_pool(workers):
 
 
 @pytest.fixture
-def own_check(tmp_path, monkeypatch):
+def worker_module(tmp_path, monkeypatch):
+    """Puts a module where workers find it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return lambda name, source: tmp_path.joinpath(f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def own_check(worker_module):
     """Puts a module `mine` where workers find it."""
-
-    def write(source: str) -> None:
-        tmp_path.joinpath("mine.py").write_text(source)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-
-    return write
+    return partial(worker_module, "mine")
 
 
 class Patient:
@@ -119,18 +122,11 @@ def patient(response, answer):
 
 
 @pytest.fixture
-def fake_math_verify(tmp_path, monkeypatch):
+def fake_math_verify(worker_module):
     """Puts a module in the place of math-verify: `top` runs on import, `body` for each
     `parse(text)`."""
-
-    def write(body: str = "pass", top: str = "pass") -> None:
-        source = (
-            f"import os, sys, time\n{top}\ndef parse(text, **_):\n    {body}\n    return [text]\n"
-        )
-        tmp_path.joinpath("math_verify.py").write_text(
-            f"{source}def verify(*_, **__):\n    return True\n"
-        )
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-
-    return write
+    return lambda body="pass", top="pass": worker_module(
+        "math_verify",
+        f"import os, sys, time\n{top}\ndef parse(text, **_):\n    {body}\n    return [text]\n"
+        "def verify(*_, **__):\n    return True\n",
+    )

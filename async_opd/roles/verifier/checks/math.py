@@ -43,8 +43,10 @@ def check(response: str, answer: str) -> tuple[bool, str]:
     if not reference:
         raise DataError(f"reference answer {answer!r} does not parse")
     target = _parse(response if boxed is None else _boxed(boxed))
-    right = verify(reference, target, timeout_seconds=None, raise_on_error=True)
-    return right, _boxed(boxed if boxed is not None else target[-1] if target else "")
+    return (
+        verify(reference, target, timeout_seconds=None, raise_on_error=True),
+        _boxed(boxed if boxed is not None else target[-1] if target else ""),
+    )
 
 
 def last_boxed(text: str) -> str | None:

@@ -60,7 +60,7 @@ def _call(name: str, *args: int | bytes | None) -> None:
 
 
 def leave() -> None:
-    """Into new namespaces. This process stays outside its pid namespace, its next child is the
+    """Goes into new namespaces. This process stays outside its pid namespace, its next child is the
     first in it."""
     if os.geteuid() == 0:
         os.setgroups([])
@@ -88,8 +88,8 @@ def die_with(parent: int) -> None:
 
 
 def furnish(program: str, megabytes: int) -> None:
-    """A root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one place
-    to write."""
+    """Makes a root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one
+    place to write."""
     size = f"size={megabytes}m,nr_inodes=1024".encode()
     shown = _needed()
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
@@ -119,7 +119,7 @@ def furnish(program: str, megabytes: int) -> None:
 
 
 def _needed() -> list[Path]:
-    """Folders of the interpreter and its libraries; of two, one in the other, the outer."""
+    """Lists folders of the interpreter and its libraries; of two, one in the other, the outer."""
     roots = {
         Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")
     }
@@ -145,13 +145,13 @@ def become_nobody() -> None:
 
 
 def gain_nothing() -> None:
-    """No file that this process executes gives it another user or capabilities."""
+    """Lets no file that this process executes give it another user or capabilities."""
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def refuse_uncovered_calls() -> None:
-    """From here on EPERM for the calls of UNCOVERED, and a kill for those of another machine's
-    numbering."""
+    """Answers the calls of UNCOVERED with EPERM from here on, and kills for those of another
+    machine's numbering."""
     name = os.uname().machine
     if name not in UNCOVERED:
         raise OSError(0, f"its machine is {name}, and must be {' or '.join(UNCOVERED)}")

@@ -59,7 +59,7 @@ class Program:
         self._ours = 1 if os.geteuid() == 0 else 2  # of our processes count as the program's user
 
     def __enter__(self) -> Self:
-        """Raises OSError if it gets no sandbox."""
+        """Starts the program. Raises OSError if it gets no sandbox."""
         news, low = os.pipe()
         permit, give = os.pipe()
         parent = os.getpid()
@@ -97,7 +97,7 @@ class Program:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def read(self, fd: int, limit: int) -> bytes:
-        """What comes from `fd`, to its end, the deadline, or a little more than `limit` bytes."""
+        """Reads `fd` to its end, the deadline, or a little more than `limit` bytes."""
         output = bytearray()
         while len(output) <= limit and select.select([fd], [], [], self._left())[0]:
             some = os.read(fd, 65536)
@@ -107,7 +107,7 @@ class Program:
         return bytes(output)
 
     def wait(self) -> int | None:
-        """Its exit status; None if it is not at its end by the deadline."""
+        """Waits for its exit status; None if it is not at its end by the deadline."""
         end = os.pidfd_open(self._pid)
         try:
             if not select.select([end], [], [], self._left())[0]:
@@ -199,7 +199,7 @@ def probe(*, isolated: bool, memory: int) -> None:
 
 
 def _high(fd: int) -> int:
-    """A copy of `fd` above those that a program is given; closed by an exec."""
+    """Copies `fd` above those that a program is given; an exec closes the copy."""
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
 
 

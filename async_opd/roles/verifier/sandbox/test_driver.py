@@ -78,7 +78,7 @@ def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -
             print(json.dumps(_pack(request, _id)), file=asked, flush=True)
             reply = json.loads(answered.readline())
         except (OSError, ValueError):
-            # it is dead, or says what it was not asked: no error of its own to wait for
+            # It is dead, or says what it was not asked: no error of its own to wait for.
             os._exit(1)
         if "raised" in reply:
             kind = getattr(builtins, reply["raised"], None)
@@ -176,6 +176,6 @@ def _unpack(value: Any, find: Callable[[int], object]) -> Any:
         return find(parts)
     if name == "builtin":
         return TYPES[parts]
-    if name == "complex":
-        return complex(*parts)
-    return DATA[name](_unpack(part, find) for part in parts)
+    return (
+        complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)
+    )
