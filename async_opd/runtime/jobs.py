@@ -193,6 +193,7 @@ def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
         if size >= GCS_STORAGE_MAX_SIZE:
             raise ConfigError(
                 f"--working-dir {folder}: {size >> 20} MiB packed, of which Ray takes"
-                f" {GCS_STORAGE_MAX_SIZE >> 20}: name what the job does not need in .rayignore there"
+                f" {GCS_STORAGE_MAX_SIZE >> 20}: name what the job does not need in .rayignore"
+                " there"
             )
         yield package

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.toy import STUDENT, TEACHER, WEIGHTS
 from async_opd.toy.task import (
@@ -86,7 +86,7 @@ def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch
 
 
 def train(
-    model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float
+    model: Qwen3ForCausalLM, rng: Random, steps: int, rows: int, rate: float, max_noise: float
 ) -> Iterator[int]:
     """Supervised training, `rows` responses a step, each with a share of random characters of up to
     `max_noise`.
@@ -110,7 +110,7 @@ def train(
         yield step + 1
 
 
-def train_teacher() -> PreTrainedModel:
+def train_teacher() -> Qwen3ForCausalLM:
     """Trained on twice the noise the student sees: it has to continue whatever the student
     writes."""
     torch.manual_seed(1)
@@ -121,7 +121,7 @@ def train_teacher() -> PreTrainedModel:
     return model
 
 
-def train_student() -> PreTrainedModel:
+def train_student() -> Qwen3ForCausalLM:
     """Stops early, by the greedy accuracy on training problems. Run to the last step it would know
     the task."""
     torch.manual_seed(2)
@@ -136,7 +136,7 @@ def train_student() -> PreTrainedModel:
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
+def accuracy(model: Qwen3ForCausalLM, problems: list[Problem]) -> float:
     """The share of problems whose greedy response ends with the right boxed answer."""
     model.eval()
     inputs = TOKENIZER([prompt(problem) for problem in problems], padding=True, return_tensors="pt")
@@ -150,7 +150,7 @@ def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
     return sum(right) / len(right)
 
 
-def write_model(model: PreTrainedModel, folder: Path) -> None:
+def write_model(model: Qwen3ForCausalLM, folder: Path) -> None:
     """A whole Hugging Face directory: config, generation config, weights and tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)

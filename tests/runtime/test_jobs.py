@@ -369,8 +369,8 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
 def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
     told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
     saved, not_saved = (
-        lines.told(told),
-        lines.told(told | {"what": "not saved", "why": "the disk is full"}),
+        lines.event_line(told),
+        lines.event_line(told | {"what": "not saved", "why": "the disk is full"}),
     )
     cluster(
         job(
@@ -572,7 +572,7 @@ async def run():
     for n in range({signals}):
         asyncio.get_running_loop().call_later(0.05 + 0.05 * n, signal.raise_signal, signal.SIGTERM)
     at_work = asyncio.ensure_future(step())
-    with interrupted_by_signal(asyncio.current_task()):
+    with interrupted_by_signal():
         try:
             await asyncio.shield(at_work)
         except asyncio.CancelledError:

@@ -7,10 +7,10 @@ from async_opd.core.printing import write
 from async_opd.telemetry.metrics import Row
 
 
-def told(event: Row) -> str:
-    """An event in one line."""
-    at = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-    return f"{at} {event['who']}: {event['what']}{event['why'] and ': '}{event['why']}"
+def event_line(event: Row) -> str:
+    """Put an event into one line."""
+    clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    return f"{clock} {event['who']}: {event['what']}{event['why'] and ': '}{event['why']}"
 
 
 class Lines:
@@ -42,7 +42,7 @@ class Lines:
 
     def __call__(self, row: Row) -> None:
         if "what" in row:
-            write(sys.stdout, told(row) + "\n")
+            write(sys.stdout, event_line(row) + "\n")
             return
         now = time.monotonic()
         if now - self._last < self._every_s and row["step"] not in (1, self._steps):
