@@ -1,5 +1,5 @@
-"""Options that several commands share. A command is a file of this folder: its docstring is its help,
-`arguments` adds what may stand behind it, `run` does it.
+"""Options that several commands share. A command is a file of this folder: its docstring is its
+help, `arguments` adds what may stand behind it, `run` does it.
 
 What a command loads, it loads in `run`: asking for help, or a mistake in the command line, must not
 wait for torch.

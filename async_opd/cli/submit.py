@@ -98,10 +98,9 @@ def _files(folder: Path, config: "Config") -> dict[str, Path]:
 def _inside(folder: Path, key: str, path: Path) -> Path:
     """Refuse a file outside of the working directory."""
     if not path.resolve().is_relative_to(folder):
-        better = "move it there, or name an absolute path that every node of the cluster sees"
         raise ConfigError(
             f"{key}: {path} is outside of the working directory {folder}, which is all that a job"
-            f" gets: {better}"
+            " gets: move it there, or name an absolute path that every node of the cluster sees"
         )
     return path.resolve()
 

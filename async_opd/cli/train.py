@@ -57,8 +57,10 @@ def to_resume(
     config = load_run(run_of(path), overrides, elsewhere=elsewhere)
     checkpoint = find(path)
     if (step := checkpoint.state.version) >= config.run.steps:
-        done = f"{checkpoint.folder} is of step {step}, so nothing is left to train"
-        raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
+        raise ConfigError(
+            f"run.steps = {config.run.steps}: must be larger to go on: {checkpoint.folder} is of"
+            f" step {step}, so nothing is left to train"
+        )
     return config, checkpoint
 
 

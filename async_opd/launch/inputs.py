@@ -153,9 +153,9 @@ def check_ends(config: Config) -> None:
         for section in ("student", "teacher")
     )
     if not theirs <= ours:
-        ends = f"its answers end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
         raise DataError(
-            f"teacher.model = {config.models['teacher']!r}, with [teacher_sampling]: {ends}"
+            f"teacher.model = {config.models['teacher']!r}, with [teacher_sampling]: its answers end"
+            f" by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
         )
 
 

@@ -105,8 +105,8 @@ async def _run(
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
-                why = f"from step {checkpoint.state.version}, for {type(e).__name__}: {e}"
-                tell("starts again", "run", why)
+                step = checkpoint.state.version
+                tell("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         "prompts_skipped": inputs.prompts.skipped,

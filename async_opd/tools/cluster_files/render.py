@@ -23,7 +23,8 @@ class _Filled(Template):
 
 
 def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, image: str) -> str:
-    """Render the file of that kind for the config at `path` with `overrides`. Raises ConfigError."""
+    """Render the file of that kind for the config at `path` with `overrides`. Raises
+    ConfigError."""
     config = load(path, overrides, elsewhere=True)
     here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
     if kind == "kuberay" and here:

@@ -39,18 +39,19 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
     ConfigError."""
     run_dir = PurePosixPath(config.run.dir)
     if not run_dir.is_absolute() or len(run_dir.parts) < 3:
-        where = "on a disk that every node sees, such as /shared/runs/a"
-        raise ConfigError(f"run.dir = {config.run.dir!r}: must be absolute, {where}")
+        raise ConfigError(
+            f"run.dir = {config.run.dir!r}: must be absolute, on a disk that every node sees, such"
+            " as /shared/runs/a"
+        )
     requests = resource_requests(config, gpus=True)
     wanted = sum(request.count * request.gpus for request in requests)
     gpus = min(gpus_per_node, ceil(wanted))
     largest = max(requests, key=lambda request: request.gpus)
     if largest.gpus > gpus:
-        needs = (
-            f"{largest.role} asks for {largest.gpus:g} on one node: lower"
-            f" {' or '.join(largest.settings)}"
+        raise ConfigError(
+            f"--gpus-per-node {gpus_per_node}: too few: {largest.role} asks for {largest.gpus:g} on"
+            f" one node: lower {' or '.join(largest.settings)}"
         )
-        raise ConfigError(f"--gpus-per-node {gpus_per_node}: too few: {needs}")
     memory = GIB_A_GPU * gpus
     return Shape(
         name=re.sub("[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")[:40] or "run",

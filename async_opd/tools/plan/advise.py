@@ -9,6 +9,7 @@ from async_opd.tools.plan.make import GIB, Need, Problem
 Retry = Callable[[list[str]], set[str] | None]
 Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
 ZERO_STAGE = "learner.zero_stage"
+NO_CHANGE = "; no change that was tried is enough: take a smaller model, or larger GPUs"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
@@ -23,16 +24,14 @@ def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
             return left is not None and left <= others
 
         changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
-        none = "; no change that was tried is enough: take a smaller model, or larger GPUs"
-        unfit.append(Problem(what=_what(need) + ("" if changes else none), changes=changes))
+        unfit.append(Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes))
     return unfit
 
 
 def _what(need: Need) -> str:
     held = f"{need.memory.total / GIB:.1f} GiB of {need.limit / GIB:.1f}"
     if need.kv_bytes:
-        room = f"room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
-        return f"{need.request.role}, {need.model}: {held}, with {room}"
+        held += f", with room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
     return f"{need.request.role}, {need.model}: {held}"
 
 

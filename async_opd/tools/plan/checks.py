@@ -20,11 +20,13 @@ def shapes(config: Config) -> dict[str, Shape]:
     """Read the shape of each model, by the model's name. Raises DataError where the hub cannot be
     asked."""
     shapes: dict[str, Shape] = {}
-    remote_code = config.run.trust_remote_code
     with _hinting():
         for key, model in models(config).items():
-            if model not in shapes:
-                shapes[model] = local(key, model) or _from_hub(key, model, remote_code)
+            shapes[model] = (
+                shapes.get(model)
+                or local(key, model)
+                or _from_hub(key, model, config.run.trust_remote_code)
+            )
     return shapes
 
 

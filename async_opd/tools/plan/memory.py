@@ -124,9 +124,9 @@ def generator(
     card: float,
     concurrency: int,
 ) -> Memory:
-    """Estimate an engine that samples: weights, a forward of ENGINE_TOKENS with the logits of `concurrency`
-    sequences, in float32, as log-probs and sorted, the buckets in which weights arrive, and all
-    that is left for keys and values."""
+    """Estimate an engine that samples: weights, a forward of ENGINE_TOKENS with the logits of
+    `concurrency` sequences, in float32, as log-probs and sorted, the buckets in which weights
+    arrive, and all that is left for keys and values."""
     held = forward(shape, ENGINE_TOKENS, BYTES[config.dtype], config.tensor_parallel_size)
     buckets = 2 * sync.bucket_mib * 2**20 if sync.backend == "nccl" else 0
     return _engine(
@@ -166,9 +166,9 @@ def _engine(
 
 
 def forward(shape: Shape, tokens: int, b: int, tensor_parallel: int = 1) -> float:
-    """Estimate the most that a forward without backward holds at once, b bytes of each: four times the
-    hidden state, and what a layer's attention, its MLP or the token's own experts add while they
-    run, split over GPUs. Of `transformers`; what vLLM fuses is less."""
+    """Estimate the most that a forward without backward holds at once, b bytes of each: four times
+    the hidden state, and what a layer's attention, its MLP or the token's own experts add while
+    they run, split over GPUs. Of `transformers`; what vLLM fuses is less."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # gate, up and their product
     mlp = 3 * shape.intermediate if shape.layers > shape.expert_layers else 0

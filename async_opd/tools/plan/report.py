@@ -93,8 +93,8 @@ def _balance(balance: Balance | None) -> Iterator[str]:
     does = ", ".join(f"{role} {rate:,.0f}" for role, rate in balance.capacity.items())
     yield f"bottleneck       {balance.bottleneck} (tokens/s of all: {does}; {balance.source})"
     yield (
-        f"in balance       {balance.generators} generator(s) and {balance.teachers} teacher(s) keep up"
-        " with the learner"
+        f"in balance       {balance.generators} generator(s) and {balance.teachers} teacher(s) keep"
+        " up with the learner"
     )
     yield from (f"  measured otherwise: {what}" for what in balance.differs)
 

@@ -121,8 +121,10 @@ def shipped(setting: str, model: str) -> Shape:
     if model in (known := _shipped()):
         return read(known[model], setting)
     sizes = ", ".join(next(iter(tree["contexts"])) for tree in _trees())
-    others = f"their Base, Instruct and other variants{nearest(model, known)}"
-    raise ConfigError(f"{setting} = {model!r}: --offline knows {sizes}, {others}")
+    raise ConfigError(
+        f"{setting} = {model!r}: --offline knows {sizes}, their Base, Instruct and other"
+        f" variants{nearest(model, known)}"
+    )
 
 
 @cache

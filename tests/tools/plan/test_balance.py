@@ -10,7 +10,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
 from async_opd.core.errors import RunMissing
-from async_opd.tools.plan.balance import balance, given, measured
+from async_opd.tools.plan.balance import balance, measured, parse_rates
 
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 
@@ -82,7 +82,9 @@ def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
 
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
     config = load(DEMO, ["rollout.generators=3", "teacher.replicas=2", "learner.ranks=2"])
-    found = balance(config, given("generator=1000,teacher=4000,learner=2500"), "rates as given", [])
+    found = balance(
+        config, parse_rates("generator=1000,teacher=4000,learner=2500"), "rates as given", []
+    )
     assert found.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
     assert (found.bottleneck, found.generators, found.teachers) == ("generator", 5, 2)
 
