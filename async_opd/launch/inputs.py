@@ -154,8 +154,8 @@ def check_ends(config: Config) -> None:
     )
     if not theirs <= ours:
         raise DataError(
-            f"teacher.model = {config.models['teacher']!r}, with [teacher_sampling]: its answers end"
-            f" by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
+            f"teacher.model = {config.models['teacher']!r}, with [teacher_sampling]: its answers"
+            f" end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
         )
 
 

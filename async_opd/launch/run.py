@@ -112,8 +112,9 @@ async def _run(
         "prompts_skipped": inputs.prompts.skipped,
         "observer_rows_lost": sum(lost.values()),
         **lost,
+        "version": config.run.steps,
+        "restarts": restarts,
     }
-    summary |= {"version": config.run.steps, "restarts": restarts}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 

@@ -100,8 +100,8 @@ def _authentication(address: str) -> str:
     except OSError as e:
         raise ClusterError(
             f"{address}: no Ray dashboard answers within {ANSWER_S:g} s:"
-            f" {getattr(e, 'reason', None) or e}; is it up (`ray start --head` starts one here), and"
-            " its port forwarded?"
+            f" {getattr(e, 'reason', None) or e}; is it up (`ray start --head` starts one here),"
+            " and its port forwarded?"
         ) from e
     except (HTTPException, ValueError, KeyError, TypeError) as e:
         raise ClusterError(f"{address}: answers, but not as a Ray dashboard does") from e

@@ -1,4 +1,11 @@
-"""The screen of a run, drawn in place at the bottom of a terminal."""
+"""The screen of a run, drawn in place at the bottom of a terminal.
+
+rich lays it out, but does not draw it. `rich.live.Live` hides the cursor, which a process that is
+killed leaves hidden; it writes in the thread of whoever prints, under a lock, so a terminal that
+stands still holds up the whole process; it needs a last frame as high as the picture, however low
+the terminal is, and a line that is printed without an end is drawn into. What it would save are the
+two sequences that `_draw` writes.
+"""
 
 import io
 import os
