@@ -62,28 +62,21 @@ async def _run(
         from async_opd.launch.inputs import read
 
     inputs = read(config)
-    # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
+    # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
-    records = _records(config, run_dir) | {
-        "samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)
-    }
+    samples = {"samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)}
     with (
         observed(_sinks(config, run_dir)) as sinks,
-        observed(records) as (log, spans, shown, record),
+        observed(_records(config, run_dir) | samples) as (log, spans, shown, record),
     ):
         observers = [*sinks, shown]
 
         def tell(what: str, who: str, why: str) -> None:
-            event = {
-                "time": time.time(),
-                "step": meter.last_step,
-                "what": what,
-                "who": who,
-                "why": why,
-            }
+            now, step = time.time(), meter.last_step
+            event = {"time": now, "step": step, "what": what, "who": who, "why": why}
             log(event)
             if what != "placed":  # of each member, for those who look for it
                 shown(event)

@@ -141,7 +141,8 @@ def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows_and_takes_the_next_
 
 
 def test_rows_beyond_the_backlog_of_an_observer_that_blocks_are_lost_and_counted():
-    release, entered, taken = threading.Event(), threading.Event(), []
+    release, entered = threading.Event(), threading.Event()
+    taken = []
 
     def block(row):
         entered.set()
