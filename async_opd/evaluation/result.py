@@ -151,8 +151,10 @@ def read(folder: Path) -> tuple[Result, list[Shares]]:
     """Read the result in `folder`. Raises RunMissing."""
     try:
         result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-        lines = (folder / "problems.jsonl").read_bytes().splitlines()
-        shares = [msgspec.json.decode(line, type=Shares) for line in lines]
+        shares = [
+            msgspec.json.decode(line, type=Shares)
+            for line in (folder / "problems.jsonl").read_bytes().splitlines()
+        ]
     except OSError as e:
         raise RunMissing(
             f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}"

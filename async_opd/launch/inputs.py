@@ -67,8 +67,12 @@ def read_problems(config: Config, count: int | None) -> Problems:
     ).get_text_config()
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     prompts = PromptSource(data, tokenizer, seed=0).first(count)
-    context = getattr(model, "max_position_embeddings", None)
-    return Problems(tokenizer=tokenizer, eos_ids=eos, context=context, prompts=prompts)
+    return Problems(
+        tokenizer=tokenizer,
+        eos_ids=eos,
+        context=getattr(model, "max_position_embeddings", None),
+        prompts=prompts,
+    )
 
 
 def _student(config: Config) -> tuple[PreTrainedTokenizerFast, list[int]]:

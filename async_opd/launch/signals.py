@@ -5,13 +5,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from async_opd.core.process_wide import sigterm_as_before
 
 
 @contextmanager
-def interrupted_by_signal() -> Iterator[asyncio.Task[Any]]:
+def interrupted_by_signal() -> Iterator[asyncio.Task]:
     """Treat SIGTERM, from `async-opd stop`, Slurm or Kubernetes, meanwhile as Ctrl-C: the first
     cancels the main task, which calls this, and the second ends at once. So also where Ctrl-C is
     ignored, as a script's background jobs do."""

@@ -1,6 +1,7 @@
 """The `toy:` names of models and data."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -9,8 +10,6 @@ from async_opd.config.schema import Config
 from async_opd.config.sections import StudentConfig
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.toy.task import write_dataset
-
-Named = StudentConfig | TeacherConfig | ReferenceConfig
 
 
 def resolve_toy(config: Config, run_dir: Path) -> Config:
@@ -26,7 +25,7 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
             return str(run_dir / "data" / f"{what}.jsonl")
         return str(toy.WEIGHTS / what)
 
-    def resolved(section: Named | None) -> Named | None:
+    def resolved(section: StudentConfig | TeacherConfig | ReferenceConfig | None) -> Any:
         named = section and section.model
         return replace(section, model=resolve(named)) if section and named else section
 

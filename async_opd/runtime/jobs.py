@@ -82,7 +82,7 @@ class Jobs:
         """List every job that trains, or has trained, the oldest first."""
         with self._asking():
             jobs = self._client.list_jobs()
-        runs = [job for job in jobs if RUN_DIR in (job.metadata or {})]
+        runs = (job for job in jobs if RUN_DIR in (job.metadata or {}))
         return sorted(runs, key=lambda job: job.start_time or 0)
 
     def logs(self, id: str) -> str:

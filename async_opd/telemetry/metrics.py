@@ -223,9 +223,9 @@ def roles_of(row: Iterable[str]) -> list[str]:
 
 def time_table(summary: Row) -> str:
     """Say where each role's time went, a line a role."""
-    lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
-    for role in roles_of(summary):
-        lines.append(
-            role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
-        )
-    return "\n".join(lines)
+    titles = "share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)
+    lines = (
+        role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
+        for role in roles_of(summary)
+    )
+    return "\n".join([titles, *lines])

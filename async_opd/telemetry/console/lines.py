@@ -48,9 +48,10 @@ class Lines:
         if now - self._last < self._every_s and row["step"] not in (1, self._steps):
             return
         self._last = now
-        cells = [f"{row['step']}/{self._steps}".rjust(11)]
-        for _, key, width, spec in self.COLUMNS:
-            cells.append(("-" if row[key] is None else format(row[key], spec)).rjust(width))
+        cells = [f"{row['step']}/{self._steps}".rjust(11)] + [
+            ("-" if row[key] is None else format(row[key], spec)).rjust(width)
+            for _, key, width, spec in self.COLUMNS
+        ]
         titles = ["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]
         lines = [titles, cells] if self._lines % 20 == 0 else [cells]
         write(sys.stdout, "".join(" ".join(line) + "\n" for line in lines))

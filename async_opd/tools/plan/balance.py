@@ -104,8 +104,10 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
     idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
     if idle:
         raise RunMissing(f"{run_dir}: its rows have no work of {', '.join(idle)}")
-    differs = _differences(then, msgspec.to_builtins(config))
-    return {role: tokens[role] / seconds[role] for role in ROLES}, list(differs)
+    return (
+        {role: tokens[role] / seconds[role] for role in ROLES},
+        list(_differences(then, msgspec.to_builtins(config))),
+    )
 
 
 def _counts(tree: dict[str, Any]) -> dict[str, int]:

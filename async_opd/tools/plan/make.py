@@ -168,11 +168,10 @@ def longest_response(
 ) -> tuple[int, list[str]]:
     """Find the longest response that memory and contexts have room for, all other settings as they
     are (batches grow to one sequence where they must), and what bounds it. 0 where none fits."""
-    known = {
-        key: context for key, model in models(config).items() if (context := shapes[model].context)
-    }
     contexts = {
-        f"the context of {key}": _room(config, key, context) for key, context in known.items()
+        f"the context of {key}": _room(config, key, context)
+        for key, model in models(config).items()
+        if (context := shapes[model].context)
     }
     bound = min(contexts.values(), default=UNBOUNDED)
 
