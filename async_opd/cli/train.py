@@ -54,8 +54,7 @@ def to_resume(
     from async_opd.core.run_dir import run_of
     from async_opd.driver.checkpoints import find
 
-    config = load_run(run_of(path), overrides, elsewhere=elsewhere)
-    checkpoint = find(path)
+    config, checkpoint = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
     if (step := checkpoint.state.version) >= config.run.steps:
         raise ConfigError(
             f"run.steps = {config.run.steps}: must be larger to go on: {checkpoint.folder} is of"

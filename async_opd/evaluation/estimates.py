@@ -59,11 +59,13 @@ def _lost(wrong: Sequence[int], silent: int, others: int, votes: int) -> Fractio
                 state = drawn + taken, tied + (taken == votes)
                 more[state] = more.get(state, 0) + count * comb(size, taken)
         ways = more
-    shares = (
-        Fraction(count * comb(silent, others - drawn), tied + 1)
-        for (drawn, tied), count in ways.items()
+    return sum(
+        (
+            Fraction(count * comb(silent, others - drawn), tied + 1)
+            for (drawn, tied), count in ways.items()
+        ),
+        Fraction(),
     )
-    return sum(shares, Fraction())
 
 
 def intervals(values_PM: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:

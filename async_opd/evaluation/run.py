@@ -44,8 +44,9 @@ async def _run_eval(asked: EvalRun, folder: Path) -> Result:
     refuse_unreachable()
     read = inputs.read_problems(config, asked.problems)
     config = _fitted(config, asked, read.prompts, read.context)
-    tokenizer = read.tokenizer.backend_tokenizer
-    with Cluster(config, eos_ids=read.eos_ids, tokenizer=tokenizer) as cluster:
+    with Cluster(
+        config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
+    ) as cluster:
         generators, verifiers = await cluster.evaluators()
         say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
         pools = Pool("generator", generators), Pool("verifier", verifiers)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-STATES = ("busy", "starved", "blocked", "syncing", "down")
+STATES: tuple[str, ...] = ("busy", "starved", "blocked", "syncing", "down")
 FILE, EARLIER = "spans.jsonl", "spans.earlier.jsonl"
 # so often at most: a file that is opened for every short step costs more than what is written to it
 HAND_OVER_S = 0.2
@@ -109,8 +109,7 @@ class ActorTime:
 
     def restart(self, now: float) -> None:
         """Count from `now` on."""
-        self._since = now
-        self._seconds: dict[str, float] = dict.fromkeys(STATES, 0.0)
+        self._since, self._seconds = now, dict.fromkeys(STATES, 0.0)
 
     def enter(self, state: str) -> float:
         """Put the actor into `state` from now on; returns when that is."""

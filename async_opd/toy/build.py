@@ -70,8 +70,8 @@ def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
 
 
 def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right; labels
-    are already shifted."""
+    """Make input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right;
+    labels are already shifted."""
     ids = torch.full((rows, MAX_PROMPT + MAX_RESPONSE), PAD)
     labels = torch.full_like(ids, IGNORED)
     index = {"": EOS} | {token: i for i, token in enumerate(VOCABULARY)}

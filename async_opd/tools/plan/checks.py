@@ -37,15 +37,14 @@ def rows(config: Config) -> None:
     streamed = replace(config.data, streaming=True, shuffle_buffer=1)
     held_out = config.eval and replace(config.eval, problems=1)
     with _hinting():
-        read = inputs.read(replace(config, data=streamed, eval=held_out))
-        next(iter(read.prompts))
+        next(iter(inputs.read(replace(config, data=streamed, eval=held_out)).prompts))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
     """Read the shape of a model of the hub. Raises DataError."""
     try:
-        tree = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict()
-        return read(tree, key)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return read(config.to_dict(), key)
     except (OSError, ValueError) as e:
         raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
