@@ -75,13 +75,6 @@ def run(args: argparse.Namespace) -> int:
     # the heavy imports wait until the settings are known to be right
     from async_opd.evaluation.run import run_eval
 
-    found = asyncio.run(run_eval(asked))
-    print(
-        "\n".join(
-            [
-                *result.lines_of(found),
-                f"  {asked.run.dir}/result.json, {asked.run.dir}/problems.jsonl",
-            ]
-        )
-    )
+    print(*result.lines_of(asyncio.run(run_eval(asked))), sep="\n")
+    print(f"  {asked.run.dir}/result.json, {asked.run.dir}/problems.jsonl")
     return 0

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd explain --objective NAME [key=value ...] FILE.json [--json]"
     parser.add_argument("--objective", required=True, metavar="NAME", help="its tag, such as dear")
     parser.add_argument(
-        "given", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts"
+        "words", nargs="+", metavar="FILE.json", help="settings such as p=0.3, then rollouts"
     )
     parser.add_argument("--json", action="store_true", help="exact numbers instead of a table")
 
@@ -29,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from async_opd.config.load import load_objective
 
-    files = [word for word in args.given if "=" not in word or Path(word).exists()]
-    objective = load_objective(args.objective, [word for word in args.given if word not in files])
+    files = [word for word in args.words if "=" not in word or Path(word).exists()]
+    objective = load_objective(args.objective, [word for word in args.words if word not in files])
     if len(files) != 1:
         raise ConfigError(
             f"explain: needs one file with rollouts, got {', '.join(files) or 'none'}"

@@ -28,6 +28,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from async_opd.tools.export.export import export
 
-    found, output = export(args.run_dir, args.output, args.checkpoint)
-    print(f"{output}: the student after step {found.state.version}, from {found.folder}")
+    source, output = export(args.run_dir, args.output, args.checkpoint)
+    print(f"{output}: the student after step {source.state.version}, from {source.folder}")
     return 0

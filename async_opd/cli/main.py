@@ -1,4 +1,9 @@
-"""The command line. The one place that prints an error without a trace."""
+"""The command line. The one place that prints an error without a trace.
+
+It stands on argparse: typer takes two to three times as long to print a help, puts frames around
+the commands' own paragraphs and examples, and leaves to be written what is written here: settings
+that stand among options, and mistakes as one line of a ConfigError.
+"""
 
 import argparse
 import os
@@ -64,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    """The words of the command line; behind the command, options may stand anywhere. Raises
+    """Parse the words of the command line; behind the command, options may stand anywhere. Raises
     ConfigError."""
     parser, commands = _parsers(words[:1] if words and words[0] in COMMANDS else COMMANDS)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
@@ -98,7 +103,7 @@ def _refuse_value(command: argparse.ArgumentParser, flag: str, value: str) -> No
 
 
 def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """The words that are neither an option's nor a setting: of a config, a run, a file."""
+    """List the words that are neither an option's nor a setting: of a config, a run, a file."""
     values = [
         getattr(args, option.dest) for option in command._actions if not option.option_strings
     ]
@@ -110,19 +115,20 @@ def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[s
 
 def _parsers(
     names: Sequence[str],
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """That of the whole command line, which knows the help of the commands `names`, and that of
-    each of them."""
+) -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
+    """Make the parser of the whole command line, which knows the help of the commands `names`, and
+    that of each of them."""
     parser = _Parser(prog="async-opd", description="Asynchronous on-policy distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in names:
         command = import_module(f"async_opd.cli.{name}")
-        own = commands.add_parser(
+        text = command.__doc__ or ""
+        behind = commands.add_parser(
             name,
-            help=command.__doc__.partition("\n")[0],
-            description=command.__doc__,
+            help=text.partition("\n")[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.arguments(own)
-        own.set_defaults(run=command.run)
+        command.arguments(behind)
+        behind.set_defaults(run=command.run)
     return parser, commands.choices

@@ -1,5 +1,5 @@
-"""The commands, a file each: its docstring is its help, `arguments` what may stand behind it, `run`
-what it does.
+"""Options that several commands share. A command is a file of this folder: its docstring is its
+help, `arguments` adds what may stand behind it, `run` does it.
 
 What a command loads, it loads in `run`: asking for help, or a mistake in the command line, must not
 wait for torch.
@@ -18,14 +18,14 @@ ADDRESS = (
 
 
 def count(text: str) -> int:
-    """A word of the command line that counts something."""
+    """Parse a word of the command line that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be an integer >= 1")
     return int(text)
 
 
 def write(path: Path, text: str) -> None:
-    """What a command was asked to leave at `path`. Raises ConfigError."""
+    """Leave at `path` what a command was asked for. Raises ConfigError."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as e:

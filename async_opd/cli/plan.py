@@ -80,17 +80,15 @@ def _plan(args: argparse.Namespace) -> "Plan":
             make.places(changed, cluster)
         except (ConfigError, ClusterTooSmall):
             return None
-        return {need.ask.role for need in make.needs(changed, shapes, card) if not need.fits}
+        return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
 
-    found = make.needs(config, shapes, card)
-    problems = advise.problems(config, found, retry, args.gpus_per_node)
+    needs = make.needs(config, shapes, card)
+    problems = advise.problems(config, needs, retry, args.gpus_per_node)
     try:
         nodes = make.places(config, cluster)
     except ClusterTooSmall as e:
-        nodes, problems = (
-            {},
-            [make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)), *problems],
-        )
+        nodes = {}
+        problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)))
     longest, bound_by = make.longest_response(config, shapes, card)
     groups = make.outstanding(config)
     return Plan(
@@ -98,7 +96,7 @@ def _plan(args: argparse.Namespace) -> "Plan":
         fits=not problems,
         cluster=cluster,
         nodes=nodes,
-        roles=[need.plan() for need in found],
+        roles=[need.plan() for need in needs],
         groups_outstanding=groups,
         trajectories_outstanding=groups * config.rollout.samples_per_prompt,
         worst_lag_steps=config.run.max_lag_steps,
@@ -112,7 +110,8 @@ def _plan(args: argparse.Namespace) -> "Plan":
 
 
 def _more_nodes(config: "Config", cluster: "Cluster") -> list[str]:
-    """The option for as many nodes as are needed; none where a member is larger than a node."""
+    """Name the option for as many nodes as are needed; none where a member is larger than a
+    node."""
     import msgspec
 
     from async_opd.tools.plan.make import places
@@ -124,6 +123,7 @@ def _more_nodes(config: "Config", cluster: "Cluster") -> list[str]:
 
 
 def _shapes(config: "Config", offline: bool) -> "dict[str, Shape]":
+    """Read the shape of each model by the model's name; and check the data, unless `offline`."""
     from async_opd.tools.plan import make, shape
 
     if offline:
@@ -132,17 +132,17 @@ def _shapes(config: "Config", offline: bool) -> "dict[str, Shape]":
     from async_opd.launch.toy_models import resolve_toy
     from async_opd.tools.plan import checks
 
-    found = checks.shapes(config)
+    shapes = checks.shapes(config)
     with TemporaryDirectory() as scratch:
         checks.rows(resolve_toy(config, Path(scratch)))
-    return found
+    return shapes
 
 
 def _balance(args: argparse.Namespace, config: "Config") -> "Balance | None":
     from async_opd.tools.plan import balance
 
     if args.rates:
-        return balance.balance(config, balance.given(args.rates), "rates as given", [])
+        return balance.balance(config, balance.parse_rates(args.rates), "rates as given", [])
     if args.like:
         rates, differs = balance.measured(args.like, config)
         return balance.balance(config, rates, f"rates of {args.like}", differs)

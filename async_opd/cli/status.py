@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.runtime.jobs import Jobs
 
     jobs = Jobs(args.address)
-    found = [jobs.about(args.id)] if args.id else jobs.runs()
-    print("\n".join(map(_line, found)) or f"no run has been submitted to {jobs.address}")
+    listed = [jobs.about(args.id)] if args.id else jobs.runs()
+    print("\n".join(map(_line, listed)) or f"no run has been submitted to {jobs.address}")
     return 0
 
 

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     # saved, or why not
     checkpoints = [line for line in log.splitlines() if " checkpoint: " in line]
     print(*checkpoints[-1:], f"{args.id} {ended.status.value}: {last_word(log)}", sep="\n")
-    if ended.status == "STOPPED" and RUN_DIR in (ended.metadata or {}):
-        print(f"async-opd submit --resume {ended.metadata[RUN_DIR]} --address {jobs.address}")
+    run_dir = (ended.metadata or {}).get(RUN_DIR)
+    if ended.status == "STOPPED" and run_dir:
+        print(f"async-opd submit --resume {run_dir} --address {jobs.address}")
     return 0

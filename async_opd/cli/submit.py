@@ -69,29 +69,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tuple[list[str], str]:
-    """The words of `train` for the config in `needed`, and its run directory; what it reads joins
-    `needed`."""
+    """Check the config in `needed`; return the words of `train` for it, and its run directory. What
+    it reads joins `needed`."""
     from async_opd.config.load import load
 
-    config = needed["config"].relative_to(folder)
+    file = needed["config"].relative_to(folder)
     with chdir(folder):
-        found = load(config, overrides, elsewhere=True)
-        run_dir = Path(found.run.dir)
+        config = load(file, overrides, elsewhere=True)
+        run_dir = Path(config.run.dir)
         if not run_dir.is_absolute():
-            why = (
-                "a job's working directory is a copy that goes with it:"
+            raise ConfigError(
+                f"run.dir = {config.run.dir!r}: must be absolute, on a disk that every node sees; a"
+                " job's working directory is a copy that goes with it:"
                 f" run.dir=/shared/{run_dir.name}"
             )
-            raise ConfigError(
-                f"run.dir = {found.run.dir!r}: must be absolute, on a disk that every node sees;"
-                f" {why}"
-            )
-        needed |= _files(folder, found)
-    return [config.as_posix(), *overrides], str(run_dir)
+        needed |= _files(folder, config)
+    return [file.as_posix(), *overrides], str(run_dir)
 
 
 def _files(folder: Path, config: "Config") -> dict[str, Path]:
-    """What it reads that is here and has to travel."""
+    """List what `config` reads that is here and has to travel."""
     here = {
         f"{key} = {name!r}": Path(name).absolute() for key, name in config.relative_inputs.items()
     }
@@ -99,18 +96,18 @@ def _files(folder: Path, config: "Config") -> dict[str, Path]:
 
 
 def _inside(folder: Path, key: str, path: Path) -> Path:
+    """Refuse a file outside of the working directory."""
     if not path.resolve().is_relative_to(folder):
-        better = "move it there, or name an absolute path that every node of the cluster sees"
         raise ConfigError(
             f"{key}: {path} is outside of the working directory {folder}, which is all that a job"
-            f" gets: {better}"
+            " gets: move it there, or name an absolute path that every node of the cluster sees"
         )
     return path.resolve()
 
 
 def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]) -> str:
-    """Its run directory. A run that can be seen from here is checked as a new one is; the job
-    checks it anyway."""
+    """Name the run directory to go on with. A run that can be seen from here is checked as a new
+    one is; the job checks it anyway."""
     from async_opd.cli.train import to_resume
     from async_opd.core.run_dir import run_of
 

@@ -48,27 +48,29 @@ def run(args: argparse.Namespace) -> int:
 def to_resume(
     path: Path, overrides: list[str], *, elsewhere: bool = False
 ) -> "tuple[Config, Checkpoint]":
-    """The config of the run at `path`, read as `load` does, and the checkpoint to go on from.
+    """Read the config of the run at `path`, as `load` does, and the checkpoint to go on from.
     Raises ConfigError where nothing is left."""
     from async_opd.config.load import load_run
     from async_opd.core.run_dir import run_of
     from async_opd.driver.checkpoints import find
 
-    config, found = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
-    if found.state.version >= config.run.steps:
-        done = f"{found.folder} is of step {found.state.version}, so nothing is left to train"
-        raise ConfigError(f"run.steps = {config.run.steps}: must be larger to go on: {done}")
-    return config, found
+    config, checkpoint = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
+    if (step := checkpoint.state.version) >= config.run.steps:
+        raise ConfigError(
+            f"run.steps = {config.run.steps}: must be larger to go on: {checkpoint.folder} is of"
+            f" step {step}, so nothing is left to train"
+        )
+    return config, checkpoint
 
 
-def train(config: "Config", found: "Checkpoint | None" = None) -> int:
-    """Run it to the end and say what it reached; the exit status."""
+def train(config: "Config", checkpoint: "Checkpoint | None" = None) -> int:
+    """Run it to the end and say what it reached; return the exit status."""
     from async_opd.core.printing import say
     from async_opd.launch.run import run
     from async_opd.telemetry.metrics import time_table
 
     try:
-        summary = asyncio.run(run(config, found))
+        summary = asyncio.run(run(config, checkpoint))
     except (KeyboardInterrupt, asyncio.CancelledError) as e:
         e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
         raise

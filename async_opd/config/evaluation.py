@@ -76,11 +76,15 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
             f"rollout.samples_per_prompt = {sampling.samples}: must be >= k = {asked.k}"
         )
     if sampling.temperature == 0 and sampling.samples > 1:
-        one = "1 at rollout.temperature = 0, where all would be the same"
-        raise ConfigError(f"rollout.samples_per_prompt = {sampling.samples}: must be {one}")
+        raise ConfigError(
+            f"rollout.samples_per_prompt = {sampling.samples}: must be 1 at rollout.temperature ="
+            " 0, where all would be the same"
+        )
     if sampling.temperature == 0 and sampling.top_p < 1:
-        greedy = "1 at rollout.temperature = 0, which is greedy"
-        raise ConfigError(f"rollout.top_p = {sampling.top_p}: must be {greedy}")
+        raise ConfigError(
+            f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
+            " greedy"
+        )
     if not known(asked.verify.check):
         raise ConfigError(
             wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"])

@@ -77,10 +77,9 @@ def check_files(c: Config, elsewhere: bool) -> None:
     """Refuse local models that are not there or have no context for their longest sequence, and
     local data that is not there in a known format."""
     for section, model in c.models.items():
-        folder = local(f"{section}.model", model, MODELS, elsewhere)
-        scorer = c.scorers.get(section)
-        bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
-        if folder:
+        if folder := local(f"{section}.model", model, MODELS, elsewhere):
+            scorer = c.scorers.get(section)
+            bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
             vllm = scorer is not None and scorer.backend == "vllm"
             check_model(section, model, folder, f"{bound} = {tokens}", tokens, vllm)
     check_data("data.path", c.data.path, elsewhere)

@@ -110,13 +110,15 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def engines(self) -> list[Engines]:
         """Pools of what holds a model, the learner apart."""
-        count, setting = self.rollout.generators, "rollout.generators"
-        pools = [Engines("generator", "rollout", count, setting, self.rollout)]
-        pools += [
-            Engines(section, section, scorer.replicas, f"{section}.replicas", scorer)
-            for section, scorer in self.scorers.items()
+        rollout, sampling = self.rollout, self.teacher_sampling
+        pools = [
+            Engines("generator", "rollout", rollout.generators, "rollout.generators", rollout),
+            *(
+                Engines(section, section, scorer.replicas, f"{section}.replicas", scorer)
+                for section, scorer in self.scorers.items()
+            ),
         ]
-        if self.teacher_sampling and self.teacher:
-            count, setting = self.teacher_sampling.generators, "teacher_sampling.generators"
+        if sampling and self.teacher:
+            count, setting = sampling.generators, "teacher_sampling.generators"
             pools.append(Engines("teacher-generator", "teacher", count, setting, self.teacher))
         return pools

@@ -27,8 +27,8 @@ OUT_OF_SCOPE = {  # by the words of a setting's name
 def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
     """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds,
     in any section."""
-    fields = [f for f in msgspec.structs.fields(kind) if not _named(f.type)]
-    _check(tree, kind, "", {f.name: _sections(f.type) for f in fields})
+    fields = msgspec.structs.fields(kind)
+    _check(tree, kind, "", {f.name: _sections(f.type) for f in fields if not _named(f.type)})
 
 
 def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
@@ -103,17 +103,20 @@ def _unknown(
     for words, why in OUT_OF_SCOPE.items():
         if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
             return f"{_joined(path, name)}: {why}"
+    key = _joined(path, name)
     homes = [
         _joined(home, name)
         for home, kinds in root.items()
         if any(name in kind.__struct_encode_fields__ for kind in kinds)
     ]
     near = [_joined(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
-    others = [home for home in homes if home != _joined(path, name)]
-    hint = did_you_mean(others + near) or f"; allowed: {', '.join(fields)}"
+    hint = (
+        did_you_mean([home for home in homes if home != key] + near)
+        or f"; allowed: {', '.join(fields)}"
+    )
     if isinstance(value, dict):
-        return f"{_joined(path, name)}: no such section{hint}"
-    return f"{_joined(path, name)} = {value!r}: no such setting{hint}"
+        return f"{key}: no such section{hint}"
+    return f"{key} = {value!r}: no such setting{hint}"
 
 
 def _a_section(path: str, sections: list[type[Struct]]) -> str:

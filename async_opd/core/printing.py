@@ -1,4 +1,4 @@
-"""Lines for whoever watches, printed so that they can never hold a run up: `say` instead of `print`,
+"""Lines for whoever watches, printed so that they never hold a run up: `say` in place of `print`,
 which waits for as long as a pipe is full or a terminal stands still."""
 
 import io

@@ -19,8 +19,8 @@ from async_opd.driver.self_teachers import SelfTeachers
 class Source(Protocol):
     """Prompts that can be gone on with: `rollout.prompts.PromptSource`."""
 
-    position: dict[str, Any]
-
+    @property
+    def position(self) -> dict[str, Any]: ...
     def __iter__(self) -> Iterator[Prompt]: ...
     def continued(
         self, position: dict[str, Any], outstanding: Sequence[str]

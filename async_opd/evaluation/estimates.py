@@ -1,5 +1,4 @@
-"""What an evaluation reports of several responses to each problem: pass@k, maj@k, and how sure the
-means are.
+"""Estimates from several responses to each problem: pass@k, maj@k, and how sure the means are.
 
 Of a problem's n responses c are right. Each is the mean over all sets of k of the n, so more
 responses than k make it surer and leave what it estimates.
@@ -10,14 +9,15 @@ from fractions import Fraction
 from math import comb
 
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 2000
 LEVEL = 0.95
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374 Eq. 1), as
-    the product over the last c places i of 1 - k / i, which never leaves [0, 1].
+    """Compute the probability that one of k is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374
+    Eq. 1), as the product over the last c places i of 1 - k / i, which never leaves [0, 1].
 
     >>> pass_at_k(4, 1, 2)  # 1 - 3/6
     0.5
@@ -30,8 +30,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_at_k(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
-    """Probability that the right answer wins the vote of k, a tie being decided by lot. `right`
-    responses agree on it, `wrong` ones on each of the others; `silent` ones hold no answer.
+    """Compute the probability that the right answer wins the vote of k, a tie being decided by lot.
+    `right` responses agree on it, `wrong` ones on each of the others; `silent` ones hold no answer.
 
     Σ_v C(right, v) Σ_t W(v, t) / (t + 1) / C(n, k), where W counts the ways in which the other k -
     v leave no wrong answer more than v votes and t of them exactly v.
@@ -49,24 +49,27 @@ def majority_at_k(right: int, wrong: Sequence[int], silent: int, k: int) -> floa
 
 
 def _lost(wrong: Sequence[int], silent: int, others: int, votes: int) -> Fraction:
-    """Σ_t W(votes, t) / (t + 1): ways to draw `others` that do not beat `votes`, a tie of t + 1 as
-    its share."""
+    """Sum Σ_t W(votes, t) / (t + 1): ways to draw `others` that do not beat `votes`, a tie of t + 1
+    as its share."""
     ways = {(0, 0): 1}  # by how many are drawn and how many answers are at `votes`
     for size in wrong:
         more: dict[tuple[int, int], int] = {}
         for (drawn, tied), count in ways.items():
-            for own in range(min(size, votes, others - drawn) + 1):
-                at = drawn + own, tied + (own == votes)
-                more[at] = more.get(at, 0) + count * comb(size, own)
+            for taken in range(min(size, votes, others - drawn) + 1):
+                state = drawn + taken, tied + (taken == votes)
+                more[state] = more.get(state, 0) + count * comb(size, taken)
         ways = more
     return sum(
-        Fraction(count * comb(silent, others - drawn), tied + 1)
-        for (drawn, tied), count in ways.items()
+        (
+            Fraction(count * comb(silent, others - drawn), tied + 1)
+            for (drawn, tied), count in ways.items()
+        ),
+        Fraction(),
     )
 
 
-def intervals(values_PM: np.ndarray, seed: int) -> np.ndarray:
-    """Intervals of LEVEL for the mean of each column over the problems, by the percentile
+def intervals(values_PM: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    """Compute intervals of LEVEL for the mean of each column over the problems, by the percentile
     bootstrap; NaN is left out. Columns share their resamples, so differences of columns are paired.
     Returns [2, M].
 
@@ -79,8 +82,8 @@ def intervals(values_PM: np.ndarray, seed: int) -> np.ndarray:
     return np.nanquantile(np.array(means), [tail, 1 - tail], axis=0)
 
 
-def means_of(values_PM: np.ndarray) -> np.ndarray:
-    """Mean of each column over what is no NaN, [M]; NaN where nothing is left.
+def means_of(values_PM: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Average each column over what is no NaN, [M]; NaN where nothing is left.
 
     >>> means_of(np.array([[1.0, np.nan], [0.0, np.nan]])).tolist()
     [0.5, nan]

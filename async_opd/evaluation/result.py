@@ -1,4 +1,4 @@
-"""What an evaluation found: each problem's share in it, the figures with their intervals, and how
+"""Results of evaluations: each problem's share in one, the figures with their intervals, and how
 two of them compare.
 
 A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and
@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from async_opd.core.errors import ConfigError, RunMissing
@@ -39,7 +40,7 @@ class Response(Struct):
 
 
 class Shares(Struct, rename={"pass_": "pass"}):
-    """Of one problem: its share in each figure where it has one."""
+    """Shares of one problem in each figure, where it has one."""
 
     id: str
     avg: float | None
@@ -64,7 +65,7 @@ class Figure(Struct):
 
 
 class Settings(Struct):
-    """What must be alike for two results to be compared."""
+    """Settings that must be alike for two results to be compared."""
 
     rows: str  # digest of their ids and reference answers
     problems: int
@@ -79,7 +80,7 @@ class Settings(Struct):
 
 
 class Result(Struct):
-    """`result.json`."""
+    """The content of `result.json`."""
 
     model: str
     path: str  # of the problems
@@ -96,25 +97,22 @@ class Result(Struct):
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Of ids and reference answers, whatever tokenizer and template."""
+    """Hash ids and reference answers, whatever tokenizer and template."""
     rows = msgspec.json.encode([(prompt.id, prompt.answer) for prompt in prompts])
     return hashlib.sha256(rows).hexdigest()[:16]
 
 
 def problem(
-    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], said: Sequence[Said], k: int
+    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Said], k: int
 ) -> Problem:
-    """What the responses to `prompt` came to."""
-    pairs = zip(verdicts, said, strict=True)
-    known = [(verdict.correct, one.vote) for verdict, one in pairs if verdict.correct is not None]
-    n, right = len(known), sum(correct for correct, _ in known)
-    enough, votes = (
-        n >= k,
-        all(verdict.answer is not None for verdict in verdicts if verdict.correct is not None),
-    )
-    wrong = Counter(vote for correct, vote in known if not correct and vote is not None)
+    """Sum up the responses to `prompt`."""
+    pairs = zip(verdicts, texts, strict=True)
+    known = [(verdict, text.vote) for verdict, text in pairs if verdict.correct is not None]
+    n, right = len(known), sum(bool(verdict.correct) for verdict, _ in known)
+    enough, votes = n >= k, all(verdict.answer is not None for verdict, _ in known)
+    wrong = Counter(vote for verdict, vote in known if not verdict.correct and vote is not None)
     silent = n - right - wrong.total()
-    columns = zip(verdicts, said, meta.lengths, meta.truncated, strict=True)
+    columns = zip(verdicts, texts, meta.lengths, meta.truncated, strict=True)
     return Problem(
         id=prompt.id,
         answer=prompt.answer,
@@ -125,36 +123,38 @@ def problem(
     )
 
 
-def _response(verdict: Verdict, said: Said, tokens: int, truncated: bool) -> Response:
+def _response(verdict: Verdict, text: Said, tokens: int, truncated: bool) -> Response:
     return Response(
-        said.text, verdict.correct, verdict.cause, verdict.answer, said.vote, tokens, truncated
+        text.text, verdict.correct, verdict.cause, verdict.answer, text.vote, tokens, truncated
     )
 
 
-def table(shares: Iterable[Shares]) -> np.ndarray:
-    """Their shares by FIGURES, [P, 3]; NaN where there is none."""
+def table(shares: Iterable[Shares]) -> npt.NDArray[np.float64]:
+    """Arrange shares by FIGURES, [P, 3]; NaN where there is none."""
     return np.array([(one.avg, one.pass_, one.maj) for one in shares], np.float64)
 
 
-def figures(shares_PM: np.ndarray) -> dict[str, Figure]:
-    """The mean of each figure that has problems, with its interval."""
-    there = [at for at in range(len(FIGURES)) if not np.isnan(shares_PM[:, at]).all()]
-    columns_PM = shares_PM[:, there]
+def figures(shares_PM: npt.NDArray[np.float64]) -> dict[str, Figure]:
+    """Compute the mean of each figure that has problems, with its interval."""
+    known = [index for index in range(len(FIGURES)) if not np.isnan(shares_PM[:, index]).all()]
+    columns_PM = shares_PM[:, known]
     rows = (
         means_of(columns_PM),
         *intervals(columns_PM, BOOTSTRAP_SEED),
         (~np.isnan(columns_PM)).sum(0),
     )
-    found = zip(*(row.tolist() for row in rows), strict=True)
-    return {FIGURES[at]: Figure(*figure) for at, figure in zip(there, found, strict=True)}
+    columns = zip(known, *(row.tolist() for row in rows), strict=True)
+    return {FIGURES[index]: Figure(*column) for index, *column in columns}
 
 
 def read(folder: Path) -> tuple[Result, list[Shares]]:
-    """The result in `folder`. Raises RunMissing."""
+    """Read the result in `folder`. Raises RunMissing."""
     try:
         result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-        lines = (folder / "problems.jsonl").read_bytes().splitlines()
-        shares = [msgspec.json.decode(line, type=Shares) for line in lines]
+        shares = [
+            msgspec.json.decode(line, type=Shares)
+            for line in (folder / "problems.jsonl").read_bytes().splitlines()
+        ]
     except OSError as e:
         raise RunMissing(
             f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}"
@@ -169,7 +169,7 @@ def read(folder: Path) -> tuple[Result, list[Shares]]:
 
 
 def compare(first: Path, second: Path) -> list[str]:
-    """What changed from `first` to `second`, by paired resamples of the same problems. Raises
+    """Say what changed from `first` to `second`, by paired resamples of the same problems. Raises
     ConfigError where they are of other problems or settings, RunMissing where there is no
     result."""
     (one, old), (two, new) = read(first), read(second)
@@ -197,11 +197,9 @@ def compare(first: Path, second: Path) -> list[str]:
 
 
 def lines_of(result: Result) -> list[str]:
-    """The result in words."""
-    how, mode = (
-        result.settings,
-        {None: "", True: ", thinking", False: ", not thinking"}[result.thinking],
-    )
+    """Put the result into words."""
+    how = result.settings
+    mode = {None: "", True: ", thinking", False: ", not thinking"}[result.thinking]
     lines = [
         f"{result.model} on {how.problems} problems of {result.path}{mode}: {how.samples}"
         f" response(s) each, temperature {how.temperature:g}, top-p {how.top_p:g}, at most"

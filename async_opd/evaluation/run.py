@@ -1,6 +1,5 @@
 """One evaluation from its settings to its folder."""
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -34,48 +33,46 @@ from async_opd.runtime.cluster import Cluster
 
 async def run_eval(asked: EvalRun) -> Result:
     """Do what is `asked`; returns what is in the folder too. Until it ends SIGTERM is as Ctrl-C."""
-    with interrupted_by_signal(asyncio.current_task()), new_dir(Path(asked.run.dir)) as folder:
+    with interrupted_by_signal(), new_dir(Path(asked.run.dir)) as folder:
         return await _run_eval(asked, folder)
 
 
 async def _run_eval(asked: EvalRun, folder: Path) -> Result:
+    """Read the problems, have them answered, and write the result into `folder`."""
     started = time.monotonic()
     config = resolve_toy(run_config(asked), folder)
     refuse_unreachable()
-    found = inputs.read_problems(config, asked.problems)
-    config = _fitted(config, asked, found.prompts, found.context)
+    read = inputs.read_problems(config, asked.problems)
+    config = _fitted(config, asked, read.prompts, read.context)
     with Cluster(
-        config, eos_ids=found.eos_ids, tokenizer=found.tokenizer.backend_tokenizer
+        config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
     ) as cluster:
         generators, verifiers = await cluster.evaluators()
         say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
         pools = Pool("generator", generators), Pool("verifier", verifiers)
-        problems = await _problems(config, asked, *pools, found.prompts, folder / "problems.jsonl")
-    result = _result(config, asked, found.prompts, problems, time.monotonic() - started)
+        problems = await _problems(config, asked, *pools, read.prompts, folder / "problems.jsonl")
+    result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
     (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
     return result
 
 
 def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int | None) -> Config:
-    """`config` with room for the longest prompt, and for responses as long as asked for, or as the
-    context leaves."""
+    """Make room in `config` for the longest prompt, and for responses as long as asked for, or as
+    the context leaves."""
     longest = max(len(prompt.ids) for prompt in prompts)
     most = asked.rollout.max_new_tokens
     if most is None:
         most = (context or 0) - longest
         if most < 1:
-            why = (
-                f"the longest prompt has {longest} tokens, the context"
-                f" {context or 'an unknown number'}"
-            )
             raise ConfigError(
-                f"rollout.max_new_tokens: missing, and {why}; set it, or data.max_prompt_tokens"
+                f"rollout.max_new_tokens: missing, and the longest prompt has {longest} tokens, the"
+                f" context {context or 'an unknown number'}; set it, or data.max_prompt_tokens"
             )
-    data, rollout = (
-        replace(config.data, max_prompt_tokens=longest),
-        replace(config.rollout, max_new_tokens=most),
+    return replace(
+        config,
+        data=replace(config.data, max_prompt_tokens=longest),
+        rollout=replace(config.rollout, max_new_tokens=most),
     )
-    return replace(config, data=data, rollout=rollout)
 
 
 async def _problems(
@@ -86,16 +83,16 @@ async def _problems(
     prompts: list[Prompt],
     path: Path,
 ) -> list[Problem]:
-    """Each of `prompts` responded to, a line of the file at `path`; what is returned is without the
+    """Have each of `prompts` responded to, a line of the file at `path`; what is returned lacks the
     texts."""
     ended = 0
     with path.open("wb") as file:
 
         async def one(prompt: Prompt) -> Problem:
             nonlocal ended
-            found = await respond(generators, verifier, prompt, asked.sampling)
-            said = await verifier.ask(lambda verifier: verifier.said(found.group, found.verdicts))
-            whole = problem(prompt, found.meta, found.verdicts, said, asked.k)
+            group = await respond(generators, verifier, prompt, asked.sampling)
+            texts = await verifier.ask(lambda verifier: verifier.said(group.group, group.verdicts))
+            whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
             file.write(msgspec.json.encode(whole) + b"\n")
             ended += 1
             if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
@@ -111,6 +108,7 @@ async def _problems(
 def _result(
     config: Config, asked: EvalRun, prompts: list[Prompt], problems: list[Problem], wall_s: float
 ) -> Result:
+    """Put together what `result.json` holds."""
     sampling, data = asked.sampling, config.data
     responses = [response for one in problems for response in one.responses]
     return Result(

@@ -1,4 +1,5 @@
-"""What a run reads before its actors start: tokenizer, prompts and held-out problems, all checked.
+"""Inputs that a run reads before its actors start: tokenizer, prompts and held-out problems, all
+checked.
 
 Importing this takes seconds (transformers, datasets): `run` does it beside the start of the
 cluster.
@@ -6,9 +7,10 @@ cluster.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_prompt, teacher_section
@@ -27,7 +29,7 @@ FILES_OF_MODELS = {
 class Inputs:
     """The student's tokenizer, the ids that end a response, and the data."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     eos_ids: list[int]
     prompts: PromptSource
     held_out: list[Prompt]
@@ -35,9 +37,9 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """What an evaluation reads: the model's tokenizer, end ids and context, and the problems."""
+    """Inputs of an evaluation: the model's tokenizer, end ids and context, and the problems."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     eos_ids: list[int]
     context: int | None  # None: its config names none
     prompts: list[Prompt]
@@ -57,7 +59,7 @@ def read(config: Config) -> Inputs:
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
-    """The first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
+    """Read the first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
     DataError."""
     tokenizer, eos = _student(config)
     model = _load(
@@ -65,18 +67,22 @@ def read_problems(config: Config, count: int | None) -> Problems:
     ).get_text_config()
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     prompts = PromptSource(data, tokenizer, seed=0).first(count)
-    context = getattr(model, "max_position_embeddings", None)
-    return Problems(tokenizer=tokenizer, eos_ids=eos, context=context, prompts=prompts)
+    return Problems(
+        tokenizer=tokenizer,
+        eos_ids=eos,
+        context=getattr(model, "max_position_embeddings", None),
+        prompts=prompts,
+    )
 
 
-def _student(config: Config) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """Tokenizer and end ids of the student."""
+def _student(config: Config) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """Read the tokenizer and the end ids of the student."""
     args = "student.model", config.student.model, config.run.trust_remote_code
     return _tokenizer(*args), eos_ids(*args)
 
 
 def views(config: Config) -> dict[str, TeacherView]:
-    """What each teacher is shown of a row, by its name."""
+    """Say what each teacher is shown of a row, by its name."""
     return {
         name: TeacherView(
             template_args=teacher.template_args,
@@ -87,19 +93,20 @@ def views(config: Config) -> dict[str, TeacherView]:
     }
 
 
-def _tokenizer(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Of a model that can be loaded too. Where its files are missing transformers makes one of next
-    to no words."""
+def _tokenizer(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a model that can be loaded too. Where its files are missing
+    transformers makes one of next to no words."""
+    folder = Path(model)
     for what, names in FILES_OF_MODELS.items():
-        if Path(model).is_dir() and not any(
-            file for name in names for file in Path(model).glob(name)
-        ):
+        if folder.is_dir() and not any(file for name in names for file in folder.glob(name)):
             raise DataError(f"{key} = {model!r}: holds no {what} ({', '.join(names)})")
     _load(key, AutoConfig, model, trust_remote_code)
     return _load(key, AutoTokenizer, model, trust_remote_code)
 
 
-def _load(key: str, kind: type, model: str, trust_remote_code: bool):
+def _load(
+    key: str, kind: type[AutoConfig] | type[AutoTokenizer], model: str, trust_remote_code: bool
+) -> Any:
     try:
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
@@ -116,23 +123,24 @@ def check_epochs(config: Config, prompts: PromptSource) -> None:
         )
 
 
-def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_scorers(config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a teacher or reference whose tokens mean something else, or that cannot score all of
     them."""
     ours = tokenizer.get_vocab()
-    for at, scorer in config.scorers.items():
-        key, args = f"{at}.model", (scorer.model, config.run.trust_remote_code)
+    for section in config.scorers:
+        key, model = f"{section}.model", config.models[section]
+        args = model, config.run.trust_remote_code
         theirs = _tokenizer(key, *args).get_vocab()
         if ours != theirs:
             differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
             raise DataError(
-                f"{key} = {scorer.model!r}: its tokenizer disagrees with the student's on"
-                f" {len(differ)} tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {at}"
+                f"{key} = {model!r}: its tokenizer disagrees with the student's on {len(differ)}"
+                f" tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {section}"
                 f" {theirs.get(differ[0])})"
             )
         size = _load(key, AutoConfig, *args).vocab_size
         if size < len(tokenizer):
-            raise DataError(f"{key} = {scorer.model!r}: {size} logits for {len(tokenizer)} tokens")
+            raise DataError(f"{key} = {model!r}: {size} logits for {len(tokenizer)} tokens")
     needs = config.objective.needs()
     likeliest = max(
         needs.teacher_topk, needs.teacher_at_student_ids if needs.student_ids == "likeliest" else 0
@@ -144,23 +152,19 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 def check_ends(config: Config) -> None:
     """Refuse a teacher that is to answer prompts, but ends its answers by a token that ends none of
     the student's."""
-    remote_code = config.run.trust_remote_code
     ours, theirs = (
-        eos_ids(key, model, remote_code)
-        for key, model in (
-            ("student.model", config.student.model),
-            ("teacher.model", config.teacher.model),
-        )
+        set(eos_ids(f"{section}.model", config.models[section], config.run.trust_remote_code))
+        for section in ("student", "teacher")
     )
-    if not set(theirs) <= set(ours):
-        ends = f"its answers end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
+    if not theirs <= ours:
         raise DataError(
-            f"teacher.model = {config.teacher.model!r}, with [teacher_sampling]: {ends}"
+            f"teacher.model = {config.models['teacher']!r}, with [teacher_sampling]: its answers"
+            f" end by tokens {sorted(theirs)}, the student's by {sorted(ours)}"
         )
 
 
 def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
-    """Ids that end a response of `model`, from its generation config (they hold one id or
+    """Read the ids that end a response of `model`, from its generation config (they hold one id or
     several)."""
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
@@ -171,18 +175,16 @@ def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos)
 
 
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Columns that are for teachers only are asked for where a teacher is measured."""
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """Read the held-out problems. Columns that are for teachers only are asked for where a teacher
+    is measured."""
     if config.eval is None:
         return []
     data = msgspec.structs.replace(
         config.data, path=config.eval.path, split=config.eval.split, streaming=False
     )
-    seen = (
-        views(config)
-        if any(teacher.evaluate for teacher in config.named_teachers.values())
-        else None
-    )
-    if seen is None:
+    measured = any(teacher.evaluate for teacher in config.named_teachers.values())
+    if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
-    return PromptSource(data, tokenizer, seed=0, views=seen).first(config.eval.problems)
+    prompts = PromptSource(data, tokenizer, seed=0, views=views(config) if measured else None)
+    return prompts.first(config.eval.problems)

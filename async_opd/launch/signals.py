@@ -10,10 +10,12 @@ from async_opd.core.process_wide import sigterm_as_before
 
 
 @contextmanager
-def interrupted_by_signal(task: asyncio.Task) -> Iterator[None]:
-    """Meanwhile SIGTERM, from `async-opd stop`, Slurm or Kubernetes, is to the main `task` as
-    Ctrl-C is: the first cancels it and the second ends at once. So also where Ctrl-C is ignored, as
-    a script's background jobs do."""
+def interrupted_by_signal() -> Iterator[asyncio.Task]:
+    """Treat SIGTERM, from `async-opd stop`, Slurm or Kubernetes, meanwhile as Ctrl-C: the first
+    cancels the main task, which calls this, and the second ends at once. So also where Ctrl-C is
+    ignored, as a script's background jobs do."""
+    task = asyncio.current_task()
+    assert task, "outside of a task"
 
     def handle(number: int, frame: FrameType | None) -> None:
         if callable(on_ctrl_c := signal.getsignal(signal.SIGINT)):
@@ -25,4 +27,4 @@ def interrupted_by_signal(task: asyncio.Task) -> Iterator[None]:
 
     with sigterm_as_before():
         signal.signal(signal.SIGTERM, handle)
-        yield
+        yield task

@@ -1,11 +1,14 @@
 """The `toy:` names of models and data."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from async_opd import toy
 from async_opd.config.schema import Config
+from async_opd.config.sections import StudentConfig
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.toy.task import write_dataset
 
 
@@ -22,10 +25,9 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
             return str(run_dir / "data" / f"{what}.jsonl")
         return str(toy.WEIGHTS / what)
 
-    def resolved(section):
-        return (
-            replace(section, model=resolve(section.model)) if section and section.model else section
-        )
+    def resolved(section: StudentConfig | TeacherConfig | ReferenceConfig | None) -> Any:
+        named = section and section.model
+        return replace(section, model=resolve(named)) if section and named else section
 
     return replace(
         config,

@@ -1,4 +1,4 @@
-"""The cluster that RAY_ADDRESS names."""
+"""The address of the cluster that RAY_ADDRESS names."""
 
 import os
 import re

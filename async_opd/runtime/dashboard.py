@@ -53,17 +53,16 @@ def token_for(address: str) -> str | None:
     hosts = _resolved(address, url.hostname or "")
     local = all(ip.is_loopback for ip in hosts)
     if url.scheme == "http" and not all(ip.is_private for ip in hosts):
-        clear = "http would send the token in clear through the open net"
-        raise ClusterError(f"{address}: {clear}: use https, or {TUNNEL}")
+        raise ClusterError(
+            f"{address}: http would send the token in clear through the open net: use https, or"
+            f" {TUNNEL}"
+        )
     if _authentication(address) != "token":
         if local:
             return None
-        fix = (
-            "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN on all of its nodes before `ray start`"
-        )
         raise ClusterError(
-            f"{address}: the cluster has no token authentication, so anyone can run code on it:"
-            f" {fix}"
+            f"{address}: the cluster has no token authentication, so anyone can run code on it: set"
+            " RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN on all of its nodes before `ray start`"
         )
     token = _token()
     if token is None:
@@ -71,8 +70,11 @@ def token_for(address: str) -> str | None:
             f"{address}: asks for a token, and there is none here; {HOW_TO_GET_A_TOKEN}"
         )
     if url.scheme == "http" and not local:
-        clear = f"{address} gets the token in clear"
-        say(f"warning: {clear}; unless you trust this network, use https or {TUNNEL}", sys.stderr)
+        say(
+            f"warning: {address} gets the token in clear; unless you trust this network, use https"
+            f" or {TUNNEL}",
+            sys.stderr,
+        )
     return token
 
 
@@ -96,10 +98,10 @@ def _authentication(address: str) -> str:
             f"{address}: answers {e.code} {e.reason}, as no Ray dashboard of 2.60 does"
         ) from e
     except OSError as e:
-        why = f"{getattr(e, 'reason', None) or e}"
-        started = "is it up (`ray start --head` starts one here), and its port forwarded?"
         raise ClusterError(
-            f"{address}: no Ray dashboard answers within {ANSWER_S:g} s: {why}; {started}"
+            f"{address}: no Ray dashboard answers within {ANSWER_S:g} s:"
+            f" {getattr(e, 'reason', None) or e}; is it up (`ray start --head` starts one here),"
+            " and its port forwarded?"
         ) from e
     except (HTTPException, ValueError, KeyError, TypeError) as e:
         raise ClusterError(f"{address}: answers, but not as a Ray dashboard does") from e

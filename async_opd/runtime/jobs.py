@@ -82,7 +82,7 @@ class Jobs:
         """List every job that trains, or has trained, the oldest first."""
         with self._asking():
             jobs = self._client.list_jobs()
-        runs = [job for job in jobs if RUN_DIR in (job.metadata or {})]
+        runs = (job for job in jobs if RUN_DIR in (job.metadata or {}))
         return sorted(runs, key=lambda job: job.start_time or 0)
 
     def logs(self, id: str) -> str:
@@ -193,6 +193,7 @@ def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
         if size >= GCS_STORAGE_MAX_SIZE:
             raise ConfigError(
                 f"--working-dir {folder}: {size >> 20} MiB packed, of which Ray takes"
-                f" {GCS_STORAGE_MAX_SIZE >> 20}: name what the job does not need in .rayignore there"
+                f" {GCS_STORAGE_MAX_SIZE >> 20}: name what the job does not need in .rayignore"
+                " there"
             )
         yield package

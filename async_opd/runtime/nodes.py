@@ -58,9 +58,15 @@ def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> l
         # What has just started is not in Ray's books yet, and what others have is in no book of
         # ours.
         free = min(available.get(id, {}).get("GPU", 0.0), gpus - sum(each.gpus for each in ours))
-        address = node["NodeManagerAddress"]
         nodes.append(
-            Node(id=id, address=address, cpus=cpus, gpus=gpus, free=round(free, 4), members=ours)
+            Node(
+                id=id,
+                address=node["NodeManagerAddress"],
+                cpus=cpus,
+                gpus=gpus,
+                free=round(free, 4),
+                members=ours,
+            )
         )
     return nodes
 

@@ -4,8 +4,8 @@ import ray.util.metrics
 
 
 def gauge(name: str, meaning: str, run: str) -> ray.util.metrics.Gauge:
-    """To `set` what the agent of this node exports to Prometheus as `ray_<name>` with the label
-    `run`."""
+    """Make a gauge to `set` what the agent of this node exports to Prometheus as `ray_<name>` with
+    the label `run`."""
     made = ray.util.metrics.Gauge(name, description=meaning, tag_keys=("run",))
     made.set_default_tags({"run": run})
     return made

@@ -1,6 +1,5 @@
-"""What is measured and where it goes: one row a step to observers, a file and the console among
-them, which can never slow or stop training. What a key means:
-`async_opd.telemetry.metric_names`."""
+"""Measurements and where they go: one row a step to observers, a file and the console among them,
+which can never slow or stop training. What a key means: `async_opd.telemetry.metric_names`."""
 
 import errno
 import itertools
@@ -23,12 +22,13 @@ OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are l
 CLOSE_S = 5.0  # for all observers together to take, at the end of a run, what they were given
 ROLES = ("generators", "teachers", "verifier", "learner")  # of every run; some have more
 
-Row = dict[str, float | int | str | None]
-Sink = Callable[[Row], None]  # one that has a `close` is closed behind the last row
+Row = dict[str, Any]  # of JSON: numbers by key, None where nothing was measured; or an event
+# takes rows, or what else is observed; one that has a `close` is closed behind the last
+Sink = Callable[[Any], None]
 
 
 class Jsonl:
-    """One JSON object a line, in the file before the next is taken, whole or not at all. A file
+    """A file of one JSON object a line, in it before the next is taken, whole or not at all. A file
     that could not be written is tried again with the next row."""
 
     def __init__(
@@ -48,31 +48,31 @@ class Jsonl:
 
 
 class Observed:
-    """Runs a sink that may block or raise on a thread of its own behind a bounded queue."""
+    """A sink that may block or raise, run by a thread of its own behind a bounded queue."""
 
     def __init__(self, name: str, make: Callable[[], Sink]):
         """`make` is tried again with each row until it gives a sink; `name` is what messages call
         it."""
         self.name = name
-        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._given = 0
+        self._rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._put = 0
         self._taken = 0
-        self._told = False
+        self._complained = False
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
         self._thread.start()
 
-    def __call__(self, row: Row) -> None:
-        self._given += 1
+    def __call__(self, row: Any) -> None:
+        self._put += 1
         if self._rows.qsize() < OBSERVER_BACKLOG:
             self._rows.put(row)
 
     @property
     def lost(self) -> int:
-        """Rows it was given and has not taken; those still waiting among them."""
-        return self._given - self._taken
+        """Rows that were handed to it and that it has not taken; those still waiting among them."""
+        return self._put - self._taken
 
     def end(self) -> None:
-        """No row comes after this."""
+        """Announce that no row comes after this."""
         self._rows.put(None)
 
     def join(self, timeout_s: float) -> None:
@@ -94,15 +94,15 @@ class Observed:
         try:
             yield
         except Exception as error:  # whatever an observer does, training goes on
-            if not self._told:
-                self._told = True
+            if not self._complained:
+                self._complained = True
                 say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
 
 
 @contextmanager
 def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed]]:
-    """An observer for each of `makers`; on leaving they have CLOSE_S seconds to take what they were
-    given."""
+    """Start an observer for each of `makers`; on leaving they have CLOSE_S seconds to take what was
+    handed to them."""
     observers = [Observed(name, make) for name, make in makers.items()]
     try:
         yield observers
@@ -115,8 +115,8 @@ def observed(makers: Mapping[str, Callable[[], Sink]]) -> Iterator[list[Observed
 
 
 class Meter:
-    """Counts tokens by role and each actor's time, and turns step results into rows. Keeps totals,
-    never rows."""
+    """The count of tokens by role and of each actor's time, which turns step results into rows. It
+    keeps totals, never rows."""
 
     def __init__(
         self,
@@ -135,8 +135,8 @@ class Meter:
         self.start()
 
     @property
-    def at(self) -> int:
-        """The step of the last row, since the start."""
+    def last_step(self) -> int:
+        """The step of the last row."""
         return self._first + self._steps
 
     def actor(self, role: str, name: str = "") -> ActorTime:
@@ -145,11 +145,11 @@ class Meter:
         return self._actors[role][-1]
 
     def count(self, role: str, tokens: int) -> None:
-        """`tokens` more have been through `role`."""
+        """Count `tokens` more that have been through `role`."""
         self._tokens[role] += tokens
 
     def start(self, version: int = 0) -> None:
-        """Training starts now, behind step `version`: what comes before is start-up."""
+        """Start training now, behind step `version`: what comes before is start-up."""
         self._first = version
         self._started = self._last = self._clock()
         self._steps, self._max_lag = 0, 0
@@ -163,7 +163,7 @@ class Meter:
     def step(
         self, step: int, steps: int, metrics: dict[str, float], **more: float | int | None
     ) -> None:
-        """One row: `metrics` of the learner, rates and shares of time since the last row, and
+        """Make one row: `metrics` of the learner, rates and shares of time since the last row, and
         `more`."""
         now = self._clock()
         passed, elapsed = now - self._last, now - self._started
@@ -178,16 +178,9 @@ class Meter:
         self._seen = self._tokens.copy()
         self._seconds = seconds
         self._last = now
-        row = (
-            {
-                "step": step,
-                "elapsed_s": elapsed,
-                "left_s": elapsed / (step - self._first) * (steps - step),
-            }
-            | metrics
-            | rates
-        )
-        row |= shares | more
+        left = elapsed / (step - self._first) * (steps - step)
+        row: Row = {"step": step, "elapsed_s": elapsed, "left_s": left}
+        row |= metrics | rates | shares | more
         for sink in self._sinks:
             sink(row)
         self.flush(now, row)
@@ -199,7 +192,7 @@ class Meter:
             self._spans.flush(self._clock() if until is None else until, row or {})
 
     def summary(self) -> Row:
-        """Totals from the start of training to the last row; shares of time are means over it."""
+        """Sum up training from its start to the last row; shares of time are means over it."""
         elapsed = self._last - self._started
         return {
             "steps": self._steps,
@@ -214,7 +207,8 @@ class Meter:
         }
 
     def _mean_seconds(self, now: float) -> dict[str, float]:
-        """Seconds from the start until `now` by role and state, averaged over the role's actors."""
+        """Average the seconds from the start until `now` by role and state over the role's
+        actors."""
         return {
             f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors)
             / max(len(actors), 1)
@@ -224,15 +218,15 @@ class Meter:
 
 
 def roles_of(row: Iterable[str]) -> list[str]:
-    """The roles whose time a row, or a summary, accounts for."""
+    """List the roles whose time a row, or a summary, accounts for."""
     return [key.removesuffix("_busy") for key in row if key.endswith("_busy")]
 
 
 def time_table(summary: Row) -> str:
-    """Where each role's time went, a line a role."""
-    lines = ["share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)]
-    for role in roles_of(summary):
-        lines.append(
-            role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
-        )
-    return "\n".join(lines)
+    """Say where each role's time went, a line a role."""
+    titles = "share of time".ljust(18) + "".join(state.rjust(9) for state in STATES)
+    lines = (
+        role.ljust(18) + "".join(f"{summary[f'{role}_{state}']:9.1%}" for state in STATES)
+        for role in roles_of(summary)
+    )
+    return "\n".join([titles, *lines])

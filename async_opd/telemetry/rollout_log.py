@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from async_opd.core.wire import Recorded
 from async_opd.telemetry.metrics import Jsonl
 
 
 def sample_file(
-    path: Path, pieces: Callable[[np.ndarray], list[str]]
+    path: Path, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
 ) -> Callable[[tuple[Recorded, ...]], None]:
-    """An observer that adds a line for each trajectory to the file at `path`; `pieces` turns ids
-    into text."""
+    """Make an observer that adds a line for each trajectory to the file at `path`; `pieces` turns
+    ids into text."""
     write = Jsonl(path)
 
     def take(recorded: tuple[Recorded, ...]) -> None:
@@ -24,9 +25,11 @@ def sample_file(
     return take
 
 
-def line(recorded: Recorded, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
-    """What the file says of one trajectory: per-token lists by name, as long as `tokens`, numbers
-    to 5 digits."""
+def line(
+    recorded: Recorded, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
+) -> dict[str, Any]:
+    """Put a trajectory into a line: per-token lists by name, as long as `tokens`, numbers to 5
+    digits."""
     return {
         "step": recorded.step,
         "id": recorded.id,
@@ -44,12 +47,12 @@ def line(recorded: Recorded, pieces: Callable[[np.ndarray], list[str]]) -> dict[
     }
 
 
-def decoder(tokenizer: Any) -> Callable[[np.ndarray], list[str]]:
-    """Text of each id by a `tokenizers.Tokenizer`; what only several ids spell together stands with
-    the last."""
+def decoder(tokenizer: Any) -> Callable[[npt.NDArray[np.int32]], list[str]]:
+    """Make what decodes ids one by one, by a `tokenizers.Tokenizer`; what only several spell
+    together stands with the last."""
     from tokenizers.decoders import DecodeStream
 
-    def pieces(ids: np.ndarray) -> Iterator[str]:
+    def pieces(ids: npt.NDArray[np.int32]) -> Iterator[str]:
         stream = DecodeStream(skip_special_tokens=False)
         for id in ids.tolist():
             yield stream.step(tokenizer, id) or ""

@@ -1,5 +1,5 @@
-"""Where rows go besides metrics.jsonl, asked for by `run.sinks`. Each is made and fed on a thread
-of its own."""
+"""Sinks of rows besides metrics.jsonl, asked for by `run.sinks`. Each is made and fed on its own
+thread."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from async_opd.telemetry.metrics import Row
 
 
 class Gauge(Protocol):
-    """What Prometheus reads a number from."""
+    """A number that Prometheus reads."""
 
     def set(self, value: float) -> None: ...
 
@@ -52,11 +52,13 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, config: Config, run_dir: Path):
-        # Not by way of torch, which the driver does without.
+        # not by way of torch, which the driver does without
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # protobuf makes the classes when it is imported, where no checker sees them
+        self._event = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        self._summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
 
     def __call__(self, row: Row) -> None:

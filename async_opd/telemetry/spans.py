@@ -1,6 +1,5 @@
-"""What every actor does when, as the driver sees it: the time it has spent in each state, and, of
-the last steps of a run, its states and calls one by one in `spans.jsonl`, which `async-opd trace`
-shows."""
+"""Time of every actor, as the driver sees it: how much it has spent in each state, and, of the last
+steps of a run, its states and calls one by one in `spans.jsonl`, which `async-opd trace` shows."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-STATES = ("busy", "starved", "blocked", "syncing", "down")
+STATES: tuple[str, ...] = ("busy", "starved", "blocked", "syncing", "down")
 FILE, EARLIER = "spans.jsonl", "spans.earlier.jsonl"
 # so often at most: a file that is opened for every short step costs more than what is written to it
 HAND_OVER_S = 0.2
@@ -30,8 +29,8 @@ Of = str | int | tuple[str, ...]  # what a call is of: a group, a version, the g
 
 
 class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happened from `since` to `until`, in seconds of the driver's clock; with `epoch`, Unix
-    time."""
+    """Everything that happened from `since` to `until`, in seconds of the driver's clock; with
+    `epoch`, Unix time."""
 
     step: int | None  # whose row of metrics came at `until`; None: training starts or ends there
     epoch: float
@@ -45,13 +44,13 @@ class Line(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def encode(lines: list[Line]) -> bytes:
-    """As they stand in the file, but for the last line's end."""
+    """Encode lines as they stand in the file, but for the last one's end."""
     return b"\n".join(map(msgspec.json.encode, lines))
 
 
 class Spans:
-    """Takes what happens and hands it to `sink` a line a step, several at once where steps are
-    short."""
+    """A collector of what happens, which hands it to `sink` a line a step, several at once where
+    steps are short."""
 
     def __init__(self, sink: Callable[[list[Line]], None], clock: Callable[[], float]):
         self._sink, self._since = sink, clock()
@@ -63,14 +62,14 @@ class Spans:
         # add to it: actor, call, what of, start, end
         self.calls: list[tuple[str, str, Of, float, float]] = []
 
-    def entered(self, lane: str, state: str, at: float) -> None:
-        """The actor is in another state from `at` on."""
+    def entered(self, lane: str, state: str, since: float) -> None:
+        """Record that the actor is in another state since then."""
         self._lanes[lane] = state
-        self._states.append((lane, state, at))
+        self._states.append((lane, state, since))
 
     def flush(self, until: float, row: dict[str, Any]) -> None:
-        """All that was before `until` is known. `row` came then; where it is empty, there may come
-        none for long."""
+        """Close the line of all that was before `until`. `row` came then; where it is empty, there
+        may come none for long."""
         if not self._lanes:  # nobody is there yet
             self._since = until
             return
@@ -96,7 +95,7 @@ class Spans:
 
 class ActorTime:
     """The seconds one actor has spent in each of STATES. It is in one of them at any moment, so
-    they add up to the time that passed. What a state means for a role: `stream.timed`."""
+    they add up to the time that passed."""
 
     def __init__(self, clock: Callable[[], float], name: str = "", spans: Spans | None = None):
         """`spans` takes each state and call under the actor's `name`."""
@@ -113,7 +112,7 @@ class ActorTime:
         self._since, self._seconds = now, dict.fromkeys(STATES, 0.0)
 
     def enter(self, state: str) -> float:
-        """The actor is in `state` from now on; returns when that is."""
+        """Put the actor into `state` from now on; returns when that is."""
         now = self.now()
         if state != self._state:
             self._seconds[self._state] += now - self._since
@@ -123,13 +122,13 @@ class ActorTime:
         return now
 
     def called(self, call: str, of: Of, start: float, end: float) -> None:
-        """The actor has answered a call."""
+        """Record that the actor has answered a call."""
         if self._spans:
             self._spans.calls.append((self._name, call, of, start, end))
 
     @asynccontextmanager
     async def call(self, call: str, of: Of) -> AsyncIterator[None]:
-        """What is done inside is a call of the actor's."""
+        """Record what is done inside as a call of the actor's."""
         start, end = self.now(), CUT_OFF
         try:
             yield
@@ -138,7 +137,7 @@ class ActorTime:
             self.called(call + end, of, start, self.now())
 
     def seconds(self, state: str, now: float) -> float:
-        """Spent in `state` from the last restart until `now`."""
+        """Count the seconds in `state` from the last restart until `now`."""
         return self._seconds[state] + (now - self._since if state == self._state else 0.0)
 
 

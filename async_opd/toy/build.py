@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.toy import STUDENT, TEACHER, WEIGHTS
 from async_opd.toy.task import (
@@ -31,7 +31,7 @@ STUDENT_START = 0.22  # greedy accuracy at which the student's training stops
 
 
 def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
-    """Three layers, heads of 32."""
+    """Make a model of three layers, heads of 32."""
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=width,
@@ -51,8 +51,8 @@ def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
 
 
 def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
-    """A problem, a response in which `noise` of the characters are random, and the right character
-    at each place.
+    """Draw a problem, a response in which `noise` of the characters are random, and the right
+    character at each place.
 
     The target answers what is really there (`next_char`), so the teacher stays a teacher on a
     student's mistakes.
@@ -70,8 +70,8 @@ def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
 
 
 def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right; labels are
-    already shifted."""
+    """Make input ids and labels, each [rows, MAX_PROMPT + MAX_RESPONSE], padded on the right;
+    labels are already shifted."""
     ids = torch.full((rows, MAX_PROMPT + MAX_RESPONSE), PAD)
     labels = torch.full_like(ids, IGNORED)
     index = {"": EOS} | {token: i for i, token in enumerate(VOCABULARY)}
@@ -86,10 +86,10 @@ def batch(rng: Random, rows: int, max_noise: float) -> tuple[torch.Tensor, torch
 
 
 def train(
-    model: PreTrainedModel, rng: Random, steps: int, rows: int, rate: float, max_noise: float
+    model: Qwen3ForCausalLM, rng: Random, steps: int, rows: int, rate: float, max_noise: float
 ) -> Iterator[int]:
-    """Supervised training, `rows` responses a step, each with a share of random characters of up to
-    `max_noise`.
+    """Train by given targets, `rows` responses a step, each with a share of random characters of up
+    to `max_noise`.
 
     Yields after each step, counted from 1.
     """
@@ -110,9 +110,9 @@ def train(
         yield step + 1
 
 
-def train_teacher() -> PreTrainedModel:
-    """Trained on twice the noise the student sees: it has to continue whatever the student
-    writes."""
+def train_teacher() -> Qwen3ForCausalLM:
+    """Train the teacher on twice the noise the student sees: it has to continue whatever the
+    student writes."""
     torch.manual_seed(1)
     model = new_model(width=128, mlp_width=256, tied=False)
     for step in train(model, Random("teacher"), steps=500, rows=64, rate=3e-3, max_noise=0.2):
@@ -121,9 +121,9 @@ def train_teacher() -> PreTrainedModel:
     return model
 
 
-def train_student() -> PreTrainedModel:
-    """Stops early, by the greedy accuracy on training problems. Run to the last step it would know
-    the task."""
+def train_student() -> Qwen3ForCausalLM:
+    """Train the student, and stop early, by the greedy accuracy on training problems. Run to the
+    last step it would know the task."""
     torch.manual_seed(2)
     rng = Random("student")
     seen = dataset(heldout=False)[:256]
@@ -136,11 +136,12 @@ def train_student() -> PreTrainedModel:
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
-    """The share of problems whose greedy response ends with the right boxed answer."""
+def accuracy(model: Qwen3ForCausalLM, problems: list[Problem]) -> float:
+    """Measure the share of problems whose greedy response ends with the right boxed answer."""
     model.eval()
     inputs = TOKENIZER([prompt(problem) for problem in problems], padding=True, return_tensors="pt")
-    outputs = model.generate(
+    # transformers types `self` by a protocol that its own models do not fulfil
+    outputs = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         **inputs, do_sample=False, max_new_tokens=MAX_RESPONSE, eos_token_id=EOS, pad_token_id=PAD
     )
     texts = TOKENIZER.batch_decode(outputs, skip_special_tokens=True)
@@ -150,8 +151,8 @@ def accuracy(model: PreTrainedModel, problems: list[Problem]) -> float:
     return sum(right) / len(right)
 
 
-def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """A whole Hugging Face directory: config, generation config, weights and tokenizer."""
+def write_model(model: Qwen3ForCausalLM, folder: Path) -> None:
+    """Write a whole Hugging Face directory: config, generation config, weights and tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(folder)
@@ -159,7 +160,7 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def write_checksums() -> None:
-    """`SHA256SUMS`, as `sha256sum -c` reads it in the weights folder."""
+    """Write `SHA256SUMS`, as `sha256sum -c` reads it in the weights folder."""
     files = sorted(path for folder in (STUDENT, TEACHER) for path in folder.iterdir())
     lines = (
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(WEIGHTS).as_posix()}"

@@ -25,13 +25,13 @@ Problem = tuple[int, int]
 
 
 def is_heldout(problem: Problem) -> bool:
-    """One pair of operands in sixteen is held out. `a+b` and `b+a` are on the same side."""
+    """Hold out one pair of operands in sixteen. `a+b` and `b+a` are on the same side."""
     low, high = sorted(problem)
     return zlib.crc32(f"{low}+{high}".encode()) % 16 == 0
 
 
 def draw(rng: Random, heldout: bool = False) -> Problem:
-    """One problem of the wanted split: two operands of two or three digits, each length as
+    """Draw one problem of the wanted split: two operands of two or three digits, each length as
     likely."""
     while True:
         a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((2, 3), k=2))
@@ -48,7 +48,7 @@ def answer(problem: Problem) -> str:
 
 
 def response(problem: Problem) -> str:
-    """The worked response, without the end of text: what `next_char` says, a character at a
+    """Work out the response, without the end of text: what `next_char` says, a character at a
     time."""
     a, b = (str(operand)[::-1] for operand in problem)
     lines, carry = [], 0
@@ -61,7 +61,7 @@ def response(problem: Problem) -> str:
 
 
 def next_char(problem: Problem, written: str) -> str:
-    """What belongs after `written`, any text at all, right or wrong; "" is the end of text.
+    """Choose what belongs after `written`, any text at all, right or wrong; "" is the end of text.
 
     Operand digits come from the problem. Carries, sums and the boxed answer come from what is
     really written, so one slip is never undone and never contradicted: the rest is right given the
@@ -85,13 +85,13 @@ def next_char(problem: Problem, written: str) -> str:
 
 
 def _digit(text: str, place: int) -> str:
-    """The digit at `place` of `text`, "0" where there is none."""
+    """Pick the digit at `place` of `text`, "0" where there is none."""
     char = text[place : place + 1]
     return char if char and char in "0123456789" else "0"
 
 
 def dataset(heldout: bool) -> list[Problem]:
-    """The train or the held-out problems, no problem twice, always the same."""
+    """List the train or the held-out problems, no problem twice, always the same."""
     rng = Random(f"heldout {heldout}")
     problems: dict[Problem, None] = {}
     while len(problems) < (HELDOUT_ROWS if heldout else TRAIN_ROWS):
@@ -100,7 +100,7 @@ def dataset(heldout: bool) -> list[Problem]:
 
 
 def write_dataset(folder: Path) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the
+    """Write `train.jsonl` and `heldout.jsonl`: rows of id, prompt, answer and solution, always the
     same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "heldout"):

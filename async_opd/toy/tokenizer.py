@@ -11,7 +11,8 @@ VOCABULARY = (*SPECIALS, *ALPHABET)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Pads on the left. Decoding joins the characters with nothing between them."""
+    """Make a tokenizer that pads on the left. Decoding joins the characters with nothing between
+    them."""
     core = Tokenizer(
         models.WordLevel(
             {token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"

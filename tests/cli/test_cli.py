@@ -36,7 +36,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def end_with(result) -> None:
-        async def run(config, found=None):
+        async def run(config, checkpoint=None):
             if isinstance(result, BaseException):
                 raise result
             return result
@@ -80,10 +80,10 @@ def test_help_teaches_by_commands(command):
 
 
 def test_the_module_is_the_command():
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "async_opd", "--help"], capture_output=True, text=True, check=True
     )
-    assert found.stdout.startswith("usage: async-opd ")
+    assert completed.stdout.startswith("usage: async-opd ")
 
 
 def test_help_loads_nothing_but_the_command_line():
@@ -91,10 +91,10 @@ def test_help_loads_nothing_but_the_command_line():
         "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import"
         " async_opd.__main__"
     )
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
     )
-    loaded = set(found.stdout.split("\n")[-2].split())
+    loaded = set(completed.stdout.split("\n")[-2].split())
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
         "async_opd.cli",
@@ -120,8 +120,10 @@ def test_a_named_error_is_one_line_with_its_notes_and_its_status(kind, status, r
     error.add_note("at version 7")
     runs(error)
     assert main(["demo"]) == status
-    said = f"async-opd: {kind.__name__}: teacher 0, score: no answer after 120 s (at version 7)\n"
-    assert capsys.readouterr() == ("", said)
+    message = (
+        f"async-opd: {kind.__name__}: teacher 0, score: no answer after 120 s (at version 7)\n"
+    )
+    assert capsys.readouterr() == ("", message)
 
 
 def test_a_bug_keeps_its_trace(runs):
@@ -157,25 +159,25 @@ sys.exit(cli.main(["audit", "runs/demo"]))
 """
     reader, stdout = os.pipe()
     os.close(reader)
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(stdout)
-    assert (found.returncode, found.stderr) == (141, "")
+    assert (completed.returncode, completed.stderr) == (141, "")
 
 
 def test_a_run_that_ends_well_says_what_it_reached(runs, capsys):
     runs(SUMMARY)
     assert main(["demo", "run.dir=here"]) == 0
-    said = capsys.readouterr().out
-    assert "\nlearner               20.0%    20.0%    20.0%    20.0%    20.0%\n" in said
+    printed = capsys.readouterr().out
+    assert "\nlearner               20.0%    20.0%    20.0%    20.0%    20.0%\n" in printed
     assert (
-        "student, before     25.0%\n  student, after      50.0%\n" in said
-        and "teacher     not measured" in said
+        "student, before     25.0%\n  student, after      50.0%\n" in printed
+        and "teacher     not measured" in printed
     )
     assert (
         "3 steps, 1234 trained tokens/s, largest lag 2, 1 scored and dropped, 10 s;"
-        " here/summary.json" in said
+        " here/summary.json" in printed
     )
 
 
@@ -183,10 +185,10 @@ def test_each_of_several_teachers_has_its_accuracy(runs, capsys):
     accuracies = {"teacher_accuracy_math": 0.75, "teacher_accuracy_code": None}
     runs({key: value for key, value in SUMMARY.items() if key != "teacher_accuracy"} | accuracies)
     assert main(["demo"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "\n  teacher math        75.0%\n  teacher code   not measured\n  student, before    "
-        " 25.0%\n" in said
+        " 25.0%\n" in printed
     )
 
 
@@ -326,21 +328,21 @@ def test_an_audit_names_what_is_wrong_and_exits_with_one(audited, capsys):
         '["out",1,"7@0"]', '["out",2,"8@0"]', '["trained",3,1,["7@0"]]', '["finished",4]'
     )
     assert main(["audit", run_dir]) == 1
-    *_, said, last = capsys.readouterr().out.splitlines()
-    assert (said, last) == (
+    *_, lost, last = capsys.readouterr().out.splitlines()
+    assert (lost, last) == (
         "8@0: lost: handed out, neither trained nor dropped",
         "the books do not balance: 1 found",
     )
     assert main(["audit", run_dir, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["discrepancies"] == [said]
+    assert json.loads(capsys.readouterr().out)["discrepancies"] == [lost]
     assert main(["audit", audited("[")]) == 1
     assert "LedgerError: " in capsys.readouterr().err
 
 
 def test_an_audit_of_no_run_exits_with_two(tmp_path, capsys):
     assert main(["audit", str(tmp_path / "rum")]) == 2
-    said = f"{tmp_path / 'rum'}: no config.json in it: No such file or directory"
-    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
+    message = f"{tmp_path / 'rum'}: no config.json in it: No such file or directory"
+    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {message}\n")
 
 
 def test_train_needs_a_config_or_a_run(capsys):

@@ -27,21 +27,21 @@ COMMANDS = {
 def orders(words: list[str], options: list[str]) -> set[tuple[str, ...]]:
     """Every order of both in which `words` keep theirs."""
     pieces = [*range(len(words)), *options]
-    found = set()
+    orders = set()
     for order in permutations(pieces):
         kept = iter(words)
-        found.add(tuple(next(kept) if isinstance(piece, int) else piece for piece in order))
-    return found
+        orders.add(tuple(next(kept) if isinstance(piece, int) else piece for piece in order))
+    return orders
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_may_stand_anywhere(command):
     words, options = COMMANDS[command]
     name = command.partition(" ")[0]
-    found = [
+    parses = [
         vars(parsed([name, *" ".join(order).split()])) for order in orders(words.split(), options)
     ]
-    for one in found:
+    for one in parses:
         # those of `eval`, in the order in which they stand
         one["settings"] = sorted(one.get("settings", []))
-    assert all(one == found[0] for one in found)
+    assert all(one == parses[0] for one in parses)

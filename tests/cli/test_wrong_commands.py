@@ -22,7 +22,9 @@ from async_opd.toy import STUDENT
 
 ROWS = "data.path=rows.jsonl"
 NOBODY = "http://127.0.0.1:9"  # where RFC 863 has a service that nobody runs
-LORA, SEQUENCE, TOOLS = "LoRA is", "sequence parallelism is", "multi-turn tools are"
+LORA = "LoRA is"
+SEQUENCE = "sequence parallelism is"
+TOOLS = "multi-turn tools are"
 
 # A command line; then what its one line must say.
 COMMAND_LINES = {
@@ -260,20 +262,22 @@ def refused(folder, monkeypatch, capfd):
     def refused(*words: str) -> str:
         before = listed(folder)
         assert main(list(words)) == 2
-        said = capfd.readouterr()
+        captured = capfd.readouterr()
         assert (
-            said.out == "" and said.err.startswith("async-opd: ") and said.err.count("\n") == 1
-        ), said
+            captured.out == ""
+            and captured.err.startswith("async-opd: ")
+            and captured.err.count("\n") == 1
+        ), captured
         assert listed(folder) == before
-        return said.err
+        return captured.err
 
     return refused
 
 
 @pytest.mark.parametrize(("line", "fragments"), COMMAND_LINES.items(), ids=COMMAND_LINES)
 def test_a_wrong_command_is_one_helpful_line(line, fragments, refused):
-    said = refused(*line.split())
-    assert [fragment for fragment in fragments if fragment not in said] == []
+    message = refused(*line.split())
+    assert [fragment for fragment in fragments if fragment not in message] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -303,12 +307,14 @@ def test_nccl_is_refused_on_a_cluster_without_gpus():
 
 @pytest.mark.parametrize("line", ["tarin", "demo learner.lora_rank=8"])
 def test_from_the_shell_it_is_the_same(line, tmp_path):
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "async_opd", *line.split()],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=os.environ,
     )
-    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
-    assert found.stderr.startswith("async-opd: ConfigError: ") and list(tmp_path.iterdir()) == []
+    assert (completed.returncode, completed.stdout, completed.stderr.count("\n")) == (2, "", 1)
+    assert (
+        completed.stderr.startswith("async-opd: ConfigError: ") and list(tmp_path.iterdir()) == []
+    )

@@ -459,7 +459,7 @@ def test_a_mistake_is_refused_in_no_time_with_its_place_value_and_remedy(
 
 def test_a_mistake_costs_under_two_seconds_from_the_shell(folder):
     start = os.times()
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "async_opd", "demo", "learner.lrr=1e-4"],
         capture_output=True,
         text=True,
@@ -467,9 +467,9 @@ def test_a_mistake_costs_under_two_seconds_from_the_shell(folder):
     end = os.times()
     spent = end.children_user + end.children_system - start.children_user - start.children_system
     assert spent < MAX_SECONDS
-    assert found.returncode == 2 and found.stdout == ""
+    assert completed.returncode == 2 and completed.stdout == ""
     assert (
-        found.stderr
+        completed.stderr
         == "async-opd: ConfigError: learner.lrr = 0.0001: no such setting; did you mean"
         " 'learner.lr'?\n"
     )
@@ -480,7 +480,7 @@ def test_reading_a_config_loads_nothing_heavy():
         "import sys, async_opd, async_opd.config.load as c; c.load(c.Path(sys.argv[1]));"
         " print(*sys.modules)"
     )
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, DEMO], capture_output=True, text=True, check=True
     )
     heavy = {
@@ -494,7 +494,7 @@ def test_reading_a_config_loads_nothing_heavy():
         "wandb",
         "rich",
     }
-    assert heavy & set(found.stdout.split()) == set()
+    assert heavy & set(completed.stdout.split()) == set()
 
 
 def test_a_vllm_teacher_is_refused_where_the_objective_needs_exact_entropy(monkeypatch):
@@ -533,7 +533,7 @@ def test_several_teachers_are_scorers_by_their_sections(folder):
         "math": "toy:teacher",
         "code": "toy:student",
     }
-    assert [(at, s.replicas) for at, s in config.scorers.items()] == [
+    assert [(section, s.replicas) for section, s in config.scorers.items()] == [
         ("teachers.math", 1),
         ("teachers.code", 3),
     ]

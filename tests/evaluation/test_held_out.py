@@ -44,7 +44,9 @@ class Verifier(SimulatedVerifier):
 
 
 def held_out(count: int) -> list[Prompt]:
-    return [replace(prompt, id=f"held {at}") for at, prompt in enumerate(islice(Prompts(), count))]
+    return [
+        replace(prompt, id=f"held {index}") for index, prompt in enumerate(islice(Prompts(), count))
+    ]
 
 
 def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, generators=None):
@@ -72,8 +74,8 @@ def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, ge
             learner=learner,
         )
         meter = Meter([rows.append], clock)
-        told = held_out(problems), tmp_path, meter, lambda *event: events.append(event)
-        return await train(config, roles, Prompts(), *told)
+        arguments = held_out(problems), tmp_path, meter, lambda *event: events.append(event)
+        return await train(config, roles, Prompts(), *arguments)
 
     summary = virtual(main())
     return summary, rows, [event for event in events if event[0] != "saved"], learner
@@ -81,16 +83,16 @@ def run(tmp_path, *overrides: str, problems: int = 30, pace=GENERATION_BOUND, ge
 
 def test_a_row_says_what_was_measured_and_of_which_versions(tmp_path):
     summary, rows, events, _ = run(tmp_path, "eval.every_steps=10", problems=24)
-    found = [row for row in rows if row["eval_accuracy"] is not None]
+    evaluated = [row for row in rows if row["eval_accuracy"] is not None]
     # 30 is measured when training has ended
-    assert [row["eval_version"] for row in found] == [0, 10, 20]
-    assert [row["eval_accuracy"] for row in found] == [pytest.approx(2 / 3)] * 3
-    for row in found[1:]:
+    assert [row["eval_version"] for row in evaluated] == [0, 10, 20]
+    assert [row["eval_accuracy"] for row in evaluated] == [pytest.approx(2 / 3)] * 3
+    for row in evaluated[1:]:
         assert (
             row["eval_version"] <= row["eval_version_min"] < row["eval_version_max"] <= row["step"]
         )
         assert (row["eval_tokens"], row["eval_truncated"], row["eval_unknown"]) == (128, 0, 0)
-    assert (found[0]["eval_version_min"], found[0]["eval_version_max"]) == (0, 0)
+    assert (evaluated[0]["eval_version_min"], evaluated[0]["eval_version_max"]) == (0, 0)
     assert (summary["accuracy_after"], summary["eval_skipped"], events) == (
         pytest.approx(2 / 3),
         0,
@@ -154,12 +156,12 @@ def test_what_a_lost_generator_had_is_asked_of_another(tmp_path):
         tmp_path, "eval.every_steps=10", problems=15, generators=pool
     )
     assert [event[:2] for event in events] == [("lost", "generator 0")]
-    found = [
+    accuracies = [
         (row["eval_version"], row["eval_accuracy"])
         for row in rows
         if row["eval_accuracy"] is not None
     ]
-    assert found == [(version, pytest.approx(2 / 3)) for version in (0, 10, 20)]
+    assert accuracies == [(version, pytest.approx(2 / 3)) for version in (0, 10, 20)]
     assert len(set(learner.trained)) == 16 * STEPS and summary["accuracy_after"] == pytest.approx(
         2 / 3
     )
@@ -200,9 +202,9 @@ async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
         [SimulatedVerifier()],
         actor_time=lambda index: meter.actor("verifier", "verifier 0"),
     )
-    found = await respond(generators, verifier, next(iter(Prompts())))
+    scored = await respond(generators, verifier, next(iter(Prompts())))
     meter.flush()
-    assert found.prompt.id == "0"
+    assert scored.prompt.id == "0"
     assert [(call.name, call.of) for call in calls(lines)] == [
         ("respond", "evaluation/0"),
         ("check", "evaluation/0"),

@@ -35,63 +35,76 @@ def prompt(id: str = "7@0", answer: str = "2") -> Prompt:
     return Prompt(id=id, ids=np.zeros(1, np.int32), answer=answer)
 
 
-def responded(*found: tuple[bool | None, int | None], k: int, reads: bool = True):
+def responded(*outcomes: tuple[bool | None, int | None], k: int, reads: bool = True):
     """The problem of responses that are right, wrong or unknown, with their votes."""
     verdicts = [
         (
             Verdict(
-                id=f"{at}",
+                id=f"{index}",
                 correct=correct,
                 cause="" if correct is not None else "timed out after 5.0 s",
             )
             if correct is None or not reads
-            else Verdict(id=f"{at}", correct=correct, answer="" if vote is None else "\\boxed{1}")
+            else Verdict(
+                id=f"{index}", correct=correct, answer="" if vote is None else "\\boxed{1}"
+            )
         )
-        for at, (correct, vote) in enumerate(found)
+        for index, (correct, vote) in enumerate(outcomes)
     ]
-    spans = tuple((Span(version=0, start=0, end=3 + at),) for at in range(len(found)))
+    spans = tuple((Span(version=0, start=0, end=3 + index),) for index in range(len(outcomes)))
     meta = GroupMeta(
-        id="7@0", prompt_len=1, spans=spans, truncated=(True,) + (False,) * (len(found) - 1)
+        id="7@0", prompt_len=1, spans=spans, truncated=(True,) + (False,) * (len(outcomes) - 1)
     )
-    return problem(prompt(), meta, verdicts, [Said(text="so", vote=vote) for _, vote in found], k)
+    return problem(
+        prompt(), meta, verdicts, [Said(text="so", vote=vote) for _, vote in outcomes], k
+    )
 
 
 def test_a_problem_has_its_share_in_each_figure():
-    found = responded((True, 0), (False, 1), (False, 1), (False, None), k=2)
+    problem_shares = responded((True, 0), (False, 1), (False, 1), (False, None), k=2)
     # Of the 6 pairs 3 hold the right one; it wins against silence, and shares with either of the
     # other two.
-    assert (found.avg, found.pass_, found.maj) == (0.25, 0.5, pytest.approx((1 + 0.5 + 0.5) / 6))
-    assert [response.tokens for response in found.responses] == [3, 4, 5, 6]
-    assert [response.truncated for response in found.responses] == [True, False, False, False]
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (
+        0.25,
+        0.5,
+        pytest.approx((1 + 0.5 + 0.5) / 6),
+    )
+    assert [response.tokens for response in problem_shares.responses] == [3, 4, 5, 6]
+    assert [response.truncated for response in problem_shares.responses] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_an_unknown_verdict_is_neither_right_nor_wrong():
-    found = responded((True, 0), (None, None), (False, 2), k=2)
-    assert (found.avg, found.pass_, found.maj) == (0.5, 1.0, 0.5)
-    assert found.responses[1].cause == "timed out after 5.0 s"
+    problem_shares = responded((True, 0), (None, None), (False, 2), k=2)
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (0.5, 1.0, 0.5)
+    assert problem_shares.responses[1].cause == "timed out after 5.0 s"
 
 
 def test_a_problem_with_fewer_than_k_decided_counts_for_its_average_alone():
-    found = responded((True, 0), (None, None), k=2)
-    assert (found.avg, found.pass_, found.maj) == (1.0, None, None)
-    found = responded((None, None), (None, None), k=2)
-    assert (found.avg, found.pass_, found.maj) == (None, None, None)
+    problem_shares = responded((True, 0), (None, None), k=2)
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (1.0, None, None)
+    problem_shares = responded((None, None), (None, None), k=2)
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (None, None, None)
 
 
 def test_there_is_no_vote_where_the_check_reads_no_answers():
-    found = responded((True, None), (False, None), k=2, reads=False)
-    assert (found.avg, found.pass_, found.maj) == (0.5, 1.0, None)
-    assert set(figures(table([found, found]))) == {"avg", "pass"}
+    problem_shares = responded((True, None), (False, None), k=2, reads=False)
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (0.5, 1.0, None)
+    assert set(figures(table([problem_shares, problem_shares]))) == {"avg", "pass"}
 
 
 def test_figures_are_means_over_the_problems_that_count():
     shares = np.array([[1.0, 1.0, np.nan], [0.0, 0.0, np.nan], [np.nan] * 3, [0.5, np.nan, np.nan]])
-    found = figures(shares)
-    assert [(name, figure.mean, figure.problems) for name, figure in found.items()] == [
+    measured = figures(shares)
+    assert [(name, figure.mean, figure.problems) for name, figure in measured.items()] == [
         ("avg", 0.5, 3),
         ("pass", 0.5, 2),
     ]
-    assert found["avg"].low < 0.5 < found["avg"].high
+    assert measured["avg"].low < 0.5 < measured["avg"].high
 
 
 def saved(folder, shares: list[tuple[str, float]], model: str = "one", **changes):

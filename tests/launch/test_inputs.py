@@ -78,9 +78,9 @@ def test_problems_to_measure_need_no_columns_for_teachers_that_are_not_measured(
     (tmp_path / "rows.jsonl").write_text(ROW)
     paths = (f"data.path={tmp_path}/rows.jsonl", "teacher.max_prompt_tokens=9", "eval.problems=3")
     config = demo(tmp_path, *paths, *PRIVILEGED[:2], "teacher.evaluate=false")
-    found = read(config)
-    assert [prompt.teacher_ids for prompt in found.held_out] == [None] * 3
-    assert len(next(iter(found.prompts)).teacher_ids) == 9
+    inputs = read(config)
+    assert [prompt.teacher_ids for prompt in inputs.held_out] == [None] * 3
+    assert len(next(iter(inputs.prompts)).teacher_ids) == 9
     with pytest.raises(DataError, match=r"data.solution = 'why': .*heldout.jsonl has columns"):
         read(demo(tmp_path, *paths, *PRIVILEGED[:2]))
 

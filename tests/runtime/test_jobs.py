@@ -42,7 +42,7 @@ def a_home_without_a_token(monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
 
 
-def said(capsys, *argv: str, status: int = 2) -> str:
+def refusal(capsys, *argv: str, status: int = 2) -> str:
     assert main(list(argv)) == status
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -76,7 +76,7 @@ def dashboard():
 
 
 def test_a_cluster_that_is_not_there_is_one_line(capsys):
-    line = said(capsys, "status", "--address", "http://127.0.0.1:1")
+    line = refusal(capsys, "status", "--address", "http://127.0.0.1:1")
     assert (
         "http://127.0.0.1:1: no Ray dashboard answers within 10 s: [Errno 111] Connection refused;"
         " is it up" in line
@@ -86,7 +86,7 @@ def test_a_cluster_that_is_not_there_is_one_line(capsys):
 def test_a_server_that_does_not_answer_is_given_up(monkeypatch, capsys):
     monkeypatch.setattr("async_opd.runtime.dashboard.ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        line = said(capsys, "status", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        line = refusal(capsys, "status", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert "no Ray dashboard answers within 0.2 s: timed out" in line
 
 
@@ -101,7 +101,7 @@ def test_a_server_that_does_not_answer_is_given_up(monkeypatch, capsys):
 def test_another_server_is_none(answer, says, dashboard, capsys):
     address, answers = dashboard
     answers["/api/authentication_mode"] = answer
-    assert says in said(capsys, "status", "--address", address)
+    assert says in refusal(capsys, "status", "--address", address)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_an_address_that_is_no_dashboards_url_is_refused(address, monkeypatch, c
     must = (
         f"{address!r}: must be the URL of a Ray dashboard, such as --address http://127.0.0.1:8265"
     )
-    assert f"--address = {must}" in said(capsys, "status", "--address", address)
+    assert f"--address = {must}" in refusal(capsys, "status", "--address", address)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert f"RAY_ADDRESS = {must}" in said(capsys, "status")
+    assert f"RAY_ADDRESS = {must}" in refusal(capsys, "status")
 
 
 def test_what_is_given_goes_before_the_environment(monkeypatch):
@@ -128,7 +128,7 @@ def test_what_is_given_goes_before_the_environment(monkeypatch):
 
 def test_without_a_token_a_cluster_that_asks_for_one_gets_nothing(dashboard, capsys):
     address, answers = dashboard
-    line = said(capsys, "status", "--address", address)
+    line = refusal(capsys, "status", "--address", address)
     assert (
         "asks for a token, and there is none here; `ray get-auth-token` on its head node prints"
         in line
@@ -143,7 +143,7 @@ def test_a_token_that_is_refused_says_where_the_right_one_is(
     address, answers = dashboard
     answers["/api/version"] = status, b"Unauthorized: or so"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
-    line = said(capsys, "status", "--address", address)
+    line = refusal(capsys, "status", "--address", address)
     assert "refuses the token found here; `ray get-auth-token` on its head node" in line
     assert answers["tokens"] == [None, "Bearer wrong"]
 
@@ -175,7 +175,7 @@ def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fi
     address, monkeypatch, capsys
 ):
     answers_with("disabled", monkeypatch)
-    line = said(
+    line = refusal(
         capsys,
         "submit",
         str(DEMO),
@@ -194,7 +194,7 @@ def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fi
 def test_a_token_never_crosses_the_open_net_in_clear(monkeypatch, capsys):
     monkeypatch.setattr("async_opd.runtime.dashboard.urlopen", None)  # nothing is asked
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    line = said(capsys, "status", "--address", "http://8.8.8.8:8265")
+    line = refusal(capsys, "status", "--address", "http://8.8.8.8:8265")
     assert (
         "http would send the token in clear through the open net: use https, or a tunnel (ssh -L"
         " 8265:localhost:8265" in line
@@ -222,38 +222,38 @@ def test_a_token_goes_where_it_is_asked_for_and_a_private_network_is_warned_of(
 
 
 class Client:
-    """A cluster with the jobs in `found`: Ray's client, as far as it is used."""
+    """A cluster with the jobs in `jobs_by_id`: Ray's client, as far as it is used."""
 
-    found: dict[str, SimpleNamespace]
+    jobs_by_id: dict[str, SimpleNamespace]
 
     def __init__(self, headers=None):
         self.headers = headers
 
     def get_job_info(self, id):
-        if id not in self.found:
+        if id not in self.jobs_by_id:
             raise RuntimeError(f"Request failed with status code 404: Job {id} does not exist.")
-        return self.found[id]
+        return self.jobs_by_id[id]
 
     def list_jobs(self):
-        return list(self.found.values())
+        return list(self.jobs_by_id.values())
 
     def get_job_logs(self, id):
-        return self.found[id].log
+        return self.jobs_by_id[id].log
 
     async def tail_job_logs(self, id):
-        for line in self.found[id].log.splitlines(keepends=True):
+        for line in self.jobs_by_id[id].log.splitlines(keepends=True):
             yield line
-        if error := self.found[id].error:
+        if error := self.jobs_by_id[id].error:
             raise error
 
     def stop_job(self, id):
-        self.found[id].status = JobStatus.STOPPED
+        self.jobs_by_id[id].status = JobStatus.STOPPED
 
     def submit_job(self, *, entrypoint, runtime_env, metadata):
-        self.found["raysubmit_new"] = job(
+        self.jobs_by_id["raysubmit_new"] = job(
             "raysubmit_new", "SUCCEEDED", "starting\ngenerators: 1 -> 2\n", metadata
         )
-        self.found["raysubmit_new"].asked = entrypoint, runtime_env
+        self.jobs_by_id["raysubmit_new"].asked = entrypoint, runtime_env
         return "raysubmit_new"
 
 
@@ -279,11 +279,11 @@ def cluster(monkeypatch):
     """Puts jobs on the cluster at the default address."""
     answers_with("disabled", monkeypatch)
     monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
-    monkeypatch.setattr(Client, "found", {}, raising=False)
+    monkeypatch.setattr(Client, "jobs_by_id", {}, raising=False)
 
-    def has(*found: SimpleNamespace) -> dict[str, SimpleNamespace]:
-        Client.found.update({one.submission_id: one for one in found})
-        return Client.found
+    def has(*present: SimpleNamespace) -> dict[str, SimpleNamespace]:
+        Client.jobs_by_id.update({one.submission_id: one for one in present})
+        return Client.jobs_by_id
 
     return has
 
@@ -311,7 +311,7 @@ def test_following_ends_with_the_status_of_the_job(status, code, cluster, capsys
 
 
 def test_ctrl_c_leaves_the_job_and_says_how_to_get_back(cluster, capsys):
-    found = cluster(job("raysubmit_a", "RUNNING", "one\n", error=KeyboardInterrupt()))
+    jobs_by_id = cluster(job("raysubmit_a", "RUNNING", "one\n", error=KeyboardInterrupt()))
     assert main(["logs", "raysubmit_a", "--follow"]) == 130
     out, err = capsys.readouterr()
     assert out == "one\n" and "left raysubmit_a, which goes on" in err
@@ -319,12 +319,12 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_get_back(cluster, capsys):
         "`async-opd logs raysubmit_a --follow --address http://127.0.0.1:8265` goes on with its log"
         in err
     )
-    assert found["raysubmit_a"].status == "RUNNING"
+    assert jobs_by_id["raysubmit_a"].status == "RUNNING"
 
 
 def test_a_connection_that_breaks_says_that_the_job_may_go_on(cluster, capsys):
     cluster(job("raysubmit_a", "RUNNING", error=RuntimeError("WebSocket connection closed")))
-    line = said(capsys, "logs", "raysubmit_a", "--follow")
+    line = refusal(capsys, "logs", "raysubmit_a", "--follow")
     assert (
         "WebSocket connection closed; the job may go on: `async-opd logs raysubmit_a --follow"
         " --address" in line
@@ -339,7 +339,7 @@ def test_an_unknown_job_is_one_line(command, cluster, monkeypatch, capsys):
     monkeypatch.setattr(Client, "get_job_logs", Client.get_job_info)
     monkeypatch.setattr(Client, "tail_job_logs", Client.get_job_info)
     name, *rest = command
-    assert "Job raysubmit_b does not exist" in said(capsys, name, "raysubmit_b", *rest)
+    assert "Job raysubmit_b does not exist" in refusal(capsys, name, "raysubmit_b", *rest)
 
 
 def test_status_lists_the_runs_and_says_why_one_failed(cluster, capsys):
@@ -367,10 +367,10 @@ def test_logs_are_printed_as_they_are(cluster, capsys):
 
 
 def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
-    told = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
+    event = {"time": 0.0, "who": "checkpoint", "what": "saved", "why": "step 6"}
     saved, not_saved = (
-        lines.told(told),
-        lines.told(told | {"what": "not saved", "why": "the disk is full"}),
+        lines.event_line(event),
+        lines.event_line(event | {"what": "not saved", "why": "the disk is full"}),
     )
     cluster(
         job(
@@ -389,12 +389,12 @@ def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
 
 
 def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys):
-    found = cluster(job("raysubmit_a", "RUNNING"), job("raysubmit_done", "SUCCEEDED"))
+    jobs_by_id = cluster(job("raysubmit_a", "RUNNING"), job("raysubmit_done", "SUCCEEDED"))
     assert main(["scale", "raysubmit_a", "generators=2"]) == 0
     assert capsys.readouterr().out == "generators: 1 -> 2\n"
     asked = "python -m async_opd scale /shared/a generators=2", {"env_vars": {"A": "1"}}
-    assert found["raysubmit_new"].asked == asked
-    assert "only a run that is RUNNING can be scaled" in said(
+    assert jobs_by_id["raysubmit_new"].asked == asked
+    assert "only a run that is RUNNING can be scaled" in refusal(
         capsys, "scale", "raysubmit_done", "generators=2"
     )
 
@@ -435,12 +435,12 @@ def test_what_cannot_be_submitted_is_refused_before_the_cluster_is_asked(
 ):
     (project.parent / "outside.jsonl").write_text("{}\n")
     monkeypatch.setattr(jobs, "Jobs", None)
-    assert says in said(capsys, "submit", *words)
+    assert says in refusal(capsys, "submit", *words)
 
 
 def test_a_run_that_can_be_seen_from_here_is_checked_here(project, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "Jobs", None)
-    assert "RunMissing: " in said(capsys, "submit", "--resume", str(project))
+    assert "RunMissing: " in refusal(capsys, "submit", "--resume", str(project))
 
 
 @pytest.fixture
@@ -463,12 +463,12 @@ def stopped(tmp_path) -> Path:
 def test_a_run_is_gone_on_with_in_its_working_directory_wherever_one_stands(
     stopped, project, cluster, monkeypatch, capsys
 ):
-    found = cluster()
+    jobs_by_id = cluster()
     monkeypatch.chdir(project.parent)  # where no data/train.jsonl is
     assert main(["submit", "--resume", str(stopped), "--working-dir", "project", "--no-wait"]) == 0
-    assert found["raysubmit_new"].asked[0] == f"python -m async_opd train --resume {stopped}"
+    assert jobs_by_id["raysubmit_new"].asked[0] == f"python -m async_opd train --resume {stopped}"
     capsys.readouterr()
-    assert "data.path = 'data/train.jsonl': no such file" in said(
+    assert "data.path = 'data/train.jsonl': no such file" in refusal(
         capsys, "submit", "--resume", str(stopped)
     )
 
@@ -477,7 +477,7 @@ def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(
     stopped, project, cluster, capsys
 ):
     (project / ".gitignore").write_text("*.jsonl\n")
-    line = said(capsys, "submit", "--resume", str(stopped))
+    line = refusal(capsys, "submit", "--resume", str(stopped))
     assert (
         "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
         " .rayignore" in line
@@ -486,7 +486,7 @@ def test_a_run_that_is_gone_on_with_misses_a_file_that_git_ignores_too(
 
 def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, cluster, capsys):
     (project / ".gitignore").write_text("*.jsonl\n")
-    line = said(capsys, *SUBMIT)
+    line = refusal(capsys, *SUBMIT)
     assert (
         "data.path = 'data/train.jsonl': data/train.jsonl would be missing: a .gitignore, a"
         " .rayignore" in line
@@ -495,7 +495,7 @@ def test_a_file_that_git_ignores_is_missed_before_the_job_misses_it(project, clu
 
 def test_more_than_ray_takes_is_refused(project, cluster, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "GCS_STORAGE_MAX_SIZE", 100)
-    assert "MiB packed, of which Ray takes" in said(capsys, *SUBMIT)
+    assert "MiB packed, of which Ray takes" in refusal(capsys, *SUBMIT)
 
 
 @pytest.mark.parametrize(
@@ -527,10 +527,10 @@ def test_a_job_trains_in_a_copy_of_the_working_directory_with_this_package(
     for left_out in ("runs", ".venv", ".git"):
         (project / left_out).mkdir()
         (project / left_out / "file").write_text("")
-    found = cluster()
+    jobs_by_id = cluster()
     assert main(["submit", *words, "--no-wait"]) == 0
     assert capsys.readouterr().out == "raysubmit_new\n"
-    entrypoint, environment = found["raysubmit_new"].asked
+    entrypoint, environment = jobs_by_id["raysubmit_new"].asked
     assert entrypoint == f"python -m async_opd train {trains}"
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     package, metadata = map(Path, environment["py_modules"])
@@ -556,9 +556,9 @@ def test_submit_follows_the_job_it_started(project, cluster, capsys):
 # a script's background jobs ignore Ctrl-C
 @pytest.mark.parametrize("sigint", ["default_int_handler", "SIG_IGN"])
 @pytest.mark.parametrize(
-    ("signals", "said"), [(1, ["step", "saved", "interrupted"]), (2, ["interrupted"])]
+    ("signals", "printed"), [(1, ["step", "saved", "interrupted"]), (2, ["interrupted"])]
 )
-def test_sigterm_is_ctrl_c_and_lets_the_step_at_hand_finish(sigint, signals, said):
+def test_sigterm_is_ctrl_c_and_lets_the_step_at_hand_finish(sigint, signals, printed):
     code = f"""
 import asyncio, signal
 signal.signal(signal.SIGINT, signal.{sigint})
@@ -572,7 +572,7 @@ async def run():
     for n in range({signals}):
         asyncio.get_running_loop().call_later(0.05 + 0.05 * n, signal.raise_signal, signal.SIGTERM)
     at_work = asyncio.ensure_future(step())
-    with interrupted_by_signal(asyncio.current_task()):
+    with interrupted_by_signal():
         try:
             await asyncio.shield(at_work)
         except asyncio.CancelledError:
@@ -585,7 +585,7 @@ try:
 except (KeyboardInterrupt, asyncio.CancelledError):
     print("interrupted")
 """
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    assert (found.stdout.split(), found.returncode) == (said, 0), found.stderr
+    assert (completed.stdout.split(), completed.returncode) == (printed, 0), completed.stderr

@@ -137,17 +137,17 @@ def test_a_head_without_cpus_is_left_alone():
 def test_a_cluster_that_is_too_small_is_refused_with_the_numbers_and_what_to_change():
     with pytest.raises(ClusterTooSmall) as refused:
         where(BIG, cluster(8, 4))
-    said = str(refused.value)
-    assert "asked are 16 GPUs (learner rank 4 x 1, generator 4 x 2, teacher 2 x 2)" in said
-    assert "free are 12 (a 8 of 8, b 4 of 4)" in said
+    message = str(refused.value)
+    assert "asked are 16 GPUs (learner rank 4 x 1, generator 4 x 2, teacher 2 x 2)" in message
+    assert "free are 12 (a 8 of 8, b 4 of 4)" in message
     for setting in (
         "learner.ranks",
         "rollout.generators",
         "rollout.tensor_parallel_size",
         "teacher.replicas",
     ):
-        assert setting in said
-    assert refused.value.exit_status == 2 and "\n" not in said
+        assert setting in message
+    assert refused.value.exit_status == 2 and "\n" not in message
 
 
 def test_a_cluster_too_small_for_an_evaluation_is_refused_with_the_numbers_too():

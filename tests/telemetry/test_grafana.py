@@ -58,8 +58,8 @@ def test_it_has_what_grafana_needs(dashboard):
         assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
     for one, other in itertools.combinations((panel["gridPos"] for panel in panels), 2):
         apart = [
-            one[at] + one[size] <= other[at] or other[at] + other[size] <= one[at]
-            for at, size in ("xw", "yh")
+            one[start] + one[size] <= other[start] or other[start] + other[size] <= one[start]
+            for start, size in ("xw", "yh")
         ]
         assert any(apart)
 

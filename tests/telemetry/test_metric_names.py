@@ -60,7 +60,7 @@ def test_an_entry_stands_for_one_thing():
 def test_the_page_has_the_unit_and_the_meaning_of_every_key():
     page = Path(metric_names.__file__).with_name("METRICS.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+) \|$", page, re.MULTILINE)
-    found = [(name, unit, meaning.replace("\\|", "|")) for name, unit, meaning in rows]
-    assert found == [tuple(metric) for metric in NAMES], (
+    listed = [(name, unit, meaning.replace("\\|", "|")) for name, unit, meaning in rows]
+    assert listed == [tuple(metric) for metric in NAMES], (
         "run: python -m async_opd.telemetry.metric_names"
     )

@@ -52,10 +52,10 @@ def test_it_knows_the_step_of_the_last_row_also_behind_a_checkpoint():
     clock = Clock()
     meter = Meter([], clock)
     meter.start(version=7)
-    assert meter.at == 7
+    assert meter.last_step == 7
     clock.now = 1.0
     meter.step(8, 9, STEP)
-    assert meter.at == 8
+    assert meter.last_step == 8
 
 
 def test_shares_of_time_are_means_over_a_roles_actors_since_the_last_row_and_over_the_run():
@@ -141,7 +141,8 @@ def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows_and_takes_the_next_
 
 
 def test_rows_beyond_the_backlog_of_an_observer_that_blocks_are_lost_and_counted():
-    release, entered, taken = threading.Event(), threading.Event(), []
+    release, entered = threading.Event(), threading.Event()
+    taken = []
 
     def block(row):
         entered.set()

@@ -71,10 +71,10 @@ def test_rows_are_in_tensorboards_files_and_the_driver_does_without_torch(tmp_pa
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert fed(tmp_path / "run", '["tensorboard"]') == ["jsonl 0, tensorboard 0", "[]"]
-    found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     values = {
-        tag: [(event.step, event.value) for event in found.Scalars(tag)]
-        for tag in found.Tags()["scalars"]
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
     }
     assert values == {
         "step": [(1, 1), (2, 2)],
@@ -92,19 +92,20 @@ def wandbs_own(path) -> list:
     header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, parts, found = path.read_bytes(), 7, b"", []  # 7: a header of wandb's own
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
+    data, offset = path.read_bytes(), 7  # a header of wandb's own
+    parts, records = b"", []
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
         if left < 7:
-            at += left
+            offset += left
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # whole, or the last piece
-            found.append(Record.FromString(parts))
+            records.append(Record.FromString(parts))
             parts = b""
-    return found
+    return records
 
 
 def test_without_a_key_wandb_keeps_rows_and_config_in_the_run_directory_and_asks_nobody(tmp_path):
@@ -160,10 +161,10 @@ def test_rays_node_exports_the_last_row_to_prometheus(tmp_path):
             sink(row)
         (node,) = ray.nodes()
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        found = exported(address)
+        gauges = exported(address)
     finally:
         taken_over().close()
-    assert found == {"step": 2.0, "kl": 0.25, "accuracy": 0.75, "lag_max": 0.0}
+    assert gauges == {"step": 2.0, "kl": 0.25, "accuracy": 0.75, "lag_max": 0.0}
 
 
 def exported(address: str) -> dict[str, float]:
@@ -172,8 +173,10 @@ def exported(address: str) -> dict[str, float]:
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
             text = answer.read().decode()
-            found = re.findall(r'^ray_async_opd_(\w+)\{.*run="mine".*\} (\S+)$', text, re.MULTILINE)
-            if len(found) >= 4:
-                return {key: float(value) for key, value in found}
+            gauges = re.findall(
+                r'^ray_async_opd_(\w+)\{.*run="mine".*\} (\S+)$', text, re.MULTILINE
+            )
+            if len(gauges) >= 4:
+                return {key: float(value) for key, value in gauges}
         time.sleep(0.5)
     raise AssertionError("nothing of ours is exported")

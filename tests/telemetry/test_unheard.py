@@ -41,11 +41,11 @@ async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
         """An actor that answers nothing until it dies; of each call that is told a moment after the
         one before."""
 
-        died, told = asyncio.Event(), count()
+        died, calls = asyncio.Event(), count()
 
         async def call_keeping(self, *_):
             await self.died.wait()
-            await asyncio.sleep(0.01 * next(self.told))
+            await asyncio.sleep(0.01 * next(self.calls))
             raise ActorLost("teacher 0 died")
 
         def kill(self): ...
@@ -156,13 +156,13 @@ async def test_of_groups_that_a_lost_pool_of_verifiers_cannot_check(unheard):
     assert unheard() == []
 
 
-def group(at: int) -> Group:
+def group(index: int) -> Group:
     ids = np.array([1], np.int32)
     rollout = Rollout(
-        id=f"{at}@0#0",
+        id=f"{index}@0#0",
         ids=ids,
         behaviour_logp=np.array([-1.0], np.float32),
         spans=(Span(version=0, start=0, end=1),),
         truncated=False,
     )
-    return Group(prompt=Prompt(id=f"{at}@0", ids=ids, answer="2"), rollouts=(rollout,))
+    return Group(prompt=Prompt(id=f"{index}@0", ids=ids, answer="2"), rollouts=(rollout,))

@@ -165,15 +165,15 @@ def test_one_node_has_no_workers():
 
 def test_the_launcher_file_keeps_to_rays_schema():
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    found = yaml.safe_load(rendered("launcher", gpus=4))
-    jsonschema.validate(found, schema)
-    assert found["max_workers"] == len(found["provider"]["worker_ips"]) == 3
+    launcher = yaml.safe_load(rendered("launcher", gpus=4))
+    jsonschema.validate(launcher, schema)
+    assert launcher["max_workers"] == len(launcher["provider"]["worker_ips"]) == 3
     assert all(
-        "RAY_AUTH_MODE=token" in found[f"{role}_start_ray_commands"][1]
+        "RAY_AUTH_MODE=token" in launcher[f"{role}_start_ray_commands"][1]
         for role in ("head", "worker")
     )
     with pytest.raises(jsonschema.ValidationError, match="gpus"):
-        jsonschema.validate(found | {"gpus": 4}, schema)
+        jsonschema.validate(launcher | {"gpus": 4}, schema)
 
 
 def test_the_launcher_file_is_complete_to_ray_itself():
@@ -221,8 +221,8 @@ def slurm(tmp_path):
         (tmp_path / name).chmod(0o755)
     script = tmp_path / "run.sh"
     script.write_text(rendered("slurm", f"run.dir={tmp_path}/run"))
-    said = {"SAID": str(tmp_path / "said"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | said
+    variables = {"SAID": str(tmp_path / "said"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
     job = subprocess.Popen(
         ["bash", str(script)], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -239,14 +239,14 @@ def test_the_slurm_script_starts_every_node_with_one_token_and_ends_as_the_run_d
     slurm, tmp_path
 ):
     assert subprocess.run(["bash", "-n", tmp_path / "run.sh"], check=False).returncode == 0
-    said = sorted((tmp_path / "said").read_text().splitlines())
+    words = sorted((tmp_path / "said").read_text().splitlines())
     on, head = "--nodes=1 --ntasks=1 --overlap --nodelist", "--node-ip-address=10.0.0.1 --port=6379"
-    assert said[:2] == [
+    assert words[:2] == [
         f"{on}=one ray start --head --block {head} --dashboard-host=127.0.0.1 token secret",
         f"{on}=two ray start --address=10.0.0.1:6379 --block token secret",
     ]
     assert (
-        said[2]
+        words[2]
         == f"-m async_opd train {RECIPE} {shlex.join([*SETTINGS, f'run.dir={tmp_path}/run'])}"
     )
     (tmp_path / "said.end").touch()

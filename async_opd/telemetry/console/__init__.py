@@ -1,4 +1,4 @@
-"""What a user sees of a run: one screen on a terminal, plain lines anywhere else."""
+"""The console of a run: one screen on a terminal, plain lines anywhere else."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from async_opd.telemetry.metrics import Sink
 
 
 def console(steps: int) -> Sink:
-    """For a run of `steps`; it takes rows of steps and events."""
+    """Make the console for a run of `steps`; it takes rows of steps and events."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         return Lines(steps)
     from async_opd.telemetry.console.screen import Screen

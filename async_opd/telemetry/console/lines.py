@@ -7,10 +7,10 @@ from async_opd.core.printing import write
 from async_opd.telemetry.metrics import Row
 
 
-def told(event: Row) -> str:
-    """An event in one line."""
-    at = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-    return f"{at} {event['who']}: {event['what']}{event['why'] and ': '}{event['why']}"
+def event_line(event: Row) -> str:
+    """Put an event into one line."""
+    clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    return f"{clock} {event['who']}: {event['what']}{event['why'] and ': '}{event['why']}"
 
 
 class Lines:
@@ -42,15 +42,16 @@ class Lines:
 
     def __call__(self, row: Row) -> None:
         if "what" in row:
-            write(sys.stdout, told(row) + "\n")
+            write(sys.stdout, event_line(row) + "\n")
             return
         now = time.monotonic()
         if now - self._last < self._every_s and row["step"] not in (1, self._steps):
             return
         self._last = now
-        cells = [f"{row['step']}/{self._steps}".rjust(11)]
-        for _, key, width, spec in self.COLUMNS:
-            cells.append(("-" if row[key] is None else format(row[key], spec)).rjust(width))
+        cells = [f"{row['step']}/{self._steps}".rjust(11)] + [
+            ("-" if row[key] is None else format(row[key], spec)).rjust(width)
+            for _, key, width, spec in self.COLUMNS
+        ]
         titles = ["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]
         lines = [titles, cells] if self._lines % 20 == 0 else [cells]
         write(sys.stdout, "".join(" ".join(line) + "\n" for line in lines))

@@ -1,4 +1,11 @@
-"""One screen, drawn in place at the bottom of a terminal."""
+"""The screen of a run, drawn in place at the bottom of a terminal.
+
+rich lays it out, but does not draw it. `rich.live.Live` hides the cursor, which a process that is
+killed leaves hidden; it writes in the thread of whoever prints, under a lock, so a terminal that
+stands still holds up the whole process; it needs a last frame as high as the picture, however low
+the terminal is, and a line that is printed without an end is drawn into. What it would save are the
+two sequences that `_draw` writes.
+"""
 
 import io
 import os
@@ -8,14 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from itertools import accumulate
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from async_opd.core.printing import write
-from async_opd.telemetry.console.lines import told
+from async_opd.telemetry.console.lines import event_line
 from async_opd.telemetry.metrics import STATES, Row, roles_of
 
 EVERY_S = 1.0  # between two drawings, unless something is said
@@ -33,7 +41,7 @@ NUMBERS = (
 
 
 class Screen:
-    """Shows the last row and the last events; what else is printed while it is up goes above it.
+    """The last row and the last events; what else is printed while it is up goes above it.
 
     The cursor stays where it would be without it, in the line below, and is never hidden: whatever
     ends the process leaves the terminal fit for use. One thread of its own writes, so a terminal
@@ -57,7 +65,7 @@ class Screen:
             return
         self._events = (*self._events, row)
         if self._last is None or len(self._events) > EVENTS:
-            self.say(told(self._events[0]) + "\n")
+            self.say(event_line(self._events[0]) + "\n")
             self._events = self._events[1:]
 
     def say(self, text: str) -> None:
@@ -92,15 +100,15 @@ class Screen:
             shown = picture(row, self._events, self._steps, 0 if still else time.monotonic() - came)
             lines = rendered(shown, (width or 80) - 1)[: (height or 24) - 1]  # 0: not known
         up = f"\x1b[{self._height}F" if self._height else ""
-        said = "".join(self._above.popleft() for _ in range(len(self._above)))
-        above = f"\x1b[J{said}" if said else ""
+        printed = "".join(self._above.popleft() for _ in range(len(self._above)))
+        above = f"\x1b[J{printed}" if printed else ""
         write(self._terminal, up + above + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
         self._height = len(lines)
 
 
 class _Above(io.TextIOBase):
-    """Stands for stdout or stderr: whole lines go above the screen. It is no file, so `say` writes
-    to it too."""
+    """A stand-in for stdout or stderr: whole lines go above the screen. It is no file, so `say`
+    writes to it too."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say, self._rest = say, ""
@@ -113,14 +121,14 @@ class _Above(io.TextIOBase):
 
 
 def rendered(shown: RenderableType, width: int) -> list[str]:
-    """The lines of `shown`, none wider than `width`; rich sees to NO_COLOR."""
+    """Render `shown` into lines, none wider than `width`; rich sees to NO_COLOR."""
     to = io.StringIO()
     Console(file=to, width=width, force_terminal=True, legacy_windows=False).print(shown)
     return [line.rstrip() for line in to.getvalue().splitlines()]
 
 
 def picture(row: Row, events: Sequence[Row], steps: int, since_s: float) -> RenderableType:
-    """The screen, `since_s` seconds after `row` came."""
+    """Compose the screen, `since_s` seconds after `row` came."""
     gone, left = row["elapsed_s"] + since_s, max(row["left_s"] - since_s, 0)
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(no_wrap=True)
@@ -139,17 +147,17 @@ def picture(row: Row, events: Sequence[Row], steps: int, since_s: float) -> Rend
         "learns": [_cells(row, NUMBERS)],
         "queue": [_queue(row)],
         "lag": [_lag(row)],
-        "events": [told(event) for event in events] or ["none"],
+        "events": [event_line(event) for event in events] or ["none"],
     }
     for title, texts in lines.items():
-        for at, text in enumerate(texts):
-            body.add_row("" if at else title, Text(text))
+        for index, text in enumerate(texts):
+            body.add_row("" if index else title, Text(text))
     return Group(bar, _roles(row), body)
 
 
 def _roles(row: Row) -> Table:
-    """A line a role: its tokens per second, where its time went since the last row, and the share
-    it was busy."""
+    """Draw a line a role: its tokens per second, where its time went since the last row, and the
+    share it was busy."""
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(no_wrap=True, justify="right")
@@ -169,7 +177,7 @@ def _roles(row: Row) -> Table:
 
 
 def _names(row: Row) -> dict[str, str]:
-    """The roles that `row` accounts for, and what they are called."""
+    """List the roles that `row` accounts for, and what they are called."""
     return {role: role.replace("_", " ") for role in roles_of(row)}
 
 
@@ -179,8 +187,8 @@ class _Bar:
     def __init__(self, shares: Sequence[float]):
         self._shares = shares
 
-    def __rich_console__(self, console: Console, options):
-        ends = [round(options.max_width * sum(self._shares[: at + 1])) for at in range(len(STATES))]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        ends = [round(options.max_width * share) for share in accumulate(self._shares)]
         bar = Text(no_wrap=True)
         for state, start, end in zip(STATES, [0, *ends], ends, strict=False):
             bar.append(MARKS[state][0] * (end - start), MARKS[state][1:])
@@ -188,13 +196,14 @@ class _Bar:
 
 
 def _queue(row: Row) -> str:
+    """Say how full the queue is."""
     keys = ("queue_ready", "queue_outstanding", "queue_slots", "dropped")
     ready, outstanding, slots, dropped = (row.get(key, "-") for key in keys)
     return f"{ready} ready, {outstanding} of {slots} slots taken, {dropped} dropped"
 
 
 def _lag(row: Row) -> str:
-    """The histogram: a mark for each lag from 0 to the bound, · where nothing was trained."""
+    """Draw the histogram: a mark for each lag from 0 to the bound, · where nothing was trained."""
     counts = [value for key, value in row.items() if key.startswith("tokens_lag_")]
     most = max(counts, default=0)
     marks = "".join(
@@ -205,10 +214,10 @@ def _lag(row: Row) -> str:
 
 
 def _cells(row: Row, cells: Sequence[tuple[str, str, str]]) -> str:
-    """Numbers by title, key and format; - for what the row lacks."""
-    found = ((title, row.get(key), spec) for title, key, spec in cells)
+    """Write numbers by title, key and format; - for what the row lacks."""
+    values = ((title, row.get(key), spec) for title, key, spec in cells)
     return "   ".join(
-        f"{title} {'-' if value is None else format(value, spec)}" for title, value, spec in found
+        f"{title} {'-' if value is None else format(value, spec)}" for title, value, spec in values
     )
 
 

@@ -1,4 +1,4 @@
-"""The files themselves: templates beside this file, filled from a Shape."""
+"""Files of a cluster, rendered: templates beside this file, filled from a Shape."""
 
 import json
 import shlex
@@ -17,13 +17,14 @@ from async_opd.tools.cluster_files.shape import shape_of
 
 
 class _Filled(Template):
-    """`@{name}`: `$` is the shell's."""
+    """A template with fields `@{name}`: `$` is the shell's."""
 
     delimiter = "@"
 
 
 def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, image: str) -> str:
-    """The file of that kind for the config at `path` with `overrides`. Raises ConfigError."""
+    """Render the file of that kind for the config at `path` with `overrides`. Raises
+    ConfigError."""
     config = load(path, overrides, elsewhere=True)
     here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
     if kind == "kuberay" and here:
@@ -48,11 +49,11 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         ray=version("ray"),
         stop_s=STOP_S,
         vllm=_vllm(),
-        worker_ips=json.dumps([f"worker-{at}.example" for at in range(1, shape.nodes)]),
+        worker_ips=json.dumps([f"worker-{number}.example" for number in range(1, shape.nodes)]),
     )
 
 
 def _vllm() -> str:
-    """The release that the package asks for on GPUs."""
-    (asked,) = (line for line in requires("async-opd-ray") if line.startswith("vllm=="))
+    """Look up the release that the package asks for on GPUs."""
+    (asked,) = (line for line in requires("async-opd-ray") or () if line.startswith("vllm=="))
     return asked.partition(";")[0].removeprefix("vllm==").strip()

@@ -1,4 +1,4 @@
-"""What a cluster for a config is made of. Every number of a rendered file is one of these."""
+"""Nodes of a cluster for a config. Every number of a rendered file is one of these."""
 
 import re
 from dataclasses import dataclass
@@ -30,30 +30,32 @@ class Shape:
 
     @property
     def workers(self) -> int:
-        """Nodes besides the head."""
+        """The number of nodes besides the head."""
         return self.nodes - 1
 
 
 def shape_of(config: Config, gpus_per_node: int) -> Shape:
-    """The fewest nodes of at most `gpus_per_node` that hold every role. Raises ConfigError."""
+    """Choose the fewest nodes of at most `gpus_per_node` that hold every role. Raises
+    ConfigError."""
     run_dir = PurePosixPath(config.run.dir)
     if not run_dir.is_absolute() or len(run_dir.parts) < 3:
-        where = "on a disk that every node sees, such as /shared/runs/a"
-        raise ConfigError(f"run.dir = {config.run.dir!r}: must be absolute, {where}")
-    asked = resource_requests(config, gpus=True)
-    wanted = sum(ask.count * ask.gpus for ask in asked)
-    gpus = min(gpus_per_node, ceil(wanted))
-    largest = max(asked, key=lambda ask: ask.gpus)
-    if largest.gpus > gpus:
-        needs = (
-            f"{largest.role} asks for {largest.gpus:g} on one node: lower"
-            f" {' or '.join(largest.settings)}"
+        raise ConfigError(
+            f"run.dir = {config.run.dir!r}: must be absolute, on a disk that every node sees, such"
+            " as /shared/runs/a"
         )
-        raise ConfigError(f"--gpus-per-node {gpus_per_node}: too few: {needs}")
+    requests = resource_requests(config, gpus=True)
+    wanted = sum(request.count * request.gpus for request in requests)
+    gpus = min(gpus_per_node, ceil(wanted))
+    largest = max(requests, key=lambda request: request.gpus)
+    if largest.gpus > gpus:
+        raise ConfigError(
+            f"--gpus-per-node {gpus_per_node}: too few: {largest.role} asks for {largest.gpus:g} on"
+            f" one node: lower {' or '.join(largest.settings)}"
+        )
     memory = GIB_A_GPU * gpus
     return Shape(
         name=re.sub("[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")[:40] or "run",
-        nodes=len(place_on_alike(asked, gpus)),
+        nodes=len(place_on_alike(requests, gpus)),
         gpus=gpus,
         cpus=CPUS_A_GPU * gpus + config.verify.workers,
         memory_gib=memory,

@@ -1,2 +1,2 @@
-"""What a run would need, before anything starts: memory of every role, places on nodes, what keeps
-up with what."""
+"""The needs of a run, before anything starts: memory of every role, places on nodes, what keeps up
+with what."""

@@ -9,40 +9,35 @@ from async_opd.tools.plan.make import GIB, Need, Problem
 Retry = Callable[[list[str]], set[str] | None]
 Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
 ZERO_STAGE = "learner.zero_stage"
+NO_CHANGE = "; no change that was tried is enough: take a smaller model, or larger GPUs"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
 def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
-    """What of `needs` does not fit, in words, with what was found to help."""
-    found, large = [], [need for need in needs if not need.fits]
+    """Say what of `needs` does not fit, and what helps."""
+    unfit, large = [], [need for need in needs if not need.fits]
     for need in large:
-        others = {other.ask.role for other in large if other is not need}
+        others = {other.request.role for other in large if other is not need}
 
         def fits(overrides: list[str], others: set[str] = others) -> bool:
             left = retry(overrides)
             return left is not None and left <= others
 
         changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
-        none = (
-            ""
-            if changes
-            else "; no change that was tried is enough: take a smaller model, or larger GPUs"
-        )
-        found.append(Problem(what=_what(need) + none, changes=changes))
-    return found
+        unfit.append(Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes))
+    return unfit
 
 
 def _what(need: Need) -> str:
     held = f"{need.memory.total / GIB:.1f} GiB of {need.limit / GIB:.1f}"
     if need.kv_bytes:
-        room = f"room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
-        return f"{need.ask.role}, {need.model}: {held}, with {room}"
-    return f"{need.ask.role}, {need.model}: {held}"
+        held += f", with room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
+    return f"{need.request.role}, {need.model}: {held}"
 
 
 def _changes(ladders: list[Ladder], fits: Callable[[list[str]], bool], retry: Retry) -> list[str]:
-    """The lowest rung of each ladder that is enough alone; where none is, the highest rungs of as
-    few as are."""
+    """Choose the lowest rung of each ladder that is enough alone; where none is, the highest rungs
+    of as few as are."""
     alone = [next((rung for rung in ladder if fits(rung)), None) for ladder in ladders]
     if any(alone):
         return [" ".join(rung) for rung in alone if rung]
@@ -60,35 +55,40 @@ def _changes(ladders: list[Ladder], fits: Callable[[list[str]], bool], retry: Re
 
 
 def _merged(rungs: list[list[str]]) -> list[str]:
-    """The overrides of all, of each setting the last."""
+    """Join the overrides of all, of each setting the last."""
     settings = dict(override.split("=") for rung in rungs for override in rung)
     return [f"{key}={value}" for key, value in settings.items()]
 
 
 def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]:
-    """Ways out of `need`."""
-    if need.at == "learner":
+    """Yield ways out of `need`."""
+    section = need.section
+    if section == "learner":
         yield from _learner_ladders(config, need)
         return
-    each = config.rollout if need.at == "rollout" else config.scorers[need.at]
+    scorer = config.scorers.get(section)
+    each = scorer or config.rollout
     if each.dtype == "float32":
-        yield [[f"{need.at}.dtype=bfloat16", *([ROUGH] if need.at == "rollout" else [])]]
-    if need.kv_bytes:
+        yield [[f"{section}.dtype=bfloat16", *([] if scorer else [ROUGH])]]
+    if need.kv_bytes or scorer is None:
         sizes = [2**n for n in range(1, 10) if each.tensor_parallel_size < 2**n <= gpus_per_node]
-        yield [[f"{need.at}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
+        yield [[f"{section}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
         shares = [n / 20 for n in range(1, 20) if n / 20 > each.gpu_memory_utilization]
-        yield [[f"{need.at}.gpu_memory_utilization={share}"] for share in shares]
+        yield [[f"{section}.gpu_memory_utilization={share}"] for share in shares]
         shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
         yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
     else:
         yield (
-            [[f"{need.at}.batch_tokens={need.longest}"]] if each.batch_tokens > need.longest else []
+            [[f"{section}.batch_tokens={need.longest}"]]
+            if scorer.batch_tokens > need.longest
+            else []
         )
         sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
-        yield [[f"{need.at}.backend=vllm", f"{need.at}.tensor_parallel_size={n}"] for n in sizes]
+        yield [[f"{section}.backend=vllm", f"{section}.tensor_parallel_size={n}"] for n in sizes]
 
 
 def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
+    """Yield ways out of what the learner needs."""
     now = config.learner
     if not now.gradient_checkpointing:
         yield [["learner.gradient_checkpointing=true"]]
@@ -97,18 +97,13 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     if now.dtype == "float32":
         yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}", ROUGH]]
     if not now.offload_optimizer:
-        yield [
-            [
-                "learner.offload_optimizer=true",
-                *([f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else []),
-            ]
-        ]
+        sharded = [f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else []
+        yield [["learner.offload_optimizer=true", *sharded]]
     yield [[f"{ZERO_STAGE}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
     if not config.run.share_gpu:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
     else:
-        shares = [
-            n / 20 for n in range(19, 0, -1) if n / 20 < config.rollout.gpu_memory_utilization
-        ]
+        most = config.rollout.gpu_memory_utilization
+        shares = [n / 20 for n in range(19, 0, -1) if n / 20 < most]
         yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares]

@@ -1,11 +1,12 @@
-"""How many generators and teachers keep up with the learner, from rates given or measured in a
-short run."""
+"""Numbers of generators and teachers that keep up with the learner, from rates that are known or
+measured in a short run."""
 
 import json
 import re
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -32,8 +33,8 @@ WARM = 3  # first steps of a run, which are slow
 
 
 class Balance(Struct, frozen=True, kw_only=True):
-    """Rates are response tokens a second of one generator, one teacher replica, one learner rank at
-    work."""
+    """Rates of each role, in response tokens a second of one generator, one teacher replica, one
+    learner rank at work, and what follows from them."""
 
     source: str
     rates: dict[str, float]
@@ -45,23 +46,23 @@ class Balance(Struct, frozen=True, kw_only=True):
 
 
 def balance(config: Config, rates: dict[str, float], source: str, differs: list[str]) -> Balance:
-    """Every token is sampled, scored and trained once, so the role that does the fewest a second
-    bounds the run; ranks are taken to add up."""
+    """Balance a run: every token is sampled, scored and trained once, so the role that does the
+    fewest a second bounds it; ranks are taken to add up."""
     counts = _counts(msgspec.to_builtins(config))
     capacity = {role: rates[role] * counts[role] for role in ROLES}
     return Balance(
         source=source,
         rates=rates,
         capacity=capacity,
-        bottleneck=min(capacity, key=capacity.get),
+        bottleneck=min(capacity, key=lambda role: capacity[role]),
         generators=ceil(capacity["learner"] / rates["generator"]),
         teachers=ceil(capacity["learner"] / rates["teacher"]),
         differs=differs,
     )
 
 
-def given(text: str) -> dict[str, float]:
-    """Rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
+def parse_rates(text: str) -> dict[str, float]:
+    """Parse rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
     allowed = f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}"
     try:
         rates = {
@@ -75,8 +76,8 @@ def given(text: str) -> dict[str, float]:
 
 
 def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]]:
-    """Rates of a run's members at work, and the settings that they hang on and `config` has
-    otherwise. Raises RunMissing where `run_dir` holds no rows."""
+    """Measure the rates of a run's members at work; return them, and the settings that they hang on
+    and `config` has otherwise. Raises RunMissing where `run_dir` holds no rows."""
     try:
         then = json.loads((run_dir / "config.json").read_bytes())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -98,18 +99,19 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
             continue
         for role, (name, counted, at_work) in ROLES.items():
             tokens[role] += row[f"{counted}_tokens_per_s"] * passed
-            seconds[role] += (
-                sum(row[f"{name}_{state}"] for state in at_work) * passed * counts[role]
-            )
+            share = sum(row[f"{name}_{state}"] for state in at_work)
+            seconds[role] += share * passed * counts[role]
     idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
     if idle:
         raise RunMissing(f"{run_dir}: its rows have no work of {', '.join(idle)}")
-    return {role: tokens[role] / seconds[role] for role in ROLES}, list(
-        _differences(then, msgspec.to_builtins(config))
+    return (
+        {role: tokens[role] / seconds[role] for role in ROLES},
+        list(_differences(then, msgspec.to_builtins(config))),
     )
 
 
-def _counts(tree: dict) -> dict[str, int]:
+def _counts(tree: dict[str, Any]) -> dict[str, int]:
+    """Count the members of each role by a config's tree."""
     teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
     replicas = sum(teacher["replicas"] for teacher in teachers)
     return {
@@ -119,13 +121,14 @@ def _counts(tree: dict) -> dict[str, int]:
     }
 
 
-def _differences(then: dict, now: dict) -> Iterator[str]:
-    for at in ("student", "teacher", "rollout", "learner"):
-        before, after = then[at] or {}, now[at] or {}
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Say which settings that rates hang on differ between two configs."""
+    for section in ("student", "teacher", "rollout", "learner"):
+        before, after = then[section] or {}, now[section] or {}
         for key in sorted(before.keys() & after.keys() & SLOWER):
             ends = (
                 re.split("[/:]", value)[-1] if key == "model" else value
                 for value in (before[key], after[key])
             )
             if len(set(ends)) > 1:  # a model may lie elsewhere now
-                yield f"{at}.{key}: {before[key]!r} then, {after[key]!r} now"
+                yield f"{section}.{key}: {before[key]!r} then, {after[key]!r} now"

@@ -1,5 +1,5 @@
-"""What a plan reads besides the config: shapes from the hub, tokenizers, first rows. Importing this
-takes seconds."""
+"""Checks of what a plan reads besides the config: shapes from the hub, tokenizers, first rows.
+Importing this takes seconds."""
 
 import logging
 from collections.abc import Iterator
@@ -17,41 +17,41 @@ from async_opd.tools.plan.shape import Shape, local, read
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """The shape of each model by its name. Raises DataError where the hub cannot be asked."""
-    found = {}
+    """Read the shape of each model, by the model's name. Raises DataError where the hub cannot be
+    asked."""
+    shapes: dict[str, Shape] = {}
     with _hinting():
         for key, model in models(config).items():
-            found[model] = (
-                found.get(model)
+            shapes[model] = (
+                shapes.get(model)
                 or local(key, model)
                 or _from_hub(key, model, config.run.trust_remote_code)
             )
-    return found
+    return shapes
 
 
 def rows(config: Config) -> None:
-    """Vocabularies agree, and the first row of each set can be used. Raises DataError. Training
-    rows are streamed: a plan does not wait until all of them are here."""
+    """Check that vocabularies agree, and that the first row of each set can be used. Raises
+    DataError. Training rows are streamed: a plan does not wait until all of them are here."""
     replace = msgspec.structs.replace
     streamed = replace(config.data, streaming=True, shuffle_buffer=1)
+    held_out = config.eval and replace(config.eval, problems=1)
     with _hinting():
-        found = inputs.read(
-            replace(config, data=streamed, eval=config.eval and replace(config.eval, problems=1))
-        )
-        next(iter(found.prompts))
+        next(iter(inputs.read(replace(config, data=streamed, eval=held_out)).prompts))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
+    """Read the shape of a model of the hub. Raises DataError."""
     try:
-        return read(
-            AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict(), key
-        )
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return read(config.to_dict(), key)
     except (OSError, ValueError) as e:
         raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
 
 @contextmanager
 def _hinting() -> Iterator[None]:
+    """Add the hint of --offline to a DataError."""
     try:
         # it tells of every try
         with log_level(logging.ERROR, logging.getLogger("huggingface_hub")):

@@ -8,9 +8,14 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import Engines, longest_sequence, shared_with_learner
+from async_opd.config.teacher_rules import (
+    Engines,
+    longest_prompt,
+    longest_sequence,
+    shared_with_learner,
+)
 from async_opd.maths.lag import slots
-from async_opd.roles.teacher.config import TeacherConfig
+from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
 from async_opd.tools.plan.memory import HEADROOM, Memory
@@ -21,7 +26,7 @@ UNBOUNDED = 2**20  # tokens of a response, where no model names a context
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
-    """What is planned for."""
+    """The cluster that is planned for."""
 
     nodes: int | None  # None: as many as are needed
     gpus_per_node: int
@@ -46,7 +51,7 @@ class RolePlan(Struct, frozen=True, kw_only=True):
 
 
 class Problem(Struct, frozen=True, kw_only=True):
-    """What does not fit, and changes of settings each of which was tried and lets it fit."""
+    """A role that does not fit, and changes of settings each of which was tried and lets it fit."""
 
     what: str
     changes: list[str]
@@ -54,10 +59,10 @@ class Problem(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a role holds on each of its GPUs, and may."""
+    """Memory that a role holds on each of its GPUs, and the limit."""
 
-    ask: ResourceRequest
-    at: str  # its section
+    request: ResourceRequest
+    section: str
     model: str
     shape: Shape
     memory: Memory
@@ -67,19 +72,22 @@ class Need:
 
     @property
     def kv_tokens(self) -> int:
+        """The tokens that its cache has room for."""
         return int(self.memory.parts["kv_cache"] / self.kv_bytes)
 
     @property
     def fits(self) -> bool:
-        """An engine needs room for one sequence of the longest: vLLM starts with no less."""
+        """Whether it fits. An engine needs room for one sequence of the longest: vLLM starts with
+        no less."""
         return self.kv_tokens >= self.longest if self.kv_bytes else self.memory.total <= self.limit
 
     def plan(self) -> RolePlan:
+        """Put it into the words of a plan."""
         parts = self.memory.parts | self.memory.either
         return RolePlan(
-            role=self.ask.role,
-            members=self.ask.count,
-            gpus=self.ask.gpus,
+            role=self.request.role,
+            members=self.request.count,
+            gpus=self.request.gpus,
             model=self.model,
             parameters=self.shape.parameters,
             parts_gib={name: round(size / GIB, 3) for name, size in parts.items()},
@@ -93,56 +101,49 @@ class Need:
 
 
 def models(config: Config) -> dict[str, str]:
-    """Every model by the setting that names it."""
-    return {"student.model": config.student.model} | {
-        f"{at}.model": s.model for at, s in config.scorers.items()
-    }
+    """Name every model by the setting that names it."""
+    return {f"{section}.model": model for section, model in config.models.items()}
 
 
 def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need]:
-    """What each role with a model needs of cards of `card` bytes; `shapes` by model."""
-    asked = {ask.role: ask for ask in resource_requests(config, gpus=True)}
-    share, longest = (
-        config.run.share_gpu,
-        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+    """Estimate what each role with a model needs of cards of `card` bytes; `shapes` by model."""
+    requests = {request.role: request for request in resource_requests(config, gpus=True)}
+    share, student = config.run.share_gpu, shapes[config.student.model]
+    learner = Need(
+        request=requests[RANK],
+        section="learner",
+        model=config.student.model,
+        shape=student,
+        memory=memory.learner(config.learner, student, config.sync),
+        limit=card * (shared_with_learner(config.engines) if share else 1 - HEADROOM),
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
     )
-    student = shapes[config.student.model]
-    found = [
-        Need(
-            ask=asked[RANK],
-            at="learner",
-            model=config.student.model,
-            shape=student,
-            memory=memory.learner(config.learner, student, config.sync),
-            limit=card * (shared_with_learner(config.engines) if share else 1 - HEADROOM),
-            longest=longest,
-        )
-    ]
-    return found + [
-        _engine(config, pool, asked[pool.role], shapes, card) for pool in config.engines
-    ]
+    engines = (_engine(config, pool, requests[pool.role], shapes, card) for pool in config.engines)
+    return [learner, *engines]
 
 
 def _engine(
-    config: Config, pool: Engines, ask: ResourceRequest, shapes: Mapping[str, Shape], card: float
+    config: Config,
+    pool: Engines,
+    request: ResourceRequest,
+    shapes: Mapping[str, Shape],
+    card: float,
 ) -> Need:
-    """What a member of a pool of generators or scorers needs."""
-    role, at, _, _, each = pool
-    answers, scorer = role == "teacher-generator", config.scorers.get(at)
-    model = scorer.model if scorer else config.student.model
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if scorer:
-        _, longest = longest_sequence(at, scorer, config.data, config.rollout)
+    """Estimate what a member of a pool of generators or scorers needs."""
+    role, section, _, _, each = pool
+    answers, scorer = role == "teacher-generator", config.scorers.get(section)
+    model = config.models[section if scorer else "student"]
+    _, longest = longest_sequence(section, scorer, config.data, config.rollout)
     if scorer and not answers:
         average = isinstance(scorer, TeacherConfig) and scorer.update == "ema"
         held = memory.scorer(scorer, shapes[model], card, follows_by_average=average)
     else:
-        concurrency = config.teacher_sampling.concurrency if answers else config.rollout.concurrency
-        held = memory.generator(each, shapes[model], config.sync, card, concurrency)
+        sampling = (config.teacher_sampling if answers else None) or config.rollout
+        held = memory.generator(each, shapes[model], config.sync, card, sampling.concurrency)
     vllm = "kv_cache" in held.parts
     return Need(
-        ask=ask,
-        at=at,
+        request=request,
+        section=section,
         model=model,
         shape=shapes[model],
         memory=held,
@@ -157,28 +158,26 @@ def _engine(
 
 
 def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
-    """The members on each node. Raises ClusterTooSmall."""
-    return place_on_alike(
-        resource_requests(config, gpus=True), cluster.gpus_per_node, cluster.nodes
-    )
+    """List the members on each node. Raises ClusterTooSmall."""
+    requests = resource_requests(config, gpus=True)
+    return place_on_alike(requests, cluster.gpus_per_node, cluster.nodes)
 
 
 def longest_response(
     config: Config, shapes: Mapping[str, Shape], card: float
 ) -> tuple[int, list[str]]:
-    """The longest response that memory and contexts have room for, all other settings as they are
-    (batches grow to one sequence where they must), and what bounds it. 0 where no response fits."""
-    known = {
-        key: context for key, model in models(config).items() if (context := shapes[model].context)
-    }
+    """Find the longest response that memory and contexts have room for, all other settings as they
+    are (batches grow to one sequence where they must), and what bounds it. 0 where none fits."""
     contexts = {
-        f"the context of {key}": _room(config, key, context) for key, context in known.items()
+        f"the context of {key}": _room(config, key, context)
+        for key, model in models(config).items()
+        if (context := shapes[model].context)
     }
     bound = min(contexts.values(), default=UNBOUNDED)
 
     def full(response: int) -> list[str]:
-        found = needs(_stretched(config, response), shapes, card)
-        return [f"the memory of a {need.ask.role}" for need in found if not need.fits]
+        stretched = needs(_stretched(config, response), shapes, card)
+        return [f"the memory of a {need.request.role}" for need in stretched if not need.fits]
 
     fits, over = 0, bound + 1
     while over - fits > 1:
@@ -190,37 +189,29 @@ def longest_response(
 
 
 def outstanding(config: Config) -> int:
-    """Groups that may be on their way at once."""
+    """Count the groups that may be on their way at once."""
     return slots(config.outstanding_steps, config.groups_per_step)
 
 
 def _room(config: Config, key: str, context: int) -> int:
-    """Tokens of a response that the `context` of the model in setting `key` leaves."""
-    at = key.removesuffix(".model")
-    if at == "student":
-        return context - config.data.max_prompt_tokens
-    scorer = config.scorers[at]
-    behind = (
-        longest_sequence(at, scorer, config.data, config.rollout)[1] - config.rollout.max_new_tokens
-    )
-    return context - behind - (scorer.backend == "vllm")
+    """Count the tokens of a response that the `context` of the model in setting `key` leaves."""
+    section = key.removesuffix(".model")
+    scorer = config.scorers.get(section)
+    _, prompt = longest_prompt(section, scorer, config.data)
+    return context - prompt - (scorer is not None and scorer.backend == "vllm")
 
 
 def _stretched(config: Config, response: int) -> Config:
-    """`config` for responses of at most `response` tokens: each batch that must hold a sequence
-    does."""
+    """Change `config` for responses of at most `response` tokens: each batch that must hold a
+    sequence does."""
     replace = msgspec.structs.replace
     rollout = replace(config.rollout, max_new_tokens=response)
 
-    def scorer(at: str, each):
+    def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:
         if each is None or each.backend == "vllm":
             return each
-        return replace(
-            each,
-            batch_tokens=max(
-                each.batch_tokens, longest_sequence(at, each, config.data, rollout)[1]
-            ),
-        )
+        _, longest = longest_sequence(section, each, config.data, rollout)
+        return replace(each, batch_tokens=max(each.batch_tokens, longest))
 
     tokens = max(config.learner.micro_batch_tokens, config.data.max_prompt_tokens + response)
     return replace(

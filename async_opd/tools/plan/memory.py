@@ -24,8 +24,8 @@ PROMPT_ROWS = 1024  # of a prompt, whose logits vLLM holds at once
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What one GPU of a role holds, and its process on the host. Of `either` it holds one at a
-    time."""
+    """Memory that one GPU of a role holds, and its process on the host. Of `either` it holds one at
+    a time."""
 
     parts: dict[str, float]
     either: dict[str, float] = field(default_factory=dict)
@@ -38,16 +38,18 @@ class Memory:
 
 
 def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
-    """A learner rank, by ZeRO stage (Rajbhandari et al., https://arxiv.org/abs/1910.02054, section
-    3).
+    """Estimate a learner rank, by ZeRO stage (Rajbhandari et al., https://arxiv.org/abs/1910.02054,
+    section 3).
 
-    weights    bΨ; from stage 3 on bΨ/R, and as many as DeepSpeed holds whole gradients  float32,
-    whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R optimizer  Adam's two moments 8Ψ, and from
-    stage 1 on a float32 master of the weights: 12Ψ/R; offloaded: none here buckets    gradients on
-    their way: REDUCED of them from stage 2 on, whatever Ψ is; and two of weights on their way
-               to the generators, which over gloo are the host's
-    backward   activations, and the head's logits and gradient update     while the optimizer steps:
-    a root of the second moment, and from stage 1 on its gradients once more
+    weights    bΨ; from stage 3 on bΨ/R, and as many as DeepSpeed holds whole
+    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R
+    optimizer  Adam's two moments 8Ψ, and from stage 1 on a float32 master of the weights: 12Ψ/R;
+               offloaded: none here
+    buckets    gradients on their way: REDUCED of them from stage 2 on, whatever Ψ is; and two of
+               weights on their way to the generators, which over gloo are the host's
+    backward   activations, and the head's logits and gradient
+    update     while the optimizer steps: a root of the second moment, and from stage 1 on its
+               gradients once more
     """
     stage = config.zero_stage
     psi = shape.parameters
@@ -76,8 +78,8 @@ def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
 
 
 def activations(shape: Shape, tokens: int, b: int, checkpointing: bool) -> float:
-    """What a forward of `tokens` keeps for its backward in the layers of `transformers`, whose
-    norms are float32.
+    """Estimate what a forward of `tokens` keeps for its backward in the layers of `transformers`,
+    whose norms are float32.
 
     A layer keeps for a token, in bytes: (4 + 2b) of each hidden unit in both norms; b of queries,
     attention's output and its reordered copy, of keys and values; (4 + b) of normed queries and
@@ -104,14 +106,14 @@ def activations(shape: Shape, tokens: int, b: int, checkpointing: bool) -> float
 
 
 def head(shape: Shape, rows: int, b: int) -> float:
-    """Two blocks of float32 logits, [rows, BLOCK_IDS], and the gradient of the head's weight:
+    """Count two blocks of float32 logits, [rows, BLOCK_IDS], and the gradient of the head's weight:
     `maths.logprobs`."""
     return 2 * rows * min(BLOCK_IDS, shape.vocabulary) * 4 + b * shape.vocabulary * shape.hidden
 
 
 def kv_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> float:
-    """Key-value cache of one token on one GPU: heads are split while there are enough, then
-    repeated."""
+    """Count the key-value cache of one token on one GPU: heads are split while there are enough,
+    then repeated."""
     return shape.kv_bytes(BYTES[dtype]) / min(tensor_parallel, shape.kv_heads)
 
 
@@ -122,9 +124,9 @@ def generator(
     card: float,
     concurrency: int,
 ) -> Memory:
-    """An engine that samples: weights, a forward of ENGINE_TOKENS with the logits of `concurrency`
-    sequences, in float32, as log-probs and sorted, the buckets in which weights arrive, and all
-    that is left for keys and values."""
+    """Estimate an engine that samples: weights, a forward of ENGINE_TOKENS with the logits of
+    `concurrency` sequences, in float32, as log-probs and sorted, the buckets in which weights
+    arrive, and all that is left for keys and values."""
     held = forward(shape, ENGINE_TOKENS, BYTES[config.dtype], config.tensor_parallel_size)
     buckets = 2 * sync.bucket_mib * 2**20 if sync.backend == "nccl" else 0
     return _engine(
@@ -138,9 +140,9 @@ def generator(
 def scorer(
     config: ScorerConfig, shape: Shape, card: float, *, follows_by_average: bool = False
 ) -> Memory:
-    """A teacher or reference: on vLLM weights, a forward of `batch_tokens` with the logits of
-    PROMPT_ROWS of them, and keys and values; on transformers no cache, and the head's logits block
-    by block. An average is the host's."""
+    """Estimate a teacher or reference: on vLLM weights, a forward of `batch_tokens` with the logits
+    of PROMPT_ROWS of them, and keys and values; on transformers no cache, and the head's logits
+    block by block. An average is the host's."""
     b, psi = BYTES[config.dtype], shape.parameters
     held = forward(shape, config.batch_tokens, b, config.tensor_parallel_size)
     if config.backend == "vllm":
@@ -157,20 +159,16 @@ def scorer(
 def _engine(
     config: RolloutConfig | ScorerConfig, shape: Shape, parts: dict[str, float], card: float
 ) -> Memory:
-    """Whatever is left of an engine's share of the card is its key-value cache."""
-    parts = {
-        "weights": BYTES[config.dtype] * shape.parameters / config.tensor_parallel_size
-    } | parts
-    return Memory(
-        parts=parts
-        | {"kv_cache": max(config.gpu_memory_utilization * card - sum(parts.values()), 0.0)}
-    )
+    """Leave to the key-value cache whatever is left of an engine's share of the card."""
+    weights = BYTES[config.dtype] * shape.parameters / config.tensor_parallel_size
+    left = config.gpu_memory_utilization * card - weights - sum(parts.values())
+    return Memory(parts={"weights": weights, **parts, "kv_cache": max(left, 0.0)})
 
 
 def forward(shape: Shape, tokens: int, b: int, tensor_parallel: int = 1) -> float:
-    """The most that a forward without backward holds at once, b bytes of each: four times the
-    hidden state, and what a layer's attention, its MLP or the token's own experts add while they
-    run, split over GPUs. Of `transformers`; what vLLM fuses is less."""
+    """Estimate the most that a forward without backward holds at once, b bytes of each: four times
+    the hidden state, and what a layer's attention, its MLP or the token's own experts add while
+    they run, split over GPUs. Of `transformers`; what vLLM fuses is less."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # gate, up and their product
     mlp = 3 * shape.intermediate if shape.layers > shape.expert_layers else 0

@@ -14,7 +14,7 @@ CALIBRATE = (
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """What `--json` prints. Sizes are GiB."""
+    """The object that `--json` prints. Sizes are GiB."""
 
     config: str
     fits: bool
@@ -33,7 +33,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The plan for a reader."""
+    """Yield the plan, a line at a time, for a reader."""
     c, count = plan.cluster, len(plan.nodes) or plan.cluster.nodes or "any number of"
     yield f"{plan.config} on {count} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
     for node, members in plan.nodes.items():
@@ -59,7 +59,7 @@ def lines(plan: Plan) -> Iterator[str]:
     for problem in plan.problems:
         yield f"does not fit     {problem.what}"
         yield from (
-            f"  {'or' if at else 'set'} {change}" for at, change in enumerate(problem.changes)
+            f"  {'or' if index else 'set'} {change}" for index, change in enumerate(problem.changes)
         )
     yield f"checked          {'; '.join(plan.checked)}"
     if plan.skipped:
@@ -68,6 +68,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def _role(role: RolePlan) -> Iterator[str]:
+    """Yield what one GPU of a role holds."""
     cards, mark = f"{role.members} x {role.gpus:g} GPU", "" if role.fits else "   DOES NOT FIT"
     held = f"{role.total_gib:6.1f} of {role.limit_gib:.1f}"
     yield f"  {role.role:16} {cards:12} {held}{mark}   {_size(role.parameters)} {role.model}"
@@ -84,26 +85,27 @@ def _role(role: RolePlan) -> Iterator[str]:
         yield f"    on the host {role.host_gib:.1f}, of each"
 
 
-def _balance(found: Balance | None) -> Iterator[str]:
-    if found is None:
+def _balance(balance: Balance | None) -> Iterator[str]:
+    """Yield what keeps up with what."""
+    if balance is None:
         yield f"bottleneck       not known: {CALIBRATE}"
         return
-    does = ", ".join(f"{role} {rate:,.0f}" for role, rate in found.capacity.items())
-    yield f"bottleneck       {found.bottleneck} (tokens/s of all: {does}; {found.source})"
+    does = ", ".join(f"{role} {rate:,.0f}" for role, rate in balance.capacity.items())
+    yield f"bottleneck       {balance.bottleneck} (tokens/s of all: {does}; {balance.source})"
     yield (
-        f"in balance       {found.generators} generator(s) and {found.teachers} teacher(s) keep up"
-        " with the learner"
+        f"in balance       {balance.generators} generator(s) and {balance.teachers} teacher(s) keep"
+        " up with the learner"
     )
-    yield from (f"  measured otherwise: {what}" for what in found.differs)
+    yield from (f"  measured otherwise: {what}" for what in balance.differs)
 
 
 def _grouped(members: list[str]) -> str:
-    """ "generator 0, 1; verifier 0" """
+    """Write members as "generator 0, 1; verifier 0"."""
     seats: dict[str, list[str]] = {}
     for member in members:
         role, _, seat = member.rpartition(" ")
         seats.setdefault(role, []).append(seat)
-    return "; ".join(f"{role} {', '.join(found)}" for role, found in seats.items()) or "nobody"
+    return "; ".join(f"{role} {', '.join(numbers)}" for role, numbers in seats.items()) or "nobody"
 
 
 def _size(parameters: int) -> str:

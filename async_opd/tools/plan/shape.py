@@ -1,4 +1,4 @@
-"""What a model's config.json says of its size: parameters, experts, key-value cache."""
+"""Sizes of a model by its config.json: parameters, experts, key-value cache."""
 
 import json
 from functools import cache
@@ -40,9 +40,9 @@ class Shape(Struct, frozen=True, kw_only=True):
 
     @property
     def parameters(self) -> int:
-        """All weights, as `transformers` makes them: embedding, head where it is not tied, and for
-        each layer attention (grouped queries), two norms and either an MLP of three matrices or a
-        router and its experts."""
+        """The number of weights, as `transformers` makes them: embedding, head where it is not
+        tied, and for each layer attention (grouped queries), two norms and either an MLP of three
+        matrices or a router and its experts."""
         hidden = self.hidden
         queries = self.heads * self.head_dim
         keys = self.kv_heads * self.head_dim
@@ -65,13 +65,13 @@ class Shape(Struct, frozen=True, kw_only=True):
         return self.family in NORMED
 
     def kv_bytes(self, bytes_each: int) -> int:
-        """Key-value cache of one token: a key and a value of every key-value head in every
-        layer."""
+        """Count the bytes of one token's key-value cache: a key and a value of every key-value head
+        in every layer."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
 
 
 def read(tree: dict, setting: str) -> Shape:
-    """The shape that a config.json holds; `setting` is what messages call the model. Raises
+    """Read the shape that a config.json holds; `setting` is what messages call the model. Raises
     ConfigError."""
     family = tree.get("model_type")
     if family not in FAMILIES:
@@ -110,19 +110,21 @@ def read(tree: dict, setting: str) -> Shape:
 
 
 def local(setting: str, model: str) -> Shape | None:
-    """The shape of a model that lies on this machine, or is the demo's; None for a hub id."""
+    """Read the shape of a model that lies on this machine, or is the demo's; None for a hub id."""
     file = MODELS.get(model, Path(model)) / "config.json"
     return read(json.loads(file.read_text(encoding="utf-8")), setting) if file.is_file() else None
 
 
 def shipped(setting: str, model: str) -> Shape:
-    """The shape of a hub model without asking the hub. Raises ConfigError naming those that are
-    known."""
+    """Look up the shape of a hub model without asking the hub. Raises ConfigError naming those that
+    are known."""
     if model in (known := _shipped()):
         return read(known[model], setting)
     sizes = ", ".join(next(iter(tree["contexts"])) for tree in _trees())
-    others = f"their Base, Instruct and other variants{nearest(model, known)}"
-    raise ConfigError(f"{setting} = {model!r}: --offline knows {sizes}, {others}")
+    raise ConfigError(
+        f"{setting} = {model!r}: --offline knows {sizes}, their Base, Instruct and other"
+        f" variants{nearest(model, known)}"
+    )
 
 
 @cache

@@ -7,12 +7,13 @@ SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
 
 
 def shown(text: str) -> list[str]:
-    """The lines that stand on an endless terminal after `text`. An unknown sequence is an error."""
-    lines, row, column, at = [""], 0, 0, 0
-    while at < len(text):
-        if found := SEQUENCE.match(text, at):
-            count, what = found.groups()
-            at = found.end()
+    """Read the lines that stand on an endless terminal after `text`. An unknown sequence is an error."""
+    lines = [""]
+    row = column = offset = 0
+    while offset < len(text):
+        if match := SEQUENCE.match(text, offset):
+            count, what = match.groups()
+            offset = match.end()
             if what == "F":
                 row, column = row - int(count), 0
                 assert row >= 0, "above the first line"
@@ -21,15 +22,15 @@ def shown(text: str) -> list[str]:
             elif what == "J":
                 lines[row:] = [lines[row][:column]]
             else:
-                assert what == "m", f"{found[0]!r}: never sent"
+                assert what == "m", f"{match[0]!r}: never sent"
             continue
-        if text[at] == "\n":
+        if text[offset] == "\n":
             row += 1
             lines += [""] * (row + 1 - len(lines))
-        if text[at] in "\r\n":
+        if text[offset] in "\r\n":
             column = 0
         else:
-            lines[row] = lines[row][:column].ljust(column) + text[at] + lines[row][column + 1 :]
+            lines[row] = lines[row][:column].ljust(column) + text[offset] + lines[row][column + 1 :]
             column += 1
-        at += 1
+        offset += 1
     return lines

@@ -121,10 +121,10 @@ class Tty:
             while data := os.read(self.master, 65536):
                 self.text += data.decode()
 
-    def until(self, said: str) -> str:
+    def until(self, text: str) -> str:
         """The lines it shows, once `said` is among them."""
         deadline = time.monotonic() + 30
-        while said not in "\n".join(shown(self.text)):
+        while text not in "\n".join(shown(self.text)):
             assert time.monotonic() < deadline, self.text
             time.sleep(0.01)
         return "\n".join(shown(self.text))
@@ -151,8 +151,8 @@ def colourless(monkeypatch):
 @pytest.mark.parametrize(("width", "expected"), [(80, AT_80), (120, AT_120), (40, AT_40)])
 def test_the_screen_fits_its_terminal(width, expected):
     # two seconds after the row came
-    found = rendered(picture(ROW, [LOST, SAVED], 150, since_s=2), width - 1)
-    assert plain(found) == expected
+    lines = rendered(picture(ROW, [LOST, SAVED], 150, since_s=2), width - 1)
+    assert plain(lines) == expected
     assert max(map(len, expected.splitlines())) < width
 
 
@@ -167,11 +167,11 @@ def test_colours_are_left_out_where_nobody_wants_them(monkeypatch):
 
 
 def test_a_row_that_lacks_most_keys_is_shown_all_the_same():
-    found = plain(
+    screen = plain(
         rendered(picture({"step": 1, "elapsed_s": 1.0, "left_s": 1.0, "kl": None}, [], 2, 0), 60)
     )
-    assert "accuracy -   KL -   loss -   lr -" in found and "- ready, - of - slots taken" in found
-    assert "lag    mean -   largest -" in found
+    assert "accuracy -   KL -   loss -   lr -" in screen and "- ready, - of - slots taken" in screen
+    assert "lag    mean -   largest -" in screen
 
 
 def test_what_is_said_and_printed_goes_above_the_screen_and_old_events_with_it(tty):
@@ -184,15 +184,15 @@ def test_what_is_said_and_printed_goes_above_the_screen_and_old_events_with_it(t
     screen(ROW)
     screen.say("")  # draws at once
     terminal.until("events")
-    for at in range(5):  # one more than there is room for
-        screen(SAVED | {"why": f"step {at}"})
+    for step in range(5):  # one more than there is room for
+        screen(SAVED | {"why": f"step {step}"})
     say("every actor is ready\nand well")
     print("a library's", end=" ")
     print("own line")
     terminal.until("own line")
     screen.close()
-    *said, frame = terminal.until("step 4").split("step 75/150")
-    assert said == [
+    *above, frame = terminal.until("step 4").split("step 75/150")
+    assert above == [
         "12:00:00 teacher 0: lost: no sign of life for 30 s, so it is given up now\n"
         "12:01:05 checkpoint: saved: step 0\nevery actor is ready\nand well\na library's own line\n"
     ]
@@ -211,8 +211,8 @@ def test_a_terminal_that_is_too_low_shows_what_fits(tty):
     screen = console(150)
     screen(ROW)
     screen.close()
-    found = terminal.until("verifier").splitlines()
-    assert [line[:10].strip() for line in found] == [
+    lines = terminal.until("verifier").splitlines()
+    assert [line[:10].strip() for line in lines] == [
         "step 75/15",
         "",
         "generators",
@@ -309,11 +309,11 @@ def test_however_a_process_ends_its_terminal_is_fit_for_use(end, status, last):
     terminal.until("a library's warning")
     terminal.until("events     none")
     ending.communicate(b"\n")
-    found = terminal.until(last.strip())
+    shown_text = terminal.until(last.strip())
     assert ending.returncode == status
-    assert found.endswith(last)
-    assert found.count("step 75/150") == 1 and found.index("a library's warning") < found.index(
-        "step 75/150"
-    )
+    assert shown_text.endswith(last)
+    assert shown_text.count("step 75/150") == 1 and shown_text.index(
+        "a library's warning"
+    ) < shown_text.index("step 75/150")
     # no mode of the terminal is ever changed, the cursor's sight among them
     assert "\x1b[?" not in terminal.text

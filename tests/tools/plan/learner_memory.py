@@ -32,7 +32,7 @@ from tests.tensor_memory import TensorMemory
 def held() -> int:
     gc.collect()
     tensors = (
-        found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)
+        each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)
     )
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

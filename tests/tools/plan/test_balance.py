@@ -10,7 +10,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
 from async_opd.core.errors import RunMissing
-from async_opd.tools.plan.balance import balance, given, measured
+from async_opd.tools.plan.balance import balance, measured, parse_rates
 
 STATES = ("busy", "starved", "blocked", "syncing", "down")
 
@@ -39,7 +39,7 @@ def run_dir(tmp_path) -> Path:
         teachers=(0.5, 0.5, 0, 0, 0),
         learner=(0.2, 0.5, 0.1, 0.2, 0),  # blocked: its own checkpoint
     )
-    rows = [row(at, 1.0, **slow) for at in (10, 20, 30)] + [
+    rows = [row(step, 1.0, **slow) for step in (10, 20, 30)] + [
         row(31, 100.0, **shares),
         row(34, 200.0, **shares),
     ]
@@ -82,20 +82,22 @@ def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
 
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
     config = load(DEMO, ["rollout.generators=3", "teacher.replicas=2", "learner.ranks=2"])
-    found = balance(config, given("generator=1000,teacher=4000,learner=2500"), "rates as given", [])
-    assert found.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
-    assert (found.bottleneck, found.generators, found.teachers) == ("generator", 5, 2)
+    balanced = balance(
+        config, parse_rates("generator=1000,teacher=4000,learner=2500"), "rates as given", []
+    )
+    assert balanced.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
+    assert (balanced.bottleneck, balanced.generators, balanced.teachers) == ("generator", 5, 2)
 
 
 def test_the_plan_says_what_a_short_run_tells(run_dir, capsys):
     assert main(["plan", str(DEMO), "--offline", "--like", str(run_dir)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "bottleneck       generator (tokens/s of all: generator 117, teacher 350, learner 175;"
-        " rates of " in said
+        " rates of " in printed
     )
-    assert "in balance       2 generator(s) and 1 teacher(s) keep up with the learner\n" in said
-    assert "  measured otherwise: rollout.concurrency: 64 then, 256 now\n" in said
+    assert "in balance       2 generator(s) and 1 teacher(s) keep up with the learner\n" in printed
+    assert "  measured otherwise: rollout.concurrency: 64 then, 256 now\n" in printed
 
 
 def test_a_run_without_enough_rows_is_refused_by_name(run_dir):

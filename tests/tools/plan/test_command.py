@@ -187,8 +187,8 @@ def test_what_does_not_fit_names_a_change_that_lets_it_fit(words, what, change, 
     status, plan = planned(capsys, ONE_NODE, *words)
     (problem,) = plan["problems"]
     assert status == 1 and problem["what"].startswith(what)
-    found = next(each for each in problem["changes"] if change in each)
-    assert planned(capsys, ONE_NODE, *words, *found.split())[0] == 0
+    change_line = next(each for each in problem["changes"] if change in each)
+    assert planned(capsys, ONE_NODE, *words, *change_line.split())[0] == 0
 
 
 def test_changes_that_are_enough_only_together_are_named_together(capsys):
@@ -235,21 +235,21 @@ def test_a_cluster_that_is_too_small_is_told_how_many_nodes_it_needs(capsys):
 
 def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
     assert main(["plan", str(ONE_NODE), "teacher.model=Qwen/Qwen2.5-72B", "--offline"]) == 1
-    said = capsys.readouterr().out
-    assert "node 0   learner rank 0, 1, 2; generator 0, 1, 2, 3; teacher 0; verifier 0\n" in said
+    printed = capsys.readouterr().out
+    assert "node 0   learner rank 0, 1, 2; generator 0, 1, 2, 3; teacher 0; verifier 0\n" in printed
     assert (
         "    weights 3.2, gradients 2.1, optimizer 6.4, buckets 1.4, backward 4.4, update 4.3\n"
-        in said
+        in printed
     )
-    assert "worst lag        4 optimizer steps\n" in said and "DOES NOT FIT" in said
+    assert "worst lag        4 optimizer steps\n" in printed and "DOES NOT FIT" in printed
     assert (
-        "does not fit     teacher, Qwen/Qwen2.5-72B: " in said
-        and "  set teacher.tensor_parallel_size=4\n" in said
+        "does not fit     teacher, Qwen/Qwen2.5-72B: " in printed
+        and "  set teacher.tensor_parallel_size=4\n" in printed
     )
-    assert "bottleneck       not known: a run needs rates" in said and "--like DIR" in said
+    assert "bottleneck       not known: a run needs rates" in printed and "--like DIR" in printed
     assert (
         "skipped          model files; vocabularies; columns and the first row of data\nit does not"
-        " fit\n" in said
+        " fit\n" in printed
     )
 
 
@@ -301,12 +301,12 @@ def test_a_cluster_of_no_shape_exits_with_two(option, capsys):
 
 def test_a_hub_that_cannot_be_asked_points_to_offline(capsys):
     assert main(["plan", str(ONE_NODE)]) == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        said.startswith("async-opd: DataError: student.model = 'Qwen/Qwen3-1.7B': ")
-        and said.count("\n") == 1
+        message.startswith("async-opd: DataError: student.model = 'Qwen/Qwen3-1.7B': ")
+        and message.count("\n") == 1
     )
-    assert said.endswith(
+    assert message.endswith(
         "; with --offline plan asks neither hub nor data, and says what it skipped\n"
     )
 

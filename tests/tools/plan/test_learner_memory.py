@@ -51,5 +51,5 @@ def test_a_rank_holds_and_allocates_what_is_estimated(tiny_lm, tmp_path):
         few.either["update"] > few.either["backward"]
         and many.either["backward"] > many.either["update"]
     )
-    for found, estimated in zip(measured["peaks"], (few, many), strict=True):
-        assert measured["held"] + found == pytest.approx(estimated.total, rel=TOLERANCE)
+    for peak, estimated in zip(measured["peaks"], (few, many), strict=True):
+        assert measured["held"] + peak == pytest.approx(estimated.total, rel=TOLERANCE)

@@ -72,12 +72,12 @@ def test_only_the_larger_of_backward_and_update_counts():
 
 def kept_bytes(model, tokens: int) -> int:
     """What autograd keeps of a forward through the layers and the head, weights apart."""
-    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             # held, so that no other takes its place
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
