@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.tools.trace.events import trace
     from async_opd.tools.trace.read import recorded
 
-    found = recorded(args.run_dir)
+    spans = recorded(args.run_dir)
     output = args.output or args.run_dir / "trace.json"
-    written = trace(found, str(args.run_dir))
+    written = trace(spans, str(args.run_dir))
     write(output, msgspec.json.encode(written).decode())
-    for damaged in found.damaged:
+    for damaged in spans.damaged:
         print(damaged, file=sys.stderr)
     about = written["otherData"]
     print(

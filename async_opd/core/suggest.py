@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 
-def wrong(path: str, value: Any, choices: Iterable) -> str:
+def wrong(path: str, value: Any, choices: Iterable[Any]) -> str:
     """The message for a `value` that is none of `choices`."""
     choices = list(choices)
     return f"{path} = {value!r}: must be {either(choices)}{nearest(value, choices)}"
 
 
-def nearest(value: Any, choices: Iterable) -> str:
+def nearest(value: Any, choices: Iterable[Any]) -> str:
     """A suggestion where one of `choices` is spelt almost as `value` is; else nothing."""
     return did_you_mean(get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5))
 
@@ -27,7 +27,7 @@ def beside(path: str | Path) -> str:
     )
 
 
-def either(values: Iterable) -> str:
+def either(values: Iterable[Any]) -> str:
     """The values in words, the last after "or"."""
     *most, last = map(repr, values)
     return f"{', '.join(most)} or {last}" if most else last

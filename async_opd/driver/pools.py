@@ -68,7 +68,7 @@ class Crew:
         return (pool for pool in pools if pool)
 
     @property
-    def scalable(self) -> dict[str, Pool]:
+    def scalable(self) -> dict[str, Pool[Any]]:
         """Pools whose size may be changed, by the name a user has for them. A self-teacher's is
         none."""
         named = {section(name): pool for name, pool in self.teachers.items()}

@@ -12,6 +12,7 @@ from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFai
 from async_opd.core.events import Tell
 from async_opd.core.ports import Generator, Learner, Ready, Teacher
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt, StepResult
 from async_opd.driver import resize
 from async_opd.driver.checkpoints import Checkpoint
@@ -318,7 +319,7 @@ def _followers(config: Config, learner: Learner, crew: Crew, run_dir: Path) -> F
     for name, teacher in config.named_teachers.items():
         if teacher.update != "frozen":
             due.setdefault(teacher.update_every_steps, []).append(crew.teachers[name])
-    return Followers(learner, due, str(run_dir.resolve() / "self-teacher"))
+    return Followers(learner, due, str(run_dir.resolve() / SELF_TEACHER))
 
 
 def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:

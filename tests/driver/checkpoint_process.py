@@ -42,6 +42,7 @@ def save(
 WHAT = dict(
     save_1=lambda run: save(run, 1),
     save_2=lambda run: save(run, 2),
+    save_3=lambda run: save(run, 3),
     rewind=lambda run: Checkpoints(run, 1).rewind(1),
     recover=lambda run: Checkpoints(run, 1).recover(),
 )

@@ -9,9 +9,10 @@ import pytest
 
 from async_opd.cli.main import main
 from async_opd.core.errors import RunMissing
+from async_opd.core.run_dir import EARLIER_SPANS, SPANS
 from async_opd.driver.timed import TimedGenerator
 from async_opd.telemetry.metrics import ROLES, Jsonl, Meter
-from async_opd.telemetry.spans import EARLIER, FILE, STATES, Window, encode
+from async_opd.telemetry.spans import STATES, Window, encode
 from async_opd.tools.trace.events import trace
 from async_opd.tools.trace.read import calls, recorded, states
 from tests.simulated.roles import PER_STEP, Pace, Prompts, SimulatedGenerator
@@ -31,7 +32,7 @@ def ran(run_dir: Path, steps: int, keep: int = 50) -> dict:
     """Summary of a run over simulated roles, in virtual time, whose spans lie in `run_dir`."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.json").write_text("{}")
-    spans = Window(run_dir, keep, Jsonl(run_dir / FILE, encode))
+    spans = Window(run_dir, keep, Jsonl(run_dir / SPANS, encode))
     return virtual(measure(PACE, bound=4, steps=steps, spans=spans))
 
 
@@ -182,8 +183,8 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
 
 def test_a_long_run_keeps_its_last_steps_and_no_more_than_twice_as_many_as_it_is_to(tmp_path):
     ran(tmp_path, 75, keep=10)
-    lines = {name: (tmp_path / name).read_bytes().count(b"\n") for name in (EARLIER, FILE)}
-    assert lines[EARLIER] == 10 and 0 < lines[FILE] <= 10
+    lines = {name: (tmp_path / name).read_bytes().count(b"\n") for name in (EARLIER_SPANS, SPANS)}
+    assert lines[EARLIER_SPANS] == 10 and 0 < lines[SPANS] <= 10
     *steps, end = [line.step for line in recorded(tmp_path).lines]
     assert end is None
     assert steps == list(range(76 - len(steps), 76)) and len(steps) >= 10
@@ -194,7 +195,7 @@ def test_a_run_that_goes_on_goes_on_with_its_file(tmp_path):
     ran(tmp_path, 12, keep=20)
     before = len(recorded(tmp_path).lines)
     ran(tmp_path, 12, keep=20)
-    held = [len((tmp_path / name).read_bytes().splitlines()) for name in (EARLIER, FILE)]
+    held = [len((tmp_path / name).read_bytes().splitlines()) for name in (EARLIER_SPANS, SPANS)]
     assert held == [20, 2 * before - 20] and before < 20
 
 
@@ -245,15 +246,15 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
 
 
 def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
-    lines = (run[0] / FILE).read_bytes().splitlines(keepends=True)
+    lines = (run[0] / SPANS).read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / FILE).write_bytes(
+    (tmp_path / SPANS).write_bytes(
         b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]])
     )
     assert main(["trace", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert (
-        said.err.startswith(f"{tmp_path / FILE}, line 5: left out: ") and said.err.count("\n") == 1
+        said.err.startswith(f"{tmp_path / SPANS}, line 5: left out: ") and said.err.count("\n") == 1
     )
     assert "steps 1 to 19;" in said.out  # the last was torn
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -278,7 +279,7 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
     (tmp_path / "config.json").write_text("{}")
     assert main(["trace", str(tmp_path)]) == 2
     said = (
-        f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where"
+        f"{tmp_path / SPANS}: no spans: a run keeps those of its last run.trace_steps steps, where"
         " that is not 0"
     )
     assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")

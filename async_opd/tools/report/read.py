@@ -12,9 +12,20 @@ import msgspec
 import numpy as np
 
 from async_opd.core.errors import RunMissing
+from async_opd.core.run_dir import (
+    CONFIG,
+    ENVIRONMENT,
+    EVENTS,
+    LEDGER,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    T,
+    decode_row,
+    read_lines,
+)
 from async_opd.core.suggest import beside
 
-ROLLOUTS = "samples.jsonl"
 ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
 CHUNK = 1000  # rows that become numbers at once
 
@@ -37,44 +48,42 @@ class Run:
     remarks: list[str] = field(default_factory=list)
 
     def times(self, steps: np.ndarray) -> np.ndarray:
-        """Seconds of training at which `steps` were done."""
+        """Return the seconds of training after which `steps` were done."""
         return np.interp(steps, self.rows["step"], self.rows["seconds"])
 
 
 def read(folder: Path, name: str, rollouts: int) -> Run:
-    """The run in `folder` with at most so many `rollouts`. Raises RunMissing where there is none,
-    or not a step yet."""
+    """Read the run in `folder` with at most so many `rollouts`. Raises RunMissing where there is
+    none, or not a step yet."""
     if not folder.is_dir():
         raise RunMissing(
             f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
         )
     run = Run(folder, name)
-    if not (folder / "metrics.jsonl").is_file():
+    if not (folder / METRICS).is_file():
         raise RunMissing(
-            f"{folder}: no metrics.jsonl in it: it is no run directory, or no step is done yet"
+            f"{folder}: no {METRICS} in it: it is no run directory, or no step is done yet"
         )
-    tree = _json(run, "config.json")
+    tree = _json(run, CONFIG)
     run.config = dict(_flat(tree))
-    run.environment, run.summary = (
-        _json(run, "environment.json"),
-        _json(run, "summary.json", "the run has not ended"),
-    )
-    run.rows = _columns(_records(run, "metrics.jsonl"))
+    run.environment = _json(run, ENVIRONMENT)
+    run.summary = _json(run, SUMMARY, "the run has not ended")
+    run.rows = _columns(_records(run, METRICS))
     if not len(run.rows.get("step", ())):
-        raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
+        raise RunMissing(f"{folder}: {METRICS} holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
-    found = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
-    run.events = [event for event in found if event.get("what") not in ROUTINE]
-    run.checkpoints = _checkpoints(folder / "ledger.jsonl")
+    events = _records(run, EVENTS) if (folder / EVENTS).is_file() else ()
+    run.events = [event for event in events if event.get("what") not in ROUTINE]
+    run.checkpoints = _checkpoints(folder / LEDGER)
     _read_rollouts(run, rollouts)
     return run
 
 
 def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
     try:
-        found = json.loads((run.folder / file).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        tree = json.loads((run.folder / file).read_text(encoding="utf-8"))
+        if isinstance(tree, dict):
+            return tree
         run.remarks.append(f"{file} is no JSON object: left out")
     except FileNotFoundError:
         run.remarks.append(f"{file} is not there: {absent}")
@@ -91,17 +100,12 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(tree) if not isinstance(tree, str) else tree
 
 
-def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tuple[int, Any]]:
-    """Each line that `decode` takes, with its number; the others are named."""
-    damaged = []
-    with (run.folder / file).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                found = decode(line)
-            except ValueError:  # msgspec's own among them
-                damaged.append(number)
-            else:
-                yield number, found
+def _lines(run: Run, file: str, decode: Callable[[bytes], T]) -> Iterator[tuple[int, T]]:
+    """Read each line that `decode` takes, with the offset behind it; the others are named."""
+    damaged: list[int] = []
+    yield from read_lines(
+        run.folder / file, decode, lambda number, _: damaged.append(number), damaged.append
+    )
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         many = "lines" if len(damaged) > 1 else "line"
@@ -110,23 +114,13 @@ def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tupl
         )
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(line, type=dict)
-    except msgspec.DecodeError:
-        found = json.loads(line)  # takes NaN, which a metric may be
-        if not isinstance(found, dict):
-            raise ValueError("no object") from None
-        return found
-
-
 def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
-    return (record for _, record in _lines(run, file, _record))
+    return (record for _, record in _lines(run, file, decode_row))
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The numbers of all `records` by key; whatever else there is, and what is infinite, counts as
-    absent."""
+    """Collect the numbers of all `records` by key; whatever else there is, and what is infinite,
+    counts as absent."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     count = 0
     for keys, alike in groupby(records, tuple):
@@ -135,8 +129,8 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
                 parts.setdefault(key, []).append((count, values))
             count += len(chunk)
     columns = {key: np.full(count, np.nan) for key in parts}
-    for key, found in parts.items():
-        for start, values in found:
+    for key, chunks in parts.items():
+        for start, values in chunks:
             columns[key][start : start + len(values)] = np.where(
                 np.isfinite(values), values, np.nan
             )
@@ -153,20 +147,20 @@ def _numbers(rows: list[list[Any]]) -> np.ndarray:
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
-    """Seconds of training over all starts: each begins to count anew."""
+    """Count seconds of training over all starts: each begins anew."""
     before = np.where(np.diff(elapsed, prepend=0) < 0, np.roll(elapsed, 1), 0)
     return elapsed + np.cumsum(before)
 
 
 def _checkpoints(ledger: Path) -> list[int]:
-    """Steps of all that were made, those among them that are deleted by now."""
+    """List the steps of all that were made, those among them that are deleted by now."""
     if not ledger.is_file():
         return []
     with ledger.open("rb") as lines:
-        found = [
+        entries = [
             line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
         ]
-    return sorted({int(parts[2]) for parts in found if len(parts) == 3 and parts[2].isdigit()})
+    return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
 
 
 class _Step(msgspec.Struct):
@@ -174,23 +168,19 @@ class _Step(msgspec.Struct):
 
 
 def _read_rollouts(run: Run, most: int) -> None:
-    """Evenly over the recorded steps, the first and the last among them. Of the others only the
-    step is decoded."""
-    path = run.folder / ROLLOUTS
+    """Choose evenly over the recorded steps, the first and the last among them. Of the others only
+    the step is decoded."""
+    path = run.folder / SAMPLES
     if not path.is_file():
         run.remarks.append(
             f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    step_of = msgspec.json.Decoder(_Step).decode
-    numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
-    run.recorded = len(numbers)
-    chosen = (
-        {numbers[at] for at in np.linspace(0, len(numbers) - 1, most).round().astype(int)}
-        if numbers
-        else set()
-    )
-    with path.open("rb") as lines:
-        run.rollouts = [
-            msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen
-        ]
+    steps = _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)
+    ends = [end for end, _ in steps]
+    run.recorded = len(ends)
+    places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
+    chosen = {ends[place] for place in places}
+    run.rollouts = [
+        msgspec.json.decode(line) for end, line in read_lines(path, bytes) if end in chosen
+    ]
