@@ -17,7 +17,7 @@ LEDGER = "ledger.jsonl"  # what became of every prompt
 SPANS = "spans.jsonl"  # who did what when, in the last steps
 EARLIER_SPANS = "spans.earlier.jsonl"  # and in those before them
 SUMMARY = "summary.json"  # totals; absent until the run ends
-CHECKPOINTS = "checkpoints"  # folders of MODEL, LEARNER, STATE and MANIFEST, named by their steps
+CHECKPOINTS = "checkpoints"  # folders of MODEL, LEARNER, STATE, MANIFEST, named by their steps
 CHECKPOINT = "checkpoint"  # a link to the newest one's model
 MODEL = "model"
 LEARNER = "learner"  # what each rank goes on from
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"  # size and sha256 of every other file
 SELF_TEACHER = "self-teacher"  # the weights that self-teachers take over
 TOY_DATA = "data"  # the demo's problems
 SCALE_REQUEST = "scale-{}.json"  # pool sizes that somebody asks for; {}: an id
-SCALE_ANSWER = "scale-{}.answer"
+SCALE_ANSWER = ".answer"  # instead of the .json of a request
 
 STEP = r"\d{6,}|\.\d{6,}\.partial"  # a folder in CHECKPOINTS
 

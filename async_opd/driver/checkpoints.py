@@ -100,7 +100,7 @@ class Checkpoints:
 
     def recover(self) -> None:
         """Clear away what a crash, or a save that failed, left behind."""
-        if steps := _committed(self._root):
+        if steps := committed(self._root):
             self._point(max(steps))
         for left in self._root.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -113,12 +113,12 @@ class Checkpoints:
         with _naming(step):
             self.recover()
             self._point(step)
-            for later in sorted(_committed(self._root), reverse=True):
+            for later in sorted(committed(self._root), reverse=True):
                 if later > step:
                     files.remove_folder(self._folder(later))
 
     def _prune(self) -> None:
-        steps, best = sorted(_committed(self._root)), _best(self._root)
+        steps, best = sorted(committed(self._root)), _best(self._root)
         for step in steps[: -self._keep]:
             if step != best:
                 files.remove_folder(self._folder(step))
@@ -136,20 +136,19 @@ class Checkpoints:
         return self._root / f"{step:06d}"
 
 
-def find(path: str | Path) -> Checkpoint:
+def find(path: Path) -> Checkpoint:
     """Find the newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes
     nothing.
 
     Raises CheckpointError naming the checkpoint, the file and what is wrong with it, and the last
     intact one before.
     """
-    path = Path(path)
     folder = checkpoint_at(path) or (path if (path / MANIFEST).exists() else None)
     if folder is None:
-        committed = _committed(path / CHECKPOINTS)
-        if not committed:
+        folders = committed(path / CHECKPOINTS)
+        if not folders:
             raise CheckpointError(f"{path}: no complete checkpoint in {path / CHECKPOINTS}")
-        folder = committed[max(committed)]
+        folder = folders[max(folders)]
     try:
         return _verified(folder)
     except CheckpointError as e:
@@ -159,18 +158,20 @@ def find(path: str | Path) -> Checkpoint:
 def choose(run_dir: Path, which: str) -> Checkpoint:
     """Find the checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as
     `find` does."""
-    committed, best = _committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
+    folders, best = committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
     step = best if which == "best" else int(which) if which.isdecimal() else None
-    if step not in committed:
+    if step not in folders:
         there = ", ".join(
-            f"{step} (best)" if step == best else f"{step}" for step in sorted(committed)
+            f"{step} (best)" if step == best else f"{step}" for step in sorted(folders)
         )
-        where = f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}"
-        raise CheckpointError(f"{where}; there are: {there or 'none'}")
-    return find(committed[step])
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}; there are:"
+            f" {there or 'none'}"
+        )
+    return find(folders[step])
 
 
-def _committed(root: Path) -> dict[int, Path]:
+def committed(root: Path) -> dict[int, Path]:
     """List the folders that count, by step."""
     folders = root.iterdir() if root.is_dir() else ()
     return {int(folder.name): folder for folder in folders if re.fullmatch(r"\d{6,}", folder.name)}
@@ -204,8 +205,8 @@ def _verified(folder: Path) -> Checkpoint:
 def _offer(refused: Path) -> str:
     """Say what to type instead of the refused one."""
     named = re.search(r"\d{6,}", refused.name)
-    committed = _committed(refused.parent) if named else {}
-    for step, folder in sorted(committed.items(), reverse=True):
+    folders = committed(refused.parent) if named else {}
+    for step, folder in sorted(folders.items(), reverse=True):
         if named and step < int(named[0]):
             with suppress(CheckpointError):
                 return (
@@ -224,7 +225,7 @@ def _manifest(folder: Path) -> list[_File]:
 def _best(root: Path) -> int | None:
     scores = {
         step: score
-        for step, folder in _committed(root).items()
+        for step, folder in committed(root).items()
         if (score := _score(folder)) is not None
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)

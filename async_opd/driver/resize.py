@@ -43,9 +43,8 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
     """Ask the job in `run_dir` for these sizes; returns what it answers. Raises RunMissing,
     ConfigError for what it refuses, TimedOut when no job answers."""
     read_run(run_dir, dict)
-    id = uuid.uuid4().hex
-    request = run_dir / SCALE_REQUEST.format(id)
-    reply = run_dir / SCALE_ANSWER.format(id)
+    request = run_dir / SCALE_REQUEST.format(uuid.uuid4().hex)
+    reply = request.with_suffix(SCALE_ANSWER)
     write_file(request, msgspec.json.encode(sizes))
     deadline = time.monotonic() + timeout_s
     while not reply.exists():
@@ -76,7 +75,7 @@ def _answer(request: Path, crew: Crew) -> None:
         answer = False, _resize(crew, msgspec.json.decode(content, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
-    write_file(request.with_suffix(".answer"), msgspec.json.encode(answer))
+    write_file(request.with_suffix(SCALE_ANSWER), msgspec.json.encode(answer))
 
 
 def _resize(crew: Crew, sizes: dict[str, int]) -> str:

@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from async_opd.config.schema import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE, read_lines
-from async_opd.driver.checkpoints import RunState
+from async_opd.driver.checkpoints import RunState, committed
 from async_opd.tools.audit.replay import Replay
 from async_opd.tools.audit.timeline import Timeline
 
@@ -57,8 +57,11 @@ class Books(Struct, kw_only=True):
         ):
             yield f"{name:14}{count:9}  {more}".rstrip()
         yield from self.discrepancies
-        count = len(self.discrepancies)
-        yield f"the books do not balance: {count} found" if count else "the books balance"
+        yield (
+            f"the books do not balance: {len(self.discrepancies)} found"
+            if self.discrepancies
+            else "the books balance"
+        )
 
 
 def audit(run_dir: Path) -> Books:
@@ -70,10 +73,11 @@ def audit(run_dir: Path) -> Books:
         raise RunMissing(f"{run_dir}: no {LEDGER} in it")
     discrepancies: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
-    checkpoints = _complete(run_dir / CHECKPOINTS)
+    steps = sorted(committed(run_dir / CHECKPOINTS).items(), reverse=True)
+    complete = [folder for _, folder in steps if (folder / MANIFEST).exists()]
     rows = _rows(run_dir / METRICS, discrepancies)
     timeline = Timeline(path, discrepancies)
-    newest = timeline.newest(checkpoints)
+    newest = timeline.newest(complete)
     replay = Replay(config.groups_per_step, discrepancies)
     for line, record in timeline.live():
         replay.read(record)
@@ -103,13 +107,6 @@ class _Row(Struct):
     """Of a row of metrics.jsonl."""
 
     step: Annotated[int, Meta(ge=1, lt=2**32)]
-
-
-def _complete(folder: Path) -> list[Path]:
-    """List the complete checkpoints, the newest first."""
-    complete = (path.parent for path in folder.glob(f"*/{MANIFEST}"))
-    numbered = (path for path in complete if path.name.isdecimal())
-    return sorted(numbered, key=lambda path: int(path.name), reverse=True)
 
 
 def _state(folder: Path, discrepancies: list[str]) -> RunState | None:

@@ -70,13 +70,13 @@ class Timeline:
 
     def _resume(self, step: int) -> None:
         self.resumed_at.append(step)
-        places = [place for place, (marked, _) in enumerate(self._marks) if marked == step]
-        if not places:
+        marks = enumerate(self._marks, 1)
+        kept = max((count for count, (marked, _) in marks if marked == step), default=None)
+        if kept is None:
             self._discrepancies.append(
                 f"line {self._lines}: resumed at step {step}, of which the ledger has no checkpoint"
             )
             return
-        kept = places[-1] + 1
         self._dead |= {past for past, _ in self._marks[kept:]}
         del self._marks[kept:]
         first = self._marks[-1][1] + 1

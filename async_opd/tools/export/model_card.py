@@ -94,8 +94,8 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Iterator
 
 def _method(objective: Objective) -> Iterator[str]:
     """Say what its file says of it, with the certainty of the formula."""
-    about = inspect.getdoc(sys.modules[type(objective).__module__]) or ""
-    what = " ".join(about.partition("\n\n")[0].split())
+    module = sys.modules[type(objective).__module__]
+    what = " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
     yield f"`{objective.tag}`: " + re.sub(
         r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what
     )
@@ -152,10 +152,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _rows(path: Path, version: int) -> list[dict[str, Any]]:
     """Read those of the steps up to `version`; none where one cannot be read."""
     try:
-        rows = [row for _, row in read_lines(path, decode_row)]
+        return [row for _, row in read_lines(path, decode_row) if row["step"] <= version]
     except (OSError, ValueError):
         return []
-    return [row for row in rows if row["step"] <= version]
 
 
 def _named(name: str) -> str:

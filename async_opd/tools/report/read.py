@@ -156,10 +156,11 @@ def _checkpoints(ledger: Path) -> list[int]:
     """List the steps of all that were made, those among them that are deleted by now."""
     if not ledger.is_file():
         return []
-    with ledger.open("rb") as lines:
-        entries = [
-            line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
-        ]
+    entries = (
+        line.rstrip(b"]\n").split(b",")
+        for _, line in read_lines(ledger, bytes)
+        if line.startswith(b'["checkpoint"')
+    )
     return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
 
 

@@ -75,7 +75,7 @@ def trained(every_call: list[Call]) -> Iterator[Trained]:
     for call in every_call:
         if call.name in ("generate", "score", "check"):
             asked[call.of].append(call)
-    steps = [call for call in every_call if (call.lane, call.name) == (LEARNER, "step")]
+    steps = (call for call in every_call if (call.lane, call.name) == (LEARNER, "step"))
     for step, ids in ((step, step.of) for step in steps if isinstance(step.of, tuple)):
         for id in ids:
             before = [call for call in asked[id] if call.end <= step.start]
