@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import METRICS, SPANS
 from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.run_dir import CONFIG, LEDGER
 from async_opd.driver.ledger import Ledger
 from async_opd.launch.new_run import environment

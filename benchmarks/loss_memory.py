@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from async_opd.launch.new_run import environment
-from async_opd.maths.logprobs import Head, read_logprobs
+from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
 TOKENS, WIDTH, VOCABULARY = 8192, 512, 150_000
 LOGITS = 4 * TOKENS * VOCABULARY  # bytes
@@ -50,7 +50,7 @@ def once(side: str, threads: int) -> dict:
             1, ids[:, None]
         )
     else:
-        logp = read_logprobs(hidden, Head(weight), ids, temperature=1.0, chunk_rows=1024).sampled_N
+        logp = read_logprobs(hidden, Head(weight), ids, ReadOptions(1.0, 1024)).sampled_N
     logp.sum().backward()
     found = {"seconds": time.perf_counter() - started, "bytes": peak() - before}
     return found | {"gradient": [x.grad.double().norm().item() for x in (hidden, weight)]}

@@ -28,7 +28,13 @@ from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
 from async_opd.roles.learner.batch import MicroBatch
-from async_opd.roles.learner.step import Moment, Student, accumulate, batch_statistics, token_batch
+from async_opd.roles.learner.step import (
+    StepContext,
+    Student,
+    accumulate,
+    batch_statistics,
+    token_batch,
+)
 from async_opd.roles.models import causal_lm
 
 TOKENS, TRAJECTORIES, WIDTH, LAYERS, VOCABULARY, K = 16_384, 8, 1024, 4, 32_000, 16
@@ -80,7 +86,7 @@ def step_seconds(student: Student) -> dict[str, float]:
     opd, micro = all_objectives()["opd"](), micro_batch(Needs())
     started = time.perf_counter()
     accumulate(
-        student, lambda loss: loss.backward(), lambda tensor, op: None, opd, [micro], Moment()
+        student, lambda loss: loss.backward(), lambda tensor, op: None, opd, [micro], StepContext()
     )
     whole = time.perf_counter() - started
     started = time.perf_counter()
@@ -100,10 +106,12 @@ def objective_seconds(objective: Objective) -> float:
     hidden_ND = torch.randn(TOKENS, WIDTH) if needs.hidden_state else None
     tail_N = (-1 - torch.rand(TOKENS)).requires_grad_() if needs.tail else None
     read = Read(logp_N, entropy_N, candidates_NK, None, None, tail_N, hidden_ND)
-    moment = Moment(step=11, running={name: Moments(100, 0.5, 25.0) for name in needs.running})
-    found = batch_statistics(lambda *_: read, lambda tensor, op: None, objective, [micro], moment)
+    context = StepContext(
+        step=11, running={name: Moments(100, 0.5, 25.0) for name in needs.running}
+    )
+    found = batch_statistics(lambda *_: read, lambda tensor, op: None, objective, [micro], context)
     started = time.perf_counter()
-    objective.loss(token_batch(micro, read, moment, found)).loss_N.sum().backward()
+    objective.loss(token_batch(micro, read, context, found)).loss_N.sum().backward()
     return time.perf_counter() - started
 
 

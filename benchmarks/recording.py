@@ -23,16 +23,16 @@ from async_opd.core.wire import Prompt, Rollout, Scores, Span, Verdict
 from async_opd.launch.new_run import environment
 from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
-from async_opd.roles.learner.batch import Sample, pack
+from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
 from async_opd.roles.learner.recorder import Recorder
-from async_opd.roles.learner.step import Moment, Student, accumulate
+from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.models import causal_lm
 
 RESPONSES, TOKENS, SEED = 96, 40, 0
 TAGS = ("opd", "sg_opd", "dear")
 
 
-def samples() -> list[Sample]:
+def trajectories() -> list[Trajectory]:
     random = np.random.default_rng(SEED)
     found = []
     for at in range(RESPONSES):
@@ -48,20 +48,18 @@ def samples() -> list[Sample]:
         verdicts = Verdict(id=rollout.id, correct=bool(at % 2)), Verdict(id="other", correct=False)
         prompt = Prompt(id=f"{at}@0", ids=np.array([1, 2, 3], np.int32), answer="")
         found.append(
-            Sample(
+            Trajectory(
                 prompt=prompt, rollout=rollout, scores=scores, verdicts=verdicts, reference=scores
             )
         )
     return found
 
 
-def step(student: Student, objective: Objective, batch: list[Sample], look: bool) -> float:
+def step(student: Student, objective: Objective, batch: list[Trajectory], look: bool) -> float:
     """Seconds of one forward and backward."""
     started = time.perf_counter()
-    kept = dict(
-        live=0, max_lag_steps=4, stale="mask", truncated="train", cap=64, device=torch.device("cpu")
-    )
-    micros = [pack(batch, **kept)]
+    bounds = TrainingBounds(max_lag_steps=4, stale="mask", truncated="train", cap=64)
+    micros = [pack(batch, bounds, live=0, device=torch.device("cpu"))]
     recorder = Recorder(objective, [batch], micros, 0) if look else None
     accumulate(
         student,
@@ -69,7 +67,7 @@ def step(student: Student, objective: Objective, batch: list[Sample], look: bool
         lambda values, op: None,
         objective,
         micros,
-        Moment(max_lag_steps=4),
+        StepContext(max_lag_steps=4),
         recorder and recorder.look,
     )
     student.zero_grad()
@@ -89,7 +87,7 @@ def main() -> None:
         temperature=1.0,
         chunk_rows=1024,
     )
-    batch, rows = samples(), []
+    batch, rows = trajectories(), []
     for tag in TAGS:
         objective = all_objectives()[tag]()
         pairs = [

@@ -32,7 +32,8 @@ from bare import IN_FLIGHT, PER_STEP, PROMPT, STEPS, TOKENS, WARM_UP, cpu_second
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from async_opd.config.schema import Config, load
+from async_opd.config.load import load
+from async_opd.config.schema import Config
 from async_opd.core.ports import Ready
 from async_opd.core.roles import Roles
 from async_opd.driver.train_loop import train

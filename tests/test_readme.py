@@ -14,7 +14,7 @@ import pytest
 
 import async_opd
 from async_opd.cli.main import parsed
-from async_opd.config.schema import load
+from async_opd.config.load import load
 
 ROOT = Path(async_opd.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

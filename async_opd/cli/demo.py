@@ -22,6 +22,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.config.schema import load
+    from async_opd.config.load import load
 
     return train(load(CONFIG, args.overrides))

@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.config.schema import load_objective
+    from async_opd.config.load import load_objective
 
     files = [word for word in args.given if "=" not in word or Path(word).exists()]
     objective = load_objective(args.objective, [word for word in args.given if word not in files])

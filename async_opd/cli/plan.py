@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> "Plan":
-    from async_opd.config.schema import load
+    from async_opd.config.load import load
     from async_opd.tools.plan import advise, make
     from async_opd.tools.plan.report import Plan
 

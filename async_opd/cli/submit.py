@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tuple[list[str], str]:
     """The words of `train` for the config in `needed`, and its run directory; what it reads joins
     `needed`."""
-    from async_opd.config.schema import load
+    from async_opd.config.load import load
 
     config = needed["config"].relative_to(folder)
     with chdir(folder):

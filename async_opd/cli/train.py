@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.resume is None:
-        from async_opd.config.schema import load
+        from async_opd.config.load import load
 
         if not args.words:
             raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
@@ -50,7 +50,7 @@ def to_resume(
 ) -> "tuple[Config, Checkpoint]":
     """The config of the run at `path`, read as `load` does, and the checkpoint to go on from.
     Raises ConfigError where nothing is left."""
-    from async_opd.config.schema import load_run
+    from async_opd.config.load import load_run
     from async_opd.core.run_dir import run_of
     from async_opd.driver.checkpoints import find
 

@@ -1,5 +1,5 @@
-"""What `async-opd eval` is asked for: which model, which problems, how its responses are sampled
-and checked."""
+"""Settings of `async-opd eval`: which model, which problems, how its responses are sampled and
+checked."""
 
 import json
 from typing import Annotated
@@ -7,8 +7,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from async_opd.config.paths import MODELS, check_data, check_model, local
-from async_opd.config.schema import Config, apply_override, check_run_dir, checked
+from async_opd.config.load import apply_override, checked
+from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, local
+from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
 from async_opd.core.errors import ConfigError
 from async_opd.core.suggest import wrong
@@ -21,7 +22,7 @@ from async_opd.roles.verifier.config import VerifyConfig
 
 
 class ResponseConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the responses that are evaluated are sampled."""
+    """Sampling of the responses that are evaluated."""
 
     # absent: what the longest prompt leaves of the context
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -33,7 +34,7 @@ class ResponseConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class PlaceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the result goes, and what the engines start from."""
+    """The folder of the result, and the seed of the engines."""
 
     dir: str = "runs/eval"  # made new
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
@@ -54,7 +55,7 @@ class EvalRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def sampling(self) -> Sampling:
-        """How each problem is responded to."""
+        """Sampling of the responses to each problem."""
         samples, temperature = self.rollout.samples_per_prompt or self.k, self.rollout.temperature
         if temperature is None:
             temperature = 0.0 if samples == 1 else 1.0
@@ -62,7 +63,7 @@ class EvalRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def load_eval(model: str, settings: list[str]) -> EvalRun:
-    """The evaluation of `model` by `key.path=value` settings, checked. Raises ConfigError."""
+    """Make the evaluation of `model` by `key.path=value` settings, checked. Raises ConfigError."""
     tree: dict = {}
     for setting in (f"student.model={json.dumps(model)}", *settings):
         apply_override(tree, setting)
@@ -78,10 +79,8 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
         one = "1 at rollout.temperature = 0, where all would be the same"
         raise ConfigError(f"rollout.samples_per_prompt = {sampling.samples}: must be {one}")
     if sampling.temperature == 0 and sampling.top_p < 1:
-        raise ConfigError(
-            f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
-            " greedy"
-        )
+        greedy = "1 at rollout.temperature = 0, which is greedy"
+        raise ConfigError(f"rollout.top_p = {sampling.top_p}: must be {greedy}")
     if not known(asked.verify.check):
         raise ConfigError(
             wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"])
@@ -95,7 +94,7 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
 
 
 def run_config(asked: EvalRun) -> Config:
-    """The config of a run whose generators and verifier do what is `asked`; nothing in it is
+    """Make the config of a run whose generators and verifier do what is `asked`; nothing in it is
     trained."""
     shared = {name: getattr(asked.rollout, name) for name in EngineConfig.__struct_fields__}
     return Config(

@@ -1,11 +1,14 @@
-"""What settings name as local is there: models with room for what they are to read, data in a known
-format."""
+"""Checks of what settings name on this machine: models with room for what they are to read, data in
+a known format, a run directory that can be made."""
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from async_opd import toy
+from async_opd.config.schema import Config
+from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.errors import ConfigError
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
@@ -15,7 +18,8 @@ MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are sh
 
 
 def check_data(key: str, path: str, elsewhere: bool = False) -> None:
-    """It is there, in a known format, or may be a hub id or lie elsewhere."""
+    """Refuse data that is not there in a known format, and can be no hub id and lie nowhere
+    else."""
     file = local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
     if file and file.is_file() and file.suffix not in FILE_READERS:
         raise ConfigError(
@@ -24,9 +28,10 @@ def check_data(key: str, path: str, elsewhere: bool = False) -> None:
 
 
 def local(
-    key: str, name: str, shipped: dict[str, Path | None], elsewhere: bool = False
+    key: str, name: str, shipped: Mapping[str, Path | None], elsewhere: bool = False
 ) -> Path | None:
-    """Where `name` lies; None for what is made by the run, may be a hub id, or lies elsewhere."""
+    """Find where `name` lies; None for what is made by the run, may be a hub id, or lies
+    elsewhere."""
     if name.startswith("toy:"):
         if name not in shipped:
             raise ConfigError(wrong(key, name, shipped))
@@ -42,10 +47,12 @@ def local(
     raise ConfigError(f"{key} = {name!r}: no such file or folder{hint}")
 
 
-def check_model(at: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool) -> None:
-    """It is a model, with a context for `sequence`; vLLM samples one token behind what it
-    scores."""
-    setting = f"{at}.model = {name!r}"
+def check_model(
+    section: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool
+) -> None:
+    """Refuse what is no model, or has no context for `sequence`; vLLM samples one token behind what
+    it scores."""
+    setting = f"{section}.model = {name!r}"
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as e:
@@ -54,16 +61,42 @@ def check_model(at: str, name: str, folder: Path, sequence: str, longest: int, v
         raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
     most = context(model)
     if most and most < longest + vllm:
-        behind = f" less the 1 that {at}.backend = 'vllm' samples" if vllm else ""
+        behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
         raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
 
 
 def context(model: dict) -> int | None:
-    """The most tokens of a sequence by a model's config.json; None where it names none, or where a
-    scaled rotary embedding may go further."""
+    """Read the most tokens of a sequence from a model's config.json; None where it names none, or
+    where a scaled rotary embedding may go further."""
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    return (
-        model.get("max_position_embeddings")
-        if rope.get("rope_type", "default") == "default"
-        else None
-    )
+    scaled = rope.get("rope_type", "default") != "default"
+    return None if scaled else model.get("max_position_embeddings")
+
+
+def check_files(c: Config, elsewhere: bool) -> None:
+    """Refuse local models that are not there or have no context for their longest sequence, and
+    local data that is not there in a known format."""
+    for section, model in c.models.items():
+        folder = local(f"{section}.model", model, MODELS, elsewhere)
+        scorer = c.scorers.get(section)
+        bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
+        if folder:
+            vllm = scorer is not None and scorer.backend == "vllm"
+            check_model(section, model, folder, f"{bound} = {tokens}", tokens, vllm)
+    check_data("data.path", c.data.path, elsewhere)
+    if c.eval:
+        check_data("eval.path", c.eval.path, elsewhere)
+
+
+def check_run_dir(c: Config, new: bool = True) -> None:
+    """Refuse a run directory that cannot be made, and a new one that would move what the run needs
+    aside with an earlier one."""
+    place = Path(c.run.dir).resolve()
+    for folder in (place, *place.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
+    for key, name in {**c.inputs, "the working directory": "."}.items():
+        if new and Path(name).exists() and Path(name).resolve().is_relative_to(place):
+            raise ConfigError(
+                f"run.dir = {c.run.dir!r}: holds {key} = {name!r}, and a new run moves it aside"
+            )

@@ -1,5 +1,5 @@
-"""What is wrong with a tree of settings, in words: the key's path, the value, what is allowed, the
-nearest spelling."""
+"""Mistakes in a tree of settings, in words: the key's path, the value, what is allowed, the nearest
+spelling."""
 
 import math
 import re
@@ -39,22 +39,21 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
         if name not in fields and name != kind.__struct_config__.tag_field:
             raise ConfigError(_unknown(path, name, value, fields, root))
     for name, field in fields.items():
-        at, sections = _at(path, name), _sections(field.type)
+        key, sections = _joined(path, name), _sections(field.type)
         if name in tree:
             if sections and _named(field.type):
                 if not isinstance(tree[name], dict):
-                    raise ConfigError(f"{at} = {tree[name]!r}: must be sections [{at}.NAME]")
-                for own, section in tree[name].items():
-                    _check(section, sections[0], _at(at, own), root)
+                    raise ConfigError(f"{key} = {tree[name]!r}: must be sections [{key}.NAME]")
+                for section, settings in tree[name].items():
+                    _check(settings, sections[0], _joined(key, section), root)
             elif sections:
-                _check(tree[name], _variant(tree[name], sections, at), at, root)
+                _check(tree[name], _variant(tree[name], sections, key), key, root)
             else:
-                _check_value(at, tree[name], field.type)
+                _check_value(key, tree[name], field.type)
         elif field.required:
-            allowed = (
-                _a_section(at, sections) if sections else _allowed(inspect.type_info(field.type))
-            )
-            raise ConfigError(f"{at}: missing; must be {allowed}")
+            info = inspect.type_info(field.type)
+            allowed = _a_section(key, sections) if sections else _allowed(info)
+            raise ConfigError(f"{key}: missing; must be {allowed}")
 
 
 def _check_value(path: str, value: Any, type_: Any) -> None:
@@ -72,53 +71,53 @@ def _check_value(path: str, value: Any, type_: Any) -> None:
 
 
 def _sections(type_: Any) -> list[type[Struct]]:
-    """The section a type stands for; several where a tag tells which; none for a plain value."""
+    """List the section a type stands for; several where a tag tells which; none for a plain
+    value."""
     types = getattr(type_, "__args__", (type_,))
     return [t for t in types if isinstance(t, type) and issubclass(t, Struct)]
 
 
 def _named(type_: Any) -> bool:
-    """Whether a type stands for a table of settings, or of sections, by names that the user
+    """Tell whether a type stands for a table of settings, or of sections, by names that the user
     gives."""
     return getattr(type_, "__origin__", None) is dict
 
 
 def _variant(tree: Any, sections: list[type[Struct]], path: str) -> type[Struct]:
-    """The section the tree's tag asks for."""
+    """Choose the section that the tree's tag asks for."""
     if len(sections) == 1 or not isinstance(tree, dict):
         return sections[0]
-    field, known = (
-        sections[0].__struct_config__.tag_field,
-        {s.__struct_config__.tag: s for s in sections},
-    )
+    field = str(sections[0].__struct_config__.tag_field)
+    known = {str(section.__struct_config__.tag): section for section in sections}
     if field not in tree:
-        raise ConfigError(f"{_at(path, field)}: missing; must be {either(sorted(known))}")
+        raise ConfigError(f"{_joined(path, field)}: missing; must be {either(sorted(known))}")
     if str(tree[field]) not in known:
-        raise ConfigError(wrong(_at(path, field), tree[field], sorted(known)))
+        raise ConfigError(wrong(_joined(path, field), tree[field], sorted(known)))
     return known[str(tree[field])]
 
 
 def _unknown(
     path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]
 ) -> str:
-    """Suggests the same name in another section, and the nearest one in this section."""
+    """Suggest the same name in another section, and the nearest one in this section."""
     for words, why in OUT_OF_SCOPE.items():
         if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
-            return f"{_at(path, name)}: {why}"
+            return f"{_joined(path, name)}: {why}"
     homes = [
-        _at(home, name)
+        _joined(home, name)
         for home, kinds in root.items()
         if any(name in kind.__struct_encode_fields__ for kind in kinds)
     ]
-    near = [_at(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
-    others = [home for home in homes if home != _at(path, name)]
+    near = [_joined(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
+    others = [home for home in homes if home != _joined(path, name)]
     hint = did_you_mean(others + near) or f"; allowed: {', '.join(fields)}"
     if isinstance(value, dict):
-        return f"{_at(path, name)}: no such section{hint}"
-    return f"{_at(path, name)} = {value!r}: no such setting{hint}"
+        return f"{_joined(path, name)}: no such section{hint}"
+    return f"{_joined(path, name)} = {value!r}: no such setting{hint}"
 
 
 def _a_section(path: str, sections: list[type[Struct]]) -> str:
+    """Put into words a section that is missing."""
     fields = msgspec.structs.fields(sections[0])
     tag = sections[0].__struct_config__.tag_field
     needed = [tag] if tag else [field.encode_name for field in fields if field.required]
@@ -126,7 +125,7 @@ def _a_section(path: str, sections: list[type[Struct]]) -> str:
 
 
 def _allowed(info: inspect.Type) -> str:
-    """A type and its bounds in words."""
+    """Put a type and its bounds into words."""
     match info:
         case inspect.LiteralType(values=values):
             return either(values)
@@ -150,5 +149,5 @@ def _allowed(info: inspect.Type) -> str:
     return "a table { name = value }"
 
 
-def _at(path: str, name: str) -> str:
+def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name

@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from async_opd.core.errors import AsyncOpdError, TimedOut
 
 T = TypeVar("T")
-F = TypeVar("F", bound=asyncio.Future)
+F = TypeVar("F", bound="asyncio.Future[Any]")
 
 
 async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
     """Await at most `seconds`; raises TimedOut naming who was waited for and how long."""
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             return await awaitable
     except TimeoutError:
         if not limit.expired():
@@ -24,9 +25,10 @@ async def bounded(awaitable: Awaitable[T], seconds: float, who: str) -> T:
 def first_cause(error: BaseException) -> BaseException:
     """The named error inside (nested) exception groups: what ended the run, rather than what it
     dragged along."""
-    if not isinstance(error, BaseExceptionGroup):
+    inside: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    if not inside:
         return error
-    causes = [first_cause(e) for e in error.exceptions]
+    causes = [first_cause(e) for e in inside]
     return next((e for e in causes if isinstance(e, AsyncOpdError)), causes[0])
 
 

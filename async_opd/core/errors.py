@@ -9,6 +9,11 @@ class AsyncOpdError(Exception):
     exit_status = 1
 
 
+def first_line(error: BaseException) -> str:
+    """Shorten an error to its message's first line, or to its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(AsyncOpdError):
     """A setting, or a word of the command line, is wrong. The message names it, and what is
     allowed."""

@@ -1,106 +1,138 @@
-"""What the main loop needs of each role. `runtime/remote_roles.py` implements these over Ray; tests
+"""What the driver needs of each role. `runtime.actors` has these calls made by actors; tests
 implement them in a few lines.
 
 A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself
-in a test. The driver passes refs on and never looks inside.
+in a test. The driver passes references on and never looks inside.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
-
-from async_opd.core.wire import GroupMeta, Prompt, Rollout, Said, Sampling, StepResult, Verdict
+from async_opd.core.wire import (
+    Floats,
+    GroupMeta,
+    Ints,
+    Prompt,
+    Rollout,
+    Said,
+    Sampling,
+    StepResult,
+    Verdict,
+    WeightGroup,
+    WeightLayout,
+)
 
 Ref = Any
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Generator(Protocol):
-    """Samples groups under weights that are replaced in flight."""
+@dataclass(frozen=True)
+class Remote:
+    """How a call of a role travels to the actor that plays it."""
 
-    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]: ...
-    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]: ...
-    async def probe(self) -> tuple[np.ndarray, Rollout]: ...
-    async def join_group(self, init_info: dict) -> None: ...
-    async def update(self, version: int, update_info: dict, oldest: int) -> None: ...
-    async def resume(self) -> None: ...
+    within: Literal["generate", "score", "step", "sync", "collective"]  # which timeout bounds it
+    refs: int = 0  # the last results that stay where they are made
+    batched: bool = False  # calls of one moment travel together, each with one argument
+
+
+def remote(
+    within: Literal["generate", "score", "step", "sync", "collective"],
+    refs: int = 0,
+    batched: bool = False,
+) -> Callable[[F], F]:
+    """Declare a method of a port to be a call of an actor's."""
+
+    def declare(method: F) -> F:
+        method.__dict__["remote"] = Remote(within, refs, batched)
+        return method
+
+    return declare
+
+
+class Member(Protocol):
+    """What a pool needs of a role."""
+
     async def check_health(self) -> None: ...
     def kill(self) -> None: ...
 
 
-class Teacher(Protocol):
+class Generator(Member, Protocol):
+    """Samples groups under weights that are replaced in flight."""
+
+    @remote("generate", refs=1)
+    async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]: ...
+    @remote("generate", refs=1)
+    async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]: ...
+    @remote("generate")
+    async def probe(self) -> tuple[Ints, Rollout]: ...
+    @remote("collective")
+    async def join_group(self, group: WeightGroup) -> None: ...
+    @remote("collective")
+    async def update(self, version: int, layout: WeightLayout, oldest: int) -> None: ...
+    @remote("sync")
+    async def resume(self, expected: int) -> None: ...
+
+
+class Teacher(Member, Protocol):
     """Scores a group; the scores stay where they are made. The reference is one too, which is only
     asked for them."""
 
+    @remote("score", refs=1, batched=True)
     async def score(self, group: Ref) -> Ref: ...
-    async def greedy(self, prompts: list[np.ndarray]) -> list[np.ndarray]: ...
+    @remote("generate")
+    async def greedy(self, *prompts: Ints) -> list[Ints]: ...
+    @remote("step")
     async def load(self, folder: str) -> None: ...
+    @remote("step")
     async def save(self, file: str) -> None: ...
+    @remote("step")
     async def restore(self, file: str) -> None: ...
-    async def check_health(self) -> None: ...
-    def kill(self) -> None: ...
 
 
-class Verifier(Protocol):
+class Verifier(Member, Protocol):
     """Decides each response of a group; for an evaluation it tells what they say."""
 
+    @remote("score", batched=True)
     async def check(self, group: Ref) -> tuple[Verdict, ...]: ...
-    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict: ...
-    async def said(self, group: Ref, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]: ...
-    async def check_health(self) -> None: ...
-    def kill(self) -> None: ...
+    @remote("score")
+    async def check_response(self, id: str, ids: Ints, answer: str) -> Verdict: ...
+    @remote("score")
+    async def said(self, group: Ref, *verdicts: Verdict) -> tuple[Said, ...]: ...
 
 
 class Learner(Protocol):
     """Holds the live student over all its ranks."""
 
-    async def step(self, groups: list["Ready"]) -> StepResult: ...
-    async def open_group(self, generators: int) -> list[dict]: ...
+    async def step(self, groups: Sequence["ScoredGroup"]) -> StepResult: ...
+    async def open_group(self, generators: int) -> list[WeightGroup]: ...
     async def join_group(self, generators: int) -> None: ...
-    async def update_info(self) -> dict: ...
+    async def weight_layout(self) -> WeightLayout: ...
     async def send_weights(self) -> None: ...
-    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray: ...
+    async def logprobs(self, prompt_ids: Ints, response_ids: Ints) -> Floats: ...
     async def save(self, folder: str) -> None: ...
     async def save_state(self, folder: str) -> None: ...
     async def load_state(self, folder: str) -> None: ...
 
 
-class Ready:
-    """A scored and verified group in the queue: metadata the driver may read, and refs it may only
-    pass on.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    """A scored and verified group in the queue: metadata the driver may read, and references it may
+    only pass on."""
 
-    What the teacher answered itself (`prompt.taught`) has no scores."""
+    ticket: int  # order of admission; names the slot
+    prompt: Prompt
+    meta: GroupMeta
+    group: Ref
+    scores: Ref | None  # None where the teacher has answered the prompt itself
+    verdicts: tuple[Verdict, ...]
+    samples: tuple[int, ...]  # which rollouts of the group are trained
+    since: int  # version that gives its place in the queue
+    reference: Ref | None = None  # scores of the reference, where the objective needs one
+    from_teacher: bool = False  # the teacher has answered the prompt itself
 
-    __slots__ = (
-        "group",
-        "meta",
-        "prompt",
-        "reference",
-        "samples",
-        "scores",
-        "since",
-        "ticket",
-        "verdicts",
-    )
-
-    def __init__(
-        self,
-        ticket: int,
-        prompt: Prompt,
-        meta: GroupMeta,
-        group: Ref,
-        scores: Ref | None,
-        verdicts: tuple[Verdict, ...],
-        samples: tuple[int, ...],
-        reference: Ref | None = None,
-        since: int | None = None,
-    ):
-        self.ticket = ticket  # order of admission; names the slot
-        self.prompt = prompt
-        self.meta = meta
-        self.group = group
-        self.scores = scores
-        self.verdicts = verdicts
-        self.samples = samples  # which rollouts of the group are trained
-        self.reference = reference  # scores of the reference, where the objective needs one
-        # version that gives its place in the queue
-        self.since = meta.oldest if since is None else since
+    @property
+    def student_verdicts(self) -> tuple[Verdict, ...]:
+        """Verdicts on the student's rollouts: the teacher's are right, or they would not be
+        here."""
+        return () if self.from_teacher else self.verdicts

@@ -1,4 +1,5 @@
-"""A line for whoever watches, which can never hold a run up."""
+"""Lines for whoever watches, printed so that they can never hold a run up: `say` instead of `print`,
+which waits for as long as a pipe is full or a terminal stands still."""
 
 import io
 import os
@@ -24,8 +25,8 @@ def say(text: str, to: TextIO | None = None) -> None:
 
 
 def write(to: TextIO, text: str) -> None:
-    """Past the buffer of `to`: a write that blocks would hold its lock, and the interpreter could
-    not exit."""
+    """Write past the buffer of `to`: a write that blocks would hold its lock, and the interpreter
+    could not exit."""
     try:
         descriptor = to.fileno()
     except io.UnsupportedOperation:

@@ -5,13 +5,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 
 @contextmanager
-def log_level(level: int, *of: logging.Logger | logging.Handler) -> Iterator[None]:
-    """Each of these loggers and handlers lets nothing below `level` through meanwhile."""
+def log_level(level: int, *of: logging.Logger | logging.Handler) -> Generator[None]:
+    """Let none of these loggers and handlers pass anything below `level` on meanwhile."""
     with ExitStack() as undo:
         for each in of:
             undo.callback(each.setLevel, each.level)
@@ -20,8 +20,8 @@ def log_level(level: int, *of: logging.Logger | logging.Handler) -> Iterator[Non
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """These variables of the environment have these values meanwhile."""
+def environment(**values: str) -> Generator[None]:
+    """Give these variables of the environment these values meanwhile."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -35,9 +35,9 @@ def environment(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_as_before() -> Iterator[None]:
-    """SIGTERM does afterwards what it did before, whoever has set a handler meanwhile. In the main
-    thread only."""
+def sigterm_as_before() -> Generator[None]:
+    """Have SIGTERM do afterwards what it did before, whoever has set a handler meanwhile. In the
+    main thread only."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -47,8 +47,8 @@ def sigterm_as_before() -> Iterator[None]:
 
 
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Garbage is left alone meanwhile, as while vLLM, torch or transformers are imported: of the
+def no_garbage_collection() -> Generator[None]:
+    """Leave garbage alone meanwhile, as while vLLM, torch or transformers are imported: of the
     thousands of modules that stay for good each full collection looks through all that are there, a
     fifth of the time."""
     enabled = gc.isenabled()

@@ -7,78 +7,45 @@ never buffers to write into. Invariants run on construction and on arrival, so a
 where it arrives, naming its id.
 """
 
-from pickle import PickleBuffer
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
-import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from async_opd.core.errors import WireError
+from async_opd.core.message import LOGP_TOLERANCE, Struct, check_array, check_logp, check_rows
 
-LOGP_TOLERANCE = 1e-4  # nats a log-prob may exceed 0 by rounding
-
-
-class Struct(msgspec.Struct, frozen=True, array_like=True):
-    """Base of every message: immutable, pickled (protocol 5) as msgpack without field names, its
-    arrays out of band."""
-
-    def __reduce__(self):
-        buffers = []
-
-        def out_of_band(array: np.ndarray) -> tuple[str, tuple[int, ...]]:
-            buffers.append(PickleBuffer(np.ascontiguousarray(array)))
-            return array.dtype.char, array.shape
-
-        return _arrive, (type(self), msgspec.msgpack.encode(self, enc_hook=out_of_band), *buffers)
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
-def _arrive(kind: type[Struct], sent: bytes, *buffers: Any) -> Struct:
-    """A message of `kind` as `Struct.__reduce__` sent it. Raises WireError where a field has
-    another type."""
-    left = iter(buffers)
-
-    def array(_: type, form: Any) -> Any:
-        match form:
-            case [str(dtype), [*shape]]:
-                return np.frombuffer(next(left), dtype).reshape(shape)
-        return form  # of another type, which the decoder refuses
-
-    try:
-        return msgspec.msgpack.decode(sent, type=kind, dec_hook=array)
-    except msgspec.ValidationError as e:
-        id = msgspec.msgpack.decode(sent)
-        while isinstance(id, list):  # a message begins with its id, or with a message that does
-            id = id[0]
-        raise WireError(f"{id}: {kind.__name__}: {e}") from e
-
-
-class Prompt(Struct):
+class Prompt(Struct, frozen=True):
     """One prompt handed out once. Made by `rollout.prompts`; consumed by a generator."""
 
     id: str  # "<row id>@<epoch>", unique within a run
-    ids: np.ndarray  # int32 [P]
+    ids: Ints  # int32 [P]
     answer: str  # reference answer, for the verifier
     # int32 [P'] where the teacher renders the prompt its own way
-    teacher_ids: np.ndarray | None = None
+    teacher_ids: Ints | None = None
     attempt: int = 0  # how often it was re-issued
     teacher: str = ""  # name of the teacher that scores it, where there are several
-    taught: bool = False  # the teacher itself is to answer it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("ids", "teacher_ids"):
             value = getattr(self, field)
             if value is not None:
-                _array(self.id, field, value, np.int32, 1)
+                check_array(self.id, field, value, np.int32, 1)
                 if not len(value):
                     raise WireError(f"{self.id}: {field} is empty; a prompt has at least one token")
 
     @property
-    def shown_to_teacher(self) -> np.ndarray:
+    def shown_to_teacher(self) -> Ints:
         """As its teacher reads it."""
         return self.ids if self.teacher_ids is None else self.teacher_ids
 
 
-class Sampling(Struct):
+class Sampling(Struct, frozen=True):
     """How an evaluation has a prompt responded to. Made by the driver; consumed by a generator."""
 
     samples: int = 1
@@ -86,7 +53,7 @@ class Sampling(Struct):
     top_p: float = 1.0
 
 
-class Span(Struct):
+class Span(Struct, frozen=True):
     """Tokens [start, end) of one response were sampled under `version`. Made by a generator;
     consumed by the queue and the learner."""
 
@@ -95,27 +62,28 @@ class Span(Struct):
     end: int
 
 
-class Rollout(Struct):
+class Rollout(Struct, frozen=True):
     """One sampled response. Made by a generator; consumed by teacher, verifier and learner."""
 
     id: str  # "<prompt id>#<sample>"
-    ids: np.ndarray  # int32 [T], the end token included
-    behaviour_logp: np.ndarray  # float32 [T], under the weights that sampled each token
+    ids: Ints  # int32 [T], the end token included
+    behaviour_logp: Floats  # float32 [T], under the weights that sampled each token
     spans: tuple[Span, ...]  # cover [0, T) in order, versions increasing
     truncated: bool  # cut by the length limit, so without an end token
     # int32 [T, K], ids of the behaviour policy that the teacher scores too
-    candidate_ids: np.ndarray | None = None
+    candidate_ids: Ints | None = None
     # float32 [T, K], under the behaviour policy, where they are samples of it
-    candidate_logp: np.ndarray | None = None
+    candidate_logp: Floats | None = None
 
-    def __post_init__(self):
-        _array(self.id, "ids", self.ids, np.int32, 1)
+    def __post_init__(self) -> None:
+        check_array(self.id, "ids", self.ids, np.int32, 1)
         if self.candidate_ids is not None:
-            _array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
-            _rows(self.id, "candidate_ids", self.candidate_ids, len(self.ids))
+            check_array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
+            check_rows(self.id, "candidate_ids", self.candidate_ids, len(self.ids))
         if self.candidate_logp is not None:
-            _logp(self.id, "candidate_logp", self.candidate_logp, np.shape(self.candidate_ids))
-        _logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
+            shape = () if self.candidate_ids is None else self.candidate_ids.shape
+            check_logp(self.id, "candidate_logp", self.candidate_logp, shape)
+        check_logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
         at, version = 0, -1
         for span in self.spans:
             if span.start != at or span.end <= span.start or span.version <= version:
@@ -130,13 +98,13 @@ class Rollout(Struct):
                 " least one"
             )
 
-    def versions(self) -> np.ndarray:
+    def versions(self) -> Ints:
         """Version of each token, int32 [T]."""
         lengths = [span.end - span.start for span in self.spans]
         return np.repeat(np.array([span.version for span in self.spans], np.int32), lengths)
 
 
-class Group(Struct):
+class Group(Struct, frozen=True):
     """All samples of one prompt: the unit of admission, queue and drop. Made by a generator;
     consumed by teacher, verifier and learner, which get it by reference: the driver never reads
     one."""
@@ -145,7 +113,7 @@ class Group(Struct):
     rollouts: tuple[Rollout, ...]  # G of them
 
 
-class GroupMeta(Struct):
+class GroupMeta(Struct, frozen=True):
     """What the driver may know of a group. Made by a generator; consumed by the queue and the
     packing."""
 
@@ -170,7 +138,7 @@ class GroupMeta(Struct):
         return min(spans[0].version for spans in self.spans)
 
 
-class Needs(Struct):
+class Needs(Struct, frozen=True):
     """What an objective wants supplied. Made by the objective; consumed by generator, teacher and
     learner."""
 
@@ -190,41 +158,41 @@ class Needs(Struct):
     maxima: tuple[str, ...] = ()
     # they read the live student, at the price of one more forward of everything
     first_pass: bool = False
-    # moments over the trajectories of all past steps, from `Objective.episode`
+    # moments over the trajectories of all past steps, from `Objective.trajectory_statistics`
     running: tuple[str, ...] = ()
 
 
-class Scores(Struct):
+class Scores(Struct, frozen=True):
     """A teacher's view of one rollout's response positions. Made by a teacher; consumed by the
     learner."""
 
     id: str  # the rollout's
-    sampled_logp: np.ndarray  # float32 [T]
-    topk_ids: np.ndarray | None = None  # int32 [T, K]
-    topk_logp: np.ndarray | None = None  # float32 [T, K]
-    entropy: np.ndarray | None = None  # float32 [T], nats
-    candidate_logp: np.ndarray | None = None  # float32 [T, K], at the rollout's candidate_ids
+    sampled_logp: Floats  # float32 [T]
+    topk_ids: Ints | None = None  # int32 [T, K]
+    topk_logp: Floats | None = None  # float32 [T, K]
+    entropy: Floats | None = None  # float32 [T], nats
+    candidate_logp: Floats | None = None  # float32 [T, K], at the rollout's candidate_ids
     # float32 [T], log-mass of all other ids than these, or than topk_ids
-    tail_logp: np.ndarray | None = None
+    tail_logp: Floats | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tokens = np.shape(self.sampled_logp)[:1]
-        _logp(self.id, "sampled_logp", self.sampled_logp, tokens)
+        check_logp(self.id, "sampled_logp", self.sampled_logp, tokens)
         if self.topk_ids is not None:
-            _array(self.id, "topk_ids", self.topk_ids, np.int32, 2)
-            _logp(self.id, "topk_logp", self.topk_logp, (*tokens, self.topk_ids.shape[1]))
+            check_array(self.id, "topk_ids", self.topk_ids, np.int32, 2)
+            check_logp(self.id, "topk_logp", self.topk_logp, (*tokens, self.topk_ids.shape[1]))
         if self.candidate_logp is not None:
-            _logp(
+            check_logp(
                 self.id,
                 "candidate_logp",
                 self.candidate_logp,
                 (*tokens, np.shape(self.candidate_logp)[-1]),
             )
         if self.tail_logp is not None:
-            _logp(self.id, "tail_logp", self.tail_logp, tokens)
+            check_logp(self.id, "tail_logp", self.tail_logp, tokens)
         if self.entropy is not None:
-            _array(self.id, "entropy", self.entropy, np.float32, 1)
-            _rows(self.id, "entropy", self.entropy, *tokens)
+            check_array(self.id, "entropy", self.entropy, np.float32, 1)
+            check_rows(self.id, "entropy", self.entropy, *tokens)
             if not (
                 np.isfinite(self.entropy).all() and self.entropy.min(initial=0) >= -LOGP_TOLERANCE
             ):
@@ -240,11 +208,11 @@ def matched(group: Group, scores: tuple[Scores, ...]) -> tuple[Scores, ...]:
             " rollouts"
         )
     for rollout, s in zip(group.rollouts, scores, strict=True):
-        _rows(rollout.id, "sampled_logp", s.sampled_logp, len(rollout.ids))
+        check_rows(rollout.id, "sampled_logp", s.sampled_logp, len(rollout.ids))
     return scores
 
 
-class Verdict(Struct):
+class Verdict(Struct, frozen=True):
     """A verifier's word on one response. Made by the verifier pool; consumed by the driver and the
     learner.
 
@@ -259,7 +227,7 @@ class Verdict(Struct):
     answer: str | None = None
 
 
-class Check(Struct):
+class Check(Struct, frozen=True):
     """One response to check. Made by the verifier pool; consumed by one of its worker processes."""
 
     id: str
@@ -267,36 +235,45 @@ class Check(Struct):
     answer: str
 
 
-class Said(Struct):
+class Said(Struct, frozen=True):
     """What a response says. Made by the verifier; consumed by an evaluation."""
 
     text: str
     vote: int | None  # the first response of its group with the same answer; None: it has no vote
 
 
-class Recorded(Struct):
+class Recorded(Struct, frozen=True):
     """One trained response as the objective saw it, for people to look at. Made by learner rank 0,
     of a few only; consumed by the recorder, which writes `samples.jsonl`."""
 
     id: str  # the rollout's
     step: int
-    prompt_ids: np.ndarray  # int32, the last of them where there are many
-    ids: np.ndarray  # int32 [T'], the first T' of the response
+    prompt_ids: Ints  # int32, the last of them where there are many
+    ids: Ints  # int32 [T'], the first T' of the response
     prompt_tokens: int
     tokens: int  # T
     truncated: bool
     correct: bool | None
-    numbers: dict[str, np.ndarray]  # float32 [T'] by name
+    numbers: dict[str, Floats]  # float32 [T'] by name
 
-    def __post_init__(self):
-        _array(self.id, "prompt_ids", self.prompt_ids, np.int32, 1)
-        _array(self.id, "ids", self.ids, np.int32, 1)
+    def __post_init__(self) -> None:
+        check_array(self.id, "prompt_ids", self.prompt_ids, np.int32, 1)
+        check_array(self.id, "ids", self.ids, np.int32, 1)
         for name, value in self.numbers.items():
-            _array(self.id, name, value, np.float32, 1)
-            _rows(self.id, name, value, len(self.ids))
+            check_array(self.id, name, value, np.float32, 1)
+            check_rows(self.id, name, value, len(self.ids))
 
 
-class StepResult(Struct):
+class LearnerShare(Struct, frozen=True):
+    """What one learner rank trains in a step, beside the groups and scores that it gets by
+    reference. Made by the driver; consumed by the learner."""
+
+    # per micro-batch, pairs of (index of group, sample)
+    micro_batches: tuple[tuple[tuple[int, int], ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]  # of all samples, by group
+
+
+class StepResult(Struct, frozen=True):
     """What one optimizer step did. Made by the learner, reduced over ranks; consumed by the
     driver."""
 
@@ -305,25 +282,76 @@ class StepResult(Struct):
     recorded: tuple[Recorded, ...] = ()  # where the step is one to be recorded
 
 
-def _array(id: str, field: str, value: Any, dtype: type, ndim: int) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
-        got = (
-            f"{value.dtype} {value.shape}"
-            if isinstance(value, np.ndarray)
-            else type(value).__name__
-        )
-        raise WireError(f"{id}: {field} must be a {ndim}-d {np.dtype(dtype)} array, got {got}")
+def trained_tokens(metrics: Mapping[str, float]) -> float:
+    """Tokens that a step trained, the teacher's own answers among them, by its metrics."""
+    return metrics["tokens"] + metrics.get("tokens_taught", 0)
 
 
-def _logp(id: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
-    _array(id, field, value, np.float32, len(shape))
-    if value.shape != shape:
-        raise WireError(f"{id}: {field} has shape {value.shape}, expected {shape}")
-    if value.size and not (np.isfinite(value).all() and value.max() <= LOGP_TOLERANCE):
-        at = int(np.argmax(~np.isfinite(value.ravel()) | (value.ravel() > LOGP_TOLERANCE)))
-        raise WireError(f"{id}: {field}[{at}] = {value.ravel()[at]} is not a finite log-prob <= 0")
+class WeightGroup(Struct, frozen=True):
+    """Where one generator's workers join the learner, who is rank 0, for updates of the weights.
+    Made by the learner; consumed by a generator."""
+
+    host: str
+    port: int
+    rank_offset: int  # rank of the first of them
+    world: int  # members, the learner among them
+    bucket_bytes: int  # of weights that travel at once
+    timeout_s: float
 
 
-def _rows(id: str, field: str, value: np.ndarray, rows: int) -> None:
-    if len(value) != rows:
-        raise WireError(f"{id}: {field} has {len(value)} rows for {rows} tokens")
+class WeightLayout(Struct, frozen=True):
+    """What an update carries, in the order in which it is sent, in checkpoint names. Made by the
+    learner; consumed by a generator."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]  # as torch names them
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class GeneratorSettings(Struct, frozen=True):
+    """What a generator is built with, beside its section of the config. Made by the runtime;
+    consumed by a generator."""
+
+    name: str  # what errors call it
+    model: str
+    eos_ids: tuple[int, ...]  # they end a response and are part of it
+    max_prompt_tokens: int
+    vocabulary: int  # of the tokenizer: ids from there on are padding, and never candidates
+    backend: str  # of weight updates
+    seed: int  # engines of one run differ in it
+    as_teacher: bool = False  # prompts are sampled from as their teacher reads them
+    trust_remote_code: bool = False
+
+
+class ScorerSettings(Struct, frozen=True):
+    """What a teacher, or the reference, is built with, beside its section of the config. Made by
+    the runtime; consumed by a teacher."""
+
+    name: str  # what errors call it
+    temperature: float
+    vocabulary: int  # of the tokenizer: ids from there on are padding, and never candidates
+    longest: int  # tokens of a sequence at most
+    eos_ids: tuple[int, ...]  # they end a response of its own
+    max_new_tokens: int  # of a response of its own
+    as_student: bool = False  # it reads a prompt as the student does, whatever the teacher's is
+    trust_remote_code: bool = False
+
+
+class LearnerSettings(Struct, frozen=True):
+    """What every rank of the learner is built with, beside its sections of the config. Made by the
+    runtime; consumed by the learner."""
+
+    model: str
+    temperature: float
+    steps: int
+    max_lag_steps: int
+    stale: Literal["mask", "drop"]
+    truncated: Literal["train", "mask", "drop"]
+    max_new_tokens: int
+    seed: int
+    backend: str  # of weight updates
+    bucket_bytes: int  # of weights that are gathered and sent at once
+    sync_s: float  # within which the members of a weight group answer one another
+    timeout_s: float  # within which the ranks do
+    record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
+    trust_remote_code: bool = False

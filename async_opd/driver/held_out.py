@@ -14,7 +14,7 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import AsyncOpdError
 from async_opd.core.events import Tell
 from async_opd.core.wire import Prompt
-from async_opd.driver.pools import Crew
+from async_opd.driver.pools import Pools
 from async_opd.driver.respond import ALL, Accuracy, Responded, of_all, of_teacher, respond
 from async_opd.telemetry.metrics import Row
 
@@ -33,7 +33,7 @@ class Measured:
     truncated: float  # share of the responses
     seconds: float
 
-    def row(self) -> Row:
+    def row(self) -> dict[str, float | int | None]:
         """What a row of metrics says of it."""
         return {
             "eval_accuracy": self.accuracy.share,
@@ -48,30 +48,32 @@ class Measured:
 
 
 # a row to which no evaluation came
-NONE = dict.fromkeys(Measured(Accuracy(0, 0, 1), *[0] * 6).row())
+NONE: dict[str, float | int | None] = dict.fromkeys(Measured(Accuracy(0, 0, 1), *[0] * 6).row())
 
 
 class HeldOut:
     """The evaluations of one run."""
 
-    def __init__(self, config: Config, crew: Crew, problems: list[Prompt], tell: Tell):
+    def __init__(self, config: Config, pools: Pools, problems: list[Prompt], tell: Tell):
         self._config = config
-        self._crew = crew
+        self._pools = pools
         self._problems = problems
         self._tell = tell
         self._every = config.eval.every_steps if config.eval and problems else 0
         self.before = Accuracy(0, 0, 0)
-        self._running: asyncio.Task | None = None
+        self._running: asyncio.Task[None] | None = None
         self._ready: Measured | None = None  # for the next row
         self._skipped = 0
 
-    async def begin(self, version: int) -> None:
-        """Measure what is to be trained, unless that is known from before a restart."""
+    async def begin(self, version: int, tasks: asyncio.TaskGroup) -> None:
+        """Measure what is to be trained, unless that is known from before a restart. What comes
+        later runs among `tasks`."""
+        self._tasks = tasks
         if self._problems and not self.before.problems:
             self._ready = await self._measure(version, ALL)
             self.before = self._ready.accuracy
 
-    def trained(self, version: int, tasks: asyncio.TaskGroup) -> None:
+    def trained(self, version: int) -> None:
         """Evaluate `version`, which has been published, where that is due and the one before has
         ended."""
         if not self._every or version % self._every or version == self._config.run.steps:
@@ -79,11 +81,11 @@ class HeldOut:
         if self._running and not self._running.done():
             self._skip(version, "the one before still runs")
         else:
-            self._running = tasks.create_task(
+            self._running = self._tasks.create_task(
                 self._beside(version), name=f"evaluate version {version}"
             )
 
-    def row(self) -> Row:
+    def row(self) -> dict[str, float | int | None]:
         """What the next row says: the evaluation that ended since the last, or that there was
         none."""
         if not self._every:
@@ -102,19 +104,12 @@ class HeldOut:
         after = (await self._measure(version, ALL)).accuracy
         teachers: Row = {}
         for name, teacher in self._config.named_teachers.items():
-            own = (
-                [prompt for prompt in self._problems if prompt.teacher == name]
-                if teacher.evaluate
-                else []
-            )
-            found = (
-                await of_teacher(self._crew.teachers[name], self._crew.verifier, own)
-                if own
-                else None
-            )
-            teachers[f"teacher_accuracy_{name}" if name else "teacher_accuracy"] = (
-                found and found.share
-            )
+            key = f"teacher_accuracy_{name}" if name else "teacher_accuracy"
+            problems = [prompt for prompt in self._problems if prompt.teacher == name]
+            teachers[key] = None
+            if teacher.evaluate and problems:
+                pool, verifier = self._pools.teachers[name], self._pools.verifier
+                teachers[key] = (await of_teacher(pool, verifier, problems)).share
         return {
             **teachers,
             "accuracy_before": self.before.share,
@@ -136,8 +131,7 @@ class HeldOut:
         self._tell("not evaluated", f"version {version}", why)
 
     async def _measure(self, version: int, share: float) -> Measured:
-        generators = self._crew.generators
-        verifier = self._crew.verifier
+        generators, verifier = self._pools.generators, self._pools.verifier
         clock = asyncio.get_running_loop().time
         began = clock()
 
@@ -145,14 +139,14 @@ class HeldOut:
             return await respond(generators, verifier, prompt)
 
         places = self._config.rollout.concurrency * generators.size
-        found = await of_all(self._problems, one, max(1, int(share * places)))
-        spans = [span for each in found for span in each.meta.spans[0]]
+        responded = await of_all(self._problems, one, max(1, int(share * places)))
+        spans = [span for each in responded for span in each.meta.spans[0]]
         return Measured(
-            accuracy=Accuracy.of([each.verdicts[0] for each in found]),
+            accuracy=Accuracy.of([each.verdicts[0] for each in responded]),
             version=version,
             oldest=min(span.version for span in spans),
             newest=max(span.version for span in spans),
-            tokens=sum(each.meta.lengths[0] for each in found) / len(found),
-            truncated=sum(each.meta.truncated[0] for each in found) / len(found),
+            tokens=sum(each.meta.lengths[0] for each in responded) / len(responded),
+            truncated=sum(each.meta.truncated[0] for each in responded) / len(responded),
             seconds=clock() - began,
         )

@@ -1,167 +1,110 @@
-"""From prompts to scored groups in the queue."""
+"""From a prompt to a scored group in the queue."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from itertools import count
 
-import msgspec
-
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, OverAge
-from async_opd.core.ports import Generator, Ready, Ref, Teacher, Verifier
-from async_opd.core.wire import GroupMeta, Prompt, Verdict
+from async_opd.core.ports import Generator, Ref, ScoredGroup, Teacher, Verifier
+from async_opd.core.wire import GroupMeta, Prompt
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.queue import Slots, TrajectoryQueue
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.teacher_sampling import Taught
-from async_opd.driver.timed import GROUP
+from async_opd.driver.pools import Pools
+from async_opd.driver.queue import TrajectoryQueue
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.roles.rollout.config import RolloutConfig
 
 MAX_LOSSES = 5  # members that a group may cost in a row: it may be what kills them
 SCORE_TRIES = 4  # of one group: the first, and three more elsewhere
 
 
 class Producer:
-    """Keeps every slot in use: hands prompts to generators, then has each group scored and verified
-    side by side."""
+    """Has the student respond to prompts, and each group scored and verified side by side."""
 
     def __init__(
         self,
-        *,
-        prompts: Iterator[Prompt],
-        needed: int,
-        samples: int,
-        generators: Pool[Generator],
-        teachers: Mapping[str, Pool[Teacher]],
-        references: Pool[Teacher] | None,
-        verifier: Pool[Verifier],
-        slots: Slots,
+        pools: Pools,
         queue: TrajectoryQueue,
         tasks: asyncio.TaskGroup,
-        max_attempts: int,
-        drop_truncated: bool,
-        count_tokens: Callable[[str, int], None],
+        *,
+        rollout: RolloutConfig,
+        max_unscored: int,
         ledger: Ledger,
-        taught: Taught | None = None,
+        count_tokens: Callable[[str, int], None],
     ):
-        """Each prompt has `samples` responses. A group is scored by a replica of its prompt's
-        teacher and, where there are `references`, by one of them. `taught`: phased teacher
-        sampling.
-
-        `needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced. `count_tokens(role, tokens)` is told of finished work."""
-        self._prompts = prompts
-        self._slots = slots
+        """More than `max_unscored` groups in a row that no replica can score end the run.
+        `count_tokens(role, tokens)` is told of finished work."""
+        self._pools = pools
         self._queue = queue
         self._tasks = tasks
-        self.needed = needed  # groups still to be admitted
-        self._samples = samples
-        self._generators = generators
-        self._teachers = teachers
-        self._references, self._verifier = references, verifier
+        self._rollout = rollout
+        self._max_unscored = max_unscored
         self._unscored = 0  # groups in a row that no replica could score
-        self._max_attempts = max_attempts
-        self._drop_truncated = drop_truncated
+        self._ledger = ledger
         self._count_tokens = count_tokens
-        self._ledger, self._taught = ledger, taught
 
-    def fill(self) -> None:
-        """Hand out prompts while slots are free."""
-        while self.needed and self._slots.free:
-            prompt = next(self._prompts)
-            self._ledger.handed_out(prompt.id)
-            self.needed -= 1
-            if self._taught and self._taught.turn():
-                prompt = msgspec.structs.replace(prompt, taught=True)
-            self._start(self._slots.take(), prompt)
-
-    def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
-        """A group that will not be trained: issue its prompt again at the front, or drop it for
-        good and give its slot to the next prompt. The teacher is asked once; then it is the
-        student's turn."""
-        if prompt.taught or prompt.attempt + 1 < self._max_attempts:
-            again = msgspec.structs.replace(
-                prompt, taught=False, attempt=prompt.attempt + (not prompt.taught)
-            )
-            self._ledger.reissued(prompt.id, again.attempt, cause)
-            self._start(ticket, again)
-        else:
-            self._ledger.dropped(prompt.id, cause)
-            self._slots.give_back(ticket)
-            self.needed += 1
-        self.fill()
-
-    def _start(self, ticket: int, prompt: Prompt) -> None:
-        produce = self._teach if prompt.taught else self._produce
-        self._tasks.create_task(produce(ticket, prompt), name=f"produce {prompt.id}")
+    def start(self, ticket: int, prompt: Prompt) -> None:
+        """Make a group of `prompt`, which holds the slot of `ticket`, beside everything else."""
+        self._tasks.create_task(self._produce(ticket, prompt), name=f"produce {prompt.id}")
 
     async def _produce(self, ticket: int, prompt: Prompt) -> None:
         """Waits for the generator, then for scorers and verifier together; `queue.put` unblocks the
         learner."""
-        GROUP.set(prompt.id)
+        id, pools = prompt.id, self._pools
         try:
-            meta, group = await self._generated(prompt)
+            meta, group = await pools.generators.ask(
+                Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
+            )
             tokens = sum(meta.lengths)
             self._count_tokens("generators", tokens)
             scores, reference, verdicts = await asyncio.gather(
-                self._scored(self._teachers[prompt.teacher], group, meta),
-                self._scored(self._references, group, meta),
-                self._checked(prompt, group),
+                self._scored(pools.teachers[prompt.teacher], group, meta),
+                self._referred(group, meta),
+                pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id)),
             )
-        except (OverAge, CallFailed) as e:
-            self._queue.drop(
-                ticket, prompt, self._samples, "stale" if isinstance(e, OverAge) else "failed"
-            )
+        except OverAge:
+            self._drop(ticket, prompt, "stale")
+            return
+        except CallFailed:
+            self._drop(ticket, prompt, "failed")
             return
         self._count_tokens("teachers", tokens)
-        samples = tuple(
-            i for i, cut in enumerate(meta.truncated) if not (cut and self._drop_truncated)
-        )
-        if samples:
-            self._queue.put(
-                Ready(ticket, prompt, meta, group, scores, verdicts, samples, reference)
-            )
-        else:
-            self._queue.drop(ticket, prompt, self._samples, "truncated")
-
-    async def _teach(self, ticket: int, prompt: Prompt) -> None:
-        """Waits for the teacher's own generator, then for the verifier alone."""
-        GROUP.set(prompt.id)
-        since = self._taught.version()
-        try:
-            meta, group = await self._taught.answer(
-                prompt, losses(prompt.id, self._ledger.returned)
-            )
-            verdicts = await self._checked(prompt, group)
-        except CallFailed:
-            self._queue.drop(ticket, prompt, 1, "failed")
+        drop_truncated = self._rollout.truncated == "drop"
+        samples = [s for s, cut in enumerate(meta.truncated) if not (cut and drop_truncated)]
+        if not samples:
+            self._drop(ticket, prompt, "truncated")
             return
-        ready = Ready(ticket, prompt, meta, group, None, verdicts, (0,), since=since)
-        if cause := self._taught.refuses(ready):
-            self._queue.drop(ticket, prompt, 1, cause)
-        else:
-            self._queue.put(ready)
-
-    async def _generated(self, prompt: Prompt) -> tuple[GroupMeta, Ref]:
-        """The group of `prompt`, from another generator where one is lost with it."""
-        lost = losses(prompt.id, self._ledger.returned)
-        return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
-
-    async def _checked(self, prompt: Prompt, group: Ref) -> tuple[Verdict, ...]:
-        return await self._verifier.ask(
-            lambda verifier: verifier.check(group), lost=losses(prompt.id)
+        self._queue.put(
+            ScoredGroup(
+                ticket=ticket,
+                prompt=prompt,
+                meta=meta,
+                group=group,
+                scores=scores,
+                verdicts=verdicts,
+                samples=tuple(samples),
+                since=meta.oldest,
+                reference=reference,
+            )
         )
 
-    async def _scored(self, pool: Pool[Teacher] | None, group: Ref, meta: GroupMeta) -> Ref | None:
+    def _drop(self, ticket: int, prompt: Prompt, cause: str) -> None:
+        self._queue.drop(ticket, prompt, self._rollout.samples_per_prompt, cause)
+
+    async def _referred(self, group: Ref, meta: GroupMeta) -> Ref | None:
+        """Scores of the reference, where there is one."""
+        references = self._pools.references
+        return await self._scored(references, group, meta) if references else None
+
+    async def _scored(self, pool: ReplicaPool[Teacher], group: Ref, meta: GroupMeta) -> Ref:
         """Scores of `group`. What one replica cannot score, or not in time, another is asked for.
         Raises CallFailed when none can; or the error itself once there are more such groups in a
         row than slots."""
-        if pool is None:
-            return None
         failed: set[int] = set()
-        lost = losses(meta.id)
+        lost, error = losses(meta.id), None
         for _ in range(SCORE_TRIES):
             try:
                 scores = await pool.ask(
-                    lambda teacher: teacher.score(group), load=meta.tokens, failed=failed, lost=lost
+                    Teacher.score, group, of=meta.id, load=meta.tokens, failed=failed, lost=lost
                 )
                 self._unscored = 0
                 return scores
@@ -170,7 +113,7 @@ class Producer:
             except AsyncOpdError as e:
                 error = e
         self._unscored += 1
-        if self._unscored > self._slots.count:
+        if error and self._unscored > self._max_unscored:
             raise error
         raise CallFailed(
             f"{meta.id}: {SCORE_TRIES} tries to score it failed, the last: {error}"
@@ -180,8 +123,8 @@ class Producer:
 def losses(
     id: str, note: Callable[[str, str], None] = lambda id, why: None
 ) -> Callable[[str], None]:
-    """What is told of each member that is lost with group `id`, and tells `note`. Raises CallFailed
-    at the last."""
+    """Make what is told of each member that is lost with group `id`, and tells `note`. It raises
+    CallFailed at the last."""
     number = count(1)
 
     def lost(why: str) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.files import write_file
 from async_opd.core.run_dir import SCALE_ANSWER, SCALE_REQUEST
 from async_opd.core.suggest import wrong
-from async_opd.driver.pools import Crew
+from async_opd.driver.pools import Pools
 
 POLL_S = 0.5
 
@@ -59,33 +59,33 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
     return answer
 
 
-async def serve(run_dir: Path, crew: Crew) -> None:
+async def serve(run_dir: Path, pools: Pools) -> None:
     """Answer requests for ever; waits `POLL_S` between two looks."""
     while True:
         for request in run_dir.glob(SCALE_REQUEST.format("*")):
             with suppress(OSError):  # who asked may have gone, or may not be allowed to
-                _answer(request, crew)
+                _answer(request, pools)
         await asyncio.sleep(POLL_S)
 
 
-def _answer(request: Path, crew: Crew) -> None:
+def _answer(request: Path, pools: Pools) -> None:
     content = request.read_bytes()
     request.unlink()
     try:
-        answer = False, _resize(crew, msgspec.json.decode(content, type=dict[str, int]))
+        answer = False, _resize(pools, msgspec.json.decode(content, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
     write_file(request.with_suffix(SCALE_ANSWER), msgspec.json.encode(answer))
 
 
-def _resize(crew: Crew, sizes: dict[str, int]) -> str:
-    pools = crew.scalable
+def _resize(pools: Pools, sizes: dict[str, int]) -> str:
+    scalable = pools.scalable
     for name, size in sizes.items():
-        if name not in pools:
-            raise ConfigError(wrong("scale", name, pools))
+        if name not in scalable:
+            raise ConfigError(wrong("scale", name, scalable))
         if not 1 <= size < 10**6:
             raise ConfigError(f"scale: {name}={size}: must be at least 1")
-    changes = ", ".join(f"{name}: {pools[name].size} -> {size}" for name, size in sizes.items())
+    changes = ", ".join(f"{name}: {scalable[name].size} -> {size}" for name, size in sizes.items())
     for name, size in sizes.items():
-        pools[name].resize(size)
+        scalable[name].resize(size)
     return changes

@@ -6,14 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
 from async_opd.core.aio import first_cause
 from async_opd.core.ports import Generator, Ref, Teacher, Verifier
-from async_opd.core.wire import GroupMeta, Prompt, Sampling, Verdict
+from async_opd.core.wire import GroupMeta, Ints, Prompt, Sampling, Verdict
 from async_opd.driver.producer import losses
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.timed import GROUP
+from async_opd.driver.replica_pool import ReplicaPool
 
 T = TypeVar("T")
 GREEDY = Sampling()
@@ -30,8 +27,8 @@ class Accuracy:
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Accuracy":
-        found = [verdict.correct for verdict in verdicts]
-        return cls(found.count(True), found.count(None), len(found))
+        correct = [verdict.correct for verdict in verdicts]
+        return cls(correct.count(True), correct.count(None), len(correct))
 
     @property
     def share(self) -> float:
@@ -50,20 +47,19 @@ class Responded:
 
 
 async def respond(
-    generators: Pool[Generator],
-    verifier: Pool[Verifier],
+    generators: ReplicaPool[Generator],
+    verifier: ReplicaPool[Verifier],
     prompt: Prompt,
     sampling: Sampling = GREEDY,
 ) -> Responded:
     """Have `prompt` responded to and the responses checked, by others where somebody is lost
     meanwhile."""
-    # a prompt of training may have the same: ids are rows of their own data
-    GROUP.set(f"evaluation/{prompt.id}")
-    lost = losses(prompt.id)
+    # a prompt of training may have the same id: ids are rows of their own data
+    of = f"evaluation/{prompt.id}"
     meta, group = await generators.ask(
-        lambda generator: generator.respond(prompt, sampling), lost=lost
+        Generator.respond, prompt, sampling, of=of, lost=losses(prompt.id)
     )
-    verdicts = await verifier.ask(lambda verifier: verifier.check(group), lost=losses(prompt.id))
+    verdicts = await verifier.ask(Verifier.check, group, of=of, lost=losses(prompt.id))
     return Responded(prompt, meta, group, verdicts)
 
 
@@ -80,22 +76,22 @@ async def of_all(
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            found = [tasks.create_task(placed(prompt)) for prompt in problems]
+            placing = [tasks.create_task(placed(prompt)) for prompt in problems]
     except BaseExceptionGroup as group:
         raise first_cause(group) from None
-    return [task.result() for task in found]
+    return [task.result() for task in placing]
 
 
 async def of_teacher(
-    teachers: Pool[Teacher], verifier: Pool[Verifier], held_out: list[Prompt]
+    teachers: ReplicaPool[Teacher], verifier: ReplicaPool[Verifier], held_out: list[Prompt]
 ) -> Accuracy:
     """The teacher's own accuracy, by its own greedy responses."""
     prompts = [prompt.shown_to_teacher for prompt in held_out]
-    responses = await teachers.ask(lambda teacher: teacher.greedy(prompts))
+    responses = await teachers.ask(Teacher.greedy, *prompts)
 
-    async def one(prompt: Prompt, ids: np.ndarray) -> Verdict:
+    async def one(prompt: Prompt, ids: Ints) -> Verdict:
         return await verifier.ask(
-            lambda verifier: verifier.check_response(prompt.id, ids, prompt.answer)
+            Verifier.check_response, prompt.id, ids, prompt.answer, of=prompt.id
         )
 
     return Accuracy.of(await asyncio.gather(*map(one, held_out, responses)))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from async_opd.core.events import Tell
 from async_opd.core.files import write_file
-from async_opd.core.ports import Learner, Ready
+from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import (
     LEARNER,
     LEDGER,
@@ -22,7 +22,8 @@ from async_opd.core.run_dir import (
 from async_opd.core.wire import Prompt
 from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.self_teachers import Followers
+from async_opd.driver.replica import Replica
+from async_opd.driver.self_teachers import SelfTeachers
 
 
 class Source(Protocol):
@@ -43,8 +44,8 @@ class Progress:
         self,
         run_dir: Path,
         source: Source,
-        learner: Learner,
-        followers: Followers,
+        learner: Replica[Learner],
+        self_teachers: SelfTeachers,
         keep: int,
         tell: Tell,
     ):
@@ -55,7 +56,7 @@ class Progress:
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
-        self._followers = followers
+        self._self_teachers = self_teachers
         self._tell = tell
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
@@ -65,8 +66,8 @@ class Progress:
         first those that were outstanding, at most the `needed` ones (there may be fewer steps than
         there were to be)."""
         folder, state = checkpoint
-        await self._learner.load_state(str(folder / LEARNER))
-        await self._followers.restore(folder)
+        await self._learner.call(Learner.load_state, str(folder / LEARNER))
+        await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
         # It can be gone on with: what came later is void.
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
@@ -78,10 +79,10 @@ class Progress:
         self._saved = state.version
         return prompts
 
-    def trained(self, step: int, batch: Sequence[Ready]) -> None:
+    def trained(self, step: int, batch: Sequence[ScoredGroup]) -> None:
         """Note that step `step` trained `batch`."""
-        self.ledger.trained(step, [ready.prompt.id for ready in batch])
-        verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
+        self.ledger.trained(step, [group.prompt.id for group in batch])
+        verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
         self._right += verdicts.count(True)
         self._known += len(verdicts) - verdicts.count(None)
 
@@ -101,9 +102,9 @@ class Progress:
         self._right, self._known = 0, 0
         folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
         await self.ledger.sync()
-        await self._learner.save(str(folder / MODEL))
-        await self._learner.save_state(str(folder / LEARNER))
-        await self._followers.save(folder)
+        await self._learner.call(Learner.save, str(folder / MODEL), of=version)
+        await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
+        await self._self_teachers.save(folder)
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
         self._tell("saved", "checkpoint", f"step {version}")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from async_opd.core.errors import ActorLost, TimedOut
 from async_opd.core.ports import Learner, Teacher
-from async_opd.driver.replica_pool import Pool, Seat
+from async_opd.driver.replica import Replica
+from async_opd.driver.replica_pool import ReplicaPool
 
 
-class Followers:
+class SelfTeachers:
     """Teachers that take the student's weights over every so many steps, from a checkpoint that
     each of them reads.
 
@@ -19,13 +20,14 @@ class Followers:
     """
 
     def __init__(
-        self, learner: Learner, teachers: Mapping[int, Sequence[Pool[Teacher]]], folder: str
+        self,
+        learner: Replica[Learner],
+        teachers: Mapping[int, Sequence[ReplicaPool[Teacher]]],
+        folder: Path,
     ):
         """`teachers` by the number of steps between two updates; the checkpoint in `folder` is
         replaced at each."""
-        self._learner = learner
-        self._teachers = teachers
-        self._folder = folder
+        self._learner, self._teachers, self._folder = learner, teachers, str(folder)
 
     async def follow(self, version: int) -> None:
         """Bring those that are due at `version` to the live student."""
@@ -35,37 +37,37 @@ class Followers:
             if version % every == 0
             for pool in pools
         ]
-        if due:
-            await self._learner.save(self._folder)
-            await asyncio.gather(
-                *(_load(pool, seat, self._folder) for pool in due for seat in pool.serving)
-            )
-            for pool in due:
-                pool.refuse_if_empty()
+        if not due:
+            return
+        with self._learner.held("blocked"):
+            await self._learner.call(Learner.save, self._folder)
+            await asyncio.gather(*(self._load(pool, r) for pool in due for r in pool.serving))
+        for pool in due:
+            pool.refuse_if_empty()
 
     async def save(self, folder: Path) -> None:
-        """Each pool's own weights, beside the rest of a checkpoint."""
+        """Write each pool's own weights, beside the rest of a checkpoint."""
         for pool in self._pools:
-            await pool.ask(lambda teacher, pool=pool: teacher.save(str(_file(folder, pool))))
+            await pool.ask(Teacher.save, str(_file(folder, pool)))
 
     async def restore(self, folder: Path) -> None:
         """Bring every replica to where it was at that checkpoint."""
         restoring = [
-            (seat, str(_file(folder, pool))) for pool in self._pools for seat in pool.serving
+            (each, str(_file(folder, pool))) for pool in self._pools for each in pool.serving
         ]
-        await asyncio.gather(*(seat.hold(seat.port.restore(file)) for seat, file in restoring))
+        await asyncio.gather(*(each.call(Teacher.restore, file) for each, file in restoring))
 
     @property
-    def _pools(self) -> list[Pool[Teacher]]:
+    def _pools(self) -> list[ReplicaPool[Teacher]]:
         return [pool for pools in self._teachers.values() for pool in pools]
 
+    async def _load(self, pool: ReplicaPool[Teacher], replica: Replica[Teacher]) -> None:
+        try:
+            with replica.held("syncing"):
+                await replica.call(Teacher.load, self._folder)
+        except (ActorLost, TimedOut) as e:
+            pool.retire(replica, str(e))
 
-async def _load(pool: Pool[Teacher], seat: Seat[Teacher], folder: str) -> None:
-    try:
-        await seat.hold(seat.port.load(folder))
-    except (ActorLost, TimedOut) as e:
-        pool.retire(seat, str(e))
 
-
-def _file(folder: Path, pool: Pool) -> Path:
+def _file(folder: Path, pool: ReplicaPool[Teacher]) -> Path:
     return folder / f"{pool.name}.safetensors"

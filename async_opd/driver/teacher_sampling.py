@@ -1,19 +1,25 @@
-"""Phased teacher sampling: which prompts the teacher answers itself, and which of its answers are
-trained."""
+"""Phased teacher sampling, the second producer: which prompts the teacher answers itself, and which
+of its answers are trained."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable
-from math import ceil, floor
+from collections.abc import Callable, Sequence
+from math import floor
 
-from async_opd.core.ports import Generator, Ready, Ref
-from async_opd.core.wire import GroupMeta, Prompt
-from async_opd.driver.replica_pool import Pool
+from async_opd.core.errors import CallFailed
+from async_opd.core.ports import Generator, ScoredGroup, Verifier
+from async_opd.core.wire import Prompt
+from async_opd.driver.ledger import Ledger
+from async_opd.driver.pools import Pools
+from async_opd.driver.producer import losses
+from async_opd.driver.queue import TrajectoryQueue
+from async_opd.roles.teacher.config import TeacherSamplingConfig
 
 # why an answer is not trained
 CAUSES = ("teacher_wrong", "teacher_unknown", "teacher_truncated", "teacher_late")
 
 
-class Taught:
+class TeacherSampling:
     """Gives a share of the prompts to the teacher's own generators while what they answer still has
     a weight.
 
@@ -23,64 +29,95 @@ class Taught:
 
     def __init__(
         self,
+        sampling: TeacherSamplingConfig,
+        pools: Pools,
+        queue: TrajectoryQueue,
+        tasks: asyncio.TaskGroup,
         *,
-        share: float,
-        weight: Callable[[int], float],
-        generators: Pool[Generator],
         version: Callable[[], int],
-        outstanding: Callable[[], int],
         keeps_truncated: bool,
+        ledger: Ledger,
     ):
-        """`weight(step)` is 0 from some optimizer step on; `version()` is the live learner's,
-        `outstanding()` how many groups hold a slot. A right answer that was cut is trained only
-        where `keeps_truncated`."""
-        self._share = share
-        self._weight = weight
-        self._generators = generators
-        self.version = version
-        self.outstanding = outstanding
+        """`version()` is the live learner's. A right answer that was cut is trained only where
+        `keeps_truncated`."""
+        self._sampling = sampling
+        self._pools = pools
+        self._queue = queue
+        self._tasks = tasks
+        self._version = version
         self._keeps_truncated = keeps_truncated
+        self._ledger = ledger
+        self._tickets: set[int] = set()  # of what the teacher was given and that is not trained yet
         self._admitted = 0
         self._requested = 0
         self._trained = 0
 
-    def teaches(self, step: int) -> bool:
-        """Whether the teacher's answers have a weight at optimizer step `step`."""
-        return self._weight(step) > 0
-
-    def most(self, groups_per_step: int) -> int:
-        """Answers in one step: the share of its groups, rounded up."""
-        return ceil(self._share * groups_per_step)
-
-    def turn(self) -> bool:
-        """Called for each prompt as it is admitted: whether the teacher is to answer it.
+    def answers(self, ticket: int, prompt: Prompt) -> bool:
+        """Decide for each prompt as it is admitted whether the teacher answers it; if so, begin.
 
         Every (1 / share)th in order of admission, while the next step that starts could train the
         answer."""
-        before, self._admitted = self._admitted, self._admitted + 1
-        mine = floor(self._admitted * self._share) > floor(before * self._share) and self.teaches(
-            self.version() + 1
+        share, before = self._sampling.share, self._admitted
+        self._admitted += 1
+        its_turn = floor(self._admitted * share) > floor(before * share)
+        if not its_turn or not self._sampling.is_trained_at(self._version() + 1):
+            return False
+        self._requested += 1
+        self._tickets.add(ticket)
+        self._tasks.create_task(self._produce(ticket, prompt), name=f"produce {prompt.id}")
+        return True
+
+    def is_done_with(self, ticket: int) -> bool:
+        """Whether a dropped group was the teacher's, whose prompt is the student's from now on."""
+        was_its = ticket in self._tickets
+        self._tickets.discard(ticket)
+        return was_its
+
+    async def _produce(self, ticket: int, prompt: Prompt) -> None:
+        """Waits for the teacher's own generator, then for the verifier alone; `queue.put` unblocks
+        the learner."""
+        id, since = prompt.id, self._version()
+        try:
+            meta, group = await self._pools.teacher_generators.ask(
+                Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
+            )
+            verdicts = await self._pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id))
+        except CallFailed:
+            self._queue.drop(ticket, prompt, 1, "failed")
+            return
+        answer = ScoredGroup(
+            ticket=ticket,
+            prompt=prompt,
+            meta=meta,
+            group=group,
+            scores=None,
+            verdicts=verdicts,
+            samples=(0,),
+            since=since,
+            from_teacher=True,
         )
-        self._requested += mine
-        return mine
+        if cause := self._refuses(answer):
+            self._queue.drop(ticket, prompt, 1, cause)
+        else:
+            self._queue.put(answer)
 
-    async def answer(self, prompt: Prompt, lost: Callable[[str], None]) -> tuple[GroupMeta, Ref]:
-        """From the generator with the fewest prompts; `lost` is told why one went with it."""
-        return await self._generators.ask(lambda generator: generator.generate(prompt), lost=lost)
-
-    def refuses(self, ready: Ready) -> str:
+    def _refuses(self, answer: ScoredGroup) -> str:
         """Why a verified answer is not trained; empty where it may be."""
-        (verdict,), (truncated,) = ready.verdicts, ready.meta.truncated
+        (verdict,), (truncated,) = answer.verdicts, answer.meta.truncated
         if not verdict.correct:
             return "teacher_unknown" if verdict.correct is None else "teacher_wrong"
         return "" if self._keeps_truncated or not truncated else "teacher_truncated"
 
-    def row(self, step: int, batch: list[Ready], dropped: Counter[str]) -> dict[str, float]:
+    def row(
+        self, step: int, batch: Sequence[ScoredGroup], dropped: Counter[str]
+    ) -> dict[str, float]:
         """What optimizer step `step`, which trained `batch`, adds to its row of metrics; counts are
         totals so far."""
-        taught = sum(ready.prompt.taught for ready in batch)
-        self._trained += taught
-        return {"taught": taught, "taught_weight": self._weight(step), **self.counts(dropped)}
+        trained = [group.ticket for group in batch if group.from_teacher]
+        self._tickets.difference_update(trained)
+        self._trained += len(trained)
+        weight = self._sampling.weight(step)
+        return {"taught": len(trained), "taught_weight": weight, **self.counts(dropped)}
 
     def counts(self, dropped: Counter[str]) -> dict[str, int]:
         """How many prompts the teacher was given, and what became of its answers."""

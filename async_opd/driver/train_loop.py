@@ -1,97 +1,58 @@
-"""The main loop, over ports: it knows nothing of Ray, vLLM or DeepSpeed."""
+"""The main loop, over ports: it knows nothing of Ray, vLLM or DeepSpeed. Who waits for whom, and
+what unblocks it, is drawn in `async_opd.driver`."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from async_opd.config.schema import Config
-from async_opd.core.aio import bounded, first_cause, retrieved
+from async_opd.core.aio import bounded, retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
 from async_opd.core.events import Tell
-from async_opd.core.ports import Generator, Learner, Ready, Teacher
+from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt, StepResult
-from async_opd.driver import resize
+from async_opd.driver.admission import Admission
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
-from async_opd.driver.pools import Crew
+from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
-from async_opd.driver.replica_pool import Pool, Seat
+from async_opd.driver.replica import Replica
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
-from async_opd.driver.self_teachers import Followers
-from async_opd.driver.teacher_sampling import CAUSES, Taught
-from async_opd.driver.weight_publisher import Publisher
+from async_opd.driver.self_teachers import SelfTeachers
+from async_opd.driver.teacher_sampling import CAUSES, TeacherSampling
+from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.maths import lag
 from async_opd.telemetry.metrics import Meter, Row
 
 INTERRUPT_S = 18.0  # for the step at hand and a checkpoint, after Ctrl-C
 
 
-async def train(
-    config: Config,
-    roles: Roles,
-    source: Source,
-    held_out: list[Prompt],
-    run_dir: Path,
-    meter: Meter,
-    tell: Tell = lambda what, who, why: None,
-    found: Checkpoint | None = None,
-) -> Row:
-    """Run the whole job, or from the checkpoint `found` on; returns what `summary.json` says of it.
-    `tell` is told who was lost and who came. Raises the named error that ended it.
+class TrainLoop:
+    """The step loop of one run, over its pools, slots and queue."""
 
-    On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
-    """
-    loop = _Loop(config, roles, source, held_out, meter, run_dir, tell)
-    crew = loop.crew
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            prompts = await loop.restore(found) if found else iter(source)
-            await loop.publisher.publish(loop.version, admit=lambda: None)
-            # The first tokens of an engine may take seconds; the student's have sampled some when
-            # training starts.
-            warm = (seat.hold(seat.port.probe()) for seat in crew.teacher_generators.serving)
-            await asyncio.gather(loop.held_out.begin(loop.version), *warm)
-            crew.start(tasks)
-            serving = tasks.create_task(resize.serve(run_dir, crew))
-            await loop.run(prompts, tasks)
-            measured = await loop.held_out.end(loop.version)
-            crew.stop()
-            serving.cancel()
-        loop.progress.ledger.finished()
-    except BaseExceptionGroup as group:
-        if asyncio.current_task().cancelling():  # something else broke at the same moment
-            await loop.interrupted()
-            raise asyncio.CancelledError from None
-        await loop.settled()
-        cause = first_cause(group)
-        cause.add_note(f"at version {loop.version}")
-        raise cause from None
-    except asyncio.CancelledError:
-        await loop.interrupted()
-        raise
-    finally:
-        crew.stop()
-        loop.progress.ledger.close()
-    return {
-        **measured,
-        **meter.summary(),
-        "scored_dropped": sum(
-            count for cause, count in loop.queue.dropped.items() if cause not in CAUSES
-        ),
-        **{f"dropped_{cause}": count for cause, count in loop.queue.dropped.items()},
-        **(loop.taught.counts(loop.queue.dropped) if loop.taught else {}),
-        **{f"{pool.name}_lost": pool.lost for pool in crew if pool.lost},
-    }
-
-
-class _Loop:
-    """Pools, slots, queue, producer and the step loop of one run."""
+    async def run(self) -> None:
+        """THE loop: take the oldest groups, train on them, publish the weights, give their slots
+        back."""
+        async with self._weights:
+            await self._publish([])
+        while self.version < self._config.run.steps:
+            batch = await self.queue.take(self.version)
+            async with self._weights:
+                await self._finished(self._step(batch))
+                await self._self_teachers.follow(self.version)
+                gap = await self._publish(batch)
+            self._report(gap)
+            self.held_out.trained(self.version)
+            if self._every and self.version % self._every == 0:
+                await self._finished(self.save())
+        await self._finished(self.save())
 
     def __init__(
         self,
@@ -99,95 +60,139 @@ class _Loop:
         roles: Roles,
         source: Source,
         held_out: list[Prompt],
-        meter: Meter,
         run_dir: Path,
+        meter: Meter,
         tell: Tell,
     ):
-        self._config = config
-        self._learner = roles.learner
-        self._meter = meter
-        self._tell = tell
-        self._learner_time = meter.actor("learner")
+        self._config, self._source = config, source
+        self._meter, self._tell = meter, tell
+        self._every = config.run.checkpoint_every_steps
         self.version = 0
-        self.crew = Crew(config, roles, meter, tell, self._welcome)
-        self.held_out = HeldOut(config, self.crew, held_out, tell)
-        self.publisher = Publisher(
-            roles.learner,
-            self.crew.generators,
+        self._learner = Replica("learner", 0, roles.learner, meter.actor("learner"))
+        self.pools = Pools(config, roles, meter, tell, self._welcome)
+        self.held_out = HeldOut(config, self.pools, held_out, tell)
+        self._publisher = WeightPublisher(
+            self._learner,
+            self.pools.generators,
             parity_every=config.sync.parity_every_steps,
             tolerance=config.sync.parity_tolerance,
             max_age=config.run.max_lag_steps if config.run.stale == "drop" else None,
         )
-        self._weights = asyncio.Lock()  # held while the learner's weights change or travel
-        self._followers = _followers(config, roles.learner, self.crew, run_dir)
-        self.progress = Progress(
-            run_dir, source, roles.learner, self._followers, config.run.keep_checkpoints, tell
+        self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
+        self._self_teachers = SelfTeachers(
+            self._learner, _by_interval(config, self.pools), run_dir.resolve() / SELF_TEACHER
         )
-        self._at_work: asyncio.Future | None = None  # what an interruption lets finish
-        self._producer: Producer | None = None  # once training has started
-        self._unsaid: tuple[StepResult, list[Ready]] | None = None  # a step without a row yet
-        self.taught = self._make_taught() if config.teacher_sampling else None
+        self.progress = Progress(
+            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, tell
+        )
+        self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
+        self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
             max_lag_steps=config.run.max_lag_steps,
             stale=config.run.stale,
-            on_drop=lambda ticket, prompt, cause: self._producer.dropped(ticket, prompt, cause),
+            on_drop=self._dropped,
+            slots=self._slots,
             wait_s=config.timeout.group_s,
-            taught=self.taught,
-            outstanding=self._outstanding,
+            teacher=config.teacher_sampling,
+            where=self._where,
+        )
+        self._admission: Admission | None = None  # once training has started
+        self._teacher_sampling: TeacherSampling | None = None
+
+    async def begin(self, tasks: asyncio.TaskGroup, checkpoint: Checkpoint | None) -> None:
+        """Give every generator the student's weights, from `checkpoint` on where there is one, and
+        measure what is to be trained."""
+        prompts = await self._restore(checkpoint) if checkpoint else iter(self._source)
+        await self._publisher.publish(self.version, admit=lambda: None)
+        # The first tokens of an engine may take seconds; the student's have sampled some when
+        # training starts.
+        warming = (each.call(Generator.probe) for each in self.pools.teacher_generators.serving)
+        await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
+        self.pools.start(tasks)
+        self._admission = self._admits(prompts, tasks)
+        self._meter.start(self.version)
+
+    def _admits(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Admission:
+        config, ledger = self._config, self.progress.ledger
+        if config.teacher_sampling:
+            self._teacher_sampling = TeacherSampling(
+                config.teacher_sampling,
+                self.pools,
+                self.queue,
+                tasks,
+                version=lambda: self.version,
+                keeps_truncated=config.rollout.truncated == "train",
+                ledger=ledger,
+            )
+        student = Producer(
+            self.pools,
+            self.queue,
+            tasks,
+            rollout=config.rollout,
+            max_unscored=self._slots.count,
+            ledger=ledger,
+            count_tokens=self._meter.count,
+        )
+        return Admission(
+            prompts,
+            (config.run.steps - self.version) * config.groups_per_step,
+            slots=self._slots,
+            ledger=ledger,
+            max_attempts=config.run.max_attempts,
+            student=student,
+            teacher=self._teacher_sampling,
         )
 
-    async def run(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> None:
-        """THE loop: take the oldest groups, train on them, publish the weights, give their slots
-        back."""
-        steps, every = self._config.run.steps, self._config.run.checkpoint_every_steps
-        self._producer, learner_is = self._make_producer(prompts, tasks), self._learner_time.enter
-        learner_is("syncing")
-        self._meter.start(self.version)
-        await self._publish(admit=lambda: self._admit([]))
-        while self.version < steps:
-            learner_is("starved")
-            batch = await self.queue.take(self.version)
-            async with self._weights:
-                learner_is("busy")
-                await self._finished(self._step(batch))
-                learner_is("blocked")
-                await self._followers.follow(self.version)
-                learner_is("syncing")
-                publishing = self.publisher.publish(
-                    self.version, admit=lambda batch=batch: self._admit(batch)
-                )
-                syncing = bounded(
-                    self.progress.ledger.sync(), self._config.timeout.step_s, "ledger, fsync"
-                )
-                gap, _ = await asyncio.gather(publishing, syncing)
-            learner_is("blocked")
-            self._say(gap)
-            self.held_out.trained(self.version, tasks)
-            if every and self.version % every == 0:
-                await self._finished(self.save())
-        await self._finished(self.save())
-
-    async def _step(self, batch: list[Ready]) -> None:
-        async with self._learner_time.call("step", tuple(ready.prompt.id for ready in batch)):
-            result = await self._learner.step(batch)
+    async def _step(self, batch: list[ScoredGroup]) -> None:
+        ids = tuple(group.prompt.id for group in batch)
+        result = await self._learner.call(Learner.step, batch, of=ids)
         self.version = result.version
         self.progress.trained(self.version, batch)
         self._unsaid = result, batch
 
-    def _say(self, gap: float | None = None) -> None:
-        """The row of the last step."""
+    async def _publish(self, trained: list[ScoredGroup]) -> float | None:
+        """Bring the generators to the live version and give the slots of the groups that were
+        `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
+        was measured."""
+        publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
+        step_s = self._config.timeout.step_s
+        writing = bounded(self.progress.ledger.sync(), step_s, "ledger, fsync")
+        gap, _ = await asyncio.gather(publishing, writing)
+        return gap
+
+    def _admit(self, trained: list[ScoredGroup]) -> None:
+        assert self._admission
+        for group in trained:
+            self._slots.give_back(group.ticket)
+        self._admission.fill()
+        if not self._admission.needed:  # generators without a request have nothing to come
+            self.pools.generators.idles("starved")
+
+    def _dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
+        assert self._admission
+        self._admission.dropped(ticket, prompt, cause)
+
+    def _report(self, gap: float | None = None) -> None:
+        """Write the row of the last step."""
+        assert self._unsaid
         (result, batch), self._unsaid = self._unsaid, None
+        from_teacher = (
+            self._teacher_sampling.row(self.version, batch, self.queue.dropped)
+            if self._teacher_sampling
+            else {}
+        )
         self._meter.record(result.recorded)
         self._meter.step(
             result.version,
             self._config.run.steps,
             result.metrics,
-            **self._told(batch),
+            **_verdicts(batch),
+            **from_teacher,
             parity_gap=gap,
             queue_ready=len(self.queue),
-            queue_outstanding=self._slots.count - self._slots.free,
+            queue_outstanding=self._slots.outstanding,
             queue_slots=self._slots.count,
             dropped=self.queue.dropped.total(),
             **self.held_out.row(),
@@ -200,23 +205,20 @@ class _Loop:
         await asyncio.shield(self._at_work)
 
     async def interrupted(self) -> None:
-        """A checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing of its
-        own."""
-        if self._producer is None:
+        """Save a checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing
+        of its own."""
+        if self._admission is None:
             return  # nothing has been trained, or it is not restored yet
         try:
             async with asyncio.timeout(INTERRUPT_S):
                 if self._at_work:
                     await asyncio.shield(self._at_work)
                 if self._unsaid:
-                    self._say()
+                    self._report()
                 await self._finished(self.save())
         except TimeoutError:
-            self._tell(
-                "not saved",
-                "checkpoint",
-                f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s",
-            )
+            why = f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s"
+            self._tell("not saved", "checkpoint", why)
         except AsyncOpdError as e:
             self._tell("not saved", "checkpoint", f"{e}")
 
@@ -226,104 +228,70 @@ class _Loop:
         if self._at_work:
             await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
 
-    async def restore(self, found: Checkpoint) -> Iterator[Prompt]:
+    async def _restore(self, checkpoint: Checkpoint) -> Iterator[Prompt]:
         """Be where the run was at that checkpoint; returns its prompts from there on."""
-        needed = (self._config.run.steps - found.state.version) * self._config.groups_per_step
-        prompts, counters = await self.progress.restore(found, needed), found.state.counters
-        self.version, self.held_out.before = found.state.version, Accuracy(*counters["before"])
-        self.queue.dropped.update(counters["dropped"])
+        state = checkpoint.state
+        needed = (self._config.run.steps - state.version) * self._config.groups_per_step
+        prompts = await self.progress.restore(checkpoint, needed)
+        self.version = state.version
+        self.held_out.before = Accuracy(*state.counters["before"])
+        self.queue.dropped.update(state.counters["dropped"])
         return prompts
 
     async def save(self) -> None:
-        """A checkpoint of the live version, which is in the books. The learner can do nothing else
-        meanwhile."""
-        before = astuple(self.held_out.before)
-        async with self._weights, self._learner_time.call("checkpoint", self.version):
-            await self.progress.save(
-                self.version, {"before": before, "dropped": dict(self.queue.dropped)}
-            )
-
-    async def _publish(
-        self, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()
-    ) -> None:
+        """Save a checkpoint of the live version, which is in the books. The learner can do nothing
+        else meanwhile."""
+        counters = {"before": astuple(self.held_out.before), "dropped": dict(self.queue.dropped)}
         async with self._weights:
-            await self.publisher.publish(self.version, admit, newcomers)
+            with self._learner.held("blocked"):
+                await self.progress.save(self.version, counters)
 
-    async def _welcome(self, seat: Seat[Generator]) -> None:
+    async def _welcome(self, newcomer: Replica[Generator]) -> None:
         """Bring a generator into the weight group, to the live version and through the probe.
         Raises ActorLost where that cannot be; the others then run on without it."""
+
+        async def publish(newcomers: Sequence[Replica[Generator]] = ()) -> None:
+            async with self._weights:
+                await self._publisher.publish(self.version, lambda: None, newcomers)
+
         try:
-            await self._publish(admit=lambda: None, newcomers=[seat])
+            await publish([newcomer])
         except (SyncFailed, ParityError) as e:
-            seat.leave(str(e))
-            await self._publish(admit=lambda: None)
-        if seat.lost:
-            raise ActorLost(seat.lost)
+            newcomer.leave(str(e))
+            await publish()
+        if newcomer.lost:
+            raise ActorLost(newcomer.lost)
 
-    def _admit(self, trained: list[Ready]) -> None:
-        """Give the slots of the groups that were `trained` to the next prompts."""
-        for ready in trained:
-            self._slots.give_back(ready.ticket)
-        self._producer.fill()
-        if not self._producer.needed:
-            self.crew.no_prompt_is_left()
+    def summary(self) -> Row:
+        """Counts of the whole run, for `summary.json`."""
+        dropped = self.queue.dropped
+        scored = sum(count for cause, count in dropped.items() if cause not in CAUSES)
+        sampled = self._teacher_sampling.counts(dropped) if self._teacher_sampling else {}
+        return {
+            "scored_dropped": scored,
+            **{f"dropped_{cause}": count for cause, count in dropped.items()},
+            **sampled,
+            **{f"{pool.name}_lost": pool.lost for pool in self.pools if pool.lost},
+        }
 
-    def _outstanding(self) -> str:
+    def _where(self) -> str:
         """How many groups there are, and the calls that are out for them."""
-        calls = (
-            f"{sum(seat.port.out for seat in pool.serving)} with {pool.name}" for pool in self.crew
-        )
-        return (
-            f"{self._slots.count - self._slots.free} of at most {self._slots.count},"
-            f" {', '.join(calls)}"
-        )
-
-    def _told(self, batch: list[Ready]) -> Row:
-        """What a row says of the step's groups."""
-        taught = self.taught.row(self.version, batch, self.queue.dropped) if self.taught else {}
-        return _verdicts(batch) | taught
-
-    def _make_taught(self) -> Taught:
-        sampling = self._config.teacher_sampling
-        return Taught(
-            share=sampling.share,
-            weight=sampling.weight,
-            generators=self.crew.teacher_generators,
-            version=lambda: self.version,
-            keeps_truncated=self._config.rollout.truncated == "train",
-            outstanding=lambda: self._slots.count - self._slots.free,
-        )
-
-    def _make_producer(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Producer:
-        return Producer(
-            prompts=prompts,
-            needed=(self._config.run.steps - self.version) * self._config.groups_per_step,
-            samples=self._config.rollout.samples_per_prompt,
-            generators=self.crew.generators,
-            teachers=self.crew.teachers,
-            references=self.crew.references,
-            verifier=self.crew.verifier,
-            slots=self._slots,
-            queue=self.queue,
-            tasks=tasks,
-            max_attempts=self._config.run.max_attempts,
-            drop_truncated=self._config.rollout.truncated == "drop",
-            count_tokens=self._meter.count,
-            ledger=self.progress.ledger,
-            taught=self.taught,
-        )
+        calls = ", ".join(f"{pool.out} with {pool.name}" for pool in self.pools)
+        return f"{self._slots.outstanding} of at most {self._slots.count}, {calls}"
 
 
-def _followers(config: Config, learner: Learner, crew: Crew, run_dir: Path) -> Followers:
-    due: dict[int, list[Pool[Teacher]]] = {}
+def _by_interval(config: Config, pools: Pools) -> dict[int, list[ReplicaPool[Teacher]]]:
+    """The self-teachers by the number of steps between two of their updates."""
+    moving: dict[int, list[ReplicaPool[Teacher]]] = {}
     for name, teacher in config.named_teachers.items():
         if teacher.update != "frozen":
-            due.setdefault(teacher.update_every_steps, []).append(crew.teachers[name])
-    return Followers(learner, due, str(run_dir.resolve() / SELF_TEACHER))
+            moving.setdefault(teacher.update_every_steps, []).append(pools.teachers[name])
+    return moving
 
 
-def _verdicts(batch: list[Ready]) -> dict[str, float | int | None]:
-    """Of the student's own rollouts: the teacher's are right, or they would not be here."""
-    verdicts = [v.correct for ready in batch if not ready.prompt.taught for v in ready.verdicts]
-    known, unknown = [correct for correct in verdicts if correct is not None], verdicts.count(None)
-    return {"accuracy": sum(known) / len(known) if known else None, "verdicts_unknown": unknown}
+def _verdicts(batch: list[ScoredGroup]) -> dict[str, float | int | None]:
+    """What a row says of the verdicts on the student's own rollouts."""
+    verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
+    known = [correct for correct in verdicts if correct is not None]
+    accuracy = sum(known) / len(known) if known else None
+    return {"accuracy": accuracy, "verdicts_unknown": len(verdicts) - len(known)}

@@ -2,25 +2,30 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
 from async_opd.core.aio import retrieved
 from async_opd.core.errors import ActorLost, ParityError, SyncFailed, TimedOut
 from async_opd.core.ports import Generator, Learner
-from async_opd.driver.replica_pool import Pool, Seat
+from async_opd.core.wire import Ints, Rollout, WeightLayout
+from async_opd.driver.replica import Replica
+from async_opd.driver.replica_pool import ReplicaPool
 
 MAX_BROADCASTS = 3  # of one version that fail though nobody is lost
+Probe = asyncio.Task[tuple[Ints, Rollout]]
 
 
-class Publisher:
+class WeightPublisher:
     """One weight group over all generators, formed anew whenever its members change. An update
     reaches every member that lives, or fails by name."""
 
     def __init__(
         self,
-        learner: Learner,
-        generators: Pool[Generator],
+        learner: Replica[Learner],
+        generators: ReplicaPool[Generator],
         *,
         parity_every: int,
         tolerance: float,
@@ -32,10 +37,15 @@ class Publisher:
         self._parity_every = parity_every
         self._tolerance = tolerance
         self._max_age = max_age
-        self._group: list[Seat[Generator]] = []
+        self._group: list[Replica[Generator]] = []
+        self._layout = WeightLayout((), (), ())
+        self._begun: dict[int, int] = {}  # calls of each generator before its last update ended
 
     async def publish(
-        self, version: int, admit: Callable[[], None], newcomers: Sequence[Seat[Generator]] = ()
+        self,
+        version: int,
+        admit: Callable[[], None],
+        newcomers: Sequence[Replica[Generator]] = (),
     ) -> float | None:
         """Load `version` into every paused generator, call `admit` (it hands out the freed slots),
         let them run on.
@@ -46,96 +56,113 @@ class Publisher:
         retired, and the update repeated without it. Raises SyncFailed when those that live did not
         take the update (they then stay paused), ParityError when a gap is above the tolerance.
         """
-        members = await self._updated(version, newcomers)
-        admit()
-        probing = version % self._parity_every == 0
-        probed = members if probing else [seat for seat in members if seat in newcomers]
-        probes = [
-            (seat, retrieved(asyncio.ensure_future(seat.hold(seat.port.probe()))))
-            for seat in probed
-        ]
-        await asyncio.sleep(0)  # requests and probes are submitted by tasks that have not run yet
-        resumed = [seat.hold(seat.port.resume()) for seat in members]
-        self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
-        gaps = [await self._gap(version, seat, probe) for seat, probe in probes]
+        with ExitStack() as syncing:
+            syncing.enter_context(self._learner.held("syncing"))
+            for member in (*self._pool.serving, *newcomers):
+                syncing.enter_context(member.held("syncing"))
+            members = await self._updated(version, newcomers)
+            admit()
+            probing = version % self._parity_every == 0
+            probed = members if probing else [each for each in members if each in newcomers]
+            probes = [
+                (each, retrieved(asyncio.create_task(each.call(Generator.probe))))
+                for each in probed
+            ]
+            # requests and probes are submitted by tasks that have not run yet
+            await asyncio.sleep(0)
+            resumed = [
+                each.call(Generator.resume, each.begun - self._begun[each.index])
+                for each in members
+            ]
+            self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
+        with self._learner.held("syncing"):
+            gaps = [await self._gap(version, each, probe) for each, probe in probes]
         return max((gap for gap in gaps if gap is not None), default=None)
 
     async def _updated(
-        self, version: int, newcomers: Sequence[Seat[Generator]]
-    ) -> list[Seat[Generator]]:
+        self, version: int, newcomers: Sequence[Replica[Generator]]
+    ) -> list[Replica[Generator]]:
         """The members that hold `version`, paused."""
         oldest = 0 if self._max_age is None else max(version - self._max_age, 0)
         failures = 0
         while True:
-            members = [seat for seat in (*self._pool.serving, *newcomers) if not seat.lost]
-            members.sort(key=lambda seat: seat.index)
+            members = [each for each in (*self._pool.serving, *newcomers) if not each.lost]
+            members.sort(key=lambda each: each.index)
             try:
                 if members != self._group:
                     await self._connect(members)
                 if members:
-                    updates = [
-                        seat.port.update(version, self._update_info, oldest) for seat in members
-                    ]
-                    await self._collectively(members, updates, self._learner.send_weights())
+                    updates = [self._update(each, version, oldest) for each in members]
+                    sending = self._learner.call(Learner.send_weights, of=version)
+                    await self._collectively(members, updates, sending)
                 return members
             except SyncFailed:
                 self._group = []  # what is left of it is of no more use
-                failures += not any(seat.lost for seat in members)
+                failures += not any(each.lost for each in members)
                 if failures == MAX_BROADCASTS:
                     raise
 
-    async def _connect(self, members: list[Seat[Generator]]) -> None:
+    async def _update(self, member: Replica[Generator], version: int, oldest: int) -> None:
+        try:
+            await member.call(Generator.update, version, self._layout, oldest, of=version)
+        finally:
+            self._begun[member.index] = member.begun
+
+    async def _connect(self, members: list[Replica[Generator]]) -> None:
         """Form a group: the learner listens, all members join."""
         self._group = []
         if members:
-            infos = await self._learner.open_group(len(members))
+            groups = await self._learner.call(Learner.open_group, len(members))
             joining = [
-                seat.port.join_group(info) for seat, info in zip(members, infos, strict=True)
+                each.call(Generator.join_group, group)
+                for each, group in zip(members, groups, strict=True)
             ]
-            await self._collectively(members, joining, self._learner.join_group(len(members)))
-            self._update_info = await self._learner.update_info()
+            forming = self._learner.call(Learner.join_group, len(members))
+            await self._collectively(members, joining, forming)
+            self._layout = await self._learner.call(Learner.weight_layout)
         self._group = members
 
     async def _collectively(
-        self, members: Sequence[Seat[Generator]], theirs: list[Coroutine], own: Coroutine
+        self,
+        members: Sequence[Replica[Generator]],
+        theirs: Sequence[Coroutine[Any, Any, None]],
+        own: Coroutine[Any, Any, None],
     ) -> None:
         """What all members and the learner do with one another; waits for all. Raises SyncFailed
         where one failed."""
-        error, *found = await asyncio.gather(
-            own, *map(Seat.hold, members, theirs), return_exceptions=True
-        )
+        error, *outcomes = await asyncio.gather(own, *theirs, return_exceptions=True)
         if isinstance(error, BaseException) and not isinstance(error, SyncFailed):
             raise error
-        failures = [*self._failed(members, found), *([error] if error else [])]
+        failures = [*self._failed(members, outcomes), *([error] if error else [])]
         if failures:
             raise SyncFailed(f"{failures[0]}") from failures[0]
 
-    def _failed(self, members: Sequence[Seat[Generator]], found: list) -> list[BaseException]:
-        """The errors among what was `found` of `members`, of whom the lost are retired. Raises what
+    def _failed(
+        self, members: Sequence[Replica[Generator]], outcomes: Sequence[BaseException | None]
+    ) -> list[BaseException]:
+        """The errors among the `outcomes` of `members`, of whom the lost are retired. Raises what
         is no loss."""
-        failures = [
-            (seat, error) for seat, error in zip(members, found, strict=True) if error is not None
-        ]
-        for seat, error in failures:
+        errors: list[BaseException] = []
+        for each, error in zip(members, outcomes, strict=True):
             if isinstance(error, ActorLost | TimedOut):
-                self._pool.retire(seat, str(error))
-            elif not isinstance(error, SyncFailed):
+                self._pool.retire(each, str(error))
+            elif error and not isinstance(error, SyncFailed):
                 raise error
-        return [error for _, error in failures]
+            if error:
+                errors.append(error)
+        return errors
 
-    async def _gap(
-        self, version: int, seat: Seat[Generator], probe: asyncio.Future
-    ) -> float | None:
+    async def _gap(self, version: int, member: Replica[Generator], probe: Probe) -> float | None:
         try:
             prompt_ids, rollout = await probe
         except (ActorLost, TimedOut) as e:
-            self._pool.retire(seat, str(e))
+            self._pool.retire(member, str(e))
             return None
         if {span.version for span in rollout.spans} != {version}:
             raise ParityError(
                 f"{rollout.id}: sampled under {rollout.spans}, expected version {version}"
             )
-        learner_logp = await self._learner.logprobs(prompt_ids, rollout.ids)
+        learner_logp = await self._learner.call(Learner.logprobs, prompt_ids, rollout.ids)
         gap = float(np.abs(learner_logp - rollout.behaviour_logp).max())
         if not gap <= self._tolerance:
             raise ParityError(

@@ -11,8 +11,8 @@ import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import longest_prompt, section
-from async_opd.core.errors import DataError
+from async_opd.config.teacher_rules import longest_prompt, teacher_section
+from async_opd.core.errors import DataError, first_line
 from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -81,7 +81,7 @@ def views(config: Config) -> dict[str, TeacherView]:
         name: TeacherView(
             template_args=teacher.template_args,
             context=teacher.context,
-            longest=longest_prompt(section(name), teacher, config.data),
+            longest=longest_prompt(teacher_section(name), teacher, config.data),
         )
         for name, teacher in config.named_teachers.items()
     }
@@ -103,7 +103,7 @@ def _load(key: str, kind: type, model: str, trust_remote_code: bool):
     try:
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
-        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+        raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
 
 def check_epochs(config: Config, prompts: PromptSource) -> None:

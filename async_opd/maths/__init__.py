@@ -4,19 +4,6 @@ Shape suffixes: `N` response tokens of a packed micro-batch, `K` candidates a po
 vocabulary, `D` hidden width, `S` trajectories, `L` packed tokens (prompts too). Log-probs are in
 nats.
 
-`maths.importance` and its siblings are imported when first touched: checking a config must not wait
-for torch.
+What an objective is made of imports torch where a function calls it, not at the top, as checking a
+config must not wait for it; `lag`, `packing` and `schedules` do without.
 """
-
-from importlib import import_module
-from types import ModuleType
-
-
-def __getattr__(name: str) -> ModuleType:
-    module = f"{__name__}.{name}"
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as e:
-        if e.name != module:  # what the module itself needs, such as torch
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from e

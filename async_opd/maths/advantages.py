@@ -1,9 +1,11 @@
 """What a token or a trajectory is worth. Positive: to be made likelier. Unknown rewards are NaN."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STD_FLOOR = 1e-6  # added to a standard deviation that is divided by
 
@@ -27,7 +29,10 @@ def extrapolated(
     tensor([0.6000])
     """
     advantage = reverse_kl(student_logp, teacher_logp)
-    return advantage if lam == 1 else advantage + (lam - 1) * (teacher_logp - reference_logp)
+    if lam == 1:
+        return advantage
+    assert reference_logp is not None
+    return advantage + (lam - 1) * (teacher_logp - reference_logp)
 
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
@@ -43,9 +48,9 @@ def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     known_SG = ~group_reward_SG.isnan()
     count_S = known_SG.sum(1).clamp(min=1)
     mean_S = group_reward_SG.nan_to_num(0).sum(1) / count_S
-    apart_SG = torch.where(known_SG, group_reward_SG - mean_S[:, None], 0)
+    apart_SG = (group_reward_SG - mean_S[:, None]).where(known_SG, 0)
     std_S = (apart_SG.square().sum(1) / count_S).sqrt()
-    return torch.where(reward_S.isnan(), 0, (reward_S - mean_S) / (std_S + STD_FLOOR))
+    return ((reward_S - mean_S) / (std_S + STD_FLOOR)).where(~reward_S.isnan(), 0)
 
 
 def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: float) -> Tensor:
@@ -60,27 +65,27 @@ def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: fl
 
 
 class Moments(NamedTuple):
-    """Count, mean and Σ(x - mean)² of all values so far (Welford)."""
+    """Number, mean and Σ(x - mean)² of all values so far (Welford)."""
 
-    count: float = 0.0
+    number: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
-    def with_sums(self, count: float, total: float, squares: float) -> "Moments":
+    def with_sums(self, count: float, total: float, squares: float) -> Moments:
         """After `count` more values of sum `total` and sum of squares `squares` (Chan's merge).
 
         >>> Moments().with_sums(2, 4.0, 10.0).with_sums(1, 5.0, 25.0)  # 1, 3, then 5
-        Moments(count=3.0, mean=3.0, squares=8.0)
+        Moments(number=3.0, mean=3.0, squares=8.0)
         """
         if not count:
             return self
-        both, mean = self.count + count, total / count
+        both, mean = self.number + count, total / count
         apart = mean - self.mean
-        own = max(squares - total * mean, 0.0)
+        within = max(squares - total * mean, 0.0)
         return Moments(
             both,
             self.mean + apart * count / both,
-            self.squares + own + apart * apart * self.count * count / both,
+            self.squares + within + apart * apart * self.number * count / both,
         )
 
     @property
@@ -90,7 +95,7 @@ class Moments(NamedTuple):
         >>> Moments(2, 2.0, 2.0).std
         1.0
         """
-        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return (self.squares / self.number) ** 0.5 if self.number else 0.0
 
 
 def whitened(

@@ -1,8 +1,12 @@
 """Divergences between student and teacher over K candidates a position plus one bucket for the
 rest."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def outcomes(logp_NK: Tensor, tail_N: Tensor | None, *, rest: str) -> Tensor:
@@ -16,6 +20,9 @@ def outcomes(logp_NK: Tensor, tail_N: Tensor | None, *, rest: str) -> Tensor:
     tensor([[0.6667, 0.3333]])
     """
     if rest == "bucket":
+        import torch
+
+        assert tail_N is not None
         return torch.cat([logp_NK, tail_N[:, None]], dim=-1)
     return logp_NK.log_softmax(-1) if rest == "renormalise" else logp_NK
 
@@ -37,6 +44,6 @@ def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     >>> round(jensen_shannon(one, other, beta=0.5).item(), 3)
     0.693
     """
-    beta = torch.as_tensor(beta, dtype=student.dtype, device=student.device)
-    mixed = torch.logaddexp(teacher + beta.log(), student + torch.log1p(-beta))
-    return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)
+    share = student.new_tensor(beta)
+    mixed = (teacher + share.log()).logaddexp(student + (-share).log1p())
+    return share * kl(teacher, mixed) + (1 - share) * kl(student, mixed)

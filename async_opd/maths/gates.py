@@ -1,10 +1,17 @@
 """Weights of tokens by what student and teacher say of them. All are detached by their callers'
 inputs."""
 
-import torch
-from torch import Tensor
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from async_opd.maths import segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def agreement(trust_N: Tensor, advantage_N: Tensor) -> Tensor:
@@ -78,9 +85,7 @@ def drift(
     """
     place_N = segments.places(segment_N)
     longest = int(place_N.max()) + 1 if len(place_N) else 1
-    _, block_N = torch.unique_consecutive(
-        segment_N * longest + place_N // block, return_inverse=True
-    )
+    block_N = (segment_N * longest + place_N // block).unique_consecutive(return_inverse=True)[1]
     blocks = int(block_N[-1]) + 1 if len(block_N) else 0
     total = segments.sums(student_logp_N - behaviour_logp_N, block_N, blocks)
     return (-tau * (total / segments.lengths(block_N, blocks)).abs()).exp()[block_N]

@@ -3,10 +3,14 @@
 Log-ratios are clamped to ±20 nats, as the G-OPD code does (arXiv:2602.12125).
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from async_opd.maths import segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0  # nats; e^20 is already far outside any bound, and fp32 stays finite
 
@@ -69,10 +73,12 @@ def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Te
     return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
 
 
-def bounded(ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None) -> Tensor:
+def truncate(
+    ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None
+) -> Tensor:
     """min(ρ, c), then ρ · 1[a ≤ ρ ≤ b], each where it is given. Any shape.
 
-    >>> bounded(torch.tensor([0.1, 1.0, 3.0]), at_most=2.0, between=(0.5, 5.0))
+    >>> truncate(torch.tensor([0.1, 1.0, 3.0]), at_most=2.0, between=(0.5, 5.0))
     tensor([0., 1., 2.])
     """
     inside = 1.0 if between is None else (ratio >= between[0]) & (ratio <= between[1])
@@ -91,7 +97,7 @@ def clipped(ratio: Tensor, advantage: Tensor, *, clip: float, dual_clip: float |
     tensor([1.2000, 1.5000, 3.0000])
     """
     worse = ratio.clamp(min=1 - clip, max=dual_clip)
-    return torch.where(advantage >= 0, ratio.clamp(max=1 + clip), worse)
+    return ratio.clamp(max=1 + clip).where(advantage >= 0, worse)
 
 
 def effective_sample_size(total: float, squares: float, count: float) -> float:

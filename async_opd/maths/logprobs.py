@@ -5,15 +5,18 @@ is never held.
 `I` the sampled id and, behind it, the candidates of a position.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# of the vocabulary; with some hundred rows the block stays in a CPU's cache over all its passes
-BLOCK_IDS = 4096
+from async_opd.maths.blocks import BLOCK_IDS
+
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
 
@@ -46,13 +49,19 @@ class Read(NamedTuple):
     hidden_ND: Tensor | None = None  # what it was read from, detached, where the caller adds it
 
 
-class _Asked(NamedTuple):
-    temperature: float
-    chunk_rows: int
-    entropy: bool
-    topk: int
-    topk_below: int
-    tail: bool
+class ReadOptions(NamedTuple):
+    """What is read besides the log-probs of given ids, and how.
+
+    `topk` picks among ids below `topk_below` (a padded vocabulary is never a candidate), normalised
+    over all of V.
+    """
+
+    temperature: float  # that logits are divided by
+    chunk_rows: int  # positions that are read at a time
+    entropy: bool = False
+    topk: int = 0  # K: the likeliest ids with their log-probs
+    topk_below: int | None = None  # None: V
+    tail: bool = False  # log-mass of all ids but the candidates, or where none are given the topk
 
 
 class _Rows(NamedTuple):
@@ -71,14 +80,9 @@ def read_logprobs(
     hidden_ND: Tensor,
     head: Head,
     ids_N: Tensor,
+    options: ReadOptions,
     *,
-    temperature: float,
-    chunk_rows: int,
-    entropy: bool = False,
     candidate_ids_NK: Tensor | None = None,
-    topk: int = 0,
-    topk_below: int | None = None,
-    tail: bool = False,
 ) -> Read:
     """Read log-probs of softmax(head(h) / temperature) for N positions, `chunk_rows` at a time.
 
@@ -86,35 +90,40 @@ def read_logprobs(
     tail = log Σ_v exp(logp_v) over the v that are no candidates
 
     The backward pass computes each block of logits again, so at most two of [chunk_rows, BLOCK_IDS]
-    live at once, or three where it takes the gradient of both entropy and tail. `topk` picks among
-    ids below `topk_below` (a padded vocabulary is never a candidate), normalised over all of V.
-    `tail` is what `candidate_ids_NK` leave, or where none are given what the topk leave, without
-    gradient. It is summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is
-    small. It is NOTHING where the candidates are all of V. The log-prob of an id beyond the head's
-    is NaN.
+    live at once, or three where it takes the gradient of both entropy and tail. `tail` is what
+    `candidate_ids_NK` leave, or where none are given what the topk leave, without gradient. It is
+    summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small. It is NOTHING
+    where the candidates are all of V. The log-prob of an id beyond the head's is NaN.
 
     >>> eye, sampled = torch.eye(2) * 0.6931472, torch.tensor([0, 0])
-    >>> read_logprobs(eye, Head(torch.eye(2)), sampled, temperature=1.0, chunk_rows=1).sampled_N
+    >>> read_logprobs(eye, Head(torch.eye(2)), sampled, ReadOptions(1.0, chunk_rows=1)).sampled_N
     tensor([-0.4055, -1.0986])
     """
-    below = len(head.weight_VD) if topk_below is None else topk_below
-    asked = _Asked(temperature, chunk_rows, entropy, topk, below, tail)
-    return Read(*_ReadLogprobs.apply(hidden_ND, *head, ids_N, candidate_ids_NK, asked))
+    return Read(*_ReadLogprobs.apply(hidden_ND, *head, ids_N, candidate_ids_NK, options))
 
 
 class _ReadLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, cap, ids_N, candidate_ids_NK, asked):
+    def forward(
+        ctx: Any,  # torch's own type has neither saved_tensors nor what is kept on it
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        cap: float | None,
+        ids_N: Tensor,
+        candidate_ids_NK: Tensor | None,
+        options: ReadOptions,
+    ) -> tuple[Tensor | None, ...]:
         head = Head(weight_VD, bias_V, cap)
         given_NI = ids_N[:, None]
         if candidate_ids_NK is not None:
             given_NI = torch.cat([given_NI, candidate_ids_NK], 1)
         chunks = [
-            _read_rows(head, hidden_ND[rows], given_NI[rows], asked)
-            for rows in _slices(len(hidden_ND), asked.chunk_rows)
+            _read_rows(head, hidden_ND[rows], given_NI[rows], options)
+            for rows in _slices(len(hidden_ND), options.chunk_rows)
         ]
         columns = zip(*chunks, strict=True)
-        read = _Rows(*(None if column[0] is None else torch.cat(column) for column in columns))
+        read = _Rows._make(None if part[0] is None else torch.cat(part) for part in columns)
         ctx.save_for_backward(
             hidden_ND,
             weight_VD,
@@ -125,9 +134,9 @@ class _ReadLogprobs(torch.autograd.Function):
             read.entropy_R,
             read.tail_z_R,
         )
-        ctx.cap, ctx.asked = cap, asked
+        ctx.cap, ctx.options = cap, options
         tail_N = None
-        if asked.tail:
+        if read.tail_z_R is not None:
             tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)
             tail_N.masked_fill_(tail_N.isneginf(), NOTHING)
         without = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
@@ -138,48 +147,56 @@ class _ReadLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, sampled_grad_N, entropy_grad_N, candidates_grad_NK, _ids, _topk, tail_grad_N):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a gradient an output
+        ctx: Any,
+        sampled_grad_N: Tensor,
+        entropy_grad_N: Tensor,
+        candidates_grad_NK: Tensor | None,
+        _ids: None,
+        _topk: None,
+        tail_grad_N: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
             ctx.saved_tensors
         )
-        head, temperature = Head(weight_VD, bias_V, ctx.cap), ctx.asked.temperature
+        head = Head(weight_VD, bias_V, ctx.cap)
         grad_NI = sampled_grad_N[:, None]
         if candidates_grad_NK is not None:
             grad_NI = torch.cat([grad_NI, candidates_grad_NK], 1)
-        tail = ctx.asked.tail and candidates_grad_NK is not None
+        tail = ctx.options.tail and candidates_grad_NK is not None
         if tail:
             nothing_N = tail_z_N.isneginf()
             tail_z_N = tail_z_N.masked_fill(nothing_N, 0)
             tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
         hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
-        for rows in _slices(len(hidden_ND), ctx.asked.chunk_rows):
+        tail_RB = None
+        for rows in _slices(len(hidden_ND), ctx.options.chunk_rows):
             outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
             if tail:
                 outer_R = outer_R + tail_grad_N[rows, None]
             for ids in _slices(len(weight_VD), BLOCK_IDS):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
-                z_RB.div_(temperature)
+                z_RB.div_(ctx.options.temperature)
                 at_RI, inside_RI = _inside(given_NI[rows], ids)
                 if tail:  # of the tail: its own softmax, and - p below
                     tail_RB = _without(z_RB, at_RI[:, 1:], inside_RI[:, 1:])
                     tail_RB.sub_(tail_z_N[rows, None]).exp_().mul_(tail_grad_N[rows, None])
                 z_RB.sub_(largest_N[rows, None])
-                if entropy_N is None:
-                    # of given ids: onehots - p, the onehots below
+                if entropy_N is None:  # of given ids: onehots - p, the onehots below
                     grad_RB = z_RB.exp_().mul_(-outer_R / total_R)
                 else:  # and of the entropy: -p (logp + H)
                     entropy_grad_R = entropy_grad_N[rows, None]
                     rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_R
                     scale_RB = (z_RB * entropy_grad_R).add_(rest_R)
                     grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_R)
-                if tail:
+                if tail_RB is not None:
                     grad_RB.add_(tail_RB)
                 grad_RB.scatter_add_(1, at_RI, grad_NI[rows] * inside_RI)
                 if slope_RB is not None:
                     grad_RB.mul_(slope_RB)
-                grad_RB = grad_RB.div_(temperature).to(weight_VD.dtype)
+                grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
                 hidden_grad_ND[rows].addmm_(grad_RB, weight_VD[ids])
                 weight_grad_VD[ids].addmm_(grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
@@ -187,73 +204,67 @@ class _ReadLogprobs(torch.autograd.Function):
         return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 4
 
 
-def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, asked: _Asked) -> _Rows:
+def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOptions) -> _Rows:
     """One pass over the vocabulary, block by block."""
-    # of exp(z - largest), and of (z - largest) · exp(z - largest)
-    largest_R = total_R = moment_R = None
-    given_z_RI = torch.nan
-    tails = []  # log Σ exp z of parts of it
+    vocabulary, wide = len(head.weight_VD), torch.float32  # or wider, as the logits are
+    below = vocabulary if options.topk_below is None else options.topk_below
+    largest_R = hidden_RD.new_full(given_RI.shape[:1], torch.finfo(wide).min, dtype=wide)
+    total_R = torch.zeros_like(largest_R)  # of exp(z - largest)
+    moment_R = torch.zeros_like(largest_R)  # of (z - largest) · exp(z - largest)
+    given_z_RI = hidden_RD.new_full(given_RI.shape, torch.nan, dtype=wide)
+    tails: list[Tensor] = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
     top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
-    for ids in _slices(len(head.weight_VD), BLOCK_IDS):
-        z_RB = head.logits(hidden_RD, ids).div_(asked.temperature)
+    for ids in _slices(vocabulary, BLOCK_IDS):
+        z_RB = head.logits(hidden_RD, ids).div_(options.temperature)
         at_RI, inside_RI = _inside(given_RI, ids)
         given_z_RI = torch.where(inside_RI, z_RB.gather(1, at_RI), given_z_RI)
         taken_RK = at_RI[:, 1:], inside_RI[:, 1:]
-        if asked.topk and ids.start < asked.topk_below:
-            best = _largest(z_RB[:, : asked.topk_below - ids.start], asked.topk)
+        if options.topk and ids.start < below:
+            best = _largest(z_RB[:, : below - ids.start], options.topk)
             both_RK = torch.cat([top_RK, best.values], 1)
-            kept = _largest(both_RK, asked.topk)
+            kept = _largest(both_RK, options.topk)
             top_RK = kept.values
-            top_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1).gather(
-                1, kept.indices
-            )
-            if asked.tail and given_RI.shape[1] == 1:  # no candidates but these
+            both_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1)
+            top_ids_RK = both_ids_RK.gather(1, kept.indices)
+            if options.tail and given_RI.shape[1] == 1:  # no candidates but these
                 taken_RK = (best.indices,)
                 tails.append(_log_mass(_without(both_RK, kept.indices)))
-        if asked.tail:
+        if options.tail:
             tails.append(_log_mass(_without(z_RB, *taken_RK)))
-        block_R = z_RB.amax(1)
-        before_R, largest_R = (
-            largest_R,
-            block_R if largest_R is None else torch.maximum(largest_R, block_R),
-        )
+        before_R = largest_R
+        largest_R = torch.maximum(before_R, z_RB.amax(1))
+        shift_R = before_R - largest_R
         z_RB.sub_(largest_R[:, None])
-        p_RB = z_RB.exp() if asked.entropy else z_RB.exp_()
-        if before_R is not None:
-            shift_R = before_R - largest_R
-            if asked.entropy:
-                moment_R = shift_R.exp() * (moment_R + shift_R * total_R)
-            total_R = total_R * shift_R.exp()
-        total_R = p_RB.sum(1) if total_R is None else total_R + p_RB.sum(1)
-        if asked.entropy:
-            here_R = p_RB.mul_(z_RB).sum(1)
-            moment_R = here_R if moment_R is None else moment_R + here_R
+        p_RB = z_RB.exp() if options.entropy else z_RB.exp_()
+        if options.entropy:
+            moment_R = shift_R.exp() * (moment_R + shift_R * total_R)
+        total_R = total_R * shift_R.exp() + p_RB.sum(1)
+        if options.entropy:
+            moment_R = moment_R + p_RB.mul_(z_RB).sum(1)
     log_R = total_R.log()
     return _Rows(
         largest_R=largest_R,
         log_R=log_R,
         # in this order, which is exact for large z too
         given_logp_RI=(given_z_RI - largest_R[:, None]).sub_(log_R[:, None]),
-        entropy_R=log_R - moment_R / total_R if asked.entropy else None,
-        topk_ids_RK=top_ids_RK if asked.topk else None,
-        topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if asked.topk else None,
-        tail_z_R=torch.stack(tails, 1).logsumexp(1) if asked.tail else None,
+        entropy_R=log_R - moment_R / total_R if options.entropy else None,
+        topk_ids_RK=top_ids_RK if options.topk else None,
+        topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if options.topk else None,
+        tail_z_R=torch.stack(tails, 1).logsumexp(1) if options.tail else None,
     )
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     """Runs of `size` that cover `length`; an empty one covers nothing, so that results keep their
     shapes."""
-    return (slice(at, min(at + size, length)) for at in range(0, max(length, 1), size))
+    return (slice(i, min(i + size, length)) for i in range(0, max(length, 1), size))
 
 
 def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     """Where in `block` each id is, clamped, and whether it is there at all."""
-    at_RI = ids_RI - block.start
-    return at_RI.clamp(0, block.stop - block.start - 1), (ids_RI >= block.start) & (
-        ids_RI < block.stop
-    )
+    inside_RI = (ids_RI >= block.start) & (ids_RI < block.stop)
+    return (ids_RI - block.start).clamp(0, block.stop - block.start - 1), inside_RI
 
 
 def _largest(values: Tensor, k: int) -> torch.return_types.topk:

@@ -4,8 +4,12 @@
 and in order.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def lengths(segment_N: Tensor, segments: int) -> Tensor:
@@ -14,7 +18,7 @@ def lengths(segment_N: Tensor, segments: int) -> Tensor:
     >>> lengths(torch.tensor([0, 0, 2]), 3)
     tensor([2, 0, 1])
     """
-    return torch.bincount(segment_N, minlength=segments)
+    return segment_N.bincount(minlength=segments)
 
 
 def places(segment_N: Tensor) -> Tensor:
@@ -23,8 +27,9 @@ def places(segment_N: Tensor) -> Tensor:
     >>> places(torch.tensor([0, 0, 2, 2, 2]))
     tensor([0, 1, 0, 1, 2])
     """
-    at_N = torch.arange(len(segment_N), device=segment_N.device)
-    return at_N - _first(segment_N)
+    import torch
+
+    return torch.arange(len(segment_N), device=segment_N.device) - _first(segment_N)
 
 
 def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
@@ -33,10 +38,8 @@ def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
     >>> sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
     tensor([3., 4.])
     """
-    total_S = value_N.new_zeros(segments, dtype=torch.float64).index_add_(
-        0, segment_N, value_N.double()
-    )
-    return total_S.to(value_N.dtype)
+    wide_N = value_N.double()
+    return wide_N.new_zeros(segments).index_add_(0, segment_N, wide_N).to(value_N.dtype)
 
 
 def before(value_N: Tensor, segment_N: Tensor) -> Tensor:
@@ -59,12 +62,13 @@ def lookahead_minimum(value_N: Tensor, segment_N: Tensor, window: int) -> Tensor
     least_N = value_N.clone()
     for ahead in range(1, min(window, len(value_N) - 1) + 1):
         same = segment_N[ahead:] == segment_N[:-ahead]
-        least_N[:-ahead] = torch.where(
-            same, torch.minimum(least_N[:-ahead], value_N[ahead:]), least_N[:-ahead]
-        )
+        nearer_N = least_N[:-ahead]
+        least_N[:-ahead] = nearer_N.minimum(value_N[ahead:]).where(same, nearer_N)
     return least_N
 
 
 def _first(segment_N: Tensor) -> Tensor:
     """Index in N of the first token of each token's trajectory."""
+    import torch
+
     return torch.searchsorted(segment_N.contiguous(), segment_N.contiguous())

@@ -1,9 +1,16 @@
 """Which tokens of each trajectory are trained on."""
 
-import torch
-from torch import Tensor
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from async_opd.maths import segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDING = 1e-9  # 0.29 · 50 is a hair below 14.5 in binary, and 0.07 · 100 a hair above 7
 # decisions compared with all other tokens at once: memory is linear in the response
@@ -25,8 +32,8 @@ def largest(value_T: Tensor, how_many: int) -> Tensor:
     >>> largest(torch.tensor([1.0, 3.0, 3.0]), 1)
     tensor([False,  True, False])
     """
-    chosen_T = torch.zeros(len(value_T), dtype=torch.bool, device=value_T.device)
-    chosen_T[torch.argsort(value_T, descending=True, stable=True)[:how_many]] = True
+    chosen_T = value_T.new_zeros(len(value_T)).bool()
+    chosen_T[value_T.argsort(descending=True, stable=True)[:how_many]] = True
     return chosen_T
 
 
@@ -50,12 +57,12 @@ def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     tensor(2)
     """
     place_N = segments.places(segment_N)
-    # wraps around
-    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9
+    mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15  # wraps around, as does what follows
+    mixed_N = mixed_N + (place_N + 1) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, 0x14D049BB133111EB), (27, 0x369DEA0F31A53F85)):
         mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
-    order_N = torch.argsort(segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33, stable=True)
-    rank_N = torch.empty_like(place_N)
+    order_N = (segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33).argsort(stable=True)
+    rank_N = place_N.new_empty(len(place_N))
     rank_N[order_N] = place_N
     length_S = segments.lengths(segment_N, len(key_S))
     return rank_N < kept(length_S, share)[segment_N]
@@ -67,7 +74,8 @@ def kept(length_S: Tensor, share: float) -> Tensor:
     >>> kept(torch.tensor([8, 5, 1]), 0.2)
     tensor([2, 1, 1])
     """
-    return torch.minimum((share * length_S.double() + 0.5 + ROUNDING).long().clamp(min=1), length_S)
+    rounded_S = (share * length_S.double() + 0.5 + ROUNDING).long()
+    return rounded_S.clamp(min=1).minimum(length_S)
 
 
 def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Tensor:
@@ -83,11 +91,13 @@ def evidence_scores(hidden_TD: Tensor, gap_T: Tensor, decision_T: Tensor) -> Ten
     >>> evidence_scores(hidden, torch.tensor([0.0, 2.0, 4.0]), decisions)
     tensor([1., 0.])
     """
+    import torch
+
     unit_TD = torch.nn.functional.normalize(hidden_TD.float(), dim=1)
-    other_ED, nearest_E = unit_TD[~decision_T], None
+    other_ED = unit_TD[~decision_T]
+    nearest_E = other_ED.new_full((len(other_ED),), -torch.inf)
     for rows_RD in unit_TD[decision_T].split(SIMILARITY_ROWS):
-        cosine_E = (other_ED @ rows_RD.T).amax(1)
-        nearest_E = cosine_E if nearest_E is None else torch.maximum(nearest_E, cosine_E)
+        nearest_E = nearest_E.maximum((other_ED @ rows_RD.T).amax(1))
     return _min_max(nearest_E) * (1 + _min_max(gap_T[~decision_T]))
 
 
@@ -110,8 +120,10 @@ def decisions_and_evidence(
     >>> decisions_and_evidence(entropies, one[:, 0], one, segments, 1, p=0.5, q=0.5)
     tensor([True, True])
     """
+    import torch
+
     sizes = segments.lengths(segment_N, segments_count).tolist()
-    parts = []
+    parts: list[Tensor] = []
     for entropy_T, gap_T, hidden_TD in zip(
         *(x.split(sizes) for x in (entropy_N, gap_N, hidden_ND)), strict=True
     ):
@@ -126,4 +138,4 @@ def decisions_and_evidence(
 
 def _min_max(value_E: Tensor) -> Tensor:
     low, high = value_E.min(), value_E.max()
-    return (value_E - low) / torch.where(high > low, high - low, 1)
+    return (value_E - low) / (high - low).where(high > low, 1)

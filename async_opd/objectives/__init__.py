@@ -15,7 +15,7 @@ def all_objectives() -> dict[str, type[Objective]]:
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     return {
-        cls.__struct_config__.tag: cls
+        str(cls.__struct_config__.tag): cls
         for cls in _below(Objective)
         if cls.__module__.startswith(__name__)
     }
@@ -23,5 +23,5 @@ def all_objectives() -> dict[str, type[Objective]]:
 
 def _below(cls: type[Objective]) -> list[type[Objective]]:
     """Subclasses at any depth that have a tag of their own, as in TOML."""
-    found = [below for child in cls.__subclasses__() for below in (child, *_below(child))]
-    return [child for child in found if child.__struct_config__.tag != child.__name__]
+    below = [each for child in cls.__subclasses__() for each in (child, *_below(child))]
+    return [child for child in below if child.__struct_config__.tag != child.__name__]

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from async_opd import maths
-from async_opd.objectives.base import TokenBatch
+from async_opd.maths import segments
 from async_opd.objectives.egrsd import Egrsd
 from async_opd.objectives.modifiers import refuse_change
+from async_opd.objectives.token_batch import TokenBatch, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ClEgrsd(Egrsd, tag="cl_egrsd"):
+class ClEgrsd(Egrsd, frozen=True, tag="cl_egrsd"):
     """ω reads min H_T over [t, t + W] inside the response, over the same largest entropy as EGRSD
     (EXACT by Eq. 8; the paper's Algorithm 1 takes the largest of the minima instead). W = 0 is
     EGRSD.
@@ -25,13 +25,13 @@ class ClEgrsd(Egrsd, tag="cl_egrsd"):
 
     window: Annotated[int, Meta(ge=0)] = 3  # tokens ahead
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.gamma:
             refuse_change(self, "window", "gamma = 0")
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
         """The least entropy from the token on, [N]."""
-        return maths.segments.lookahead_minimum(
-            batch.teacher_entropy_N, batch.segment_N, self.window
+        return segments.lookahead_minimum(
+            declared(batch.teacher_entropy_N), batch.segment_N, self.window
         )

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from msgspec import Meta
-
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import TokenBatch
-from async_opd.objectives.modifiers import refuse_change
+from async_opd.maths import selection
+from async_opd.objectives.modifiers import Share, refuse_change
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Share = Annotated[float, Meta(gt=0, le=1)]
 
-
-class Dear(Sampled, tag="dear"):
+class Dear(Sampled, frozen=True, tag="dear"):
     """OPD on D ∪ E: the share p of a response where the student's entropy is largest, and the share
     q of the rest that scores highest by cosine to a decision times 1 + divergence (Eq. 1-8,
     Algorithm 1; EXACT, Eq. 2 REPAIRED: its leading sg(A) would square the advantage).
@@ -34,12 +30,12 @@ class Dear(Sampled, tag="dear"):
     q: Share = 0.2
     mean_over: Literal["tokens", "selected", "sequences"] = "selected"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.p == 1:
             refuse_change(self, "q", "p = 1")
 
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """The student's own entropy and hidden states."""
         return Needs(student_entropy=True, hidden_state=True)
 
@@ -49,10 +45,10 @@ class Dear(Sampled, tag="dear"):
 
     def selection(self, batch: TokenBatch) -> Tensor:
         """D ∪ E, bool [N]."""
-        return maths.selection.decisions_and_evidence(
-            batch.student_entropy_N.detach(),
+        return selection.decisions_and_evidence(
+            declared(batch.student_entropy_N).detach(),
             self.teacher_minus_student(batch).abs(),
-            batch.hidden_ND,
+            declared(batch.hidden_ND),
             batch.segment_N,
             batch.trajectories,
             p=self.p,

@@ -3,15 +3,15 @@ arXiv:2605.13255)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import TokenBatch
+from async_opd.maths import advantages, gates, segments
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WARMUP_STEPS, WARMUP_MEAN = 10, 0.5
 
 
-class Egrsd(Sampled, tag="egrsd"):
+class Egrsd(Sampled, frozen=True, tag="egrsd"):
     """A the trajectory's whitened reward, W = w · ω: w = clip(exp(sign(A) · (log π_T - log π)), 1 ±
     ε) the direction, ω = clip(1 - γ · H_T/max(max H_T, 1 nat), floor, 1) the teacher's certainty
     (Eq. 2-9, Algorithm 1; EXACT).
@@ -32,8 +32,13 @@ class Egrsd(Sampled, tag="egrsd"):
     loss, so `rollout.truncated = "drop"` is refused.
     """
 
-    learns_from_agreement = True
-    shown = ("direction", "certainty")
+    metrics: ClassVar = {
+        "direction": (
+            "factor",
+            "the trajectory's reward against the running mean, mean over trained tokens",
+        ),
+        "certainty": ("factor", "the gate on the teacher's entropy, mean over trained tokens"),
+    }
 
     gamma: Annotated[float, Meta(ge=0, le=1)] = 0.3
     clip: Annotated[float, Meta(gt=0, lt=1)] = 0.2
@@ -41,39 +46,39 @@ class Egrsd(Sampled, tag="egrsd"):
     # β_L: a right answer of no length is worth 1 + β_L
     length_bonus: Annotated[float, Meta(ge=0)] = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.floor <= 1 - self.gamma:
             refuse_change(
                 self, "floor", f"gamma = {self.gamma}, which leaves at least {1 - self.gamma:g}"
             )
 
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """The teacher's exact entropy and its maximum over the step, unless γ = 0; the running
         moments of rewards."""
         if not self.gamma:
             return Needs(running=("reward",))
         return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
 
-    def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """H_T."""
-        return {"teacher_entropy": batch.teacher_entropy_N} if self.gamma else {}
+        return {"teacher_entropy": declared(batch.teacher_entropy_N)} if self.gamma else {}
 
-    def episode(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def trajectory_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """The length-aware reward."""
         if not self.length_bonus:
             return {"reward": batch.reward_S}
-        length_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
+        length_S = segments.lengths(batch.segment_N, batch.trajectories)
         return {
-            "reward": maths.advantages.length_aware(
+            "reward": advantages.length_aware(
                 batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus
             )
         }
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """The trajectory's, [N]."""
-        return maths.advantages.whitened(
-            self.episode(batch)["reward"],
+        return advantages.whitened(
+            self.trajectory_statistics(batch)["reward"],
             batch.running["reward"],
             step=batch.step,
             warmup_steps=WARMUP_STEPS,
@@ -84,22 +89,22 @@ class Egrsd(Sampled, tag="egrsd"):
         """w · ω [N]."""
         return self._direction(batch) * self._certainty(batch)
 
-    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """w and ω."""
         return {"direction": self._direction(batch), "certainty": self._certainty(batch)}
 
     def gated_entropy(self, batch: TokenBatch) -> Tensor:
         """What the gate reads: H_T [N]."""
-        return batch.teacher_entropy_N
+        return declared(batch.teacher_entropy_N)
 
     def _direction(self, batch: TokenBatch) -> Tensor:
         sign_N = self.advantage(batch).sign()
-        return maths.gates.direction(self.teacher_minus_student(batch), sign_N, clip=self.clip)
+        return gates.direction(self.teacher_minus_student(batch), sign_N, clip=self.clip)
 
     def _certainty(self, batch: TokenBatch) -> Tensor:
         if not self.gamma:
             return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
         largest = batch.statistics["teacher_entropy"]
-        return maths.gates.certainty(
+        return gates.certainty(
             self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor
         )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import Terms, TokenBatch
+from async_opd.maths import divergences
 from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
+from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Eopd(Sampled, tag="eopd"):
+class Eopd(Sampled, frozen=True, tag="eopd"):
     """ℓ = ℓ_OPD + α · 1[H_T ≥ τ] · Σ_{v in top-k(π_T)} π_T(v) (log π_T(v) - log π(v)) (Eq. 10;
     EXACT (code): π_T is renormalised over the k, π is not, and ℓ_OPD of all tokens is PPO's without
     dual clip). It adds, and switches nothing off. With the rest a "bucket" instead, the added term
@@ -27,7 +27,7 @@ class Eopd(Sampled, tag="eopd"):
     live one, our default, does not go stale.
     """
 
-    shown = ("uncertain",)
+    metrics: ClassVar = {"uncertain": ("share", "of the trained tokens with the forward KL")}
 
     correction: Importance | Ppo = Ppo()
     tau: Annotated[float, Meta(ge=0)] = 0.8  # nats
@@ -36,12 +36,7 @@ class Eopd(Sampled, tag="eopd"):
     rest: Literal["bucket", "renormalise", "drop"] = "renormalise"
     prefix: PrefixRatio | None = None  # of the added term
 
-    @property
-    def learns_from_agreement(self) -> bool:
-        """Over the k alone, Σ_k π_T ∇log π is not 0."""
-        return self.rest != "bucket"
-
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """The teacher's k likeliest tokens, the tail of a bucket, and its exact entropy where τ >
         0."""
         return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
@@ -50,22 +45,28 @@ class Eopd(Sampled, tag="eopd"):
         """log π_T - log π of the sampled token, [N]."""
         return self.teacher_minus_student(batch)
 
-    def terms(self, batch: TokenBatch) -> Terms:
-        sampled = super().terms(batch)
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        """ℓ_OPD and what is added to it."""
+        sampled = super().token_loss(batch)
         plain = "drop" if self.rest == "renormalise" else self.rest
-        student = maths.divergences.outcomes(
-            batch.student_logp_NK, batch.student_tail_logp_N, rest=plain
+        student = divergences.outcomes(
+            declared(batch.student_logp_NK), batch.student_tail_logp_N, rest=plain
         )
-        teacher = maths.divergences.outcomes(
-            batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest
+        teacher = divergences.outcomes(
+            declared(batch.teacher_logp_NK), batch.teacher_tail_logp_N, rest=self.rest
         )
-        uncertain_N = self._uncertain(batch)
-        more_N = self.alpha * uncertain_N * maths.divergences.kl(teacher, student)
+        more_N = self.alpha * self._uncertain(batch) * divergences.kl(teacher, student)
         if self.prefix:
             more_N = self.prefix.factor(batch) * more_N
-        return replace(sampled, loss_N=sampled.loss_N + more_N, shown={"uncertain": uncertain_N})
+        return replace(sampled, loss_N=sampled.loss_N + more_N)
+
+    def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Where the forward KL is added."""
+        return {"uncertain": self._uncertain(batch)}
 
     def _uncertain(self, batch: TokenBatch) -> Tensor:
         """1[H_T ≥ τ] as a number, [N]."""
         one_N = batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
-        return one_N.where(batch.teacher_entropy_N >= self.tau, 0) if self.tau else one_N
+        if not self.tau:
+            return one_N
+        return one_N.where(declared(batch.teacher_entropy_N) >= self.tau, 0)

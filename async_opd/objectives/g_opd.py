@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta, field
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import TokenBatch
+from async_opd.maths import advantages
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class GOpd(Sampled, tag="g_opd"):
+class GOpd(Sampled, frozen=True, tag="g_opd"):
     """A(λ) = (log π_T - log π) + (λ-1)(log π_T - log π_ref); Eq. 14 as REPAIRED: printed is the
     cost, its negative.
 
@@ -26,17 +26,12 @@ class GOpd(Sampled, tag="g_opd"):
 
     lam: Annotated[float, Meta(gt=0)] = field(default=1.25, name="lambda")
 
-    @property
-    def learns_from_agreement(self) -> bool:
-        """Where the teacher is not the reference, unless λ = 1."""
-        return self.lam != 1
-
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """Log-probs of the reference, unless λ = 1."""
         return Needs(reference=self.lam != 1)
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """A(λ) [N]."""
-        return maths.advantages.extrapolated(
+        return advantages.extrapolated(
             self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=self.lam
         )

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, field
 
-from async_opd import maths
-from async_opd.objectives.base import TokenBatch
+from async_opd.maths import gates
 from async_opd.objectives.g_opd import GOpd
 from async_opd.objectives.modifiers import refuse_change
+from async_opd.objectives.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class IwOpd(GOpd, tag="iw_opd"):
+class IwOpd(GOpd, frozen=True, tag="iw_opd"):
     """W_t = 1 + γ(1 - Σ_{k < t}|A_k| / Σ_k|A_k|), A = log π_T - log π (Eq. 14-17, 68; EXACT); W in
     [1, 1 + γ].
 
@@ -29,14 +29,14 @@ class IwOpd(GOpd, tag="iw_opd"):
     # tokens in the sum below: the code's, or the paper's
     total: Literal["all", "before_last"] = "all"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.gamma:
             refuse_change(self, "total", "gamma = 0")
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """W [N]."""
-        return maths.gates.prefix_discrepancy(
+        return gates.prefix_discrepancy(
             self.teacher_minus_student(batch),
             batch.segment_N,
             batch.trajectories,

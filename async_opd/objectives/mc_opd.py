@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import Terms, TokenBatch
+from async_opd.maths import advantages
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class McOpd(Sampled, tag="mc_opd"):
+class McOpd(Sampled, frozen=True, tag="mc_opd"):
     """ℓ = -(1/m) Σ_i sg[ρ(a_i) · A(a_i)] · log π(a_i), a_1 the generated token, a_2 … a_m drawn
     beside it, i.i.d. with replacement from the behaviour policy and not rolled out. Variance at a
     prefix falls as 1/m; m = 1 is OPD.
@@ -23,19 +23,22 @@ class McOpd(Sampled, tag="mc_opd"):
 
     m: Annotated[int, Meta(ge=1)] = 4
 
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """m - 1 samples of the behaviour policy at each position, with the teacher's log-probs."""
         return Needs(teacher_at_student_ids=self.m - 1, student_ids="sampled")
 
-    def terms(self, batch: TokenBatch) -> Terms:
-        student_NM = _beside(batch.student_logp_N, batch.student_logp_NK)
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        """ℓ [N], the mean of a position's m samples."""
+        student_NM = _beside(declared(batch.student_logp_N), batch.student_logp_NK)
         behaviour_NM = _beside(batch.behaviour_logp_N, batch.behaviour_logp_NK)
         teacher_NM = _beside(batch.teacher_logp_N, batch.teacher_logp_NK)
         signal_NM = behaviour_NM if self.student_signal == "cached" else student_NM.detach()
-        advantage_NM = maths.advantages.reverse_kl(signal_NM, teacher_NM)
+        advantage_NM = advantages.reverse_kl(signal_NM, teacher_NM)
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
         one_N = behaviour_NM.new_ones(len(behaviour_NM))
-        return Terms(loss_N=loss_NM.mean(1), weight_N=one_N, advantage=advantage_NM, ratio=ratio_NM)
+        return TokenLoss(
+            loss_N=loss_NM.mean(1), weight_N=one_N, advantage=advantage_NM, ratio=ratio_NM
+        )
 
 
 def _beside(sampled_N: Tensor, more_NK: Tensor | None) -> Tensor:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
-from async_opd import maths
+from async_opd.maths import gates, importance, segments, selection
+from async_opd.objectives.token_batch import TokenBatch, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from async_opd.objectives.base import TokenBatch
 
 Bound = Annotated[float, Meta(gt=0)]
 Range = tuple[Bound, Bound]
@@ -29,8 +28,8 @@ class DriftGate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def gate(self, batch: TokenBatch) -> Tensor:
         """g [N]."""
-        student_logp_N = batch.student_logp_N.detach()
-        return maths.gates.drift(
+        student_logp_N = declared(batch.student_logp_N).detach()
+        return gates.drift(
             student_logp_N, batch.behaviour_logp_N, batch.segment_N, block=self.block, tau=self.tau
         )
 
@@ -51,16 +50,14 @@ class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     share: Share
     part: Literal["prefix", "suffix"] = "prefix"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.share == 1:
             refuse_change(self, "part", "share = 1")
 
     def chosen(self, batch: TokenBatch) -> Tensor:
         """bool [N]; at least one token of each trajectory."""
-        count_S = maths.segments.lengths(batch.segment_N, batch.trajectories)
-        return maths.selection.part(
-            batch.segment_N, count_S, share=self.share, end=self.part == "suffix"
-        )
+        count_S = segments.lengths(batch.segment_N, batch.trajectories)
+        return selection.part(batch.segment_N, count_S, share=self.share, end=self.part == "suffix")
 
 
 class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,26 +68,24 @@ class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def chosen(self, batch: TokenBatch) -> Tensor:
         """bool [N]: `share` of each response, at least one token of it."""
-        return maths.selection.at_random(batch.segment_N, batch.key_S, share=self.share)
+        return selection.at_random(batch.segment_N, batch.key_S, share=self.share)
 
 
 class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weighs a dense term at t by how likely the live student is to come to t at all: Π_{k < t}
-    ρ_k, then bounded."""
+    ρ_k, then truncated."""
 
     at_most: Bound | None = None  # min(ρ, c)
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_bounds(self.at_most, self.between)
 
     def factor(self, batch: TokenBatch) -> Tensor:
         """Detached, [N]."""
-        student_logp_N = batch.student_logp_N.detach()
-        ratio_N = maths.importance.prefix_ratio(
-            student_logp_N, batch.behaviour_logp_N, batch.segment_N
-        )
-        return maths.importance.bounded(ratio_N, at_most=self.at_most, between=self.between)
+        student_logp_N = declared(batch.student_logp_N).detach()
+        ratio_N = importance.prefix_ratio(student_logp_N, batch.behaviour_logp_N, batch.segment_N)
+        return importance.truncate(ratio_N, at_most=self.at_most, between=self.between)
 
 
 def check_bounds(at_most: Bound | None, between: Range | None) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Opd(Sampled, tag="opd"):
+class Opd(Sampled, frozen=True, tag="opd"):
     """ℓ = -sg[ρ · A] · log π,  A = log π_T - log π,  ρ = π / π_behaviour, all under the live
     student.
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from async_opd import maths
-from async_opd.objectives.base import Objective, Terms, TokenBatch
+from async_opd.maths import advantages, importance
+from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import Bound, Range, check_bounds, refuse_change
+from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +20,13 @@ class Importance(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="importance", tag_field="tag"
 ):
     """ρ̃ detached: ρ of the token, of its sequence, or of its sequence's geometric mean, or 1; then
-    bounded."""
+    truncated."""
 
     ratio: Literal["token", "sequence", "geometric", "none"] = "token"
     at_most: Bound | None = None  # min(ρ, c)
     between: Range | None = None  # ρ · 1[a ≤ ρ ≤ b]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_bounds(self.at_most, self.between)
         if self.ratio == "none":
             refuse_change(self, "at_most", "ratio = 'none'")
@@ -36,7 +37,7 @@ class Importance(
     ) -> tuple[Tensor, Tensor]:
         """(-sg[ρ̃ · signal] · log π, ρ̃) of the sampled token [N] or of M samples a position [N,
         M]."""
-        factor = maths.importance.bounded(
+        factor = importance.truncate(
             self._ratio(batch, logp.detach(), behaviour_logp),
             at_most=self.at_most,
             between=self.between,
@@ -47,13 +48,13 @@ class Importance(
         if self.ratio == "none":
             return logp.new_ones(logp.shape)
         if self.ratio == "token":
-            return maths.importance.ratio(logp, behaviour_logp)
+            return importance.ratio(logp, behaviour_logp)
         of_sequence = {
-            "sequence": maths.importance.sequence_ratio,
-            "geometric": maths.importance.geometric_ratio,
+            "sequence": importance.sequence_ratio,
+            "geometric": importance.geometric_ratio,
         }
         return of_sequence[self.ratio](
-            batch.student_logp_N.detach(),
+            declared(batch.student_logp_N).detach(),
             batch.behaviour_logp_N,
             batch.segment_N,
             batch.trajectories,
@@ -74,8 +75,8 @@ class Ppo(
         self, batch: TokenBatch, logp: Tensor, behaviour_logp: Tensor, signal: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(the clipped surrogate's negative, its factor detached)."""
-        ratio = maths.importance.ratio(logp, behaviour_logp)
-        factor = maths.importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
+        ratio = importance.ratio(logp, behaviour_logp)
+        factor = importance.clipped(ratio, signal, clip=self.clip, dual_clip=self.dual_clip)
         return -factor * signal, factor.detach()
 
 
@@ -95,31 +96,23 @@ class Sampled(Objective, frozen=True, kw_only=True):
         """The method's own W [N], detached."""
         return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
 
-    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What `shown` names, [N]."""
-        return {}
-
-    def terms(self, batch: TokenBatch) -> Terms:
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        """ℓ [N], by the correction."""
         advantage_N, weight_N = self.advantage(batch), self.weight(batch)
         loss_N, ratio_N = self.correction.apply(
-            batch, batch.student_logp_N, batch.behaviour_logp_N, weight_N * advantage_N
+            batch,
+            declared(batch.student_logp_N),
+            batch.behaviour_logp_N,
+            weight_N * advantage_N,
         )
-        return Terms(
-            loss_N=loss_N,
-            weight_N=weight_N,
-            advantage=advantage_N,
-            ratio=ratio_N,
-            shown=self.show(batch),
-        )
+        return TokenLoss(loss_N=loss_N, weight_N=weight_N, advantage=advantage_N, ratio=ratio_N)
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
         """The student's log-probs that the signal takes, [N], detached."""
-        return (
-            batch.behaviour_logp_N
-            if self.student_signal == "cached"
-            else batch.student_logp_N.detach()
-        )
+        if self.student_signal == "cached":
+            return batch.behaviour_logp_N
+        return declared(batch.student_logp_N).detach()
 
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
         """log π_T - log π [N], detached."""
-        return maths.advantages.reverse_kl(self.signal_logp(batch), batch.teacher_logp_N)
+        return advantages.reverse_kl(self.signal_logp(batch), batch.teacher_logp_N)

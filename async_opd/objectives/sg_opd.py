@@ -5,21 +5,21 @@ Its phased teacher sampling is the section `[teacher_sampling]`, which any objec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import TokenBatch
+from async_opd.maths import advantages, gates
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
+from async_opd.objectives.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SgOpd(Sampled, tag="sg_opd"):
+class SgOpd(Sampled, frozen=True, tag="sg_opd"):
     """A = g · A(λ_high) + (1-g) · fallback, g = 1[a₁ · a₂ > 0], times φ = min(1, τ/|a₂|) of mean
     one (Eq. 4-10).
 
@@ -29,7 +29,11 @@ class SgOpd(Sampled, tag="sg_opd"):
     τ, and which tokens φ's mean is over.
     """
 
-    shown = ("agree", "disagree", "no_sign")
+    metrics: ClassVar = {
+        "agree": ("share", "of the trained tokens where teacher and reward agree"),
+        "disagree": ("share", "where they disagree"),
+        "no_sign": ("share", "where the group has no sign"),
+    }
 
     lambda_high: Annotated[float, Meta(ge=1)] = 1.8
     lambda_base: Annotated[float, Meta(gt=0)] = 1.0  # of `preserve`
@@ -38,19 +42,14 @@ class SgOpd(Sampled, tag="sg_opd"):
     tau: Annotated[float, Meta(gt=0)] = 1.0  # nats
     mean_over: Literal["tokens", "selected", "sequences"] = "sequences"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.fallback != "interp":
             refuse_change(self, "beta", f"fallback = {self.fallback!r}")
         if self.fallback != "preserve":
             refuse_change(self, "lambda_base", f"fallback = {self.fallback!r}")
 
-    @property
-    def learns_from_agreement(self) -> bool:
-        """Only by a fallback other than the plain signal."""
-        return self.fallback == "grpo" or (self.fallback == "preserve" and self.lambda_base != 1)
-
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """Log-probs of the reference, unless no λ reads them; the mean of φ under the live
         student."""
         reference = self.lambda_high != 1 or self.lambda_base != 1
@@ -61,9 +60,9 @@ class SgOpd(Sampled, tag="sg_opd"):
             first_pass=self.student_signal == "live",
         )
 
-    def measures(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """φ before its mean is divided out."""
-        return {"phi": maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau)}
+        return {"phi": gates.magnitude(self.teacher_minus_student(batch), tau=self.tau)}
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """A [N], before φ."""
@@ -75,26 +74,26 @@ class SgOpd(Sampled, tag="sg_opd"):
         else:
             conflict_N = trust_N
         return self._extrapolated(batch, self.lambda_high).where(
-            maths.gates.agreement(trust_N, gap_N), conflict_N
+            gates.agreement(trust_N, gap_N), conflict_N
         )
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
         mean = batch.statistics["phi"] / batch.statistics["tokens"].clamp(min=1)
-        return maths.gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(
+        return gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(
             min=1e-6
         )
 
-    def show(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Shares of tokens where the teacher's sign is the verifier's, is not, or where one of them
         has none."""
         sign_N = (self._trust(batch) * self.teacher_minus_student(batch)).sign()
         return {"agree": sign_N > 0, "disagree": sign_N < 0, "no_sign": sign_N == 0}
 
     def _trust(self, batch: TokenBatch) -> Tensor:
-        return maths.advantages.within_group(batch.reward_S, batch.group_reward_SG)[batch.segment_N]
+        return advantages.within_group(batch.reward_S, batch.group_reward_SG)[batch.segment_N]
 
     def _extrapolated(self, batch: TokenBatch, lam: float) -> Tensor:
-        return maths.advantages.extrapolated(
+        return advantages.extrapolated(
             self.signal_logp(batch), batch.teacher_logp_N, batch.reference_logp_N, lam=lam
         )

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from async_opd import maths
 from async_opd.core.wire import Needs
-from async_opd.objectives.base import Objective, Terms, TokenBatch
+from async_opd.maths import divergences
+from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import PrefixRatio, refuse_change
+from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
 
 
-class TopkKl(Objective, tag="topk_kl"):
+class TopkKl(Objective, frozen=True, tag="topk_kl"):
     """ℓ = D(π_T, π) over the K likeliest tokens of the teacher, or of the behaviour policy, at each
     position.
 
@@ -32,7 +33,7 @@ class TopkKl(Objective, tag="topk_kl"):
     rest: Literal["bucket", "renormalise", "drop"] = "bucket"  # what becomes of the tokens outside
     prefix: PrefixRatio | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.divergence != "jensen_shannon":
             refuse_change(self, "beta", f"divergence = {self.divergence!r}")
@@ -42,13 +43,7 @@ class TopkKl(Objective, tag="topk_kl"):
                 " both"
             )
 
-    @property
-    def learns_from_agreement(self) -> bool:
-        """Where the rest is dropped: Σ_k p_k ∇log p_k is no longer 0 (in the generalised JSD it
-        cancels)."""
-        return self.rest == "drop" and self.divergence != "jensen_shannon"
-
-    def wants(self) -> Needs:
+    def requirements(self) -> Needs:
         """The teacher's K likeliest tokens, or its log-probs at the behaviour policy's; and the
         tail of a bucket."""
         tail = self.rest == "bucket"
@@ -56,22 +51,22 @@ class TopkKl(Objective, tag="topk_kl"):
             return Needs(teacher_topk=self.k, tail=tail)
         return Needs(teacher_at_student_ids=self.k, tail=tail)
 
-    def terms(self, batch: TokenBatch) -> Terms:
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
         """Loss [N], nats; ≥ 0 and zero where student = teacher, unless the rest is dropped."""
-        student = maths.divergences.outcomes(
-            batch.student_logp_NK, batch.student_tail_logp_N, rest=self.rest
+        student = divergences.outcomes(
+            declared(batch.student_logp_NK), batch.student_tail_logp_N, rest=self.rest
         )
-        teacher = maths.divergences.outcomes(
-            batch.teacher_logp_NK, batch.teacher_tail_logp_N, rest=self.rest
+        teacher = divergences.outcomes(
+            declared(batch.teacher_logp_NK), batch.teacher_tail_logp_N, rest=self.rest
         )
         if self.divergence == "forward":
-            loss_N = maths.divergences.kl(teacher, student)
+            loss_N = divergences.kl(teacher, student)
         elif self.divergence == "reverse":
-            loss_N = maths.divergences.kl(student, teacher)
+            loss_N = divergences.kl(student, teacher)
         else:
-            loss_N = maths.divergences.jensen_shannon(student, teacher, beta=self.beta)
+            loss_N = divergences.jensen_shannon(student, teacher, beta=self.beta)
         ratio_N = self.prefix.factor(batch) if self.prefix else None
         one_N = batch.behaviour_logp_N.new_ones(len(loss_N))
-        return Terms(
+        return TokenLoss(
             loss_N=loss_N if ratio_N is None else ratio_N * loss_N, weight_N=one_N, ratio=ratio_N
         )

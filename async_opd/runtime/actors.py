@@ -1,77 +1,97 @@
-"""Plain role classes as Ray actors, behind the ports. Only this file, `nodes` and `jobs` import
-ray."""
+"""Plain role classes as Ray actors, and the ports over them: which call, which timeout, which
+results stay where they are."""
 
 import asyncio
 import gc
 import inspect
-import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import ray.util.metrics
+import msgspec
+import numpy as np
+import ray
 from ray import exceptions
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tokenizers import Tokenizer
 
-from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import refuse_without_gpus, section
-from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError
-from async_opd.core.events import Tell
-from async_opd.core.ports import Ref
+from async_opd.core.aio import bounded, retrieved
+from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, WireError
+from async_opd.core.message import Struct
+from async_opd.core.ports import Ref, Remote
 from async_opd.core.process_wide import no_garbage_collection
-from async_opd.core.roles import Roles
-from async_opd.runtime.actor_specs import Casting, Part
-from async_opd.runtime.nodes import home, living, room, start_ray, taken_over
-from async_opd.runtime.placement import RANK, Ask, Node, asks, choose
-from async_opd.runtime.remote_roles import GeneratorProxy, LearnerProxy, TeacherProxy, VerifierProxy
+from async_opd.objectives.base import Objective
+from async_opd.runtime.actor_specs import ActorSpec
+from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
-Member = GeneratorProxy | TeacherProxy | VerifierProxy
+LINGER_S = 0.005  # how long a call waits for company
+PATIENCE_S = 0.5  # the longest a quick call waits for a slow one that travels with it
+PLAIN = (bool, int, float, str, bytes, np.ndarray, type(None))
 
 
-class _Host:
+class RoleActor:
     """The actor: builds one role in its own process and forwards calls to it."""
 
-    def __init__(self, part: Part, gpus: float):
-        """`gpus` below 1 is the share of the card's memory that PyTorch may take here; an engine of
-        vLLM's, which runs in a process of its own, is told the same by its
-        gpu_memory_utilization."""
-        module, name = part.target.split(":")
-        if 0 < gpus < 1 and not part.engine:
+    def __init__(self, target: str, memory_share: float, *args: Any):
+        """Build `target`, "module:name", with `args`. `memory_share` below 1 is that of the card's
+        memory that PyTorch may take here."""
+        module, name = target.split(":")
+        if 0 < memory_share < 1:
             import torch
 
             if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(gpus)
+                torch.cuda.set_per_process_memory_fraction(memory_share)
         with no_garbage_collection():
-            self._role = getattr(import_module(module), name)(*part.args, **part.settings)
+            self._role = getattr(import_module(module), name)(*args)
+        self._late: dict[str, asyncio.Task[Any]] = {}  # calls that were slow, by their ticket
+        self._tickets = itertools.count()
         gc.collect()
-        # what was imported and built is not garbage: a full collection need not look through it
-        gc.freeze()
+        gc.freeze()  # what was imported and built is not garbage: a full collection need not see it
 
-    async def call(self, method: str, *args: Any) -> Any:
-        result = getattr(self._role, method)(*args)
+    async def call(self, method: str, *args: Any, **columns: Any) -> Any:
+        """Call the role. `columns` of references come as `name.0`, `name.1`, … and reach it as one
+        tuple each."""
+        tables: dict[str, tuple[Any, ...]] = {}
+        for key, value in columns.items():
+            name = key.partition(".")[0]
+            tables[name] = (*tables.get(name, ()), value)
+        result = getattr(self._role, method)(*args, **tables)
         return await result if inspect.isawaitable(result) else result
 
-    async def each(self, method: str, *args: Any) -> tuple[Any, ...]:
+    async def each(self, method: str, *args: Any) -> list[Any]:
+        """`call` for each of `args`: its result, its error, or, where it takes longer than
+        PATIENCE_S, a ticket for `late`."""
+        calls = [retrieved(asyncio.create_task(self.call(method, arg))) for arg in args]
+        await asyncio.wait(calls, timeout=PATIENCE_S)
+        return [_outcome(method, call) if call.done() else self._later(call) for call in calls]
+
+    async def each_kept(self, method: str, *args: Any) -> tuple[Any, ...]:
         """`call` for each of `args`, whose results stay references: the caller awaits what comes
         before them, the error of each, or None."""
-        found = await asyncio.gather(
-            *(self.call(method, arg) for arg in args), return_exceptions=True
-        )
-        errors = [result if isinstance(result, Exception) else None for result in found]
-        named = [
-            e and (e if isinstance(e, AsyncOpdError) else CallFailed(f"{method}: {e!r}"))
-            for e in errors
-        ]
-        return named, *(
-            None if error else result for error, result in zip(named, found, strict=True)
-        )
+        calls = [asyncio.create_task(self.call(method, arg)) for arg in args]
+        await asyncio.wait(calls)
+        outcomes = [_outcome(method, call) for call in calls]
+        errors = [outcome if isinstance(outcome, Exception) else None for outcome in outcomes]
+        return errors, *(None if isinstance(o, Exception) else o for o in outcomes)
+
+    async def late(self, ticket: str) -> Any:
+        """The result of a call of `each` that was slow."""
+        return await self._late.pop(ticket)
+
+    def _later(self, call: asyncio.Task[Any]) -> str:
+        ticket = f"{next(self._tickets)}"
+        self._late[ticket] = call
+        return ticket
+
+    async def start(self) -> None:
+        """Have the role begin, where it has something to begin with; it is built by now."""
+        if start := getattr(self._role, "start", None):
+            await start()
 
     async def check_health(self) -> None:
         """Answered by a process that lives; a role with an engine of its own looks at it too."""
@@ -92,61 +112,76 @@ class _Host:
         return Path(file).exists()
 
 
-class _Actor:
-    """A handle with a name and bounded calls."""
+def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
+    """The result of a call that is done, or its error, under a name of ours."""
+    error = call.exception()
+    if error is None or isinstance(error, AsyncOpdError):
+        return error or call.result()
+    return CallFailed(f"{method}: {error!r}")
 
-    def __init__(self, name: str, part: Part, ask: Ask, node: str | None):
+
+class RemoteActor:
+    """An actor, with a name and bounded calls."""
+
+    def __init__(self, name: str, spec: ActorSpec, request: ResourceRequest, node: str | None):
         """On that node, or where Ray finds room once there is some."""
-        self.name = name
-        self.ask = ask
-        self.node = node
+        self.name, self.request, self.node = name, request, node
         self.killed = False
         # of the process, in `ps` and Ray's tools
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()
-        role = type(title, (_Host,), {})
-        options = {"num_cpus": 0, "num_gpus": ask.gpus, "max_concurrency": CALLS_AT_ONCE}
-        # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
-        options["memory"] = 1
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": request.gpus,
+            "max_concurrency": CALLS_AT_ONCE,
+            # a byte: Ray puts what asks for nothing on any node, whatever is said of nodes
+            "memory": 1,
+        }
         if node is not None:  # softly: a node that dies meanwhile keeps nobody waiting
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-        self.handle = ray.remote(role).options(**options).remote(part, ask.gpus)
+        # an engine of vLLM's, in a process of its own, is told by its gpu_memory_utilization
+        share = 0.0 if spec.engine else request.gpus
+        refuse_unsendable(title, spec.args)
+        role = ray.remote(type(title, (RoleActor,), {})).options(**options)
+        self._handle: Any = role.remote(spec.target, share, *spec.args)
 
-    async def call(self, timeout_s: float, method: str, *args: Any) -> Any:
-        return await self.result(self.handle.call.remote(method, *args), timeout_s, method)
-
-    async def spread(
-        self, timeout_s: float, count: int, how: str, method: str, *args: Any
-    ) -> tuple[Any, list[Ref]]:
-        """A call with 1 + `count` results: the first awaited, the others left where they are."""
-        first, *rest = (
-            getattr(self.handle, how).options(num_returns=1 + count).remote(method, *args)
+    async def call(
+        self, timeout_s: float, method: str, *args: Any, **columns: Sequence[Ref]
+    ) -> Any:
+        """The result of the role's `method`; `columns` are references, each a tuple there."""
+        flat = {f"{name}.{i}": ref for name, refs in columns.items() for i, ref in enumerate(refs)}
+        refuse_unsendable(method, (*args, *flat.values()))
+        return await self._result(
+            self._handle.call.remote(method, *args, **flat), timeout_s, method
         )
-        return await self.result(first, timeout_s, method), rest
 
-    async def check_health(self, timeout_s: float) -> None:
-        await self.result(self.handle.check_health.remote(), timeout_s, "sign of life")
+    async def call_keeping(
+        self, timeout_s: float, refs: int, how: str, method: str, *args: Any
+    ) -> tuple[Any, list[Ref]]:
+        """A call by `how` with 1 + `refs` results: the first awaited, the others left where they
+        are."""
+        refuse_unsendable(method, args)
+        remote = getattr(self._handle, how).options(num_returns=1 + refs)
+        first, *rest = remote.remote(method, *args)
+        return await self._result(first, timeout_s, method), rest
+
+    async def ask_host(self, timeout_s: float, method: str, *args: Any, what: str = "") -> Any:
+        """The result of a method of `RoleActor` itself; `what` is what errors call it."""
+        refuse_unsendable(method, args)
+        ref = getattr(self._handle, method).remote(*args)
+        return await self._result(ref, timeout_s, what or method)
 
     def kill(self) -> None:
+        """End the process."""
         self.killed = True
-        ray.kill(self.handle)
+        ray.kill(self._handle)
 
-    async def address(self, timeout_s: float) -> str:
-        """Of the node where the actor runs; answered once its role is built."""
-        return await self.result(self.handle.address.remote(), timeout_s, "start")
-
-    async def sees(self, file: str, timeout_s: float) -> bool:
-        return await self.result(
-            self.handle.sees.remote(file), timeout_s, "look at the run directory"
-        )
-
-    async def result(self, ref: Ref, timeout_s: float, what: str) -> Any:
+    async def _result(self, ref: Ref, timeout_s: float, what: str) -> Any:
         """Await a call's result. Raises the role's own named error, ActorLost, or TimedOut."""
         try:
             return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
         except GONE as e:
-            lines = str(e).partition("Some common causes")[0].strip().splitlines() or [
-                type(e).__name__
-            ]
+            lines = str(e).partition("Some common causes")[0].strip().splitlines()
+            lines = lines or [type(e).__name__]
             # a failed constructor ends with its own error
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
@@ -162,169 +197,97 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
-class Cluster:
-    """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes
-    for this run.
-
-    A context manager: on leaving, however that comes about, its actors are killed, and what
-    `start_ray` has begun is ended.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        eos_ids: list[int],
-        tokenizer: Tokenizer,
-        first_seed: int | None = None,
-        tell: Tell = lambda what, who, why: None,
-    ):
-        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each
-        member lives."""
-        self._config = config
-        self._eos_ids = eos_ids
-        self._tell = tell
-        seed = config.run.seed if first_seed is None else first_seed
-        self._casting = Casting(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
-        self._actors: list[_Actor] = []
-        # On a card that is shared one starts after the other: vLLM measures what is free while it
-        # starts.
-        self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
-
-    def __enter__(self) -> "Cluster":
-        with ExitStack() as leaving:
-            start_ray()
-            leaving.enter_context(taken_over())
-            self._gpus = bool(ray.cluster_resources().get("GPU"))
-            self._asked = {ask.role: ask for ask in asks(self._config, self._gpus)}
-            self._leaving = leaving.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            self._leaving.callback(actor.kill)
-        self._leaving.close()
-
-    async def roles(self) -> Roles:
-        """Start the roles of a training run; at most `timeout.start_s`, once there is room for
-        them."""
-        config = self._config
-        if not self._gpus:
-            needs_gpus = config.run.share_gpu, config.sync.backend
-            refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
-        nodes = await self._room(self._asked.values())
-        pools = [ask for ask in self._asked.values() if ask.role != RANK]
-        learner, *found = await asyncio.gather(
-            self._learner(nodes), *(self._pool(ask, nodes) for ask in pools)
-        )
-        await self._share_files()
-        members = {ask.role: ports for ask, ports in zip(pools, found, strict=True)}
-        return Roles(
-            generators=members["generator"],
-            teacher_generators=members.get("teacher-generator", ()),
-            teachers={name: members[section(name)] for name in config.named_teachers},
-            references=members.get("reference", ()),
-            verifier=members["verifier"][0],
-            learner=learner,
-            spawn=self._spawn,
+def refuse_unsendable(method: str, args: Sequence[Any]) -> None:
+    """Raise WireError unless each of `args` may be given to a remote call: a type of `core.wire`, a
+    role's own section of the config, a plain number, text, bytes or array, or a reference."""
+    for arg in args:
+        if isinstance(arg, (*PLAIN, ray.ObjectRef, Struct, Objective)) or _is_role_section(arg):
+            continue
+        raise WireError(
+            f"{method}: {type(arg).__name__} is given to a remote call; allowed are the types of"
+            " core.wire, a role's own section, numbers, text, bytes, arrays and references"
         )
 
-    async def evaluators(self) -> tuple[list[GeneratorProxy], list[VerifierProxy]]:
-        """Start only what an evaluation needs."""
-        asked = [self._asked[role] for role in ("generator", "verifier")]
-        nodes = await self._room(asked)
-        return await asyncio.gather(*(self._pool(ask, nodes) for ask in asked))
 
-    async def _room(self, asked: Iterable[Ask]) -> Mapping[str, Node]:
-        return await room(list(asked), self._config.timeout.nodes_s, self._tell)
+def _is_role_section(arg: Any) -> bool:
+    place = type(arg).__module__
+    ours = place.startswith("async_opd.roles.") and place.endswith(".config")
+    return isinstance(arg, msgspec.Struct) and ours
 
-    async def _pool(self, ask: Ask, nodes: Mapping[str, Node]) -> list[Member]:
-        """Every member that `ask` is for."""
-        return await asyncio.gather(
-            *(self._spawn(ask.role, index, nodes) for index in range(ask.count))
-        )
 
-    async def _learner(self, nodes: Mapping[str, Node]) -> LearnerProxy:
-        """Every rank, in one process group."""
-        start_s, ask = self._config.timeout.start_s, self._asked[RANK]
-        async with self._turn:
-            parts = map(self._casting.learner_rank, range(ask.count))
-            ranks = [
-                self._make(name, part, nodes[name])
-                for name, part in zip(ask.members, parts, strict=True)
-            ]
-            address = await ranks[0].address(start_s)
-            rendezvous = await ranks[0].call(start_s, "listen", address)
-            await asyncio.gather(*(rank.call(start_s, "start", rendezvous) for rank in ranks))
-        await asyncio.gather(*map(self._settled, ranks))
-        return LearnerProxy(ranks, address, self._config)
+class RemoteRole:
+    """A port over one actor: each method that the port declares to be remote is a call of the
+    actor's."""
 
-    async def _spawn(
-        self, pool: str, index: int, nodes: Mapping[str, Node] | None = None
-    ) -> Member:
-        """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
-        there is room now."""
-        start_s = self._config.timeout.start_s
-        name = f"{pool} {index}"
-        ask = self._asked[pool]
-        async with self._turn:
-            lost = next(
-                (actor.node or "" for actor in reversed(self._actors) if actor.name == name), ""
-            )
-            node = nodes[name] if nodes else choose(ask, living(self._members()), home(), lost=lost)
-            actor = self._make(name, self._casting.member(pool, index), node)
-            with ExitStack() as unless:
-                unless.callback(actor.kill)
-                if starts := pool in ("generator", "teacher-generator", "verifier"):
-                    await actor.call(start_s, "start")
-                await self._settled(actor)
-                unless.pop_all()
-        if starts:
-            return (VerifierProxy if pool == "verifier" else GeneratorProxy)(actor, self._config)
-        return TeacherProxy(actor, self._config, self._eos_ids)
+    def __init__(self, actor: RemoteActor, port: type, timeouts: Mapping[str, float]):
+        """`timeouts` in seconds, by what `ports.remote` calls them, and "stall"."""
+        self._actor, self._stall_s = actor, timeouts["stall"]
+        for name, method in vars(port).items():
+            if declared := getattr(method, "remote", None):
+                call = _caller(actor, name, declared, timeouts[declared.within])
+                setattr(self, name, call)
 
-    async def _settled(self, actor: _Actor) -> None:
-        """Once its role is built, tell where it lives."""
-        start_s = self._config.timeout.start_s
-        self._tell(
-            "placed", actor.name, await actor.result(actor.handle.place.remote(), start_s, "start")
-        )
+    async def check_health(self) -> None:
+        """Raise ActorLost or TimedOut where the actor gives no sign of life."""
+        await self._actor.ask_host(self._stall_s, "check_health", what="sign of life")
 
-    def _make(self, name: str, part: Part, node: Node | None) -> _Actor:
-        self._actors.append(
-            _Actor(name, part, self._asked[name.rpartition(" ")[0]], node and node.id)
-        )
-        return self._actors[-1]
+    def kill(self) -> None:
+        """End the actor."""
+        self._actor.kill()
 
-    def _members(self) -> list[tuple[str | None, Ask]]:
-        """The node of each that lives."""
-        return [(actor.node, actor.ask) for actor in self._actors if not actor.killed]
 
-    async def _share_files(self) -> None:
-        """Raise ConfigError where one that writes to the run directory, or reads there, has another
-        disk."""
-        config = self._config
-        moving = (
-            section(name)
-            for name, teacher in config.named_teachers.items()
-            if teacher.update != "frozen"
-        )
-        roles = {RANK, *moving}
-        far = [actor for actor in self._actors if actor.ask.role in roles and actor.node != home()]
-        if not far:
-            return
-        with tempfile.NamedTemporaryFile(
-            dir=Path(config.run.dir).resolve(), prefix=".seen-"
-        ) as file:
-            seen = await asyncio.gather(
-                *(actor.sees(file.name, config.timeout.start_s) for actor in far)
-            )
-        blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
-        if blind:
-            shared = (
-                "must lie on a disk that every node sees, or all of them must fit on the driver's"
-                " node"
-            )
-            raise ConfigError(
-                f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it {shared}"
-            )
+def _caller(
+    actor: RemoteActor, method: str, declared: Remote, timeout_s: float
+) -> Callable[..., Awaitable[Any]]:
+    """What makes the call of an actor as it is declared."""
+
+    async def keeping(*args: Any) -> tuple[Any, ...]:
+        first, refs = await actor.call_keeping(timeout_s, declared.refs, "call", method, *args)
+        return first, *refs
+
+    async def each_kept(args: list[Ref]) -> list[Any]:
+        kept = actor.call_keeping(timeout_s, len(args), "each_kept", method, *args)
+        errors, refs = await kept
+        return [error or ref for error, ref in zip(errors, refs, strict=True)]
+
+    async def each(args: list[Ref]) -> list[Any]:
+        return await actor.ask_host(timeout_s, "each", method, *args, what=method)
+
+    async def checked(arg: Ref) -> Any:
+        result = await together(arg)
+        late = isinstance(result, str)
+        return await actor.ask_host(timeout_s, "late", result, what=method) if late else result
+
+    if not declared.batched:
+        return keeping if declared.refs else partial(actor.call, timeout_s, method)
+    if declared.refs:
+        return CallBatcher(each_kept)
+    together = CallBatcher(each)
+    return checked
+
+
+class CallBatcher:
+    """Calls of the same few milliseconds travel in one remote call, which costs the driver the same
+    for one group as for many: prompts that were handed out together tend to finish together."""
+
+    def __init__(self, send: Callable[[list[Ref]], Awaitable[list[Any]]]):
+        self._send = send
+        self._batch: list[Ref] = []
+        self._sending: asyncio.Task[list[Any]] | None = None
+
+    async def __call__(self, arg: Ref) -> Any:
+        """The result for `arg`, raised where it is an error; an error of the call is every
+        caller's."""
+        if not self._batch or self._sending is None:
+            self._sending = retrieved(asyncio.create_task(self._flush()))
+        self._batch.append(arg)
+        place, sending = len(self._batch) - 1, self._sending
+        result = (await asyncio.shield(sending))[place]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def _flush(self) -> list[Any]:
+        await asyncio.sleep(LINGER_S)
+        batch, self._batch = self._batch, []
+        return await self._send(batch)

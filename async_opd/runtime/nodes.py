@@ -1,5 +1,4 @@
-"""The connection to a cluster, its nodes as Ray has them, and room on them for what a run asks
-for."""
+"""The connection to a cluster, its nodes as Ray has them, and the wait for room on them."""
 
 import asyncio
 import logging
@@ -16,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.core.events import Tell
 from async_opd.core.process_wide import log_level, sigterm_as_before
-from async_opd.runtime.placement import Ask, Node, place
+from async_opd.runtime.placement import Node, ResourceRequest, place
 
 POLL_S = 1.0  # between two looks for room
 _started = ExitStack()  # ends what `start_ray` has begun
@@ -32,33 +31,33 @@ def start_ray() -> None:
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, AuthenticationError) as e:
             raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
         _started.push(undo.pop_all())
 
 
 def taken_over() -> ExitStack:
-    """What `start_ray` has begun, to be ended by the one who takes it and by nobody else; nothing,
-    where it has begun nothing."""
+    """Hand over what `start_ray` has begun, to be ended by the one who takes it and by nobody else;
+    nothing, where it has begun nothing."""
     return _started.pop_all()
 
 
-def home() -> str:
-    """The driver's node."""
+def driver_node() -> str:
+    """Name the driver's node."""
     return ray.get_runtime_context().get_node_id()
 
 
-def living(members: Sequence[tuple[str | None, Ask]] = ()) -> list[Node]:
-    """The nodes that live, with what lives there of `members`, by node."""
+def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> list[Node]:
+    """List the nodes that live, with what lives there of `members`, by node."""
     available, nodes = available_resources_per_node(), []
     for node in (node for node in ray.nodes() if node["Alive"]):
         id, resources = node["NodeID"], node["Resources"]
-        ours = [ask for at, ask in members if at == id]
+        ours = [request for place, request in members if place == id]
         gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
         # What has just started is not in Ray's books yet, and what others have is in no book of
         # ours.
-        free = min(available.get(id, {}).get("GPU", 0.0), gpus - sum(ask.gpus for ask in ours))
+        free = min(available.get(id, {}).get("GPU", 0.0), gpus - sum(each.gpus for each in ours))
         address = node["NodeManagerAddress"]
         nodes.append(
             Node(id=id, address=address, cpus=cpus, gpus=gpus, free=round(free, 4), members=ours)
@@ -66,23 +65,25 @@ def living(members: Sequence[tuple[str | None, Ask]] = ()) -> list[Node]:
     return nodes
 
 
-async def room(asked: Sequence[Ask], within_s: float, tell: Tell) -> Mapping[str, Node]:
-    """The node of each member. Waits for room at most `within_s`, while a placement group that asks
-    for all of it shows an autoscaler what is missing. Raises ClusterTooSmall."""
+async def wait_for_resources(
+    requests: Sequence[ResourceRequest], within_s: float, tell: Tell
+) -> Mapping[str, Node]:
+    """Choose the node of each member. Waits for room at most `within_s`, while a placement group
+    that asks for all of it shows an autoscaler what is missing. Raises ClusterTooSmall."""
     until = time.monotonic() + within_s
     group = None
     had = False
     try:
         while True:
             try:
-                return place(asked, living(), home())
+                return place(requests, alive_nodes(), driver_node())
             except ClusterTooSmall as e:
                 if time.monotonic() > until:
                     raise
                 if group is None:
                     tell("waits", "run", f"at most {within_s:g} s for room: {e}")
                     group = placement_group(
-                        [{"GPU": ask.gpus} for ask in asked for _ in ask.members if ask.gpus]
+                        [{"GPU": each.gpus} for each in requests for _ in each.members if each.gpus]
                     )
             if had:
                 await asyncio.sleep(POLL_S)

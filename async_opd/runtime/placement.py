@@ -1,13 +1,23 @@
-"""Where the members of a run live: what each role asks for, and the node that each of its members
+"""Where the members of a run live: what each role requests, and the node that each of its members
 goes to.
 
 A member is one actor, and the GPUs of an actor are on one node: a tensor-parallel engine never
 leaves it. Learner ranks are packed, on the driver's node where they fit; the members of any other
 role are spread, so that a node that dies takes few of each. CPUs are not reserved: what has no GPU
 runs on a laptop of two cores.
+
+Ray's placement groups cannot replace this. Their bundles are fixed when a group is made and free
+nothing alone, so a pool that shrinks, grows, or has one member replaced elsewhere would need a new
+group, while the rest of the run sits on the old one. A bundle must reserve something, so members
+without a GPU, and clusters without one, have no place in a group; one strategy holds for all
+bundles, so the packed ranks and the spread pools would be groups that know nothing of each other;
+and nothing puts the shares of a card on one card, which `run.share_gpu` needs. `async-opd plan`
+asks the same question without a cluster. A group is used for what it can do: by one
+`nodes.wait_for_resources` shows an autoscaler what is missing.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from async_opd.config.schema import Config
@@ -18,19 +28,19 @@ RANK = "learner rank"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What a role asks for."""
+class ResourceRequest:
+    """What a role requests of the cluster."""
 
     role: str  # a pool's by its name: "generator", "teachers.NAME"
     count: int  # members
     # of each member, on one node; below 1, its share of a card and of the card's memory
     gpus: float
-    settings: tuple[str, ...] = ()  # that ask for it
+    settings: tuple[str, ...] = ()  # that set it
     packed: bool = False  # on as few nodes as can be; else on as many
 
     @property
     def members(self) -> list[str]:
-        """Their names."""
+        """The names of the members."""
         return [f"{self.role} {index}" for index in range(self.count)]
 
 
@@ -43,122 +53,137 @@ class Node:
     cpus: float
     gpus: float
     free: float  # of `gpus`
-    members: list[Ask] = field(default_factory=list)  # of this run: for each the ask of its role
+    # of this run: for each the request of its role
+    members: list[ResourceRequest] = field(default_factory=list)
 
-    def take(self, ask: Ask) -> None:
-        """One more member."""
-        self.members.append(ask)
-        self.free = round(self.free - ask.gpus, 4)
+    def take(self, request: ResourceRequest) -> None:
+        """Add one more member."""
+        self.members.append(request)
+        self.free = round(self.free - request.gpus, 4)
 
 
-def asks(config: Config, gpus: bool) -> list[Ask]:
-    """What `config` asks for on a cluster with GPUs, or on one without: the learner first, the
+def resource_requests(config: Config, gpus: bool) -> list[ResourceRequest]:
+    """List what `config` requests of a cluster with GPUs, or of one without: the learner first, the
     verifier last."""
-    share, found = config.run.share_gpu, []
-    for role, at, count, setting, engine in config.engines:
-        size = engine.tensor_parallel_size
-        settings = (setting, f"{at}.tensor_parallel_size") if size > 1 else (setting,)
-        own = engine.gpu_memory_utilization if share else float(size)
-        found.append(
-            Ask(role=role, count=count, gpus=own if gpus else 0.0, settings=settings, packed=share)
+    share, pools = config.run.share_gpu, []
+    for pool in config.engines:
+        size = pool.each.tensor_parallel_size
+        split = (f"{pool.section}.tensor_parallel_size",) if size > 1 else ()
+        each = pool.each.gpu_memory_utilization if share else float(size)
+        pools.append(
+            ResourceRequest(
+                role=pool.role,
+                count=pool.count,
+                gpus=each if gpus else 0.0,
+                settings=(pool.setting, *split),
+                packed=share,
+            )
         )
-    own = shared_with_learner(config.engines) if share else 1.0
-    ranks = config.learner.ranks
-    learner = Ask(
-        role=RANK, count=ranks, gpus=own if gpus else 0.0, settings=("learner.ranks",), packed=True
+    rank = shared_with_learner(config.engines) if share else 1.0
+    learner = ResourceRequest(
+        role=RANK,
+        count=config.learner.ranks,
+        gpus=rank if gpus else 0.0,
+        settings=("learner.ranks",),
+        packed=True,
     )
-    return [learner, *found, Ask(role="verifier", count=1, gpus=0.0)]
+    return [learner, *pools, ResourceRequest(role="verifier", count=1, gpus=0.0)]
 
 
-def place(asked: Sequence[Ask], nodes: Sequence[Node], home: str = "") -> dict[str, Node]:
-    """The node of each member by the member's name; `home` is the driver's. Raises ClusterTooSmall
-    with the numbers."""
-    largest_first = sorted(asked, key=lambda ask: -ask.gpus)
+def place(
+    requests: Sequence[ResourceRequest], nodes: Sequence[Node], driver_node: str = ""
+) -> dict[str, Node]:
+    """Choose the node of each member, by the member's name. Raises ClusterTooSmall with the
+    numbers."""
+    largest_first = sorted(requests, key=lambda request: -request.gpus)
     # the learner may take the place of an engine that fits nowhere else
-    for order in (asked, largest_first):
-        found, missing = _placed(order, nodes, home)
+    for order in (requests, largest_first):
+        places, missing = _placed(order, nodes, driver_node)
         if missing is None:
-            return found
-    raise _too_small(asked, nodes, missing)
+            return places
+    raise _too_small(requests, nodes, missing)
 
 
 def place_on_alike(
-    asked: Sequence[Ask], gpus: int, count: int | None = None
+    requests: Sequence[ResourceRequest], gpus: int, count: int | None = None
 ) -> dict[str, list[str]]:
-    """The members on each of `count` empty nodes of that many GPUs, or of as few as hold them.
+    """List the members on each of `count` empty nodes of that many GPUs, or of as few as hold them.
     Raises ClusterTooSmall."""
     # a node for each member
-    enough = sum(ask.count for ask in asked) if all(ask.gpus <= gpus for ask in asked) else 1
-    for size in range(count or 1, (count or enough) + 1):
-        nodes = [
-            Node(id=f"{at}", address=f"node {at}", cpus=1, gpus=gpus, free=gpus)
-            for at in range(size)
-        ]
-        try:
-            found = place(asked, nodes, nodes[0].id)
-        except ClusterTooSmall:
-            if size == (count or enough):
-                raise
-        else:
-            return {
-                n.address: [member for member, at in found.items() if at.id == n.id] for n in nodes
-            }
+    enough = sum(each.count for each in requests) if all(r.gpus <= gpus for r in requests) else 1
+    for size in range(count or 1, count or enough):
+        with suppress(ClusterTooSmall):
+            return _placed_on_alike(requests, gpus, size)
+    return _placed_on_alike(requests, gpus, count or enough)
+
+
+def _placed_on_alike(
+    requests: Sequence[ResourceRequest], gpus: int, count: int
+) -> dict[str, list[str]]:
+    nodes = [
+        Node(id=f"{index}", address=f"node {index}", cpus=1, gpus=gpus, free=gpus)
+        for index in range(count)
+    ]
+    places = place(requests, nodes, nodes[0].id)
+    return {
+        node.address: [member for member, place in places.items() if place.id == node.id]
+        for node in nodes
+    }
 
 
 def choose(
-    ask: Ask, nodes: Sequence[Node], home: str = "", left: int = 1, lost: str = ""
+    request: ResourceRequest,
+    nodes: Sequence[Node],
+    driver_node: str = "",
+    left: int = 1,
+    lost: str = "",
 ) -> Node | None:
-    """The node for one more member, of `left` that are to come; None where there is no room. One in
-    place of a member that was `lost` with its node should not go there: Ray takes a dead node for a
-    living one for some time."""
+    """Choose the node for one more member, of `left` that are to come; None where there is no room.
+    One in place of a member that was `lost` with its node should not go there: Ray takes a dead
+    node for a living one for some time."""
     # a node without CPUs is kept free of everything else
     for_all = [node for node in nodes if node.cpus] or nodes
-    rooms = [node for node in nodes if node.free >= ask.gpus] if ask.gpus else for_all
+    rooms = [node for node in nodes if node.free >= request.gpus] if request.gpus else for_all
 
-    def packed(node: Node) -> tuple:
-        beside, fits = sum(other.packed for other in node.members), node.free >= left * ask.gpus
-        return -beside, not fits, node.id != home, node.free if fits else -node.free
+    def packed(node: Node) -> tuple[float, ...]:
+        beside, fits = sum(other.packed for other in node.members), node.free >= left * request.gpus
+        return -beside, not fits, node.id != driver_node, node.free if fits else -node.free
 
-    def spread(node: Node) -> tuple:
-        alike = sum(other.role == ask.role for other in node.members)
-        return node.id == lost, alike, len(node.members), node.id == home
+    def spread(node: Node) -> tuple[float, ...]:
+        alike = sum(other.role == request.role for other in node.members)
+        return node.id == lost, alike, len(node.members), node.id == driver_node
 
-    return min(rooms, key=packed if ask.packed else spread, default=None)
+    return min(rooms, key=packed if request.packed else spread, default=None)
 
 
 def _placed(
-    order: Sequence[Ask], nodes: Sequence[Node], home: str
-) -> tuple[dict[str, Node], Ask | None]:
-    """The members that find a node, and the ask of the first that finds none."""
-    nodes, found = [replace(node, members=list(node.members)) for node in nodes], {}
-    for ask in order:
-        for at, member in enumerate(ask.members):
-            node = choose(ask, nodes, home, ask.count - at)
+    order: Sequence[ResourceRequest], nodes: Sequence[Node], driver_node: str
+) -> tuple[dict[str, Node], ResourceRequest | None]:
+    """Place the members that find a node; return the request of the first that finds none, too."""
+    nodes, places = [replace(node, members=list(node.members)) for node in nodes], {}
+    for request in order:
+        for index, member in enumerate(request.members):
+            node = choose(request, nodes, driver_node, request.count - index)
             if node is None:
-                return found, ask
-            node.take(ask)
-            found[member] = node
-    return found, None
+                return places, request
+            node.take(request)
+            places[member] = node
+    return places, None
 
 
-def _too_small(asked: Sequence[Ask], nodes: Sequence[Node], missing: Ask) -> ClusterTooSmall:
-    asking = [ask for ask in asked if ask.gpus] or [missing]
-    roles = ", ".join(f"{ask.role} {ask.count} x {ask.gpus:g}" for ask in asking)
-    held = (
-        ", ".join(f"{node.address} {node.free:g} of {node.gpus:g}" for node in nodes if node.gpus)
-        or "no node"
-    )
-    settings = list(dict.fromkeys(setting for ask in asking for setting in ask.settings))
-    change = "add nodes"
-    if settings:
-        *most, last = settings
-        change = (
-            f"lower {', '.join(most)} or {last}, or add nodes"
-            if most
-            else f"lower {last}, or add nodes"
-        )
+def _too_small(
+    requests: Sequence[ResourceRequest], nodes: Sequence[Node], missing: ResourceRequest
+) -> ClusterTooSmall:
+    """Put into an error what is requested, what is free, and what to change."""
+    asking = [request for request in requests if request.gpus] or [missing]
+    roles = ", ".join(f"{request.role} {request.count} x {request.gpus:g}" for request in asking)
+    held = [f"{node.address} {node.free:g} of {node.gpus:g}" for node in nodes if node.gpus]
+    settings = list(dict.fromkeys(setting for request in asking for setting in request.settings))
+    *most, last = settings or [""]
+    named = f"{', '.join(most)} or {last}" if most else last
+    change = f"lower {named}, or add nodes" if named else "add nodes"
     return ClusterTooSmall(
-        f"asked are {sum(ask.count * ask.gpus for ask in asking):g} GPUs ({roles}), free are"
-        f" {sum(node.free for node in nodes):g} ({held}): no node has {missing.gpus:g} left for the"
-        f" next {missing.role}; {change}"
+        f"asked are {sum(request.count * request.gpus for request in asking):g} GPUs ({roles}),"
+        f" free are {sum(node.free for node in nodes):g} ({', '.join(held) or 'no node'}): no node"
+        f" has {missing.gpus:g} left for the next {missing.role}; {change}"
     )

@@ -1,5 +1,5 @@
-"""Every key of a row, the one place that says what they mean, in ASCII, as Ray wants it. METRICS.md
-is made of it:
+"""Every key of a row and what it means, in ASCII, as Ray wants it: what is written here, and what
+objectives say of their own. METRICS.md is made of it:
 
 python -m async_opd.telemetry.metric_names
 """
@@ -7,6 +7,8 @@ python -m async_opd.telemetry.metric_names
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+from async_opd.objectives import all_objectives
 
 PREFIX = "async_opd_"  # in Ray's metrics, which put ray_ before it
 PLACES = {  # in names, what may stand there
@@ -21,6 +23,19 @@ class Metric(NamedTuple):
     name: str
     unit: str
     meaning: str
+
+
+def _of_objectives() -> dict[str, tuple[Metric, ...]]:
+    """What objectives say of themselves, under the tags of those that say the same."""
+    tags: dict[tuple[Metric, ...], list[str]] = {}
+    for tag, objective in all_objectives().items():
+        metrics = tuple(Metric(name, *meaning) for name, meaning in objective.metrics.items())
+        tags.setdefault(metrics, []).append(f"`{tag}`")
+    return {
+        f"the learner, for {' and '.join(names)}": metrics
+        for metrics, names in tags.items()
+        if metrics
+    }
 
 
 TABLE = {  # by who makes them
@@ -158,24 +173,7 @@ TABLE = {  # by who makes them
         Metric("weight_by_ratio", "share", "that comes from the ratio"),
         Metric("weight_by_advantage", "share", "that comes from |A|, the advantage"),
     ),
-    "the learner, for `egrsd` and `cl_egrsd`": (
-        Metric(
-            "direction",
-            "factor",
-            "the trajectory's reward against the running mean, mean over trained tokens",
-        ),
-        Metric(
-            "certainty", "factor", "the gate on the teacher's entropy, mean over trained tokens"
-        ),
-    ),
-    "the learner, for `eopd`": (
-        Metric("uncertain", "share", "of the trained tokens with the forward KL"),
-    ),
-    "the learner, for `sg_opd`": (
-        Metric("agree", "share", "of the trained tokens where teacher and reward agree"),
-        Metric("disagree", "share", "where they disagree"),
-        Metric("no_sign", "share", "where the group has no sign"),
-    ),
+    **_of_objectives(),
 }
 NAMES = tuple(metric for metrics in TABLE.values() for metric in metrics)
 
@@ -200,14 +198,10 @@ def markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        (
-            "Every key of a row of `metrics.jsonl`, one row a step, and under the same name in"
-            " wandb and TensorBoard;"
-        ),
-        (
-            f"Prometheus has it as `ray_{PREFIX}<key>`. Made by `python -m"
-            " async_opd.telemetry.metric_names`; a test keeps it true."
-        ),
+        "Every key of a row of `metrics.jsonl`, one row a step, and under the same name in wandb"
+        " and TensorBoard;",
+        f"Prometheus has it as `ray_{PREFIX}<key>`. Made by"
+        " `python -m async_opd.telemetry.metric_names`; a test keeps it true.",
         "`N` stands for a number, `ROLE` for "
         + ", ".join(f"`{r}`" for r in PLACES["ROLE"].split("|"))
         + ".",

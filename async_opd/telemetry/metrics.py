@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from async_opd.core.printing import say
+from async_opd.core.wire import trained_tokens
 from async_opd.telemetry.spans import STATES, ActorTime, Spans
 
 OBSERVER_BACKLOG = 1000  # rows an observer may lag behind before its rows are lost, and counted
@@ -167,7 +168,7 @@ class Meter:
         now = self._clock()
         passed, elapsed = now - self._last, now - self._started
         self._steps, self._max_lag = self._steps + 1, max(self._max_lag, int(metrics["lag_max"]))
-        self._tokens["trained"] += int(metrics["tokens"] + metrics.get("tokens_taught", 0))
+        self._tokens["trained"] += int(trained_tokens(metrics))
         rates = {
             f"{role}_tokens_per_s": (self._tokens[role] - self._seen[role]) / passed
             for role in ("generators", "teachers", "trained")

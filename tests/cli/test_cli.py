@@ -12,7 +12,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import COMMANDS, main, parsed
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.evaluation.result import Figure, Result, Settings
 from async_opd.telemetry.metrics import ROLES, STATES

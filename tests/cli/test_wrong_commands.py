@@ -13,7 +13,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import COMMANDS, main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.config.teacher_rules import refuse_without_gpus
 from async_opd.core.errors import ConfigError
 from async_opd.driver.checkpoints import Checkpoints, RunState

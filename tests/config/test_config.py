@@ -13,7 +13,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load, load_run
+from async_opd.config.load import load, load_run
 from async_opd.core.errors import ConfigError, RunMissing
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl
@@ -477,7 +477,7 @@ def test_a_mistake_costs_under_two_seconds_from_the_shell(folder):
 
 def test_reading_a_config_loads_nothing_heavy():
     code = (
-        "import sys, async_opd, async_opd.config.schema as c; c.load(c.Path(sys.argv[1]));"
+        "import sys, async_opd, async_opd.config.load as c; c.load(c.Path(sys.argv[1]));"
         " print(*sys.modules)"
     )
     found = subprocess.run(

@@ -9,7 +9,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.train import to_resume
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import CheckpointError, RunMissing
 from async_opd.core.run_dir import decode_row, read_lines, run_of
 from async_opd.driver.checkpoints import Checkpoints, RunState

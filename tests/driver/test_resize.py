@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.roles import Roles
 from async_opd.driver import resize

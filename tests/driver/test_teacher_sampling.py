@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from async_opd.config.schema import Config, load
+from async_opd.config.load import load
+from async_opd.config.schema import Config
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, StepResult, Verdict
 from async_opd.driver.teacher_sampling import Taught

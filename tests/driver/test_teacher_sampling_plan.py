@@ -1,12 +1,12 @@
 """What the teacher answered reaches the ranks in micro-batches of its own."""
 
 import numpy as np
+from async_opd.runtime.remote_roles import LearnerProxy
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.ports import Ready
 from async_opd.core.wire import GroupMeta, Prompt, Span, StepResult
-from async_opd.runtime.remote_roles import LearnerProxy
 
 
 class Rank:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, CheckpointError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult, Verdict

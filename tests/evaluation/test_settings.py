@@ -101,7 +101,7 @@ def test_a_mistake_is_named_before_anything_starts(model, settings, says):
 
 def test_training_has_no_top_p():
     from async_opd.cli.demo import CONFIG
-    from async_opd.config.schema import load
+    from async_opd.config.load import load
 
     with pytest.raises(ConfigError, match=r"rollout.top_p = 0.9: no such setting"):
         load(CONFIG, ["rollout.top_p=0.9"])

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from async_opd.config.schema import Config, load
+from async_opd.config.load import load
+from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, WireError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import DataError
 from async_opd.core.wire import Needs
 from async_opd.launch.inputs import check_ends, check_epochs, check_scorers, eos_ids, read, views

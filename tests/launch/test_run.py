@@ -14,7 +14,7 @@ import pytest
 
 from async_opd import toy
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load, load_run
+from async_opd.config.load import load, load_run
 from async_opd.core.errors import ActorLost, AsyncOpdError, DataError
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SPANS

@@ -23,7 +23,7 @@ def test_moments_merged_by_steps_are_those_of_all_values(seed):
     for values in steps:
         moments = moments.with_sums(len(values), values.sum(), (values**2).sum())
     everything = np.concatenate(steps)
-    assert moments.count == 53
+    assert moments.number == 53
     assert moments.mean == pytest.approx(everything.mean(), rel=1e-12)
     assert moments.std == pytest.approx(everything.std(), rel=1e-12)
 

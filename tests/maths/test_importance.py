@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from async_opd.maths.importance import (
-    bounded,
     clipped,
     effective_sample_size,
     geometric_ratio,
     prefix_ratio,
     ratio,
     sequence_ratio,
+    truncate,
 )
 
 
@@ -19,8 +19,8 @@ def test_ratio_is_student_over_behaviour():
 
 def test_bounds_lower_what_is_above_and_drop_what_is_outside():
     rho = torch.tensor([2.0, 0.5, 1.0])
-    assert bounded(rho, at_most=1.5, between=None).tolist() == [1.5, 0.5, 1.0]
-    assert bounded(rho, at_most=None, between=(0.6, 2.0)).tolist() == [2.0, 0.0, 1.0]
+    assert truncate(rho, at_most=1.5, between=None).tolist() == [1.5, 0.5, 1.0]
+    assert truncate(rho, at_most=None, between=(0.6, 2.0)).tolist() == [2.0, 0.0, 1.0]
 
 
 def test_ratios_of_sequences_and_prefixes_are_products_of_their_own_trajectory_only():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from async_opd.maths import logprobs
-from async_opd.maths.logprobs import Head, read_logprobs
+from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
 N, D, V, K = 7, 5, 11, 3
 
@@ -40,10 +40,8 @@ def candidate_ids_NK():
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
 def test_chunks_give_the_plain_log_softmax(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
-    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, topk=K, tail=True)
-    read = read_logprobs(
-        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked
-    )
+    options = ReadOptions(0.7, chunk_rows, entropy=True, topk=K, tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, options, candidate_ids_NK=candidate_ids_NK)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     top = logp_NV.topk(K)
     torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])
@@ -65,8 +63,8 @@ def outside(logp_NV, ids_NK):
 
 @pytest.mark.parametrize("below", [None, 6])
 def test_without_given_candidates_the_tail_is_that_of_the_likeliest(hidden_ND, head, ids_N, below):
-    asked = dict(topk=K, topk_below=below, tail=True)
-    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, **asked)
+    options = ReadOptions(0.7, 3, topk=K, topk_below=below, tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, options)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     torch.testing.assert_close(read.tail_N, outside(logp_NV, logp_NV[:, :below].topk(K).indices))
     assert not read.tail_N.requires_grad
@@ -76,9 +74,11 @@ def test_a_tail_far_below_what_float32_leaves_of_one_is_exact():
     """z = 0, -1 and three at -40, -41, -42: the tail is e^-40 (1 + e^-1 + e^-2) of a whole of 1 +
     e^-1."""
     head = Head(torch.tensor([[0.0], [-1.0], [-40.0], [-41.0], [-42.0]]))
-    for asked in (dict(candidate_ids_NK=torch.tensor([[1, 0]])), dict(topk=2)):
-        asked |= dict(temperature=1.0, chunk_rows=1, tail=True)
-        read = read_logprobs(torch.ones(1, 1), head, torch.tensor([0]), **asked)
+    for ids_NK, topk in ((torch.tensor([[1, 0]]), 0), (None, 2)):
+        options = ReadOptions(1.0, 1, topk=topk, tail=True)
+        read = read_logprobs(
+            torch.ones(1, 1), head, torch.tensor([0]), options, candidate_ids_NK=ids_NK
+        )
         expected = -40 + 0.407606 - 0.313262  # log(1 + e^-1 + e^-2) - log(1 + e^-1)
         assert read.tail_N.item() == pytest.approx(expected, abs=1e-5)
 
@@ -87,21 +87,17 @@ def test_where_all_of_the_vocabulary_are_candidates_the_tail_is_nothing_and_has_
     hidden_ND, head, ids_N
 ):
     hidden_ND.requires_grad_()
-    every = dict(candidate_ids_NK=torch.arange(V).expand(N, V), tail=True)
-    read = read_logprobs(hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, **every)
-    own = read_logprobs(
-        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, topk=V, tail=True
-    )
-    assert read.tail_N.tolist() == own.tail_N.tolist() == [logprobs.NOTHING] * N
+    every, options = torch.arange(V).expand(N, V), ReadOptions(0.7, 3, tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, options, candidate_ids_NK=every)
+    likeliest = read_logprobs(hidden_ND, of(head), ids_N, options._replace(topk=V))
+    assert read.tail_N.tolist() == likeliest.tail_N.tolist() == [logprobs.NOTHING] * N
     read.tail_N.sum().backward()
     assert not hidden_ND.grad.any() and not head.weight.grad.any()
 
 
 def test_an_id_that_the_head_has_not_has_no_log_prob(hidden_ND, head, ids_N):
     ids_NK = torch.tensor([[V - 1, V, 10_000]]).expand(N, 3)
-    read = read_logprobs(
-        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=3, candidate_ids_NK=ids_NK
-    )
+    read = read_logprobs(hidden_ND, of(head), ids_N, ReadOptions(0.7, 3), candidate_ids_NK=ids_NK)
     assert read.candidates_NK[:, 0].isfinite().all() and read.candidates_NK[:, 1:].isnan().all()
     assert read.sampled_N.isfinite().all()
 
@@ -109,10 +105,8 @@ def test_an_id_that_the_head_has_not_has_no_log_prob(hidden_ND, head, ids_N):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK, chunk_rows):
     hidden_ND.requires_grad_()
-    asked = dict(entropy=True, candidate_ids_NK=candidate_ids_NK, tail=True)
-    read = read_logprobs(
-        hidden_ND, of(head), ids_N, temperature=0.7, chunk_rows=chunk_rows, **asked
-    )
+    options = ReadOptions(0.7, chunk_rows, entropy=True, tail=True)
+    read = read_logprobs(hidden_ND, of(head), ids_N, options, candidate_ids_NK=candidate_ids_NK)
     chunked = (
         read.sampled_N.sum() + 2 * read.entropy_N.sum() + 3 * read.candidates_NK.sum()
     ).double()
@@ -135,16 +129,12 @@ def test_chunks_give_the_plain_gradient(hidden_ND, head, ids_N, candidate_ids_NK
 
 def test_no_rows_give_empty_fields_that_still_join_backward(head):
     hidden_ND = torch.zeros(0, D, requires_grad=True)
-    asked = dict(
-        entropy=True, topk=K, candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64), tail=True
-    )
     read = read_logprobs(
         hidden_ND,
         of(head),
         torch.zeros(0, dtype=torch.int64),
-        temperature=0.7,
-        chunk_rows=4,
-        **asked,
+        ReadOptions(0.7, 4, entropy=True, topk=K, tail=True),
+        candidate_ids_NK=torch.zeros(0, K, dtype=torch.int64),
     )
     assert [tuple(field.shape) for field in read[:6]] == [(0,), (0,), (0, K), (0, K), (0, K), (0,)]
     read.sampled_N.sum().backward()
@@ -152,17 +142,13 @@ def test_no_rows_give_empty_fields_that_still_join_backward(head):
 
 
 def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
-    assert (
-        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2)[1:] == (None,) * 6
-    )
+    assert read_logprobs(hidden_ND, of(head), ids_N, ReadOptions(1.0, 2))[1:] == (None,) * 6
 
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
     logits = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).log()  # ids 2 and 3 are padding
-    asked = dict(topk=2, topk_below=2)
-    read = read_logprobs(
-        torch.ones(1, 1), Head(logits), torch.tensor([3]), temperature=1.0, chunk_rows=1, **asked
-    )
+    options = ReadOptions(1.0, 1, topk=2, topk_below=2)
+    read = read_logprobs(torch.ones(1, 1), Head(logits), torch.tensor([3]), options)
     assert read.topk_ids_NK.tolist() == [[1, 0]]
     torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))
     torch.testing.assert_close(read.sampled_N.exp(), torch.tensor([0.4]))
@@ -170,9 +156,7 @@ def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary()
 
 def test_temperature_divides_the_logits():
     head = Head(torch.eye(2))
-    read = read_logprobs(
-        torch.tensor([[0.0, 1.0]]), head, torch.tensor([1]), temperature=0.5, chunk_rows=1
-    )
+    read = read_logprobs(torch.tensor([[0.0, 1.0]]), head, torch.tensor([1]), ReadOptions(0.5, 1))
     torch.testing.assert_close(read.sampled_N, torch.tensor([-0.126928]))  # -log(1 + e^-2)
 
 
@@ -186,16 +170,12 @@ def test_the_gradient_is_that_of_finite_differences(hidden_ND, head, cap, entrop
         torch.tensor([0, 3, 4, 3]),
         torch.tensor([[1, 0], [2, 3], [0, 1], [4, 2]]),
     )
-    asked = dict(
-        temperature=0.7, chunk_rows=3, entropy=entropy, candidate_ids_NK=candidate_ids_NK, tail=tail
-    )
+    options = ReadOptions(0.7, 3, entropy=entropy, tail=tail)
 
     def read(hidden, weight, bias):
-        return tuple(
-            x
-            for x in read_logprobs(hidden, Head(weight, bias, cap), ids_N, **asked)
-            if x is not None
-        )
+        capped = Head(weight, bias, cap)
+        fields = read_logprobs(hidden, capped, ids_N, options, candidate_ids_NK=candidate_ids_NK)
+        return tuple(x for x in fields if x is not None)
 
     small = (hidden_ND[:4, :2], head.weight[:5, :2], head.bias[:5])
     inputs = [x.detach().double().requires_grad_() for x in small]
@@ -208,9 +188,7 @@ def test_logits_far_from_zero_lose_nothing():
         torch.ones(1, 1),
         Head(torch.tensor([[999.0], [1000.0]])),
         torch.tensor([0]),
-        temperature=1.0,
-        chunk_rows=1,
-        entropy=True,
+        ReadOptions(1.0, 1, entropy=True),
     )
     torch.testing.assert_close(read.sampled_N, torch.tensor([-1.313262]))  # -1 - log(1 + e^-1)
     # log(1 + e^-1) + 1 / (1 + e)
@@ -224,6 +202,6 @@ def test_nothing_as_wide_as_the_vocabulary_waits_for_the_backward_pass(hidden_ND
         lambda x: waiting.append(x.shape) or x, lambda x: x
     ):
         ids_NK = ids_N[:, None]
-        asked = dict(entropy=True, candidate_ids_NK=ids_NK, tail=True)
-        read_logprobs(hidden_ND, of(head), ids_N, temperature=1.0, chunk_rows=2, **asked)
+        options = ReadOptions(1.0, 2, entropy=True, tail=True)
+        read_logprobs(hidden_ND, of(head), ids_N, options, candidate_ids_NK=ids_NK)
     assert waiting and not [shape for shape in waiting if V in shape[1:]]

@@ -2,7 +2,7 @@
 
 import torch
 
-from async_opd.maths.logprobs import Head, read_logprobs
+from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 from tests.tensor_memory import TensorMemory
 
 
@@ -17,11 +17,8 @@ def test_reading_adds_at_most_an_eighth_of_the_logits_to_memory():
             hidden,
             Head(weight),
             ids,
-            temperature=1.0,
-            chunk_rows=128,
+            ReadOptions(1.0, 128, entropy=True, tail=True),
             candidate_ids_NK=ids[:, None],
-            entropy=True,
-            tail=True,
         )
         (
             read.sampled_N.sum()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.token_batch import TokenBatch
 
 # six tokens that the numbers of several methods are known for
 STUDENT = [-0.10, -1.20, -0.05, -2.30, -0.40, -0.02]

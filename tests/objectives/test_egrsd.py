@@ -21,9 +21,9 @@ def six(objective, reward):
 
 
 def test_the_gate_by_entropy_is_the_published_one():
-    certainty_N = six(Egrsd(gamma=0.3), 1.0).shown["certainty"]
+    certainty_N = six(Egrsd(gamma=0.3), 1.0).metrics["certainty"]
     assert certainty_N.tolist() == pytest.approx([0.995, 0.8, 0.85, 0.99, 0.7, 0.72])
-    steep = six(Egrsd(gamma=1.0), 1.0).shown["certainty"]
+    steep = six(Egrsd(gamma=1.0), 1.0).metrics["certainty"]
     assert steep.tolist() == pytest.approx([0.983333, 0.333333, 0.5, 0.966667, 0.1, 0.1], abs=1e-6)
 
 
@@ -35,7 +35,7 @@ def test_the_gate_by_entropy_is_the_published_one():
     ],
 )
 def test_the_weight_by_direction_is_the_published_one(reward, expected):
-    assert six(Egrsd(length_bonus=0.0), reward).shown["direction"].tolist() == pytest.approx(
+    assert six(Egrsd(length_bonus=0.0), reward).metrics["direction"].tolist() == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -52,7 +52,7 @@ def test_the_gate_that_looks_two_ahead_is_the_published_one():
     given = batch(STUDENT, TEACHER, teacher_entropy_N=ENTROPY)
     assert objective.gated_entropy(given).tolist() == [0.05, 0.1, 0.1, 0.1, 2.8, 2.8]
     expected = [0.983333, 0.966667, 0.966667, 0.966667, 0.1, 0.1]
-    assert six(objective, 1.0).shown["certainty"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert six(objective, 1.0).metrics["certainty"].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 LOOPS = {  # the objective, its window, γ, and whether signals are cached
@@ -97,7 +97,7 @@ def test_entropies_that_are_all_equal_and_small_are_in_units_of_one_nat():
     given = batch([-1.0] * 2, [-1.0] * 2, teacher_entropy_N=[0.5, 0.5], reward=[1.0], running=START)
     objective = ClEgrsd(gamma=1.0)
     result = objective.loss(with_statistics(objective, given))
-    assert result.shown["certainty"].tolist() == [0.5, 0.5]
+    assert result.metrics["certainty"].tolist() == [0.5, 0.5]
 
 
 def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_loss():
@@ -112,7 +112,12 @@ def test_a_right_answer_is_worth_more_when_short_and_an_unknown_one_gives_no_los
     )
     objective = Egrsd()
     # 1 + .5 · (1 - 2/8)
-    assert objective.episode(given)["reward"].nan_to_num(-1).tolist() == [1.375, 1.0, -1, 0.0]
+    assert objective.trajectory_statistics(given)["reward"].nan_to_num(-1).tolist() == [
+        1.375,
+        1.0,
+        -1,
+        0.0,
+    ]
     result = objective.loss(with_statistics(objective, given))
     assert result.advantage[[0, 2, 10, 11]].tolist() == [0.875, 0.5, 0.0, -0.5]
     assert result.weight_N[10] == 1 and result.loss_N[10] == 0  # w = 1 where A = 0
@@ -130,7 +135,7 @@ def test_without_a_bonus_for_length_no_cap_is_read():
         running=START,
     )
     given = replace(given, cap_S=None)
-    assert objective.episode(given)["reward"].tolist() == [1.0, 0.0]
+    assert objective.trajectory_statistics(given)["reward"].tolist() == [1.0, 0.0]
     assert objective.loss(with_statistics(objective, given)).advantage.tolist() == [0.5, -0.5, -0.5]
 
 
@@ -139,7 +144,7 @@ def test_without_a_gate_no_entropy_is_read(objective):
     assert objective.needs() == Needs(running=("reward",))
     given = replace(batch(STUDENT, TEACHER, reward=[1.0], running=START), teacher_entropy_N=None)
     result = objective.loss(with_statistics(objective, given))
-    assert result.shown["certainty"].tolist() == [1.0] * 6
+    assert result.metrics["certainty"].tolist() == [1.0] * 6
     assert result.weight_N.tolist() == pytest.approx(
         [0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005], abs=1e-6
     )
@@ -152,7 +157,7 @@ def test_a_floor_below_what_the_gate_leaves_is_refused():
     ):
         Egrsd(floor=0.6)
     # .7 and .72 are raised
-    assert six(Egrsd(gamma=0.3, floor=0.8), 1.0).shown["certainty"].min().item() == 0.8
+    assert six(Egrsd(gamma=0.3, floor=0.8), 1.0).metrics["certainty"].min().item() == 0.8
 
 
 def test_a_window_of_no_gate_is_refused():

@@ -83,7 +83,7 @@ def test_without_a_known_contrast_every_token_falls_back(reward, group):
     given = batch(STUDENT, TEACHER, reference_logp_N=REFERENCE, reward=[reward], group=[group])
     got = result(SgOpd(beta=0.5), given)
     assert got.advantage.tolist() == pytest.approx([-0.025, 0.25, -1.5, -0.25, 0.0, 0.005])
-    assert got.shown["no_sign"].all()
+    assert got.metrics["no_sign"].all()
     assert result(SgOpd(fallback="grpo"), given).advantage.tolist() == [0.0] * 6
 
 
@@ -94,7 +94,7 @@ def test_unknown_verdicts_are_left_out_of_their_group():
 
 
 def test_tokens_are_shown_to_agree_to_disagree_or_to_have_no_sign():
-    shown = result(SgOpd(), one_of_two(1.0)).shown  # A = -.05, .5, -3, -.5, 0, .01
+    shown = result(SgOpd(), one_of_two(1.0)).metrics  # A = -.05, .5, -3, -.5, 0, .01
     assert {name: [int(x) for x in value] for name, value in shown.items()} == {
         "agree": [0, 1, 0, 0, 0, 1],
         "disagree": [1, 0, 1, 1, 0, 0],

@@ -4,7 +4,8 @@ from contextlib import asynccontextmanager
 
 from transformers import AutoTokenizer
 
-from async_opd.config.schema import Config, load
+from async_opd.config.load import load
+from async_opd.config.schema import Config
 from async_opd.driver.replica_pool import Pool
 from async_opd.driver.weight_publisher import Publisher
 from async_opd.launch.inputs import views

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 import torch
 
-from async_opd.maths.logprobs import read_logprobs
+from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.gloo import buckets
@@ -59,7 +59,7 @@ def learner_logp(model, response: list[int]) -> torch.Tensor:
     with torch.no_grad():
         hidden_LD = causal_lm.hidden_states(model, ids_L, [len(ids_L)])[len(PROMPT) - 1 : -1]
         read = read_logprobs(
-            hidden_LD, causal_lm.head(model), ids_L[len(PROMPT) :], temperature=1.0, chunk_rows=5
+            hidden_LD, causal_lm.head(model), ids_L[len(PROMPT) :], ReadOptions(1.0, 5)
         )
     return read.sampled_N
 

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, ClusterTooSmall, ConfigError
 from async_opd.runtime.actor_specs import Casting, Part
 from async_opd.runtime.actors import Cluster
-from async_opd.runtime.nodes import home
-from async_opd.runtime.placement import asks
+from async_opd.runtime.nodes import driver_node
+from async_opd.runtime.placement import resource_requests
 
 pytestmark = pytest.mark.ray
 SPLIT = "rollout.tensor_parallel_size=2"
@@ -89,7 +89,10 @@ async def test_nodes_that_come_in_time_are_waited_for(nodes, idle):
         await asyncio.wait_for(coming, 20)
         found = await where(cluster)
         assert (
-            found["learner rank 0"][0] == found["teacher 0"][0] == home() != found["generator 0"][0]
+            found["learner rank 0"][0]
+            == found["teacher 0"][0]
+            == driver_node()
+            != found["generator 0"][0]
         )
 
 
@@ -100,10 +103,10 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
     with starting(SPLIT, "learner.ranks=2") as cluster:
         await cluster.roles()
         found = await where(cluster)
-        assert {found[f"learner rank {rank}"][0] for rank in range(2)} == {home()}
+        assert {found[f"learner rank {rank}"][0] for rank in range(2)} == {driver_node()}
         first, cards = found["generator 0"]
         assert sorted(cards.split(",")) == ["0", "1"]  # both of one node
-        assert len({home(), first, found["teacher 0"][0]}) == 3
+        assert len({driver_node(), first, found["teacher 0"][0]}) == 3
 
         fourth = nodes.add_node(num_cpus=1, num_gpus=2).node_id
         nodes.remove_node(next(node for node in nodes.list_all_nodes() if node.node_id == first))
@@ -117,13 +120,16 @@ async def test_members_go_where_they_fit_and_come_back_elsewhere_when_their_node
 
 
 async def test_without_gpus_the_roles_have_nodes_of_their_own(nodes, idle, monkeypatch):
-    monkeypatch.setattr("async_opd.runtime.actors.asks", lambda config, gpus: asks(config, False))
+    monkeypatch.setattr(
+        "async_opd.runtime.actors.resource_requests",
+        lambda config, gpus: resource_requests(config, False),
+    )
     for _ in range(3):
         with starting("rollout.generators=2") as cluster:
             await cluster.roles()
             found = await where(cluster)
             places = [found[name][0] for name in ("learner rank 0", "generator 0", "generator 1")]
-            assert places[0] == home() and len(set(places)) == 3
+            assert places[0] == driver_node() and len(set(places)) == 3
 
 
 async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl

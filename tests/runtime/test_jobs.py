@@ -20,10 +20,11 @@ from ray.job_submission import JobStatus
 from async_opd.cli import stop
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.driver.checkpoints import Checkpoints, RunState
 from async_opd.driver.train_loop import INTERRUPT_S
 from async_opd.runtime import jobs
+from async_opd.runtime.dashboard import _token, dashboard_url, token_for
 from async_opd.telemetry.console import lines
 
 
@@ -83,7 +84,7 @@ def test_a_cluster_that_is_not_there_is_one_line(capsys):
 
 
 def test_a_server_that_does_not_answer_is_given_up(monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "ANSWER_S", 0.2)
+    monkeypatch.setattr("async_opd.runtime.dashboard.ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         line = said(capsys, "status", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert "no Ray dashboard answers within 0.2 s: timed out" in line
@@ -117,12 +118,12 @@ def test_an_address_that_is_no_dashboards_url_is_refused(address, monkeypatch, c
 
 
 def test_what_is_given_goes_before_the_environment(monkeypatch):
-    assert jobs._url(None) == "http://127.0.0.1:8265"
+    assert dashboard_url(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "http://a:1")
-    assert jobs._url(None) == "http://a:1"
+    assert dashboard_url(None) == "http://a:1"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://b:2/")
-    assert jobs._url(None) == "http://b:2"
-    assert jobs._url("https://c") == "https://c"
+    assert dashboard_url(None) == "http://b:2"
+    assert dashboard_url("https://c") == "https://c"
 
 
 def test_without_a_token_a_cluster_that_asks_for_one_gets_nothing(dashboard, capsys):
@@ -148,21 +149,23 @@ def test_a_token_that_is_refused_says_where_the_right_one_is(
 
 
 def test_the_token_is_found_where_ray_looks_for_it(monkeypatch, tmp_path):
-    assert jobs._token() is None
+    assert _token() is None
     home = tmp_path / "home" / ".ray" / "auth_token"
     home.parent.mkdir(parents=True)
     home.write_text("of the home\n")
-    assert jobs._token() == "of the home"
+    assert _token() == "of the home"
     (tmp_path / "token").write_text("of a file")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert jobs._token() == "of a file"
+    assert _token() == "of a file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-    assert jobs._token() == "given"
+    assert _token() == "given"
 
 
 def answers_with(mode: str, monkeypatch) -> None:
     answer = json.dumps({"authentication_mode": mode}).encode()
-    monkeypatch.setattr(jobs, "urlopen", lambda url, timeout: io.BytesIO(answer))
+    monkeypatch.setattr(
+        "async_opd.runtime.dashboard.urlopen", lambda url, timeout: io.BytesIO(answer)
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_a_cluster_elsewhere_without_token_authentication_is_refused_with_the_fi
 
 
 def test_a_token_never_crosses_the_open_net_in_clear(monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "urlopen", None)  # nothing is asked
+    monkeypatch.setattr("async_opd.runtime.dashboard.urlopen", None)  # nothing is asked
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     line = said(capsys, "status", "--address", "http://8.8.8.8:8265")
     assert (
@@ -212,7 +215,7 @@ def test_a_token_goes_where_it_is_asked_for_and_a_private_network_is_warned_of(
 ):
     answers_with(mode, monkeypatch)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    assert jobs._token_for(address) == token
+    assert token_for(address) == token
     assert (
         "warning: http://10.0.0.5:8265 gets the token in clear" in capsys.readouterr().err
     ) == warned

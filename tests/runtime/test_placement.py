@@ -8,9 +8,9 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.evaluation import load_eval, run_config
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ClusterTooSmall, ConfigError
-from async_opd.runtime.placement import Node, asks, choose, place
+from async_opd.runtime.placement import Node, choose, place, resource_requests
 
 BIG = [
     "learner.ranks=4",
@@ -40,7 +40,9 @@ def where(
 ) -> dict[str, str]:
     return {
         member: node.id
-        for member, node in place(asks(load(DEMO, overrides), gpus), nodes, home).items()
+        for member, node in place(
+            resource_requests(load(DEMO, overrides), gpus), nodes, home
+        ).items()
     }
 
 
@@ -49,7 +51,7 @@ def of(placed: dict[str, str], role: str) -> list[str]:
 
 
 def test_every_role_asks_for_its_members_and_the_gpus_of_each():
-    asked = {ask.role: (ask.count, ask.gpus) for ask in asks(load(DEMO, BIG), True)}
+    asked = {ask.role: (ask.count, ask.gpus) for ask in resource_requests(load(DEMO, BIG), True)}
     assert asked == {
         "learner rank": (4, 1),
         "generator": (4, 2),
@@ -59,12 +61,12 @@ def test_every_role_asks_for_its_members_and_the_gpus_of_each():
 
 
 def test_without_gpus_nobody_asks_for_any():
-    assert {ask.gpus for ask in asks(load(DEMO, []), False)} == {0}
+    assert {ask.gpus for ask in resource_requests(load(DEMO, []), False)} == {0}
 
 
 def test_the_reference_the_teachers_by_name_and_the_teachers_own_engines_are_pools_of_their_own():
     sampling = "teacher_sampling={share=0.5, full_until_step=1, until_step=2, generators=3}"
-    asked = asks(
+    asked = resource_requests(
         load(DEMO, ["objective={tag='g_opd', lambda=1.5}", sampling, "reference.replicas=2"]), True
     )
     pools = {ask.role: ask.count for ask in asked[1:]}
@@ -79,7 +81,10 @@ def test_the_reference_the_teachers_by_name_and_the_teachers_own_engines_are_poo
     named = msgspec.structs.replace(
         demo, teacher=None, teachers={"algebra": demo.teacher, "code": demo.teacher}
     )
-    assert [ask.role for ask in asks(named, True)][2:4] == ["teachers.algebra", "teachers.code"]
+    assert [ask.role for ask in resource_requests(named, True)][2:4] == [
+        "teachers.algebra",
+        "teachers.code",
+    ]
 
 
 def test_learner_ranks_are_packed_and_all_others_are_spread():
@@ -148,7 +153,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_numbers_and_what_to_cha
 def test_a_cluster_too_small_for_an_evaluation_is_refused_with_the_numbers_too():
     config = run_config(load_eval("toy:student", ["data.path=toy:heldout", "rollout.generators=3"]))
     generator, verifier = (
-        ask for ask in asks(config, True) if ask.role in ("generator", "verifier")
+        ask for ask in resource_requests(config, True) if ask.role in ("generator", "verifier")
     )
     with pytest.raises(ClusterTooSmall) as refused:
         place([generator, verifier], cluster(1, 1))
@@ -167,7 +172,7 @@ def test_a_cluster_too_small_for_an_evaluation_is_refused_with_the_numbers_too()
 
 
 def test_a_member_in_place_of_a_lost_one_goes_where_few_of_its_role_are_and_room_is():
-    nodes, generator = cluster(2, 2, 2), asks(load(DEMO, []), True)[1]
+    nodes, generator = cluster(2, 2, 2), resource_requests(load(DEMO, []), True)[1]
     nodes[0].take(generator)
     nodes[1].take(generator)
     assert choose(generator, nodes).id == "c"
@@ -179,14 +184,14 @@ def test_a_member_in_place_of_a_lost_one_goes_where_few_of_its_role_are_and_room
 
 
 def test_a_lost_member_comes_back_on_another_node_if_it_can():
-    nodes, generator = cluster(2, 2), asks(load(DEMO, []), True)[1]
+    nodes, generator = cluster(2, 2), resource_requests(load(DEMO, []), True)[1]
     nodes[1].take(generator)
     assert choose(generator, nodes, lost="a").id == "b"  # though a has none of its role
     assert choose(generator, nodes[:1], lost="a").id == "a"
 
 
 def test_on_one_card_each_has_its_share_of_memory_and_the_learner_what_is_left():
-    asked = asks(load(DEMO, SHARED), True)
+    asked = resource_requests(load(DEMO, SHARED), True)
     assert {ask.role: ask.gpus for ask in asked} == {
         "learner rank": 0.25,
         "generator": 0.4,

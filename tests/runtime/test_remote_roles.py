@@ -2,12 +2,12 @@ import asyncio
 
 import numpy as np
 import pytest
+from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost
 from async_opd.core.ports import Ready
 from async_opd.core.wire import GroupMeta, Prompt, Span
-from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 
 
 class Remote:

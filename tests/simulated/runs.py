@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.roles import Roles
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.producer import Producer

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 
 ROWS = [
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from async_opd.launch import run
 from async_opd.telemetry import metrics
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from tests.telemetry.test_sinks import DEMO, ROWS
 metrics.CLOSE_S = 60
 config = load(DEMO, sys.argv[2:])

@@ -7,10 +7,11 @@ from itertools import count
 
 import numpy as np
 import pytest
+from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, CallFailed, LedgerError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Group, Prompt, Rollout, Span
@@ -19,7 +20,6 @@ from async_opd.driver.replica_pool import Pool
 from async_opd.driver.train_loop import train
 from async_opd.driver.weight_publisher import Publisher
 from async_opd.runtime.actor_specs import make_verifier
-from async_opd.runtime.remote_roles import LearnerProxy, TeacherProxy, Together
 from async_opd.telemetry.metrics import Meter
 from tests.simulated.roles import (
     Prompts,

@@ -9,7 +9,7 @@ from random import Random
 import msgspec
 import pytest
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import LedgerError, RunMissing
 from async_opd.driver.ledger import Ledger
 from async_opd.tools.audit.books import Books, audit

@@ -15,7 +15,7 @@ import ray.autoscaler
 import yaml
 
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 from async_opd.tools.cluster_files import KINDS
 from async_opd.tools.cluster_files.render import render

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from async_opd.cli.main import main
-from async_opd.config.schema import load_objective
+from async_opd.config.load import load_objective
 from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import MicroBatch
-from async_opd.roles.learner.step import Moment, batch_statistics, token_batch
+from async_opd.roles.learner.step import StepContext, batch_statistics, token_batch
 from async_opd.tools.explain.effect import explain
 from async_opd.tools.explain.given import Given, Rollouts, Trajectory
 
@@ -350,9 +350,9 @@ def test_it_is_what_the_learner_computes(command):
         batch.student_tail_logp_N,
         batch.hidden_ND,
     )
-    moment = Moment(step=7, running=batch.running)
-    statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], moment)
-    seen = token_batch(micro, read, moment, statistics)
+    context = StepContext(step=7, running=batch.running)
+    statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], context)
+    seen = token_batch(micro, read, context, statistics)
     learned = objective.loss(seen)
     learned.loss_N.sum().backward()
     found = explain(objective, rollouts, "file")
@@ -400,7 +400,7 @@ MALFORMED = {  # the file; what the message says after its name
         {"trajectories": [ONE | {"proximal_logp": [-1, -2]}]},
         ": trajectories[0]: field = 'proximal_logp': must be ",
     ),
-    "a misspelt moment": (
+    "a misspelt context": (
         {
             "trajectories": [ONE],
             "running": {"reward": {"count": 1, "maen": 0, "mean": 0, "squares": 0}},

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.driver.checkpoints import Checkpoints, RunState
 from async_opd.roles.learner.checkpoint import save
 from async_opd.toy.tokenizer import build_tokenizer

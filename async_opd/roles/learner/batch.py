@@ -1,19 +1,21 @@
 """From groups and scores to packed micro-batches of tensors."""
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from async_opd.core.errors import StaleTrajectory, WireError
-from async_opd.core.wire import Group, Prompt, Rollout, Scores, Verdict
+from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Verdict
 from async_opd.maths import lag
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Trajectory:
     """One trajectory as it reaches a learner rank."""
 
     prompt: Prompt
@@ -22,28 +24,47 @@ class Sample:
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
     reference: Scores | None = None
 
+    @property
+    def from_teacher(self) -> bool:
+        """Whether the teacher has answered the prompt itself."""
+        return self.scores is None
 
-def samples(
-    plan: list[list[tuple[int, int]]], verdicts: list[tuple[Verdict, ...]], data: tuple
-) -> list[list[Sample]]:
-    """Of each micro-batch of `plan`, pairs of (index of group, sample); `data` as in
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBounds:
+    """What bounds the training of a token: its lag, and the length of its response.
+
+    `stale` and `truncated` say "mask" where such tokens stay visible to the objective but leave the
+    reduction.
+    """
+
+    max_lag_steps: int
+    stale: Literal["mask", "drop"]
+    truncated: Literal["train", "mask", "drop"]
+    cap: int  # most tokens a response may have
+
+
+def trajectories(
+    share: LearnerShare,
+    groups: tuple[Group, ...],
+    scores: tuple[tuple[Scores, ...] | None, ...],
+    references: tuple[tuple[Scores, ...] | None, ...] = (),
+) -> list[list[Trajectory]]:
+    """Pick the trajectories of each micro-batch of `share`; the rest is as in
     `LearnerRank.step`."""
-    count = len(verdicts)
-    groups: tuple[Group, ...] = data[:count]
-    scores: tuple[tuple[Scores, ...] | None, ...] = data[count : 2 * count]
-    references: tuple[tuple[Scores, ...] | None, ...] = data[2 * count :] or (None,) * count
+    references = references or (None,) * len(groups)
     return [
         [
-            Sample(
+            Trajectory(
                 prompt=groups[g].prompt,
                 rollout=groups[g].rollouts[s],
-                scores=scores[g] and scores[g][s],
-                verdicts=verdicts[g],
-                reference=references[g] and references[g][s],
+                scores=scored[s] if (scored := scores[g]) else None,
+                verdicts=share.verdicts[g],
+                reference=scored[s] if (scored := references[g]) else None,
             )
-            for g, s in pairs
+            for g, s in micro
         ]
-        for pairs in plan
+        for micro in share.micro_batches
     ]
 
 
@@ -71,120 +92,132 @@ class MicroBatch:
     teacher_tail_logp_N: Tensor | None
     teacher_entropy_N: Tensor | None
     reference_logp_N: Tensor | None
-    taught: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
+    from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
+
+    def to(self, device: torch.device) -> Self:
+        """Copy its tensors to `device`."""
+        return replace(
+            self, **{n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        )
 
 
 def pack(
-    samples: list[Sample],
-    *,
-    live: int,
-    max_lag_steps: int,
-    stale: str,
-    truncated: str,
-    cap: int,
-    device: torch.device,
+    trajectories: Sequence[Trajectory], bounds: TrainingBounds, *, live: int, device: torch.device
 ) -> MicroBatch:
-    """Pack `samples` (possibly none: such a micro-batch still joins every collective) under live
-    version `live`.
+    """Pack `trajectories` (possibly none: such a micro-batch still joins every collective) under
+    live version `live`.
 
-    `stale` and `truncated` say "mask" where such tokens stay visible to the objective but leave the
-    reduction. Raises StaleTrajectory for a token over the bound where the policy is "drop": the
-    queue must not have let it by. Raises WireError where scores and rollout do not belong together,
-    or answers of teacher and student come together.
+    Raises StaleTrajectory for a token over the bound where the policy is "drop": the queue must not
+    have let it by. Raises WireError where scores and rollout do not belong together, or answers of
+    teacher and student come together.
     """
-    taught = any(s.prompt.taught for s in samples)
-    scores = [_scores(s) for s in samples]
-    for s, given in zip(samples, scores, strict=True):
-        found = {given.id, *([s.reference.id] if s.reference else [])}
-        decided = {v.id for v in s.verdicts}
-        if (
-            found != {s.rollout.id}
-            or s.rollout.id not in decided
-            or len(given.sampled_logp) != len(s.rollout.ids)
-        ):
+    from_teacher = any(t.from_teacher for t in trajectories)
+    rollouts = [t.rollout for t in trajectories]
+    scores = [_scores(t) for t in trajectories]
+    _refuse_mismatch(trajectories, scores, from_teacher)
+    versions = [np.full(len(r.ids), live) if from_teacher else r.versions() for r in rollouts]
+    ids, rows = _positions(trajectories)
+    at_student_ids = not scores or scores[0].topk_ids is None
+    return MicroBatch(
+        ids_L=_flat(ids, torch.int64),
+        segment_lengths=[len(part) for part in ids],
+        rows_N=_flat(rows, torch.int64),
+        targets_N=_flat([r.ids for r in rollouts], torch.int64),
+        keep_N=_flat(_kept(rollouts, versions, bounds, live), torch.bool),
+        lag_N=_flat([live - v for v in versions], torch.int64),
+        segment_N=_flat([np.full(len(r.ids), i) for i, r in enumerate(rollouts)], torch.int64),
+        behaviour_logp_N=_flat([r.behaviour_logp for r in rollouts], torch.float32),
+        teacher_logp_N=_flat([s.sampled_logp for s in scores], torch.float32),
+        key_S=torch.tensor([zlib.crc32(r.id.encode()) for r in rollouts], dtype=torch.int64),
+        reward_S=torch.tensor(
+            [_reward(v) for t in trajectories for v in t.verdicts if v.id == t.rollout.id]
+        ),
+        group_reward_SG=torch.tensor(
+            [[_reward(v) for v in t.verdicts] for t in trajectories]
+        ).reshape(len(rollouts), -1 if rollouts else 0),
+        cap_S=torch.full((len(rollouts),), float(bounds.cap)),
+        candidate_ids_NK=_flat_if_there(
+            [r.candidate_ids for r in rollouts] if at_student_ids else [s.topk_ids for s in scores],
+            torch.int64,
+        ),
+        behaviour_logp_NK=_flat_if_there([r.candidate_logp for r in rollouts]),
+        teacher_logp_NK=_flat_if_there(
+            [s.candidate_logp if at_student_ids else s.topk_logp for s in scores]
+        ),
+        teacher_tail_logp_N=_flat_if_there([s.tail_logp for s in scores]),
+        teacher_entropy_N=_flat_if_there([s.entropy for s in scores]),
+        reference_logp_N=_flat_if_there(
+            [t.reference and t.reference.sampled_logp for t in trajectories]
+        ),
+        from_teacher=from_teacher,
+    ).to(device)
+
+
+def _refuse_mismatch(
+    trajectories: Sequence[Trajectory], scores: Sequence[Scores], from_teacher: bool
+) -> None:
+    """Raise WireError for a trajectory with scores or verdicts of another, or one that is not
+    `from_teacher` as the others are."""
+    for t, scored in zip(trajectories, scores, strict=True):
+        id, rows = t.rollout.id, len(scored.sampled_logp)
+        scored_ids = {scored.id, *([t.reference.id] if t.reference else [])}
+        decided_ids = {v.id for v in t.verdicts}
+        if scored_ids != {id} or id not in decided_ids or rows != len(t.rollout.ids):
+            raise WireError(f"{id}: paired with {scored_ids | decided_ids}, {rows} scores")
+        if t.from_teacher != from_teacher:
             raise WireError(
-                f"{s.rollout.id}: paired with {found | decided}, {len(given.sampled_logp)} scores"
+                f"{id}: packed with answers of {'the teacher' if from_teacher else 'the student'}"
             )
-        if s.prompt.taught != taught:
-            raise WireError(
-                f"{s.rollout.id}: packed with answers of"
-                f" {'the teacher' if taught else 'the student'}"
+
+
+def _kept(
+    rollouts: Sequence[Rollout], versions: Sequence[np.ndarray], bounds: TrainingBounds, live: int
+) -> list[np.ndarray]:
+    """Which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
+    fresh = [lag.fresh(v, live, bounds.max_lag_steps) for v in versions]
+    for rollout, fresh_T in zip(rollouts, fresh, strict=True):
+        if bounds.stale == "drop" and not fresh_T.all():
+            raise StaleTrajectory(
+                f"{rollout.id}: {rollout.spans} at version {live}, bound {bounds.max_lag_steps}"
             )
-    versions = [
-        np.full(len(s.rollout.ids), live) if taught else s.rollout.versions() for s in samples
+    return [
+        fresh_T & (bounds.truncated != "mask" or not rollout.truncated)
+        for rollout, fresh_T in zip(rollouts, fresh, strict=True)
     ]
-    fresh = [lag.fresh(v, live, max_lag_steps) for v in versions]
-    if stale == "drop":
-        for s, ok in zip(samples, fresh, strict=True):
-            if not ok.all():
-                raise StaleTrajectory(
-                    f"{s.rollout.id}: {s.rollout.spans} at version {live}, bound {max_lag_steps}"
-                )
-    keep = [
-        ok & (truncated != "mask" or not s.rollout.truncated)
-        for s, ok in zip(samples, fresh, strict=True)
-    ]
-    ids = [np.concatenate([s.prompt.ids, s.rollout.ids]) for s in samples] or [
-        np.zeros(1, np.int32)
-    ]
+
+
+def _positions(
+    trajectories: Sequence[Trajectory],
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids of each segment, one token where there are none; and of each trajectory the rows
+    that predict its response."""
+    ids = [np.concatenate([t.prompt.ids, t.rollout.ids]) for t in trajectories]
     starts = np.cumsum([0, *map(len, ids)])
     rows = [
-        at + len(s.prompt.ids) - 1 + np.arange(len(s.rollout.ids))
-        for at, s in zip(starts, samples, strict=False)
+        start + len(t.prompt.ids) - 1 + np.arange(len(t.rollout.ids))
+        for start, t in zip(starts, trajectories, strict=False)
     ]
-
-    def flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(
-            np.concatenate(parts) if parts else np.zeros(0), dtype=dtype, device=device
-        )
-
-    def optional(parts: list[np.ndarray | None], dtype: torch.dtype) -> Tensor | None:
-        return None if not parts or parts[0] is None else flat(parts, dtype)
-
-    own = not samples or scores[0].topk_ids is None
-    candidates = [s.rollout.candidate_ids for s in samples] if own else [s.topk_ids for s in scores]
-    rewards = [[_reward(v) for v in s.verdicts] for s in samples]
-    return MicroBatch(
-        ids_L=flat(ids, torch.int64),
-        segment_lengths=[len(part) for part in ids],
-        rows_N=flat(rows, torch.int64),
-        targets_N=flat([s.rollout.ids for s in samples], torch.int64),
-        keep_N=flat(keep, torch.bool),
-        lag_N=flat([live - v for v in versions], torch.int64),
-        segment_N=flat(
-            [np.full(len(s.rollout.ids), i) for i, s in enumerate(samples)], torch.int64
-        ),
-        behaviour_logp_N=flat([s.rollout.behaviour_logp for s in samples], torch.float32),
-        teacher_logp_N=flat([s.sampled_logp for s in scores], torch.float32),
-        key_S=torch.tensor(
-            [zlib.crc32(s.rollout.id.encode()) for s in samples], dtype=torch.int64, device=device
-        ),
-        reward_S=torch.tensor(
-            [_reward(v) for s in samples for v in s.verdicts if v.id == s.rollout.id], device=device
-        ),
-        group_reward_SG=torch.tensor(rewards, device=device).reshape(
-            len(samples), -1 if samples else 0
-        ),
-        cap_S=torch.full((len(samples),), float(cap), device=device),
-        candidate_ids_NK=optional(candidates, torch.int64),
-        behaviour_logp_NK=optional([s.rollout.candidate_logp for s in samples], torch.float32),
-        teacher_logp_NK=optional(
-            [s.candidate_logp if own else s.topk_logp for s in scores], torch.float32
-        ),
-        teacher_tail_logp_N=optional([s.tail_logp for s in scores], torch.float32),
-        teacher_entropy_N=optional([s.entropy for s in scores], torch.float32),
-        reference_logp_N=optional(
-            [s.reference and s.reference.sampled_logp for s in samples], torch.float32
-        ),
-        taught=taught,
-    )
+    return ids or [np.zeros(1, np.int32)], rows
 
 
-def _scores(sample: Sample) -> Scores:
+def _flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0), dtype=dtype)
+
+
+def _flat_if_there(
+    parts: Sequence[np.ndarray | None], dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """One tensor of what all trajectories have, None where they have none."""
+    if not parts or parts[0] is None:
+        return None
+    return _flat([np.asarray(part) for part in parts], dtype)
+
+
+def _scores(trajectory: Trajectory) -> Scores:
     """The teacher's scores; of its own answer, what it was sampled with."""
-    if sample.scores is not None:
-        return sample.scores
-    return Scores(id=sample.rollout.id, sampled_logp=sample.rollout.behaviour_logp)
+    if trajectory.scores is not None:
+        return trajectory.scores
+    return Scores(id=trajectory.rollout.id, sampled_logp=trajectory.rollout.behaviour_logp)
 
 
 def _reward(verdict: Verdict) -> float:

@@ -4,8 +4,10 @@ and of each rank what DeepSpeed does not keep."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
+import torch
 from msgspec import Struct
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
 
 
 def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
-    """The state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does not fit
-    `config`."""
+    """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
+    not fit `config`."""
     state = _read(_of(folder, 0))
     for name in ("ranks", "zero_stage", "dtype"):
         then, now = getattr(state, name), getattr(config, name)
@@ -67,8 +69,8 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A full disk has three names: torch, safetensors and the standard library each have their own.
-    Here it has one."""
+    """Give a full disk one name: torch, safetensors and the standard library each have their
+    own."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -86,3 +88,21 @@ def _read(file: Path) -> RankState:
         raise CheckpointError(
             f"{file}: {e.strerror}; every learner rank must see the run directory"
         ) from e
+
+
+def random_state() -> dict[str, bytes]:
+    """The state of PyTorch's random numbers, by kind of device."""
+    return {
+        device: source.get_rng_state().numpy().tobytes() for device, source in _sources().items()
+    }
+
+
+def restore_random_state(state: dict[str, bytes]) -> None:
+    """Go on with the random numbers of `state`, on the devices that are here."""
+    for device, source in _sources().items():
+        if device in state:
+            source.set_rng_state(torch.frombuffer(bytearray(state[device]), dtype=torch.uint8))
+
+
+def _sources() -> dict[str, ModuleType]:
+    return {"cpu": torch, "cuda": torch.cuda} if torch.cuda.is_available() else {"cpu": torch}

@@ -22,9 +22,9 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     grad_clip: Annotated[float, Meta(gt=0)] = 1.0  # global L2 norm
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
-    # after the warm-up, to 0 at the last step
+    # After the warm-up, to 0 at the last step.
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    # packed tokens of one forward, prompts included
+    # Packed tokens of one forward, prompts included.
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 8192
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
     gradient_checkpointing: bool = False

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from async_opd.core.wire import Recorded
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch
 from async_opd.objectives.effect import effect
-from async_opd.roles.learner.batch import MicroBatch, Sample
+from async_opd.objectives.token_batch import TokenBatch
+from async_opd.roles.learner.batch import MicroBatch, Trajectory
 
 TRAJECTORIES = 2  # of a recorded step
 LONGEST = 2000  # tokens that are kept, of a prompt and of a response
@@ -19,47 +19,51 @@ class Recorder:
     chosen by their keys alone, whatever their length or place."""
 
     def __init__(
-        self, objective: Objective, samples: list[list[Sample]], micros: list[MicroBatch], live: int
+        self,
+        objective: Objective,
+        trajectories: list[list[Trajectory]],
+        micros: list[MicroBatch],
+        live: int,
     ):
-        """`samples` of each of `micros`; `live` version that they are trained at."""
+        """`trajectories` of each of `micros`; `live` version that they are trained at."""
         self._objective = objective
-        self._samples = samples
+        self._trajectories = trajectories
         self._live = live
         keys = [
-            (key, at, place)
-            for at, micro in enumerate(micros)
-            if not micro.taught
+            (key, number, place)
+            for number, micro in enumerate(micros)
+            if not micro.from_teacher
             for place, key in enumerate(micro.key_S.tolist())
         ]
-        self._chosen = {(at, place) for _, at, place in sorted(keys)[:TRAJECTORIES]}
+        self._chosen = {(number, place) for _, number, place in sorted(keys)[:TRAJECTORIES]}
         self.recorded: list[Recorded] = []
 
-    def look(self, at: int, micro: MicroBatch, batch: TokenBatch) -> None:
-        """Keep what is chosen of micro-batch `at`."""
-        chosen = [place for place in range(len(self._samples[at])) if (at, place) in self._chosen]
+    def look(self, number: int, micro: MicroBatch, batch: TokenBatch) -> None:
+        """Keep what is chosen of micro-batch `number`."""
+        own = self._trajectories[number]
+        chosen = [place for place in range(len(own)) if (number, place) in self._chosen]
         if chosen:
             columns = self._columns(micro, batch)
             self.recorded += [
-                self._record(self._samples[at][p], columns, micro.segment_N == p) for p in chosen
+                self._record(own[place], columns, micro.segment_N == place) for place in chosen
             ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:
         """[N] by name; where a position has several samples, of the one that was generated. The
         loss is taken once more, on leaves: DeepSpeed forbids to differentiate what its module gave
         by anything but its own backward."""
-        leaves = {
-            "student_logp_N": _leaf(batch.student_logp_N),
-            "student_logp_NK": _leaf(batch.student_logp_NK),
-            "student_tail_logp_N": _leaf(batch.student_tail_logp_N),
-        }
-        result = self._objective.loss(replace(batch, **leaves))
-        live = dict(
-            zip(
-                ("coefficient", "candidate_coefficient", "tail_coefficient"),
-                leaves.values(),
-                strict=True,
-            )
+        leaves = replace(
+            batch,
+            student_logp_N=_leaf(batch.student_logp_N),
+            student_logp_NK=_leaf(batch.student_logp_NK),
+            student_tail_logp_N=_leaf(batch.student_tail_logp_N),
         )
+        live = {
+            "coefficient": leaves.student_logp_N,
+            "candidate_coefficient": leaves.student_logp_NK,
+            "tail_coefficient": leaves.student_tail_logp_N,
+        }
+        result = self._objective.loss(leaves)
         columns = {
             "version": self._live - micro.lag_N,
             # in the loss: no staler than the bound, and no truncated response where they are out
@@ -73,17 +77,17 @@ class Recorder:
             **effect(result, live),
         }
         sampled = result.advantage is not None
-        columns = {
-            k: v[:, 0] if sampled and v.ndim == 2 else v
-            for k, v in columns.items()
-            if v is not None
+        generated = {
+            name: value[:, 0] if sampled and value.ndim == 2 else value
+            for name, value in columns.items()
+            if value is not None and name not in ("candidate_coefficient", "tail_coefficient")
         }
-        for other in ("candidate_coefficient", "tail_coefficient"):
-            columns.pop(other, None)
-        return {name: value.detach() for name, value in columns.items() if value.ndim == 1}
+        return {name: value.detach() for name, value in generated.items() if value.ndim == 1}
 
-    def _record(self, sample: Sample, columns: dict[str, Tensor], here_N: Tensor) -> Recorded:
-        prompt, rollout = sample.prompt, sample.rollout
+    def _record(
+        self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor
+    ) -> Recorded:
+        prompt, rollout = trajectory.prompt, trajectory.rollout
         return Recorded(
             id=rollout.id,
             step=self._live + 1,
@@ -92,7 +96,7 @@ class Recorder:
             prompt_tokens=len(prompt.ids),
             tokens=len(rollout.ids),
             truncated=rollout.truncated,
-            correct=next(v.correct for v in sample.verdicts if v.id == rollout.id),
+            correct=next(v.correct for v in trajectory.verdicts if v.id == rollout.id),
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )
 

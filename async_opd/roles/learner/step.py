@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from async_opd.core.wire import Needs
 from async_opd.maths import segments
 from async_opd.maths.advantages import Moments
-from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.objectives import Objective
-from async_opd.objectives.base import TokenBatch
+from async_opd.objectives.token_batch import TokenBatch
 from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step_metrics import Measured
 from async_opd.roles.models import causal_lm
 
-COUNTS = ("tokens", "sequences", "taught")
+COUNTS = ("tokens", "sequences", "from_teacher")
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
-# at a micro-batch of the student's, with its number
+# takes a micro-batch of the student's, with its number
 Look = Callable[[int, MicroBatch, TokenBatch], None]
 
 
@@ -42,36 +42,37 @@ class Student(nn.Module):
             hidden_ND,
             causal_lm.head(self.lm),
             micro.targets_N,
-            temperature=self.temperature,
-            chunk_rows=self.chunk_rows,
-            entropy=needs.student_entropy,
+            ReadOptions(
+                self.temperature,
+                self.chunk_rows,
+                entropy=needs.student_entropy,
+                tail=needs.tail,
+            ),
             candidate_ids_NK=micro.candidate_ids_NK,
-            tail=needs.tail,
         )
         return read._replace(hidden_ND=hidden_ND.detach()) if needs.hidden_state else read
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class StepContext:
     """What a step is made with besides its micro-batches, the same on every rank."""
 
     step: int = 1  # the one that is being made, from 1
     max_lag_steps: int = 0  # of a trained token
     # over the trajectories of all past steps
-    running: dict[str, Moments] = field(default_factory=dict)
-    taught_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
+    running: dict[str, Moments] = field(default_factory=dict[str, Moments])
+    teacher_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
 
 
 def token_batch(
     micro: MicroBatch,
     read: Read | None,
-    moment: Moment,
+    context: StepContext,
     statistics: dict[str, Tensor] | None = None,
 ) -> TokenBatch:
     """What an objective sees of one micro-batch; without `read`, nothing of the live student."""
-    read = read or Read(*[None] * 5)
     return TokenBatch(
-        student_logp_N=read.sampled_N,
+        student_logp_N=read and read.sampled_N,
         behaviour_logp_N=micro.behaviour_logp_N,
         teacher_logp_N=micro.teacher_logp_N,
         segment_N=micro.segment_N,
@@ -79,18 +80,18 @@ def token_batch(
         reward_S=micro.reward_S,
         group_reward_SG=micro.group_reward_SG,
         cap_S=micro.cap_S,
-        step=moment.step,
+        step=context.step,
         reference_logp_N=micro.reference_logp_N,
-        student_logp_NK=read.candidates_NK,
+        student_logp_NK=read and read.candidates_NK,
         behaviour_logp_NK=micro.behaviour_logp_NK,
         teacher_logp_NK=micro.teacher_logp_NK,
-        student_tail_logp_N=read.tail_N,
+        student_tail_logp_N=read and read.tail_N,
         teacher_tail_logp_N=micro.teacher_tail_logp_N,
-        student_entropy_N=read.entropy_N,
+        student_entropy_N=read and read.entropy_N,
         teacher_entropy_N=micro.teacher_entropy_N,
-        hidden_ND=read.hidden_ND,
+        hidden_ND=read and read.hidden_ND,
         statistics=statistics or {},
-        running=moment.running,
+        running=context.running,
     )
 
 
@@ -100,39 +101,34 @@ def batch_statistics(
     all_reduce: Reduce,
     objective: Objective,
     micros: list[MicroBatch],
-    moment: Moment,
+    context: StepContext,
 ) -> dict[str, Tensor]:
     """Kept `tokens` of the student, `sequences` that hold one, kept tokens of the teacher's own
-    answers (`taught`), and the sums and maxima that `objective` declares over the kept tokens; of
-    every micro-batch and rank, 0-d float64.
+    answers (`from_teacher`), and the sums and maxima that `objective` declares over the kept
+    tokens; of every micro-batch and rank, 0-d float64.
 
     One forward of each micro-batch where the objective reads the live student for them. A maximum
     over no token is -inf.
     """
     needs = objective.needs()
     start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
-    device = micros[0].ids_L.device
-    found = {
-        name: torch.tensor(value, dtype=torch.float64, device=device)
+    statistics = {
+        name: torch.tensor(value, dtype=torch.float64, device=micros[0].ids_L.device)
         for name, value in start.items()
     }
     for micro in micros:
         read = module(micro, needs) if needs.first_pass else None
-        if micro.taught:
-            found["taught"] += micro.keep_N.sum()
+        if micro.from_teacher:
+            statistics["from_teacher"] += micro.keep_N.sum()
         elif micro.keep_N.any():
-            found["sequences"] += len(micro.segment_N[micro.keep_N].unique())
-            for name, value in objective.statistics(
-                token_batch(micro, read, moment), micro.keep_N
-            ).items():
-                found[name] = (
-                    torch.maximum(found[name], value)
-                    if name in needs.maxima
-                    else found[name] + value
-                )
-    for name, value in found.items():
+            statistics["sequences"] += len(micro.segment_N[micro.keep_N].unique())
+            batch = token_batch(micro, read, context)
+            for name, value in objective.statistics(batch, micro.keep_N).items():
+                join = torch.maximum if name in needs.maxima else torch.add
+                statistics[name] = join(statistics[name], value)
+    for name, value in statistics.items():
         all_reduce(value, "max" if name in needs.maxima else "sum")
-    return found
+    return statistics
 
 
 def accumulate(
@@ -141,7 +137,7 @@ def accumulate(
     all_reduce: Reduce,
     objective: Objective,
     micros: list[MicroBatch],
-    moment: Moment,
+    context: StepContext,
     look: Look | None = None,
 ) -> tuple[dict[str, float], dict[str, Moments]]:
     """Forward and backward over this rank's micro-batches; gradients add up to those of one big
@@ -153,28 +149,26 @@ def accumulate(
     Returns metrics, and the running moments with this step's trajectories; both are equal on all
     ranks. Non-finite losses show in `loss`: the caller must look before the optimizer moves.
     """
-    statistics = batch_statistics(module, all_reduce, objective, micros, moment)
-    needs, measured = (
-        objective.needs(),
-        Measured(objective, moment.max_lag_steps, micros[0].ids_L.device),
-    )
-    for at, micro in enumerate(micros):
-        read = module(micro, Needs() if micro.taught else needs)
+    statistics = batch_statistics(module, all_reduce, objective, micros, context)
+    needs = objective.needs()
+    measured = Measured(objective, context.max_lag_steps, micros[0].ids_L.device)
+    for number, micro in enumerate(micros):
+        read = module(micro, Needs() if micro.from_teacher else needs)
         if not len(micro.targets_N):  # joins backward
             backward(read.sampled_N.sum())
-        elif micro.taught:
-            share = -read.sampled_N[micro.keep_N].sum() / statistics["taught"].clamp(min=1)
-            backward((moment.taught_weight * share).float())
-            measured.taught(moment.taught_weight, share)
+        elif micro.from_teacher:
+            share = -read.sampled_N[micro.keep_N].sum() / statistics["from_teacher"].clamp(min=1)
+            backward((context.teacher_weight * share).float())
+            measured.from_teacher(context.teacher_weight, share)
         else:
-            batch = token_batch(micro, read, moment, statistics)
+            batch = token_batch(micro, read, context, statistics)
             if look:
-                look(at, micro, batch)
+                look(number, micro, batch)
             result = objective.loss(batch)
             loss_N = result.loss_N * shares(objective, micro, statistics)
             backward(loss_N[micro.keep_N].sum().float())
             measured.add(micro, batch, result, loss_N)
-    return measured.reduced(all_reduce, statistics), measured.merged(moment.running)
+    return measured.reduced(all_reduce, statistics), measured.merged(context.running)
 
 
 def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:

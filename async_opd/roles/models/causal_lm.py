@@ -4,11 +4,12 @@ teacher's scorer."""
 import itertools
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from async_opd.core.errors import ConfigError
 from async_opd.maths.logprobs import Head
@@ -31,7 +32,8 @@ def load(
         dtype=getattr(torch, dtype),
         attn_implementation=ATTENTION,
         trust_remote_code=trust_remote_code,
-    ).to(device)
+    )
+    model.to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
         raise ConfigError(
@@ -49,7 +51,7 @@ def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) ->
     packed = head(model).logits(hidden_states(model, ids_L, [3, 2])[3:])
     alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
     gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
-    # rounding in bfloat16 stays below; a missed bias, mask or scale does not
+    # Rounding in bfloat16 stays below; a missed bias, mask or scale does not.
     if not gap <= 0.1 * largest:
         raise ConfigError(
             f"model {path}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not"
@@ -66,21 +68,19 @@ def packed_segments(
     *,
     segment_lengths: list[int],
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each of the segments packed along one row, as a transformers
-    attention function.
+    """Attend causally inside each of the segments packed along one row, as a transformers attention
+    function.
 
     `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L.
     FlashAttention takes them as they lie, where it is installed and can. Otherwise segments are
     padded beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a
     causal mask already hides the padding, which lies behind every real token. Returns ([1, L, H,
-    d], None).
+    d], None). Raises ConfigError for `options` that would change the result.
     """
-    if sliding_window or softcap or s_aux is not None:
+    windowed, sinks = options.get("sliding_window"), options.get("s_aux")
+    if windowed or options.get("softcap") or sinks is not None:
         raise ConfigError(
             "attention with a sliding window, soft-capped scores or sinks is not supported"
         )
@@ -110,7 +110,7 @@ def packed_segments(
 
 
 def flash_can(query: Tensor) -> bool:
-    """Whether FlashAttention is installed and takes such heads, [..., d]."""
+    """Tell whether FlashAttention is installed and takes such heads, [..., d]."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and half and query.shape[-1] <= 256 and is_flash_attn_2_available()
 
@@ -122,7 +122,8 @@ def _flash(
     segment_lengths: tuple[int, ...],
     scaling: float | None,
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # of a GPU environment
+    # Installed with GPUs only.
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
     tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
@@ -134,7 +135,7 @@ def _flash(
 
 @lru_cache(maxsize=2)
 def _bounds(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each segment begins and the last ends, int32 [S + 1]."""
+    """List where each segment begins and the last ends, int32 [S + 1]."""
     return torch.tensor(
         [0, *itertools.accumulate(segment_lengths)], dtype=torch.int32, device=device
     )
@@ -142,8 +143,8 @@ def _bounds(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _layout(segment_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Packed index of each place beside each other [S, T_max] (padding shows token 0), and each
-    token's place [L].
+    """Find the packed index of each place beside each other [S, T_max] (padding shows token 0), and
+    each token's place [L].
 
     Two gathers, because splitting and padding segment by segment costs a copy of everything per
     segment in backward.
@@ -159,8 +160,8 @@ AttentionInterface.register(ATTENTION, packed_segments)
 
 
 def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:
-    """Last hidden states [L, D] (after the final norm, what the head reads) of segments packed in
-    one row."""
+    """Run segments packed in one row to their last hidden states [L, D] (after the final norm, what
+    the head reads)."""
     positions_L = torch.cat(
         [torch.arange(length, device=ids_L.device) for length in segment_lengths]
     )
@@ -173,7 +174,7 @@ def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[i
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The map from hidden states [·, D] to logits [·, V], soft-capped where the model does that
+    """Read the map from hidden states [·, D] to logits [·, V], soft-capped where the model's are
     (Gemma).
 
     The weight, not the module: ZeRO-3 gathers at every call of a module, and it must not gather at
@@ -181,6 +182,7 @@ def head(model: PreTrainedModel) -> Head:
     calling module's own.
     """
     project = model.get_output_embeddings()
+    assert project is not None  # as of any causal LM
     return Head(
         project.weight, project.bias, getattr(model.config, "final_logit_softcapping", None)
     )

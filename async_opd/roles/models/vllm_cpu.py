@@ -6,7 +6,7 @@ from typing import Any
 
 
 def cpu_engine(memory_gib: float, *, enforce_eager: bool) -> dict[str, Any]:
-    """Engine arguments for CPU. Sets what the engine's process reads from the environment it
+    """Make engine arguments for CPU. Sets what the engine's process reads from the environment it
     inherits: one OpenMP thread, not bound to a core, no worker process of its own (idle vLLM must
     not spin on a core that others need), whole GiB of KV cache, and whether PyTorch may compile:
     vLLM's `enforce_eager` alone leaves a function of its sampler to be compiled, which needs a C++

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-# of `datasets`, by a file's ending
+# Of `datasets`, by a file's ending.
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 

@@ -2,13 +2,15 @@
 per epoch."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -37,8 +39,9 @@ class PromptSource:
         seed: int,
         views: Mapping[str, TeacherView] | None = None,
     ):
-        """`views` say by name what each teacher is shown (one alone has the name ""); absent: what
-        the student is. Prompts carry the teacher's rendering too where it is another."""
+        """Load the rows and check their columns. `views` say by name what each teacher is shown
+        (one alone has the name ""); absent: what the student is. Prompts carry the teacher's
+        rendering too where it is another."""
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed
@@ -57,23 +60,19 @@ class PromptSource:
                 raise DataError(
                     f"data.{key} = {name!r}: {config.path} has columns {', '.join(columns)}"
                 )
-        if (
-            config.id
-            and not config.streaming
-            and len(self._rows.unique(config.id)) < len(self._rows)
-        ):
+        if config.id and not config.streaming and len(self._table.unique(config.id)) < len(self):
             raise DataError(f"data.id = {config.id!r}: rows of {config.path} share ids")
         if config.teacher and not config.streaming and not self._all_are_known(config.teacher):
             for row in self._numbered(self._rows):
                 self._teacher(self._id(row), row)
 
     def __len__(self) -> int:
-        """Rows of one epoch; a streaming set has no length and raises TypeError."""
-        return len(self._rows)
+        """Count the rows of one epoch; a streaming set has no length and raises TypeError."""
+        return len(self._table)
 
     def __iter__(self) -> Iterator[Prompt]:
         while self._config.epochs is None or self._epoch < self._config.epochs:
-            # of an epoch that is continued the rows so far have been seen
+            # Of an epoch that is continued the rows so far have been seen.
             served = bool(self._drawn)
             for row in self._shuffled(self._epoch, self._drawn):
                 self._drawn += 1
@@ -90,15 +89,15 @@ class PromptSource:
         )
 
     @property
-    def position(self) -> dict[str, int | None]:
+    def position(self) -> dict[str, Any]:
         """How far the source was read, in plain JSON: where `continued` goes on."""
         rows = None if self._config.streaming else len(self)
         return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
 
     def continued(
-        self, position: Mapping[str, int | None], outstanding: Sequence[str]
+        self, position: Mapping[str, Any], outstanding: Sequence[str]
     ) -> Iterator[Prompt]:
-        """The prompts `outstanding`, which were handed out before, then those that follow
+        """Give the prompts `outstanding`, which were handed out before, then those that follow
         `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
         has changed since."""
         if not self._config.streaming and position["rows"] != len(self):
@@ -112,52 +111,52 @@ class PromptSource:
         return chain(again, self)
 
     def _again(self, ids: Sequence[str]) -> list[Prompt]:
-        """The prompts of these ids, in their order."""
+        """Make the prompts of these ids again, in their order."""
         wanted: dict[int, set[str]] = {}
         for id in ids:
             row, _, epoch = id.rpartition("@")
             wanted.setdefault(int(epoch), set()).add(row)
-        found = {
+        prompts = {
             f"{self._id(row)}@{epoch}": self.prompt(row, epoch)
             for epoch, names in wanted.items()
             for row in self._of(names, epoch)
         }
         for id in ids:
-            if found.get(id) is None:
-                changed = "is too long" if id in found else "is not there"
+            if prompts.get(id) is None:
+                changed = "is too long" if id in prompts else "is not there"
                 raise DataError(
                     f"row {id}: handed out before, but {changed} now: {self._config.path} has"
                     " changed"
                 )
-        return [found[id] for id in ids]
+        return [prompt for id in ids if (prompt := prompts[id]) is not None]
 
     def _of(self, names: set[str], epoch: int) -> Iterator[dict]:
-        """The rows of these names. A stream is read from the start of the epoch until all are
-        found."""
+        """Find the rows of these names. A stream is read from the start of the epoch until all are
+        there."""
         if self._config.streaming:
             rows = self._shuffled(epoch)
             named = (row for row in rows if self._id(row) in names)
         elif self._config.id:
-            column = enumerate(self._rows[self._config.id])
-            named = (self._at(position) for position, name in column if str(name) in names)
+            column = enumerate(self._table[self._config.id])
+            named = (self._row(position) for position, name in column if str(name) in names)
         else:
             places = (int(name) for name in names if name.isdecimal())
-            named = (self._at(position) for position in places if position < len(self))
+            named = (self._row(position) for position in places if position < len(self))
         return islice(named, len(names))
 
     def first(self, count: int | None) -> list[Prompt]:
-        """The first `count` prompts in file order, or all, for evaluation."""
+        """Make the first `count` prompts in file order, or all, for evaluation."""
         prompts = (self.prompt(row, 0) for row in self._numbered(self._rows))
-        found = list(islice((p for p in prompts if p is not None), count))
-        if len(found) < (count or 1):
+        usable = list(islice((p for p in prompts if p is not None), count))
+        if len(usable) < (count or 1):
             raise DataError(
-                f"eval.path = {self._config.path!r}: {len(found)} usable rows, eval.problems ="
+                f"eval.path = {self._config.path!r}: {len(usable)} usable rows, eval.problems ="
                 f" {count or 1}"
             )
-        return found
+        return usable
 
     def prompt(self, row: dict, epoch: int) -> Prompt | None:
-        """Render and tokenize one row."""
+        """Render and tokenize one row; None where it is too long and to be left out."""
         id = f"{self._id(row)}@{epoch}"
         content, answer = row.get(self._config.prompt), row.get(self._config.answer)
         if not isinstance(content, str | list) or not content:
@@ -173,14 +172,14 @@ class PromptSource:
         view = self._views[teacher]
         ids, teacher_ids = self._tokens(id, content, self._config.template_args), None
         bound = "data.max_prompt_tokens", self._config.max_prompt_tokens
-        lengths = [(len(ids), *bound)]
-        if view.own:
+        lengths: list[tuple[int, tuple[str, int]]] = [(len(ids), bound)]
+        if view.differs:
             shown = view.shown(id, content, row.get(self._config.solution), self._config.solution)
             teacher_ids = self._tokens(id, shown, self._config.template_args | view.template_args)
-            lengths.append((len(teacher_ids), *(view.longest or bound)))
+            lengths.append((len(teacher_ids), view.longest or bound))
         over = [
             f"{length} prompt tokens, {key} = {limit}"
-            for length, key, limit in lengths
+            for length, (key, limit) in lengths
             if length > limit
         ]
         if over and self._config.long_prompt == "error":
@@ -197,12 +196,12 @@ class PromptSource:
         return str(row[self._config.id] if self._config.id else row["_position"])
 
     def _all_are_known(self, column: str) -> bool:
-        """Whether every value is a teacher's name, found without looking at row by row."""
-        text = getattr(self._rows.features[column], "dtype", "") in ("string", "large_string")
-        return text and self._views.keys() >= set(self._rows.unique(column))
+        """Tell whether every value is a teacher's name, without looking at row by row."""
+        text = getattr(self._table.features[column], "dtype", "") in ("string", "large_string")
+        return text and self._views.keys() >= set(self._table.unique(column))
 
     def _teacher(self, id: str, row: dict) -> str:
-        """Name of the teacher that the row is for."""
+        """Read the name of the teacher that the row is for."""
         if self._config.teacher is None:
             return ""
         name = row.get(self._config.teacher)
@@ -224,9 +223,10 @@ class PromptSource:
                     f" {messages!r}"
                 )
             try:
-                content = self._tokenizer.apply_chat_template(
+                rendered = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, **template_args
                 )
+                content = cast(str, rendered)  # which it is unless it tokenizes
             except TemplateError as e:
                 raise DataError(
                     f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
@@ -239,44 +239,54 @@ class PromptSource:
         special = not self._config.chat_template  # a template writes its own
         return np.asarray(self._tokenizer(content, add_special_tokens=special).input_ids, np.int32)
 
+    @property
+    def _table(self) -> datasets.Dataset:
+        """The rows, which can be counted and picked. Raises TypeError for those of a stream."""
+        if isinstance(self._rows, datasets.IterableDataset):
+            raise TypeError(f"data.path = {self._config.path!r}: a streaming set has no length")
+        return self._rows
+
     def _shuffled(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The rows of an epoch in its order, from the `start`-th on. Those of a stream are read to
-        be passed over."""
+        """Give the rows of an epoch in its order, from the `start`-th on. Those of a stream are
+        read to be passed over."""
         seed = self._seed + epoch
-        if self._config.streaming:
+        if isinstance(self._rows, datasets.IterableDataset):
             rows = self._rows.shuffle(seed=seed, buffer_size=self._config.shuffle_buffer)
             return islice(self._numbered(rows), start, None)
-        order = np.random.default_rng(seed).permutation(len(self._rows))
-        return (self._at(int(i)) for i in order[start:])
+        order = np.random.default_rng(seed).permutation(len(self))
+        return (self._row(int(i)) for i in order[start:])
 
-    def _at(self, position: int) -> dict:
-        return {**self._rows[position], "_position": position}
+    def _row(self, position: int) -> dict:
+        return {**self._table[position], "_position": position}
 
-    def _numbered(self, rows) -> Iterator[dict]:
+    def _numbered(self, rows: Iterable[Any]) -> Iterator[dict]:
+        """Give rows in file order with their positions; those of a stream are read here."""
         numbered = enumerate(rows)
-        # the rows of a stream are read here
         quiet = _quietly if self._config.streaming else nullcontext
         while True:
             with _reading(self._config), quiet():
-                found = next(numbered, None)
-            if found is None:
+                item = next(numbered, None)
+            if item is None:
                 return
-            position, row = found
+            position, row = item
             yield {**row, "_position": position}
 
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     reader = FILE_READERS.get(Path(config.path).suffix)
-    where = {"path": reader, "data_files": config.path} if reader else {"path": config.path}
     with _reading(config), _quietly():
-        return datasets.load_dataset(
-            **where, name=config.subset, split=config.split, streaming=config.streaming
+        return datasets.load_dataset(  # pyright: ignore[reportCallIssue] its overloads lack `bool`
+            reader or config.path,
+            name=config.subset,
+            data_files=config.path if reader else None,
+            split=config.split,
+            streaming=config.streaming,  # pyright: ignore[reportArgumentType] as above
         )
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """`datasets` draws no bars and logs nothing: what it logs of a broken file, it raises too."""
+    """Keep `datasets` from bars and logs: what it logs of a broken file, it raises too."""
     with ExitStack() as undo:
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
@@ -287,10 +297,10 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _reading(config: DataConfig) -> Iterator[None]:
-    """Names the set in what `datasets` raises, which is StopIteration for an empty file."""
+    """Name the set in what `datasets` raises, which is StopIteration for an empty file."""
     try:
         yield
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        # "an error occurred" has a cause that says which
+    except (OSError, ValueError, StopIteration, DatasetsError) as e:
+        # "An error occurred" has a cause that says which.
         cause = str(e.__cause__ or e) or "no rows"
         raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e

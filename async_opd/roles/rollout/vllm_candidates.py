@@ -20,8 +20,10 @@ from torch import Tensor
 class Candidates:
     """What `worker_extension_cls` adds to a vLLM worker."""
 
+    model_runner: Any  # the worker's
+
     def return_candidates(self, which: Literal["likeliest", "sampled"], vocabulary: int) -> None:
-        """From now on `logprobs=K` of a request asks for K candidates of this kind; `logprobs=0`
+        """Let `logprobs=K` of a request ask for K candidates of this kind from now on; `logprobs=0`
         for none, as ever."""
         sampler = self.model_runner.sampler
         sampler.gather_logprobs = partial(
@@ -38,8 +40,8 @@ def with_candidates(
     which: Literal["likeliest", "sampled"],
     vocabulary: int,
 ) -> Any:
-    """What vLLM's `gather(logp_BV, 0, token_ids)` gives, [B, 1], with K candidates behind each
-    sampled token.
+    """Put K candidates behind each sampled token that vLLM's `gather(logp_BV, 0, token_ids)` gives,
+    [B, 1].
 
     "likeliest": the K likeliest ids below `vocabulary`, the tokenizer's: those from there on are
     padding. "sampled": K independent samples, with replacement, of the distribution that the token

@@ -6,8 +6,15 @@ import numpy as np
 from async_opd.core.errors import WireError
 from async_opd.core.wire import Rollout
 
-# of the probability; what float32 log-probs leave of 1 below it is their rounding
+# Of the probability; what float32 log-probs leave of 1 below it is their rounding.
 TAIL_FLOOR = 1e-6
+
+
+def candidates_of(rollout: Rollout) -> np.ndarray:
+    """Return its candidates' ids, int32 [T, K]. Raises WireError where it has none."""
+    if rollout.candidate_ids is None:
+        raise WireError(f"{rollout.id}: has no candidate_ids, which the teacher is to read")
+    return rollout.candidate_ids
 
 
 def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> None:
@@ -15,7 +22,7 @@ def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> No
     logits has not."""
     asked = {"ids": rollout.ids}
     if candidates:
-        asked["candidate_ids"] = rollout.candidate_ids
+        asked["candidate_ids"] = candidates_of(rollout)
     for field, ids in asked.items():
         if ids.max(initial=0) >= logits:
             limit = f"must be < {logits}, the number of the teacher's logits"
@@ -23,8 +30,8 @@ def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> No
 
 
 def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
-    """Log of what candidates leave of 1, float32 [T], of a backend that gives the log-probs of
-    these alone.
+    """Take the log of what candidates leave of 1, float32 [T], for a backend that gives the
+    log-probs of these alone.
 
     log max(1 - Σ_k p_k, TAIL_FLOOR)
     """

@@ -1,5 +1,6 @@
 """Settings of what scores rollouts: teachers, and the reference."""
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -84,3 +85,11 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
             start=self.weight_start,
             end=self.weight_end,
         )
+
+    def is_trained_at(self, step: int) -> bool:
+        """Whether the teacher's answers have a weight at optimizer step `step`."""
+        return self.weight(step) > 0
+
+    def most(self, groups_per_step: int) -> int:
+        """Answers in one step: the share of its groups, rounded up."""
+        return ceil(self.share * groups_per_step)

@@ -10,27 +10,27 @@ from transformers import PreTrainedModel
 from async_opd.core.errors import DataError
 
 
-class Follower:
-    """Takes the student's weights over into `model`: as they are, or into an exponential moving
-    average."""
+class WeightEma:
+    """An exponential moving average of the student's weights, or without a decay a copy, in the
+    place of a model's own."""
 
     def __init__(self, model: PreTrainedModel, decay: float | None):
-        """`decay` d of t = d·t + (1-d)·s for each parameter; None copies. The average begins with
-        `model` as it is.
+        """Begin with the weights of `model` as they are. `decay` d of t = d·t + (1-d)·s for each
+        parameter; None copies.
 
-        It is float32 on the host (the parameters themselves where they are that): bfloat16 has
-        eight bits, and would round nearly every step of 1 % away.
+        The average is float32 on the host (the parameters themselves where they are that): bfloat16
+        has eight bits, and would round nearly every step of 1 % away.
         """
         self._parameters, self._decay = dict(model.named_parameters()), decay
-        self._average = {}
+        self._average: dict[str, Tensor] = {}
         if decay is not None:
             self._average = {
                 n: p.detach().to("cpu", torch.float32) for n, p in self._parameters.items()
             }
 
     @torch.no_grad()
-    def follow(self, student: dict[str, Tensor]) -> None:
-        """One update by the `student`'s weights."""
+    def update(self, student: dict[str, Tensor]) -> None:
+        """Take one step to the `student`'s weights."""
         for name, parameter in self._parameters.items():
             if self._decay is None:
                 parameter.copy_(student[name])
@@ -54,8 +54,8 @@ class Follower:
                 self._average[name] = tensor
 
 
-def read(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:
-    """The parameters of the checkpoint in `folder`, on the host, by their names in a model of
+def read_parameters(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tensor]:
+    """Read the parameters of the checkpoint in `folder`, on the host, by their names in a model of
     `kind`. Raises DataError where this node does not see it."""
     if not Path(folder).is_dir():
         raise DataError(

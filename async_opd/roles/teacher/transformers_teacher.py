@@ -1,20 +1,22 @@
 """An exact teacher on transformers. A plain class: `runtime/actors.py` makes a Ray actor of it."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
 from async_opd.core.errors import WireError
-from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
-from async_opd.maths.logprobs import Read, read_logprobs
+from async_opd.core.wire import Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
+from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
-from async_opd.roles.teacher.candidates import refuse_unknown_ids
-from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
-from async_opd.roles.teacher.self_teacher import Follower, read
+from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
+from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
 
 
 class TransformersTeacher:
@@ -22,29 +24,20 @@ class TransformersTeacher:
     vocabulary]."""
 
     def __init__(
-        self,
-        config: ScorerConfig,
-        needs: Needs,
-        *,
-        temperature: float,
-        vocabulary: int,
-        as_student: bool = False,
-        trust_remote_code: bool = False,
+        self, settings: ScorerSettings, config: TeacherConfig | ReferenceConfig, needs: Needs
     ):
-        """Load the model. `vocabulary` is the tokenizer's: ids from there on are padding and never
-        candidates. `as_student`: it reads the student's rendering of a prompt, also where the
-        teacher has one of its own."""
+        """Load the model."""
+        assert config.model  # a reference without one of its own is sent with the student's
         self._config = config
         self._needs = needs
-        self._temperature = temperature
-        self._vocabulary = vocabulary
-        self._as_student, self._at_candidates = as_student, bool(needs.teacher_at_student_ids)
+        self._settings = settings
+        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
-            config.model, config.dtype, self._device, trust_remote_code=trust_remote_code
+            config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
         ).eval()
         self._logits = len(causal_lm.head(self._model).weight_VD)
-        # penalties of the checkpoint's own would bend `greedy`
+        # Penalties of the checkpoint's own would bend `greedy`.
         self._model.generation_config = GenerationConfig()
         self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
         self._arrived = asyncio.Condition()
@@ -54,16 +47,16 @@ class TransformersTeacher:
             if isinstance(config, TeacherConfig) and config.update == "ema"
             else None
         )
-        self._follower = Follower(self._model, decay)
+        self._ema = WeightEma(self._model, decay)
         self._serving: asyncio.Task | None = None
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`. Waits until a batch with them has been through the
-        model. Raises WireError for an id that it has no logit of."""
+        """Score each rollout of `group`. Waits until a batch with them has been through the model.
+        Raises WireError for an id that it has no logit of."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
-        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
         futures = [loop.create_future() for _ in group.rollouts]
@@ -77,22 +70,22 @@ class TransformersTeacher:
     async def load(self, folder: str) -> None:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises
         DataError."""
-        student = await asyncio.to_thread(read, folder, type(self._model))
+        student = await asyncio.to_thread(read_parameters, folder, type(self._model))
         async with self._weights:
-            await asyncio.to_thread(self._follower.follow, student)
+            await asyncio.to_thread(self._ema.update, student)
 
     async def save(self, file: str) -> None:
         """Write a self-teacher's own weights, for a checkpoint."""
         async with self._weights:
-            await asyncio.to_thread(self._follower.save, Path(file))
+            await asyncio.to_thread(self._ema.save, Path(file))
 
     async def restore(self, file: str) -> None:
         """Be the self-teacher of that checkpoint."""
         async with self._weights:
-            await asyncio.to_thread(self._follower.restore, Path(file))
+            await asyncio.to_thread(self._ema.restore, Path(file))
 
     async def _serve(self) -> None:
-        """Waits for a request, then at most `flush_s` for a full batch; ends only with the
+        """Wait for a request, then at most `flush_s` for a full batch; end only with the
         actor."""
         while True:
             async with self._arrived:
@@ -109,7 +102,7 @@ class TransformersTeacher:
                         self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
                     )
             except Exception as error:
-                # belongs to these requests: their callers get it, the next batch goes on
+                # It belongs to these requests: their callers get it, the next batch goes on.
                 for _, _, future in batch:
                     if not future.done():
                         future.set_exception(error)
@@ -126,7 +119,7 @@ class TransformersTeacher:
         return sum(len(prompt) + len(rollout.ids) for prompt, rollout, _ in self._waiting)
 
     def _take(self) -> list[tuple[np.ndarray, Rollout, asyncio.Future]]:
-        """Oldest requests that fit one batch, at least one."""
+        """Take the oldest requests that fit one batch, at least one."""
         tokens, count = 0, 0
         for prompt, rollout, _ in self._waiting:
             tokens += len(prompt) + len(rollout.ids)
@@ -143,40 +136,39 @@ class TransformersTeacher:
         ids = [np.concatenate([prompt, rollout.ids]) for prompt, rollout in items]
         starts = np.cumsum([0, *map(len, ids)])
         rows = [
-            at + len(p) - 1 + np.arange(len(r.ids))
-            for at, (p, r) in zip(starts, items, strict=False)
+            start + len(p) - 1 + np.arange(len(r.ids))
+            for start, (p, r) in zip(starts, items, strict=False)
         ]
 
         def tensor(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
 
         hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
-        read = read_logprobs(
+        scored = read_logprobs(
             hidden_LD[tensor(rows)],
             causal_lm.head(self._model),
             tensor([r.ids for _, r in items]),
-            temperature=self._temperature,
-            chunk_rows=self._config.head_chunk_rows,
-            entropy=self._needs.teacher_entropy,
-            candidate_ids_NK=tensor([r.candidate_ids for _, r in items])
+            ReadOptions(
+                self._settings.temperature,
+                self._config.head_chunk_rows,
+                entropy=self._needs.teacher_entropy,
+                topk=self._needs.teacher_topk,
+                topk_below=self._settings.vocabulary,
+                tail=self._needs.tail,
+            ),
+            candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
             if self._at_candidates
             else None,
-            topk=self._needs.teacher_topk,
-            topk_below=self._vocabulary,
-            tail=self._needs.tail,
         )
-        return _split(read, [r for _, r in items])
+        return _split(scored, [r for _, r in items])
 
-    async def greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
-        """The teacher's own likeliest responses, int32 each, to measure its accuracy."""
+    async def greedy(self, *prompts: Ints) -> list[Ints]:
+        """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy."""
         async with self._weights:
-            return await asyncio.to_thread(self._greedy, prompts, max_new_tokens, eos_ids)
+            return await asyncio.to_thread(self._greedy, prompts)
 
-    def _greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
+    def _greedy(self, prompts: Sequence[Ints]) -> list[Ints]:
+        eos_ids = list(self._settings.eos_ids)
         width = max(map(len, prompts))
         ids = torch.tensor(
             [[0] * (width - len(p)) + p.tolist() for p in prompts], device=self._device
@@ -184,12 +176,12 @@ class TransformersTeacher:
         mask = torch.tensor(
             [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device
         )
-        # generation keeps a cache and pads; packing does neither
+        # Generation keeps a cache and pads; packing does neither.
         self._model.set_attn_implementation("sdpa")
-        out = self._model.generate(
+        out = self._model.generate(  # pyright: ignore[reportCallIssue] of a mixin
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._settings.max_new_tokens,
             do_sample=False,
             eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],
@@ -199,6 +191,7 @@ class TransformersTeacher:
 
 
 def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
+    """Cut what was read of a batch into the scores of its rollouts."""
     lengths = [len(rollout.ids) for rollout in rollouts]
 
     def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
@@ -206,29 +199,22 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
             return [None] * len(lengths)
         return [part.numpy().astype(dtype) for part in x.cpu().split(lengths)]
 
-    columns = zip(
-        rollouts,
-        parts(read.sampled_N),
-        parts(read.topk_ids_NK, np.int32),
-        parts(read.topk_NK),
-        parts(read.entropy_N),
-        parts(read.candidates_NK),
-        parts(read.tail_N),
-        strict=True,
-    )
-    return [_scores(rollout.id, *row) for rollout, *row in columns]
+    columns = {
+        "sampled_logp": parts(read.sampled_N),
+        "topk_ids": parts(read.topk_ids_NK, np.int32),
+        "topk_logp": parts(read.topk_NK),
+        "entropy": parts(read.entropy_N),
+        "candidate_logp": parts(read.candidates_NK),
+        "tail_logp": parts(read.tail_N),
+    }
+    return [
+        _scores(rollout.id, {name: column[i] for name, column in columns.items()})
+        for i, rollout in enumerate(rollouts)
+    ]
 
 
-def _scores(id: str, logp, topk_ids, topk_logp, entropy, given, tail) -> Scores | WireError:
+def _scores(id: str, fields: dict[str, Any]) -> Scores | WireError:
     try:
-        return Scores(
-            id=id,
-            sampled_logp=logp,
-            topk_ids=topk_ids,
-            topk_logp=topk_logp,
-            entropy=entropy,
-            candidate_logp=given,
-            tail_logp=tail,
-        )
+        return Scores(id=id, **fields)
     except WireError as e:
         return e

@@ -3,19 +3,21 @@ makes a Ray actor of it."""
 
 import asyncio
 import itertools
+from typing import Any
 
 import numpy as np
 from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+from vllm.logprobs import FlatLogprobs
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.core.errors import ActorLost
-from async_opd.core.wire import Group, Needs, Rollout, Scores, matched
+from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
 from async_opd.roles.models.vllm_cpu import cpu_engine
-from async_opd.roles.teacher.candidates import refuse_unknown_ids, tail_left_by
-from async_opd.roles.teacher.config import ScorerConfig
+from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids, tail_left_by
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 
 
 class VllmTeacher:
@@ -26,40 +28,28 @@ class VllmTeacher:
     TAIL_FLOOR."""
 
     def __init__(
-        self,
-        config: ScorerConfig,
-        needs: Needs,
-        *,
-        role: str,
-        vocabulary: int,
-        longest: int,
-        as_student: bool = False,
-        trust_remote_code: bool = False,
+        self, settings: ScorerSettings, config: TeacherConfig | ReferenceConfig, needs: Needs
     ):
-        """Load the engine for sequences of at most `longest` tokens. `vocabulary` is the
-        tokenizer's: ids from there on are padding and never candidates. `as_student`: it reads the
-        student's rendering of a prompt, also where the teacher has one of its own. `role` is its
-        name in messages."""
-        self._role = role
-        self._vocabulary = vocabulary
-        self._as_student = as_student
+        """Load the engine for sequences of at most `settings.longest` tokens."""
+        assert config.model  # a reference without one of its own is sent with the student's
+        self._settings = settings
         self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
         self._tail = needs.tail
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
             dtype=config.dtype,
-            max_model_len=longest + 1,  # vLLM samples a token behind every prompt
+            max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
             max_num_batched_tokens=config.batch_tokens,
             max_num_seqs=min(config.batch_tokens, 256),
             max_logprobs=-1,
             enable_prefix_caching=False,  # prompt log-probs could not use it
             tensor_parallel_size=config.tensor_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            # penalties and end tokens of the checkpoint's own would bend `greedy`
+            # Penalties and end tokens of the checkpoint's own would bend `greedy`.
             generation_config="vllm",
             skip_tokenizer_init=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             disable_log_stats=True,
             # On CPU it would be compiled for lengths that never come again.
             **(
@@ -70,61 +60,66 @@ class VllmTeacher:
         )
         self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
-        self._padding = self._logits - vocabulary
+        self._padding = self._logits - settings.vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Scores of each rollout of `group`, each a request of its own. Raises ActorLost when the
+        """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
         for rollout in group.rollouts:
             refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
-        prompt = group.prompt.ids if self._as_student else group.prompt.shown_to_teacher
+        prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         return matched(
             group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
         )
 
-    async def _score(self, prompt: np.ndarray, rollout: Rollout) -> Scores:
+    async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
         k = self._topk
-        ids, logp, given = await self._read(prompt, rollout, k)
-        # rare in a trained model: look behind the padding
-        if k and ids[:, 1:].max() >= self._vocabulary:
-            ids, logp, given = await self._read(prompt, rollout, k + self._padding)
-            likeliest = 1 + np.argsort(ids[:, 1:] >= self._vocabulary, axis=1, kind="stable")[:, :k]
+        ids, logp, candidate_logp = await self._read(prompt, rollout, k)
+        # Rare in a trained model: look behind the padding.
+        if k and ids[:, 1:].max() >= self._settings.vocabulary:
+            ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
+            padding = ids[:, 1:] >= self._settings.vocabulary
+            likeliest = 1 + np.argsort(padding, axis=1, kind="stable")[:, :k]
             topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
-        candidates = given if self._at_candidates else topk_logp
+        candidates = topk_logp if candidate_logp is None else candidate_logp
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
             topk_ids=topk_ids if k else None,
             topk_logp=topk_logp if k else None,
-            candidate_logp=given,
+            candidate_logp=candidate_logp,
             tail_logp=tail_left_by(candidates) if self._tail else None,
         )
 
     async def _read(
-        self, prompt: np.ndarray, rollout: Rollout, k: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Ids and log-probs [T, 1 + k] of a response, the sampled token before the k likeliest; and
-        log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs only."""
-        scoring = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
+        self, prompt: Ints, rollout: Rollout, k: int
+    ) -> tuple[Ints, Floats, Floats | None]:
+        """Read ids and log-probs [T, 1 + k] of a response, the sampled token before the k
+        likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
+        only."""
+        scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
         if self._at_candidates:
             scoring |= {
-                "prompt_logprob_token_ids": rollout.candidate_ids,
+                "prompt_logprob_token_ids": candidates_of(rollout),
                 "prompt_logprob_start": len(prompt) - 1,
             }
         output = await self._run(np.concatenate([prompt, rollout.ids]), **scoring)
         flat, rows = output.prompt_logprobs, len(rollout.ids)
+        assert isinstance(flat, FlatLogprobs)  # as it was asked for
         ids = np.array(flat.token_ids[-rows * (k + 1) :], np.int32).reshape(rows, k + 1)
         logp = np.array(flat.logprobs[-rows * (k + 1) :], np.float32).reshape(rows, k + 1)
         return ids, np.minimum(logp, 0), output.prompt_token_id_logprobs
 
-    async def greedy(
-        self, prompts: list[np.ndarray], max_new_tokens: int, eos_ids: list[int]
-    ) -> list[np.ndarray]:
-        """The teacher's own likeliest responses, int32 each, to measure its accuracy. Raises
+    async def greedy(self, *prompts: Ints) -> list[Ints]:
+        """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
-        sampling = {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
+        sampling = {
+            "temperature": 0.0,
+            "max_tokens": self._settings.max_new_tokens,
+            "stop_token_ids": list(self._settings.eos_ids),
+        }
         outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
@@ -134,9 +129,9 @@ class VllmTeacher:
         try:
             await self._engine.get_weight_version()
         except EngineDeadError as e:
-            raise ActorLost(f"{self._role}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
-    async def _run(self, ids: np.ndarray, **sampling) -> RequestOutput:
+    async def _run(self, ids: Ints, **sampling: Any) -> RequestOutput:
         params = SamplingParams(
             detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
         )
@@ -146,5 +141,5 @@ class VllmTeacher:
         try:
             (output,) = [output async for output in request]
         except EngineDeadError as e:
-            raise ActorLost(f"{self._role}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
         return output

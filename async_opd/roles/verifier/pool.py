@@ -19,8 +19,8 @@ class VerifierPool:
     """`workers` processes that serve `check` first come, first served."""
 
     def __init__(self, config: VerifyConfig, start_timeout_s: float = 60.0):
-        """`start_timeout_s` bounds a worker's imports. A check that takes more than half of a
-        worker's memory is unknown."""
+        """Keep the settings. `start_timeout_s` bounds a worker's imports. A check that takes more
+        than half of a worker's memory is unknown."""
         self._config, self._start_timeout_s = config, start_timeout_s
         self._queue: asyncio.Queue[tuple[Check, asyncio.Future[Verdict]]] = asyncio.Queue()
         self._waiting: set[asyncio.Future] = set()
@@ -29,7 +29,7 @@ class VerifierPool:
         self._lost: ActorLost | ConfigError | None = ActorLost("verifier pool is not started")
 
     async def start(self) -> None:
-        """Starts the workers and waits until all are ready. Raises ActorLost, and ConfigError if
+        """Start the workers and wait until all are ready. Raises ActorLost, and ConfigError if
         the check cannot be used here."""
         self._lost = None
         ready = [self._promise() for _ in range(self._config.workers)]
@@ -43,8 +43,8 @@ class VerifierPool:
             raise
 
     async def check(self, check: Check) -> Verdict:
-        """The verdict, unknown with a cause if the check timed out or crashed. Raises ActorLost if
-        the pool is not running or workers cannot be started any more."""
+        """Wait for the verdict, unknown with a cause if the check timed out or crashed. Raises
+        ActorLost if the pool is not running or workers cannot be started any more."""
         if self._lost:
             raise self._lost
         verdict = self._promise()
@@ -52,14 +52,14 @@ class VerifierPool:
         return await verdict
 
     async def close(self) -> None:
-        """Kills the workers. Checks still waiting raise ActorLost."""
+        """Kill the workers. Checks still waiting raise ActorLost."""
         self._lose(ActorLost("verifier pool is closed"))
         for slot in self._slots:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
 
     async def _slot(self, ready: asyncio.Future) -> None:
-        """One worker and its replacements, for as long as the pool runs."""
+        """Keep one worker, or its replacement, at work for as long as the pool runs."""
         worker = await self._spawn()
         try:
             ready.set_result(None)
@@ -91,7 +91,7 @@ class VerifierPool:
                 return worker
 
     def _promise(self) -> asyncio.Future:
-        """A future that `_lose` fails."""
+        """Make a future that `_lose` fails."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
@@ -105,4 +105,5 @@ class VerifierPool:
     def _lose(self, why: ActorLost | ConfigError) -> None:
         self._lost = self._lost or why
         for future in list(self._waiting):
-            future.set_exception(self._lost)
+            if not future.done():  # as its caller has just given up
+                future.set_exception(self._lost)

@@ -21,13 +21,15 @@ class WorkerProcess:
     """A worker that said it is ready. Made by `spawn`; of no more use once not `alive`."""
 
     def __init__(self, process: asyncio.subprocess.Process):
+        assert process.stdin and process.stdout  # `spawn` asks for them
         self._process = process
+        self._requests, self._replies = process.stdin, process.stdout
         self._killed = False
 
     @classmethod
     async def spawn(cls, config: VerifyConfig, timeout_s: float) -> Self:
-        """A worker with its check imported. Raises ActorLost if it cannot start or is not ready in
-        time, ConfigError if its check cannot be used."""
+        """Start a worker, with its check imported. Raises ActorLost if it cannot start or is not
+        ready in time, ConfigError if its check cannot be used."""
         command = (
             "-m",
             "async_opd.roles.verifier.worker",
@@ -40,9 +42,9 @@ class WorkerProcess:
                 *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                # a process group to kill, and no Ctrl-C meant for the parent
+                # A process group to kill, and no Ctrl-C meant for the parent.
                 start_new_session=True,
-                # its threads' stacks would count as memory
+                # Its threads' stacks would count as memory.
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:
@@ -67,12 +69,12 @@ class WorkerProcess:
         return not self._killed and self._process.returncode is None
 
     async def ask(self, check: Check, timeout_s: float) -> Verdict:
-        """The worker's verdict; unknown, and the worker killed, if it is late, dies or sends
-        anything else."""
+        """Ask for a verdict; unknown, and the worker killed, if it is late, dies or sends anything
+        else."""
         try:
             async with asyncio.timeout(timeout_s):
-                self._process.stdin.write(frame(msgspec.msgpack.encode(check)))
-                await self._process.stdin.drain()
+                self._requests.write(frame(msgspec.msgpack.encode(check)))
+                await self._requests.drain()
                 verdict = msgspec.msgpack.decode(await self._receive(), type=Verdict)
             if verdict.id != check.id:
                 raise WireError(f"{check.id}: the reply is for {verdict.id}")
@@ -90,7 +92,7 @@ class WorkerProcess:
             )
 
     async def kill(self) -> None:
-        """Kills the worker with its process group, and reaps it. May be called again."""
+        """Kill the worker with its process group, and reap it. May be called again."""
         if self.alive:
             self._kill_group()
         with suppress(TimeoutError):
@@ -98,13 +100,13 @@ class WorkerProcess:
                 await self._process.communicate()
 
     async def _receive(self) -> bytes:
-        size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
+        size = int.from_bytes(await self._replies.readexactly(4), "big")
         if size > MAX_REPLY:
             raise WireError(f"a reply of {size} bytes, more than {MAX_REPLY}")
-        return await self._process.stdout.readexactly(size)
+        return await self._replies.readexactly(size)
 
     async def _kill_after(self, error: Exception, timeout_s: float) -> str:
-        """Kills the worker; says what was wrong with it."""
+        """Kill the worker; say what was wrong with it."""
         if isinstance(error, EOFError | ConnectionError):
             with suppress(TimeoutError):
                 async with asyncio.timeout(REAP_S):

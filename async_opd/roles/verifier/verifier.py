@@ -3,92 +3,71 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
 
 import numpy as np
 
-from async_opd.core.aio import retrieved
 from async_opd.core.wire import Check, Group, Said, Verdict
 from async_opd.roles.verifier.pool import VerifierPool
 
 SHARE = 0.9  # of the time that a caller waits, so that it hears of the verdict
-PATIENCE_S = 0.5  # the longest a quick check waits for a slow one beside it
 
 
 class GroupVerifier:
     """Decodes responses and has each checked against its prompt's reference answer."""
 
     def __init__(self, pool: VerifierPool, decode: Callable[[np.ndarray], str], within_s: float):
-        """`pool` decides; `within_s` is how long its caller waits for a verdict."""
+        """Keep `pool`, which decides; `within_s` is how long its caller waits for a verdict."""
         self._pool = pool
         self._decode = decode
         self._within_s = SHARE * within_s
-        self._late: dict[str, asyncio.Task] = {}
-        self._tickets = count()
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
         await self._pool.start()
 
     async def check(self, group: Group) -> tuple[Verdict, ...]:
-        """A verdict for each rollout of `group`, side by side."""
+        """Check each rollout of `group`, side by side."""
         checks = (self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
         return tuple(await asyncio.gather(*checks))
 
-    async def check_all(self, *groups: Group) -> list[tuple[Verdict, ...] | str]:
-        """The verdicts of each group; for one that is not decided in PATIENCE_S a ticket, to be
-        given to `late`. Groups may share ids: a held-out problem is checked beside training."""
-        checks = [retrieved(asyncio.create_task(self.check(group))) for group in groups]
-        await asyncio.wait(checks, timeout=PATIENCE_S)
-        return [check.result() if check.done() else self._later(check) for check in checks]
-
-    async def late(self, ticket: str) -> tuple[Verdict, ...]:
-        """The verdicts of a group that was slow."""
-        return await self._late.pop(ticket)
-
-    async def said(self, group: Group, verdicts: tuple[Verdict, ...]) -> tuple[Said, ...]:
-        """What each rollout of `group` says and votes for. Right ones vote alike; wrong ones do
-        where the check takes the one's answer for the other's. What cannot be compared in time
+    async def said(self, group: Group, *verdicts: Verdict) -> tuple[Said, ...]:
+        """Read what each rollout of `group` says and votes for. Right ones vote alike; wrong ones
+        do where the check takes the one's answer for the other's. What cannot be compared in time
         votes for itself."""
         firsts: dict[str, int] = {}  # of each text, all right ones under ""
         votes: list[int | None] = [None] * len(verdicts)
-        for at, verdict in enumerate(verdicts):
+        for index, verdict in enumerate(verdicts):
             if verdict.answer or (verdict.correct and verdict.answer is not None):
-                votes[at] = firsts.setdefault("" if verdict.correct else verdict.answer, at)
+                votes[index] = firsts.setdefault("" if verdict.correct else verdict.answer, index)
         same: dict[int, int] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(self._within_s):
                 await self._compare(
-                    group.prompt.id, {at: text for text, at in firsts.items() if text}, same
+                    group.prompt.id, {first: text for text, first in firsts.items() if text}, same
                 )
         texts = [self._decode(rollout.ids) for rollout in group.rollouts]
         return tuple(
-            Said(text=text, vote=same.get(vote, vote))
+            Said(text=text, vote=None if vote is None else same.get(vote, vote))
             for text, vote in zip(texts, votes, strict=True)
         )
 
     async def _compare(self, id: str, answers: dict[int, str], same: dict[int, int]) -> None:
-        """Fills `same`: for each of `answers` the first that equals it."""
-        for at, answer in answers.items():
+        """Fill `same`: for each of `answers` the first that equals it."""
+        for index, answer in answers.items():
             firsts = sorted(set(same.values()))
             checks = (
                 self._pool.check(Check(id=id, response=answer, answer=answers[first]))
                 for first in firsts
             )
             verdicts = await asyncio.gather(*checks)
-            same[at] = next(
+            same[index] = next(
                 (first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct),
-                at,
+                index,
             )
 
-    def _later(self, check: asyncio.Task) -> str:
-        ticket = f"{next(self._tickets)}"
-        self._late[ticket] = check
-        return ticket
-
     async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
-        """A verdict for one response; unknown, where the workers are too busy with others to give
-        one in time."""
+        """Check one response; unknown, where the workers are too busy with others to decide in
+        time."""
         try:
             async with asyncio.timeout(self._within_s):
                 return await self._pool.check(

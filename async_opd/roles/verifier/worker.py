@@ -22,10 +22,11 @@ from async_opd.roles.verifier.sandbox.namespaces import die_with
 
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
-LONGEST = 500  # characters of an answer that is told
+LONGEST = 500  # characters of an answer that is passed on
 
 
 def main(parent: int, config: VerifyConfig) -> None:
+    """Answer requests until stdin ends."""
     die_with(parent)
     limit = int(config.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -35,7 +36,7 @@ def main(parent: int, config: VerifyConfig) -> None:
     except ConfigError as error:
         replies.write(frame(f"{error}".encode(errors="replace")[:MAX_REPLY]))
         return
-    exit_if_large(limit)
+    enforce_memory_limit(limit)
     replies.write(frame(b""))
     while header := requests.read(4):
         size = int.from_bytes(header, "big")
@@ -43,37 +44,40 @@ def main(parent: int, config: VerifyConfig) -> None:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
         body = requests.read(size)
         check = msgspec.msgpack.decode(body, type=Check)
-        verdict = judge(check, decide)
-        exit_if_large(limit)
+        verdict = run_check(check, decide)
+        enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
 
-def judge(check: Check, decide: Decide) -> Verdict:
+def run_check(check: Check, decide: Decide) -> Verdict:
+    """Decide `check`: unknown where that raises."""
     try:
-        found = decide(check.response, check.answer)
-        correct, answer = found if isinstance(found, tuple) else (found, None)
+        decision = decide(check.response, check.answer)
+        correct, answer = decision if isinstance(decision, tuple) else (decision, None)
         if answer and len(answer) > LONGEST:
             answer = ""
         return Verdict(id=check.id, correct=correct, answer=answer)
     except Exception as error:
-        # foreign code met a model's text: whatever it raises, the verdict is unknown
+        # Foreign code met a model's text: whatever it raises, the verdict is unknown.
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
 
 
 def frame(body: bytes) -> bytes:
+    """Put its length before `body`."""
     return len(body).to_bytes(4, "big") + body
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's two pipes, out of reach of a check: it reads nothing and prints to stderr."""
+    """Move the protocol's two pipes out of reach of a check, which reads nothing and prints to
+    stderr."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     return requests, replies
 
 
-def exit_if_large(limit: int) -> None:
-    """Exits once this process has ever mapped more than half of `limit` bytes.
+def enforce_memory_limit(limit: int) -> None:
+    """Exit once this process has ever mapped more than half of `limit` bytes.
 
     Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full,
     for later ones.

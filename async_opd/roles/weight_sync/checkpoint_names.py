@@ -31,8 +31,8 @@ class Piece:
 
 
 def pieces(model: PreTrainedModel) -> list[Piece]:
-    """How the parameters of `model` go back to its checkpoint, in the order of its modules; a tied
-    weight goes once.
+    """Find how the parameters of `model` go back to its checkpoint, in the order of its modules; a
+    tied weight goes once.
 
     Tried out without data, on meta tensors. Raises DataError for a weight that does not come back
     whole by parts.
@@ -42,7 +42,7 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
     for name, parameter in empty.items():
         together.setdefault(min(_revert(model, {name: parameter})), []).append(name)
     whole = dict(_revert(model, empty))
-    found = []
+    parts = []
     for names in together.values():
         become = _revert(model, {name: empty[name] for name in names})
         for name, tensor in become.items():
@@ -57,17 +57,17 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
             raise DataError(
                 f"student.model: {', '.join(names)} does not come back whole as {', '.join(become)}"
             )
-        found.append(
+        parts.append(
             Piece(tuple(names), tuple(_meta(name, tensor) for name, tensor in become.items()))
         )
-    return found
+    return parts
 
 
 def tensors(
     model: PreTrainedModel, pieces: Iterable[Piece], parameters: dict[str, Tensor]
 ) -> Iterator[Tensor]:
-    """The checkpoint's tensors of `pieces`, in order, made from the model's `parameters` when they
-    are asked for."""
+    """Give the checkpoint's tensors of `pieces`, in order, made from the model's `parameters` when
+    they are asked for."""
     for piece in pieces:
         held = {name: parameters[name].detach() for name in piece.parameters}
         if tuple(held) == tuple(meta.name for meta in piece.tensors):
@@ -81,7 +81,7 @@ def _revert(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, 
     try:
         return revert_weight_conversion(model, parameters)
     except (NotImplementedError, RuntimeError, ValueError) as e:
-        # what operations without a reverse raise
+        # What operations without a reverse raise.
         raise DataError(
             f"student.model: no way back to a checkpoint for {', '.join(parameters)}: {e!r}"
         ) from e

@@ -6,11 +6,16 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] torch's stubs do not export it
+    ProcessGroupGloo,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] nor this
+    Work,
+)
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,17 @@ class TensorMeta:
 class Sized(Protocol):
     """What fills a bucket."""
 
-    dtype: str
-    nbytes: int
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 Item = TypeVar("Item", bound=Sized)
 
 
 def held_port(host: str) -> socket.socket:
-    """A socket that keeps a port of `host` for one who will listen there, until it is closed.
+    """Open a socket that keeps a port of `host` for one who will listen there, until it is closed.
 
     The system gives the port to nobody else; a server that asks for it by its number and with
     SO_REUSEADDR, as servers do, gets it. Until then nobody listens there.
@@ -81,7 +88,7 @@ def gloo_group(store: TCPStore, *, rank: int, world: int, timeout_s: float) -> P
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((store.host, store.port))
         local = probe.getsockname()[0]
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] no stub
     options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=local)]
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world, options)
@@ -108,4 +115,5 @@ def broadcast(group: ProcessGroupGloo, flat: Tensor) -> Work:
 
     Works of one group run in the order in which they were started, a few at a time.
     """
-    return group.broadcast([flat], torch.distributed.BroadcastOptions())
+    gloo: Any = group  # torch's stubs have `broadcast` of ProcessGroup alone
+    return gloo.broadcast([flat], torch.distributed.BroadcastOptions())

@@ -3,8 +3,12 @@ entry point."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroupGloo, Work
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,7 +24,31 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from async_opd.core.wire import WeightGroup, WeightLayout
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
+
+
+def init_info(group: WeightGroup, backend: str) -> dict[str, Any]:
+    """What vLLM's `init_weight_transfer_engine` takes to join `group`."""
+    if backend == "gloo":
+        return msgspec.structs.asdict(group)
+    return dict(
+        master_address=group.host,
+        master_port=group.port,
+        rank_offset=group.rank_offset,
+        world_size=group.world,
+        packed=True,
+        packed_buffer_size_bytes=group.bucket_bytes,
+    )
+
+
+def update_info(layout: WeightLayout) -> dict[str, Any]:
+    """What vLLM's `update_weights` takes."""
+    return dict(
+        names=list(layout.names),
+        dtype_names=list(layout.dtypes),
+        shapes=[list(shape) for shape in layout.shapes],
+    )
 
 
 @dataclass
@@ -51,7 +79,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
 
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
-    _group = None
+    _group: ProcessGroupGloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Join the learner's group, replacing the one of an earlier epoch."""
@@ -75,13 +103,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         columns = zip(
             update_info.names, update_info.dtype_names, map(tuple, update_info.shapes), strict=True
         )
-        arriving = []
+        group = self._group
+        assert group is not None, "update without a group"
+        arriving: list[tuple[list[TensorMeta], tuple[Tensor, ...], Work]] = []
         for bucket in buckets((TensorMeta(*column) for column in columns), self._init.bucket_bytes):
             elements = [math.prod(meta.shape) for meta in bucket]
             flat = torch.empty(sum(elements), dtype=getattr(torch, bucket[0].dtype))
             # all wait for the sender
-            arriving.append((bucket, flat.split(elements), broadcast(self._group, flat)))
-        received = []
+            arriving.append((bucket, flat.split(elements), broadcast(group, flat)))
+        received: list[tuple[str, Tensor]] = []
         for bucket, parts, work in arriving:
             work.wait()
             received += [
@@ -90,7 +120,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         if self.device.type == "cpu":
             self._rebuild_experts()
         initialize_layerwise_reload(self.model)
-        self.model.load_weights((name, weight.to(self.device)) for name, weight in received)
+        model: Any = self.model  # of any of vLLM's classes
+        model.load_weights((name, weight.to(self.device)) for name, weight in received)
 
     def finish_weight_update(self) -> None:
         """Rebuild the kernels' tensors. A tied LM head gets no weights of its own, so the reload

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 
+from async_opd.core.wire import WeightGroup
 from async_opd.roles.weight_sync.gloo import (
     TensorMeta,
     broadcast,
@@ -17,18 +19,16 @@ from async_opd.roles.weight_sync.gloo import (
 )
 
 
-class GlooSender:
-    """Broadcasts by way of host memory: for CPUs, and for GPUs without a common NCCL fabric."""
+class Sender:
+    """Rank 0 of a weight group, before the others have joined."""
 
-    def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
-        self._store = open_store(host, timeout_s)
-        self.host, self.port = host, self._store.port
+    def __init__(self, host: str, port: int, *, bucket_bytes: int, timeout_s: float):
+        self.host, self.port = host, port
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._flats: list[Tensor] = []
 
-    def init_info(self, rank_offset: int, world: int) -> dict:
-        """What vLLM's `init_weight_transfer_engine` gets on one generator."""
-        return dict(
+    def group(self, rank_offset: int, world: int) -> WeightGroup:
+        """Where the workers of one generator join."""
+        return WeightGroup(
             host=self.host,
             port=self.port,
             rank_offset=rank_offset,
@@ -36,6 +36,15 @@ class GlooSender:
             bucket_bytes=self._bucket_bytes,
             timeout_s=self._timeout_s,
         )
+
+
+class GlooSender(Sender):
+    """Broadcasts by way of host memory: for CPUs, and for GPUs without a common NCCL fabric."""
+
+    def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
+        self._store = open_store(host, timeout_s)
+        super().__init__(host, self._store.port, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
+        self._flats: list[Tensor] = []
 
     def join(self, world: int) -> None:
         """Wait until every worker has joined, at most the timeout."""
@@ -47,7 +56,8 @@ class GlooSender:
 
         Two buckets of host memory, made at the first call, are all the memory it adds.
         """
-        weights, travelling = iter(weights), deque()
+        left = iter(weights)
+        travelling: deque[Work] = deque()
         planned = list(buckets(described, self._bucket_bytes))
         if not self._flats:
             largest = max(sum(meta.nbytes for meta in bucket) for bucket in planned)
@@ -59,30 +69,19 @@ class GlooSender:
                 getattr(torch, bucket[0].dtype)
             )
             for part in flat.split([math.prod(meta.shape) for meta in bucket]):
-                part.copy_(next(weights).flatten())
+                part.copy_(next(left).flatten())
             travelling.append(broadcast(self._group, flat))
         for work in travelling:
             work.wait()
 
 
-class NcclSender:
+class NcclSender(Sender):
     """Broadcasts GPU to GPU, packed, to vLLM's own `nccl` engine."""
 
     def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
         self._held = held_port(host)  # vLLM listens there itself, once all are to join
-        self.host, self.port = self._held.getsockname()
-        self._bucket_bytes = bucket_bytes
-
-    def init_info(self, rank_offset: int, world: int) -> dict:
-        """What vLLM's `init_weight_transfer_engine` gets on one generator."""
-        return dict(
-            master_address=self.host,
-            master_port=self.port,
-            rank_offset=rank_offset,
-            world_size=world,
-            packed=True,
-            packed_buffer_size_bytes=self._bucket_bytes,
-        )
+        host, port = self._held.getsockname()
+        super().__init__(host, port, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
 
     def join(self, world: int) -> None:
         """Wait until every worker has joined."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE, read_lines
 from async_opd.driver.checkpoints import RunState, committed

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from textwrap import indent
 
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 from async_opd.runtime.jobs import RUN_DIR, STOP_S
 from async_opd.tools.cluster_files import KINDS

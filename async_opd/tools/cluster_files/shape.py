@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ConfigError
-from async_opd.runtime.placement import asks, place_on_alike
+from async_opd.runtime.placement import place_on_alike, resource_requests
 
 CPUS_A_GPU = 4  # its actor, the engine's process, and the threads of both; none is reserved
 # of host memory, a rule of thumb: more for `learner.offload_optimizer` of a large model
@@ -40,7 +40,7 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
     if not run_dir.is_absolute() or len(run_dir.parts) < 3:
         where = "on a disk that every node sees, such as /shared/runs/a"
         raise ConfigError(f"run.dir = {config.run.dir!r}: must be absolute, {where}")
-    asked = asks(config, gpus=True)
+    asked = resource_requests(config, gpus=True)
     wanted = sum(ask.count * ask.gpus for ask in asked)
     gpus = min(gpus_per_node, ceil(wanted))
     largest = max(asked, key=lambda ask: ask.gpus)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError, DataError
 from async_opd.core.run_dir import MODEL, run_of

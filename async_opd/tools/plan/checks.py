@@ -9,7 +9,7 @@ import msgspec
 from transformers import AutoConfig
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import DataError
+from async_opd.core.errors import DataError, first_line
 from async_opd.core.process_wide import log_level
 from async_opd.launch import inputs
 from async_opd.tools.plan.make import models
@@ -47,7 +47,7 @@ def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
             AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).to_dict(), key
         )
     except (OSError, ValueError) as e:
-        raise DataError(f"{key} = {model!r}: {str(e).splitlines()[0]}") from e
+        raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import Engines, longest_sequence, shared_with_learner
 from async_opd.maths.lag import slots
 from async_opd.roles.teacher.config import TeacherConfig
-from async_opd.runtime.placement import RANK, Ask, asks, place_on_alike
+from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
 from async_opd.tools.plan.memory import HEADROOM, Memory
 from async_opd.tools.plan.shape import Shape
@@ -56,7 +56,7 @@ class Problem(Struct, frozen=True, kw_only=True):
 class Need:
     """What a role holds on each of its GPUs, and may."""
 
-    ask: Ask
+    ask: ResourceRequest
     at: str  # its section
     model: str
     shape: Shape
@@ -101,7 +101,7 @@ def models(config: Config) -> dict[str, str]:
 
 def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need]:
     """What each role with a model needs of cards of `card` bytes; `shapes` by model."""
-    asked = {ask.role: ask for ask in asks(config, gpus=True)}
+    asked = {ask.role: ask for ask in resource_requests(config, gpus=True)}
     share, longest = (
         config.run.share_gpu,
         config.data.max_prompt_tokens + config.rollout.max_new_tokens,
@@ -124,7 +124,7 @@ def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need
 
 
 def _engine(
-    config: Config, pool: Engines, ask: Ask, shapes: Mapping[str, Shape], card: float
+    config: Config, pool: Engines, ask: ResourceRequest, shapes: Mapping[str, Shape], card: float
 ) -> Need:
     """What a member of a pool of generators or scorers needs."""
     role, at, _, _, each = pool
@@ -158,7 +158,9 @@ def _engine(
 
 def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
     """The members on each node. Raises ClusterTooSmall."""
-    return place_on_alike(asks(config, gpus=True), cluster.gpus_per_node, cluster.nodes)
+    return place_on_alike(
+        resource_requests(config, gpus=True), cluster.gpus_per_node, cluster.nodes
+    )
 
 
 def longest_response(

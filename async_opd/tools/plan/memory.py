@@ -8,6 +8,7 @@ keep to their `gpu_memory_utilization`.
 from dataclasses import dataclass, field
 
 from async_opd.config.sections import SyncConfig
+from async_opd.maths.blocks import BLOCK_IDS
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig
@@ -15,7 +16,6 @@ from async_opd.tools.plan.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2}
 HEADROOM = 0.1  # of a card
-BLOCK_IDS = 4096  # of the vocabulary, that the head reads at once: `maths.logprobs`
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
 LIVE = 1_000_000_000  # weights that ZeRO-3 holds whole at once: `stage3_max_live_parameters`
 ENGINE_TOKENS = 2048  # of one forward of a generator: vLLM's own default

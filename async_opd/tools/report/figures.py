@@ -1,7 +1,7 @@
 """Which figures a page has, and the numbers of each."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from async_opd.tools.report.read import Run
 
 POINTS = 240  # of a curve; a longer run is averaged
 BARS = 60  # places of a stack
+Bands = dict[str, tuple[str, str]]  # key of the rows: label and colour
 
 
 @dataclass
@@ -23,9 +24,9 @@ class Series:
     step: np.ndarray
     seconds: np.ndarray
     mean: np.ndarray  # NaN: none there
-    low: np.ndarray | None = None  # of the rows that a point stands for
-    high: np.ndarray | None = None
-    dots: bool = False  # a few points, each of its own
+    # lowest and highest of the rows that a point stands for
+    spread: tuple[np.ndarray, np.ndarray] | None = None
+    dots: bool = False  # a few points, each by itself
 
 
 @dataclass
@@ -99,37 +100,38 @@ FLOW = (
 
 
 def learning(runs: list[Run]) -> list[Figure]:
-    found = [_lines(curves, runs) for curves in LEARNING]
-    found[0].series += [
-        dots for at, run in enumerate(runs) if (dots := _held_out(run, at, len(runs) > 1))
+    """Draw what the student learns, with what its objective shows."""
+    figures = [_lines(curves, runs) for curves in LEARNING]
+    figures[0].series += [
+        dots for place, run in enumerate(runs) if (dots := _held_out(run, place, len(runs) > 1))
     ]
-    tags = {run.config.get("objective.tag") for run in runs}
-    shown = dict.fromkeys(
-        name for tag in sorted(tags & set(all_objectives())) for name in all_objectives()[tag].shown
-    )
-    if shown:
-        method = Curves(
-            "What the method shows",
-            "Means over tokens",
-            "",
-            {key: key.replace("_", " ") for key in shown},
-        )
-        found.append(_lines(method, runs))
-    return _with_marks(found, runs)
+    tags = {run.config.get("objective.tag", "") for run in runs}
+    names = {
+        name: name.replace("_", " ")
+        for tag, objective in sorted(all_objectives().items())
+        if tag in tags
+        for name in objective.metrics
+    }
+    if names:
+        method = Curves("What the method shows", "Means over tokens", "", names)
+        figures.append(_lines(method, runs))
+    return _with_marks(figures, runs)
 
 
 def off_policy(runs: list[Run]) -> list[Figure]:
+    """Draw how old the trained tokens are and how the method weighs them."""
     return _with_marks(
         [*_stacks(runs, _lags), *(_lines(curves, runs) for curves in OFF_POLICY)], runs
     )
 
 
 def flow(runs: list[Run]) -> list[Figure]:
+    """Draw what each role did with its time and how much went through."""
     return _with_marks([*_stacks(runs, _states), *(_lines(curves, runs) for curves in FLOW)], runs)
 
 
 def absent(runs: list[Run]) -> Iterator[str]:
-    """Keys of the figures that a run's rows lack."""
+    """Name the keys of the figures that a run's rows lack."""
     for run in runs:
         wanted = [key for curves in (*LEARNING, *OFF_POLICY, *FLOW) for key in curves.keys]
         if lacking := [key for key in wanted if key not in run.rows]:
@@ -137,57 +139,53 @@ def absent(runs: list[Run]) -> Iterator[str]:
 
 
 def _lines(curves: Curves, runs: list[Run]) -> Figure:
-    """Colour tells the run, where there are several, and the style of the line the quantity."""
-    several, series = len(runs) > 1, []
-    for at, run in enumerate(runs):
-        for number, (key, label) in enumerate(curves.keys.items()):
+    """Draw one curve a run and key. Colour tells the run, where there are several, and the style of
+    the line the quantity."""
+    several = len(runs) > 1
+    series = []
+    for place, run in enumerate(runs):
+        for dash, (key, label) in enumerate(curves.keys.items()):
+            if several:
+                label = run.name if len(curves.keys) == 1 else f"{run.name}, {label}"
             if key in run.rows and not np.isnan(run.rows[key]).all():
-                told = (
-                    label
-                    if not several
-                    else run.name
-                    if len(curves.keys) == 1
-                    else f"{run.name}, {label}"
-                )
-                series.append(
-                    _curve(
-                        run, run.rows[key], told, f"c{at if several else number}", number, len(runs)
-                    )
-                )
+                colour = f"c{place if several else dash}"
+                most = POINTS if len(runs) <= 2 else POINTS // 2
+                series.append(_curve(run, run.rows[key], label, colour, dash, most))
     return Figure(curves.title, curves.what, curves.unit, series)
 
 
-def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, runs: int) -> Series:
-    most = POINTS if runs <= 2 else POINTS // 2
+def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, most: int) -> Series:
     step, seconds, mean = (
         averaged(x, most) for x in (run.rows["step"], run.rows["seconds"], values)
     )
-    if len(values) <= most:
-        return Series(label, colour, dash, step, seconds, mean)
-    low, high = extremes(values, most)
-    return Series(label, colour, dash, step, seconds, mean, low, high)
+    spread = extremes(values, most) if len(values) > most else None
+    return Series(label, colour, dash, step, seconds, mean, spread)
 
 
-def _held_out(run: Run, at: int, several: bool) -> Series | None:
-    """Evaluations before, during and after training, by the version they belong to."""
+def _held_out(run: Run, place: int, several: bool) -> Series | None:
+    """Draw the evaluations before, during and after training, by the version they belong to."""
     steps, shares = (run.rows.get(key, np.zeros(0)) for key in ("eval_version", "eval_accuracy"))
     ends = {
         0.0: run.summary.get("accuracy_before"),
         run.rows["step"][-1]: run.summary.get("accuracy_after"),
     }
-    known = {step: share for step, share in ends.items() if isinstance(share, float)}
-    known |= {
-        step: share for step, share in zip(steps, shares, strict=False) if not np.isnan(share)
+    known = {
+        step: share
+        for step, share in (*ends.items(), *zip(steps, shares, strict=False))
+        if isinstance(share, float) and not np.isnan(share)
     }
     if not known:
         return None
     step, share = (averaged(np.array(x), POINTS) for x in zip(*sorted(known.items()), strict=True))
     label = f"{run.name}, held-out" if several else "held-out"
-    return Series(label, f"c{at if several else 1}", 0, step, run.times(step), share, dots=True)
+    return Series(label, f"c{place if several else 1}", 0, step, run.times(step), share, dots=True)
 
 
-def _stacks(runs: list[Run], bands_of) -> list[Figure]:
-    found = []
+def _stacks(
+    runs: list[Run], bands_of: Callable[[Run], Iterator[tuple[str, str, Bands]]]
+) -> list[Figure]:
+    """Draw shares that add up to one, over one another: a figure a run, so that they stay apart."""
+    figures = []
     for run in runs:
         for title, what, bands in bands_of(run):
             title = f"{title}, {run.name}" if len(runs) > 1 else title
@@ -198,21 +196,25 @@ def _stacks(runs: list[Run], bands_of) -> list[Figure]:
                 Series(label, colour, 0, step, seconds, averaged(share, BARS))
                 for share, (label, colour) in zip(values, bands.values(), strict=True)
             ]
-            found.append(Figure(title, what, "share", series, stacked=True))
-    return found
+            figures.append(Figure(title, what, "share", series, stacked=True))
+    return figures
 
 
-def _lags(run: Run) -> Iterator[tuple[str, str, dict]]:
+def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
+    """Name the bands of one stack: ages of tokens up to the largest that occurred."""
     keys = sorted(
         (key for key in run.rows if key.startswith("tokens_lag_")), key=lambda key: int(key[11:])
     )
-    last = max([at for at, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
-    bands = {key: (f"lag {key[11:]}", f"l{min(at, 7)}") for at, key in enumerate(keys)}
+    last = max([lag for lag, key in enumerate(keys) if np.nansum(run.rows[key]) > 0], default=0)
+    bands = {
+        key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys[: last + 1])
+    }
     if keys:
-        yield "Lag", "Trained tokens by age in steps, share", dict(list(bands.items())[: last + 1])
+        yield "Lag", "Trained tokens by age in steps, share", bands
 
 
-def _states(run: Run) -> Iterator[tuple[str, str, dict]]:
+def _states(run: Run) -> Iterator[tuple[str, str, Bands]]:
+    """Name the bands of a stack for each role: what its actors spend their time in."""
     for role in sorted(
         roles_of(run.rows), key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES)
     ):
@@ -225,36 +227,39 @@ def _states(run: Run) -> Iterator[tuple[str, str, dict]]:
 
 
 def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
-    """The figures with a curve, with checkpoints and what happened to members where one run alone
-    is shown."""
-    ends = tuple(max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
+    """Keep the figures with a curve, and mark checkpoints and what happened to members where one
+    run alone is shown."""
+    last_step, last_second = (max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
     marks = marks_of(runs[0]) if len(runs) == 1 else None
-    for figure in figures:
-        figure.ends, figure.marks = ends, marks
-    return [figure for figure in figures if figure.series]
+    return [
+        replace(figure, ends=(last_step, last_second), marks=marks)
+        for figure in figures
+        if figure.series
+    ]
 
 
 def constant(figure: Figure) -> float | None:
-    """The one value that all curves have everywhere, which needs no picture."""
+    """Return the one value that all curves have everywhere, which needs no picture."""
     values = np.concatenate([series.mean for series in figure.series])
-    found = {float(f"{x:.4g}") for x in values if not np.isnan(x)}
-    return found.pop() if len(found) == 1 and not figure.stacked else None
+    distinct = {float(f"{x:.4g}") for x in values if not np.isnan(x)}
+    return distinct.pop() if len(distinct) == 1 and not figure.stacked else None
 
 
 def marks_of(run: Run) -> list[tuple[str, float, float]]:
-    """At most 60 of a kind, evenly."""
-    happened = [event["step"] for event in run.events if isinstance(event.get("step"), int)]
-    found = []
-    for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted({*happened}))):
-        steps = [
-            steps[at] for at in np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
+    """Place at most 60 of a kind, evenly."""
+    happened = {event["step"] for event in run.events if isinstance(event.get("step"), int)}
+    marks = []
+    for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted(happened))):
+        places = np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
+        shown = np.array(steps, float)[places]
+        marks += [
+            (kind, *mark) for mark in zip(shown.tolist(), run.times(shown).tolist(), strict=True)
         ]
-        found += [(kind, float(step), float(run.times(step))) for step in steps]
-    return found
+    return marks
 
 
 def averaged(values: np.ndarray, most: int) -> np.ndarray:
-    """Means of at most `most` runs of neighbours, NaN left out."""
+    """Average at most `most` runs of neighbours, NaN left out."""
     if len(values) <= most:
         return values
     starts, known = _starts(len(values), most), ~np.isnan(values)
@@ -263,7 +268,7 @@ def averaged(values: np.ndarray, most: int) -> np.ndarray:
 
 
 def extremes(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest of each run of neighbours that `averaged` makes one of."""
+    """Return the lowest and the highest of each run of neighbours that `averaged` makes one of."""
     starts = _starts(len(values), most)
     return np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
 

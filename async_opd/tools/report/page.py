@@ -1,5 +1,6 @@
 """The page: facts, figures and rollouts of the runs, in one file."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class Panel:
 
 
 def page(folders: list[Path]) -> str:
-    """The HTML of a report of those run directories. Raises RunMissing, and ConfigError for too
-    many."""
+    """Write the HTML of a report of those run directories. Raises RunMissing, and ConfigError for
+    too many."""
     if len(folders) > MOST_RUNS:
         raise ConfigError(
             f"report: {len(folders)} runs: at most {MOST_RUNS} can be told apart on one page"
@@ -39,14 +40,14 @@ def page(folders: list[Path]) -> str:
     names = _names(folders)
     share = max(ROLLOUTS // len(folders), 2)
     runs = [read(folder, name, share) for folder, name in zip(folders, names, strict=True)]
-    found = {
+    figures_of = {
         "Learning": figures.learning(runs),
         "Staleness and weights": figures.off_policy(runs),
         "Where the time went": figures.flow(runs),
     }
     sections = [
-        (title, _panels(f"f{at}", those), _constants(those))
-        for at, (title, those) in enumerate(found.items())
+        (title, _panels(f"f{place}", drawn), _constants(drawn))
+        for place, (title, drawn) in enumerate(figures_of.items())
     ]
     shown = [rollout for run in runs for rollout in rollouts.rollouts(run)]  # may add remarks
     return _template().render(
@@ -54,7 +55,7 @@ def page(folders: list[Path]) -> str:
         sections=sections,
         facts=_facts(runs),
         environment=_environment(runs),
-        figures_of_merit=[_merit(run) for run in runs],
+        merits=_merits(runs[0]),
         differ=_differences(runs),
         drops=_drops(runs),
         events=[(run, run.events[-EVENTS:]) for run in runs if run.events],
@@ -62,9 +63,8 @@ def page(folders: list[Path]) -> str:
         rollouts=shown,
         agreement=any("agree" in rollout.numbers for rollout in shown),
         chosen=not all("agree" in rollout.numbers for rollout in shown),
-        tokens=rollouts.TOKENS,
         averaged=any(
-            panel.figure.series[0].low is not None for _, panels, _ in sections for panel in panels
+            panel.figure.series[0].spread for _, panels, _ in sections for panel in panels
         ),
         remarks=[f"{run.name}: {remark}" for run in runs for remark in run.remarks]
         + list(figures.absent(runs)),
@@ -73,39 +73,40 @@ def page(folders: list[Path]) -> str:
 
 
 def _template() -> Template:
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("async_opd.tools.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.policies["json.dumps_kwargs"] = {"allow_nan": False}  # in the order given
-    return found.get_template("page.html")
+    # The keys of a dictionary keep their order.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.get_template("page.html")
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The folder's own names, or whole paths where two are alike."""
+    """Name each run by its folder, or by the whole path where two are alike."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _panels(section: str, found: list[figures.Figure]) -> list[Panel]:
+def _panels(section: str, drawn: list[figures.Figure]) -> list[Panel]:
     panels = []
-    for at, figure in enumerate(figure for figure in found if figures.constant(figure) is None):
-        plots = [drawn for axis in ("step", "time") if (drawn := plot.plot(figure, axis))]
-        heading, rows = plot.table(figure)
-        panels.append(Panel(f"{section}-{at}", figure, plots, heading, rows, plot.read_out(figure)))
+    for figure in drawn:
+        if figures.constant(figure) is None:
+            plots = [each for axis in ("step", "time") if (each := plot.plot(figure, axis))]
+            name = f"{section}-{len(panels)}"
+            panels.append(Panel(name, figure, plots, *plot.table(figure), plot.read_out(figure)))
     return panels
 
 
-def _constants(found: list[figures.Figure]) -> str:
-    """The figures that are a straight line, in words."""
-    values = ((figure, figures.constant(figure)) for figure in found)
+def _constants(drawn: list[figures.Figure]) -> str:
+    """Say in words the figures that are a straight line."""
     return ", ".join(
-        f"{each.title.lower()} {number(value, each.unit)}"
-        for each, value in values
-        if value is not None
+        f"{figure.title.lower()} {number(value, figure.unit)}"
+        for figure in drawn
+        if (value := figures.constant(figure)) is not None
     )
 
 
@@ -113,92 +114,79 @@ def _share(value: Any) -> str:
     return number(value, "share") if isinstance(value, float) else "–"
 
 
-def _merit(run: Run) -> list[tuple[str, str, str]]:
-    """The few numbers one looks for first: value, what it is, and a note."""
-    summary, kl = run.summary, run.rows.get("kl")
-    found = []
+def _merits(run: Run) -> list[tuple[str, str, str]]:
+    """Choose the few numbers one looks for first: value, what it is, and a note."""
+    summary = run.summary
+    merits = []
     if isinstance(after := summary.get("accuracy_after"), float):
-        before = _share(summary.get("accuracy_before"))
-        found.append(
-            (
-                f"{before} → {_share(after)}",
-                "held-out accuracy",
-                f"{summary.get('eval_problems')} problems",
-            )
-        )
-    if kl is not None:
-        found.append(
-            (
-                f"{number(kl[0])} → {number(kl[-1])}",
-                "KL to the teacher",
-                "nats a token, first and last step",
-            )
-        )
-    speed = summary.get("trained_tokens_per_s")
-    if isinstance(speed, float):
+        value = f"{_share(summary.get('accuracy_before'))} → {_share(after)}"
+        merits.append((value, "held-out accuracy", f"{summary.get('eval_problems')} problems"))
+    if (kl := run.rows.get("kl")) is not None:
+        value = f"{number(kl[0])} → {number(kl[-1])}"
+        merits.append((value, "KL to the teacher", "nats a token, first and last step"))
+    if isinstance(speed := summary.get("trained_tokens_per_s"), float):
         # Of all starts: the summary's are those of the last.
         trained = sum(
             float(np.nansum(run.rows[key]))
             for key in ("tokens", "tokens_taught")
             if key in run.rows
         )
-        found.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
-    asked = run.config.get("run.steps", "?")
-    steps = number(run.rows["step"][-1])
-    found.append((duration(run.rows["seconds"][-1]), "of training", f"{steps} of {asked} steps"))
-    return found
+        merits.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
+    steps = f"{number(run.rows['step'][-1])} of {run.config.get('run.steps', '?')} steps"
+    merits.append((duration(run.rows["seconds"][-1]), "of training", steps))
+    return merits
 
 
 def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """A row a fact, a column a run."""
+    """List a row a fact, a column a run."""
 
     def setting(key: str) -> list[str]:
         return [run.config.get(key, "–") for run in runs]
 
-    def said(key: str, show=number) -> list[str]:
+    def result(key: str, show: Callable[[float], str] = number) -> list[str]:
         values = [run.summary.get(key) for run in runs]
         return [show(float(x)) if isinstance(x, int | float) else "–" for x in values]
 
     teachers = sorted(
         {key for run in runs for key in run.summary if key.startswith("teacher_accuracy")}
     )
-    found = [
+    facts = [
         ("objective", setting("objective.tag")),
         ("student", setting("student.model")),
         ("teacher", setting("teacher.model")),
         ("steps done", [number(run.rows["step"][-1]) for run in runs]),
-        ("accuracy before", said("accuracy_before", _share)),
-        ("accuracy after", said("accuracy_after", _share)),
-        *((key.replace("_", " "), said(key, _share)) for key in teachers),
+        ("accuracy before", result("accuracy_before", _share)),
+        ("accuracy after", result("accuracy_after", _share)),
+        *((key.replace("_", " "), result(key, _share)) for key in teachers),
         (
             "final KL, nats",
             [number(run.rows["kl"][-1]) if "kl" in run.rows else "–" for run in runs],
         ),
-        ("trained tokens/s", said("trained_tokens_per_s")),
-        ("largest lag, steps", said("max_lag_seen")),
-        ("scored and dropped", said("scored_dropped")),
-        ("restarts", said("restarts")),
+        ("trained tokens/s", result("trained_tokens_per_s")),
+        ("largest lag, steps", result("max_lag_seen")),
+        ("scored and dropped", result("scored_dropped")),
+        ("restarts", result("restarts")),
         ("training time", [duration(run.rows["seconds"][-1]) for run in runs]),
     ]
-    return [(name, values) for name, values in found if set(values) != {"–"}]
+    return [(name, values) for name, values in facts if set(values) != {"–"}]
 
 
 def _environment(runs: list[Run]) -> list[tuple[str, list[str]]]:
     versions = [run.environment.get("versions", {}) for run in runs]
-    names = dict.fromkeys(name for own in versions for name in own)
+    names = dict.fromkeys(name for of_run in versions for name in of_run)
     commits = [(run.environment.get("commit") or "–")[:12] for run in runs]
     return [
         ("commit", commits),
-        *((name, [own.get(name, "–") for own in versions]) for name in names),
+        *((name, [of_run.get(name, "–") for of_run in versions]) for name in names),
     ]
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs; of paths in a run's directory, what follows
-    that."""
+    """List the settings that are not the same in all runs; of paths in a run's directory, what
+    follows that."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     values = ((key, [_within(run, run.config.get(key, "–")) for run in runs]) for key in keys)
-    return [(key, given) for key, given in values if len(set(given)) > 1]
+    return [(key, of_runs) for key, of_runs in values if len(set(of_runs)) > 1]
 
 
 def _within(run: Run, value: str) -> str:

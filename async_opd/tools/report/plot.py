@@ -1,8 +1,7 @@
 """Figures as geometry: paths in a box of 1000 by 100 that the page stretches, and labels at
 percentages of it.
 
-Lines keep their width and text its size at any width of the page, because only the paths are
-stretched.
+Lines keep their width and text its size at any width of the page: only the paths are stretched.
 """
 
 import math
@@ -23,37 +22,38 @@ class Plot:
 
     axis: str  # "step" or "time"
     right: float  # end of the axis
-    # per cent from the left, of the label that lies left of that, label
+    # per cent from the left, per cent of the label that lie left of that, label
     x_ticks: list[tuple[float, int, str]]
     y_ticks: list[tuple[float, str]]  # per cent from the bottom
     paths: list[tuple[str, str]]  # classes, d
     dots: list[tuple[str, float, float]]  # classes, per cent from the left and from the bottom
     marks: list[tuple[str, float]]  # kind, per cent from the left
-    points: int  # of the longest curve
 
 
 def plot(figure: Figure, axis: str) -> Plot | None:
-    """None where there is no such axis: older rows have no time."""
+    """Draw the figure over that axis, or None where there is no such axis: older rows have no
+    time."""
     xs = [series.step if axis == "step" else series.seconds for series in figure.series]
     right = figure.ends[axis == "time"]
     if not right > 0 or all(np.isnan(x).all() for x in xs):
         return None
-    tops = _tops(figure)
     low, high = _range(figure)
     scale = Scale(right, low, high)
     paths: list[tuple[str, str]] = []
     dots: list[tuple[str, float, float]] = []
-    for at, (series, x) in enumerate(zip(figure.series, xs, strict=True)):
+    below = np.zeros(len(xs[0]))  # upper edge of the band below, in a stack
+    for series, x in zip(figure.series, xs, strict=True):
         look = f"{series.colour} d{series.dash}"
         if figure.stacked:
-            paths.append((f"band {look}", scale.band(x, tops[at], tops[at + 1])))
+            paths.append((f"band {look}", scale.band(x, below, below + series.mean)))
+            below = below + series.mean
         elif series.dots:
             dots += [
                 (look, scale.left(a), scale.up(b)) for a, b in zip(x, series.mean, strict=True)
             ]
         else:
-            if series.low is not None:
-                paths.append((f"spread {look}", scale.band(x, series.low, series.high)))
+            if series.spread:
+                paths.append((f"spread {look}", scale.band(x, *series.spread)))
             paths.append((f"line {look}", scale.line(x, series.mean)))
     return Plot(
         axis=axis,
@@ -72,17 +72,16 @@ def plot(figure: Figure, axis: str) -> Plot | None:
             (kind, scale.left(step if axis == "step" else seconds))
             for kind, step, seconds in figure.marks or ()
         ],
-        points=max(len(x) for x in xs),
     )
 
 
 def _under(left: float, label: str) -> tuple[float, int, str]:
-    """A label in the middle below its tick, unless it would stick out."""
+    """Put a label in the middle below its tick, unless it would stick out."""
     return left, 0 if left < 4 else 100 if left > 96 else 50, label
 
 
 def read_out(figure: Figure) -> dict[str, Any]:
-    """What the page's script tells of the point under the pointer."""
+    """List what the page's script shows of the point under the pointer."""
     longest = max(figure.series, key=lambda series: len(series.step) * (not series.dots))
     return {
         "unit": figure.unit,
@@ -96,7 +95,8 @@ def read_out(figure: Figure) -> dict[str, Any]:
 
 
 def table(figure: Figure) -> tuple[list[str], list[list[str]]]:
-    """Heading and at most TABLE_ROWS rows, evenly over the figure: its alternative in text."""
+    """Give the figure's alternative in text: a heading and at most TABLE_ROWS rows, evenly over
+    it."""
     longest = max(figure.series, key=lambda series: len(series.step))
     places = np.unique(np.linspace(0, len(longest.step) - 1, TABLE_ROWS).round().astype(int))
     rows = []
@@ -107,51 +107,41 @@ def table(figure: Figure) -> tuple[list[str], list[list[str]]]:
 
 
 def _nearest(series: Series, step: float) -> float:
-    """The value at the point nearest to `step`; NaN where the series has none so far out, or not
-    there."""
-    at = int(np.abs(series.step - step).argmin())
-    near = not series.dots or series.step[at] == step
-    return float(series.mean[at]) if near and step <= series.step[-1] else math.nan
-
-
-def _tops(figure: Figure) -> list[np.ndarray]:
-    """Upper edges of the bands of a stack, 0 first."""
-    if not figure.stacked:
-        return []
-    shares = np.array([series.mean for series in figure.series])
-    return [np.zeros(shares.shape[1]), *np.cumsum(shares, 0)]
+    """Return the value at the point nearest to `step`; NaN where the series has none so far out,
+    or not there."""
+    place = int(np.abs(series.step - step).argmin())
+    near = not series.dots or series.step[place] == step
+    return float(series.mean[place]) if near and step <= series.step[-1] else math.nan
 
 
 def _range(figure: Figure) -> tuple[float, float]:
-    """Of the vertical axis, 0 within; shares go to 1."""
+    """Choose the ends of the vertical axis, 0 within; shares go to 1."""
     if figure.unit == "share":
         return 0.0, 1.0
-    values = np.concatenate(
-        [x for s in figure.series for x in (s.mean, s.low, s.high) if x is not None]
-    )
+    values = np.concatenate([x for s in figure.series for x in (s.mean, *(s.spread or ()))])
     low, high = min(0.0, float(np.nanmin(values))), max(0.0, float(np.nanmax(values)))
     return (low, high + (high - low) * 0.05) if high > low else (low, low + 1.0)
 
 
+@dataclass(frozen=True)
 class Scale:
-    """From numbers to the box."""
+    """The way from numbers to the box: both axes by their ends; the left one is 0."""
 
-    def __init__(self, right: float, low: float, high: float):
-        self._right = right
-        self._low = low
-        self._high = high
+    right: float
+    low: float
+    high: float
 
     def left(self, x: float) -> float:
-        """Per cent from the left."""
-        return round(100 * float(x) / self._right, 2)
+        """Place `x` in per cent from the left."""
+        return round(100 * float(x) / self.right, 2)
 
     def up(self, y: float) -> float:
-        """Per cent from the bottom."""
-        return round(100 * (float(y) - self._low) / (self._high - self._low), 2)
+        """Place `y` in per cent from the bottom."""
+        return round(100 * (float(y) - self.low) / (self.high - self.low), 2)
 
     def line(self, x: np.ndarray, y: np.ndarray) -> str:
-        """A path, broken where there is no number. A point alone is a line of no length, which has
-        round ends."""
+        """Draw a path, broken where there is no number. A point alone is a line of no length, which
+        has round ends."""
         known = ~(np.isnan(x) | np.isnan(y))
         parts, pen = [], "M"
         for here, point in zip(known, self._points(x, y), strict=True):
@@ -160,22 +150,20 @@ class Scale:
         return "".join(parts) + ("h0" if len(parts) == 1 else "")
 
     def band(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
-        """The area between two curves."""
+        """Draw the area between two curves."""
         known = ~(np.isnan(x) | np.isnan(low) | np.isnan(high))
-        there, back = (
-            self._points(x[known], high[known]),
-            self._points(x[known][::-1], low[known][::-1]),
-        )
-        return f"M{'L'.join([*there, *back])}Z" if there else ""
+        there = self._points(x[known], high[known])
+        back = self._points(x[known], low[known])[::-1]
+        return f"M{'L'.join(there + back)}Z" if there else ""
 
     def _points(self, x: np.ndarray, y: np.ndarray) -> list[str]:
-        across = WIDTH * x / self._right
-        down = HEIGHT * (1 - (y - self._low) / (self._high - self._low))
+        across = WIDTH * x / self.right
+        down = HEIGHT * (1 - (y - self.low) / (self.high - self.low))
         return [f"{a:.5g},{b:.4g}" for a, b in zip(across, down, strict=True)]
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` to `high`, some `about` of them."""
+    """Choose round numbers from `low` to `high`, some `about` of them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
@@ -185,8 +173,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     ]
 
 
-def number(x: float, unit: str = "") -> str:
-    """Short, for people."""
+def number(x: float | None, unit: str = "") -> str:
+    """Write a number in short, for people."""
     if x is None or math.isnan(x):
         return "–"
     if unit == "share":
@@ -194,14 +182,13 @@ def number(x: float, unit: str = "") -> str:
     if x == 0:
         return "0"
     if abs(x) >= 10000:
-        for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(x) >= size:
-                return f"{x / size:.3g}{name}"
+        size, suffix = next(s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(x) >= s[0])
+        return f"{x / size:.3g}{suffix}"
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.1e}"
 
 
 def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3.5 h."""
+    """Write seconds as 40 s, 12 min or 3.5 h."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -44,7 +44,6 @@ class Run:
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
     rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
-    recorded: int = 0  # lines in samples.jsonl
     remarks: list[str] = field(default_factory=list)
 
     def times(self, steps: np.ndarray) -> np.ndarray:
@@ -179,7 +178,6 @@ def _read_rollouts(run: Run, most: int) -> None:
         return
     steps = _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)
     ends = [end for end, _ in steps]
-    run.recorded = len(ends)
     places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
     chosen = {ends[place] for place in places}
     run.rollouts = [

@@ -10,7 +10,7 @@ from async_opd.tools.report.read import Run
 
 TOKENS = 500  # of one rollout, on the page
 LEVELS = 4  # of a colour
-NUMBERS = {  # what is told of a token, where it was recorded
+NUMBERS = {  # what is shown of a token, where it was recorded
     "student": "log π student",
     "behaviour": "log π behaviour",
     "teacher": "log π teacher",
@@ -44,33 +44,36 @@ class Rollout:
     # from which size on a colour is the strongest: of `signal` and of `weight`
     strongest: dict[str, float]
     uniform: bool  # every token weighs the same, and all are selected
-    numbers: dict[str, list]  # by name, for the script
+    numbers: dict[str, list[float | None]]  # by name, for the script
 
 
 def rollouts(run: Run) -> list[Rollout]:
-    """What was recorded, with colours by one scale for all of the run. A line that is none is named
-    and left out."""
-    found = []
+    """Show what was recorded, with colours by one scale for all of the run. A line that is none is
+    named and left out."""
+    recorded = []
     for line in run.rollouts:
         try:
-            found.append((line, _numbers(line)))
+            recorded.append((line, _numbers(line)))
         except (KeyError, TypeError, ValueError) as e:
             run.remarks.append(
                 f"samples.jsonl: a line without what it needs: left out ({type(e).__name__}: {e})"
             )
     scales = {
-        name: _scale([numbers[name] for _, numbers in found if name in numbers])
+        name: _scale([numbers[name] for _, numbers in recorded if name in numbers])
         for name in ("signal", "weight")
     }
-    return [_rollout(run, line, numbers, scales) for line, numbers in found]
+    return [_rollout(run, line, numbers, scales) for line, numbers in recorded]
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Per-token numbers of a line by name; `signal` is the advantage, or the teacher's log-prob
-    above the student's."""
+    """Take the per-token numbers of a line by name; `signal` is the advantage, or the teacher's
+    log-prob above the student's."""
     count = min(len(line["tokens"]), TOKENS)
-    columns = {k: v for k, v in line.items() if k not in TEXTS and isinstance(v, list)}
-    numbers = {name: np.array(column[:count], float) for name, column in columns.items()}
+    numbers = {
+        name: np.array(column[:count], float)
+        for name, column in line.items()
+        if name not in TEXTS and isinstance(column, list)
+    }
     if wrong := [name for name, column in numbers.items() if column.shape != (count,)]:
         raise ValueError(f"{', '.join(wrong)}: not a number a token")
     numbers["signal"] = (
@@ -80,72 +83,66 @@ def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _scale(columns: list[np.ndarray]) -> float:
-    """The size that has the strongest colour: that of the 95th per cent."""
-    sizes = np.abs(np.concatenate(columns)) if columns else np.ones(1)
+    """Choose the size that has the strongest colour: that of the 95th per cent."""
+    sizes = np.abs(np.concatenate([np.ones(0), *columns]))
     sizes = sizes[np.isfinite(sizes)]
     return float(np.quantile(sizes, 0.95)) or 1.0 if len(sizes) else 1.0
 
 
 def _rollout(
-    run: Run, line: dict, numbers: dict[str, np.ndarray], scales: dict[str, float]
+    run: Run, line: dict[str, Any], numbers: dict[str, np.ndarray], scales: dict[str, float]
 ) -> Rollout:
     count = len(numbers["signal"])
-    weight, selected = (
-        numbers.get("weight", np.ones(count)),
-        numbers.get("selected", np.ones(count)),
-    )
+    weight = numbers.get("weight", np.ones(count))
+    selected = numbers.get("selected", np.ones(count))
     classes = [
-        f"a{_level(signal, scales['signal'])} w{_level(w, scales['weight'])}"
-        f" {_choice(numbers, i, chosen)}"
-        for i, (signal, w, chosen) in enumerate(
-            zip(numbers["signal"], weight, selected, strict=True)
-        )
+        f"a{_level(numbers['signal'][i], scales['signal'])} w{_level(weight[i], scales['weight'])}"
+        f" {_choice(numbers, i, selected[i])}"
+        for i in range(count)
     ]
-    told = {label: _plain(numbers[name]) for name, label in NUMBERS.items() if name in numbers}
-    more = {
-        name: column for name, column in numbers.items() if name not in {*NUMBERS, "signal", "kept"}
-    }
-    told |= {name.replace("_", " "): _plain(column) for name, column in more.items()}
+    others = [name for name in numbers if name not in {*NUMBERS, "signal", "kept"}]
+    signal = "advantage" if "advantage" in numbers else "teacher − student"
+    labels = NUMBERS | {name: name.replace("_", " ") for name in others} | {"signal": signal}
     return Rollout(
         run=run.name,
         step=int(line["step"]),
         id=str(line["id"]),
         prompt=str(line["prompt"]),
         prompt_cut=int(line.get("prompt_cut", 0)),
-        verdict={True: "right", False: "wrong"}.get(line.get("correct"), "unknown"),
+        verdict={True: "right", False: "wrong", None: "unknown"}.get(
+            line.get("correct"), "unknown"
+        ),
         tokens=list(zip(classes, map(_visible, line["tokens"]), strict=False)),
         left_out=len(line["tokens"]) - count + int(line.get("cut", 0)),
         truncated=bool(line.get("truncated")),
-        signal="advantage" if "advantage" in numbers else "teacher − student",
+        signal=signal,
         strongest=scales,
         uniform=bool(np.ptp(weight) == 0 and selected.all() and "agree" not in numbers),
-        numbers=(
-            told
-            if "advantage" in numbers
-            else told | {"teacher − student": _plain(numbers["signal"])}
-        ),
+        numbers={label: _plain(numbers[name]) for name, label in labels.items() if name in numbers},
     )
 
 
 def _level(value: float, scale: float) -> str:
-    """Such as "3", or "n3" below zero; "0" only for what is nothing."""
+    """Write the strength of a colour as "3", or "n3" below zero; "0" only for what is nothing."""
     if not math.isfinite(value) or value == 0:
         return "0"
     return ("n" if value < 0 else "") + str(min(LEVELS, math.ceil(LEVELS * abs(value) / scale)))
 
 
-def _choice(numbers: dict[str, np.ndarray], at: int, selected: float) -> str:
-    """Of a method that selects: in or out. Of one that asks whether teacher and verifier agree:
-    yes, no or neither."""
+def _choice(numbers: dict[str, np.ndarray], place: int, selected: float) -> str:
+    """Tell of a method that selects: in or out. Of one that asks whether teacher and verifier
+    agree: yes, no or neither."""
     if not selected:
         return "out"
     if "agree" in numbers and "disagree" in numbers:
-        return "yes" if numbers["agree"][at] else "no" if numbers["disagree"][at] else "neither"
+        return (
+            "yes" if numbers["agree"][place] else "no" if numbers["disagree"][place] else "neither"
+        )
     return "in"
 
 
 def _visible(piece: Any) -> str:
-    """A token's text where nothing would be seen of it."""
+    """Show a token's text where nothing would be seen of it."""
     text = str(piece)
     return text.replace("\n", "↵\n").replace("\t", "⇥\t") if text else "◌"
 

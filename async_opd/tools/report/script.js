@@ -15,43 +15,44 @@ function duration(seconds) {
 
 function nearest(sorted, x) {
   let best = 0;
-  sorted.forEach((at, index) => { if (at !== null && Math.abs(at - x) < Math.abs(sorted[best] - x)) best = index; });
+  sorted.forEach((y, index) => { if (y !== null && Math.abs(y - x) < Math.abs(sorted[best] - x)) best = index; });
   return best;
 }
 
 // A chart is a slider over its points: the numbers of one stand below it, by pointer or by arrow keys.
 for (const plot of document.querySelectorAll(".plot")) {
-  const figure = plot.closest("figure"), told = data.figures[figure.id], xs = told[plot.dataset.axis];
+  const figure = plot.closest("figure"), drawn = data.figures[figure.id], xs = drawn[plot.dataset.axis];
   const area = plot.querySelector(".area"), cursor = plot.querySelector(".cursor"), line = figure.querySelector(".read-out");
   const numbers = figure.querySelectorAll(".legend b"), right = Number(plot.dataset.right);
-  let at = xs.length - 1;
+  let place = xs.length - 1;
   const move = (to, seen = true) => {
-    at = Math.max(0, Math.min(xs.length - 1, to));
-    const step = told.step[at];
-    const when = "step " + shown(Math.round(step)) + (told.time[at] === null ? "" : ", " + duration(told.time[at]));
-    const values = told.series.map((s) => {
-      if (!seen) return shown(s.values.at(-1), told.unit);
-      const near = nearest(s.step, step), gap = s.dots ? 0.5 + (told.step.at(-1) - told.step[0]) / told.step.length / 2 : Infinity;
-      return step > s.step.at(-1) || Math.abs(s.step[near] - step) > gap ? "–" : shown(s.values[near], told.unit);
+    place = Math.max(0, Math.min(xs.length - 1, to));
+    const step = drawn.step[place];
+    const when = "step " + shown(Math.round(step)) + (drawn.time[place] === null ? "" : ", " + duration(drawn.time[place]));
+    const values = drawn.series.map((s) => {
+      if (!seen) return shown(s.values.at(-1), drawn.unit);
+      const near = nearest(s.step, step), gap = s.dots ? 0.5 + (drawn.step.at(-1) - drawn.step[0]) / drawn.step.length / 2 : Infinity;
+      return step > s.step.at(-1) || Math.abs(s.step[near] - step) > gap ? "–" : shown(s.values[near], drawn.unit);
     });
     line.textContent = seen || data.runs === 1 ? when : "last of each run";
     values.forEach((value, series) => { numbers[series].textContent = value; });
-    plot.setAttribute("aria-valuetext", when + ": " + told.series.map((s, series) => s.label + " " + values[series]).join(", "));
-    plot.setAttribute("aria-valuenow", at);
-    cursor.style.left = 100 * xs[at] / right + "%";
+    plot.setAttribute("aria-valuetext", when + ": " + drawn.series.map((s, series) => s.label + " " + values[series]).join(", "));
+    plot.setAttribute("aria-valuenow", place);
+    cursor.style.left = 100 * xs[place] / right + "%";
     cursor.hidden = !seen;
   };
-  move(at, false);
+  plot.setAttribute("aria-valuemax", place);
+  move(place, false);
   plot.addEventListener("pointermove", (event) => {
     const box = area.getBoundingClientRect();
     move(nearest(xs, right * (event.clientX - box.left) / box.width));
   });
   plot.addEventListener("pointerleave", () => move(xs.length - 1, false));
-  plot.addEventListener("focus", () => move(at));
+  plot.addEventListener("focus", () => move(place));
   plot.addEventListener("blur", () => { cursor.hidden = true; });
   plot.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -1e9, End: 1e9 }[event.key];
-    if (by) { move(at + by); event.preventDefault(); }
+    if (by) { move(place + by); event.preventDefault(); }
   });
 }
 
@@ -60,22 +61,22 @@ for (const list of document.querySelectorAll(".tokens")) {
   const tokens = [...list.children], numbers = Object.entries(data.rollouts[list.dataset.number]);
   const line = list.closest("article").querySelector(".read-out");
   let active = null;
-  tokens.forEach((token, at) => {
+  tokens.forEach((token, place) => {
     token.setAttribute("role", "option");
-    token.setAttribute("aria-label", at + 1 + ": " + (token.textContent.trim() || "space"));
-    token.id = "t" + list.dataset.number + "-" + at;
+    token.setAttribute("aria-label", place + 1 + ": " + (token.textContent.trim() || "space"));
+    token.id = "t" + list.dataset.number + "-" + place;
   });
-  const choose = (at) => {
+  const choose = (place) => {
     if (active !== null) { tokens[active].classList.remove("on"); tokens[active].removeAttribute("aria-selected"); }
-    active = at;
+    active = place;
     line.replaceChildren();
-    if (at === null) return list.removeAttribute("aria-activedescendant");
-    tokens[at].classList.add("on");
-    tokens[at].setAttribute("aria-selected", "true");
-    list.setAttribute("aria-activedescendant", tokens[at].id);
+    if (place === null) return list.removeAttribute("aria-activedescendant");
+    tokens[place].classList.add("on");
+    tokens[place].setAttribute("aria-selected", "true");
+    list.setAttribute("aria-activedescendant", tokens[place].id);
     const name = document.createElement("b");
-    name.textContent = "token " + (at + 1) + " “" + tokens[at].textContent + "”";
-    line.append(name, numbers.map(([label, values]) => "  ·  " + label + " " + shown(values[at])).join(""));
+    name.textContent = "token " + (place + 1) + " “" + tokens[place].textContent + "”";
+    line.append(name, numbers.map(([label, values]) => "  ·  " + label + " " + shown(values[place])).join(""));
   };
   list.addEventListener("pointerover", (event) => { if (event.target !== list) choose(tokens.indexOf(event.target)); });
   list.addEventListener("focus", () => { if (active === null && tokens.length) choose(0); });

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from async_opd.config.schema import read_run
+from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, decode_row, read_lines
 from async_opd.telemetry.spans import Line, Of

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from async_opd.core.wire import Prompt, Rollout, Scores, Span, Verdict
-from async_opd.roles.learner.batch import MicroBatch, Sample, pack
+from async_opd.roles.learner.batch import MicroBatch, TrainingBounds, Trajectory, pack
 from async_opd.roles.learner.step import Student
 from async_opd.roles.models import causal_lm
 
@@ -13,7 +13,7 @@ VOCABULARY = 40
 
 
 @pytest.fixture
-def sample() -> Callable[..., Sample]:
+def sample() -> Callable[..., Trajectory]:
     """Makes a trajectory: `spans` are (version, tokens); ids and log-probs are random unless
     given."""
 
@@ -31,7 +31,7 @@ def sample() -> Callable[..., Sample]:
         topk_logp=None,
         tail_logp=None,
         taught=False,
-    ) -> Sample:
+    ) -> Trajectory:
         random = np.random.default_rng(seed)
         ends = np.cumsum([tokens for _, tokens in spans]).tolist()
         ids = random.integers(VOCABULARY, size=prompt_tokens + ends[-1], dtype=np.int32)
@@ -57,7 +57,7 @@ def sample() -> Callable[..., Sample]:
             tail_logp=tail_logp,
         )
         prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="", taught=taught)
-        return Sample(
+        return Trajectory(
             prompt=prompt,
             rollout=rollout,
             scores=None if taught else scores,
@@ -72,12 +72,17 @@ def packed() -> Callable[..., MicroBatch]:
     """Packs trajectories at live version 0 with bound 4 unless told otherwise."""
 
     def make(
-        *samples: Sample, live=0, max_lag_steps=4, stale="mask", truncated="keep", cap=64
+        *trajectories: Trajectory,
+        live=0,
+        max_lag_steps=4,
+        stale="mask",
+        truncated="train",
+        cap=64,
     ) -> MicroBatch:
-        bounds = dict(
-            live=live, max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap
+        bounds = TrainingBounds(
+            max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap
         )
-        return pack(list(samples), device=torch.device("cpu"), **bounds)
+        return pack(trajectories, bounds, live=live, device=torch.device("cpu"))
 
     return make
 

@@ -44,7 +44,7 @@ def test_tokens_over_the_bound_leave_the_reduction_yet_stay_visible(sample, pack
 
 
 @pytest.mark.parametrize(
-    ("policy", "kept"), [("mask", [True, True, False, False]), ("keep", [True] * 4)]
+    ("policy", "kept"), [("mask", [True, True, False, False]), ("train", [True] * 4)]
 )
 def test_truncated_responses_leave_the_reduction_by_policy(sample, packed, policy, kept):
     micro = packed(sample(spans=[(0, 2)]), sample(spans=[(0, 2)], truncated=True), truncated=policy)

@@ -10,7 +10,7 @@ from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.roles.learner.recorder import Recorder
-from async_opd.roles.learner.step import Moment, accumulate
+from async_opd.roles.learner.step import StepContext, accumulate
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def step(student, objective, samples, packed, cuts=(0, 2, 5), look=True):
         lambda tensor, op: None,
         objective,
         micros,
-        Moment(step=2, max_lag_steps=4),
+        StepContext(step=2, max_lag_steps=4),
         recorder.look if look else None,
     )
     return recorder.recorded, [p.grad.clone() for p in student.parameters()]

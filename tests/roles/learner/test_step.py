@@ -9,7 +9,7 @@ from async_opd.maths.logprobs import NOTHING, Read
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.roles.learner.step import Moment, accumulate, batch_statistics
+from async_opd.roles.learner.step import StepContext, accumulate, batch_statistics
 from tests.roles.learner.centred import Centred
 
 
@@ -22,7 +22,7 @@ def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_we
         all_reduce,
         objective,
         micros,
-        Moment(max_lag_steps=2, taught_weight=taught_weight),
+        StepContext(max_lag_steps=2, taught_weight=taught_weight),
     )
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
@@ -105,7 +105,7 @@ def counted(student):
 
 def test_statistics_are_those_of_the_kept_tokens_of_the_formula(student, samples, packed, bounds):
     micros = [packed(*samples[:2], **bounds), packed(), packed(*samples[2:], **bounds)]
-    found = batch_statistics(student, lambda tensor, op: None, Centred(), micros, Moment())
+    found = batch_statistics(student, lambda tensor, op: None, Centred(), micros, StepContext())
     advantages = []
     for s, kept in zip(
         samples, ([1] * 4, [0, 0, 1, 1, 1], [1], [1] * 7, [0] * 3, [0] * 5), strict=True

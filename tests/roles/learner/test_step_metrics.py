@@ -16,10 +16,10 @@ from async_opd.objectives.modifiers import Position
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sg_opd import SgOpd
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.roles.learner.step import Moment, accumulate
+from async_opd.roles.learner.step import StepContext, accumulate
 
 
-def measured(objective, micro, student, candidates=None, **moment):
+def measured(objective, micro, student, candidates=None, **context):
     """Metrics and running moments of one micro-batch, read by a student of these log-probs."""
 
     def module(micro, needs):
@@ -29,7 +29,12 @@ def measured(objective, micro, student, candidates=None, **moment):
         return Read(columns[0], None, columns[1], None, None)
 
     return accumulate(
-        module, lambda loss: loss.backward(), lambda *_: None, objective, [micro], Moment(**moment)
+        module,
+        lambda loss: loss.backward(),
+        lambda *_: None,
+        objective,
+        [micro],
+        StepContext(**context),
     )
 
 
@@ -165,7 +170,7 @@ def test_a_wrong_answer_that_was_cut_and_left_the_loss_counts_in_the_running_mea
     found, after = measured(Egrsd(), micro, [-1.0] * 10, running={"reward": Moments()})
     assert found["tokens"] == 6 and found["tokens_excluded"] == 4
     # (1.125 + 1.125 + 0) / 3
-    assert after["reward"].count == 3 and after["reward"].mean == pytest.approx(0.75)
+    assert after["reward"].number == 3 and after["reward"].mean == pytest.approx(0.75)
 
 
 def test_the_histogram_of_lag_counts_every_trained_token_once_whatever_the_split(sample, packed):
@@ -184,7 +189,7 @@ def test_the_histogram_of_lag_counts_every_trained_token_once_whatever_the_split
             lambda *_: None,
             Opd(),
             micros,
-            Moment(max_lag_steps=3),
+            StepContext(max_lag_steps=3),
         )
         histogram = {
             name: tokens for name, tokens in found.items() if name.startswith("tokens_lag")

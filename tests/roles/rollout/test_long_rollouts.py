@@ -17,7 +17,7 @@ from async_opd.core.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, 
 from async_opd.driver.queue import TrajectoryQueue
 from async_opd.maths.packing import plan
 from async_opd.objectives import all_objectives
-from async_opd.roles.learner.batch import Sample, pack
+from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
 from async_opd.roles.models import causal_lm
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import TeacherConfig
@@ -81,7 +81,7 @@ def sent(message) -> tuple[bytes, list[pickle.PickleBuffer]]:
     return cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append), buffers
 
 
-PRICED = {case.wants(): type(case).__name__ for case in CASES} | {
+PRICED = {case.requirements(): type(case).__name__ for case in CASES} | {
     LIKELIEST: "likeliest",
     SAMPLED: "sampled",
 }
@@ -137,11 +137,11 @@ def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
 
     (ready,) = asyncio.run(through(Ready(1, group.prompt, meta, group, scores, verdicts, (0,))))
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
-    sample = Sample(
+    trajectory = Trajectory(
         prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts
     )
-    bounds = dict(live=104, max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
-    micro = pack([sample], **bounds, device=torch.device("cpu"))
+    bounds = TrainingBounds(max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
+    micro = pack([trajectory], bounds, live=104, device=torch.device("cpu"))
     assert ready.meta.lengths == (len(micro.targets_N),) == (tokens,)
 
 

@@ -11,7 +11,7 @@ from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
 from async_opd.maths.logprobs import Head
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
-from async_opd.roles.teacher.self_teacher import Follower
+from async_opd.roles.teacher.self_teacher import WeightEma
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
 from tests.simulated.virtual_time import virtual
 
@@ -237,9 +237,9 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_average(tiny_lm):
     model, student = tiny_lm().bfloat16(), tiny_lm(seed=1).bfloat16()
     name = "model.layers.0.mlp.up_proj.weight"
     before, goal = (lm.get_parameter(name).detach().float() for lm in (model, student))
-    follower = Follower(model, 0.999)
+    ema = WeightEma(model, 0.999)
     for _ in range(100):
-        follower.follow(dict(student.named_parameters()))
+        ema.update(dict(student.named_parameters()))
     moved = model.get_parameter(name).detach().float() - before
     expected = (1 - 0.999**100) * (goal - before)  # 9.5 % of the way
     # half a step of bfloat16 below 2
@@ -250,15 +250,15 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_average(tiny_lm):
 async def test_no_score_is_of_weights_in_the_middle_of_an_update(
     model, teacher, group, student, tmp_path, monkeypatch
 ):
-    class Slow(Follower):
-        def follow(self, student):
+    class Slow(WeightEma):
+        def update(self, student):
             everything = self._parameters
             for name, parameter in everything.items():
                 self._parameters = {name: parameter}
-                super().follow(student)
+                super().update(student)
                 time.sleep(0.01)
 
-    monkeypatch.setattr("async_opd.roles.teacher.transformers_teacher.Follower", Slow)
+    monkeypatch.setattr("async_opd.roles.teacher.transformers_teacher.WeightEma", Slow)
     scorer, one, live = teacher(update="copy"), group(), student(1)
     old, new = sampled(model, one), sampled(live, one)
 
@@ -353,6 +353,12 @@ async def test_an_id_that_the_teacher_has_no_logit_of_is_named(teacher, group):
         "7@0#0",
         "7@0#1",
     ]
+
+
+async def test_a_rollout_without_the_candidates_to_read_is_named(teacher, group):
+    scorer = teacher(Needs(teacher_at_student_ids=2))
+    with pytest.raises(WireError, match="0@0#0: has no candidate_ids"):
+        await scorer.score(group())
 
 
 async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):

@@ -148,7 +148,7 @@ FORGERIES = {
     "answers with what is no data": (
         "import os\nos.write(4, b'{\"exit\": 0}\\n' * 9)\ndef add(a, b): return 0"
     ),
-    "raises the exit of the examiner": (
+    "raises the exit of the test driver": (
         "class SystemExit(BaseException): pass\ndef add(a, b): raise SystemExit"
     ),
     "exits when collected": (

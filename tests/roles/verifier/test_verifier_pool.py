@@ -117,6 +117,19 @@ async def test_close_kills_busy_workers_and_fails_what_waits(start_pool, check, 
         await pool.check(check())
 
 
+async def test_close_at_the_moment_a_caller_gives_up_kills_the_workers(
+    start_pool, check, workers, patient
+):
+    pool = await start_pool(check=patient.check)
+    impatient, waiting = (asyncio.create_task(pool.check(check("hang"))) for _ in range(2))
+    await until(lambda: patient.begun)
+    impatient.cancel()
+    await pool.close()
+    assert workers() == []
+    with pytest.raises(ActorLost, match="verifier pool is closed"):
+        await waiting
+
+
 async def test_a_caller_that_gives_up_costs_others_nothing(start_pool, check, patient):
     pool = await start_pool(timeout_s=0.75, check=patient.check)
     abandoned = [asyncio.create_task(pool.check(check("hang"))) for _ in range(5)]

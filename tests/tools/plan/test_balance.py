@@ -8,7 +8,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.core.errors import RunMissing
 from async_opd.tools.plan.balance import balance, given, measured
 

@@ -10,7 +10,7 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.tools.plan.report import CALIBRATE
 
 CONFIGS = Path(__file__).parents[3] / "configs"

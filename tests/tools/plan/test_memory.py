@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from async_opd.config.sections import SyncConfig
-from async_opd.maths.logprobs import read_logprobs
+from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.models import causal_lm
 from async_opd.roles.rollout.config import RolloutConfig
@@ -85,7 +85,7 @@ def kept_bytes(model, tokens: int) -> int:
     ids_L = torch.zeros(tokens, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden_LD = causal_lm.hidden_states(model, ids_L, [tokens // 2, tokens - tokens // 2])
-        read_logprobs(hidden_LD, causal_lm.head(model), ids_L, temperature=1.0, chunk_rows=64)
+        read_logprobs(hidden_LD, causal_lm.head(model), ids_L, ReadOptions(1.0, 64))
     return sum(size for size, _ in kept.values())
 
 

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ CHROMIUM = (
 
 
 def row(step: int, rng: random.Random) -> dict:
-    """As a step of the demo says it."""
-    lags, shares = [rng.random() for _ in range(3)], {}
+    """Make a row as a step of the demo writes it."""
+    lags = [rng.random() for _ in range(3)]
+    shares = {}
     for role in ROLES:
         parts = [rng.random() for _ in STATES]
         shares |= {
@@ -57,38 +58,39 @@ def row(step: int, rng: random.Random) -> dict:
     }
 
 
-def rollout(step: int, tokens: list[str], **more: Any) -> dict:
+def rollout(step: int, tokens: list[str], **more: Any) -> dict[str, Any]:
+    """Make a line as the rollout log writes it."""
     count = len(tokens)
-    numbers = {name: [-0.5] * count for name in ("student", "behaviour", "teacher")}
-    numbers |= {
-        "advantage": [(-1) ** i * 0.1 * i for i in range(count)],
-        "selected": [i % 2 for i in range(count)],
-    }
-    numbers |= {
-        "weight": [0.5 * i for i in range(count)],
-        "ratio": [1.0] * count,
-        "version": [step - 1] * count,
-    }
-    said = {
+    line = {
         "step": step,
         "id": f"{step}@0#0",
         "prompt": "1+2=",
         "prompt_cut": 0,
         "tokens": tokens,
         "cut": 0,
+        "truncated": False,
+        "correct": True,
+        "student": [-0.5] * count,
+        "behaviour": [-0.5] * count,
+        "teacher": [-0.5] * count,
+        "advantage": [(-1) ** i * 0.1 * i for i in range(count)],
+        "selected": [i % 2 for i in range(count)],
+        "weight": [0.5 * i for i in range(count)],
+        "ratio": [1.0] * count,
+        "version": [step - 1] * count,
     }
-    return said | {"truncated": False, "correct": True} | numbers | more
+    return line | more
 
 
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    """Makes a run directory of so many steps."""
+    """Make run directories of so many steps."""
 
     def make(
         name: str = "run",
         steps: int = 30,
         *,
-        rollouts: list[dict] = (),
+        rollouts: Sequence[dict] = (),
         settings: dict | None = None,
     ) -> Path:
         folder, rng = tmp_path / name, random.Random(name)
@@ -98,12 +100,10 @@ def make_run(tmp_path) -> Callable[..., Path]:
         config = {
             "run": {"dir": str(folder), "steps": steps, "max_lag_steps": 2},
             "objective": {"tag": "opd"},
+            "learner": {"lr": 0.001},
+            **(settings or {}),
+            "data": {"path": f"{folder}/data/train.jsonl"},
         }
-        config |= (
-            {"learner": {"lr": 0.001}}
-            | (settings or {})
-            | {"data": {"path": f"{folder}/data/train.jsonl"}}
-        )
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "environment.json").write_text(
             '{"commit": "abc123", "versions": {"torch": "2.13.0"}}'
@@ -129,41 +129,37 @@ def make_run(tmp_path) -> Callable[..., Path]:
 
 
 class Page:
-    """A page in a browser of its own, by the DevTools protocol."""
+    """A page in a tab by itself, by the DevTools protocol."""
 
     def __init__(self, socket: Connection):
-        self._socket, self._next, self._session = socket, 0, None
+        self._socket = socket
+        self._next = 0
+        self._session: dict[str, str] = {}  # of what is sent: none before the tab is there
         self.complaints: list[str] = []  # errors and warnings of the console, exceptions, refusals
         self.requests: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
+        answer = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": answer["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict:
         self._next += 1
-        session = {"sessionId": self._session} if self._session else {}
-        self._socket.send(
-            json.dumps({"id": self._next, "method": method, "params": params, **session})
-        )
-        while (message := json.loads(self._socket.recv(20))).get("id") != self._next:
-            self._heard(message)
-        assert "error" not in message, message
-        return message["result"]
+        message = {"id": self._next, "method": method, "params": params, **self._session}
+        self._socket.send(json.dumps(message))
+        while (answer := json.loads(self._socket.recv(20))).get("id") != self._next:
+            self._heard(answer["method"], answer.get("params", {}))
+        assert "error" not in answer, answer
+        return answer["result"]
 
-    def _heard(self, message: dict) -> None:
-        method, params = message.get("method"), message.get("params", {})
-        if method == "Network.requestWillBeSent":
+    def _heard(self, event: str, params: dict[str, Any]) -> None:
+        if event == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif method == "Runtime.consoleAPICalled" and params["type"] in (
-            "error",
-            "warning",
-            "assert",
+        called = event == "Runtime.consoleAPICalled"
+        if (called and params["type"] in ("error", "warning", "assert")) or event in (
+            "Runtime.exceptionThrown",
+            "Log.entryAdded",
         ):
-            self.complaints.append(str(params["args"]))
-        elif method in ("Runtime.exceptionThrown", "Log.entryAdded"):
             self.complaints.append(str(params))
 
     def open(self, file: Path, *, width: int = 1280, scheme: str = "light") -> "Page":
@@ -186,9 +182,9 @@ class Page:
         return self
 
     def js(self, expression: str) -> Any:
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
@@ -199,7 +195,7 @@ class Page:
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory) -> Iterator[str]:
-    """Address of a headless Chromium."""
+    """Start a headless Chromium and yield its address."""
     if CHROMIUM is None:
         if os.environ.get("CI") == "true":
             pytest.fail("Chromium is not installed: apt-get install chromium")
@@ -212,9 +208,10 @@ def chromium(tmp_path_factory) -> Iterator[str]:
         "--disable-dev-shm-usage",
         "--remote-debugging-port=0",
     ]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(
-        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], **quiet
+        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         try:
             port, deadline = folder / "DevToolsActivePort", time.monotonic() + 60

@@ -16,17 +16,8 @@ ARROW_RIGHT, TAB = ("ArrowRight", 39), ("Tab", 9)
 @pytest.fixture
 def report(make_run, tmp_path, capsys) -> Path:
     file = tmp_path / "report.html"
-    assert (
-        main(
-            [
-                "report",
-                str(make_run(rollouts=[rollout(10, HOSTILE), rollout(20, list("3<eos>"))])),
-                "-o",
-                str(file),
-            ]
-        )
-        == 0
-    )
+    run = make_run(rollouts=[rollout(10, HOSTILE), rollout(20, list("3<eos>"))])
+    assert main(["report", str(run), "-o", str(file)]) == 0
     return file
 
 
@@ -39,13 +30,11 @@ def comparison(make_run, tmp_path, capsys) -> Path:
 
 
 def points(page: Page, title: str, axis: str) -> list[int]:
-    """Of each line of the figure with that title."""
-    plot = (
-        f"[...document.querySelectorAll('.plot.x-{axis}')].find(p => p.ariaLabel === '{title} by"
-        f" {axis}')"
-    )
+    """Count the points of each line of the figure with that title."""
+    lines = f""".plot[aria-label="{title} by {axis}"] .line"""
     return page.js(
-        f"[...{plot}.querySelectorAll('.line')].map(p => p.getAttribute('d').match(/[ML]/g).length)"
+        f"[...document.querySelectorAll('{lines}')]"
+        ".map(line => line.getAttribute('d').match(/[ML]/g).length)"
     )
 
 
@@ -101,9 +90,8 @@ def test_what_a_rollout_says_is_text(report, page):
 def test_the_colouring_is_switched_by_keyboard(report, page):
     page.open(report)
     look = (
-        "(t => [getComputedStyle(t).textDecorationLine, getComputedStyle(t).textDecorationStyle,"
-        " getComputedStyle(t).backgroundColor])"
-        "(document.querySelectorAll('.tokens')[0].children[5])"
+        "(s => [s.textDecorationLine, s.textDecorationStyle, s.backgroundColor])"
+        "(getComputedStyle(document.querySelectorAll('.tokens')[0].children[5]))"
     )
     page.js("document.getElementById('by-advantage').focus()")
     seen = [page.js(look)]
@@ -125,18 +113,11 @@ def test_arrow_keys_go_through_tokens_and_charts_and_say_their_numbers(report, p
     page.open(report)
     page.js("document.querySelector('.tokens').focus()")
     page.press(*ARROW_RIGHT)
-    said = page.js("document.querySelector('article .read-out').textContent")
-    assert (
-        said.startswith("token 2 “<script>alert(1)</script>”")
-        and "advantage -0.1" in said
-        and "weight 0.5" in said
-    )
-    assert (
-        page.js(
-            "document.getElementById(document.querySelector('.tokens').getAttribute('aria-activedescendant')).textContent"
-        )
-        == HOSTILE[1]
-    )
+    read_out = page.js("document.querySelector('article .read-out').textContent")
+    assert read_out.startswith("token 2 “<script>alert(1)</script>”")
+    assert "advantage -0.1" in read_out and "weight 0.5" in read_out
+    active = "document.querySelector('.tokens').getAttribute('aria-activedescendant')"
+    assert page.js(f"document.getElementById({active}).textContent") == HOSTILE[1]
     page.js("document.querySelector('#f0-1 .x-step').focus()")
     page.press("Home", 36)
     page.press(*ARROW_RIGHT)
@@ -144,12 +125,13 @@ def test_arrow_keys_go_through_tokens_and_charts_and_say_their_numbers(report, p
         page.js("document.querySelector('#f0-1 .x-step').getAttribute('aria-valuetext')")
         == "step 2, 4 s: KL 1"
     )
+    assert page.js("document.querySelector('#f0-1 .x-step').ariaValueMax") == "29"
     assert page.js("document.querySelector('#f0-1 .legend').textContent.trim()") == "KL 1"
     page.js("document.getElementById('axis-step').focus()")
     page.press(*ARROW_RIGHT)
     shown = (
-        "[...document.querySelectorAll('#f0-1 .plot')].filter(p => p.offsetParent).map(p =>"
-        " p.dataset.axis)"
+        "[...document.querySelectorAll('#f0-1 .plot')]"
+        ".filter(p => p.offsetParent).map(p => p.dataset.axis)"
     )
     assert page.js(shown) == ["time"]
 
@@ -179,8 +161,8 @@ def test_everything_one_can_use_has_a_name_and_is_reached_by_tab(request, page, 
         "region",
     }
     used = [node for node in nodes if not node["ignored"] and node["role"]["value"] in roles]
-    found = {node["role"]["value"] for node in used}
-    assert {"radio", "slider", "listbox", "option", "link", "table", "region"} <= found
+    present = {node["role"]["value"] for node in used}
+    assert {"radio", "slider", "listbox", "option", "link", "table", "region"} <= present
     nameless = [
         node["role"]["value"] for node in used if not node.get("name", {}).get("value", "").strip()
     ]
@@ -215,7 +197,7 @@ CONTRASTS = """
     .map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const paper = getComputedStyle(document.body).backgroundColor;
-  const found = {};
+  const faint = {};
   for (const by of ["by-advantage", "by-weight", "by-selection"]) {
     document.getElementById(by).checked = true;
     for (const e of document.querySelectorAll("body, body :not(svg, svg *)")) {
@@ -224,10 +206,10 @@ CONTRASTS = """
       const style = getComputedStyle(e);
       const [a, b] = [light(rgb(paper, style.color)), light(rgb(paper, style.backgroundColor))];
       const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-      if (ratio < 4.5) found[by + " " + e.tagName + " " + e.className] = ratio;
+      if (ratio < 4.5) faint[by + " " + e.tagName + " " + e.className] = ratio;
     }
   }
-  return found;
+  return faint;
 })()
 """
 
@@ -247,8 +229,8 @@ def test_runs_are_drawn_over_one_another_in_a_colour_of_their_own(comparison, pa
     assert page.complaints == []
     assert points(page, "KL to the teacher", "step") == [30, 50]
     colours = (
-        "(id => [...document.querySelectorAll(id + ' .x-step .line')].map(l =>"
-        " getComputedStyle(l).color))"
+        "(id => [...document.querySelectorAll(id + ' .x-step .line')]"
+        ".map(line => getComputedStyle(line).color))"
     )
     kl, loss = page.js(f"{colours}('#f0-1')"), page.js(f"{colours}('#f0-2')")
     assert kl == loss and len(set(kl)) == 2

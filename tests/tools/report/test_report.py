@@ -18,8 +18,8 @@ from async_opd.tools.report.rollouts import rollouts
 from tests.tools.report.conftest import rollout
 
 
-def said(html: str) -> str:
-    """The words of a page, without tags."""
+def words(html: str) -> str:
+    """Return the words of a page, without tags."""
     return re.sub(
         r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<main", 1)[1].split("<script", 1)[0])
     )
@@ -37,10 +37,8 @@ def test_the_command_writes_one_file_beside_the_run_and_says_its_size(make_run, 
 def test_a_folder_that_is_no_run_exits_with_two(make_run, tmp_path, capsys):
     make_run("demo")
     assert main(["report", str(tmp_path / "demo2")]) == 2
-    assert (
-        "RunMissing: " in (said := capsys.readouterr().err)
-        and f"did you mean '{tmp_path}/demo'" in said
-    )
+    message = capsys.readouterr().err
+    assert "RunMissing: " in message and f"did you mean '{tmp_path}/demo'" in message
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert "no metrics.jsonl in it" in capsys.readouterr().err
@@ -60,15 +58,14 @@ def test_it_needs_neither_torch_nor_ray(make_run):
     code = (
         "import sys; from async_opd.cli.main import main; main(sys.argv[1:]); print(*sys.modules)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, "report", make_run()],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(
-        found.stdout.split()
-    ) == set()
+    large = {"torch", "ray", "transformers", "vllm", "deepspeed"}
+    assert large & set(result.stdout.split()) == set()
 
 
 def test_damaged_lines_are_named_and_the_others_are_used(make_run):
@@ -80,7 +77,7 @@ def test_damaged_lines_are_named_and_the_others_are_used(make_run):
     ):
         with (run / file).open("a") as lines:
             lines.write(torn)
-    text = said(page([run]))
+    text = words(page([run]))
     assert "metrics.jsonl: line 31 damaged: left out" in text
     assert "events.jsonl: line 2 damaged: left out" in text
     assert "samples.jsonl: line 3 damaged: left out" in text
@@ -101,7 +98,7 @@ def test_what_a_run_lacks_is_left_out_with_a_word(make_run):
     older = [{"step": row["step"], "kl": row["kl"], "loss": float("nan")} for row in rows]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
     html = page([run])
-    text = said(html)
+    text = words(html)
     assert "samples.jsonl is not there: no rollouts to show" in text
     assert "summary.json is not there: the run has not ended" in text
     assert "environment.json is not there" in text
@@ -119,24 +116,19 @@ def test_what_happens_in_every_run_hides_no_loss(make_run):
     ]
     with (run / "events.jsonl").open("a") as lines:
         lines.writelines(json.dumps(event) + "\n" for event in routine * 40)
-    text = said(page([run]))
-    assert (
-        "generator 0 lost it died" in " ".join(text.split())
-        and "placed" not in text
-        and "saved" not in text
-    )
+    text = words(page([run]))
+    assert "generator 0 lost it died" in text
+    assert "placed" not in text and "saved" not in text
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in routine))
-    assert "a member was lost" not in said(page([run]))
+    assert "a member was lost" not in words(page([run]))
 
 
 def test_a_rollout_line_without_its_numbers_is_named(make_run):
     broken = rollout(20, ["a", "b"]) | {"student": [-0.5]}
     run = make_run(rollouts=[rollout(10, ["a"]), broken])
-    text = said(page([run]))
-    assert (
-        "samples.jsonl: a line without what it needs: left out (ValueError: student: not a number a"
-        " token)" in text
-    )
+    text = words(page([run]))
+    named = "samples.jsonl: a line without what it needs: left out"
+    assert f"{named} (ValueError: student: not a number a token)" in text
     assert "step 10," in text and "step 20, ✓" not in text
 
 
@@ -196,7 +188,7 @@ def test_lags_are_shares_of_the_trained_tokens_and_add_up(make_run):
 def test_several_runs_are_compared_by_what_differs(make_run):
     first = make_run("slow", settings={"learner": {"lr": 0.001}})
     second = make_run("fast", settings={"learner": {"lr": 0.01}, "objective": {"tag": "dear"}})
-    text = said(page([first, second]))
+    text = words(page([first, second]))
     differ = text.split("Settings that differ")[1].split("Horizontal axis")[0]
     assert "objective.tag opd dear" in differ and "learner.lr 0.001 0.01" in differ
     # the same but for the run's own directory
@@ -213,22 +205,22 @@ def test_tokens_have_the_strength_of_their_advantage_weight_and_choice(make_run)
         weight=[0.0, 1.0, 2.0, 2.0],
         selected=[1, 0, 1, 1],
     )
-    (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
-    assert [classes for classes, _ in found.tokens] == [
+    (shown,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
+    assert [classes for classes, _ in shown.tokens] == [
         "a1 w0 in",
         "an1 w2 out",
         "a0 w4 in",
         "an4 w4 in",
     ]
-    assert found.signal == "advantage" and not found.uniform
+    assert shown.signal == "advantage" and not shown.uniform
 
 
 def test_agreement_of_teacher_and_verifier_is_shown_where_a_method_asks_for_it(make_run):
     line = rollout(
         10, list("abc"), selected=[1, 1, 1], agree=[1, 0, 0], disagree=[0, 1, 0], no_sign=[0, 0, 1]
     )
-    (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
-    assert [classes.split()[-1] for classes, _ in found.tokens] == ["yes", "no", "neither"]
+    (shown,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
+    assert [classes.split()[-1] for classes, _ in shown.tokens] == ["yes", "no", "neither"]
 
 
 def test_a_divergence_is_coloured_by_teacher_minus_student(make_run):
@@ -236,10 +228,10 @@ def test_a_divergence_is_coloured_by_teacher_minus_student(make_run):
         10, ["a", ""], teacher=[-0.1, -2.0], student=[-1.0, -0.5], weight=[1, 1], selected=[1, 1]
     )
     del line["advantage"]
-    (found,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
-    assert found.signal == "teacher − student" and found.uniform
-    assert found.numbers["teacher − student"] == [0.9, -1.5]
-    assert [text for _, text in found.tokens] == ["a", "◌"]  # the second is part of a character
+    (shown,) = rollouts(read(make_run(rollouts=[line]), "run", 2))
+    assert shown.signal == "teacher − student" and shown.uniform
+    assert shown.numbers["teacher − student"] == [0.9, -1.5]
+    assert [text for _, text in shown.tokens] == ["a", "◌"]  # the second is part of a character
 
 
 def test_a_run_of_a_hundred_thousand_steps_gives_a_small_page_quickly(make_run):

@@ -16,27 +16,27 @@ from async_opd.core.errors import ConfigError
 from async_opd.roles.verifier.config import VerifyConfig
 
 Decide = Callable[[str, str], bool | tuple[bool, str]]
-OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 def kinds() -> tuple[str, ...]:
-    """Names of all checks of this package, sorted. Imports none of them."""
+    """List the names of all checks of this package, sorted. Imports none of them."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def known(check: str) -> bool:
-    """Whether `check` is one of them, or has the form of a user's."""
-    return check in kinds() or OWN.fullmatch(check) is not None
+    """Tell whether `check` is one of them, or has the form of a user's."""
+    return check in kinds() or USERS.fullmatch(check) is not None
 
 
 def load(config: VerifyConfig) -> Decide:
-    """The check that `config` names, ready to be used. Raises ConfigError if it cannot be."""
-    if own := OWN.fullmatch(config.check):
-        return _load_own(config.check, *own.groups())
+    """Load the check that `config` names. Raises ConfigError if it cannot be."""
+    if users := USERS.fullmatch(config.check):
+        return _load_users(config.check, *users.groups())
     return importlib.import_module(f"{__name__}.{config.check}").make(config)
 
 
-def _load_own(check: str, module: str, function: str) -> Decide:
+def _load_users(check: str, module: str, function: str) -> Decide:
     try:
         decide = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, SyntaxError) as error:

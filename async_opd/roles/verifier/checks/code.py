@@ -9,7 +9,8 @@ holds its tests:
     {"test": ..., "entry_point": ..., "prompt"?: ...}     HumanEval: `test` defines check(candidate)
     {"test_list": [...], "test_setup_code"?: ...}         MBPP: assert statements
 
-Tests by calls are run beside the program, by the module `test_driver`. They see copies of its values.
+Tests by calls are run beside the program, by the module `test_driver`. They see copies of its
+values.
 """
 
 import json
@@ -32,15 +33,15 @@ from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox import test_driver
 from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, probe
 
-# of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
-# unknown
+# Of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
+# unknown.
 SHARE = 0.8
 SPARE_BYTES = 65536  # output beyond twice what is expected
 BLOCK = re.compile(
     r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL
 )
 LANGUAGES = {"", "python", "python3", "py"}
-EXAMINER = Path(test_driver.__file__).read_text(encoding="utf-8")
+TEST_DRIVER = Path(test_driver.__file__).read_text(encoding="utf-8")
 # What LeetCode, where such tasks come from, has imported before a solution.
 PROVIDED = """
 from typing import *
@@ -55,25 +56,31 @@ import collections, functools, heapq, itertools, math, random, re, string, sys
 EACH_CALL = """
 import json
 def _each(candidate, cases):
-    for given, wanted in json.loads(cases):
-        found = json.loads(json.dumps(candidate(*given)))
-        assert found == wanted or [found] == wanted
+    for arguments, wanted in json.loads(cases):
+        result = json.loads(json.dumps(candidate(*arguments)))
+        assert result == wanted or [result] == wanted
 """
 
 
 class InOut(Struct):
+    """Tests of APPS."""
+
     inputs: list[Any]
     outputs: list[Any]
     fn_name: str | None = None
 
 
 class HumanEval(Struct):
+    """Tests of HumanEval."""
+
     test: str
     entry_point: str
     prompt: str = ""
 
 
 class Mbpp(Struct):
+    """Tests of MBPP."""
+
     test_list: list[str]
     test_setup_code: str = ""
 
@@ -82,7 +89,8 @@ STYLES = {"inputs": InOut, "entry_point": HumanEval, "test_list": Mbpp}
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], bool]:
-    """The check, once a sandbox was tried. Raises ConfigError where there is none to be had."""
+    """Return the check, once a sandbox was tried. Raises ConfigError where there is none to be
+    had."""
     limits = {
         "isolated": config.sandbox == "namespaces",
         "memory": int(config.memory_gib * 2**30 / PROCESSES),
@@ -96,22 +104,22 @@ def make(config: VerifyConfig) -> Callable[[str, str], bool]:
 
 
 def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
-    """Whether the program in `response` passes all tests in `answer`. An exception or a limit hit
-    is a test failed.
+    """Tell whether the program in `response` passes all tests in `answer`. An exception or a limit
+    hit is a test failed.
 
     Raises DataError if the tests cannot be read.
     """
     tests, code = read_tests(answer), last_program(response)
     match tests:
-        case InOut(fn_name=None | ""):
-            cases = zip(tests.inputs, tests.outputs, strict=True)
-            return all(_prints(code, _text(given), _text(wanted), start) for given, wanted in cases)
-        case InOut(fn_name=name):
+        case InOut(fn_name=str(name)) if name:
             code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
             cases = json.dumps(list(zip(tests.inputs, tests.outputs, strict=True)))
             return _answers(
                 code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED
             )
+        case InOut():
+            cases = zip(tests.inputs, tests.outputs, strict=True)
+            return all(_prints(code, _text(text), _text(wanted), start) for text, wanted in cases)
         case HumanEval(test, name, prompt):
             return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
         case Mbpp(asserts, setup):
@@ -119,11 +127,13 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
 
 
 def last_program(response: str) -> str:
+    """Find the last closed block of Python, or take all of `response`."""
     blocks = [code for language, code in BLOCK.findall(response) if language.lower() in LANGUAGES]
     return blocks[-1] if blocks else response
 
 
 def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
+    """Read the tests of a reference answer. Raises DataError."""
     try:
         tree = json.loads(answer)
         style = next(style for key, style in STYLES.items() if key in tree)
@@ -144,14 +154,15 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
 
 
 def _text(lines: Any) -> str:
-    """What is read or printed; some write it as a list of lines."""
+    """Make one text of what is read or printed; some write it as a list of lines."""
     return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
 
 
-def _same(said: str, wanted: str) -> bool:
-    """Word by word in each line that has any; numbers with a point within 1e-6, as in APPS."""
+def _same(output: str, wanted: str) -> bool:
+    """Compare word by word in each line that has any; numbers with a point within 1e-6, as APPS
+    does."""
     ours, theirs = (
-        [line.split() for line in text.splitlines() if line.strip()] for text in (said, wanted)
+        [line.split() for line in text.splitlines() if line.strip()] for text in (output, wanted)
     )
     lines = zip(ours, theirs, strict=False)
     return len(ours) == len(theirs) and all(
@@ -159,49 +170,51 @@ def _same(said: str, wanted: str) -> bool:
     )
 
 
-def _equal(said: str, wanted: str) -> bool:
-    if said == wanted or "." not in wanted:
-        return said == wanted
+def _equal(word: str, wanted: str) -> bool:
+    if word == wanted or "." not in wanted:
+        return word == wanted
     try:
-        return math.isclose(float(said), float(wanted), rel_tol=1e-6, abs_tol=1e-6)
+        return math.isclose(float(word), float(wanted), rel_tol=1e-6, abs_tol=1e-6)
     except ValueError:
         return False
 
 
-def _prints(code: str, given: str, wanted: str, start: Callable[..., Program]) -> bool:
+def _prints(code: str, text: str, wanted: str, start: Callable[..., Program]) -> bool:
+    """Tell whether `code`, which reads `text`, prints what is wanted."""
     limit = 2 * len(wanted.encode()) + SPARE_BYTES
     with os.fdopen(os.memfd_create("input"), "wb", buffering=0) as store, _pipe() as (out, printed):
-        store.write(given.encode(errors="replace"))
+        store.write(text.encode(errors="replace"))
         with (
             open(f"/proc/self/fd/{store.fileno()}", "rb") as stdin,
             open(os.devnull, "wb") as stderr,
             start(code, [stdin.fileno(), printed.fileno(), stderr.fileno()]) as program,
         ):
             printed.close()
-            said = program.read(out.fileno(), limit)
-            if len(said) > limit or program.wait() != 0:
+            output = program.read(out.fileno(), limit)
+            if len(output) > limit or program.wait() != 0:
                 return False
-    return _same(said.decode(errors="replace"), wanted)
+    return _same(output.decode(errors="replace"), wanted)
 
 
 def _answers(
     code: str, setup: str, tests: str, entry: str, start: Callable[..., Program], prelude: str = ""
 ) -> bool:
-    program = f"{EXAMINER}\n\nserve({code!r}, 3, 4, {prelude!r})"
-    exam = f"{EXAMINER}\n\nexamine({setup!r}, {tests!r}, {entry!r}, 4, 3)"
+    """Tell whether `tests` pass that call what `code` defines."""
+    program = f"{TEST_DRIVER}\n\nserve({code!r}, 3, 4, {prelude!r})"
+    testing = f"{TEST_DRIVER}\n\nrun_tests({setup!r}, {tests!r}, {entry!r}, 4, 3)"
     with (
         _pipe() as (asked, ask),
-        _pipe() as (answered, answer),
+        _pipe() as (answered, reply),
         open(os.devnull, "r+b", buffering=0) as nothing,
     ):
         std = [nothing.fileno()] * 3
         with (
-            start(program, [*std, asked.fileno(), answer.fileno()]),
-            start(exam, [*std, answered.fileno(), ask.fileno()]) as examined,
+            start(program, [*std, asked.fileno(), reply.fileno()]),
+            start(testing, [*std, answered.fileno(), ask.fileno()]) as running,
         ):
-            for end in (asked, ask, answered, answer):
+            for end in (asked, ask, answered, reply):
                 end.close()
-            status = examined.wait()
+            status = running.wait()
     if status == test_driver.UNUSABLE:
         raise DataError(
             f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"

@@ -7,44 +7,48 @@ one that does fire is scored as wrong. The pool kills the process instead.
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 
 from math_verify import parse, verify
 
 from async_opd.core.errors import DataError
 from async_opd.roles.verifier.config import VerifyConfig
 
+# Its annotation knows no None, which is no timeout.
+_parse = partial(parse, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 
-# else it warns once a process that timeouts are off
+# Else it warns once a process that timeouts are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
+    """Return the check, which has no settings."""
     return check
 
 
 def check(response: str, answer: str) -> tuple[bool, str]:
-    r"""Whether the last boxed answer of `response`, or without a box what math-verify extracts,
-    equals `answer`; and that answer as `\boxed{…}`, "" where there is none.
+    r"""Tell whether the last boxed answer of `response`, or without a box what math-verify
+    extracts, equals `answer`; and that answer as `\boxed{…}`, "" where there is none.
 
     What does not parse is wrong. Raises DataError if the reference does not parse.
     """
-    given, wanted = last_boxed(response), last_boxed(answer)
+    boxed, wanted = last_boxed(response), last_boxed(answer)
     if wanted is None:
         wanted = answer.strip()
-    if wanted and given == wanted:
-        return True, _boxed(given)
-    reference = _parse_boxed(wanted)
+    if wanted and boxed == wanted:
+        return True, _boxed(wanted)
+    reference = _parse(_boxed(wanted))
     if not reference:
         raise DataError(f"reference answer {answer!r} does not parse")
-    target = parse(response, parsing_timeout=None) if given is None else _parse_boxed(given)
+    target = _parse(response if boxed is None else _boxed(boxed))
     right = verify(reference, target, timeout_seconds=None, raise_on_error=True)
-    return right, _boxed(given if given is not None else target[-1] if target else "")
+    return right, _boxed(boxed if boxed is not None else target[-1] if target else "")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` holds: "" if it is never closed, None if there is none."""
+    r"""Read what the last `\boxed{…}` holds: "" if it is never closed, None if there is none."""
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
@@ -56,11 +60,7 @@ def last_boxed(text: str) -> str | None:
     return ""
 
 
-def _parse_boxed(text: str) -> list:
-    """What math-verify makes of `text`, with or without `$`: an expression and its text, or
-    nothing."""
-    return parse(_boxed(text), parsing_timeout=None)
-
-
 def _boxed(text: str) -> str:
+    """Box `text`, with or without `$`: math-verify makes an expression and its text of that, or
+    nothing."""
     return text and f"\\boxed{{{text}}}"

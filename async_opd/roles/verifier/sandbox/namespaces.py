@@ -30,11 +30,10 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 2
-# without setuid files and devices too
 MOUNT_SETATTR = 442
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
-READ_ONLY = 1 | 2 | 4
+READ_ONLY = 1 | 2 | 4  # without setuid files and devices too
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
@@ -71,12 +70,12 @@ def leave() -> None:
 def map_users(pid: int) -> None:
     """Gives the user namespace of `pid`, which has just left, its one user; root in it too, if this
     process is."""
-    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
+    for kind, host_id in (("uid", os.geteuid()), ("gid", os.getegid())):
         if os.geteuid() == 0:
             lines = f"0 0 1\n{NOBODY} {NOBODY} 1"
         else:
             Path(f"/proc/{pid}/setgroups").write_text("deny")
-            lines = f"{NOBODY} {own} 1"
+            lines = f"{NOBODY} {host_id} 1"
         Path(f"/proc/{pid}/{kind}_map").write_text(lines)
 
 
@@ -114,7 +113,7 @@ def furnish(program: str, megabytes: int) -> None:
         32,
     )
     _call("mount", b"tmpfs", b"/box/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=1777")
-    # and who is in one gets no user namespace, where it would have capabilities again
+    # Who is in a chroot gets no user namespace, where it would have capabilities again.
     os.chroot("/box")
     os.chdir("/tmp")
 

@@ -25,15 +25,14 @@ from async_opd.roles.verifier.sandbox import namespaces
 PROCESSES = 4  # of a program, threads included
 FILE_MIB, FOLDER_MIB = 8, 16
 OPEN_FILES = 32
-# no site-packages
+# Without site-packages.
 PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")
-# Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names
-# behind.
+# Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names.
 LAUNCH = (
     "__import__('site').setquit(); __import__('sys').argv.pop(0); "
     "exec(compile(open(__import__('sys').argv[0], 'rb').read(), __import__('sys').argv[0], 'exec'))"
 )
-LEFT = b"+"  # said by a process that is in its namespaces and waits for its users
+LEFT = b"+"  # sent by a process that is in its namespaces and waits for its users
 REFUSED = 125  # exit status of a process that did not become the program
 PROBE_S = 10.0
 
@@ -61,8 +60,8 @@ class Program:
 
     def __enter__(self) -> Self:
         """Raises OSError if it gets no sandbox."""
-        (told, low) = os.pipe()
-        (permit, give) = os.pipe()
+        news, low = os.pipe()
+        permit, give = os.pipe()
         parent = os.getpid()
         tell = _high(low)
         os.close(low)
@@ -73,13 +72,13 @@ class Program:
         os.close(tell)
         os.close(permit)
         try:
-            with os.fdopen(told, "rb", buffering=0) as news:
-                said = news.read(len(LEFT))
-                if said == LEFT:
+            with os.fdopen(news, "rb", buffering=0) as child:
+                first = child.read(len(LEFT))
+                if first == LEFT:
                     namespaces.map_users(self._pid)
                     os.write(give, LEFT)
-                    said = b""
-                if refusal := said + news.readall():  # else it was closed by the exec
+                    first = b""
+                if refusal := first + child.readall():  # else it was closed by the exec
                     raise OSError(0, refusal.decode())
         except OSError:
             self.__exit__()
@@ -99,13 +98,13 @@ class Program:
 
     def read(self, fd: int, limit: int) -> bytes:
         """What comes from `fd`, to its end, the deadline, or a little more than `limit` bytes."""
-        found = bytearray()
-        while len(found) <= limit and select.select([fd], [], [], self._left())[0]:
+        output = bytearray()
+        while len(output) <= limit and select.select([fd], [], [], self._left())[0]:
             some = os.read(fd, 65536)
             if not some:
                 break
-            found += some
-        return bytes(found)
+            output += some
+        return bytes(output)
 
     def wait(self) -> int | None:
         """Its exit status; None if it is not at its end by the deadline."""
@@ -114,6 +113,7 @@ class Program:
             if not select.select([end], [], [], self._left())[0]:
                 return None
             result = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # reaped on leaving
+            assert result  # None is what WNOHANG alone may give
             return result.si_status if result.si_code == os.CLD_EXITED else 128 + result.si_status
         finally:
             os.close(end)
@@ -123,7 +123,7 @@ class Program:
 
     def _enter(self, parent: int, tell: int, permit: int) -> None:
         """Becomes the process outside that waits, or without namespaces the program."""
-        if not self._isolated:
+        if self._folder is not None:
             namespaces.die_with(parent)
             os.setsid()
             path = f"{self._folder}/program.py"
@@ -158,8 +158,8 @@ class Program:
         namespaces.gain_nothing()
         if self._isolated:
             namespaces.refuse_uncovered_calls()
-        for at, fd in enumerate([_high(fd) for fd in self._files]):
-            os.dup2(fd, at)
+        for number, fd in enumerate([_high(fd) for fd in self._files]):
+            os.dup2(fd, number)
         os.closerange(len(self._files), tell)  # what is from there on closes with the exec
         cpu_s = int(self._left()) + 1
         for limit, value in (
@@ -184,15 +184,15 @@ def probe(*, isolated: bool, memory: int) -> None:
             "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
         ) as program:
             os.close(write)
-            said = program.read(out, 100), program.wait()
+            outcome = program.read(out, 100), program.wait()
     except OSError as error:
         os.close(write)
-        said = error.strerror
+        outcome = error.strerror
     os.close(out)
     os.close(nothing)
-    if said != (b"42\n", 0):
+    if outcome != (b"42\n", 0):
         raise ConfigError(
-            f"verify.check = 'code': this host does not allow its sandbox ({said}), which needs"
+            f"verify.check = 'code': this host does not allow its sandbox ({outcome}), which needs"
             " Linux 5.14 or newer and user namespaces for this user; verify.sandbox = 'none' runs"
             " programs as this user, without one"
         )

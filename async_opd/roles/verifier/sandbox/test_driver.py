@@ -1,11 +1,11 @@
 """The two halves of a test by calls, each put in front of what runs in a sandbox of its own.
 Standard library only.
 
-`serve` holds the program that is tested, `examine` its tests. Between them go lines of JSON: what
+`serve` holds the program that is tested, `run_tests` its tests. Between them go lines of JSON: what
 to call with which values, and the value that came of it. The program meets neither the tests nor
-what they expect, and the verdict is the examiner's exit status. So there is nothing that a program
-could say to be right: it may print, exit, patch and redefine as it likes in a process that decides
-nothing, and what it answers are values, never objects with an `==` of their own.
+what they expect, and the verdict is the exit status of the tests' process. So there is nothing that
+a program could say to be right: it may print, exit, patch and redefine as it likes in a process
+that decides nothing, and what it answers are values, never objects with an `==` of their own.
 """
 
 import ast
@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
-DATA = {
+DATA: dict[str, type] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -24,7 +26,7 @@ DATA = {
     "dict": dict,
     "bytes": bytes,
 }
-# by the program, and again by the examiner, whose tests may wait for it; any other ends the program
+# By the program, and again where its tests run, which may wait for it; any other ends the program.
 RAISED = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
@@ -34,17 +36,18 @@ UNUSABLE = 3  # exit status of tests that do not compile, or hand the program wh
 
 
 def serve(program: str, requests: int, replies: int, prelude: str) -> None:
-    """Runs `prelude` and `program`, then does what is asked for with what they define."""
+    """Run `prelude` and `program`, then do what is asked for with what they define."""
     module = sys.modules["program"] = types.ModuleType("program")
-    names, kept = module.__dict__, []
+    names, kept = module.__dict__, list[object]()
     exec(compile(prelude, "prelude", "exec"), names)
     exec(compile(program, "program", "exec"), names)
-    does = {
+    does: dict[str, Callable[..., object]] = {
         "get": names.__getitem__,
         "call": lambda f, args, named: f(*args, **named),
         "list": list,
+        "getattr": getattr,
+        "setattr": setattr,
     }
-    does |= {"getattr": getattr, "setattr": setattr}
 
     def keep(value: object) -> int:
         kept.append(value)
@@ -60,8 +63,8 @@ def serve(program: str, requests: int, replies: int, prelude: str) -> None:
             print(reply, file=answered, flush=True)
 
 
-def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
-    """Runs `setup`, then `tests`, and fails with them. The function `entry` is the program's, and
+def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
+    """Run `setup`, then `tests`, and fail with them. The function `entry` is the program's, and
     so is each name that nothing else defines."""
     try:
         code = [compile(source, "tests", "exec") for source in (setup, tests)]
@@ -86,7 +89,7 @@ def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> 
             )
         return _unpack(reply["value"], lambda id: _Theirs(ask, id))
 
-    names = {"__name__": "tests"}
+    names: dict[str, object] = {"__name__": "tests"}
     for name in foreign:
         try:
             module = name in sys.stdlib_module_names and name not in called
@@ -102,19 +105,19 @@ def examine(setup: str, tests: str, entry: str, requests: int, replies: int) -> 
 class _Theirs:
     """Something in the program's process that is no data: a function, or what one made."""
 
-    def __init__(self, ask, id) -> None:
+    def __init__(self, ask: Callable[..., Any], id: int) -> None:
         self.__dict__.update(_ask=ask, _id=id)  # not by __setattr__
 
-    def __call__(self, *args, **named):
+    def __call__(self, *args: object, **named: object) -> object:
         return self._ask("call", self, args, named)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[object]:
         return iter(self._ask("list", self))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return self._ask("getattr", self, name)
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         self._ask("setattr", self, name, value)
 
 
@@ -129,17 +132,17 @@ def _foreign(source: str) -> tuple[list[str], set[str]]:
     names, unless it uses nothing else."""
     nodes = list(ast.walk(ast.parse(source)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    own = {
+    defined = {
         node.id
         for node in nodes
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
     }
-    own |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {
+    defined |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined |= {
         (node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)
     }
-    foreign = sorted(used - own)
+    foreign = sorted(used - defined)
     called = {
         node.func.id
         for node in nodes
@@ -148,7 +151,7 @@ def _foreign(source: str) -> tuple[list[str], set[str]]:
     return [name for name in foreign if not hasattr(builtins, name)] or foreign, called
 
 
-def _pack(value: object, keep) -> object:
+def _pack(value: Any, keep: Callable[[object], int]) -> object:
     """`value` in JSON; what is no data is kept here, and sent as a number."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -164,7 +167,8 @@ def _pack(value: object, keep) -> object:
     return {"object": keep(value)}
 
 
-def _unpack(value: object, find) -> object:
+def _unpack(value: Any, find: Callable[[int], object]) -> Any:
+    """What `_pack` made this of; of a number, what `find` has for it."""
     if not isinstance(value, dict):
         return value
     ((name, parts),) = value.items()
@@ -172,6 +176,6 @@ def _unpack(value: object, find) -> object:
         return find(parts)
     if name == "builtin":
         return TYPES[parts]
-    return (
-        complex(*parts) if name == "complex" else DATA[name](_unpack(part, find) for part in parts)
-    )
+    if name == "complex":
+        return complex(*parts)
+    return DATA[name](_unpack(part, find) for part in parts)

@@ -1,0 +1,136 @@
+"""Rules that span fields of a config. They are looked at in order, and the first broken one is
+reported."""
+
+from collections.abc import Iterator
+
+from async_opd.config.schema import Config
+from async_opd.config.teacher_rules import (
+    Rule,
+    backend_rules,
+    form_rules,
+    sampling_rules,
+    sharing_rules,
+    tag,
+    teacher_rules,
+    teacher_section,
+)
+from async_opd.core.suggest import wrong
+from async_opd.roles.verifier.checks import kinds, known
+
+
+def rules(c: Config) -> Iterator[Rule]:
+    """Yield every rule of a whole config."""
+    yield from _objective_rules(c)
+    yield from form_rules(c.teacher, c.teachers, c.data)
+    yield from _batch_rules(c)
+    teachers = {teacher_section(name): teacher for name, teacher in c.named_teachers.items()}
+    yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
+    yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
+    yield (
+        c.reference is not None and not c.objective.needs().reference,
+        f"reference: has no effect with {tag(c.objective)}, which needs none",
+    )
+    if c.teacher_sampling:
+        yield from sampling_rules(c.teacher_sampling, c.teacher, c.rollout)
+    if c.run.share_gpu:
+        yield from sharing_rules(c.engines, c.learner.ranks, c.sync.backend)
+    yield from _step_rules(c)
+    yield from _precision_rules(c)
+    yield from _verifier_rules(c)
+
+
+def _objective_rules(c: Config) -> list[Rule]:
+    """List what the objective asks of rollouts."""
+    needs, samples = c.objective.needs(), c.rollout.samples_per_prompt
+    return [
+        (
+            needs.groups and samples < 2,
+            f"rollout.samples_per_prompt = {samples}: must be >= 2 for {tag(c.objective)}, which"
+            " compares them",
+        ),
+        (
+            bool(needs.running) and c.rollout.truncated == "drop",
+            f"rollout.truncated = 'drop': must be 'train' or 'mask' for {tag(c.objective)}, whose"
+            " running mean would leave out what is dropped",
+        ),
+    ]
+
+
+def _batch_rules(c: Config) -> list[Rule]:
+    """List how the trajectories of a step divide into groups, ranks and micro-batches."""
+    samples, learner = c.rollout.samples_per_prompt, c.learner
+    per_step = f"learner.trajectories_per_step = {learner.trajectories_per_step}"
+    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    return [
+        (
+            learner.trajectories_per_step % samples != 0,
+            f"{per_step}: must be a multiple of rollout.samples_per_prompt = {samples}",
+        ),
+        (
+            learner.ranks > learner.trajectories_per_step,
+            f"learner.ranks = {learner.ranks}: must be <= {per_step}, or a rank has nothing to"
+            " train",
+        ),
+        (
+            learner.micro_batch_tokens < longest,
+            f"learner.micro_batch_tokens = {learner.micro_batch_tokens}: must be >="
+            f" data.max_prompt_tokens + rollout.max_new_tokens = {longest}",
+        ),
+    ]
+
+
+def _step_rules(c: Config) -> list[Rule]:
+    """List what the number of steps and the lag bound allow."""
+    most = c.run.max_lag_steps + 1
+    return [
+        (
+            c.outstanding_steps > most,
+            f"run.max_outstanding_steps = {c.outstanding_steps:g}: must be <= run.max_lag_steps + 1"
+            f" = {most}, or tokens go over age",
+        ),
+        (
+            c.learner.warmup_steps >= c.run.steps,
+            f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}",
+        ),
+    ]
+
+
+def _precision_rules(c: Config) -> list[Rule]:
+    """List what dtypes and offloading need."""
+    stages = "needs learner.zero_stage 1, 2 or 3"
+    dtypes, tolerance = (c.learner.dtype, c.rollout.dtype), c.sync.parity_tolerance
+    return [
+        (
+            c.learner.dtype == "bfloat16" and c.learner.zero_stage == 0,
+            f"learner.dtype = 'bfloat16': {stages}, which keep float32 weights to update",
+        ),
+        (
+            c.learner.offload_optimizer and c.learner.zero_stage == 0,
+            f"learner.offload_optimizer = true: {stages}",
+        ),
+        (
+            "bfloat16" in dtypes and tolerance < 0.01,
+            f"sync.parity_tolerance = {tolerance}: learner and rollout dtypes {dtypes} need about"
+            " 0.2",
+        ),
+    ]
+
+
+def _verifier_rules(c: Config) -> list[Rule]:
+    """List which waits bound which, and which checks there are."""
+    return [
+        (
+            c.verify.timeout_s >= c.timeout.score_s,
+            f"verify.timeout_s = {c.verify.timeout_s}: must be < timeout.score_s ="
+            f" {c.timeout.score_s}, or one check that hangs ends the run",
+        ),
+        (
+            c.timeout.stall_s <= c.sync.timeout_s,
+            f"timeout.stall_s = {c.timeout.stall_s}: must be > sync.timeout_s ="
+            f" {c.sync.timeout_s}, for which an engine that takes weights is silent",
+        ),
+        (
+            not known(c.verify.check),
+            wrong("verify.check", c.verify.check, [*kinds(), "package.module:function"]),
+        ),
+    ]

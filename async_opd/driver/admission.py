@@ -1,0 +1,62 @@
+"""Which prompt is handed out next, and what becomes of one whose group is not trained."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from async_opd.core.wire import Prompt
+from async_opd.driver.ledger import Ledger
+from async_opd.driver.producer import Producer
+from async_opd.driver.queue import Slots
+from async_opd.driver.teacher_sampling import TeacherSampling
+
+
+class Admission:
+    """Keeps every slot in use: as soon as one is free the next prompt goes to the teacher, where it
+    is its turn, or else to the student."""
+
+    def __init__(
+        self,
+        prompts: Iterator[Prompt],
+        needed: int,
+        *,
+        slots: Slots,
+        ledger: Ledger,
+        max_attempts: int,
+        student: Producer,
+        teacher: TeacherSampling | None = None,
+    ):
+        """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
+        dropped one is replaced. A prompt is issued `max_attempts` times at most."""
+        self.needed = needed  # groups still to be admitted
+        self._prompts = prompts
+        self._slots = slots
+        self._ledger = ledger
+        self._max_attempts = max_attempts
+        self._student = student
+        self._teacher = teacher
+
+    def fill(self) -> None:
+        """Hand out prompts while slots are free."""
+        while self.needed and self._slots.free:
+            prompt = next(self._prompts)
+            self._ledger.handed_out(prompt.id)
+            self.needed -= 1
+            ticket = self._slots.take()
+            if not (self._teacher and self._teacher.answers(ticket, prompt)):
+                self._student.start(ticket, prompt)
+
+    def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
+        """Issue the prompt of a group that will not be trained again at the front, or drop it for
+        good and give its slot to the next prompt. The teacher is asked once, then the student in
+        its place."""
+        answered = self._teacher is not None and self._teacher.is_done_with(ticket)
+        attempt = prompt.attempt + (not answered)
+        if attempt < self._max_attempts:
+            self._ledger.reissued(prompt.id, attempt, cause)
+            self._student.start(ticket, msgspec.structs.replace(prompt, attempt=attempt))
+        else:
+            self._ledger.dropped(prompt.id, cause)
+            self._slots.give_back(ticket)
+            self.needed += 1
+        self.fill()

@@ -1,0 +1,76 @@
+"""What an objective is given of a micro-batch, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from async_opd.maths.advantages import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """All response tokens of a packed micro-batch, prompts and padding already left out, the tokens
+    of a trajectory together and in order. Log-probs in nats, of logits divided by the sampling
+    temperature. Only `student_*` log-probs and entropies carry gradient. A field that no
+    requirement declares is None, and in a first pass that does not read the student its fields are
+    too: `declared` reads one that is."""
+
+    student_logp_N: Tensor | None  # live student
+    behaviour_logp_N: Tensor  # the weights that sampled each token
+    teacher_logp_N: Tensor
+    segment_N: Tensor  # int64, index of the token's trajectory in the micro-batch
+    key_S: Tensor  # int64, names the trajectory, whatever batch it is in
+    reward_S: Tensor  # 1 right, 0 wrong, NaN unknown
+    group_reward_SG: Tensor  # rewards of all samples of the same prompt
+    cap_S: Tensor  # most tokens a response may have
+    step: int = 1  # the optimizer step that is being made, from 1
+    reference_logp_N: Tensor | None = None
+    student_logp_NK: Tensor | None = None  # at the candidates
+    behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
+    teacher_logp_NK: Tensor | None = None
+    student_tail_logp_N: Tensor | None = None  # log-mass of all ids but the candidates
+    teacher_tail_logp_N: Tensor | None = None
+    student_entropy_N: Tensor | None = None
+    teacher_entropy_N: Tensor | None = None
+    hidden_ND: Tensor | None = None  # what the student's head reads, detached
+    # 0-d float64, by the names that the requirements declare, and `tokens`
+    statistics: dict[str, Tensor] = field(default_factory=lambda: {})
+    # of all past steps, by the names that the requirements declare
+    running: dict[str, Moments] = field(default_factory=dict[str, Moments])
+
+    @property
+    def trajectories(self) -> int:
+        """S."""
+        return len(self.reward_S)
+
+
+def declared(value: Tensor | None) -> Tensor:
+    """Return a field of the batch that the objective's requirements declare. Raises TypeError where
+    they do not."""
+    if value is None:
+        raise TypeError("an objective reads a field of the batch that its requirements lack")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss:
+    """What a method says of each token, before weights that compose with it; [N, M] where a
+    position has M samples."""
+
+    loss_N: Tensor  # unreduced, by the method's own weight
+    weight_N: Tensor  # the method's own, detached; 1 where it has none
+    advantage: Tensor | None = None  # detached; None for a divergence, which has none
+    ratio: Tensor | None = None  # detached factor for staleness; None: none is applied
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedLoss(TokenLoss):
+    """`TokenLoss` with the composed weights multiplied in; exactly 0 outside `selected_N`. The one
+    reduction is the learner's."""
+
+    selected_N: Tensor  # bool
+    metrics: dict[str, Tensor]  # [N] by name: their means over kept tokens are metrics of the step

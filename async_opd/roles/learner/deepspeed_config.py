@@ -1,0 +1,37 @@
+"""The learner's settings as DeepSpeed's."""
+
+from typing import Any
+
+import torch
+
+from async_opd.roles.learner.config import LearnerConfig
+
+
+def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` takes for a model of that hidden size."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "stage3_param_persistence_threshold": 10 * hidden_size,  # norms and biases
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # the plan decides how many micro-batches make a step
+        "managed_gradient_accumulation": False,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.lr,
+                "betas": list(config.betas),
+                "weight_decay": config.weight_decay,
+                # DeepSpeed's own are compiled on first use, with a compiler that may be absent
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # over micro-batches, whatever the weights are
+        # absent, it would be 1.0
+        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
+    }

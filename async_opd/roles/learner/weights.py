@@ -1,0 +1,57 @@
+"""The student's weights as they leave the learner, a bucket at a time."""
+
+from collections.abc import Iterator
+
+import deepspeed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from async_opd.core.wire import WeightLayout
+from async_opd.roles.weight_sync import checkpoint_names
+from async_opd.roles.weight_sync.gloo import TensorMeta, buckets
+
+
+class StudentWeights:
+    """Gathers the weights of a model whose ranks may each hold a part; every rank calls the same
+    methods."""
+
+    def __init__(self, lm: PreTrainedModel, bucket_bytes: int):
+        """`lm` before it is sharded: its shapes are whole then. `bucket_bytes` are whole at
+        once."""
+        self._lm = lm
+        self._bucket_bytes = bucket_bytes
+        self._pieces = checkpoint_names.pieces(lm)
+        self._parameters: dict[str, Tensor] = dict(lm.named_parameters())
+        self.described: list[TensorMeta] = [
+            meta for piece in self._pieces for meta in piece.tensors
+        ]
+
+    def layout(self) -> WeightLayout:
+        """What an update carries."""
+        return WeightLayout(
+            names=tuple(meta.name for meta in self.described),
+            dtypes=tuple(meta.dtype for meta in self.described),
+            shapes=tuple(tuple(meta.shape) for meta in self.described),
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights by their checkpoint names, as they are described. Collective."""
+        for bucket in self._gathered():
+            yield from checkpoint_names.tensors(self._lm, bucket, self._parameters)
+
+    def copied(self, keep: bool) -> dict[str, Tensor]:
+        """A whole copy in host memory by the model's own names, on the ranks that `keep` it.
+        Collective."""
+        copies: dict[str, Tensor] = {}
+        for bucket in self._gathered():
+            if keep:
+                names = (name for piece in bucket for name in piece.parameters)
+                copies |= {name: self._parameters[name].detach().cpu() for name in names}
+        return copies
+
+    def _gathered(self) -> Iterator[list[checkpoint_names.Piece]]:
+        """The weights, of which only those of the bucket in hand are whole under ZeRO-3."""
+        for bucket in buckets(self._pieces, self._bucket_bytes):
+            names = (name for piece in bucket for name in piece.parameters)
+            with deepspeed.zero.GatheredParameters([self._parameters[name] for name in names]):
+                yield bucket

@@ -1,0 +1,210 @@
+"""Every actor of one run, started side by side on a cluster."""
+
+import asyncio
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from tokenizers import Tokenizer
+
+from async_opd.config.schema import Config
+from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
+from async_opd.core.errors import ConfigError
+from async_opd.core.events import Tell
+from async_opd.core.ports import Generator, Teacher, Verifier
+from async_opd.core.roles import Roles
+from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
+from async_opd.runtime.actors import RemoteActor, RemoteRole
+from async_opd.runtime.nodes import (
+    alive_nodes,
+    driver_node,
+    start_ray,
+    taken_over,
+    wait_for_resources,
+)
+from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, resource_requests
+from async_opd.runtime.remote_learner import RemoteLearner
+
+PORTS = {"generator": Generator, "teacher-generator": Generator, "verifier": Verifier}
+
+
+class Cluster:
+    """Every actor of one run, started side by side on the cluster that `start_ray` finds, or makes
+    for this run.
+
+    A context manager: on leaving, however that comes about, its actors are killed, and what
+    `start_ray` has begun is ended.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        eos_ids: list[int],
+        tokenizer: Tokenizer,
+        first_seed: int | None = None,
+        tell: Tell = lambda what, who, why: None,
+    ):
+        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each
+        member lives."""
+        self._config = config
+        self._tell = tell
+        seed = config.run.seed if first_seed is None else first_seed
+        self._specs = ActorSpecs(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
+        self._actors: list[RemoteActor] = []
+        # On a card that is shared one starts after the other: vLLM measures what is free while it
+        # starts.
+        self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
+
+    def __enter__(self) -> "Cluster":
+        with ExitStack() as leaving:
+            start_ray()
+            leaving.enter_context(taken_over())
+            self._gpus = bool(ray.cluster_resources().get("GPU"))
+            self._requests = {
+                request.role: request for request in resource_requests(self._config, self._gpus)
+            }
+            self._leaving = leaving.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            self._leaving.callback(actor.kill)
+        self._leaving.close()
+
+    async def roles(self) -> Roles:
+        """Start the roles of a training run; at most `timeout.start_s`, once there is room for
+        them."""
+        config = self._config
+        if not self._gpus:
+            needs_gpus = config.run.share_gpu, config.sync.backend
+            refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
+        nodes = await self._room(self._requests.values())
+        pools = [request for request in self._requests.values() if request.role != RANK]
+        starting = asyncio.gather(*(self._pool(request, nodes) for request in pools))
+        learner, replicas = await asyncio.gather(self._learner(nodes), starting)
+        await self._share_files()
+        members = {request.role: ports for request, ports in zip(pools, replicas, strict=True)}
+        return Roles(
+            generators=members["generator"],
+            teacher_generators=members.get("teacher-generator", ()),
+            teachers={name: members[teacher_section(name)] for name in config.named_teachers},
+            references=members.get("reference", ()),
+            verifier=members["verifier"][0],
+            learner=learner,
+            spawn=self._spawn,
+        )
+
+    async def evaluators(self) -> tuple[list[Any], list[Any]]:
+        """Start only what an evaluation needs."""
+        requests = [self._requests[role] for role in ("generator", "verifier")]
+        nodes = await self._room(requests)
+        generators, verifiers = (self._pool(request, nodes) for request in requests)
+        return await asyncio.gather(generators, verifiers)
+
+    async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
+        return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._tell)
+
+    async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
+        """Every member that `request` is for, as its port."""
+        return await asyncio.gather(
+            *(self._spawn(request.role, index, nodes) for index in range(request.count))
+        )
+
+    async def _learner(self, nodes: Mapping[str, Node]) -> RemoteLearner:
+        """Every rank, in one process group."""
+        start_s, request = self._config.timeout.start_s, self._requests[RANK]
+        async with self._turn:
+            ranks = [
+                self._make(name, self._specs.learner_rank(rank), nodes[name])
+                for rank, name in enumerate(request.members)
+            ]
+            address = await ranks[0].ask_host(start_s, "address", what="start")
+            rendezvous = await ranks[0].call(start_s, "listen", address)
+            joining = (rank.call(start_s, "start", rendezvous) for rank in ranks)
+            width, *_ = await asyncio.gather(*joining)
+        await asyncio.gather(*map(self._settled, ranks))
+        return RemoteLearner(ranks, address, width, self._config)
+
+    async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Any:
+        """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
+        there is room now."""
+        start_s = self._config.timeout.start_s
+        name = f"{pool} {index}"
+        request = self._requests[pool]
+        async with self._turn:
+            lost = next(
+                (actor.node or "" for actor in reversed(self._actors) if actor.name == name), ""
+            )
+            node = (
+                nodes[name]
+                if nodes
+                else choose(request, alive_nodes(self._members()), driver_node(), lost=lost)
+            )
+            actor = self._make(name, self._specs.member(pool, index), node)
+            with ExitStack() as unless:
+                unless.callback(actor.kill)
+                await actor.ask_host(start_s, "start")
+                await self._settled(actor)
+                unless.pop_all()
+        return RemoteRole(actor, PORTS.get(pool, Teacher), _timeouts(self._config))
+
+    async def _settled(self, actor: RemoteActor) -> None:
+        """Once its role is built, tell where it lives."""
+        place = await actor.ask_host(self._config.timeout.start_s, "place", what="start")
+        self._tell("placed", actor.name, place)
+
+    def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
+        request = self._requests[name.rpartition(" ")[0]]
+        self._actors.append(RemoteActor(name, spec, request, node.id if node else None))
+        return self._actors[-1]
+
+    def _members(self) -> list[tuple[str | None, ResourceRequest]]:
+        """The node of each that lives."""
+        return [(actor.node, actor.request) for actor in self._actors if not actor.killed]
+
+    async def _share_files(self) -> None:
+        """Raise ConfigError where one that writes to the run directory, or reads there, has another
+        disk."""
+        config = self._config
+        moving = (
+            teacher_section(name)
+            for name, teacher in config.named_teachers.items()
+            if teacher.update != "frozen"
+        )
+        roles = {RANK, *moving}
+        far = [
+            actor
+            for actor in self._actors
+            if actor.request.role in roles and actor.node != driver_node()
+        ]
+        if not far:
+            return
+        folder, what = Path(config.run.dir).resolve(), "look at the run directory"
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
+            looks = (
+                actor.ask_host(config.timeout.start_s, "sees", file.name, what=what)
+                for actor in far
+            )
+            seen = await asyncio.gather(*looks)
+        blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
+        if blind:
+            raise ConfigError(
+                f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
+                " disk that every node sees, or all of them must fit on the driver's node"
+            )
+
+
+def _timeouts(config: Config) -> dict[str, float]:
+    """Seconds by what `ports.remote` calls them."""
+    return {
+        "generate": config.timeout.generate_s,
+        "score": config.timeout.score_s,
+        "step": config.timeout.step_s,
+        "stall": config.timeout.stall_s,
+        "sync": config.sync.timeout_s,
+        "collective": 2 * config.sync.timeout_s,
+    }
