@@ -65,15 +65,15 @@ def test_whatever_names_a_run_or_a_checkpoint_goes_on_with_that_run(
 ):
     monkeypatch.chdir(run / working_directory)
     for path in (Path(named), Path.cwd() / named):
-        config, found = to_resume(path, [])
-        assert (Path(config.run.dir).resolve(), found.state.version) == (run, step)
+        config, checkpoint = to_resume(path, [])
+        assert (Path(config.run.dir).resolve(), checkpoint.state.version) == (run, step)
 
 
 @pytest.mark.parametrize("name", ["a", "20260101", "model"])
 def test_a_run_may_lie_in_a_folder_of_checkpoints(name, tmp_path):
     run = make_run(tmp_path / "checkpoints" / name)
-    config, found = to_resume(run, [])
-    assert (config.run.dir, found.state.version) == (str(run), 100)
+    config, checkpoint = to_resume(run, [])
+    assert (config.run.dir, checkpoint.state.version) == (str(run), 100)
 
 
 def test_a_run_that_cannot_be_seen_from_here_is_told_by_its_name_alone():

@@ -6,11 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from async_opd.driver.timed import TimedGenerator
 
 from async_opd.cli.main import main
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import EARLIER_SPANS, SPANS
-from async_opd.driver.timed import TimedGenerator
 from async_opd.telemetry.metrics import ROLES, Jsonl, Meter
 from async_opd.telemetry.spans import STATES, Window, encode
 from async_opd.tools.trace.events import trace
@@ -87,10 +87,10 @@ def test_every_trained_group_is_followed_from_its_generator_into_its_step(run, e
         on_thread[event["tid"]].append(event)
 
     def slice_at(point: dict) -> dict:
-        (found,) = (
+        (only,) = (
             e for e in on_thread[point["tid"]] if e["ts"] <= point["ts"] < e["ts"] + e["dur"]
         )
-        return found
+        return only
 
     paths = defaultdict(list)
     for event in events:
@@ -109,7 +109,7 @@ def test_every_trained_group_is_followed_from_its_generator_into_its_step(run, e
         assert step["name"] == "step" and id in step["args"]["groups"]
         assert names[step["tid"]] == "learner, call 1"
         groups[id] = step["args"]["step"]
-    assert groups.keys() == {str(at) for at in range(20 * PER_STEP)}
+    assert groups.keys() == {str(number) for number in range(20 * PER_STEP)}
     assert sorted(groups.values()) == [step for step in range(1, 21) for _ in range(PER_STEP)]
 
 
@@ -141,10 +141,10 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
     rows = [dict(zip(("time", "what", "who", "why"), event, strict=True)) for event in happened]
     (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["trace", str(run_dir), "-o", str(run_dir / "out.json")]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     written = json.loads((run_dir / "out.json").read_text())
     events = written["traceEvents"]
-    assert said.startswith(
+    assert printed.startswith(
         f"{run_dir / 'out.json'}: {len(events)} events, steps 1 to 20; open it at "
     )
     for event in events:
@@ -214,8 +214,8 @@ def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_s
             await asyncio.sleep(5)
 
     virtual(twice())
-    found = [(state.state, round(state.end - state.start, 3)) for state in states(lines)]
-    assert found == [("busy", 2), ("busy", 2)]
+    durations = [(state.state, round(state.end - state.start, 3)) for state in states(lines)]
+    assert durations == [("busy", 2), ("busy", 2)]
 
 
 def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
@@ -252,11 +252,12 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
         b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]])
     )
     assert main(["trace", str(tmp_path)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        said.err.startswith(f"{tmp_path / SPANS}, line 5: left out: ") and said.err.count("\n") == 1
+        printed.err.startswith(f"{tmp_path / SPANS}, line 5: left out: ")
+        and printed.err.count("\n") == 1
     )
-    assert "steps 1 to 19;" in said.out  # the last was torn
+    assert "steps 1 to 19;" in printed.out  # the last was torn
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     test_slices_of_one_thread_never_overlap(events)
     learner = [s for s in states(recorded(tmp_path).lines) if s.lane == "learner"]
@@ -266,11 +267,11 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     assert main(["trace", str(run[0]), "-o", str(tmp_path / "no" / "trace.json")]) == 2
-    said = (
+    refusal = (
         f"async-opd: ConfigError: {tmp_path}/no/trace.json: cannot be written: No such file or"
         " directory\n"
     )
-    assert capsys.readouterr() == ("", said)
+    assert capsys.readouterr() == ("", refusal)
 
 
 def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys):
@@ -278,8 +279,8 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
         recorded(tmp_path / "rum")
     (tmp_path / "config.json").write_text("{}")
     assert main(["trace", str(tmp_path)]) == 2
-    said = (
+    refusal = (
         f"{tmp_path / SPANS}: no spans: a run keeps those of its last run.trace_steps steps, where"
         " that is not 0"
     )
-    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
+    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {refusal}\n")
