@@ -30,7 +30,7 @@ from async_opd.config.load import load
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import METRICS, SPANS
 from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, observed
 from async_opd.telemetry.spans import Window, encode

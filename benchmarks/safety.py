@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.replica_pool import Pool
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.launch.new_run import environment
 from tests.simulated.roles import Pace
 from tests.simulated.runs import measure

@@ -36,7 +36,7 @@ from async_opd.config.load import load
 from async_opd.config.schema import Config
 from async_opd.core.ports import Ready
 from async_opd.core.roles import Roles
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.runtime.actors import Cluster

@@ -10,11 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from async_opd.core.ports import Ready
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
-from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.maths import lag
-from tests.simulated.runs import producer_over
+from tests.simulated.runs import OverPorts, stream
 
 GROUPS_PER_STEP = 8
 
@@ -65,28 +63,21 @@ class Simulation:
     async def check(self, group):
         return (Verdict(id="", correct=True),)
 
+    def kill(self) -> None: ...
+
 
 async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed: int):
     """Returns (lag of each trained token, excluded tokens, times each prompt was trained, queue,
     slots)."""
     clock = Clock()
     world = Simulation(clock, seed)
-    slots = Slots(lag.slots(bound + 1, GROUPS_PER_STEP))
     trained_lags, excluded, trained = [], 0, Counter()
-    producer = None
-    queue = TrajectoryQueue(
-        groups_per_step=GROUPS_PER_STEP,
-        max_lag_steps=bound,
-        stale=stale,
-        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
-        wait_s=60.0,
-    )
 
     async def learn():
         nonlocal excluded
-        producer.fill()
+        admission.fill()
         while world.version < steps:
-            batch: list[Ready] = await queue.take(world.version)
+            batch = await queue.take(world.version)
             for ready in batch:
                 trained[ready.prompt.id] += 1
                 versions = np.concatenate(
@@ -99,17 +90,15 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
             world.version += 1
             for ready in batch:
                 slots.give_back(ready.ticket)
-            producer.fill()
+            admission.fill()
 
     async with asyncio.TaskGroup() as tasks:
-        producer = producer_over(
-            world,
-            generators,
+        admission, queue, slots = stream(
+            tasks,
+            OverPorts(generators=[world] * generators, teachers={"": [world]}, verifier=world),
+            slots=lag.slots(bound + 1, GROUPS_PER_STEP),
             needed=steps * GROUPS_PER_STEP,
-            slots=slots,
-            queue=queue,
-            tasks=tasks,
-            drop_truncated=False,
+            queue=dict(groups_per_step=GROUPS_PER_STEP, max_lag_steps=bound, stale=stale),
         )
         await clock.run(asyncio.ensure_future(learn()))
     return np.array(trained_lags), excluded, trained, queue, slots

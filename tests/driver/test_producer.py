@@ -5,12 +5,9 @@ import pytest
 
 from async_opd.core.errors import ActorLost
 from async_opd.core.wire import Span, Verdict
-from async_opd.driver.producer import Producer
-from async_opd.driver.queue import Slots, TrajectoryQueue
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.teacher_sampling import Taught
+from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
-from tests.simulated.runs import books
+from tests.simulated.runs import OverPorts, stream
 
 
 class Generator(SimulatedGenerator):
@@ -25,51 +22,30 @@ class Generator(SimulatedGenerator):
         return await super().generate(prompt)
 
 
-def stream(
+ONE_BY_ONE = dict(groups_per_step=1, max_lag_steps=0, stale="drop")
+
+
+def over(
     tasks,
     generators,
     *,
     slots=2,
     needed=10,
-    drop_truncated=False,
-    attempts=3,
     teachers=None,
     references=(),
     verifier=None,
-    taught=None,
-    source=None,
+    own=(),
+    **settings,
 ):
-    """(producer, queue, slots) over simulated roles."""
-    limit = Slots(slots)
-    queue = TrajectoryQueue(
-        groups_per_step=1,
-        max_lag_steps=0,
-        stale="drop",
-        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
-        wait_s=60.0,
-        taught=taught,
+    """(admission, queue, slots) over simulated roles; `own` are the teacher's generators."""
+    ports = OverPorts(
+        generators=generators,
+        teachers=teachers or {"": [SimulatedTeacher()]},
+        references=references,
+        verifier=verifier or SimulatedVerifier(),
+        teacher_generators=own,
     )
-    producer = Producer(
-        prompts=iter(source or Prompts()),
-        needed=needed,
-        samples=1,
-        generators=Pool("generator", generators),
-        teachers={
-            name: Pool("teacher", pool)
-            for name, pool in (teachers or {"": [SimulatedTeacher()]}).items()
-        },
-        references=Pool("reference", references) if references else None,
-        verifier=Pool("verifier", [verifier or SimulatedVerifier()]),
-        slots=limit,
-        queue=queue,
-        tasks=tasks,
-        max_attempts=attempts,
-        drop_truncated=drop_truncated,
-        count_tokens=lambda role, tokens: None,
-        ledger=books(),
-        taught=taught,
-    )
-    return producer, queue, limit
+    return stream(tasks, ports, slots=slots, needed=needed, queue=ONE_BY_ONE, **settings)
 
 
 async def settle() -> None:
@@ -80,12 +56,12 @@ async def settle() -> None:
 async def test_no_more_groups_are_outstanding_than_slots():
     generator = Generator()
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, slots = stream(tasks, [generator])
-        producer.fill()
+        admission, queue, slots = over(tasks, [generator])
+        admission.fill()
         await settle()
         assert [p.id for p in generator.served] == ["0", "1"]
         slots.give_back((await queue.take(0))[0].ticket)
-        producer.fill()
+        admission.fill()
         await settle()
     assert [p.id for p in generator.served] == ["0", "1", "2"]
 
@@ -93,22 +69,22 @@ async def test_no_more_groups_are_outstanding_than_slots():
 async def test_exactly_the_needed_groups_are_admitted():
     generator = Generator()
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, [generator], slots=8, needed=3)[0].fill()
+        over(tasks, [generator], slots=8, needed=3)[0].fill()
     assert len(generator.served) == 3
 
 
 async def test_work_is_spread_over_generators():
     generators = [Generator(), Generator()]
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, generators, slots=6, needed=6)[0].fill()
+        over(tasks, generators, slots=6, needed=6)[0].fill()
     assert [len(g.served) for g in generators] == [3, 3]
 
 
 async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot():
     generator = Generator()
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, slots = stream(tasks, [generator], slots=1)
-        producer.fill()
+        admission, queue, slots = over(tasks, [generator], slots=1)
+        admission.fill()
         await settle()
         generator.version = 1
         (ready,) = await queue.take(1)  # version 0 is over age now
@@ -120,10 +96,10 @@ async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot
 async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
     generator = Generator(truncated=True)
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, slots = stream(
-            tasks, [generator], slots=1, needed=1, drop_truncated=True, attempts=2
+        admission, queue, slots = over(
+            tasks, [generator], slots=1, needed=1, truncated="drop", attempts=2
         )
-        producer.fill()
+        admission.fill()
         await settle()
         # replaced by "1"
         assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]
@@ -140,7 +116,7 @@ async def test_the_last_generator_that_dies_ends_the_stream_with_its_own_error()
 
     with pytest.RaisesGroup(pytest.RaisesExc(ActorLost, match="generator 0 died")):
         async with asyncio.TaskGroup() as tasks:
-            stream(tasks, [Dead()], slots=1)[0].fill()
+            over(tasks, [Dead()], slots=1)[0].fill()
 
 
 class Named(SimulatedTeacher):
@@ -163,10 +139,10 @@ async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
         source = [
             msgspec.structs.replace(p, teacher=t) for p, t in zip(Prompts(4), named, strict=True)
         ]
-        producer, queue, _ = stream(
+        admission, queue, _ = over(
             tasks, [Generator()], slots=4, needed=4, teachers=teachers, source=source
         )
-        producer.fill()
+        admission.fill()
         groups = [(await queue.take(0))[0] for _ in named]
     assert [teacher.asked for pool in teachers.values() for teacher in pool] == [
         ["0", "3"],
@@ -196,7 +172,7 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
 
     references, both = [Meets("reference 0"), Meets("reference 1")], Meets()
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, _ = stream(
+        admission, queue, _ = over(
             tasks,
             [Generator()],
             needed=2,
@@ -204,7 +180,7 @@ async def test_a_reference_scores_every_group_beside_its_teacher_and_verifier():
             references=references,
             verifier=both,
         )
-        producer.fill()
+        admission.fill()
         ready = [(await queue.take(0))[0] for _ in range(2)]
     assert {r.prompt.id: r.reference for r in ready} == {"0": "reference 0", "1": "reference 1"}
 
@@ -231,23 +207,24 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
-        stream(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
+        over(tasks, [HeavyTail()], slots=5, needed=5, teachers={"": teachers})[0].fill()
         await settle()
         # 912 and 1013 tokens
         assert [teacher.asked for teacher in teachers] == [["0", "4"], ["1", "2", "3"]]
         scored.set()
 
 
-def half_taught(*generators, until: int = 99, keeps_truncated=True) -> Taught:
+def half(until: int = 99) -> TeacherSamplingConfig:
     """Every second prompt is the teacher's, up to step `until`."""
-    weight = dict(share=0.5, weight=lambda step: float(step <= until))
-    return Taught(
-        **weight,
-        generators=Pool("teacher-generator", generators),
-        version=lambda: 0,
-        outstanding=lambda: 99,
-        keeps_truncated=keeps_truncated,
-    )
+    return TeacherSamplingConfig(share=0.5, full_until_step=until, until_step=until)
+
+
+class Answering(Generator):
+    """A generator that holds the teacher: its groups are marked as the teacher's answers."""
+
+    async def generate(self, prompt):
+        meta, group = await super().generate(prompt)
+        return meta, msgspec.structs.replace(group, answer="the teacher's own")
 
 
 class Judge(SimulatedTeacher, SimulatedVerifier):
@@ -258,24 +235,24 @@ class Judge(SimulatedTeacher, SimulatedVerifier):
         self._correct = correct
 
     async def score(self, group):
-        assert not group.taught
+        assert group.answer != "the teacher's own"
 
     async def check(self, group):
         return (Verdict(id=f"{group.id}#0", correct=self._correct),)
 
 
 async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
-    student, own = Generator(), [Generator(), Generator()]
+    student, own = Generator(), [Answering(), Answering()]
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, _ = stream(
-            tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, taught=half_taught(*own)
+        admission, queue, _ = over(
+            tasks, [student], slots=8, needed=8, teachers={"": [Judge()]}, sampling=half(), own=own
         )
-        producer.fill()
+        admission.fill()
         await settle()
         groups = [(await queue.take(0))[0] for _ in range(8)]
     assert [p.id for p in student.served] == ["0", "2", "4", "6"]
     assert [[p.id for p in g.served] for g in own] == [["1", "5"], ["3", "7"]]  # the idlest of them
-    assert [(g.prompt.id, g.scores) for g in groups if g.prompt.taught] == [
+    assert [(g.prompt.id, g.scores) for g in groups if g.from_teacher] == [
         (id, None) for id in "1357"
     ]
 
@@ -294,24 +271,25 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
 async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_student_asked_instead(
     correct, truncated, policy, cause
 ):
-    student, own = Generator(), Generator(truncated=truncated)
+    student, own = Generator(), Answering(truncated=truncated)
     async with asyncio.TaskGroup() as tasks:
-        producer, queue, slots = stream(
+        admission, queue, slots = over(
             tasks,
             [student],
             slots=2,
             needed=2,
             verifier=Judge(correct),
-            taught=half_taught(own, until=1, keeps_truncated=policy == "train"),
-            drop_truncated=policy == "drop",
+            sampling=half(until=1),
+            own=[own],
+            truncated=policy,
         )
-        producer.fill()
+        admission.fill()
         await settle()
         served = [p.id for p in own.served]
         assert len(served) == len(set(served)) >= 1  # none is asked twice
         kept = [(await asyncio.wait_for(queue.take(0), 5))[0] for _ in range(2)]
-        assert [g.prompt.taught for g in kept] == [False, cause is None]
+        assert [g.from_teacher for g in kept] == [False, cause is None]
         assert queue.dropped == ({cause: len(served)} if cause else {})
         assert [p.id for p in student.served] == (["0", "1"] if cause else ["0"])
         assert slots.free == 0
-        assert producer.needed == 0
+        assert admission.needed == 0

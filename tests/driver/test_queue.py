@@ -1,60 +1,69 @@
 import asyncio
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from async_opd.core.errors import TimedOut
-from async_opd.core.ports import Ready
+from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import GroupMeta, Prompt, Span
 from async_opd.driver.queue import Slots, TrajectoryQueue
-from async_opd.driver.teacher_sampling import Taught
+from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.virtual_time import virtual
 
 
-def ready(ticket: int, *spans: tuple[int, int], taught_since: int | None = None) -> Ready:
-    """A group of one sample whose spans are (version, tokens); the teacher's own where
-    `taught_since` is given."""
-    at, built = 0, []
+def ready(ticket: int, *spans: tuple[int, int], asked_at: int | None = None) -> ScoredGroup:
+    """A group of one sample whose spans are (version, tokens); the teacher's own answer where
+    `asked_at` is the version at which it was asked."""
+    end, built = 0, []
     for version, tokens in spans:
-        built.append(Span(version=version, start=at, end=at + tokens))
-        at += tokens
+        built.append(Span(version=version, start=end, end=end + tokens))
+        end += tokens
     meta = GroupMeta(id=str(ticket), prompt_len=1, spans=(tuple(built),), truncated=(False,))
-    prompt = Prompt(
-        id=str(ticket), ids=np.zeros(1, np.int32), answer="", taught=taught_since is not None
+    return ScoredGroup(
+        ticket=ticket,
+        prompt=Prompt(id=str(ticket), ids=np.zeros(1, np.int32), answer=""),
+        meta=meta,
+        group=None,
+        scores=None,
+        verdicts=(),
+        samples=(0,),
+        since=meta.oldest if asked_at is None else asked_at,
+        from_teacher=asked_at is not None,
     )
-    return Ready(ticket, prompt, meta, None, None, (), (0,), since=taught_since)
+
+
+def taken(count: int) -> Slots:
+    """Slots of which the first `count` are taken."""
+    slots = Slots(99)
+    for _ in range(count):
+        slots.take()
+    return slots
 
 
 def queue_of(
-    *items: Ready,
+    *items: ScoredGroup,
     stale: str = "drop",
     bound: int = 2,
     per_step: int = 2,
-    teaches_until: int = 99,
-    outstanding: Callable[[], int] = lambda: 99,
+    trained_until: int = 99,
+    slots: Slots | None = None,
     wait_s: float = 60.0,
-    told: str = "",
+    where: str = "",
 ):
-    """(queue, [(ticket, cause)] of what it dropped). `told` is what it is told of those that are
+    """(queue, [(ticket, cause)] of what it dropped). `where` is what it is told of those that are
     outstanding."""
     dropped = []
-    taught = Taught(
-        share=0.5,
-        weight=lambda step: float(step <= teaches_until),
-        generators=[],
-        version=lambda: 0,
-        outstanding=outstanding,
-        keeps_truncated=True,
-    )
     queue = TrajectoryQueue(
         groups_per_step=per_step,
         max_lag_steps=bound,
         stale=stale,
         on_drop=lambda ticket, prompt, cause: dropped.append((ticket, cause)),
+        slots=slots or taken(99),
         wait_s=wait_s,
-        taught=taught,
-        outstanding=lambda: told,
+        teacher=TeacherSamplingConfig(
+            share=0.5, full_until_step=trained_until, until_step=trained_until
+        ),
+        where=lambda: where,
     )
     for item in items:
         queue.put(item)
@@ -110,12 +119,17 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
     class Counting(TrajectoryQueue):
         looks = 0
 
-        def _over_age(self, ready):
+        def _over_age(self, group):
             self.looks += 1
-            return super()._over_age(ready)
+            return super()._over_age(group)
 
     queue = Counting(
-        groups_per_step=500, max_lag_steps=1, stale="mask", wait_s=60.0, on_drop=lambda *_: None
+        groups_per_step=500,
+        max_lag_steps=1,
+        stale="mask",
+        on_drop=lambda *_: None,
+        slots=taken(99),
+        wait_s=60.0,
     )
     taking = asyncio.ensure_future(queue.take(0))
     for ticket in range(500):
@@ -127,7 +141,7 @@ async def test_each_group_is_looked_at_once_a_step_however_many_arrive_one_by_on
 
 def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
     async def main():
-        queue, _ = queue_of(ready(1, (5, 3)), per_step=3, wait_s=10, told="4 of at most 6")
+        queue, _ = queue_of(ready(1, (5, 3)), per_step=3, wait_s=10, where="4 of at most 6")
         queue.dropped["truncated"] = 7
         taking = asyncio.ensure_future(queue.take(5))
         await asyncio.sleep(6)
@@ -135,11 +149,11 @@ def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
         await asyncio.sleep(6)
         assert not taking.done()
         queue.drop(3, ready(3, (5, 3)).prompt, 1, "truncated")  # but not for one that is dropped
-        said = (
+        message = (
             "no group came in 10 s, 2 of 3 are ready; outstanding: 4 of at most 6; dropped: 8"
             " truncated"
         )
-        with pytest.raises(TimedOut, match=said):
+        with pytest.raises(TimedOut, match=message):
             await taking
         assert asyncio.get_running_loop().time() == 16
 
@@ -154,28 +168,28 @@ async def test_a_group_leaves_the_queue_once():
 
 @pytest.mark.parametrize("stale", ["mask", "drop"])
 async def test_what_the_teacher_answered_never_ages_and_takes_its_turn_by_when_it_was_asked(stale):
-    first, second, taught = ready(1, (48, 1)), ready(2, (50, 1)), ready(3, (0, 9), taught_since=49)
-    queue, dropped = queue_of(second, taught, first, stale=stale)
+    first, second, answered = ready(1, (48, 1)), ready(2, (50, 1)), ready(3, (0, 9), asked_at=49)
+    queue, dropped = queue_of(second, answered, first, stale=stale)
     assert [r.ticket for r in await queue.take(50)] == [1, 3]
     assert dropped == []
 
 
 async def test_what_the_teacher_answered_is_late_once_the_next_step_teaches_no_more():
-    waiting, own = ready(1, (0, 1), taught_since=0), [ready(ticket, (4, 1)) for ticket in (2, 3, 4)]
-    queue, dropped = queue_of(waiting, *own, teaches_until=4)
+    waiting, own = ready(1, (0, 1), asked_at=0), [ready(ticket, (4, 1)) for ticket in (2, 3, 4)]
+    queue, dropped = queue_of(waiting, *own, trained_until=4)
     assert [r.ticket for r in await queue.take(3)] == [1, 2]  # step 4
     # comes while step 4 is under way, which it has missed
-    queue.put(ready(5, (0, 1), taught_since=0))
+    queue.put(ready(5, (0, 1), asked_at=0))
     assert dropped == []
     assert [r.ticket for r in await queue.take(4)] == [3, 4]
-    queue.put(ready(6, (0, 1), taught_since=0))
+    queue.put(ready(6, (0, 1), asked_at=0))
     assert dropped == [(5, "teacher_late"), (6, "teacher_late")]
     assert queue.dropped == {"teacher_late": 2}
 
 
 async def test_a_step_takes_at_most_the_teachers_share_while_others_are_to_come():
     queue, _ = queue_of(
-        *(ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2, 3)), outstanding=lambda: 5
+        *(ready(ticket, (0, 9), asked_at=0) for ticket in (1, 2, 3)), slots=taken(5)
     )
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
@@ -185,22 +199,14 @@ async def test_a_step_takes_at_most_the_teachers_share_while_others_are_to_come(
 
 
 async def test_a_step_takes_what_there_is_once_nothing_else_is_to_come():
-    own = [ready(ticket, (0, 9), taught_since=0) for ticket in (1, 2)]
-    queue, _ = queue_of(*own, outstanding=lambda: 2)
-    assert await queue.take(0) == own
-    outstanding = [*own, ready(3, (0, 9), taught_since=0)]
-    queue, _ = queue_of(*own, outstanding=lambda: len(outstanding))
+    answers = [ready(ticket, (0, 9), asked_at=0) for ticket in (1, 2)]
+    queue, _ = queue_of(*answers, slots=taken(2))
+    assert await queue.take(0) == answers
+    slots, last = taken(3), ready(3, (0, 9), asked_at=0)
+    queue, _ = queue_of(*answers, slots=slots)
     taking = asyncio.ensure_future(queue.take(0))
     await asyncio.sleep(0)
     assert not taking.done()
-    last = outstanding.pop()
+    slots.give_back(3)
     queue.drop(last.ticket, last.prompt, 1, "teacher_wrong")  # the last that was to come
-    assert await taking == own
-
-
-def test_a_slot_returned_twice_is_an_error():
-    slots = Slots(1)
-    ticket = slots.take()
-    slots.give_back(ticket)
-    with pytest.raises(KeyError):
-        slots.give_back(ticket)
+    assert await taking == answers

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from async_opd.core.errors import ActorLost, CallFailed, TimedOut
-from async_opd.driver.replica_pool import MAX_FAILED_STARTS, Loads, Pool
+from async_opd.driver.replica_pool import MAX_FAILED_STARTS, ReplicaPool
 from tests.simulated.virtual_time import virtual
 
 
@@ -33,8 +33,8 @@ class Worker:
         self.killed = True
 
 
-def ask(pool: Pool, item: str, **settings) -> asyncio.Task:
-    return asyncio.ensure_future(pool.ask(lambda worker: worker.work(item), **settings))
+def ask(pool: ReplicaPool, item: str, **settings) -> asyncio.Task:
+    return asyncio.ensure_future(pool.ask(Worker.work, item, **settings))
 
 
 class Spare:
@@ -57,7 +57,9 @@ def scenario(workers: list[Worker], play, **settings):
 
     async def main():
         events = []
-        pool = Pool("worker", workers, tell=lambda *event: events.append(event[:2]), **settings)
+        pool = ReplicaPool(
+            "worker", workers, tell=lambda *event: events.append(event[:2]), **settings
+        )
         async with asyncio.timeout(20_000), asyncio.TaskGroup() as tasks:
             pool.start(tasks, every_s=1, stall_s=5)
             found = await play(pool, events)
@@ -131,9 +133,9 @@ def test_without_a_replacement_the_last_one_s_loss_is_every_caller_s():
 def test_a_new_member_serves_only_after_its_welcome():
     seen, worker = [], Worker("a")
 
-    async def welcome(seat):
+    async def welcome(replica):
         await asyncio.sleep(10)
-        seen.append((seat.port.name, list(seat.port.served)))
+        seen.append((replica.port.name, list(replica.port.served)))
 
     async def play(pool, events):
         worker.dead = True
@@ -149,7 +151,7 @@ def test_a_seat_whose_starts_fail_is_tried_again_and_then_given_up_while_others_
     async def play(pool, events):
         workers[0].dead = True
         await asyncio.sleep(100)
-        return events, [seat.name for seat in pool.serving]
+        return events, [replica.name for replica in pool.serving]
 
     events, serving = scenario(workers, play, spawn=spare)
     assert [what for what, _ in events] == [
@@ -179,12 +181,17 @@ def test_a_pool_grows_and_shrinks_and_those_who_leave_hand_back_what_they_have()
     async def play(pool, events):
         pool.resize(3)
         await asyncio.sleep(4)
-        grown = [seat.name for seat in pool.serving]
+        grown = [replica.name for replica in pool.serving]
         asked = [ask(pool, i) for i in "xyz"]
         await asyncio.sleep(0.5)
         pool.resize(1)
         answers = await asyncio.gather(*asked)
-        return grown, [seat.name for seat in pool.serving], answers, [what for what, _ in events]
+        return (
+            grown,
+            [replica.name for replica in pool.serving],
+            answers,
+            [what for what, _ in events],
+        )
 
     grown, left, answers, told = scenario(workers, play, spawn=spare)
     assert (grown, left) == (["worker 0", "worker 1", "worker 2"], ["worker 0"])
@@ -201,7 +208,7 @@ def test_a_pool_that_shrinks_while_a_member_starts_does_not_keep_it():
         await asyncio.sleep(1)
         pool.resize(1)
         await asyncio.sleep(10)
-        return [seat.name for seat in pool.serving]
+        return [replica.name for replica in pool.serving]
 
     assert scenario([Worker("a")], play, spawn=spare) == ["worker 0"]
     assert [worker.killed for worker in spare.started] == [True]
@@ -215,8 +222,8 @@ def test_a_call_that_fails_by_name_is_the_caller_s_and_its_member_is_asked_last(
     async def play(pool, events):
         failed: set[int] = set()
         with pytest.raises(CallFailed):
-            await pool.ask(lambda worker: worker.work("x"), failed=failed)
-        return await pool.ask(lambda worker: worker.work("x"), failed=failed), failed, events
+            await pool.ask(Worker.work, "x", failed=failed)
+        return await pool.ask(Worker.work, "x", failed=failed), failed, events
 
     assert scenario([Odd("a"), Worker("b")], play) == ("b: x", {0}, [])
 
@@ -247,24 +254,24 @@ def test_a_caller_that_gives_up_ends_its_call_and_frees_the_member():
     assert scenario([Worker("a"), Worker("b")], play) == "a: y"
 
 
-def test_the_seat_with_the_least_in_flight_is_found_whatever_came_and_went():
-    draw, loads, naive = random.Random(0), Loads(), {}
-    for _ in range(1000):
-        if naive and draw.random() < 0.05:
-            loads.leave(gone := draw.choice(list(naive)))
-            del naive[gone]
-        elif len(naive) < 7 and draw.random() < 0.3:
-            new = next(at for at in range(9) if at not in naive)
-            loads.join(new)
-            naive[new] = 0
-        if not naive:
-            continue
-        avoid = {at for at in naive if draw.random() < 0.2}
-        able = [at for at in naive if at not in avoid] or list(naive)
-        at = min(able, key=lambda i: (naive[i], i))  # the first of several
-        assert loads.least(avoid) == at
-        load = +1
-        if draw.random() < 0.5 and any(naive.values()):
-            at, load = draw.choice([i for i in naive if naive[i]]), -1
-        naive[at] += load
-        loads.add(at, load)
+def test_the_member_with_the_least_in_flight_is_asked_whatever_came_and_went():
+    draw, workers = random.Random(0), [Worker(name) for name in "abcde"]
+
+    async def play(pool, events):
+        out: dict[asyncio.Task, tuple[str, int]] = {}
+        for item in map(str, range(300)):
+            loads = {worker.name: 0 for worker in workers}
+            for name, load in out.values():
+                loads[name] += load
+            load = draw.choice((1, 5, 20))
+            asking = ask(pool, item, load=load)
+            await asyncio.sleep(0)
+            asked = next(worker for worker in workers if item in worker.served)
+            assert asked.name == min(loads, key=lambda name: (loads[name], name))
+            out[asking] = asked.name, load
+            if draw.random() < 0.4:
+                await asyncio.sleep(draw.random())
+            out = {task: what for task, what in out.items() if not task.done()}
+        await asyncio.gather(*out)
+
+    scenario(workers, play)

@@ -9,7 +9,7 @@ from async_opd.config.load import load
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.roles import Roles
 from async_opd.driver import resize
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Meter
 from tests.simulated.roles import (
     Prompts,

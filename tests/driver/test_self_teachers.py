@@ -1,5 +1,6 @@
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.self_teachers import Followers
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.self_teachers import SelfTeachers
+from tests.simulated.runs import replica
 
 
 class Says:
@@ -20,15 +21,15 @@ class Says:
 async def test_every_replica_reads_what_was_saved_for_it_at_its_own_steps():
     notes = []
     learner, *teachers = (Says(name, notes) for name in ("learner", "a", "b", "c"))
-    pools = {2: [Pool("a", teachers[:2])], 3: [Pool("b", teachers[2:])]}
-    followers = Followers(learner, pools, "here")
-    found = {}
+    pools = {2: [ReplicaPool("a", teachers[:2])], 3: [ReplicaPool("b", teachers[2:])]}
+    self_teachers = SelfTeachers(replica(learner), pools, "here")
+    noted = {}
     for version in range(1, 7):
-        await followers.follow(version)
-        found[version] = [note.removesuffix(" here") for note in notes]
+        await self_teachers.follow(version)
+        noted[version] = [note.removesuffix(" here") for note in notes]
         notes.clear()
     both = ["learner saves", "a loads", "b loads"]
-    assert found == {
+    assert noted == {
         1: [],
         2: both,
         3: ["learner saves", "c loads"],
@@ -40,5 +41,5 @@ async def test_every_replica_reads_what_was_saved_for_it_at_its_own_steps():
 
 async def test_without_a_self_teacher_nothing_is_saved():
     notes = []
-    await Followers(Says("learner", notes), {}, "here").follow(1)
+    await SelfTeachers(replica(Says("learner", notes)), {}, "here").follow(1)
     assert notes == []

@@ -13,7 +13,7 @@ from async_opd.config.schema import Config
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, StepResult, Verdict
 from async_opd.driver.teacher_sampling import Taught
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.telemetry.metrics import ROLES, STATES, Meter
 from tests.simulated.roles import (
     Pace,

@@ -16,7 +16,7 @@ from async_opd.core.errors import ActorLost, CheckpointError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult, Verdict
 from async_opd.driver import checkpoints
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.telemetry.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.tools.audit.books import audit
 from tests.simulated.roles import (

@@ -2,15 +2,19 @@ import numpy as np
 import pytest
 
 from async_opd.core.errors import ActorLost, ParityError, SyncFailed
-from async_opd.driver.replica_pool import Pool, Seat
-from async_opd.driver.weight_publisher import Publisher
+from async_opd.core.wire import WeightGroup
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.weight_publisher import WeightPublisher
 from tests.simulated.roles import LOGP, SimulatedGenerator, SimulatedLearner
+from tests.simulated.runs import replica
 
 BESIDE = LOGP + 0.01 * (np.arange(len(LOGP)) == 1).astype(np.float32)  # of the second token
 
 
-def publisher_of(learner, *generators, every: int = 1) -> Publisher:
-    return Publisher(learner, Pool("generator", generators), parity_every=every, tolerance=1e-3)
+def publisher_of(learner, *generators, every: int = 1) -> WeightPublisher:
+    return WeightPublisher(
+        replica(learner), ReplicaPool("generator", generators), parity_every=every, tolerance=1e-3
+    )
 
 
 async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_version():
@@ -54,7 +58,7 @@ async def test_a_log_prob_that_is_not_a_number_is_no_agreement():
 
 async def test_a_generator_that_samples_under_another_version_stops_the_run():
     class Stuck(SimulatedGenerator):
-        async def update(self, version, update_info, oldest): ...
+        async def update(self, version, layout, oldest): ...
 
     with pytest.raises(ParityError, match="expected version 1"):
         await publisher_of(SimulatedLearner(), Stuck()).publish(1, admit=lambda: None)
@@ -62,8 +66,8 @@ async def test_a_generator_that_samples_under_another_version_stops_the_run():
 
 async def test_a_failed_update_admits_nothing_and_leaves_the_generators_paused():
     class Aborted(SimulatedGenerator):
-        async def update(self, version, update_info, oldest):
-            await super().update(version, update_info, oldest)
+        async def update(self, version, layout, oldest):
+            await super().update(version, layout, oldest)
             raise SyncFailed("generator 0 did not take version 1")
 
     generator, admitted = Aborted(), []
@@ -80,14 +84,14 @@ class Breaks(SimulatedGenerator):
         super().__init__()
         self.fatal, self.joined, self.sent, self.killed = fatal, [], [], False
 
-    async def join_group(self, init_info):
-        self.joined.append(init_info)
+    async def join_group(self, group):
+        self.joined.append((group.port, group.rank_offset - 1))
 
-    async def update(self, version, update_info, oldest):
+    async def update(self, version, layout, oldest):
         self.sent.append((version, oldest))
         if version == self.fatal:
             raise ActorLost("generator died during update")
-        await super().update(version, update_info, oldest)
+        await super().update(version, layout, oldest)
 
     def kill(self):
         self.killed = True
@@ -102,28 +106,29 @@ class Epochs(SimulatedLearner):
 
     async def open_group(self, generators):
         self.groups.append(generators)
-        return [{"epoch": len(self.groups), "at": at} for at in range(generators)]
+        epoch, world = len(self.groups), 1 + generators
+        return [WeightGroup("localhost", epoch, 1 + i, world, 1, 1) for i in range(generators)]
 
 
 async def test_a_generator_that_dies_in_a_broadcast_is_retired_and_a_new_group_gets_that_version():
     generators = [Breaks(), Breaks(fatal=1), Breaks()]
-    learner, pool = Epochs(), Pool("generator", generators)
-    publisher = Publisher(learner, pool, parity_every=1, tolerance=1e-3)
+    learner, pool = Epochs(), ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
     await publisher.publish(0, admit=lambda: None)
     assert await publisher.publish(1, admit=lambda: None) == 0.0
     assert learner.groups == [3, 2]
-    assert [seat.name for seat in pool.serving] == ["generator 0", "generator 2"]
+    assert [each.name for each in pool.serving] == ["generator 0", "generator 2"]
     assert [g.killed for g in generators] == [False, True, False]
     first, _, last = generators
-    assert first.joined == [{"epoch": 1, "at": 0}, {"epoch": 2, "at": 0}]
-    assert last.joined == [{"epoch": 1, "at": 2}, {"epoch": 2, "at": 1}]
+    assert first.joined == [(1, 0), (2, 0)]
+    assert last.joined == [(1, 2), (2, 1)]
     assert first.sent == last.sent == [(0, 0), (1, 0), (1, 0)]
     assert (first.version, first.paused, last.version, last.paused) == (1, False, 1, False)
 
 
 async def test_a_version_that_no_group_takes_ends_in_the_cause_after_three_tries():
     class Refuses(Breaks):
-        async def update(self, version, update_info, oldest):
+        async def update(self, version, layout, oldest):
             self.sent.append(version)
             raise SyncFailed("generator 0 did not take version 1")
 
@@ -147,11 +152,11 @@ async def test_a_learner_that_dies_in_a_broadcast_is_not_tried_again():
 
 async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_none_is_due():
     old, new, pool_learner = Breaks(), Breaks(), Epochs()
-    pool = Pool("generator", [old])
-    publisher = Publisher(pool_learner, pool, parity_every=100, tolerance=1e-3)
+    pool = ReplicaPool("generator", [old])
+    publisher = WeightPublisher(replica(pool_learner), pool, parity_every=100, tolerance=1e-3)
     await publisher.publish(7, admit=lambda: None)
     assert (
-        await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)])
+        await publisher.publish(7, admit=lambda: None, newcomers=[replica(new, "generator 1", 1)])
         == 0.0
     )
     assert (pool_learner.groups, new.version, new.paused) == ([1, 2], 7, False)
@@ -160,14 +165,14 @@ async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_non
         async def logprobs(self, prompt_ids, response_ids):
             return BESIDE
 
-    publisher = Publisher(Disagrees(), pool, parity_every=100, tolerance=1e-3)
+    publisher = WeightPublisher(replica(Disagrees()), pool, parity_every=100, tolerance=1e-3)
     with pytest.raises(ParityError):
-        await publisher.publish(7, admit=lambda: None, newcomers=[Seat("generator 1", 1, new)])
+        await publisher.publish(7, admit=lambda: None, newcomers=[replica(new, "generator 1", 1)])
 
 
 async def test_with_every_generator_lost_the_learner_goes_on_alone():
-    learner, pool = Epochs(), Pool("generator", [Breaks(fatal=1)])
-    publisher = Publisher(learner, pool, parity_every=1, tolerance=1e-3)
+    learner, pool = Epochs(), ReplicaPool("generator", [Breaks(fatal=1)])
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
     admitted = []
     assert await publisher.publish(1, admit=lambda: admitted.append(1)) is None
     assert (learner.groups, pool.serving, admitted) == ([1], [], [1])
@@ -175,9 +180,9 @@ async def test_with_every_generator_lost_the_learner_goes_on_alone():
 
 async def test_where_stale_groups_are_dropped_an_update_cuts_those_that_are_over_age():
     generator = Breaks()
-    publisher = Publisher(
-        SimulatedLearner(),
-        Pool("generator", [generator]),
+    publisher = WeightPublisher(
+        replica(SimulatedLearner()),
+        ReplicaPool("generator", [generator]),
         parity_every=9,
         tolerance=1e-3,
         max_age=2,

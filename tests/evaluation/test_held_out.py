@@ -4,15 +4,15 @@ import asyncio
 from itertools import islice
 
 import pytest
+from async_opd.driver.timed import TimedGenerator, TimedVerifier
 from msgspec.structs import replace
 
 from async_opd.core.errors import CallFailed
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, Verdict
-from async_opd.driver.replica_pool import Pool
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import respond
-from async_opd.driver.timed import TimedGenerator, TimedVerifier
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Meter
 from async_opd.tools.audit.books import audit
 from async_opd.tools.trace.read import calls
@@ -191,11 +191,11 @@ def test_without_a_period_rows_say_nothing_of_it(tmp_path):
 async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
     lines = []
     meter = Meter([], spans=lines.extend)
-    generators = Pool(
+    generators = ReplicaPool(
         "generator",
         [TimedGenerator(SimulatedGenerator(), meter.actor("generators", "generator 0"))],
     )
-    verifier = Pool(
+    verifier = ReplicaPool(
         "verifier", [TimedVerifier(SimulatedVerifier(), meter.actor("verifier", "verifier 0"))]
     )
     found = await respond(generators, verifier, next(iter(Prompts())))

@@ -16,7 +16,7 @@ from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult
 from async_opd.driver import checkpoints
 from async_opd.driver.checkpoints import Checkpoint
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Meter
 from async_opd.tools.audit.books import audit
 from tests.simulated.roles import (

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
-from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.maths import lag
-from tests.simulated.runs import producer_over
+from tests.simulated.runs import OverPorts, stream
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 AT_ONCE = 7  # complete, at most, before anybody else runs
@@ -44,6 +43,8 @@ class Shuffled:
     async def check(self, group):
         return (Verdict(id="", correct=True),)
 
+    def kill(self) -> None: ...
+
     def complete(self) -> None:
         """One of those that are pending: now and then the newest, mostly any."""
         at = (
@@ -63,25 +64,18 @@ async def settle() -> None:
 
 @pytest.mark.parametrize("stale", ["mask", "drop"])
 async def test_the_bound_is_exact_and_the_causes_add_up(stale):
-    world, slots = Shuffled(), Slots(lag.slots(BOUND + 1, PER_STEP))
+    world = Shuffled()
     trained, lags, masked, in_flight = Counter(), Counter(), 0, 0
-    queue = TrajectoryQueue(
-        groups_per_step=PER_STEP,
-        max_lag_steps=BOUND,
-        stale=stale,
-        on_drop=lambda ticket, prompt, cause: producer.dropped(ticket, prompt, cause),
-        wait_s=60.0,
-    )
     async with asyncio.TaskGroup() as tasks:
-        producer = producer_over(
-            world,
+        admission, queue, slots = stream(
+            tasks,
+            OverPorts(generators=[world], teachers={"": [world]}, verifier=world),
+            slots=lag.slots(BOUND + 1, PER_STEP),
             needed=COMPLETIONS,
-            slots=slots,
-            queue=queue,
-            tasks=tasks,
-            drop_truncated=True,
+            queue=dict(groups_per_step=PER_STEP, max_lag_steps=BOUND, stale=stale),
+            truncated="drop",
         )
-        producer.fill()
+        admission.fill()
         taking = asyncio.ensure_future(queue.take(0))
         completed = 0
         while completed < COMPLETIONS:
@@ -98,7 +92,7 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
                 masked += int((aged > BOUND).sum())
                 slots.give_back(group.ticket)
             world.version += 1
-            producer.fill()
+            admission.fill()
             taking = asyncio.ensure_future(queue.take(world.version))
         await settle()
         in_flight = len(world.pending)

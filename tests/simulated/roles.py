@@ -17,8 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-from async_opd.core.ports import Ready
-from async_opd.core.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
+from async_opd.core.ports import ScoredGroup
+from async_opd.core.wire import (
+    GroupMeta,
+    Prompt,
+    Rollout,
+    Sampling,
+    Span,
+    StepResult,
+    Verdict,
+    WeightGroup,
+    WeightLayout,
+)
 
 PER_STEP = 16  # trajectories
 LONGEST_S = 0.25  # what a step's work takes the longest role
@@ -155,15 +165,15 @@ class SimulatedGenerator:
         spans, ids = await self._sample(PROBE_TOKENS), np.zeros(PROBE_TOKENS, np.int32)
         return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
 
-    async def join_group(self, init_info: dict) -> None: ...
+    async def join_group(self, group: WeightGroup) -> None: ...
 
-    async def update(self, version: int, update_info: dict, oldest: int) -> None:
+    async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         self._running.clear()
         self._halt.set()
         await asyncio.sleep(self.pace.sync_s)
         self.version = version
 
-    async def resume(self) -> None:
+    async def resume(self, expected: int) -> None:
         self._halt.clear()
         self._running.set()
 
@@ -226,10 +236,10 @@ class SimulatedLearner:
         self.pace, self.version = pace, 0
         self._bound = math.inf if max_lag_steps is None else max_lag_steps
 
-    async def step(self, groups: list[Ready]) -> StepResult:
+    async def step(self, groups: Sequence[ScoredGroup]) -> StepResult:
         await asyncio.sleep(self.pace.step_s)
         lags: dict[int, int] = {}
-        for span in (span for ready in groups for span in ready.meta.spans[0]):
+        for span in (span for group in groups for span in group.meta.spans[0]):
             lag = self.version - span.version
             lags[lag] = lags.get(lag, 0) + span.end - span.start
         trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
@@ -241,13 +251,13 @@ class SimulatedLearner:
         metrics["tokens_excluded"] = sum(lags.values()) - metrics["tokens"]
         return StepResult(version=self.version, metrics=metrics)
 
-    async def open_group(self, generators: int) -> list[dict]:
-        return [{}] * generators
+    async def open_group(self, generators: int) -> list[WeightGroup]:
+        return [WeightGroup("localhost", 1, 1 + i, 1 + generators, 1, 1) for i in range(generators)]
 
     async def join_group(self, generators: int) -> None: ...
 
-    async def update_info(self) -> dict:
-        return {}
+    async def weight_layout(self) -> WeightLayout:
+        return WeightLayout((), (), ())
 
     async def send_weights(self) -> None:
         await asyncio.sleep(self.pace.sync_s)
@@ -274,9 +284,9 @@ class RecordingLearner(SimulatedLearner):
         self.trained: list[str] = []
         self.saved: list[str] = []
 
-    async def step(self, groups: list[Ready]) -> StepResult:
+    async def step(self, groups: Sequence[ScoredGroup]) -> StepResult:
         result = await super().step(groups)
-        self.trained += [ready.prompt.id for ready in groups]
+        self.trained += [group.prompt.id for group in groups]
         return result
 
     async def save(self, folder: str) -> None:

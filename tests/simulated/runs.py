@@ -3,19 +3,30 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.roles import Roles
+from async_opd.core.wire import Prompt
+from async_opd.driver.admission import Admission
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.producer import Producer
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.train_loop import train
+from async_opd.driver.queue import Slots, TrajectoryQueue
+from async_opd.driver.replica import Replica
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.teacher_sampling import TeacherSampling
+from async_opd.driver.train import train
+from async_opd.roles.rollout.config import RolloutConfig
+from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.telemetry.metrics import Meter, Row, Sink
+from async_opd.telemetry.spans import ActorTime
 from tests.simulated.roles import (
     PER_STEP,
     Pace,
@@ -91,24 +102,85 @@ async def measure(
     }
 
 
+def replica(port: Any, name: str = "learner", index: int = 0) -> Replica[Any]:
+    """One over a port of a test."""
+    return Replica(name, index, port, ActorTime(time.monotonic))
+
+
 def books() -> Ledger:
     """A ledger that nobody keeps."""
     with tempfile.TemporaryDirectory() as folder:
         return Ledger(Path(folder, "ledger.jsonl"))
 
 
-def producer_over(world, generators: int = 1, **settings) -> Producer:
-    """A producer for which `world` is every role: `generators` of one pool, teacher and
-    verifier."""
-    return Producer(
-        prompts=iter(Prompts()),
-        samples=1,
-        generators=Pool("generator", [world] * generators),
-        teachers={"": Pool("teacher", [world])},
-        references=None,
-        verifier=Pool("verifier", [world]),
-        max_attempts=3,
-        count_tokens=lambda role, tokens: None,
-        ledger=books(),
-        **settings,
+@dataclass(kw_only=True)
+class OverPorts:
+    """Pools over ports of a test, nobody watched or replaced."""
+
+    generators: Sequence[Any]
+    teachers: Mapping[str, Sequence[Any]]
+    verifier: Any
+    references: Sequence[Any] = ()
+    teacher_generators: Sequence[Any] = ()
+
+    def pools(self) -> Any:
+        """What a producer needs of `Pools`."""
+        return SimpleNamespace(
+            generators=ReplicaPool("generator", self.generators),
+            teachers={name: ReplicaPool("teacher", ports) for name, ports in self.teachers.items()},
+            references=ReplicaPool("reference", self.references) if self.references else None,
+            verifier=ReplicaPool("verifier", [self.verifier]),
+            teacher_generators=ReplicaPool("teacher-generator", self.teacher_generators),
+        )
+
+
+def stream(
+    tasks: asyncio.TaskGroup,
+    ports: OverPorts,
+    *,
+    slots: int,
+    needed: int,
+    queue: Mapping[str, Any],
+    source: Iterable[Prompt] | None = None,
+    truncated: str = "train",
+    attempts: int = 3,
+    sampling: TeacherSamplingConfig | None = None,
+) -> tuple[Admission, TrajectoryQueue, Slots]:
+    """Admission, queue and slots of a run, as the main loop has them, over `ports`; `queue` are
+    settings of the queue's own. The learner's version stays 0."""
+    limit, pools, ledger = Slots(slots), ports.pools(), books()
+    ready = TrajectoryQueue(
+        **queue,
+        on_drop=lambda ticket, prompt, cause: admission.dropped(ticket, prompt, cause),
+        slots=limit,
+        wait_s=60.0,
+        teacher=sampling,
     )
+    student = Producer(
+        pools,
+        ready,
+        tasks,
+        rollout=RolloutConfig(max_new_tokens=1, truncated=truncated),
+        max_unscored=slots,
+        ledger=ledger,
+        count_tokens=lambda role, tokens: None,
+    )
+    teacher = sampling and TeacherSampling(
+        sampling,
+        pools,
+        ready,
+        tasks,
+        version=lambda: 0,
+        keeps_truncated=truncated == "train",
+        ledger=ledger,
+    )
+    admission = Admission(
+        iter(source or Prompts()),
+        needed,
+        slots=limit,
+        ledger=ledger,
+        max_attempts=attempts,
+        student=student,
+        teacher=teacher,
+    )
+    return admission, ready, limit

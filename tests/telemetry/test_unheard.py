@@ -16,8 +16,8 @@ from async_opd.core.errors import ActorLost, CallFailed, LedgerError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Group, Prompt, Rollout, Span
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.replica_pool import Pool
-from async_opd.driver.train_loop import train
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.train import train
 from async_opd.driver.weight_publisher import Publisher
 from async_opd.runtime.actor_specs import make_verifier
 from async_opd.telemetry.metrics import Meter
@@ -47,7 +47,7 @@ async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
         def kill(self): ...
 
     teacher = Teacher()
-    pool = Pool("teacher", [TeacherProxy(teacher, DEMO, [1])])
+    pool = ReplicaPool("teacher", [TeacherProxy(teacher, DEMO, [1])])
     asking = []
     for group in ("a", "b", "c"):  # in a remote call each
         asking.append(asyncio.ensure_future(pool.ask(lambda port, group=group: port.score(group))))
@@ -83,7 +83,7 @@ async def test_of_a_probe_that_fails_beside_another(unheard):
         async def probe(self):
             raise CallFailed("no probe")
 
-    pool = Pool("generator", [Broken(), Broken()])
+    pool = ReplicaPool("generator", [Broken(), Broken()])
     with pytest.raises(CallFailed, match="no probe"):
         await Publisher(SimulatedLearner(), pool, parity_every=1, tolerance=1e-3).publish(
             1, admit=lambda: None

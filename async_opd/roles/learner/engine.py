@@ -90,7 +90,8 @@ class LearnerRank:
         # one visible device an actor
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)
         # or it compiles, for half a minute, an all-reduce for inference alone
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store or join_store(host, int(port), settings.timeout_s),

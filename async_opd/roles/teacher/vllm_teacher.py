@@ -80,7 +80,8 @@ class VllmTeacher:
             ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
             padding = ids[:, 1:] >= self._settings.vocabulary
             likeliest = 1 + np.argsort(padding, axis=1, kind="stable")[:, :k]
-            topk_ids, topk_logp = (np.take_along_axis(x, likeliest, axis=1) for x in (ids, logp))
+            topk_ids = np.take_along_axis(ids, likeliest, axis=1)
+            topk_logp = np.take_along_axis(logp, likeliest, axis=1)
         else:
             topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
         candidates = topk_logp if candidate_logp is None else candidate_logp
