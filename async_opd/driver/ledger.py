@@ -93,7 +93,7 @@ class Ledger:
         then where from with `resumed`. Raises LedgerError for one that cannot be read."""
         self._path = path
         self._n = 0
-        # ids without an end, in the order they were first handed out
+        # The ids without an end, in the order they were first handed out
         self.outstanding: dict[str, None] = {}
         self._due: set[str] = set()  # of them: to be handed out again after a resume
         self._lines = bytearray()
@@ -191,7 +191,7 @@ class Ledger:
 
     def _write(self, lines: bytearray) -> None:
         with _naming(self._path):
-            # the batch that failed may have left a torn line: nothing may follow it
+            # The batch that failed may have left a torn line: nothing may follow it.
             if self._broken:
                 raise self._broken
             try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from async_opd.core.errors import CheckpointError
 from async_opd.driver.checkpoints import Checkpoints, RunState
 
-# audited just before they happen
+# Audited just before they happen.
 CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"}
 
 
@@ -49,7 +49,7 @@ WHAT = dict(
 
 
 def kill(template: str, out: str, what: str) -> None:
-    # takes most of the time, and a kill, unlike a power cut, loses nothing written
+    # It takes most of the time, and a kill, unlike a power cut, loses nothing written.
     os.fsync = lambda descriptor: None
     for last in count(1):
         run = Path(out, str(last))

@@ -97,7 +97,7 @@ def test_the_last_few_and_the_best_are_kept_and_the_link_follows(tmp_path):
         save(tmp_path, step, keep=2, score=score)
         assert (tmp_path / "checkpoint" / "weights").read_text() == f"model/weights of {step} new"
         kept.append([int(name) for name in committed(tmp_path)])
-    # of two equals the later is the better
+    # Of two equals the later is the better.
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [6, 7]]
 
 

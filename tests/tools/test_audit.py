@@ -374,7 +374,7 @@ def test_a_checkpoint_that_disagrees_about_what_is_outstanding_is_named(attested
     assert audit(attested).discrepancies == [
         "f: not outstanding, but the checkpoint of step 3 says so"
     ]
-    # not complete: the one before it counts
+    # It is not complete: the one before it counts.
     (attested / "checkpoints" / "000003" / "manifest.json").unlink()
     assert audit(attested).discrepancies == []
     checkpoint(attested, 1, ["c"])
@@ -548,7 +548,7 @@ async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
     except Killed:
         synced = path.stat().st_size
         ledger.close()
-        # as much of the next batch as came through
+        # As much of the next batch as came through.
         os.truncate(path, random.randint(synced, path.stat().st_size))
         raise
     ledger.close()
@@ -580,7 +580,7 @@ def test_the_books_of_any_run_balance_and_do_not_without_any_one_line(tmp_path, 
     kills = lives(run_dir, seed)
     books = audit(run_dir)
     assert (books.discrepancies, books.finished, books.steps, books.trained) == ([], True, 6, 12)
-    # a kill before anything was synced may leave nothing to resume
+    # A kill before anything was synced may leave nothing to resume.
     assert len(books.resumed_at) <= kills
     assert books.handed_out == 12 + sum(books.dropped.values())
     ledger = run_dir / "ledger.jsonl"

@@ -148,7 +148,7 @@ def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
 def test_what_no_file_says_is_left_out_of_the_card(run, tmp_path):
     assert main(["export", str(run), "-o", str(tmp_path / "early"), "--checkpoint", "2"]) == 0
     _, _, cells = card(tmp_path / "early")
-    # up to its step
+    # Up to its step.
     assert cells["trained tokens"] == "217" and cells["largest lag seen"] == "1 steps"
     assert cells["before"] == "30.0%" and "after" not in cells  # which is of step 4
     for name in ("summary.json", "metrics.jsonl", "environment.json"):  # killed, or copied in part

@@ -17,10 +17,9 @@ class Replay:
         self._per_step = per_step
         self._discrepancies = discrepancies
         self.attempts: dict[str, int] = {}  # of each outstanding prompt
-        # of them: to be handed out again since a resume, in this order
-        self._due: dict[str, None] = {}
+        self._due: dict[str, None] = {}  # of them: to be handed out again since a resume, in order
         self.handed_out = array("q")  # hashes of ids
-        # an id not outstanding, hand-outs before, what was said of it
+        # Each: an id that is not outstanding, hand-outs before, what the ledger says of it.
         self._strays: list[tuple[str, int, str]] = []
         self.step = self.trained = 0
         self.finished = False
@@ -129,7 +128,7 @@ class Replay:
         if before is None:
             self._stray(record.id, f"re-issued ({record.cause})")
             return
-        # what the teacher did not answer is the student's first attempt
+        # What the teacher did not answer is the student's first attempt.
         if record.attempt not in (before, before + 1):
             self._discrepancies.append(
                 f"{record.id}: attempt {record.attempt} follows attempt {before}"

@@ -39,7 +39,7 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)  # "learner.lr": "0.001"
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    # float64 [steps] by key, NaN where there is none
+    # By key, float64 [steps], NaN where there is none.
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps

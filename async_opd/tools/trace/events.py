@@ -20,7 +20,7 @@ DRIVER = "driver"
 LEARNER = "learner"
 QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
-# what a call is of; else a group
+# What a call is of, where that is no group.
 OF = {"update": "version", "checkpoint": "version", "step": "groups"}
 COUNTERS = {
     "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
@@ -96,10 +96,10 @@ class _Threads:
         self._origin = origin
         self.events: list[Event] = []
         self._processes: dict[str, int] = {role: number for number, role in enumerate(FIRST, 1)}
-        # of each actor: 0 its states, then its calls
+        # By actor and row: 0 has its states, the others its calls.
         self._threads: dict[tuple[str, int], int] = {}
         self._numbers = count(1001)  # of threads: never that of a process
-        # rows of calls: until when, which
+        # By actor: until when which row of calls is taken.
         self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._free: dict[str, list[int]] = defaultdict(list)
         self._drawn: dict[Call, int] = {}  # the thread of each call
