@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import METRICS, SPANS
 from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict, WeightGroup, WeightLayout
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, observed
-from async_opd.telemetry.spans import FILE, Window, encode
+from async_opd.telemetry.spans import Window, encode
 from tests.simulated.roles import AT_ONCE, LOGP, PROBE_TOKENS, Prompts, SimulatedLearner
 
 GENERATORS, LOOKS = (1, 8, 64, 512), (1_000, 10_000, 100_000)
@@ -130,11 +131,9 @@ async def measure(
     )
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run_dir = Path(name)
-        write = Jsonl(run_dir / FILE, encode)
+        write = Jsonl(run_dir / SPANS, encode)
         with observed({"spans": lambda: Window(run_dir, trace_steps, write)}) as (spans,):
-            meter = Meter(
-                [Jsonl(folder / "metrics.jsonl"), look], spans=spans if trace_steps else None
-            )
+            meter = Meter([Jsonl(folder / METRICS), look], spans=spans if trace_steps else None)
             summary = await train(config, roles, Prompts(), [], run_dir, meter)
             meter.flush()
     assert summary["scored_dropped"] == 0 and summary["max_lag_seen"] <= config.run.max_lag_steps

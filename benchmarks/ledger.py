@@ -18,23 +18,26 @@ import msgspec
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
+from async_opd.core.run_dir import CONFIG, LEDGER
 from async_opd.driver.ledger import Ledger
 from async_opd.launch.new_run import environment
 from async_opd.tools.audit.books import audit
 
 
 async def write(path: Path, steps: int, per_step: int) -> tuple[float, float]:
-    """Seconds on the loop and in `sync`, in all."""
-    ledger, loop_s, sync_s = Ledger(path), 0.0, 0.0
+    """Write a run's records; returns the seconds on the loop and in `sync`, in all."""
+    ledger = Ledger(path)
+    loop_s = sync_s = 0.0
     for step in range(1, steps + 1):
-        ids = [f"{step * per_step + at}@0" for at in range(per_step)]
+        ids = [f"{step * per_step + group}@0" for group in range(per_step)]
         began = time.perf_counter()
         for id in ids:
             ledger.handed_out(id)
         ledger.trained(step, ids)
         added = time.perf_counter()
         await ledger.sync()
-        loop_s, sync_s = loop_s + added - began, sync_s + time.perf_counter() - added
+        loop_s += added - began
+        sync_s += time.perf_counter() - added
     ledger.finished()
     ledger.close()
     return loop_s, sync_s
@@ -50,12 +53,10 @@ def main() -> None:
     args = parser.parse_args()
     steps = args.groups // args.per_step
     with tempfile.TemporaryDirectory() as folder:
-        run, settings = (
-            Path(folder),
-            (f"learner.trajectories_per_step={args.per_step}", f"run.steps={steps}"),
-        )
-        (run / "config.json").write_bytes(msgspec.json.encode(load(DEMO, settings)))
-        loop_s, sync_s = asyncio.run(write(run / "ledger.jsonl", steps, args.per_step))
+        run = Path(folder)
+        settings = (f"learner.trajectories_per_step={args.per_step}", f"run.steps={steps}")
+        (run / CONFIG).write_bytes(msgspec.json.encode(load(DEMO, settings)))
+        loop_s, sync_s = asyncio.run(write(run / LEDGER, steps, args.per_step))
         began = time.perf_counter()
         books = audit(run)
         audit_s = time.perf_counter() - began

@@ -28,6 +28,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from async_opd.tools.export.export import export
 
-    source, output = export(args.run_dir, args.output, args.checkpoint)
-    print(f"{output}: the student after step {source.state.version}, from {source.folder}")
+    checkpoint, output = export(args.run_dir, args.output, args.checkpoint)
+    print(f"{output}: the student after step {checkpoint.state.version}, from {checkpoint.folder}")
     return 0

@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.tools.trace.events import trace
     from async_opd.tools.trace.read import recorded
 
-    recording = recorded(args.run_dir)
+    spans = recorded(args.run_dir)
     output = args.output or args.run_dir / "trace.json"
-    written = trace(recording, str(args.run_dir))
+    written = trace(spans, str(args.run_dir))
     write(output, msgspec.json.encode(written).decode())
-    for damaged in recording.damaged:
+    for damaged in spans.damaged:
         print(damaged, file=sys.stderr)
     about = written["otherData"]
     print(

@@ -15,6 +15,7 @@ from async_opd.config.rules import rules
 from async_opd.config.schema import AnyObjective, Config
 from async_opd.config.validate import refuse_mistakes
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.run_dir import CONFIG
 from async_opd.core.suggest import beside
 from async_opd.objectives import Objective
 
@@ -50,11 +51,11 @@ def read_run(run_dir: Path, kind: type = Config) -> Any:
     """Read the config of the run in `run_dir` as it was, whatever has become of the files it names.
     Raises RunMissing."""
     try:
-        return msgspec.json.decode((run_dir / "config.json").read_bytes(), type=kind)
+        return msgspec.json.decode((run_dir / CONFIG).read_bytes(), type=kind)
     except OSError as e:
-        raise RunMissing(f"{run_dir}: no config.json in it: {e.strerror}") from e
+        raise RunMissing(f"{run_dir}: no {CONFIG} in it: {e.strerror}") from e
     except msgspec.DecodeError as e:
-        raise RunMissing(f"{run_dir}: its config.json is damaged: {e}") from e
+        raise RunMissing(f"{run_dir}: its {CONFIG} is damaged: {e}") from e
 
 
 def _without_none(tree: Any) -> Any:

@@ -1,25 +1,90 @@
-"""What of a run directory somebody may name instead of it."""
+"""What a run directory holds, by name; how its lines are read; what may be named instead of it."""
 
+import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"  # its folder of them
-STEP = r"\d{6,}|\.\d{6,}\.(old|partial)"  # names there
+import msgspec
+
+CONFIG = "config.json"  # the config as it was asked for
+ENVIRONMENT = "environment.json"  # commit and versions
+METRICS = "metrics.jsonl"  # a row a step
+SAMPLES = "samples.jsonl"  # recorded trajectories
+EVENTS = "events.jsonl"  # who was lost, who came, what was saved
+LEDGER = "ledger.jsonl"  # what became of every prompt
+SPANS = "spans.jsonl"  # who did what when, in the last steps
+EARLIER_SPANS = "spans.earlier.jsonl"  # and in those before them
+SUMMARY = "summary.json"  # totals; absent until the run ends
+CHECKPOINTS = "checkpoints"  # folders of MODEL, LEARNER, STATE, MANIFEST, named by their steps
+CHECKPOINT = "checkpoint"  # a link to the newest one's model
+MODEL = "model"
+LEARNER = "learner"  # what each rank goes on from
+STATE = "run.json"  # what the driver goes on from
+MANIFEST = "manifest.json"  # size and sha256 of every other file
+SELF_TEACHER = "self-teacher"  # the weights that self-teachers take over
+TOY_DATA = "data"  # the demo's problems
+SCALE_REQUEST = "scale-{}.json"  # pool sizes that somebody asks for; {}: an id
+SCALE_ANSWER = ".answer"  # instead of the .json of a request
+
+STEP = r"\d{6,}|\.\d{6,}\.partial"  # a folder in CHECKPOINTS
+
+T = TypeVar("T")
+
+
+def _refuse(number: int, error: ValueError) -> None:
+    raise error
+
+
+def read_lines(
+    path: Path,
+    decode: Callable[[bytes], T],
+    damaged: Callable[[int, ValueError], None] = _refuse,
+    torn: Callable[[int], None] = lambda number: None,
+) -> Iterator[tuple[int, T]]:
+    """Read a file of a record a line, which may be written meanwhile: the offset behind each line,
+    and its record.
+
+    `damaged` takes the number of a line that `decode` refuses, and why; by default that is raised.
+    `torn` takes that of a last line without its end, which a kill left or a writer is about to
+    complete: it counts as not there.
+    """
+    end = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                torn(number)
+                return
+            end += len(line)
+            try:
+                record = decode(line)
+            except ValueError as e:  # msgspec's own among them
+                damaged(number, e)
+            else:
+                yield end, record
+
+
+def decode_row(line: bytes) -> dict[str, Any]:
+    """Decode an object whose numbers may be NaN, as a metric's may. Raises ValueError."""
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(line), dict[str, Any])
 
 
 def run_of(path: Path) -> Path:
-    """The run directory that `path`, which is one or one of its checkpoints, belongs to."""
+    """Find the run directory that `path`, which is one or one of its checkpoints, belongs to."""
     checkpoint = checkpoint_at(path)
     return checkpoint.parent.parent if checkpoint else path
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The checkpoint that `path` names: as RUN/checkpoints/000100, from a working directory inside
-    of that, by a link, or by the model in it. None for anything else, such as a run directory that
-    lies in a folder `checkpoints`."""
+    """Find the checkpoint that `path` names: as RUN/checkpoints/000100, from a working directory
+    inside of that, by a link, or by the model in it. None for anything else, such as a run
+    directory that lies in a folder `checkpoints`."""
     for named in (path, path.resolve()):
-        folder = named.parent if named.name == "model" else named
+        folder = named.parent if named.name == MODEL else named
         inside = folder.parent.name == CHECKPOINTS
         of_a_run = re.fullmatch(STEP, folder.name) or (folder.parent.parent / CONFIG).exists()
         if inside and of_a_run and not (folder / CONFIG).exists():

@@ -6,10 +6,9 @@ write, whatever else the driver puts beside them, run.json and, last, manifest.j
 sha256 of every file. RUN/checkpoint is a link to the newest one's model/. Driver and learner ranks
 must see the same files: a shared file system is assumed.
 
-While it is written, and again while it is removed, a checkpoint is called .000100.partial. One that
-is saved a second time is called .000100.old for the moment between the two renames, and it is the
-one that counts then. So whatever instruction is the last before a kill or a power cut, `find` sees
-the state before or the state after, and the link leads to a whole model.
+While it is written, and again while it is removed, a checkpoint is called .000100.partial. So
+whatever instruction is the last before a kill or a power cut, `find` sees the state before or the
+state after, and the link leads to a whole model.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +24,9 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from async_opd.core import files
 from async_opd.core.errors import CheckpointError
-from async_opd.core.run_dir import CHECKPOINTS, checkpoint_at
-
-LINK = "checkpoint"
-STATE, MANIFEST = "run.json", "manifest.json"
+from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
 
 
 class RunState(Struct, frozen=True, kw_only=True):
@@ -50,9 +47,18 @@ class Checkpoint(NamedTuple):
 
 
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of the manifest."""
+
     name: str
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "_File":
+        """Describe the file of that name in `folder`."""
+        with (folder / name).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(name, os.fstat(file.fileno()).st_size, sha256)
 
 
 class Checkpoints:
@@ -61,16 +67,17 @@ class Checkpoints:
     def __init__(self, run_dir: Path, keep: int):
         """`keep` of the last are kept, and the best."""
         self._root = run_dir / CHECKPOINTS
-        self._link = run_dir / LINK
+        self._link = run_dir / CHECKPOINT
         self._keep = keep
 
     def begin(self, step: int) -> Path:
-        """A fresh folder to write the checkpoint of `step` into. Raises CheckpointError."""
-        with _named(step):
+        """Make a fresh folder to write the checkpoint of `step` into. Raises CheckpointError, also
+        for a step that is there already: to replace it would be to lose it for a moment."""
+        with _naming(step):
             self.recover()
-            partial = self._partial(step)
-            partial.mkdir(parents=True)
-        return partial
+            if self._folder(step).exists():
+                raise CheckpointError(f"checkpoint of step {step}: it is saved already")
+            return files.begin_folder(self._folder(step))
 
     def commit(self, step: int, state: RunState) -> None:
         """Make what was written since `begin` the newest checkpoint, on the disk when this returns.
@@ -78,17 +85,13 @@ class Checkpoints:
         Raises CheckpointError where something cannot be written: what was there before is there
         still.
         """
-        partial = self._partial(step)
+        partial = files.partial(self._folder(step))
         try:
-            with _named(step):
-                _write(partial / STATE, msgspec.json.format(msgspec.json.encode(state)))
-                _write(partial / MANIFEST, msgspec.json.encode(_described(partial)))
-                for folder, _, _ in os.walk(partial):
-                    _sync(Path(folder))
-                if self._final(step).exists():
-                    self._point(partial)
-                    _rename(self._final(step), self._old(step))
-                self._finish(step)
+            with _naming(step):
+                files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(state)))
+                files.write(partial / MANIFEST, msgspec.json.encode(_manifest(partial)))
+                files.commit_folder(self._folder(step))
+                self._point(step)
                 self._prune()
         except CheckpointError:
             with suppress(OSError):  # `begin` tries again
@@ -97,81 +100,55 @@ class Checkpoints:
 
     def recover(self) -> None:
         """Clear away what a crash, or a save that failed, left behind."""
-        for old in self._root.glob(".*.old"):
-            step = int(old.name.split(".")[1])
-            if not self._final(step).exists():  # so the partial beside it is whole
-                self._finish(step)
-        if steps := _committed(self._root):
-            self._point(steps[max(steps)])
-        for left in [*self._root.glob(".*.old"), *self._root.glob(".*.partial")]:
+        if steps := committed(self._root):
+            self._point(max(steps))
+        for left in self._root.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
     def rewind(self, step: int) -> None:
-        """Training goes on from the checkpoint of `step`: what was saved later is void, and is
-        removed.
+        """Go on from the checkpoint of `step`: what was saved later is void, and is removed.
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
-        with _named(step):
+        with _naming(step):
             self.recover()
-            self._point(self._final(step))
-            for later in sorted(
-                (found for found in _committed(self._root) if found > step), reverse=True
-            ):
-                self._remove(later)
-
-    def _finish(self, step: int) -> None:
-        """The whole partial gets its name; an earlier one of the same step has already given it
-        up."""
-        if self._old(step).exists():
-            self._point(self._old(step))
-        _rename(self._partial(step), self._final(step))
-        self._point(self._final(step))
-        shutil.rmtree(self._old(step), ignore_errors=True)
+            self._point(step)
+            for later in sorted(committed(self._root), reverse=True):
+                if later > step:
+                    files.remove_folder(self._folder(later))
 
     def _prune(self) -> None:
-        steps, best = sorted(_committed(self._root)), _best(self._root)
+        steps, best = sorted(committed(self._root)), _best(self._root)
         for step in steps[: -self._keep]:
             if step != best:
-                self._remove(step)
+                files.remove_folder(self._folder(step))
 
-    def _remove(self, step: int) -> None:
-        _rename(self._final(step), self._partial(step))
-        shutil.rmtree(self._partial(step), ignore_errors=True)  # `recover` tries again
-
-    def _point(self, folder: Path) -> None:
-        target = Path(CHECKPOINTS, folder.name, "model")
+    def _point(self, step: int) -> None:
+        target = Path(CHECKPOINTS, self._folder(step).name, MODEL)
         if self._link.is_symlink() and self._link.readlink() == target:
             return
-        beside = self._link.with_name(f".{LINK}.partial")
+        beside = files.partial(self._link)
         beside.unlink(missing_ok=True)
         beside.symlink_to(target)
-        _rename(beside, self._link)
+        files.rename(beside, self._link)
 
-    def _final(self, step: int) -> Path:
+    def _folder(self, step: int) -> Path:
         return self._root / f"{step:06d}"
 
-    def _partial(self, step: int) -> Path:
-        return self._root / f".{step:06d}.partial"
 
-    def _old(self, step: int) -> Path:
-        return self._root / f".{step:06d}.old"
-
-
-def find(path: str | Path) -> Checkpoint:
-    """The newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes
+def find(path: Path) -> Checkpoint:
+    """Find the newest checkpoint of the run directory `path`, or the one checkpoint `path`. Changes
     nothing.
 
     Raises CheckpointError naming the checkpoint, the file and what is wrong with it, and the last
     intact one before.
     """
-    path = Path(path)
     folder = checkpoint_at(path) or (path if (path / MANIFEST).exists() else None)
     if folder is None:
-        committed = _committed(path / CHECKPOINTS)
-        if not committed:
+        folders = committed(path / CHECKPOINTS)
+        if not folders:
             raise CheckpointError(f"{path}: no complete checkpoint in {path / CHECKPOINTS}")
-        folder = committed[max(committed)]
+        folder = folders[max(folders)]
     try:
         return _verified(folder)
     except CheckpointError as e:
@@ -179,46 +156,42 @@ def find(path: str | Path) -> Checkpoint:
 
 
 def choose(run_dir: Path, which: str) -> Checkpoint:
-    """The checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as `find`
-    does."""
-    committed, best = _committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
+    """Find the checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as
+    `find` does."""
+    folders, best = committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
     step = best if which == "best" else int(which) if which.isdecimal() else None
-    if step not in committed:
+    if step not in folders:
         there = ", ".join(
-            f"{step} (best)" if step == best else f"{step}" for step in sorted(committed)
+            f"{step} (best)" if step == best else f"{step}" for step in sorted(folders)
         )
-        where = f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}"
-        raise CheckpointError(f"{where}; there are: {there or 'none'}")
-    return find(committed[step])
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint {which!r} in {run_dir / CHECKPOINTS}; there are:"
+            f" {there or 'none'}"
+        )
+    return find(folders[step])
 
 
-def _committed(root: Path) -> dict[int, Path]:
-    """Folders that count, by step."""
-    found: dict[int, Path] = {}
-    for folder in root.iterdir() if root.is_dir() else ():
-        if match := re.fullmatch(r"\.(\d{6,})\.old|(\d{6,})", folder.name):
-            old, final = match.groups()
-            if final or not (root / old).exists():
-                found[int(final or old)] = folder
-    return found
+def committed(root: Path) -> dict[int, Path]:
+    """List the folders that count, by step."""
+    folders = root.iterdir() if root.is_dir() else ()
+    return {int(folder.name): folder for folder in folders if re.fullmatch(r"\d{6,}", folder.name)}
 
 
 def _verified(folder: Path) -> Checkpoint:
     def refused(file: str, what: str) -> CheckpointError:
         return CheckpointError(f"checkpoint {folder}: {file} {what}")
 
-    if folder.suffix == ".partial":
+    if folder.suffix in (".partial", ".old"):  # earlier versions replaced by way of .000100.old
         raise CheckpointError(f"checkpoint {folder}: its writing was never finished")
     name = MANIFEST
     try:
         for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
             name = expected.name
-            with (folder / name).open("rb") as handle:
-                size = os.fstat(handle.fileno()).st_size
-                if size != expected.size:
-                    raise refused(name, f"has {size} bytes instead of {expected.size}")
-                if hashlib.file_digest(handle, "sha256").hexdigest() != expected.sha256:
-                    raise refused(name, "is damaged: its sha256 is not that of the manifest")
+            file = _File.of(folder, name)
+            if file.size != expected.size:
+                raise refused(name, f"has {file.size} bytes instead of {expected.size}")
+            if file.sha256 != expected.sha256:
+                raise refused(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
         return Checkpoint(folder, msgspec.json.decode((folder / STATE).read_bytes(), type=RunState))
     except FileNotFoundError:
@@ -230,38 +203,29 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _offer(refused: Path) -> str:
-    """What to type instead of the refused one."""
-    step = re.search(r"\d{6,}", refused.name)
-    committed = _committed(refused.parent) if step else {}
-    for earlier in sorted((found for found in committed if found < int(step[0])), reverse=True):
-        with suppress(CheckpointError):
-            intact = _verified(committed[earlier])
-            return (
-                "the last intact one before it: async-opd train --resume"
-                f" {shlex.quote(str(intact.folder))}"
-            )
+    """Say what to type instead of the refused one."""
+    named = re.search(r"\d{6,}", refused.name)
+    folders = committed(refused.parent) if named else {}
+    for step, folder in sorted(folders.items(), reverse=True):
+        if named and step < int(named[0]):
+            with suppress(CheckpointError):
+                return (
+                    "the last intact one before it: async-opd train --resume"
+                    f" {shlex.quote(str(_verified(folder).folder))}"
+                )
     return "no intact one lies before it"
 
 
-def _described(folder: Path) -> list[_File]:
-    """Every file of `folder`, synced to the disk."""
-    found = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as handle, _about(path):
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-            os.fsync(handle.fileno())
-            found.append(
-                _File(
-                    path.relative_to(folder).as_posix(), os.fstat(handle.fileno()).st_size, sha256
-                )
-            )
-    return found
+def _manifest(folder: Path) -> list[_File]:
+    """Describe every file of `folder`."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [_File.of(folder, path.as_posix()) for path in paths]
 
 
 def _best(root: Path) -> int | None:
     scores = {
         step: score
-        for step, folder in _committed(root).items()
+        for step, folder in committed(root).items()
         if (score := _score(folder)) is not None
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
@@ -274,47 +238,9 @@ def _score(folder: Path) -> float | None:
         return None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file beside the checkpoints, whole or not at all: a full disk must not cost what is
-    there."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    beside.rename(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _about(path), path.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with _about(folder):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename(source: Path, target: Path) -> None:
-    source.rename(target)
-    _sync(target.parent)
-
-
 @contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Errors of an open file say which."""
-    try:
-        yield
-    except OSError as e:
-        e.filename = str(path)
-        raise
-
-
-@contextmanager
-def _named(step: int) -> Iterator[None]:
+def _naming(step: int) -> Generator[None]:
+    """Name the step in what the disk raises."""
     try:
         yield
     except OSError as e:

@@ -3,7 +3,7 @@ it."""
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +11,10 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from async_opd.core import files
 from async_opd.core.aio import retrieved
 from async_opd.core.errors import DataError, LedgerError
+from async_opd.core.run_dir import read_lines
 
 
 class Record(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=str.lower):
@@ -22,27 +24,27 @@ class Record(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, t
     n: int
 
 
-class Out(Record):
+class Out(Record, frozen=True):
     """Handed out: new, or again after a resume."""
 
     id: str
 
 
-class Trained(Record):
+class Trained(Record, frozen=True):
     """The groups of one step."""
 
     step: int
     ids: list[str]
 
 
-class Dropped(Record):
+class Dropped(Record, frozen=True):
     """Dropped for good."""
 
     id: str
     cause: str
 
 
-class Reissued(Record):
+class Reissued(Record, frozen=True):
     """Dropped, and handed out again as attempt `attempt`."""
 
     id: str
@@ -50,20 +52,20 @@ class Reissued(Record):
     cause: str
 
 
-class Returned(Record):
-    """Handed back by a member that was lost or left; the same attempt goes out again."""
+class Returned(Record, frozen=True):
+    """Handed back by a replica that was lost or left; the same attempt goes out again."""
 
     id: str
     cause: str
 
 
-class Checkpoint(Record):
+class Checkpoint(Record, frozen=True):
     """The driver's state at `step` was taken here."""
 
     step: int
 
 
-class Resumed(Record):
+class Resumed(Record, frozen=True):
     """The run went back to where its checkpoint of `step` was taken: every record since is void. 0:
     to its start."""
 
@@ -71,7 +73,7 @@ class Resumed(Record):
     outstanding: list[str]  # of the checkpoint, in their old order
 
 
-class Finished(Record):
+class Finished(Record, frozen=True):
     """All steps are done."""
 
 
@@ -87,30 +89,29 @@ class Ledger:
     """
 
     def __init__(self, path: Path):
-        """A file that is there already is continued, less the torn line that a kill may have left;
-        say then where from with `resumed`. Raises LedgerError for one that cannot be read."""
+        """Continue a file that is there already, less the torn line that a kill may have left; say
+        then where from with `resumed`. Raises LedgerError for one that cannot be read."""
         self._path = path
         self._n = 0
-        end = 0
-        # ids without an end, in the order they were first handed out
+        # The ids without an end, in the order they were first handed out
         self.outstanding: dict[str, None] = {}
         self._due: set[str] = set()  # of them: to be handed out again after a resume
-        self._lines, self._encode = bytearray(), msgspec.json.Encoder().encode_into
+        self._lines = bytearray()
+        self._encode = msgspec.json.Encoder().encode_into
         self._broken: OSError | None = None
         self._writer = ThreadPoolExecutor(1, "ledger")  # one thread: batches keep their order
-        with _named(path):
+        end = 0
+        with _naming(path):
             if path.exists():
                 for end, record in records(path):  # noqa: B007
                     self._n = record.n
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.ftruncate(self._file, end)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the file's name
-            os.close(folder)
+            files.sync(path.parent)  # the file's name
 
     def handed_out(self, id: str) -> None:
-        """A prompt is admitted. Raises DataError for one that is out already: two rows share its
-        id."""
+        """Note that a prompt is admitted. Raises DataError for one that is out already: two rows
+        share its id."""
         if id in self.outstanding and id not in self._due:
             raise DataError(
                 f"prompt {id}: handed out while it is outstanding: rows share an id, see data.id"
@@ -120,43 +121,44 @@ class Ledger:
         self._add(Out(self._next(), id))
 
     def trained(self, step: int, ids: list[str]) -> None:
-        """Step `step` trained these groups. A group that is not outstanding is a bug and raises
-        KeyError."""
+        """Note that step `step` trained these groups. One that is not outstanding is a bug and
+        raises KeyError."""
         for id in ids:
             del self.outstanding[id]
         self._add(Trained(self._next(), step, ids))
 
     def dropped(self, id: str, cause: str) -> None:
-        """A prompt is dropped for good; one that is not outstanding is a bug and raises
+        """Note that a prompt is dropped for good; one that is not outstanding is a bug and raises
         KeyError."""
         del self.outstanding[id]
         self._due.discard(id)
         self._add(Dropped(self._next(), id, cause))
 
     def reissued(self, id: str, attempt: int, cause: str) -> None:
-        """A prompt's group was dropped; it goes out again as attempt `attempt`."""
+        """Note that a prompt's group was dropped; it goes out again as attempt `attempt`."""
         self._add(Reissued(self._next(), id, attempt, cause))
 
     def returned(self, id: str, cause: str) -> None:
-        """The member that had a prompt was lost or has left; the same attempt goes out again."""
+        """Note that the replica that had a prompt was lost or has left; the same attempt goes out
+        again."""
         self._add(Returned(self._next(), id, cause))
 
     def checkpoint(self, step: int) -> list[str]:
-        """The driver's state is taken now; returns what of it is outstanding. Once a step: a second
-        one that is killed before its commit could not be told from the first."""
+        """Note that the driver's state is taken now; returns what of it is outstanding. Once a
+        step: a second one that is killed before its commit could not be told from the first."""
         self._add(Checkpoint(self._next(), step))
         return list(self.outstanding)
 
     def resumed(self, step: int, outstanding: Iterable[str]) -> None:
-        """The run goes on from the checkpoint of `step`, or from its start for 0, with what was
-        `outstanding` then. Later checkpoints must be gone by now, or the next resume could take one
-        that is void."""
+        """Note that the run goes on from the checkpoint of `step`, or from its start for 0, with
+        what was `outstanding` then. Later checkpoints must be gone by now, or the next resume could
+        take one that is void."""
         self.outstanding = dict.fromkeys(outstanding)
         self._due = set(self.outstanding)
         self._add(Resumed(self._next(), step, list(self.outstanding)))
 
     def finished(self) -> None:
-        """All steps are done."""
+        """Note that all steps are done."""
         self._add(Finished(self._next()))
 
     async def sync(self) -> None:
@@ -188,8 +190,8 @@ class Ledger:
         return lines
 
     def _write(self, lines: bytearray) -> None:
-        with _named(self._path):
-            # the batch that failed may have left a torn line: nothing may follow it
+        with _naming(self._path):
+            # The batch that failed may have left a torn line: nothing may follow it.
             if self._broken:
                 raise self._broken
             try:
@@ -203,25 +205,18 @@ class Ledger:
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Every record with the offset behind its line. A torn last line is left out; any other line
-    that is none raises LedgerError."""
-    decode = msgspec.json.Decoder(AnyRecord).decode
-    end = 0
-    with path.open("rb") as file:
-        for at, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            try:
-                record = decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as e:
-                raise LedgerError(f"{path}, line {at}: not a record: {e}") from e
-            yield end, record
+    """Read every record, with the offset behind its line; a torn last line is none. Raises
+    LedgerError for any other line that is none."""
+
+    def refuse(number: int, error: ValueError) -> None:
+        raise LedgerError(f"{path}, line {number}: not a record: {error}") from error
+
+    return read_lines(path, msgspec.json.Decoder(AnyRecord).decode, refuse)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Names the ledger in what the disk raises."""
+def _naming(path: Path) -> Generator[None]:
+    """Name the ledger in what the disk raises."""
     try:
         yield
     except OSError as e:

@@ -17,17 +17,17 @@ import msgspec
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import ConfigError, TimedOut
+from async_opd.core.files import write_file
+from async_opd.core.run_dir import SCALE_ANSWER, SCALE_REQUEST
 from async_opd.core.suggest import wrong
-from async_opd.driver.checkpoints import write_whole
 from async_opd.driver.pools import Pools
 
 POLL_S = 0.5
-REQUEST, ANSWER = "scale-{}.json", "scale-{}.answer"
 
 
 def parse(words: list[str]) -> dict[str, int]:
-    """Pool sizes from words such as `generators=3`. Raises ConfigError."""
-    sizes = {}
+    """Read pool sizes from words such as `generators=3`. Raises ConfigError."""
+    sizes: dict[str, int] = {}
     for word in words:
         name, _, size = word.partition("=")
         if not re.fullmatch("[1-9][0-9]{0,5}", size):
@@ -40,42 +40,42 @@ def parse(words: list[str]) -> dict[str, int]:
 
 
 def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
-    """Ask the job in `run_dir` for these sizes; returns what it says. Raises RunMissing,
+    """Ask the job in `run_dir` for these sizes; returns what it answers. Raises RunMissing,
     ConfigError for what it refuses, TimedOut when no job answers."""
     read_run(run_dir, dict)
-    id = uuid.uuid4().hex
-    request, answer = run_dir / REQUEST.format(id), run_dir / ANSWER.format(id)
-    write_whole(request, msgspec.json.encode(sizes))
+    request = run_dir / SCALE_REQUEST.format(uuid.uuid4().hex)
+    reply = request.with_suffix(SCALE_ANSWER)
+    write_file(request, msgspec.json.encode(sizes))
     deadline = time.monotonic() + timeout_s
-    while not answer.exists():
+    while not reply.exists():
         if time.monotonic() > deadline:
             request.unlink(missing_ok=True)
             raise TimedOut(f"scale: no answer in {timeout_s:g} s: no job is training in {run_dir}")
         time.sleep(POLL_S / 5)
-    refused, said = msgspec.json.decode(answer.read_bytes(), type=tuple[bool, str])
-    answer.unlink()
+    refused, answer = msgspec.json.decode(reply.read_bytes(), type=tuple[bool, str])
+    reply.unlink()
     if refused:
-        raise ConfigError(said)
-    return said
+        raise ConfigError(answer)
+    return answer
 
 
 async def serve(run_dir: Path, pools: Pools) -> None:
-    """Answers requests for ever; waits `POLL_S` between two looks."""
+    """Answer requests for ever; waits `POLL_S` between two looks."""
     while True:
-        for request in run_dir.glob(REQUEST.format("*")):
+        for request in run_dir.glob(SCALE_REQUEST.format("*")):
             with suppress(OSError):  # who asked may have gone, or may not be allowed to
                 _answer(request, pools)
         await asyncio.sleep(POLL_S)
 
 
 def _answer(request: Path, pools: Pools) -> None:
-    asked = request.read_bytes()
+    content = request.read_bytes()
     request.unlink()
     try:
-        answer = False, _resize(pools, msgspec.json.decode(asked, type=dict[str, int]))
+        answer = False, _resize(pools, msgspec.json.decode(content, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
-    write_whole(request.with_suffix(".answer"), msgspec.json.encode(answer))
+    write_file(request.with_suffix(SCALE_ANSWER), msgspec.json.encode(answer))
 
 
 def _resize(pools: Pools, sizes: dict[str, int]) -> str:
@@ -85,9 +85,7 @@ def _resize(pools: Pools, sizes: dict[str, int]) -> str:
             raise ConfigError(wrong("scale", name, scalable))
         if not 1 <= size < 10**6:
             raise ConfigError(f"scale: {name}={size}: must be at least 1")
-    said = []
+    changes = ", ".join(f"{name}: {scalable[name].size} -> {size}" for name, size in sizes.items())
     for name, size in sizes.items():
-        pool = scalable[name]
-        said.append(f"{name}: {pool.size} -> {size}")
-        pool.resize(size)
-    return ", ".join(said)
+        scalable[name].resize(size)
+    return changes

@@ -2,15 +2,25 @@
 that is trained."""
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from async_opd.core.events import Tell
+from async_opd.core.files import write_file
 from async_opd.core.ports import Learner, ScoredGroup
+from async_opd.core.run_dir import (
+    LEARNER,
+    LEDGER,
+    METRICS,
+    MODEL,
+    SAMPLES,
+    SUMMARY,
+    decode_row,
+    read_lines,
+)
 from async_opd.core.wire import Prompt
-from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState, write_whole
+from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica import Replica
 from async_opd.driver.self_teachers import SelfTeachers
@@ -41,10 +51,8 @@ class Progress:
     ):
         """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is
         saved."""
-        self.ledger, self._checkpoints = (
-            Ledger(run_dir / "ledger.jsonl"),
-            Checkpoints(run_dir, keep),
-        )
+        self.ledger = Ledger(run_dir / LEDGER)
+        self._checkpoints = Checkpoints(run_dir, keep)
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
@@ -53,13 +61,13 @@ class Progress:
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
-    async def restore(self, found: Checkpoint, needed: int) -> Iterator[Prompt]:
+    async def restore(self, checkpoint: Checkpoint, needed: int) -> Iterator[Prompt]:
         """Bring learner and self-teachers to where they were; returns the prompts from there on:
         first those that were outstanding, at most the `needed` ones (there may be fewer steps than
         there were to be)."""
-        state = found.state
-        await self._learner.call(Learner.load_state, str(found.folder / "learner"))
-        await self._self_teachers.restore(found.folder)
+        folder, state = checkpoint
+        await self._learner.call(Learner.load_state, str(folder / LEARNER))
+        await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
         # It can be gone on with: what came later is void.
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
@@ -72,15 +80,15 @@ class Progress:
         return prompts
 
     def trained(self, step: int, batch: Sequence[ScoredGroup]) -> None:
-        """Step `step` trained `batch`."""
+        """Note that step `step` trained `batch`."""
         self.ledger.trained(step, [group.prompt.id for group in batch])
         verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
         self._right += verdicts.count(True)
         self._known += len(verdicts) - verdicts.count(None)
 
     async def save(self, version: int, counters: dict[str, Any]) -> None:
-        """A checkpoint of `version`, unless there is one. The best is the one with the largest
-        share of right rollouts since the one before. Generation goes on meanwhile. Raises
+        """Save a checkpoint of `version`, unless there is one. The best is the one with the
+        largest share of right rollouts since the one before. Generation goes on meanwhile. Raises
         CheckpointError or LedgerError."""
         if version == self._saved:
             return
@@ -94,8 +102,8 @@ class Progress:
         self._right, self._known = 0, 0
         folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
         await self.ledger.sync()
-        await self._learner.call(Learner.save, str(folder / "model"), of=version)
-        await self._learner.call(Learner.save_state, str(folder / "learner"), of=version)
+        await self._learner.call(Learner.save, str(folder / MODEL), of=version)
+        await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
@@ -103,15 +111,10 @@ class Progress:
 
 
 def _rewind(run_dir: Path, version: int) -> None:
-    """Cut off the rows of steps that are void, and what was said of a run that had ended: training
+    """Cut off the rows of steps that are void, and the summary of a run that had ended: training
     goes on behind `version`. Not before the books say so: they would miss the rows."""
-    for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+    for path in (run_dir / METRICS, run_dir / SAMPLES):
         if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [
-                line
-                for line in lines
-                if line.endswith(b"\n") and json.loads(line)["step"] <= version
-            ]
-            write_whole(path, b"".join(kept))
-    (run_dir / "summary.json").unlink(missing_ok=True)
+            rows = read_lines(path, lambda line: (decode_row(line)["step"], line))
+            write_file(path, b"".join(line for _, (step, line) in rows if step <= version))
+    (run_dir / SUMMARY).unlink(missing_ok=True)

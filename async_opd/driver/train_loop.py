@@ -13,6 +13,7 @@ from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFai
 from async_opd.core.events import Tell
 from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt, StepResult
 from async_opd.driver.admission import Admission
 from async_opd.driver.checkpoints import Checkpoint
@@ -79,7 +80,7 @@ class TrainLoop:
         )
         self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
         self._self_teachers = SelfTeachers(
-            self._learner, _by_interval(config, self.pools), run_dir.resolve() / "self-teacher"
+            self._learner, _by_interval(config, self.pools), run_dir.resolve() / SELF_TEACHER
         )
         self.progress = Progress(
             run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, tell

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
+from async_opd.core.run_dir import LEDGER
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
 
@@ -30,7 +31,7 @@ def new_dir(path: Path) -> Iterator[Path]:
     try:
         yield path
     except AsyncOpdError as e:
-        if e.exit_status == 2 and not (path / "ledger.jsonl").exists():
+        if e.exit_status == 2 and not (path / LEDGER).exists():
             shutil.rmtree(path)
             for folder in parents:
                 with suppress(OSError):  # of what others have put there since

@@ -15,10 +15,20 @@ import msgspec
 from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.core.events import Tell
+from async_opd.core.files import write_file
 from async_opd.core.printing import say
 from async_opd.core.process_wide import no_garbage_collection
+from async_opd.core.run_dir import (
+    CONFIG,
+    ENVIRONMENT,
+    EVENTS,
+    METRICS,
+    SAMPLES,
+    SPANS,
+    SUMMARY,
+)
 from async_opd.driver import checkpoints
-from async_opd.driver.checkpoints import Checkpoint, write_whole
+from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.train_loop import train
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
@@ -30,7 +40,7 @@ from async_opd.telemetry.console import console
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, observed
 from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
-from async_opd.telemetry.spans import FILE, Window, encode
+from async_opd.telemetry.spans import Window, encode
 
 if TYPE_CHECKING:
     from async_opd.launch.inputs import Inputs
@@ -63,11 +73,11 @@ async def _run(
 
     inputs = read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    write_whole(run_dir / "config.json", msgspec.json.format(msgspec.json.encode(asked)))
-    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2))
+    write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
+    write_file(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
-    samples = {"samples": lambda: sample_file(run_dir / "samples.jsonl", pieces)}
+    samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
     with (
         observed(_sinks(config, run_dir)) as sinks,
         observed(_records(config, run_dir) | samples) as (log, spans, shown, record),
@@ -107,7 +117,7 @@ async def _run(
         "version": config.run.steps,
         "restarts": restarts,
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
 
 
@@ -160,9 +170,9 @@ def _roster(config: Config) -> str:
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """Name what makes the observers of events and of spans, and the console, which has the rows of
     steps besides."""
-    write = Jsonl(run_dir / FILE, encode)
+    write = Jsonl(run_dir / SPANS, encode)
     return {
-        "events": lambda: Jsonl(run_dir / "events.jsonl"),
+        "events": lambda: Jsonl(run_dir / EVENTS),
         "spans": lambda: Window(run_dir, config.run.trace_steps, write),
         "console": lambda: console(config.run.steps),
     }
@@ -177,4 +187,4 @@ def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
         "prometheus": partial(Prometheus, gauge=gauge),  # pyright: ignore[reportArgumentType]
     }
     asked = {name: partial(kinds[name], config, run_dir) for name in config.run.sinks}
-    return {"jsonl": lambda: Jsonl(run_dir / "metrics.jsonl")} | asked
+    return {"jsonl": lambda: Jsonl(run_dir / METRICS)} | asked

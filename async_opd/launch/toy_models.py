@@ -8,6 +8,7 @@ import msgspec
 from async_opd import toy
 from async_opd.config.schema import Config
 from async_opd.config.sections import StudentConfig
+from async_opd.core.run_dir import TOY_DATA
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.toy.task import write_dataset
 
@@ -21,8 +22,8 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
         if kind != "toy":
             return name
         if what in ("train", "heldout"):
-            write_dataset(run_dir / "data")
-            return str(run_dir / "data" / f"{what}.jsonl")
+            write_dataset(run_dir / TOY_DATA)
+            return str(run_dir / TOY_DATA / f"{what}.jsonl")
         return str(toy.WEIGHTS / what)
 
     def resolved(section: StudentConfig | TeacherConfig | ReferenceConfig | None) -> Any:

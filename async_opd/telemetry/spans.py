@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from async_opd.core.run_dir import EARLIER_SPANS, SPANS
+
 STATES: tuple[str, ...] = ("busy", "starved", "blocked", "syncing", "down")
-FILE, EARLIER = "spans.jsonl", "spans.earlier.jsonl"
 # so often at most: a file that is opened for every short step costs more than what is written to it
 HAND_OVER_S = 0.2
 CUT_OFF = ", cut off"  # behind the name of a call that ended without an answer
@@ -146,8 +147,8 @@ class Window:
     and a new one begins. Between them they never hold more than twice as many."""
 
     def __init__(self, run_dir: Path, keep: int, write: Callable[[list[Line]], None]):
-        """`write` adds lines to FILE in `run_dir`."""
-        self._path = run_dir / FILE
+        """`write` adds lines to SPANS in `run_dir`."""
+        self._path = run_dir / SPANS
         self._keep = keep
         self._write = write
         self._held = self._path.read_bytes().count(b"\n") if self._path.exists() else 0
@@ -155,7 +156,7 @@ class Window:
     def __call__(self, lines: list[Line]) -> None:
         while lines:
             if self._held >= self._keep:
-                self._path.replace(self._path.with_name(EARLIER))
+                self._path.replace(self._path.with_name(EARLIER_SPANS))
                 self._held = 0
             room = self._keep - self._held
             self._write(lines[:room])

@@ -1,4 +1,5 @@
-"""Every way to name a run or one of its checkpoints leads to that run, or is refused by name."""
+"""Every way to name a run or one of its checkpoints leads to that run, or is refused by name; a
+file of lines can be read while it is written."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.train import to_resume
 from async_opd.config.load import load
 from async_opd.core.errors import CheckpointError, RunMissing
-from async_opd.core.run_dir import run_of
+from async_opd.core.run_dir import decode_row, read_lines, run_of
 from async_opd.driver.checkpoints import Checkpoints, RunState
 
 
@@ -64,15 +65,15 @@ def test_whatever_names_a_run_or_a_checkpoint_goes_on_with_that_run(
 ):
     monkeypatch.chdir(run / working_directory)
     for path in (Path(named), Path.cwd() / named):
-        config, found = to_resume(path, [])
-        assert (Path(config.run.dir).resolve(), found.state.version) == (run, step)
+        config, checkpoint = to_resume(path, [])
+        assert (Path(config.run.dir).resolve(), checkpoint.state.version) == (run, step)
 
 
 @pytest.mark.parametrize("name", ["a", "20260101", "model"])
 def test_a_run_may_lie_in_a_folder_of_checkpoints(name, tmp_path):
     run = make_run(tmp_path / "checkpoints" / name)
-    config, found = to_resume(run, [])
-    assert (config.run.dir, found.state.version) == (str(run), 100)
+    config, checkpoint = to_resume(run, [])
+    assert (config.run.dir, checkpoint.state.version) == (str(run), 100)
 
 
 def test_a_run_that_cannot_be_seen_from_here_is_told_by_its_name_alone():
@@ -93,3 +94,29 @@ def test_what_belongs_to_no_run_is_refused_by_its_name(run, tmp_path):
     for folder in (copied, run / "checkpoints", tmp_path):
         with pytest.raises(RunMissing, match=f"^{folder}: no config.json in it: "):
             to_resume(folder, [])
+
+
+def test_lines_are_read_with_the_offsets_behind_them_and_a_torn_end_is_none(tmp_path):
+    path, torn = tmp_path / "rows.jsonl", []
+    path.write_bytes(b'{"step":1}\n{"step":2}\n{"step":3}')
+    assert list(read_lines(path, decode_row)) == [(11, {"step": 1}), (22, {"step": 2})]
+    assert len(list(read_lines(path, decode_row, torn=torn.append))) == 2 and torn == [3]
+    with path.open("ab") as file:  # the writer completes it
+        file.write(b"\n")
+    assert list(read_lines(path, decode_row))[2:] == [(33, {"step": 3})]
+
+
+def test_a_damaged_line_is_raised_or_named_and_the_others_are_read(tmp_path):
+    path, damaged = tmp_path / "rows.jsonl", []
+    path.write_bytes(b'{"step":1}\n{"st\n\xff\n[4]\n{"step":5}\n{')
+    with pytest.raises(ValueError):
+        list(read_lines(path, decode_row))
+    rows = read_lines(path, decode_row, lambda number, error: damaged.append((number, error)))
+    assert [row for _, row in rows] == [{"step": 1}, {"step": 5}]
+    assert [number for number, _ in damaged] == [2, 3, 4]
+    assert all(isinstance(error, ValueError) for _, error in damaged)
+
+
+def test_a_number_of_a_row_may_be_none_that_json_has():
+    row = decode_row(b'{"step": 1, "loss": NaN, "norm": Infinity}\n')
+    assert row["step"] == 1 and row["loss"] != row["loss"] and row["norm"] == float("inf")

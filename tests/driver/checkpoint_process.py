@@ -17,7 +17,7 @@ from pathlib import Path
 from async_opd.core.errors import CheckpointError
 from async_opd.driver.checkpoints import Checkpoints, RunState
 
-# audited just before they happen
+# Audited just before they happen.
 CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"}
 
 
@@ -42,13 +42,14 @@ def save(
 WHAT = dict(
     save_1=lambda run: save(run, 1),
     save_2=lambda run: save(run, 2),
+    save_3=lambda run: save(run, 3),
     rewind=lambda run: Checkpoints(run, 1).rewind(1),
     recover=lambda run: Checkpoints(run, 1).recover(),
 )
 
 
 def kill(template: str, out: str, what: str) -> None:
-    # takes most of the time, and a kill, unlike a power cut, loses nothing written
+    # It takes most of the time, and a kill, unlike a power cut, loses nothing written.
     os.fsync = lambda descriptor: None
     for last in count(1):
         run = Path(out, str(last))

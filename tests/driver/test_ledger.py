@@ -83,7 +83,7 @@ async def test_nothing_grows_while_groups_come_and_go(path):
     tracemalloc.start()
     try:
         for step in range(1, 301):
-            ids = [f"{step}.{at}" for at in range(8)]
+            ids = [f"{step}.{group}" for group in range(8)]
             for id in ids:
                 ledger.handed_out(id)
             ledger.trained(step, ids)
@@ -138,8 +138,8 @@ async def test_a_sync_fsyncs_its_batch_once_off_the_event_loop(path, monkeypatch
         "fsync",
         lambda fd: (synced.append((threading.current_thread(), os.fstat(fd))), fsync(fd)),
     )
-    for at in range(100):
-        ledger.handed_out(str(at))
+    for number in range(100):
+        ledger.handed_out(str(number))
     await ledger.sync()
     ((thread, stat),) = synced
     assert thread is not threading.main_thread() and stat.st_size == path.stat().st_size > 0
@@ -150,8 +150,8 @@ async def test_batches_keep_their_order_whoever_waits_for_them(path, monkeypatch
     ledger, release, fsync = Ledger(path), threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (release.wait(60), fsync(fd)))
     syncs = []
-    for at in range(5):
-        ledger.handed_out(str(at))
+    for number in range(5):
+        ledger.handed_out(str(number))
         syncs.append(asyncio.ensure_future(ledger.sync()))
         await asyncio.sleep(0)
     for cancelled in syncs[1:3]:  # as by Ctrl-C: their batches are written all the same
@@ -159,13 +159,13 @@ async def test_batches_keep_their_order_whoever_waits_for_them(path, monkeypatch
     release.set()
     await asyncio.gather(*syncs, return_exceptions=True)
     ledger.close()
-    assert written(path) == [["out", at + 1, str(at)] for at in range(5)]
+    assert written(path) == [["out", number + 1, str(number)] for number in range(5)]
 
 
 async def test_a_disk_that_refuses_is_an_error_by_name_then_and_ever_after(path, limited):
     ledger = Ledger(path)
-    for at in range(100):
-        ledger.handed_out(str(at))
+    for number in range(100):
+        ledger.handed_out(str(number))
     limited(1000)
     with pytest.raises(LedgerError, match=r"ledger.jsonl: File too large"):
         await ledger.sync()
@@ -180,7 +180,7 @@ async def test_a_disk_that_refuses_is_an_error_by_name_then_and_ever_after(path,
     again.handed_out("more")
     again.close()
     *kept, last = written(path)
-    assert kept == [["out", at + 1, str(at)] for at in range(len(kept))]
+    assert kept == [["out", number + 1, str(number)] for number in range(len(kept))]
     assert last == ["out", len(kept) + 1, "more"]
 
 
@@ -227,7 +227,7 @@ from async_opd.driver.ledger import Ledger
 async def main():
     ledger = Ledger(Path(sys.argv[1]))
     for step in itertools.count(1):
-        ids = [f"{step}.{at}" for at in range(500)]
+        ids = [f"{step}.{group}" for group in range(500)]
         for id in ids:
             ledger.handed_out(id)
         ledger.trained(step, ids)
@@ -243,12 +243,12 @@ def test_a_killed_writer_has_lost_nothing_that_was_synced(path):
     for _ in range(20):
         writer.stdout.readline()
     writer.send_signal(signal.SIGKILL)
-    said = writer.communicate()[0].split()
-    synced = int(said[-1]) if said else 20
+    printed = writer.communicate()[0].split()
+    synced = int(printed[-1]) if printed else 20
     ledger = Ledger(path)
     ledger.finished()
     ledger.close()
-    found = [record for _, record in records(path)]
-    assert [record.n for record in found] == list(range(1, len(found) + 1))
-    steps = [record.step for record in found if isinstance(record, Trained)]
+    kept = [record for _, record in records(path)]
+    assert [record.n for record in kept] == list(range(1, len(kept) + 1))
+    steps = [record.step for record in kept if isinstance(record, Trained)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= synced

@@ -63,10 +63,10 @@ async def job(run_dir: Path, play):
         spawn=spawn,
     )
     running = asyncio.ensure_future(train(config, roles, Prompts(), [], run_dir, Meter([])))
-    found = await play(learner)
+    answers = await play(learner)
     learner.go.set()
     await running
-    return found, started, learner
+    return answers, started, learner
 
 
 async def asked(run_dir: Path, *words: str) -> str:

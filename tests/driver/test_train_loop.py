@@ -195,7 +195,8 @@ async def test_a_reference_has_times_of_its_own(tmp_path):
     summary, _, rows = await run(tmp_path, references=[SimulatedTeacher()])
     for row in (*rows, summary):
         assert sum(row[f"reference_{state}"] for state in STATES) == pytest.approx(1, abs=0.01)
-    without, _, _ = await run(tmp_path)
+    (tmp_path / "without").mkdir()
+    without, _, _ = await run(tmp_path / "without")
     assert "reference_busy" not in without
 
 

@@ -17,9 +17,9 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load, load_run
 from async_opd.core.errors import ActorLost, AsyncOpdError, DataError
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import SPANS
 from async_opd.driver.checkpoints import find
 from async_opd.launch import run as runs
-from async_opd.telemetry.spans import FILE
 from async_opd.tools.trace.read import recorded
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.simulated.roles import (
@@ -117,7 +117,7 @@ async def test_a_run_leaves_the_spans_of_its_last_steps_if_any_are_to_be_kept(
         load(DEMO, [f"run.dir={tmp_path / 'run'}", f"run.trace_steps={kept}", *SMALL])
     )
     assert summary["steps"] == summary["version"] == 12
-    assert (tmp_path / "run" / FILE).exists() == (recorded_steps is not None)
+    assert (tmp_path / "run" / SPANS).exists() == (recorded_steps is not None)
     if recorded_steps:
         assert [line.step for line in recorded(tmp_path / "run").lines] == recorded_steps
 

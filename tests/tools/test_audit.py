@@ -69,7 +69,7 @@ BALANCED = dict(
 
 
 @pytest.fixture
-def found(tmp_path):
+def discrepancies_of(tmp_path):
     """What an audit finds wrong with these records of a run of `steps` steps."""
 
     def of(lines: list[list], steps: int = 3) -> list[str]:
@@ -80,8 +80,8 @@ def found(tmp_path):
 
 def but(line: list, *instead: list) -> list[list]:
     """WHOLE with others instead of one line."""
-    at = WHOLE.index(line)
-    return [*WHOLE[:at], *instead, *WHOLE[at + 1 :]]
+    place = WHOLE.index(line)
+    return [*WHOLE[:place], *instead, *WHOLE[place + 1 :]]
 
 
 def test_the_books_of_a_whole_run(tmp_path):
@@ -214,8 +214,8 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
         ),
     ],
 )
-def test_each_corruption_is_named(found, lines, says):
-    assert sorted(found(lines)) == sorted(says)
+def test_each_corruption_is_named(discrepancies_of, lines, says):
+    assert sorted(discrepancies_of(lines)) == sorted(says)
 
 
 def test_missing_doubled_and_reordered_records_are_seen_by_their_numbers(tmp_path):
@@ -328,8 +328,8 @@ def test_a_later_resume_may_go_back_behind_an_earlier_one(tmp_path):
         ([["resumed", 2, []]], "line 12: resumed at step 2, of which the ledger has no checkpoint"),
     ],
 )
-def test_a_resume_that_forgets_or_repeats_a_prompt_is_named(found, resumed, says):
-    assert says in found([*RESUMED[:11], *resumed])
+def test_a_resume_that_forgets_or_repeats_a_prompt_is_named(discrepancies_of, resumed, says):
+    assert says in discrepancies_of([*RESUMED[:11], *resumed])
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def test_a_checkpoint_that_disagrees_about_what_is_outstanding_is_named(attested
     assert audit(attested).discrepancies == [
         "f: not outstanding, but the checkpoint of step 3 says so"
     ]
-    # not complete: the one before it counts
+    # It is not complete: the one before it counts.
     (attested / "checkpoints" / "000003" / "manifest.json").unlink()
     assert audit(attested).discrepancies == []
     checkpoint(attested, 1, ["c"])
@@ -387,8 +387,8 @@ def test_a_checkpoint_of_another_step_or_without_a_state_is_named(attested):
     folder = checkpoint(attested, 3, [], of=2)
     assert audit(attested).discrepancies == [f"{folder}: its run.json is of step 2"]
     (folder / "run.json").write_text("{")
-    (said,) = audit(attested).discrepancies
-    assert said.startswith(f"{folder}: its run.json cannot be read: ")
+    (discrepancy,) = audit(attested).discrepancies
+    assert discrepancy.startswith(f"{folder}: its run.json cannot be read: ")
 
 
 def test_a_checkpoint_that_the_ledger_does_not_know_is_named(attested):
@@ -432,8 +432,8 @@ def test_a_kill_may_leave_the_last_step_without_its_row_and_torn_ends(tmp_path):
     assert audit(run_dir).discrepancies == []
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write("\n")
-    (said,) = audit(run_dir).discrepancies
-    assert said.startswith(f"{run_dir}/metrics.jsonl, line 3: not a row: ")
+    (discrepancy,) = audit(run_dir).discrepancies
+    assert discrepancy.startswith(f"{run_dir}/metrics.jsonl, line 3: not a row: ")
 
 
 def test_what_is_no_record_is_refused_by_its_line(tmp_path):
@@ -548,7 +548,7 @@ async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
     except Killed:
         synced = path.stat().st_size
         ledger.close()
-        # as much of the next batch as came through
+        # As much of the next batch as came through.
         os.truncate(path, random.randint(synced, path.stat().st_size))
         raise
     ledger.close()
@@ -580,15 +580,15 @@ def test_the_books_of_any_run_balance_and_do_not_without_any_one_line(tmp_path, 
     kills = lives(run_dir, seed)
     books = audit(run_dir)
     assert (books.discrepancies, books.finished, books.steps, books.trained) == ([], True, 6, 12)
-    # a kill before anything was synced may leave nothing to resume
+    # A kill before anything was synced may leave nothing to resume.
     assert len(books.resumed_at) <= kills
     assert books.handed_out == 12 + sum(books.dropped.values())
     ledger = run_dir / "ledger.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
-    for at in range(len(lines)):
-        ledger.write_text("".join(lines[:at] + lines[at + 1 :]))
+    for place in range(len(lines)):
+        ledger.write_text("".join(lines[:place] + lines[place + 1 :]))
         books = audit(run_dir)
-        if at < len(lines) - 1:
+        if place < len(lines) - 1:
             assert books.discrepancies
         else:
             # Without its last line the ledger is that of a run which was killed before it: nothing
@@ -606,9 +606,9 @@ def test_a_hand_out_or_an_end_that_is_missing_is_seen_though_the_lines_are_numbe
         [kind, *rest]
         for kind, _, *rest in map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
     ]
-    for at, (kind, *_) in enumerate(lines):
+    for place, (kind, *_) in enumerate(lines):
         if kind in ("out", "trained", "dropped"):
-            write(run_dir, *lines[:at], *lines[at + 1 :])
+            write(run_dir, *lines[:place], *lines[place + 1 :])
             assert audit(run_dir).discrepancies
     write(run_dir, *lines)
     assert audit(run_dir).discrepancies == []

@@ -88,8 +88,8 @@ def test_an_exported_folder_loads_with_the_logits_of_its_checkpoint(run, tmp_pat
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.inference_mode():
         ours, theirs = (
-            AutoModelForCausalLM.from_pretrained(at)(ids).logits
-            for at in (tmp_path / "out", newest / "model")
+            AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+            for folder in (tmp_path / "out", newest / "model")
         )
     torch.testing.assert_close(ours, theirs)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -103,13 +103,13 @@ def test_an_exported_folder_loads_with_the_logits_of_its_checkpoint(run, tmp_pat
 
 
 def test_the_best_or_the_named_checkpoint_is_exported(run, tmp_path, capsys):
-    for at, which in enumerate((["--checkpoint", "best"], ["--checkpoint", "2"])):
-        assert main(["export", str(run), "-o", str(tmp_path / f"{at}"), *which]) == 0
+    for number, which in enumerate((["--checkpoint", "best"], ["--checkpoint", "2"])):
+        assert main(["export", str(run), "-o", str(tmp_path / f"{number}"), *which]) == 0
     assert main(["export", str(run / "checkpoints" / "000002"), "-o", str(tmp_path / "2")]) == 0
     weights = run / "checkpoints" / "000002" / "model" / "model.safetensors"
     wanted = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {
-        hashlib.sha256((tmp_path / at / weights.name).read_bytes()).hexdigest() for at in "012"
+        hashlib.sha256((tmp_path / name / weights.name).read_bytes()).hexdigest() for name in "012"
     } == {wanted}
     assert main(["export", str(run), "--checkpoint", "3"]) == 2
     folder = run / "checkpoints"
@@ -148,7 +148,7 @@ def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
 def test_what_no_file_says_is_left_out_of_the_card(run, tmp_path):
     assert main(["export", str(run), "-o", str(tmp_path / "early"), "--checkpoint", "2"]) == 0
     _, _, cells = card(tmp_path / "early")
-    # up to its step
+    # Up to its step.
     assert cells["trained tokens"] == "217" and cells["largest lag seen"] == "1 steps"
     assert cells["before"] == "30.0%" and "after" not in cells  # which is of step 4
     for name in ("summary.json", "metrics.jsonl", "environment.json"):  # killed, or copied in part
@@ -168,10 +168,10 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_left(run, tmp_path, capsys
     data[-1] ^= 1
     weights.write_bytes(data)
     assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        "checkpoint " + str(weights.parent.parent) in said
-        and "model/model.safetensors is damaged" in said
+        "checkpoint " + str(weights.parent.parent) in error
+        and "model/model.safetensors is damaged" in error
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
@@ -179,11 +179,11 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_left(run, tmp_path, capsys
 def test_nothing_is_overwritten(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
-    said = (
+    error = (
         f"async-opd: DataError: {tmp_path / 'out'}: is there already; name another folder with -o,"
         " or remove it\n"
     )
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == error
     assert list((tmp_path / "out").iterdir()) == []
     assert main(["export", str(run)]) == 0 and (run / "export" / "README.md").exists()
 

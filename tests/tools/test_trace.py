@@ -10,9 +10,10 @@ import pytest
 from async_opd.cli.main import main
 from async_opd.core.errors import RunMissing
 from async_opd.core.ports import Generator
+from async_opd.core.run_dir import EARLIER_SPANS, SPANS
 from async_opd.driver.replica import Replica
 from async_opd.telemetry.metrics import ROLES, Jsonl, Meter
-from async_opd.telemetry.spans import EARLIER, FILE, STATES, Window, encode
+from async_opd.telemetry.spans import STATES, Window, encode
 from async_opd.tools.trace.events import trace
 from async_opd.tools.trace.read import calls, recorded, states
 from tests.simulated.roles import PER_STEP, Pace, Prompts, SimulatedGenerator
@@ -32,7 +33,7 @@ def ran(run_dir: Path, steps: int, keep: int = 50) -> dict:
     """Summary of a run over simulated roles, in virtual time, whose spans lie in `run_dir`."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.json").write_text("{}")
-    spans = Window(run_dir, keep, Jsonl(run_dir / FILE, encode))
+    spans = Window(run_dir, keep, Jsonl(run_dir / SPANS, encode))
     return virtual(measure(PACE, bound=4, steps=steps, spans=spans))
 
 
@@ -87,10 +88,10 @@ def test_every_trained_group_is_followed_from_its_generator_into_its_step(run, e
         on_thread[event["tid"]].append(event)
 
     def slice_at(point: dict) -> dict:
-        (found,) = (
+        (only,) = (
             e for e in on_thread[point["tid"]] if e["ts"] <= point["ts"] < e["ts"] + e["dur"]
         )
-        return found
+        return only
 
     paths = defaultdict(list)
     for event in events:
@@ -109,7 +110,7 @@ def test_every_trained_group_is_followed_from_its_generator_into_its_step(run, e
         assert step["name"] == "step" and id in step["args"]["groups"]
         assert names[step["tid"]] == "learner, call 1"
         groups[id] = step["args"]["step"]
-    assert groups.keys() == {str(at) for at in range(20 * PER_STEP)}
+    assert groups.keys() == {str(number) for number in range(20 * PER_STEP)}
     assert sorted(groups.values()) == [step for step in range(1, 21) for _ in range(PER_STEP)]
 
 
@@ -141,10 +142,10 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
     rows = [dict(zip(("time", "what", "who", "why"), event, strict=True)) for event in happened]
     (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["trace", str(run_dir), "-o", str(run_dir / "out.json")]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     written = json.loads((run_dir / "out.json").read_text())
     events = written["traceEvents"]
-    assert said.startswith(
+    assert printed.startswith(
         f"{run_dir / 'out.json'}: {len(events)} events, steps 1 to 20; open it at "
     )
     for event in events:
@@ -158,7 +159,7 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
                 isinstance(value, int | float) for value in event["args"].values()
             )
     lost, saved = of(events, "i")  # the other loss is not of these steps
-    # once, though it is a call too
+    # Once, though it is a call too.
     assert (saved["name"], saved["args"]) == ("checkpoint: saved", {"why": "step 3"})
     assert (lost["name"], lost["s"], lost["args"]) == ("generator 0: lost", "g", {"why": "killed"})
     names = threads(events)
@@ -183,8 +184,8 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
 
 def test_a_long_run_keeps_its_last_steps_and_no_more_than_twice_as_many_as_it_is_to(tmp_path):
     ran(tmp_path, 75, keep=10)
-    lines = {name: (tmp_path / name).read_bytes().count(b"\n") for name in (EARLIER, FILE)}
-    assert lines[EARLIER] == 10 and 0 < lines[FILE] <= 10
+    lines = {name: (tmp_path / name).read_bytes().count(b"\n") for name in (EARLIER_SPANS, SPANS)}
+    assert lines[EARLIER_SPANS] == 10 and 0 < lines[SPANS] <= 10
     *steps, end = [line.step for line in recorded(tmp_path).lines]
     assert end is None
     assert steps == list(range(76 - len(steps), 76)) and len(steps) >= 10
@@ -195,7 +196,7 @@ def test_a_run_that_goes_on_goes_on_with_its_file(tmp_path):
     ran(tmp_path, 12, keep=20)
     before = len(recorded(tmp_path).lines)
     ran(tmp_path, 12, keep=20)
-    held = [len((tmp_path / name).read_bytes().splitlines()) for name in (EARLIER, FILE)]
+    held = [len((tmp_path / name).read_bytes().splitlines()) for name in (EARLIER_SPANS, SPANS)]
     assert held == [20, 2 * before - 20] and before < 20
 
 
@@ -214,8 +215,8 @@ def test_what_an_actor_was_in_when_training_ended_is_not_stretched_to_where_it_s
             await asyncio.sleep(5)
 
     virtual(twice())
-    found = [(state.state, round(state.end - state.start, 3)) for state in states(lines)]
-    assert found == [("busy", 2), ("busy", 2)]
+    durations = [(state.state, round(state.end - state.start, 3)) for state in states(lines)]
+    assert durations == [("busy", 2), ("busy", 2)]
 
 
 def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
@@ -247,17 +248,18 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
 
 
 def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
-    lines = (run[0] / FILE).read_bytes().splitlines(keepends=True)
+    lines = (run[0] / SPANS).read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / FILE).write_bytes(
+    (tmp_path / SPANS).write_bytes(
         b"".join([*lines[:4], b'{"step":4\n', *lines[5:20], lines[20][:50]])
     )
     assert main(["trace", str(tmp_path)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        said.err.startswith(f"{tmp_path / FILE}, line 5: left out: ") and said.err.count("\n") == 1
+        printed.err.startswith(f"{tmp_path / SPANS}, line 5: left out: ")
+        and printed.err.count("\n") == 1
     )
-    assert "steps 1 to 19;" in said.out  # the last was torn
+    assert "steps 1 to 19;" in printed.out  # the last was torn
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     test_slices_of_one_thread_never_overlap(events)
     learner = [s for s in states(recorded(tmp_path).lines) if s.lane == "learner"]
@@ -267,11 +269,11 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     assert main(["trace", str(run[0]), "-o", str(tmp_path / "no" / "trace.json")]) == 2
-    said = (
+    refusal = (
         f"async-opd: ConfigError: {tmp_path}/no/trace.json: cannot be written: No such file or"
         " directory\n"
     )
-    assert capsys.readouterr() == ("", said)
+    assert capsys.readouterr() == ("", refusal)
 
 
 def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys):
@@ -279,8 +281,8 @@ def test_a_run_without_spans_is_told_which_setting_records_them(tmp_path, capsys
         recorded(tmp_path / "rum")
     (tmp_path / "config.json").write_text("{}")
     assert main(["trace", str(tmp_path)]) == 2
-    said = (
-        f"{tmp_path / FILE}: no spans: a run keeps those of its last run.trace_steps steps, where"
+    refusal = (
+        f"{tmp_path / SPANS}: no spans: a run keeps those of its last run.trace_steps steps, where"
         " that is not 0"
     )
-    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {said}\n")
+    assert capsys.readouterr() == ("", f"async-opd: RunMissing: {refusal}\n")

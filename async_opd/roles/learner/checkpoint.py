@@ -1,8 +1,6 @@
 """What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all,
 and of each rank what DeepSpeed does not keep."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from async_opd.core import files
 from async_opd.core.errors import CheckpointError
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
@@ -54,9 +53,9 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
     """Write `weights`, config, generation config and the tokenizer of `source` to `folder`,
     replacing it.
 
-    `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself.
-    Written beside, synced, then renamed, so a reader never sees half of it. `transformers` and
-    `vllm` load it. Raises CheckpointError where it cannot be written.
+    `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself. An
+    earlier folder stays until this one is whole. `transformers` and `vllm` load it. Raises
+    CheckpointError where it cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
     buffers = {
@@ -65,20 +64,10 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
         if not isinstance(tensor, nn.Parameter)
     }
     with writing(folder):
-        beside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside, state_dict=weights | buffers)
-        tokenizer.save_pretrained(beside)
-        for file in beside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        partial = files.begin_folder(folder)
+        model.save_pretrained(partial, state_dict=weights | buffers)
+        tokenizer.save_pretrained(partial)
+        files.commit_folder(folder, replace=True)  # nobody reads it while the learner saves
 
 
 @contextmanager

@@ -1,18 +1,18 @@
 """The books of a run, from its ledger and from what its checkpoints and metrics attest."""
 
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Meta, Struct
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
-from async_opd.core.run_dir import CHECKPOINTS
-from async_opd.driver.checkpoints import MANIFEST, STATE, RunState
+from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE, read_lines
+from async_opd.driver.checkpoints import RunState, committed
 from async_opd.tools.audit.replay import Replay
 from async_opd.tools.audit.timeline import Timeline
 
@@ -35,7 +35,7 @@ class Books(Struct, kw_only=True):
     discrepancies: list[str]
 
     def lines(self) -> Iterator[str]:
-        """The books in words."""
+        """Say the books in words."""
         dropped, reissued, returned = (
             sum(c.values()) for c in (self.dropped, self.reissued, self.returned)
         )
@@ -57,30 +57,36 @@ class Books(Struct, kw_only=True):
         ):
             yield f"{name:14}{count:9}  {more}".rstrip()
         yield from self.discrepancies
-        found = len(self.discrepancies)
-        yield f"the books do not balance: {found} found" if found else "the books balance"
+        yield (
+            f"the books do not balance: {len(self.discrepancies)} found"
+            if self.discrepancies
+            else "the books balance"
+        )
 
 
 def audit(run_dir: Path) -> Books:
-    """The books of a run, which may be at work. Memory is bounded by what is outstanding at once,
-    checkpoints, and 8 bytes a prompt. Raises RunMissing, and LedgerError for a line that is no
-    record."""
-    config, path = read_run(run_dir), run_dir / "ledger.jsonl"
+    """Read the books of a run, which may be at work. Memory is bounded by what is outstanding at
+    once, checkpoints, and 8 bytes a prompt. Raises RunMissing, and LedgerError for a line that is
+    no record."""
+    config, path = read_run(run_dir), run_dir / LEDGER
     if not path.exists():
-        raise RunMissing(f"{run_dir}: no ledger.jsonl in it")
-    found: list[str] = []
+        raise RunMissing(f"{run_dir}: no {LEDGER} in it")
+    discrepancies: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
-    checkpoints, rows = _complete(run_dir / CHECKPOINTS), _rows(run_dir / "metrics.jsonl", found)
-    timeline = Timeline(path, found)
-    checkpoint, at = timeline.newest(checkpoints)
-    replay = Replay(config.groups_per_step, found)
+    steps = sorted(committed(run_dir / CHECKPOINTS).items(), reverse=True)
+    complete = [folder for _, folder in steps if (folder / MANIFEST).exists()]
+    rows = _rows(run_dir / METRICS, discrepancies)
+    timeline = Timeline(path, discrepancies)
+    newest = timeline.newest(complete)
+    replay = Replay(config.groups_per_step, discrepancies)
     for line, record in timeline.live():
         replay.read(record)
-        if line == at and (state := _state(checkpoint, found)):
-            replay.agrees(f"the checkpoint of step {int(checkpoint.name)}", state.outstanding)
+        folder = newest.get(line)
+        if folder and (state := _state(folder, discrepancies)):
+            replay.agrees(f"the checkpoint of step {int(folder.name)}", state.outstanding)
     replay.close(config.run.steps, timeline.live())
     if rows is not None:
-        found += _against(rows, replay.step, timeline.highest, replay.finished)
+        discrepancies += _against(rows, replay.step, timeline.highest, replay.finished)
     return Books(
         steps=replay.step,
         steps_asked=config.run.steps,
@@ -93,7 +99,7 @@ def audit(run_dir: Path) -> Books:
         returned=dict(replay.returned),
         resumed_at=timeline.resumed_at,
         void=sum(end - first for first, end in timeline.void),
-        discrepancies=found,
+        discrepancies=discrepancies,
     )
 
 
@@ -103,43 +109,36 @@ class _Row(Struct):
     step: Annotated[int, Meta(ge=1, lt=2**32)]
 
 
-def _complete(folder: Path) -> list[Path]:
-    """The complete checkpoints, the newest first."""
-    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-
-def _state(checkpoint: Path, found: list[str]) -> RunState | None:
-    """Its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
+def _state(folder: Path, discrepancies: list[str]) -> RunState | None:
+    """Read its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
     try:
-        state = msgspec.json.decode((checkpoint / STATE).read_bytes(), type=RunState)
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=RunState)
     except (OSError, msgspec.DecodeError) as e:
-        found.append(f"{checkpoint}: its run.json cannot be read: {e}")
+        discrepancies.append(f"{folder}: its run.json cannot be read: {e}")
         return None
-    if state.version != int(checkpoint.name):
-        found.append(f"{checkpoint}: its run.json is of step {state.version}")
+    if state.version != int(folder.name):
+        discrepancies.append(f"{folder}: its run.json is of step {state.version}")
     return state
 
 
-def _rows(path: Path, found: list[str]) -> np.ndarray | None:
-    """The steps that have a row; None without a file. What is no row is a discrepancy, save at a
+def _rows(path: Path, discrepancies: list[str]) -> npt.NDArray[np.uint32] | None:
+    """Read which steps have a row; None without a file. What is no row is a discrepancy, save at a
     torn end."""
     if not path.exists():
         return None
-    steps = array("I")
-    with path.open("rb") as file:
-        for at, line in enumerate(file, 1):
-            try:
-                steps.append(msgspec.json.decode(line, type=_Row).step)
-            except (msgspec.DecodeError, UnicodeDecodeError) as e:
-                if line.endswith(b"\n"):
-                    found.append(f"{path}, line {at}: not a row: {e}")
-    return np.array(steps)
+    rows = read_lines(
+        path,
+        msgspec.json.Decoder(_Row).decode,
+        lambda number, error: discrepancies.append(f"{path}, line {number}: not a row: {error}"),
+    )
+    return np.fromiter((row.step for _, row in rows), np.uint32)
 
 
-def _against(rows: np.ndarray, step: int, highest: int, finished: bool) -> Iterator[str]:
-    """Where the steps with a row and the ledger disagree. A kill between the two leaves a record
-    without its row."""
+def _against(
+    rows: npt.NDArray[np.uint32], step: int, highest: int, finished: bool
+) -> Iterator[str]:
+    """Say where the steps with a row and the ledger disagree. A kill between the two leaves a
+    record without its row."""
     last = int(rows.max(initial=0))
     if last > highest:
         yield f"metrics.jsonl has a row of step {last}, the ledger ends with step {highest}"

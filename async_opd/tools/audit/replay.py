@@ -11,15 +11,15 @@ from async_opd.driver import ledger
 
 
 class Replay:
-    """Follows the live records, and notes in `found` what breaks the books."""
+    """Follows the live records, and notes in `discrepancies` what breaks the books."""
 
-    def __init__(self, per_step: int, found: list[str]):
-        self._per_step, self._found = per_step, found
+    def __init__(self, per_step: int, discrepancies: list[str]):
+        self._per_step = per_step
+        self._discrepancies = discrepancies
         self.attempts: dict[str, int] = {}  # of each outstanding prompt
-        # of them: to be handed out again since a resume, in this order
-        self._due: dict[str, None] = {}
+        self._due: dict[str, None] = {}  # of them: to be handed out again since a resume, in order
         self.handed_out = array("q")  # hashes of ids
-        # an id not outstanding, hand-outs before, what was said of it
+        # Each: an id that is not outstanding, hand-outs before, what the ledger says of it.
         self._strays: list[tuple[str, int, str]] = []
         self.step = self.trained = 0
         self.finished = False
@@ -40,39 +40,39 @@ class Replay:
     def read(self, record: ledger.Record) -> None:
         """Follow one record."""
         if self.finished:
-            self._found.append(f"record {record.n} stands behind the end of the run")
+            self._discrepancies.append(f"record {record.n} stands behind the end of the run")
         self._of[type(record)](record)
 
     def agrees(self, where: str, theirs: list[str]) -> None:
         """Hold what `where` says is outstanding against what is."""
         ours, known = list(self.attempts), set(theirs)
-        self._found += [
+        self._discrepancies += [
             f"{id}: outstanding, but {where} does not know it" for id in ours if id not in known
         ]
-        self._found += [
+        self._discrepancies += [
             f"{id}: not outstanding, but {where} says so"
             for id in theirs
             if id not in self.attempts
         ]
         if ours != theirs and sorted(ours) == sorted(theirs):
-            self._found.append(f"{where} has what is outstanding in another order")
+            self._discrepancies.append(f"{where} has what is outstanding in another order")
 
     def close(self, steps: int, again: Iterator[tuple[int, ledger.Record]]) -> None:
-        """The end of the file; `again` are the records once more, read where an id has to be
+        """Note the end of the file; `again` are the records once more, read where an id has to be
         found."""
         if self.finished and self.step != steps:
-            self._found.append(f"the run finished after step {self.step} of {steps}")
+            self._discrepancies.append(f"the run finished after step {self.step} of {steps}")
         if self.finished:
-            self._found += [
+            self._discrepancies += [
                 f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts
             ]
         hashes = np.asarray(self.handed_out)
         if self._strays:
             known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
-            first = {int(hashes[at]): at for at in reversed(known)}
+            first = {int(hashes[place]): place for place in reversed(known)}
             for id, before, what in self._strays:
                 was_out = first.get(hash(id), before) < before
-                self._found.append(
+                self._discrepancies.append(
                     f"{id}: {what}, but it"
                     f" {'had ended before' if was_out else 'was never handed out'}"
                 )
@@ -84,12 +84,14 @@ class Replay:
                 for _, record in again
                 if type(record) is ledger.Out and hash(record.id) in twice
             }
-            self._found += [f"{id}: handed out anew after it had ended" for id in sorted(ids)]
+            self._discrepancies += [
+                f"{id}: handed out anew after it had ended" for id in sorted(ids)
+            ]
 
     def _out(self, record: ledger.Out) -> None:
         if record.id not in self._due:
             if record.id in self.attempts:
-                self._found.append(f"{record.id}: handed out while it was outstanding")
+                self._discrepancies.append(f"{record.id}: handed out while it was outstanding")
             else:
                 self.attempts[record.id] = 0
                 self.handed_out.append(hash(record.id))
@@ -98,15 +100,15 @@ class Replay:
             del self._due[due]
             if due == record.id:
                 return
-            self._found.append(
+            self._discrepancies.append(
                 f"{due}: outstanding at the resume, but {record.id} was handed out before it"
             )
 
     def _train(self, record: ledger.Trained) -> None:
         if record.step != self.step + 1:
-            self._found.append(f"step {record.step} follows step {self.step}")
+            self._discrepancies.append(f"step {record.step} follows step {self.step}")
         if len(record.ids) != self._per_step:
-            self._found.append(
+            self._discrepancies.append(
                 f"step {record.step} has {len(record.ids)} groups, config.json says"
                 f" {self._per_step}"
             )
@@ -126,9 +128,11 @@ class Replay:
         if before is None:
             self._stray(record.id, f"re-issued ({record.cause})")
             return
-        # what the teacher did not answer is the student's first attempt
+        # What the teacher did not answer is the student's first attempt.
         if record.attempt not in (before, before + 1):
-            self._found.append(f"{record.id}: attempt {record.attempt} follows attempt {before}")
+            self._discrepancies.append(
+                f"{record.id}: attempt {record.attempt} follows attempt {before}"
+            )
         self.attempts[record.id] = record.attempt
 
     def _return(self, record: ledger.Returned) -> None:
@@ -138,7 +142,9 @@ class Replay:
 
     def _check(self, record: ledger.Checkpoint) -> None:
         if record.step != self.step:
-            self._found.append(f"a checkpoint of step {record.step} stands behind step {self.step}")
+            self._discrepancies.append(
+                f"a checkpoint of step {record.step} stands behind step {self.step}"
+            )
 
     def _resume(self, record: ledger.Resumed) -> None:
         self.agrees(f"the resume at step {record.step}", record.outstanding)
@@ -154,7 +160,7 @@ class Replay:
             self._stray(id, what)
         elif id in self._due:
             del self._due[id]
-            self._found.append(f"{id}: {what} before it was handed out again")
+            self._discrepancies.append(f"{id}: {what} before it was handed out again")
 
     def _stray(self, id: str, what: str) -> None:
         self._strays.append((id, len(self.handed_out), what))

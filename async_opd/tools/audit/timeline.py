@@ -11,9 +11,10 @@ from async_opd.driver import ledger
 class Timeline:
     """Which lines are live. A resume makes void what lies between its checkpoint and itself."""
 
-    def __init__(self, path: Path, found: list[str]):
-        """Reads the file once; `found` takes the discrepancies."""
-        self._path, self._found = path, found
+    def __init__(self, path: Path, discrepancies: list[str]):
+        """Read the file once; `discrepancies` takes what is wrong with it."""
+        self._path = path
+        self._discrepancies = discrepancies
         self.void: list[tuple[int, int]] = []  # [first line, line of the resume)
         self.resumed_at: list[int] = []
         self.highest = 0  # step, void ones too
@@ -24,12 +25,12 @@ class Timeline:
         for _, record in ledger.records(path):
             self._lines += 1
             if record.n > expected:
-                self._found.append(
+                self._discrepancies.append(
                     f"line {self._lines}: records {expected} to {record.n - 1} are missing"
                     " before it"
                 )
             elif record.n < expected:
-                self._found.append(
+                self._discrepancies.append(
                     f"line {self._lines}: record {record.n} stands behind record {expected - 1}"
                 )
             expected = record.n + 1
@@ -42,7 +43,8 @@ class Timeline:
                     self._resume(record.step)
 
     def live(self) -> Iterator[tuple[int, ledger.Record]]:
-        """The live records with their lines, as far as the file went when it was first read."""
+        """Read the live records with their lines, as far as the file went when it was first
+        read."""
         spans = iter([*self.void, (self._lines + 1, None)])
         first, end = next(spans)
         for line, (_, record) in enumerate(ledger.records(self._path), 1):
@@ -53,32 +55,31 @@ class Timeline:
             elif end is None:
                 return
 
-    def newest(self, checkpoints: list[Path]) -> tuple[Path | None, int | None]:
-        """The newest of `checkpoints`, given newest first, that is not void, with its line."""
+    def newest(self, checkpoints: list[Path]) -> dict[int, Path]:
+        """Find the newest of `checkpoints`, given newest first, that is not void, by its line."""
         lines = dict(self._marks)
         for folder in checkpoints:
             step = int(folder.name)
             if step in lines:
-                return folder, lines[step]
+                return {lines[step]: folder}
             if step not in self._dead:
-                self._found.append(
+                self._discrepancies.append(
                     f"{folder}: complete, but the ledger has no checkpoint of step {step}"
                 )
-        return None, None
+        return {}
 
     def _resume(self, step: int) -> None:
         self.resumed_at.append(step)
-        at = next(
-            (at for at in reversed(range(len(self._marks))) if self._marks[at][0] == step), None
-        )
-        if at is None:
-            self._found.append(
+        marks = enumerate(self._marks, 1)
+        kept = max((count for count, (marked, _) in marks if marked == step), default=None)
+        if kept is None:
+            self._discrepancies.append(
                 f"line {self._lines}: resumed at step {step}, of which the ledger has no checkpoint"
             )
             return
-        self._dead |= {past for past, _ in self._marks[at + 1 :]}
-        del self._marks[at + 1 :]
-        first = self._marks[at][1] + 1
+        self._dead |= {past for past, _ in self._marks[kept:]}
+        del self._marks[kept:]
+        first = self._marks[-1][1] + 1
         del self.void[bisect_right(self.void, (first,)) :]  # they lie within
         if first < self._lines:
             self.void.append((first, self._lines))

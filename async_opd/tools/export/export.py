@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 from async_opd.config.load import read_run
+from async_opd.core import files
 from async_opd.core.errors import CheckpointError, DataError
-from async_opd.core.run_dir import run_of
+from async_opd.core.run_dir import MODEL, run_of
 from async_opd.driver.checkpoints import Checkpoint, choose, find
 from async_opd.tools.export.model_card import card
 
@@ -23,16 +24,16 @@ def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoi
     output = output or run_dir / "export"
     if output.exists() or output.is_symlink():
         raise DataError(f"{output}: is there already; name another folder with -o, or remove it")
-    found = choose(run_dir, which) if which else find(path)
-    beside = output.with_name(f".{output.name}.partial")
+    checkpoint = choose(run_dir, which) if which else find(path)
+    model = checkpoint.folder / MODEL
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
-        shutil.copytree(found.folder / "model", beside)
-        (beside / "README.md").write_text(
-            card(run_dir, config, found, output.resolve().name), encoding="utf-8"
+        partial = files.begin_folder(output)
+        shutil.copytree(model, partial, dirs_exist_ok=True)
+        (partial / "README.md").write_text(
+            card(run_dir, config, checkpoint, output.resolve().name), encoding="utf-8"
         )
-        beside.rename(output)
+        files.commit_folder(output)
     except OSError as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"{found.folder / 'model'}: cannot be copied to {output}: {e}") from e
-    return found, output
+        shutil.rmtree(files.partial(output), ignore_errors=True)
+        raise CheckpointError(f"{model}: cannot be copied to {output}: {e}") from e
+    return checkpoint, output

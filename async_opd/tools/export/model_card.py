@@ -13,6 +13,7 @@ import msgspec
 
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
+from async_opd.core.run_dir import ENVIRONMENT, METRICS, SUMMARY, decode_row, read_lines
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.objectives import Objective
 
@@ -30,38 +31,38 @@ vllm serve {name}
 """
 
 
-def card(run_dir: Path, config: Config, found: Checkpoint, name: str) -> str:
-    """README.md of the folder `name`."""
+def card(run_dir: Path, config: Config, checkpoint: Checkpoint, name: str) -> str:
+    """Write README.md of the folder `name`."""
     tag, student = config.objective.tag, config.student.model
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": student} if _on_hub(student) else {}
     front |= {"datasets": [config.data.path]} if _on_hub(config.data.path) else {}
     front["tags"] = ["async-opd", "on-policy-distillation", tag]
-    summary = _read(run_dir / "summary.json")
+    summary = _read(run_dir / SUMMARY)
     teachers = [f"`{_named(teacher.model)}`" for teacher in config.named_teachers.values()]
     sections = [
         f"# {name}",
         f"`{_named(student)}`, distilled on-policy from {', '.join(teachers)} by async-opd.",
         "## Training",
-        _table(_training(run_dir, config, found)),
+        _table(_training(run_dir, config, checkpoint)),
         "## Method",
         *_method(config.objective),
-        *_section("## Accuracy", _accuracies(config, found, summary)),
+        *_section("## Accuracy", _accuracies(config, checkpoint, summary)),
         "## Load it",
         LOAD.format(name=name).strip(),
-        *_section("## Made with", _versions(_read(run_dir / "environment.json"))),
+        *_section("## Made with", _versions(_read(run_dir / ENVIRONMENT))),
     ]
     # JSON is YAML
     matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     return f"---\n{matter}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tuple[str, Any]]:
+def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     run = config.run
     data = config.data
     rollout = config.rollout
     learner = config.learner
-    yield "optimizer steps", f"{found.state.version} of {run.steps}"
+    yield "optimizer steps", f"{checkpoint.state.version} of {run.steps}"
     yield (
         "trajectories a step",
         f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt",
@@ -82,8 +83,8 @@ def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tupl
     yield "seed", run.seed
     older = "masked" if run.stale == "mask" else "dropped"
     yield "staleness bound", f"{run.max_lag_steps} steps; what is older is {older}"
-    rows = _rows(run_dir / "metrics.jsonl", found.state.version)
-    if len(rows) == found.state.version:  # else the file is not whole
+    rows = _rows(run_dir / METRICS, checkpoint.state.version)
+    if len(rows) == checkpoint.state.version:  # else the file is not whole
         yield "largest lag seen", f"{int(max(row['lag_max'] for row in rows))} steps"
         yield (
             "trained tokens",
@@ -92,30 +93,30 @@ def _training(run_dir: Path, config: Config, found: Checkpoint) -> Iterator[tupl
 
 
 def _method(objective: Objective) -> Iterator[str]:
-    """What its file says of it, with the certainty of the formula."""
-    what = " ".join(sys.modules[type(objective).__module__].__doc__.partition("\n\n")[0].split())
+    """Say what its file says of it, with the certainty of the formula."""
+    module = sys.modules[type(objective).__module__]
+    what = " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
     yield f"`{objective.tag}`: " + re.sub(
         r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what
     )
-    yield f"```text\n{inspect.cleandoc(type(objective).__doc__)}\n```"
-    given = msgspec.to_builtins(objective).items()
+    yield f"```text\n{inspect.getdoc(type(objective))}\n```"
     yield _table(
         (key, f"`{json.dumps(value)}`")
-        for key, value in given
+        for key, value in msgspec.to_builtins(objective).items()
         if key != "tag" and value is not None
     )
 
 
 def _accuracies(
-    config: Config, found: Checkpoint, summary: dict[str, Any]
+    config: Config, checkpoint: Checkpoint, summary: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Greedy ones. That after training belongs to the last version."""
-    right, unknown, problems = found.state.counters.get("before", (0, 0, 0))
-    if not problems:
+    """List the greedy ones. That after training belongs to the last version."""
+    right, unknown, problems = checkpoint.state.counters.get("before", (0, 0, 0))
+    if not problems or not config.eval:
         return
     yield "held-out problems", f"{problems} of `{_named(config.eval.path)}`"
     yield "before", f"{right / max(problems - unknown, 1):.1%}"
-    if summary.get("version") == found.state.version:
+    if summary.get("version") == checkpoint.state.version:
         yield "after", f"{summary['accuracy_after']:.1%}"
         for key in (
             key
@@ -132,8 +133,8 @@ def _versions(environment: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _section(title: str, rows: Iterator[tuple[str, Any]]) -> list[str]:
-    found = list(rows)
-    return [title, _table(found)] if found else []
+    listed = list(rows)
+    return [title, _table(listed)] if listed else []
 
 
 def _table(rows: Any) -> str:
@@ -141,7 +142,7 @@ def _table(rows: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Nothing where there is none: a run that was killed has no summary."""
+    """Read an object; an empty one where there is none: a run that was killed has no summary."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError):
@@ -149,19 +150,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, version: int) -> list[dict[str, Any]]:
-    """Those of the steps up to `version`; none where one cannot be read."""
+    """Read those of the steps up to `version`; none where one cannot be read."""
     try:
-        rows = [
-            msgspec.json.decode(line, type=dict[str, Any])
-            for line in path.read_bytes().splitlines()
-        ]
-    except (OSError, msgspec.DecodeError):
+        return [row for _, row in read_lines(path, decode_row) if row["step"] <= version]
+    except (OSError, ValueError):
         return []
-    return [row for row in rows if row["step"] <= version]
 
 
 def _named(name: str) -> str:
-    """Of what lies on this machine, the last part of its path."""
+    """Name what lies on this machine by the last part of its path."""
     return name if _on_hub(name) else Path(name).name
 
 

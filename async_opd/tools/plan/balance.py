@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.run_dir import CONFIG, METRICS, decode_row, read_lines
 
 # its name in a row, that of its tokens, and the states in which it waits for no other role
 ROLES = {
@@ -79,8 +80,8 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
     """Measure the rates of a run's members at work; return them, and the settings that they hang on
     and `config` has otherwise. Raises RunMissing where `run_dir` holds no rows."""
     try:
-        then = json.loads((run_dir / "config.json").read_bytes())
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        then = json.loads((run_dir / CONFIG).read_bytes())
+        rows = [row for _, row in read_lines(run_dir / METRICS, decode_row)]
     except (OSError, ValueError) as e:
         raise RunMissing(
             f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl: {e}"

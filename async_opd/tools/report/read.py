@@ -12,9 +12,20 @@ import msgspec
 import numpy as np
 
 from async_opd.core.errors import RunMissing
+from async_opd.core.run_dir import (
+    CONFIG,
+    ENVIRONMENT,
+    EVENTS,
+    LEDGER,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    T,
+    decode_row,
+    read_lines,
+)
 from async_opd.core.suggest import beside
 
-ROLLOUTS = "samples.jsonl"
 ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
 CHUNK = 1000  # rows that become numbers at once
 
@@ -28,7 +39,7 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)  # "learner.lr": "0.001"
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    # float64 [steps] by key, NaN where there is none
+    # By key, float64 [steps], NaN where there is none.
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
@@ -48,21 +59,21 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
             f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
         )
     run = Run(folder, name)
-    if not (folder / "metrics.jsonl").is_file():
+    if not (folder / METRICS).is_file():
         raise RunMissing(
-            f"{folder}: no metrics.jsonl in it: it is no run directory, or no step is done yet"
+            f"{folder}: no {METRICS} in it: it is no run directory, or no step is done yet"
         )
-    tree = _json(run, "config.json")
+    tree = _json(run, CONFIG)
     run.config = dict(_flat(tree))
-    run.environment = _json(run, "environment.json")
-    run.summary = _json(run, "summary.json", "the run has not ended")
-    run.rows = _columns(_records(run, "metrics.jsonl"))
+    run.environment = _json(run, ENVIRONMENT)
+    run.summary = _json(run, SUMMARY, "the run has not ended")
+    run.rows = _columns(_records(run, METRICS))
     if not len(run.rows.get("step", ())):
-        raise RunMissing(f"{folder}: metrics.jsonl holds no row with a step")
+        raise RunMissing(f"{folder}: {METRICS} holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
-    events = _records(run, "events.jsonl") if (folder / "events.jsonl").is_file() else ()
+    events = _records(run, EVENTS) if (folder / EVENTS).is_file() else ()
     run.events = [event for event in events if event.get("what") not in ROUTINE]
-    run.checkpoints = _checkpoints(folder / "ledger.jsonl")
+    run.checkpoints = _checkpoints(folder / LEDGER)
     _read_rollouts(run, rollouts)
     return run
 
@@ -88,17 +99,12 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(tree) if not isinstance(tree, str) else tree
 
 
-def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tuple[int, Any]]:
-    """Each line that `decode` takes, with its number; the others are named."""
-    damaged = []
-    with (run.folder / file).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                found = decode(line)
-            except ValueError:  # msgspec's own among them
-                damaged.append(number)
-            else:
-                yield number, found
+def _lines(run: Run, file: str, decode: Callable[[bytes], T]) -> Iterator[tuple[int, T]]:
+    """Read each line that `decode` takes, with the offset behind it; the others are named."""
+    damaged: list[int] = []
+    yield from read_lines(
+        run.folder / file, decode, lambda number, _: damaged.append(number), damaged.append
+    )
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         many = "lines" if len(damaged) > 1 else "line"
@@ -107,18 +113,8 @@ def _lines(run: Run, file: str, decode: Callable[[bytes], Any]) -> Iterator[tupl
         )
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(line, type=dict)
-    except msgspec.DecodeError:
-        found = json.loads(line)  # takes NaN, which a metric may be
-        if not isinstance(found, dict):
-            raise ValueError("no object") from None
-        return found
-
-
 def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
-    return (record for _, record in _lines(run, file, _record))
+    return (record for _, record in _lines(run, file, decode_row))
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -159,10 +155,11 @@ def _checkpoints(ledger: Path) -> list[int]:
     """List the steps of all that were made, those among them that are deleted by now."""
     if not ledger.is_file():
         return []
-    with ledger.open("rb") as lines:
-        entries = [
-            line.rstrip(b"]\n").split(b",") for line in lines if line.startswith(b'["checkpoint"')
-        ]
+    entries = (
+        line.rstrip(b"]\n").split(b",")
+        for _, line in read_lines(ledger, bytes)
+        if line.startswith(b'["checkpoint"')
+    )
     return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
 
 
@@ -173,17 +170,16 @@ class _Step(msgspec.Struct):
 def _read_rollouts(run: Run, most: int) -> None:
     """Choose evenly over the recorded steps, the first and the last among them. Of the others only
     the step is decoded."""
-    path = run.folder / ROLLOUTS
+    path = run.folder / SAMPLES
     if not path.is_file():
         run.remarks.append(
             f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    step_of = msgspec.json.Decoder(_Step).decode
-    numbers = [number for number, _ in _lines(run, path.name, lambda line: step_of(line).step)]
-    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
-    chosen = {numbers[place] for place in places}
-    with path.open("rb") as lines:
-        run.rollouts = [
-            msgspec.json.decode(line) for number, line in enumerate(lines, 1) if number in chosen
-        ]
+    steps = _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)
+    ends = [end for end, _ in steps]
+    places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
+    chosen = {ends[place] for place in places}
+    run.rollouts = [
+        msgspec.json.decode(line) for end, line in read_lines(path, bytes) if end in chosen
+    ]

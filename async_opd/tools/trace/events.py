@@ -20,7 +20,7 @@ DRIVER = "driver"
 LEARNER = "learner"
 QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
-# what a call is of; else a group
+# What a call is of, where that is no group.
 OF = {"update": "version", "checkpoint": "version", "step": "groups"}
 COUNTERS = {
     "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
@@ -37,17 +37,17 @@ class Trained(NamedTuple):
 
 
 def trace(recorded: Recorded, name: str) -> dict[str, Any]:
-    """The object that is written as JSON. Its clock starts with the first line."""
+    """Make the object that is written as JSON. Its clock starts with the first line."""
     origin = recorded.lines[0].since + recorded.lines[0].epoch
-    found = calls(recorded.lines)
-    groups = list(trained(found))
+    every_call = calls(recorded.lines)
+    groups = list(trained(every_call))
     threads = _Threads(origin)
     for state in states(recorded.lines):
         threads.slice(
             state.lane, threads.of(state.lane), state.state, "state", state.start, state.end, {}
         )
     waits = [call for group in groups for call in group.calls if call.lane == QUEUE]
-    for call in sorted([*found, *waits], key=lambda call: call.start):
+    for call in sorted([*every_call, *waits], key=lambda call: call.start):
         threads.call(call)
     for number, group in enumerate(groups, 1):
         threads.arrows(number, group)
@@ -68,17 +68,18 @@ def trace(recorded: Recorded, name: str) -> dict[str, Any]:
     }
 
 
-def trained(found: list[Call]) -> Iterator[Trained]:
-    """Every group of every step. What it was asked for before it was issued anew is no part of
-    it."""
-    asked: dict[str, list[Call]] = defaultdict(list)
-    for call in found:
+def trained(every_call: list[Call]) -> Iterator[Trained]:
+    """Follow every group of every step. What it was asked for before it was issued anew is no part
+    of it."""
+    asked: dict[object, list[Call]] = defaultdict(list)
+    for call in every_call:
         if call.name in ("generate", "score", "check"):
             asked[call.of].append(call)
-    for step in (call for call in found if (call.lane, call.name) == (LEARNER, "step")):
-        for id in step.of:
+    steps = (call for call in every_call if (call.lane, call.name) == (LEARNER, "step"))
+    for step, ids in ((step, step.of) for step in steps if isinstance(step.of, tuple)):
+        for id in ids:
             before = [call for call in asked[id] if call.end <= step.start]
-            last = max((at for at, call in enumerate(before) if call.name == "generate"), default=0)
+            last = max((n for n, call in enumerate(before) if call.name == "generate"), default=0)
             ready = max((call.end for call in before), default=step.start)
             wait = (
                 [Call(QUEUE, "wait", id, ready, step.start, step.step)]
@@ -95,16 +96,16 @@ class _Threads:
         self._origin = origin
         self.events: list[Event] = []
         self._processes: dict[str, int] = {role: number for number, role in enumerate(FIRST, 1)}
-        # of each actor: 0 its states, then its calls
+        # By actor and row: 0 has its states, the others its calls.
         self._threads: dict[tuple[str, int], int] = {}
         self._numbers = count(1001)  # of threads: never that of a process
-        # rows of calls: until when, which
+        # By actor: until when which row of calls is taken.
         self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._free: dict[str, list[int]] = defaultdict(list)
         self._drawn: dict[Call, int] = {}  # the thread of each call
 
     def of(self, lane: str, row: int = 0) -> int:
-        """The thread of an actor's states, or one of those of its calls."""
+        """Number the thread of an actor's states, or one of those of its calls."""
         if (lane, row) not in self._threads:
             self._threads[lane, row] = next(self._numbers)
             self._processes.setdefault(_role(lane), len(self._processes) + 1)
@@ -115,10 +116,10 @@ class _Threads:
     ) -> None:
         ts = self._micros(start)
         what = {"ph": "X", "name": name, "cat": kind, "args": args}
-        self.events.append({**what, **self._at(lane, tid, start), "dur": self._micros(end) - ts})
+        self.events.append({**what, **self._place(lane, tid, start), "dur": self._micros(end) - ts})
 
     def call(self, call: Call) -> None:
-        """On the first row that is free: they come by their starts."""
+        """Draw a call on the first row that is free: they come by their starts."""
         busy, free = self._busy[call.lane], self._free[call.lane]
         while busy and busy[0][0] <= call.start:
             heappush(free, heappop(busy)[1])
@@ -130,35 +131,35 @@ class _Threads:
         self.slice(call.lane, tid, call.name, "call", call.start, call.end, args)
 
     def arrows(self, number: int, group: Trained) -> None:
-        """Through the group's calls into its step."""
-        for at, call in enumerate(group.calls):
-            self._arrow(number, {"ph": "t" if at else "s"}, call)
+        """Lead through the group's calls into its step."""
+        for place, call in enumerate(group.calls):
+            self._arrow(number, {"ph": "t" if place else "s"}, call)
         if group.calls:
             self._arrow(number, {"ph": "f", "bp": "e"}, group.step)
 
     def _arrow(self, number: int, phase: Event, call: Call) -> None:
-        place = self._at(call.lane, self._drawn[call], call.start)
+        place = self._place(call.lane, self._drawn[call], call.start)
         self.events.append({**phase, "id": number, "name": "group", "cat": "group", **place})
 
     def instants(self, events: list[Event]) -> None:
-        """Who was lost, who came, and what was saved: a line from top to bottom each."""
+        """Draw who was lost, who came, and what was saved: a line from top to bottom each."""
         for event in events:
-            place = self._at(DRIVER, self.of(DRIVER), event["time"])
+            place = self._place(DRIVER, self.of(DRIVER), event["time"])
             name = f"{event['who']}: {event['what']}"
             args = {"why": event["why"]}
             self.events.append(
                 {"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args}
             )
 
-    def counters(self, at: float, row: dict[str, float | None]) -> None:
-        place = self._at(DRIVER, self.of(DRIVER), at)
+    def counters(self, time: float, row: dict[str, float | None]) -> None:
+        place = self._place(DRIVER, self.of(DRIVER), time)
         for name, series in COUNTERS.items():
             values = {key: row[of] for key, of in series.items() if row.get(of) is not None}
             if values:
                 self.events.append({"ph": "C", "name": name, **place, "args": values})
 
     def names(self) -> Iterator[Event]:
-        """What a viewer shows beside the threads, and in which order."""
+        """Say what a viewer shows beside the threads, and in which order."""
         for role in {_role(lane): None for lane, _ in self._threads}:
             yield from self._named(
                 "process", role, self._processes[role], {"pid": self._processes[role], "tid": 0}
@@ -172,7 +173,7 @@ class _Threads:
         yield {"ph": "M", "name": f"{kind}_name", **place, "args": {"name": name}}
         yield {"ph": "M", "name": f"{kind}_sort_index", **place, "args": {"sort_index": order}}
 
-    def _at(self, lane: str, tid: int, time: float) -> Event:
+    def _place(self, lane: str, tid: int, time: float) -> Event:
         return {"pid": self._processes[_role(lane)], "tid": tid, "ts": self._micros(time)}
 
     def _micros(self, time: float) -> int:
@@ -184,7 +185,7 @@ def _role(lane: str) -> str:
 
 
 def _in_order(thread: tuple[str, int]) -> tuple:
-    """By number: generator 10 comes behind generator 9."""
+    """Order by number: generator 10 comes behind generator 9."""
     lane, row = thread
     role, _, index = lane.partition(" ")
     return role, int(index or 0), row

@@ -1,6 +1,6 @@
 """What the driver recorded of a run, put together: who was in which state when, and every call."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,8 @@ import msgspec
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
-from async_opd.telemetry.spans import EARLIER, FILE, Line, Of
+from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, decode_row, read_lines
+from async_opd.telemetry.spans import Line, Of
 
 
 class State(NamedTuple):
@@ -40,43 +41,46 @@ class Recorded(NamedTuple):
 
 
 def recorded(run_dir: Path) -> Recorded:
-    """What there is of the run, which may be at work. Raises RunMissing."""
+    """Read what there is of the run, which may be at work. Raises RunMissing."""
     read_run(run_dir, dict)
     damaged: list[str] = []
-    lines = [line for name in (EARLIER, FILE) for line in _lines(run_dir / name, Line, damaged)]
+    decode = msgspec.json.Decoder(Line).decode
+    lines = [
+        line
+        for name in (EARLIER_SPANS, SPANS)
+        for line in _records(run_dir / name, decode, damaged)
+    ]
     if not lines:
         why = (
             "; ".join(damaged)
             or "a run keeps those of its last run.trace_steps steps, where that is not 0"
         )
-        raise RunMissing(f"{run_dir / FILE}: no spans: {why}")
+        raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
     events = [
-        e
-        for e in _lines(run_dir / "events.jsonl", dict[str, Any], damaged)
-        if first <= e["time"] <= last
+        event
+        for event in _records(run_dir / EVENTS, decode_row, damaged)
+        if first <= event["time"] <= last
     ]
     return Recorded(lines, events, damaged)
 
 
-def _lines(path: Path, kind: type, damaged: list[str]) -> Iterator[Any]:
-    """Of a file that may not be there; the last may be half written."""
-    decode = msgspec.json.Decoder(kind).decode
-    for at, line in enumerate(
-        path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1
-    ):
-        try:
-            if line.endswith(b"\n"):
-                yield decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
-            damaged.append(f"{path}, line {at}: left out: {e}")
+def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
+    """Read a file that may not be there; the last line may be half written."""
+    if path.exists():
+        lines = read_lines(
+            path,
+            decode,
+            lambda number, error: damaged.append(f"{path}, line {number}: left out: {error}"),
+        )
+        yield from (record for _, record in lines)
 
 
 def states(lines: list[Line]) -> Iterator[State]:
-    """Every span of every actor, those of one actor in order and end to end, but for time of which
-    no line is left."""
+    """Give every span of every actor, those of one actor in order and end to end, but for time of
+    which no line is left."""
     now: dict[str, tuple[str, float]] = {}  # of each actor: its state, since when
-    until = None
+    until = float("nan")  # of the line before
 
     def ended(lane: str, end: float) -> Iterator[State]:
         state, start = now.pop(lane)
@@ -89,20 +93,20 @@ def states(lines: list[Line]) -> Iterator[State]:
             for lane in list(now):
                 yield from ended(lane, until)
             now = {lane: (state, since) for lane, state in line.lanes.items()}
-        for lane, state, at in line.states:
+        for lane, state, start in line.states:
             if lane in now:
-                yield from ended(lane, at + line.epoch)
-            now[lane] = state, at + line.epoch
+                yield from ended(lane, start + line.epoch)
+            now[lane] = state, start + line.epoch
         until = line.until + line.epoch
     for lane in list(now):
         yield from ended(lane, until)
 
 
 def calls(lines: list[Line]) -> list[Call]:
-    """Every call, by its start."""
-    found = [
+    """List every call, by its start."""
+    unordered = [
         Call(lane, name, of, start + line.epoch, end + line.epoch, line.step)
         for line in lines
         for lane, name, of, start, end in line.calls
     ]
-    return sorted(found, key=lambda call: (call.start, call.end))
+    return sorted(unordered, key=lambda call: (call.start, call.end))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from async_opd.core.errors import CheckpointError, Diverged
+from async_opd.core.files import write_file
 from async_opd.core.wire import (
     Group,
     LearnerSettings,
@@ -25,7 +26,6 @@ from async_opd.core.wire import (
     Span,
     Verdict,
 )
-from async_opd.driver.checkpoints import write_whole
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
@@ -98,7 +98,7 @@ def on_a_full_disk(learner: LearnerRank, folder: str) -> str:
 def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
     """Where rank 0 listens, which it leaves in the file `meeting`."""
     if rank == 0:
-        write_whole(meeting, learner.listen("127.0.0.1").encode())
+        write_file(meeting, learner.listen("127.0.0.1").encode())
     while not meeting.exists():
         time.sleep(0.01)
     return meeting.read_text()

@@ -107,6 +107,6 @@ def test_a_run_without_enough_rows_is_refused_by_name(run_dir):
         RunMissing, match="--like needs more than 3 steps, the first are slow; it has 3"
     ):
         measured(run_dir, load(DEMO))
-    (run_dir / "metrics.jsonl").write_text("{")
+    (run_dir / "metrics.jsonl").write_text("{\n")
     with pytest.raises(RunMissing, match="--like needs a run's directory"):
         measured(run_dir, load(DEMO))
