@@ -9,9 +9,10 @@ from msgspec.structs import replace
 from async_opd.config.evaluation import EvalRun, run_config
 from async_opd.config.schema import Config
 from async_opd.core.errors import ConfigError
+from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
 from async_opd.core.wire import Prompt
-from async_opd.driver.replica_pool import Pool
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import ALL, of_all, respond
 from async_opd.evaluation.result import (
     INTERVAL,
@@ -49,7 +50,7 @@ async def _run_eval(asked: EvalRun, folder: Path) -> Result:
     ) as cluster:
         generators, verifiers = await cluster.evaluators()
         say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
-        pools = Pool("generator", generators), Pool("verifier", verifiers)
+        pools = ReplicaPool("generator", generators), ReplicaPool("verifier", verifiers)
         problems = await _problems(config, asked, *pools, read.prompts, folder / "problems.jsonl")
     result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
     (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
@@ -91,7 +92,7 @@ async def _problems(
         async def one(prompt: Prompt) -> Problem:
             nonlocal ended
             group = await respond(generators, verifier, prompt, asked.sampling)
-            texts = await verifier.ask(lambda verifier: verifier.said(group.group, group.verdicts))
+            texts = await verifier.ask(Verifier.said, group.group, *group.verdicts)
             whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
             file.write(msgspec.json.encode(whole) + b"\n")
             ended += 1

@@ -29,7 +29,7 @@ from async_opd.core.run_dir import (
 )
 from async_opd.driver import checkpoints
 from async_opd.driver.checkpoints import Checkpoint
-from async_opd.driver.train_loop import train
+from async_opd.driver.train import train
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy

@@ -4,7 +4,10 @@ it was sampled under.
 Versions count optimizer steps; the initial weights are version 0.
 """
 
+from typing import Any, overload
+
 import numpy as np
+import numpy.typing as npt
 
 
 def slots(outstanding_steps: float, groups_per_step: int) -> int:
@@ -17,9 +20,15 @@ def slots(outstanding_steps: float, groups_per_step: int) -> int:
     return round(outstanding_steps * groups_per_step)
 
 
-def fresh(versions: np.ndarray, live: int, max_lag_steps: int) -> np.ndarray:
-    """Which tokens may be trained on: live - version ≤ bound. `versions` int32 [N]; returns bool
-    [N].
+@overload
+def fresh(versions: int, live: int, max_lag_steps: int) -> bool: ...
+@overload
+def fresh(
+    versions: npt.NDArray[np.int32], live: int, max_lag_steps: int
+) -> npt.NDArray[np.bool_]: ...
+def fresh(versions: Any, live: int, max_lag_steps: int) -> Any:
+    """Which tokens may be trained on: live - version ≤ bound. `versions` int32 [N], or the one of
+    a single token; returns bool [N], or a single one.
 
     >>> fresh(np.array([0, 1, 2], np.int32), live=3, max_lag_steps=2).tolist()
     [False, True, True]
