@@ -79,8 +79,8 @@ def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int 
 async def _problems(
     config: Config,
     asked: EvalRun,
-    generators: Pool,
-    verifier: Pool,
+    generators: ReplicaPool,
+    verifier: ReplicaPool,
     prompts: list[Prompt],
     path: Path,
 ) -> list[Problem]:
