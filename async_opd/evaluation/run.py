@@ -90,9 +90,11 @@ async def _problems(
 
         async def one(prompt: Prompt) -> Problem:
             nonlocal ended
-            group = await respond(generators, verifier, prompt, asked.sampling)
-            texts = await verifier.ask(lambda verifier: verifier.said(group.group, group.verdicts))
-            whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
+            answered = await respond(generators, verifier, prompt, asked.sampling)
+            texts = await verifier.ask(
+                lambda verifier: verifier.said(answered.group, answered.verdicts)
+            )
+            whole = problem(prompt, answered.meta, answered.verdicts, texts, asked.k)
             file.write(msgspec.json.encode(whole) + b"\n")
             ended += 1
             if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
