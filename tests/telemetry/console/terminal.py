@@ -7,7 +7,7 @@ SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
 
 
 def shown(text: str) -> list[str]:
-    """Read the lines that stand on an endless terminal after `text`. An unknown sequence is an error."""
+    """Read what stands on an endless terminal after `text`. An unknown sequence is an error."""
     lines = [""]
     row = column = offset = 0
     while offset < len(text):
