@@ -115,7 +115,8 @@ class Learner(Protocol):
     async def load_state(self, folder: str) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# without comparison and text of its own: it holds arrays, and asyncio writes results out
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False, eq=False)
 class ScoredGroup:
     """A scored and verified group in the queue: metadata the driver may read, and references it may
     only pass on."""

@@ -8,13 +8,8 @@ from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
-from async_opd.core.wire import (
-    GeneratorSettings,
-    Ints,
-    LearnerSettings,
-    Needs,
-    ScorerSettings,
-)
+from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
+from async_opd.core.wire import Ints, Needs
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.pool import VerifierPool

@@ -5,12 +5,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from async_opd.core import errors, wire
+from async_opd.core import errors, role_settings, wire
 from async_opd.core.errors import WireError
+from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.wire import (
     Check,
     Group,
     GroupMeta,
+    LearnerShare,
     Needs,
     Prompt,
     Recorded,
@@ -21,10 +23,14 @@ from async_opd.core.wire import (
     Span,
     StepResult,
     Verdict,
+    WeightGroup,
+    WeightLayout,
 )
 
 STRUCTS = [
-    kind for kind in vars(wire).values() if inspect.isclass(kind) and issubclass(kind, wire.Struct)
+    kind
+    for kind in (*vars(wire).values(), *vars(role_settings).values())
+    if inspect.isclass(kind) and issubclass(kind, wire.Struct)
 ]
 MESSAGES = [kind for kind in STRUCTS if kind is not wire.Struct]
 ERRORS = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
@@ -279,6 +285,40 @@ GOOD = [
     Said(text="so it is 5", vote=None),
     Recorded(**RECORDED),
     StepResult(version=3, metrics={"loss": 0.5}, recorded=(Recorded(**RECORDED),)),
+    LearnerShare((((0, 0), (1, 2)), ()), ((Verdict(id="p7@0#1", correct=True),),)),
+    WeightGroup(host="10.0.0.1", port=1, rank_offset=1, world=3, bucket_bytes=9, timeout_s=0.5),
+    WeightLayout(names=("a",), dtypes=("float32",), shapes=((2, 3),)),
+    GeneratorSettings(
+        name="generator 0",
+        model="m",
+        eos_ids=(1, 2),
+        max_prompt_tokens=3,
+        vocabulary=24,
+        backend="gloo",
+        seed=0,
+    ),
+    ScorerSettings(
+        name="teacher 0",
+        temperature=0.7,
+        vocabulary=24,
+        longest=9,
+        eos_ids=(1,),
+        max_new_tokens=4,
+    ),
+    LearnerSettings(
+        model="m",
+        temperature=0.7,
+        steps=3,
+        max_lag_steps=2,
+        stale="mask",
+        truncated="drop",
+        max_new_tokens=4,
+        seed=0,
+        backend="nccl",
+        bucket_bytes=9,
+        sync_s=1.0,
+        timeout_s=2.0,
+    ),
 ]
 
 

@@ -39,7 +39,7 @@ import json
 from pathlib import Path
 
 from async_opd.core.wire import StepResult
-from async_opd.config.schema import load
+from async_opd.config.load import load
 from async_opd.objectives import all_objectives
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metrics import Jsonl, Meter

@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from async_opd.core.wire import GeneratorSettings, Needs, Prompt, Rollout, Sampling, WeightLayout
+from async_opd.core.role_settings import GeneratorSettings
+from async_opd.core.wire import Needs, Prompt, Rollout, Sampling, WeightLayout
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.sender import GlooSender

@@ -15,9 +15,9 @@ from async_opd.runtime.actors import (
     LINGER_S,
     CallBatcher,
     RemoteRole,
-    RoleActor,
     refuse_unsendable,
 )
+from tests.simulated.runs import acted
 
 TIMEOUTS = {
     "generate": 1.0,
@@ -114,13 +114,6 @@ class Role:
 
     def step(self, share, *, groups, scores=()):
         return share, groups, scores
-
-
-def acted(role) -> RoleActor:
-    """The actor of that role, here."""
-    actor = RoleActor("async_opd.core.wire:Sampling", 0.0)
-    actor._role = role
-    return actor
 
 
 async def test_a_slow_call_does_not_hold_up_those_that_travel_with_it(monkeypatch):

@@ -1,6 +1,7 @@
 """The real driver, or its producer alone, over simulated roles."""
 
 import asyncio
+import gc
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.train import train
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import TeacherSamplingConfig
+from async_opd.runtime.actors import RoleActor
 from async_opd.telemetry.metrics import Meter, Row, Sink
 from async_opd.telemetry.spans import ActorTime
 from tests.simulated.roles import (
@@ -105,6 +107,14 @@ async def measure(
 def replica(port: Any, name: str = "learner", index: int = 0) -> Replica[Any]:
     """One over a port of a test."""
     return Replica(name, index, port, ActorTime(time.monotonic))
+
+
+def acted(role: Any) -> RoleActor:
+    """The actor that plays `role`, in this process."""
+    actor = RoleActor("types:SimpleNamespace", 0.0)
+    gc.unfreeze()
+    actor._role = role
+    return actor
 
 
 def books() -> Ledger:

@@ -20,7 +20,7 @@ from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.train import train
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.runtime.actor_specs import make_verifier
-from async_opd.runtime.actors import LINGER_S, RemoteRole, RoleActor
+from async_opd.runtime.actors import LINGER_S, RemoteRole
 from async_opd.runtime.remote_learner import RemoteLearner
 from async_opd.telemetry.metrics import Meter
 from tests.runtime.test_ports import TIMEOUTS
@@ -31,7 +31,7 @@ from tests.simulated.roles import (
     SimulatedTeacher,
     SimulatedVerifier,
 )
-from tests.simulated.runs import replica
+from tests.simulated.runs import acted, replica
 
 DEMO = load("configs/demo.toml")
 
@@ -42,6 +42,8 @@ async def test_of_the_calls_that_the_last_teacher_has_when_it_is_lost(unheard):
         one before."""
 
         died, calls = asyncio.Event(), count()
+
+        def call(self, *_): ...
 
         async def call_keeping(self, *_):
             await self.died.wait()
@@ -148,10 +150,9 @@ async def test_of_a_batch_of_the_ledger_whose_caller_was_cancelled(unheard, tmp_
 
 async def test_of_groups_that_a_lost_pool_of_verifiers_cannot_check(unheard):
     verifier = make_verifier(DEMO.verify, Tokenizer(WordLevel()).to_str(), 1.0)  # not started
-    actor = RoleActor("async_opd.core.wire:Sampling", 0.0)
-    actor._role = verifier
+    actor = acted(verifier)
     outcomes = await actor.each("check", *map(group, range(3)))
-    assert {f"{outcome}" for outcome in outcomes} == {"verifier pool: not started"}, outcomes
+    assert {f"{outcome}" for outcome in outcomes} == {"verifier pool is not started"}, outcomes
     del verifier, actor, outcomes
     assert unheard() == []
 

@@ -339,7 +339,7 @@ def test_it_is_what_the_learner_computes(command):
     batch = BatchReader(objective, rollouts, "file").batch()
     given = {f.name: getattr(batch, f.name) for f in fields(MicroBatch) if hasattr(batch, f.name)}
     others = dict.fromkeys({f.name for f in fields(MicroBatch)} - set(given))
-    kept = {"ids_L": torch.zeros(14), "keep_N": torch.ones(14, dtype=bool), "taught": False}
+    kept = {"ids_L": torch.zeros(14), "keep_N": torch.ones(14, dtype=bool), "from_teacher": False}
     micro = MicroBatch(**(others | given | kept))
     read = Read(
         batch.student_logp_N,

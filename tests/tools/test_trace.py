@@ -230,7 +230,9 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
         meter = Meter([], asyncio.get_running_loop().time, lines.extend)
         actor_time = meter.actor("generators", "generator 3")
         generator = Replica("generator 3", 3, Stuck(), actor_time)
-        asking = asyncio.ensure_future(generator.call(Generator.generate, next(iter(Prompts()))))
+        asking = asyncio.ensure_future(
+            generator.call(Generator.generate, next(iter(Prompts())), of="0")
+        )
         await asyncio.sleep(1)
         generator.leave("it is gone")
         await asyncio.wait([asking])

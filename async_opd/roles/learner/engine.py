@@ -17,11 +17,11 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from transformers import PreTrainedModel, get_scheduler
 
 from async_opd.core.errors import Diverged, SyncFailed
+from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
     Group,
     Ints,
-    LearnerSettings,
     LearnerShare,
     Scores,
     StepResult,

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from vllm import AsyncEngineArgs, SamplingParams
-from vllm.config import WeightTransferConfig
+from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
@@ -27,8 +26,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed
+from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import (
-    GeneratorSettings,
     Group,
     GroupMeta,
     Ints,
@@ -40,9 +39,9 @@ from async_opd.core.wire import (
     WeightGroup,
     WeightLayout,
 )
-from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.rollout.config import RolloutConfig
-from async_opd.roles.weight_sync.receiver import init_info, update_info
+from async_opd.roles.rollout.engine_args import engine_args
+from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
 
 Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
 PROBE_TOKENS = 8  # sampled by the parity probe
@@ -86,7 +85,7 @@ class RolloutGenerator:
         probe = len(self._probe_ids) + PROBE_TOKENS
         longest = max(settings.max_prompt_tokens + config.max_new_tokens, probe)
         self._engine = AsyncLLM.from_engine_args(
-            _engine_args(settings, config, needs, longest=longest, block=block)
+            engine_args(settings, config, needs, longest=longest, block=block)
         )
 
     async def start(self) -> None:
@@ -282,35 +281,6 @@ class RolloutGenerator:
             truncated=output.finish_reason == "length",
             **candidates,
         )
-
-
-def _engine_args(
-    settings: GeneratorSettings, config: RolloutConfig, needs: Needs, *, longest: int, block: int
-) -> AsyncEngineArgs:
-    device: dict[str, Any] = {"enforce_eager": config.enforce_eager}
-    if current_platform.is_cpu():
-        device = cpu_engine(config.memory_gib, **device)
-    return AsyncEngineArgs(
-        model=settings.model,
-        dtype=config.dtype,
-        seed=settings.seed,
-        max_model_len=longest,
-        max_num_seqs=config.concurrency,
-        block_size=block,
-        tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        weight_transfer_config=WeightTransferConfig(backend=settings.backend),
-        logprobs_mode="processed_logprobs",
-        max_logprobs=needs.teacher_at_student_ids,
-        worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
-        scheduling_policy="priority",  # in order of arrival, but for the probe and evaluations
-        # end tokens and penalties of the checkpoint's own are not asked for
-        generation_config="vllm",
-        skip_tokenizer_init=True,
-        trust_remote_code=settings.trust_remote_code,
-        disable_log_stats=True,
-        **device,
-    )
 
 
 def _version(label: str) -> int:

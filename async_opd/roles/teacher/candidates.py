@@ -4,7 +4,8 @@ rest."""
 import numpy as np
 
 from async_opd.core.errors import WireError
-from async_opd.core.wire import Rollout
+from async_opd.core.message import check_rows
+from async_opd.core.wire import Group, Rollout, Scores
 
 # Of the probability; what float32 log-probs leave of 1 below it is their rounding.
 TAIL_FLOOR = 1e-6
@@ -39,3 +40,16 @@ def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
     """
     left_T = 1 - np.exp(logp_TK, dtype=np.float64).sum(1)
     return np.log(np.maximum(left_T, TAIL_FLOOR)).astype(np.float32)
+
+
+def matched(group: Group, scores: tuple[Scores, ...]) -> tuple[Scores, ...]:
+    """`scores`, where they are one for each rollout of `group` and one row for each of its tokens.
+    Raises WireError."""
+    if [s.id for s in scores] != [rollout.id for rollout in group.rollouts]:
+        raise WireError(
+            f"{group.prompt.id}: scores of {[s.id for s in scores]} for {len(group.rollouts)}"
+            " rollouts"
+        )
+    for rollout, s in zip(group.rollouts, scores, strict=True):
+        check_rows(rollout.id, "sampled_logp", s.sampled_logp, len(rollout.ids))
+    return scores

@@ -11,10 +11,11 @@ import torch
 from transformers import GenerationConfig
 
 from async_opd.core.errors import WireError
-from async_opd.core.wire import Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
+from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.wire import Group, Ints, Needs, Rollout, Scores
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
-from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids
+from async_opd.roles.teacher.candidates import candidates_of, matched, refuse_unknown_ids
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
 

@@ -14,9 +14,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.core.errors import ActorLost
-from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, ScorerSettings, Scores, matched
+from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
 from async_opd.roles.models.vllm_cpu import cpu_engine
-from async_opd.roles.teacher.candidates import candidates_of, refuse_unknown_ids, tail_left_by
+from async_opd.roles.teacher.candidates import (
+    candidates_of,
+    matched,
+    refuse_unknown_ids,
+    tail_left_by,
+)
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 
 

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
@@ -24,31 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from async_opd.core.wire import WeightGroup, WeightLayout
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
-
-
-def init_info(group: WeightGroup, backend: str) -> dict[str, Any]:
-    """What vLLM's `init_weight_transfer_engine` takes to join `group`."""
-    if backend == "gloo":
-        return msgspec.structs.asdict(group)
-    return dict(
-        master_address=group.host,
-        master_port=group.port,
-        rank_offset=group.rank_offset,
-        world_size=group.world,
-        packed=True,
-        packed_buffer_size_bytes=group.bucket_bytes,
-    )
-
-
-def update_info(layout: WeightLayout) -> dict[str, Any]:
-    """What vLLM's `update_weights` takes."""
-    return dict(
-        names=list(layout.names),
-        dtype_names=list(layout.dtypes),
-        shapes=[list(shape) for shape in layout.shapes],
-    )
 
 
 @dataclass

@@ -30,7 +30,7 @@ def sample() -> Callable[..., Trajectory]:
         topk_ids=None,
         topk_logp=None,
         tail_logp=None,
-        taught=False,
+        from_teacher=False,
     ) -> Trajectory:
         random = np.random.default_rng(seed)
         ends = np.cumsum([tokens for _, tokens in spans]).tolist()
@@ -56,11 +56,11 @@ def sample() -> Callable[..., Trajectory]:
             topk_logp=topk_logp,
             tail_logp=tail_logp,
         )
-        prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="", taught=taught)
+        prompt = Prompt(id=id, ids=ids[:prompt_tokens], answer="")
         return Trajectory(
             prompt=prompt,
             rollout=rollout,
-            scores=None if taught else scores,
+            scores=None if from_teacher else scores,
             verdicts=(Verdict(id=id, correct=correct),),
         )
 

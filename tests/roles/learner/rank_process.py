@@ -16,16 +16,8 @@ import torch.distributed as dist
 
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
-from async_opd.core.wire import (
-    Group,
-    LearnerSettings,
-    LearnerShare,
-    Prompt,
-    Rollout,
-    Scores,
-    Span,
-    Verdict,
-)
+from async_opd.core.role_settings import LearnerSettings
+from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Span, Verdict
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance

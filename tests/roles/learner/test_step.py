@@ -13,7 +13,7 @@ from async_opd.roles.learner.step import StepContext, accumulate, batch_statisti
 from tests.roles.learner.centred import Centred
 
 
-def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_weight=0.0):
+def run(module, objective, micros, all_reduce=lambda tensor, op: None, teacher_weight=0.0):
     """One accumulation on one rank; returns its metrics and, where there is a model, its
     gradients."""
     metrics, _ = accumulate(
@@ -22,7 +22,7 @@ def run(module, objective, micros, all_reduce=lambda tensor, op: None, taught_we
         all_reduce,
         objective,
         micros,
-        StepContext(max_lag_steps=2, taught_weight=taught_weight),
+        StepContext(max_lag_steps=2, teacher_weight=teacher_weight),
     )
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     gradients = [p.grad.clone() for p in parameters]
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_kept_tokens_of_the_formula(student, samples
     expected = dict(
         tokens=15.0,
         sequences=4.0,
-        taught=0.0,
+        from_teacher=0.0,
         advantage=kept_N.sum().item(),
         largest=kept_N.max().item(),
     )
@@ -302,11 +302,11 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
 def test_the_teachers_own_answers_add_their_mean_cross_entropy_whatever_the_split(
     student, sample, packed, cut
 ):
-    own = [sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i, taught=True) for i in range(4)]
+    own = [sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i, from_teacher=True) for i in range(4)]
     rollouts = packed(*(sample(2, [(0, 3)], id=str(i), seed=9 + i) for i in range(2)))
     _, alone = run(student, Opd(), [rollouts])
     micros = [rollouts, *(packed(*own[a:b]) for a, b in pairwise(cut))]
-    metrics, gradients = run(student, Opd(), micros, taught_weight=0.5)
+    metrics, gradients = run(student, Opd(), micros, teacher_weight=0.5)
     picked = [
         plain_logp(student, s).gather(1, torch.as_tensor(s.rollout.ids).long()[:, None])
         for s in own

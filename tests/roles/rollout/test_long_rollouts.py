@@ -13,16 +13,8 @@ import torch
 from ray import cloudpickle
 
 from async_opd.core.ports import ScoredGroup
-from async_opd.core.wire import (
-    GeneratorSettings,
-    Group,
-    GroupMeta,
-    Needs,
-    Prompt,
-    Rollout,
-    Span,
-    Verdict,
-)
+from async_opd.core.role_settings import GeneratorSettings
+from async_opd.core.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
 from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.maths.packing import plan
 from async_opd.objectives import all_objectives
@@ -106,12 +98,12 @@ def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher, monkeyp
     Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which
     every objective gets; the teacher's entropy and tail and, per id of the student's own, id, the
     teacher's log-prob and, where sampled, that under behaviour, where declared. 8 bytes for each of
-    the teacher's top k. Nothing else grows with the response: 512 bytes, and 16 for each array of
+    the teacher's top k. Nothing else grows with the response: 640 bytes, and 16 for each array of
     the student's own ids. One sample a prompt: the dearest case for that rest.
     """
     arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
     numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
-    rest = 544 + 16 * arrays + 4 * P
+    rest = 640 + 16 * arrays + 4 * P
     total, scorer = 0, teacher(needs)
     # No size depends on what the model makes of the tokens, which takes most of the time.
     monkeypatch.setattr(
@@ -243,12 +235,12 @@ def flat(rows: int, width: int):
 def around_vllm(monkeypatch):
     """Makes a generator, and a teacher without and one with padding among the likeliest, on engines
     of ours."""
-    from async_opd.roles.rollout import generator
+    from async_opd.roles.rollout import engine_args, generator
     from async_opd.roles.teacher import vllm_teacher as teacher
 
     engine = Engine()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # restored, whatever is set
-    for module in (generator, teacher):
+    for module in (engine_args, teacher):
         monkeypatch.setattr(
             module, "cpu_engine", lambda memory_gib, enforce_eager: {}
         )  # it is the engine's process that reads those

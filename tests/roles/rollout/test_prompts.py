@@ -386,7 +386,7 @@ def test_a_stream_that_breaks_in_the_middle_says_why(source, tmp_path):
 
 LONG = [{"prompt": "100+100=", "answer": "200", "name": f"long-{n}"} for n in range(3)]
 SKIPPING = dict(max_prompt_tokens=7, long_prompt="skip")
-ALIKE = ("id", "ids", "answer", "teacher_ids", "attempt", "teacher", "taught")
+ALIKE = ("id", "ids", "answer", "teacher_ids", "attempt", "teacher")
 
 
 def told(prompts) -> list[list]:

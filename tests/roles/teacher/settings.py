@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from async_opd.core.wire import ScorerSettings
+from async_opd.core.role_settings import ScorerSettings
 
 
 def scorer_settings(vocabulary: int, **others: Any) -> ScorerSettings:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from async_opd.core.wire import Check, Group, Prompt, Rollout, Span, Verdict
-from async_opd.roles.verifier.verifier import PATIENCE_S, SHARE, GroupVerifier
+from async_opd.roles.verifier.verifier import SHARE, GroupVerifier
+from async_opd.runtime.actors import PATIENCE_S
+from tests.simulated.runs import acted
 from tests.simulated.virtual_time import virtual
 
 
@@ -49,21 +51,20 @@ def now() -> float:
 
 def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
     async def main():
-        verifier = verifier_of(pool := Pool())
-        quick, slow = await verifier.check_all(group("0@0", "2"), group("1@0", "slow"))
+        actor = acted(verifier_of(pool := Pool()))
+        quick, slow = await actor.each("check", group("0@0", "2"), group("1@0", "slow"))
         assert quick == (Verdict(id="0@0#0", correct=True),) and isinstance(slow, str)
         assert now() == PATIENCE_S
         pool.decided.set()
-        assert await verifier.late(slow) == (Verdict(id="1@0#0", correct=True),)
+        assert await actor.late(slow) == (Verdict(id="1@0#0", correct=True),)
 
     virtual(main())
 
 
 def test_quick_checks_do_not_wait_at_all():
     async def main():
-        assert (
-            len(await verifier_of(Pool()).check_all(*(group(f"{i}@0", "2") for i in range(5)))) == 5
-        )
+        groups = (group(f"{i}@0", "2") for i in range(5))
+        assert len(await acted(verifier_of(Pool())).each("check", *groups)) == 5
         assert now() == 0
 
     virtual(main())
@@ -83,13 +84,12 @@ def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller(
 
 def test_groups_that_share_an_id_each_get_their_own_verdicts():
     async def main():
-        verifier = verifier_of(pool := Pool())
-        first, second, third = await verifier.check_all(
-            group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2")
-        )
+        actor = acted(verifier_of(pool := Pool()))
+        groups = group("0@0", "slow"), group("0@0", "slow"), group("0@0", "2")
+        first, second, third = await actor.each("check", *groups)
         assert isinstance(third, tuple) and first != second
         pool.decided.set()
-        assert await verifier.late(first) == await verifier.late(second) == third
+        assert await actor.late(first) == await actor.late(second) == third
 
     virtual(main())
 
@@ -107,7 +107,7 @@ async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callab
     verifier = verifier_of(await start_pool(timeout_s=60.0), texts)
     asked = group("0@0", "2", responses=len(texts))
     verdicts = await verifier.check(asked)
-    said = await verifier.said(asked, verdicts)
+    said = await verifier.said(asked, *verdicts)
     assert [verdict.correct for verdict in verdicts] == [
         False,
         True,
@@ -133,7 +133,7 @@ def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_
         )
         verifier = verifier_of(Hangs(), answers, within_s=10)
         async with asyncio.timeout(10):
-            said = await verifier.said(group("0@0", "2", responses=4), verdicts)
+            said = await verifier.said(group("0@0", "2", responses=4), *verdicts)
         assert [one.vote for one in said] == [0, 1, 0, None]
 
     virtual(main())
@@ -145,5 +145,5 @@ async def test_a_check_that_reads_no_answer_gives_no_votes():
         Verdict(id="1", correct=False),
         Verdict(id="2", correct=None, cause="late"),
     )
-    said = await verifier_of(Pool(), ["", "", ""]).said(group("0@0", "2", responses=3), verdicts)
+    said = await verifier_of(Pool(), ["", "", ""]).said(group("0@0", "2", responses=3), *verdicts)
     assert [one.vote for one in said] == [None, None, None]

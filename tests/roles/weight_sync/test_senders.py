@@ -6,8 +6,8 @@ import torch
 from torch.profiler import profile
 
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
-from async_opd.roles.weight_sync.receiver import init_info
 from async_opd.roles.weight_sync.sender import SENDERS, GlooSender
+from async_opd.roles.weight_sync.vllm_infos import init_info
 
 HOST, BUCKET = "127.0.0.1", 40_000
 

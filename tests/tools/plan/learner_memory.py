@@ -13,16 +13,8 @@ import sys
 import numpy as np
 import torch
 
-from async_opd.core.wire import (
-    Group,
-    LearnerSettings,
-    LearnerShare,
-    Prompt,
-    Rollout,
-    Scores,
-    Span,
-    Verdict,
-)
+from async_opd.core.role_settings import LearnerSettings
+from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Span, Verdict
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.engine import LearnerRank
