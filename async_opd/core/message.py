@@ -63,8 +63,9 @@ def check_logp(id: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
     if value.shape != shape:
         raise WireError(f"{id}: {field} has shape {value.shape}, expected {shape}")
     if value.size and not (np.isfinite(value).all() and value.max() <= LOGP_TOLERANCE):
-        at = int(np.argmax(~np.isfinite(value.ravel()) | (value.ravel() > LOGP_TOLERANCE)))
-        raise WireError(f"{id}: {field}[{at}] = {value.ravel()[at]} is not a finite log-prob <= 0")
+        flat = value.ravel()
+        place = int(np.argmax(~np.isfinite(flat) | (flat > LOGP_TOLERANCE)))
+        raise WireError(f"{id}: {field}[{place}] = {flat[place]} is not a finite log-prob <= 0")
 
 
 def check_rows(id: str, field: str, value: npt.NDArray[Any], rows: int) -> None:

@@ -27,20 +27,19 @@ Ref = Any
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+Timeout = Literal["generate", "score", "step", "sync", "collective"]
+
+
 @dataclass(frozen=True)
 class Remote:
     """How a call of a role travels to the actor that plays it."""
 
-    within: Literal["generate", "score", "step", "sync", "collective"]  # which timeout bounds it
+    within: Timeout  # which of the config's bounds it
     refs: int = 0  # the last results that stay where they are made
     batched: bool = False  # calls of one moment travel together, each with one argument
 
 
-def remote(
-    within: Literal["generate", "score", "step", "sync", "collective"],
-    refs: int = 0,
-    batched: bool = False,
-) -> Callable[[F], F]:
+def remote(within: Timeout, refs: int = 0, batched: bool = False) -> Callable[[F], F]:
     """Declare a method of a port to be a call of an actor's."""
 
     def declare(method: F) -> F:
@@ -48,6 +47,12 @@ def remote(
         return method
 
     return declare
+
+
+def declared(port: type) -> dict[str, Remote]:
+    """The calls that `port` declares, by name."""
+    methods = vars(port).items()
+    return {name: method.remote for name, method in methods if hasattr(method, "remote")}
 
 
 class Member(Protocol):
@@ -102,16 +107,23 @@ class Verifier(Member, Protocol):
 
 
 class Learner(Protocol):
-    """Holds the live student over all its ranks."""
+    """Holds the live student over all its ranks. What is declared here is called on each of them,
+    as ZeRO-3 needs, and rank 0's result counts."""
 
     async def step(self, groups: Sequence["ScoredGroup"]) -> StepResult: ...
     async def open_group(self, generators: int) -> list[WeightGroup]: ...
     async def join_group(self, generators: int) -> None: ...
+    @remote("sync")
     async def weight_layout(self) -> WeightLayout: ...
+    @remote("collective")
     async def send_weights(self) -> None: ...
+    @remote("step")
     async def logprobs(self, prompt_ids: Ints, response_ids: Ints) -> Floats: ...
+    @remote("step")
     async def save(self, folder: str) -> None: ...
+    @remote("step")
     async def save_state(self, folder: str) -> None: ...
+    @remote("step")
     async def load_state(self, folder: str) -> None: ...
 
 

@@ -84,17 +84,17 @@ class Rollout(Struct, frozen=True):
             shape = () if self.candidate_ids is None else self.candidate_ids.shape
             check_logp(self.id, "candidate_logp", self.candidate_logp, shape)
         check_logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
-        at, version = 0, -1
+        end, version = 0, -1
         for span in self.spans:
-            if span.start != at or span.end <= span.start or span.version <= version:
+            if span.start != end or span.end <= span.start or span.version <= version:
                 raise WireError(
                     f"{self.id}: spans must be contiguous with increasing versions, got"
                     f" {self.spans}"
                 )
-            at, version = span.end, span.version
-        if at != len(self.ids) or at == 0:
+            end, version = span.end, span.version
+        if end != len(self.ids) or end == 0:
             raise WireError(
-                f"{self.id}: spans cover {at} tokens of {len(self.ids)}; a response has at"
+                f"{self.id}: spans cover {end} tokens of {len(self.ids)}; a response has at"
                 " least one"
             )
 

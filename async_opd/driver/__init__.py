@@ -1,2 +1,25 @@
-"""The stream: admission slots, producers, the replay-free queue, publication and supervision. Plain
-asyncio."""
+"""THE asyncio process of a run. It moves prompts, metadata and references; tokens never come here.
+
+    prompts -> Admission --+--> Producer --------> generator --+--> teacher ----+--> TrajectoryQueue
+                  ^        |                                   +--> reference --+          |
+                  |        |                                   +--> verifier ---+          |
+                  |        +--> TeacherSampling -> teacher's generator -> verifier ------->+
+                  |                                                                        |
+                  +-- slots -- WeightPublisher <- SelfTeachers <- learner's step <---------+
+
+Who waits for whom, and what unblocks it:
+
+- `Admission` for a free slot: a publication gives back those of the step that it publishes, a final
+  drop its own.
+- `Producer`, a task for each prompt, for a generator, then for its scorers and the verifier
+  together; `TeacherSampling` likewise for its own generator, then for the verifier.
+- `ReplicaPool.ask` for somebody who serves: a new member, or none being left, unblocks it; a
+  member that is lost has what it had asked of another.
+- `TrainLoop` for a step's groups (`TrajectoryQueue.put`), for the learner, for self-teachers that
+  take its weights over, and for the generators that take them (`WeightPublisher.publish`).
+- A new generator for the weights' lock: it joins between two updates.
+- `HeldOut`, beside training, for the same generators: nobody waits for it but the end of the run.
+
+A call is `ReplicaPool.ask` -> `Replica.call` -> `runtime.actors` -> the role's method. Whatever is
+out, and however it ends, the replica counts it.
+"""

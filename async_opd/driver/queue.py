@@ -70,7 +70,8 @@ class TrajectoryQueue:
     ):
         """`wait_s` bounds the time in which not one group more is ready; `where()` says where the
         outstanding ones are."""
-        self._per_step, self._bound, self._stale = groups_per_step, max_lag_steps, stale
+        self._per_step = groups_per_step
+        self._bound, self._stale = max_lag_steps, stale
         self._on_drop, self._slots = on_drop, slots
         self._teacher = teacher
         self._most_of_teacher = teacher.most(groups_per_step) if teacher else 0

@@ -193,7 +193,8 @@ class ReplicaPool(Generic[M]):
 
     async def _start(self, index: int) -> None:
         """Waits for a new member and for its welcome; `_serve` unblocks those who wait for one."""
-        replica, why, wait_s = None, "", RETRY_S
+        replica, why = None, ""
+        wait_s = RETRY_S
         try:
             for _ in range(MAX_FAILED_STARTS):
                 try:

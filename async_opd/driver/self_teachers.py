@@ -27,7 +27,9 @@ class SelfTeachers:
     ):
         """`teachers` by the number of steps between two updates; the checkpoint in `folder` is
         replaced at each."""
-        self._learner, self._teachers, self._folder = learner, teachers, str(folder)
+        self._learner = learner
+        self._teachers = teachers
+        self._folder = str(folder)
 
     async def follow(self, version: int) -> None:
         """Bring those that are due at `version` to the live student."""

@@ -126,11 +126,11 @@ class WeightPublisher:
         self,
         members: Sequence[Replica[Generator]],
         theirs: Sequence[Coroutine[Any, Any, None]],
-        own: Coroutine[Any, Any, None],
+        learner: Coroutine[Any, Any, None],
     ) -> None:
         """What all members and the learner do with one another; waits for all. Raises SyncFailed
         where one failed."""
-        error, *outcomes = await asyncio.gather(own, *theirs, return_exceptions=True)
+        error, *outcomes = await asyncio.gather(learner, *theirs, return_exceptions=True)
         if isinstance(error, BaseException) and not isinstance(error, SyncFailed):
             raise error
         failures = [*self._failed(members, outcomes), *([error] if error else [])]

@@ -110,14 +110,15 @@ class ActorSpecs:
         target = "async_opd.roles.rollout.generator:RolloutGenerator"
         return ActorSpec(target, (settings, rollout, needs), engine=True)
 
-    def _scorer(self, name: str, at: str) -> ActorSpec:
-        """A replica of the teacher, or of the reference, in section `at`."""
-        config, scorer, reference = self._config, self._config.scorers[at], at == "reference"
+    def _scorer(self, name: str, section: str) -> ActorSpec:
+        """A replica of the teacher, or of the reference, in `section`."""
+        config, scorer = self._config, self._config.scorers[section]
+        reference = section == "reference"
         settings = ScorerSettings(
             name=name,
             temperature=config.rollout.temperature,
             vocabulary=self._vocabulary,
-            longest=longest_sequence(at, scorer, config.data, config.rollout)[1],
+            longest=longest_sequence(section, scorer, config.data, config.rollout)[1],
             eos_ids=self._eos_ids,
             max_new_tokens=config.rollout.max_new_tokens,
             as_student=reference,

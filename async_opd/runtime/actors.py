@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from async_opd.core.aio import bounded, retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, WireError
 from async_opd.core.message import Struct
-from async_opd.core.ports import Ref, Remote
+from async_opd.core.ports import Ref, Remote, declared
 from async_opd.core.process_wide import no_garbage_collection
 from async_opd.objectives.base import Objective
 from async_opd.runtime.actor_specs import ActorSpec
@@ -125,7 +125,9 @@ class RemoteActor:
 
     def __init__(self, name: str, spec: ActorSpec, request: ResourceRequest, node: str | None):
         """On that node, or where Ray finds room once there is some."""
-        self.name, self.request, self.node = name, request, node
+        self.name = name
+        self.request = request
+        self.node = node
         self.killed = False
         # of the process, in `ps` and Ray's tools
         title = name.split()[0].split(".")[0].removesuffix("s").capitalize()
@@ -222,10 +224,8 @@ class RemoteRole:
     def __init__(self, actor: RemoteActor, port: type, timeouts: Mapping[str, float]):
         """`timeouts` in seconds, by what `ports.remote` calls them, and "stall"."""
         self._actor, self._stall_s = actor, timeouts["stall"]
-        for name, method in vars(port).items():
-            if declared := getattr(method, "remote", None):
-                call = _caller(actor, name, declared, timeouts[declared.within])
-                setattr(self, name, call)
+        for method, how in declared(port).items():
+            setattr(self, method, _caller(actor, method, how, timeouts[how.within]))
 
     async def check_health(self) -> None:
         """Raise ActorLost or TimedOut where the actor gives no sign of life."""
@@ -237,12 +237,12 @@ class RemoteRole:
 
 
 def _caller(
-    actor: RemoteActor, method: str, declared: Remote, timeout_s: float
+    actor: RemoteActor, method: str, how: Remote, timeout_s: float
 ) -> Callable[..., Awaitable[Any]]:
     """What makes the call of an actor as it is declared."""
 
     async def keeping(*args: Any) -> tuple[Any, ...]:
-        first, refs = await actor.call_keeping(timeout_s, declared.refs, "call", method, *args)
+        first, refs = await actor.call_keeping(timeout_s, how.refs, "call", method, *args)
         return first, *refs
 
     async def each_kept(args: list[Ref]) -> list[Any]:
@@ -258,9 +258,9 @@ def _caller(
         late = isinstance(result, str)
         return await actor.ask_host(timeout_s, "late", result, what=method) if late else result
 
-    if not declared.batched:
-        return keeping if declared.refs else partial(actor.call, timeout_s, method)
-    if declared.refs:
+    if not how.batched:
+        return keeping if how.refs else partial(actor.call, timeout_s, method)
+    if how.refs:
         return CallBatcher(each_kept)
     together = CallBatcher(each)
     return checked

@@ -53,6 +53,7 @@ class Cluster:
         self._config = config
         self._tell = tell
         seed = config.run.seed if first_seed is None else first_seed
+        self._timeouts = _timeouts(config)
         self._specs = ActorSpecs(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[RemoteActor] = []
         # On a card that is shared one starts after the other: vLLM measures what is free while it
@@ -114,8 +115,8 @@ class Cluster:
             *(self._spawn(request.role, index, nodes) for index in range(request.count))
         )
 
-    async def _learner(self, nodes: Mapping[str, Node]) -> RemoteLearner:
-        """Every rank, in one process group."""
+    async def _learner(self, nodes: Mapping[str, Node]) -> Any:
+        """Every rank, in one process group, as the learner's port."""
         start_s, request = self._config.timeout.start_s, self._requests[RANK]
         async with self._turn:
             ranks = [
@@ -127,7 +128,7 @@ class Cluster:
             joining = (rank.call(start_s, "start", rendezvous) for rank in ranks)
             width, *_ = await asyncio.gather(*joining)
         await asyncio.gather(*map(self._settled, ranks))
-        return RemoteLearner(ranks, address, width, self._config)
+        return RemoteLearner(ranks, address, width, self._config, self._timeouts)
 
     async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Any:
         """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
@@ -150,7 +151,7 @@ class Cluster:
                 await actor.ask_host(start_s, "start")
                 await self._settled(actor)
                 unless.pop_all()
-        return RemoteRole(actor, PORTS.get(pool, Teacher), _timeouts(self._config))
+        return RemoteRole(actor, PORTS.get(pool, Teacher), self._timeouts)
 
     async def _settled(self, actor: RemoteActor) -> None:
         """Once its role is built, tell where it lives."""

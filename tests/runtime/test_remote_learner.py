@@ -7,6 +7,7 @@ from async_opd.config.load import load
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import GroupMeta, LearnerShare, Prompt, Span, StepResult, Verdict
 from async_opd.runtime.remote_learner import RemoteLearner
+from tests.runtime.test_ports import TIMEOUTS
 
 
 class Rank:
@@ -49,7 +50,7 @@ def group(
 async def stepped(*groups: ScoredGroup, ranks: int = 2) -> list[Rank]:
     actors = [Rank() for _ in range(ranks)]
     config = load(DEMO, ["learner.micro_batch_tokens=80"])
-    await RemoteLearner(actors, "", 64, config).step(groups)
+    await RemoteLearner(actors, "", 64, config, TIMEOUTS).step(groups)
     return actors
 
 

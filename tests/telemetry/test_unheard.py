@@ -74,7 +74,7 @@ async def test_of_a_rank_that_dies_once_nobody_waits_for_it(unheard):
             await self.died.wait()
             raise ActorLost("learner rank 0 died")
 
-    saving = asyncio.ensure_future(RemoteLearner([Rank()], "", 64, DEMO).save("folder"))
+    saving = asyncio.ensure_future(RemoteLearner([Rank()], "", 64, DEMO, TIMEOUTS).save("folder"))
     await asyncio.sleep(0)
     saving.cancel()
     with pytest.raises(asyncio.CancelledError):
