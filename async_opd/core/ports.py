@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from async_opd.core.wire import (
+    Ballot,
     Floats,
     GroupMeta,
     Ints,
     Prompt,
     Rollout,
-    Said,
     Sampling,
     StepResult,
     Verdict,
@@ -103,7 +103,7 @@ class Verifier(Member, Protocol):
     @remote("score")
     async def check_response(self, id: str, ids: Ints, answer: str) -> Verdict: ...
     @remote("score")
-    async def said(self, group: Ref, *verdicts: Verdict) -> tuple[Said, ...]: ...
+    async def ballots(self, group: Ref, *verdicts: Verdict) -> tuple[Ballot, ...]: ...
 
 
 class Learner(Protocol):

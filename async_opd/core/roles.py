@@ -6,7 +6,7 @@ from typing import Any
 
 from async_opd.core.ports import Generator, Learner, Teacher, Verifier
 
-# a new member of a pool, by the pool's name and the member's seat
+# a new member of a pool, by the pool's name and the member's number
 Spawn = Callable[[str, int], Awaitable[Any]]
 
 
@@ -19,6 +19,6 @@ class Roles:
     references: Sequence[Teacher] = ()  # replicas, where the objective needs a reference
     verifier: Verifier
     learner: Learner
-    # they hold the teacher and answer the taught prompts
+    # they hold the teacher, and answer prompts in the student's place
     teacher_generators: Sequence[Generator] = ()
     spawn: Spawn | None = None  # absent: who is lost is not replaced

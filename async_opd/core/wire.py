@@ -222,7 +222,7 @@ class Check(Struct, frozen=True):
     answer: str
 
 
-class Said(Struct, frozen=True):
+class Ballot(Struct, frozen=True):
     """What a response says. Made by the verifier; consumed by an evaluation."""
 
     text: str

@@ -178,7 +178,7 @@ class TrainLoop:
         """Write the row of the last step."""
         assert self._unsaid
         (result, batch), self._unsaid = self._unsaid, None
-        from_teacher = (
+        sampled = (
             self._teacher_sampling.row(self.version, batch, self.queue.dropped)
             if self._teacher_sampling
             else {}
@@ -189,7 +189,7 @@ class TrainLoop:
             self._config.run.steps,
             result.metrics,
             **_verdicts(batch),
-            **from_teacher,
+            **sampled,
             parity_gap=gap,
             queue_ready=len(self.queue),
             queue_outstanding=self._slots.outstanding,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from async_opd.core.errors import ConfigError, RunMissing
-from async_opd.core.wire import GroupMeta, Prompt, Said, Verdict
+from async_opd.core.wire import Ballot, GroupMeta, Prompt, Verdict
 from async_opd.evaluation.estimates import RESAMPLES, intervals, majority_at_k, means_of, pass_at_k
 
 FIGURES = ("avg", "pass", "maj")
@@ -103,7 +103,7 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 
 def problem(
-    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Said], k: int
+    prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Ballot], k: int
 ) -> Problem:
     """Sum up the responses to `prompt`."""
     pairs = zip(verdicts, texts, strict=True)
@@ -123,7 +123,7 @@ def problem(
     )
 
 
-def _response(verdict: Verdict, text: Said, tokens: int, truncated: bool) -> Response:
+def _response(verdict: Verdict, text: Ballot, tokens: int, truncated: bool) -> Response:
     return Response(
         text.text, verdict.correct, verdict.cause, verdict.answer, text.vote, tokens, truncated
     )

@@ -92,7 +92,7 @@ async def _problems(
         async def one(prompt: Prompt) -> Problem:
             nonlocal ended
             group = await respond(generators, verifier, prompt, asked.sampling)
-            texts = await verifier.ask(Verifier.said, group.group, *group.verdicts)
+            texts = await verifier.ask(Verifier.ballots, group.group, *group.verdicts)
             whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
             file.write(msgspec.json.encode(whole) + b"\n")
             ended += 1

@@ -3,7 +3,7 @@
 import math
 
 
-def taught_weight(step: int, *, full_until: int, until: int, start: float, end: float) -> float:
+def phased_weight(step: int, *, full_until: int, until: int, start: float, end: float) -> float:
     """Weight of the teacher's own answers at optimizer step `step`: full, then half a cosine, then
     none.
 
@@ -13,7 +13,7 @@ def taught_weight(step: int, *, full_until: int, until: int, start: float, end: 
     SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. `full_until` is P₁, `until` P₂,
     `start` α₀, `end` α₁.
 
-    >>> weights = (taught_weight(t, full_until=30, until=35, start=1, end=0) for t in (30, 31, 35))
+    >>> weights = (phased_weight(t, full_until=30, until=35, start=1, end=0) for t in (30, 31, 35))
     >>> [round(weight, 6) for weight in weights]
     [1, 0.904508, 0.0]
     """

@@ -9,6 +9,7 @@ from async_opd.core import errors, role_settings, wire
 from async_opd.core.errors import WireError
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.wire import (
+    Ballot,
     Check,
     Group,
     GroupMeta,
@@ -17,7 +18,6 @@ from async_opd.core.wire import (
     Prompt,
     Recorded,
     Rollout,
-    Said,
     Sampling,
     Scores,
     Span,
@@ -282,7 +282,7 @@ GOOD = [
     Verdict(id="p7@0#1", correct=None, cause="timed out after 5.0 s"),
     Check(id="p7@0#1", response="5", answer="5"),
     Sampling(samples=4, temperature=0.6, top_p=0.95),
-    Said(text="so it is 5", vote=None),
+    Ballot(text="so it is 5", vote=None),
     Recorded(**RECORDED),
     StepResult(version=3, metrics={"loss": 0.5}, recorded=(Recorded(**RECORDED),)),
     LearnerShare((((0, 0), (1, 2)), ()), ((Verdict(id="p7@0#1", correct=True),),)),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from async_opd.core.errors import ConfigError, RunMissing
-from async_opd.core.wire import GroupMeta, Prompt, Said, Span, Verdict
+from async_opd.core.wire import Ballot, GroupMeta, Prompt, Span, Verdict
 from async_opd.evaluation.result import (
     Result,
     Settings,
@@ -56,7 +56,7 @@ def responded(*outcomes: tuple[bool | None, int | None], k: int, reads: bool = T
         id="7@0", prompt_len=1, spans=spans, truncated=(True,) + (False,) * (len(outcomes) - 1)
     )
     return problem(
-        prompt(), meta, verdicts, [Said(text="so", vote=vote) for _, vote in outcomes], k
+        prompt(), meta, verdicts, [Ballot(text="so", vote=vote) for _, vote in outcomes], k
     )
 
 

@@ -160,8 +160,51 @@ def test_a_file_is_one_idea():
     assert [name for name in FILES if Path(name).name == "utils.py"] == []
 
 
+def test_a_line_is_at_most_a_hundred_columns():
+    wide = [
+        name for name, text in FILES.items() if max(map(len, text.splitlines()), default=0) > 100
+    ]
+    assert wide == []
+
+
 def test_a_function_is_at_most_sixty_lines():
     assert [(name, lines) for name, lines in functions() if lines > 60] == []
+
+
+def test_a_function_has_at_most_eight_parameters():
+    def parameters(node: ast.FunctionDef) -> int:
+        args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        return len([arg for arg in args if arg.arg not in ("self", "cls")])
+
+    found = nodes(ast.FunctionDef, ast.AsyncFunctionDef)
+    ours = [(name, node) for name, node in found if node.name not in ("forward", "backward")]
+    # autograd's own aside
+    assert [(name, node.name) for name, node in ours if parameters(node) > 8] == []
+
+
+def test_a_statement_assigns_one_thing_or_a_pair():
+    packed = [
+        f"{name}:{node.lineno}"
+        for name, node in nodes(ast.Assign)
+        if isinstance(node.value, ast.Tuple)
+        and any(isinstance(t, ast.Tuple) and len(t.elts) > 2 for t in node.targets)
+    ]
+    assert packed == []
+
+
+def test_a_name_says_what_it_names():
+    said_nothing = {"found", "at", "own", "given", "said", "told"}
+    named = [
+        (name, getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "name", ""))
+        for name, node in nodes(ast.Name, ast.arg, ast.FunctionDef, ast.AsyncFunctionDef)
+        if not isinstance(getattr(node, "ctx", None), ast.Load)
+    ]
+    assert [(name, word) for name, word in named if word in said_nothing] == []
+
+
+def test_the_teachers_own_answers_are_known_in_at_most_ten_files():
+    known = {name for name, text in FILES.items() if re.search(r"\bfrom_teacher\b|taught", text)}
+    assert len(known) <= 10, sorted(known)
 
 
 def test_the_main_loop_fits_a_screen():

@@ -160,7 +160,7 @@ class LearnerRank:
         step = self.version + 1
         batches = trajectories(share, groups, scores, references)
         micros = [
-            pack(own, self._bounds, live=self.version, device=self._device) for own in batches
+            pack(batch, self._bounds, live=self.version, device=self._device) for batch in batches
         ]
         every = self._settings.record_every_steps
         due = self._rank == 0 and every and step % every == 0

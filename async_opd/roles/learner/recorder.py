@@ -39,12 +39,12 @@ class Recorder:
 
     def look(self, number: int, micro: MicroBatch, batch: TokenBatch) -> None:
         """Keep what is chosen of micro-batch `number`."""
-        own = self._trajectories[number]
-        chosen = [place for place in range(len(own)) if (number, place) in self._chosen]
+        mine = self._trajectories[number]
+        chosen = [place for place in range(len(mine)) if (number, place) in self._chosen]
         if chosen:
             columns = self._columns(micro, batch)
             self.recorded += [
-                self._record(own[place], columns, micro.segment_N == place) for place in chosen
+                self._record(mine[place], columns, micro.segment_N == place) for place in chosen
             ]
 
     def _columns(self, micro: MicroBatch, batch: TokenBatch) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step_metrics import Measured
 from async_opd.roles.models import causal_lm
 
+NOTHING = Needs()
 COUNTS = ("tokens", "sequences", "from_teacher")
 Reduce = Callable[[Tensor, str], None]  # (tensor, "sum" | "max"), over all ranks, in place
 # takes a micro-batch of the student's, with its number
@@ -33,7 +34,7 @@ class Student(nn.Module):
         self.temperature = temperature
         self.chunk_rows = chunk_rows
 
-    def forward(self, micro: MicroBatch, needs: Needs = Needs()) -> Read:  # noqa: B008, it is immutable
+    def forward(self, micro: MicroBatch, needs: Needs = NOTHING) -> Read:
         """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
         what `needs` asks for."""
         hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)

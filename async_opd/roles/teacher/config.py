@@ -57,7 +57,7 @@ class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fi
 class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts,
     once each; what the verifier finds right is trained by cross-entropy times a weight,
-    `maths.schedules.taught_weight`.
+    `maths.schedules.phased_weight`.
 
     SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a
     reconstruction: the paper gives neither. Where the teacher is not right the student answers
@@ -78,7 +78,7 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def weight(self, step: int) -> float:
         """Of what is trained at optimizer step `step`."""
-        return schedules.taught_weight(
+        return schedules.phased_weight(
             step,
             full_until=self.full_until_step,
             until=self.until_step,

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from async_opd.core.wire import Check, Group, Said, Verdict
+from async_opd.core.wire import Ballot, Check, Group, Verdict
 from async_opd.roles.verifier.pool import VerifierPool
 
 SHARE = 0.9  # of the time that a caller waits, so that it hears of the verdict
@@ -30,7 +30,7 @@ class GroupVerifier:
         checks = (self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
         return tuple(await asyncio.gather(*checks))
 
-    async def said(self, group: Group, *verdicts: Verdict) -> tuple[Said, ...]:
+    async def ballots(self, group: Group, *verdicts: Verdict) -> tuple[Ballot, ...]:
         """Read what each rollout of `group` says and votes for. Right ones vote alike; wrong ones
         do where the check takes the one's answer for the other's. What cannot be compared in time
         votes for itself."""
@@ -46,7 +46,7 @@ class GroupVerifier:
                     group.prompt.id, {first: text for text, first in firsts.items() if text}, same
                 )
         return tuple(
-            Said(
+            Ballot(
                 text=self._decode(rollout.ids), vote=None if vote is None else same.get(vote, vote)
             )
             for rollout, vote in zip(group.rollouts, votes, strict=True)

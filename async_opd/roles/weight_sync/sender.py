@@ -62,10 +62,10 @@ class GlooSender(Sender):
         if not self._flats:
             largest = max(sum(meta.nbytes for meta in bucket) for bucket in planned)
             self._flats = [torch.empty(largest, dtype=torch.uint8) for _ in planned[:2]]
-        for at, bucket in enumerate(planned):
+        for turn, bucket in enumerate(planned):
             if len(travelling) == 2:
                 travelling.popleft().wait()
-            flat = self._flats[at % 2][: sum(meta.nbytes for meta in bucket)].view(
+            flat = self._flats[turn % 2][: sum(meta.nbytes for meta in bucket)].view(
                 getattr(torch, bucket[0].dtype)
             )
             for part in flat.split([math.prod(meta.shape) for meta in bucket]):

@@ -14,6 +14,7 @@ import msgspec
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
 from async_opd.core.run_dir import ENVIRONMENT, METRICS, SUMMARY, decode_row, read_lines
+from async_opd.core.wire import trained_tokens
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.objectives import Objective
 
@@ -88,7 +89,7 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Iterator
         yield "largest lag seen", f"{int(max(row['lag_max'] for row in rows))} steps"
         yield (
             "trained tokens",
-            f"{int(sum(row['tokens'] + row.get('tokens_taught', 0) for row in rows))}",
+            f"{int(sum(map(trained_tokens, rows)))}",
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.wire import trained_tokens
 from async_opd.tools.report import figures, plot, rollouts
 from async_opd.tools.report.plot import duration, number
 from async_opd.tools.report.read import Run, read
@@ -126,11 +127,7 @@ def _merits(run: Run) -> list[tuple[str, str, str]]:
         merits.append((value, "KL to the teacher", "nats a token, first and last step"))
     if isinstance(speed := summary.get("trained_tokens_per_s"), float):
         # Of all starts: the summary's are those of the last.
-        trained = sum(
-            float(np.nansum(run.rows[key]))
-            for key in ("tokens", "tokens_taught")
-            if key in run.rows
-        )
+        trained = trained_tokens({key: float(np.nansum(run.rows[key])) for key in run.rows})
         merits.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
     steps = f"{number(run.rows['step'][-1])} of {run.config.get('run.steps', '?')} steps"
     merits.append((duration(run.rows["seconds"][-1]), "of training", steps))

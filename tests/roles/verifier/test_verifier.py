@@ -107,7 +107,7 @@ async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callab
     verifier = verifier_of(await start_pool(timeout_s=60.0), texts)
     asked = group("0@0", "2", responses=len(texts))
     verdicts = await verifier.check(asked)
-    said = await verifier.said(asked, *verdicts)
+    ballots = await verifier.ballots(asked, *verdicts)
     assert [verdict.correct for verdict in verdicts] == [
         False,
         True,
@@ -117,8 +117,8 @@ async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callab
         True,
         False,
     ]
-    assert [one.vote for one in said] == [0, 1, 0, None, 4, 1, 4]
-    assert [one.text for one in said] == texts
+    assert [one.vote for one in ballots] == [0, 1, 0, None, 4, 1, 4]
+    assert [one.text for one in ballots] == texts
 
 
 def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_vote_alike():
@@ -133,8 +133,8 @@ def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_
         )
         verifier = verifier_of(Hangs(), answers, within_s=10)
         async with asyncio.timeout(10):
-            said = await verifier.said(group("0@0", "2", responses=4), *verdicts)
-        assert [one.vote for one in said] == [0, 1, 0, None]
+            ballots = await verifier.ballots(group("0@0", "2", responses=4), *verdicts)
+        assert [one.vote for one in ballots] == [0, 1, 0, None]
 
     virtual(main())
 
@@ -145,5 +145,7 @@ async def test_a_check_that_reads_no_answer_gives_no_votes():
         Verdict(id="1", correct=False),
         Verdict(id="2", correct=None, cause="late"),
     )
-    said = await verifier_of(Pool(), ["", "", ""]).said(group("0@0", "2", responses=3), *verdicts)
-    assert [one.vote for one in said] == [None, None, None]
+    ballots = await verifier_of(Pool(), ["", "", ""]).ballots(
+        group("0@0", "2", responses=3), *verdicts
+    )
+    assert [one.vote for one in ballots] == [None, None, None]
