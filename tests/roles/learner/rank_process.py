@@ -47,14 +47,7 @@ def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
 
 def weights(learner: LearnerRank) -> list[torch.Tensor]:
     """A copy of every weight, gathered from all ranks."""
-    copies = []
-    for bucket in learner._gathered():
-        copies += [
-            learner._parameters[name].detach().clone()
-            for piece in bucket
-            for name in piece.parameters
-        ]
-    return copies
+    return list(learner._weights.copied(keep=True).values())
 
 
 def fail(learner: LearnerRank, step: Callable[[], object]) -> dict:
