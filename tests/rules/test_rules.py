@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import async_opd
+from async_opd.core import run_dir
 
 ROOT = Path(async_opd.__file__).parent
 FILES = {
@@ -247,6 +248,17 @@ def test_no_message_is_unpickled_and_no_text_is_run():
     assert [
         name for name, given in loads if safe not in {(k.arg, ast.unparse(k.value)) for k in given}
     ] == []
+
+
+def test_the_names_of_a_run_directory_stand_in_one_file():
+    names = {value for value in vars(run_dir).values() if f"{value}".endswith((".json", ".jsonl"))}
+    named = [
+        (name, node.value)
+        for name, node in nodes(ast.Constant)
+        if node.value in names - {run_dir.CONFIG} and name != "core/run_dir.py"  # models have one
+    ]
+    assert len(names) > 8
+    assert named == []
 
 
 def test_nothing_is_left_for_later():
