@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import ExitStack
 from itertools import count, islice
+from operator import attrgetter
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.aio import bounded
@@ -16,6 +17,7 @@ from async_opd.driver.replica import Replica
 from async_opd.telemetry.spans import ActorTime, Of
 
 MAX_FAILED_STARTS = 3  # in a row, of one member
+LOAD = attrgetter("load")
 RETRY_S = 1.0  # after the first of them, then twice as long each
 
 M = TypeVar("M", bound=Member)
@@ -50,7 +52,7 @@ class ReplicaPool(Generic[M]):
         self._idle = idle
         self._tell = tell
         self._lost_by = lost_by
-        self._serving: dict[int, Replica[M]] = {}
+        self._serving: dict[int, Replica[M]] = {}  # in order
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._free = asyncio.Event()  # somebody serves
         self._tasks: asyncio.TaskGroup | None = None
@@ -74,7 +76,7 @@ class ReplicaPool(Generic[M]):
     @property
     def serving(self) -> list[Replica[M]]:
         """The members that serve, in order."""
-        return [self._serving[index] for index in sorted(self._serving)]
+        return list(self._serving.values())
 
     @property
     def out(self) -> int:
@@ -171,14 +173,15 @@ class ReplicaPool(Generic[M]):
             self._free.clear()
             await self._free.wait()
         members = self._serving.values()
-        return min(members, key=lambda each: (each.index in failed, each.load, each.index))
+        able = [each for each in members if each.index not in failed] if failed else members
+        return min(able or members, key=LOAD)  # the first of several
 
     def _replica(self, index: int, port: M) -> Replica[M]:
         name, actor_time = f"{self.name} {index}", self._actor_time(index)
         return Replica(name, index, port, actor_time, idle=self._idle, kill=port.kill)
 
     def _serve(self, replica: Replica[M]) -> None:
-        self._serving[replica.index] = replica
+        self._serving = dict(sorted({**self._serving, replica.index: replica}.items()))
         self._free.set()
         if self._tasks:
             self._watch(replica)
