@@ -24,7 +24,6 @@ from async_opd.core.errors import ClusterTooSmall, ConfigError
 if TYPE_CHECKING:
     from async_opd.config.schema import Config
     from async_opd.tools.plan.balance import Balance
-    from async_opd.tools.plan.make import Cluster
     from async_opd.tools.plan.report import Plan
     from async_opd.tools.plan.shape import Shape
 
@@ -65,36 +64,36 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> "Plan":
     from async_opd.config.load import load
+    from async_opd.maths.lag import slots
     from async_opd.tools.plan import advise, make
     from async_opd.tools.plan.report import Plan
 
     config = load(args.config, args.overrides)
     shapes, card = _shapes(config, args.offline), args.gpu_memory_gib * make.GIB
-    cluster = make.Cluster(
-        nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib
-    )
 
     def retry(more: list[str]) -> set[str] | None:
         try:
             changed = load(args.config, [*args.overrides, *more])
-            make.places(changed, cluster)
+            make.places(changed, args.gpus_per_node, args.nodes)
         except (ConfigError, ClusterTooSmall):
             return None
         return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
 
     needs = make.needs(config, shapes, card)
-    problems = advise.problems(config, needs, retry, args.gpus_per_node)
+    problems = list(advise.problems(config, needs, retry, args.gpus_per_node))
     try:
-        nodes = make.places(config, cluster)
+        nodes = make.places(config, args.gpus_per_node, args.nodes)
     except ClusterTooSmall as e:
         nodes = {}
-        problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)))
+        problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, args)))
     longest, bound_by = make.longest_response(config, shapes, card)
-    groups = make.outstanding(config)
+    groups = slots(config.outstanding_steps, config.groups_per_step)
     return Plan(
         config=str(args.config),
         fits=not problems,
-        cluster=cluster,
+        cluster=make.Cluster(
+            nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib
+        ),
         nodes=nodes,
         roles=[need.plan() for need in needs],
         groups_outstanding=groups,
@@ -109,15 +108,13 @@ def _plan(args: argparse.Namespace) -> "Plan":
     )
 
 
-def _more_nodes(config: "Config", cluster: "Cluster") -> list[str]:
+def _more_nodes(config: "Config", args: argparse.Namespace) -> list[str]:
     """Name the option for as many nodes as are needed; none where a member is larger than a
     node."""
-    import msgspec
-
     from async_opd.tools.plan.make import places
 
     try:
-        return [f"--nodes {len(places(config, msgspec.structs.replace(cluster, nodes=None)))}"]
+        return [f"--nodes {len(places(config, args.gpus_per_node, None))}"]
     except ClusterTooSmall:
         return []
 
@@ -127,8 +124,10 @@ def _shapes(config: "Config", offline: bool) -> "dict[str, Shape]":
     from async_opd.tools.plan import make, shape
 
     if offline:
-        named = make.models(config).items()
-        return {model: shape.local(key, model) or shape.shipped(key, model) for key, model in named}
+        return {
+            model: shape.local(key, model) or shape.shipped(key, model)
+            for key, model in make.models(config).items()
+        }
     from async_opd.launch.toy_models import resolve_toy
     from async_opd.tools.plan import checks
 

@@ -248,13 +248,13 @@ class BatchReader:
     def _moments(self, name: str) -> Moments:
         past = getattr(self._rollouts.running, name)
         if past is UNSET:
-            what = f"{self._file} has no running.{name} at step {self._rollouts.step}"
-            lacking: Any = self._absent(what, 0)  # for numbers: it raises where they are read
+            # for numbers: it raises where they are read
+            lacking: Any = self._absent(
+                f"{self._file} has no running.{name} at step {self._rollouts.step}", 0
+            )
             return Moments(lacking, lacking, lacking)
-        values = _checked(
-            f"{self._file}: running.{name}", [past.count, past.mean, past.squares], FINITE
-        )
-        return Moments(*values.tolist())
+        numbers = [past.count, past.mean, past.squares]
+        return Moments(*_checked(f"{self._file}: running.{name}", numbers, FINITE).tolist())
 
     def _values(self, field: str) -> list[Any]:
         return [getattr(t, field) for t in self._trajectories]

@@ -13,9 +13,11 @@ NO_CHANGE = "; no change that was tried is enough: take a smaller model, or larg
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
-def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
+def problems(
+    config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
+) -> Iterator[Problem]:
     """Say what of `needs` does not fit, and what helps."""
-    unfit, large = [], [need for need in needs if not need.fits]
+    large = [need for need in needs if not need.fits]
     for need in large:
         others = {other.request.role for other in large if other is not need}
 
@@ -24,8 +26,7 @@ def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
             return left is not None and left <= others
 
         changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
-        unfit.append(Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes))
-    return unfit
+        yield Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes)
 
 
 def _what(need: Need) -> str:
@@ -104,6 +105,6 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
     else:
+        shares = (n / 20 for n in range(19, 0, -1))
         most = config.rollout.gpu_memory_utilization
-        shares = [n / 20 for n in range(19, 0, -1) if n / 20 < most]
-        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares]
+        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares if share < most]

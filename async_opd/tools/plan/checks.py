@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import msgspec
+from msgspec.structs import replace
 from transformers import AutoConfig
 
 from async_opd.config.schema import Config
@@ -33,7 +33,6 @@ def shapes(config: Config) -> dict[str, Shape]:
 def rows(config: Config) -> None:
     """Check that vocabularies agree, and that the first row of each set can be used. Raises
     DataError. Training rows are streamed: a plan does not wait until all of them are here."""
-    replace = msgspec.structs.replace
     streamed = replace(config.data, streaming=True, shuffle_buffer=1)
     held_out = config.eval and replace(config.eval, problems=1)
     with _hinting():

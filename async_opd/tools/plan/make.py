@@ -4,8 +4,8 @@ settings in, a plan out."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
@@ -14,7 +14,6 @@ from async_opd.config.teacher_rules import (
     longest_sequence,
     shared_with_learner,
 )
-from async_opd.maths.lag import slots
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
@@ -157,10 +156,10 @@ def _engine(
     )
 
 
-def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
-    """List the members on each node. Raises ClusterTooSmall."""
-    requests = resource_requests(config, gpus=True)
-    return place_on_alike(requests, cluster.gpus_per_node, cluster.nodes)
+def places(config: Config, gpus_per_node: int, nodes: int | None) -> dict[str, list[str]]:
+    """List the members on each of `nodes`; absent, of as many as are needed. Raises
+    ClusterTooSmall."""
+    return place_on_alike(resource_requests(config, gpus=True), gpus_per_node, nodes)
 
 
 def longest_response(
@@ -188,11 +187,6 @@ def longest_response(
     ]
 
 
-def outstanding(config: Config) -> int:
-    """Count the groups that may be on their way at once."""
-    return slots(config.outstanding_steps, config.groups_per_step)
-
-
 def _room(config: Config, key: str, context: int) -> int:
     """Count the tokens of a response that the `context` of the model in setting `key` leaves."""
     section = key.removesuffix(".model")
@@ -204,7 +198,6 @@ def _room(config: Config, key: str, context: int) -> int:
 def _stretched(config: Config, response: int) -> Config:
     """Change `config` for responses of at most `response` tokens: each batch that must hold a
     sequence does."""
-    replace = msgspec.structs.replace
     rollout = replace(config.rollout, max_new_tokens=response)
 
     def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:

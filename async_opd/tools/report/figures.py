@@ -183,9 +183,8 @@ def _held_out(run: Run, place: int, several: bool) -> Series | None:
 
 def _stacks(
     runs: list[Run], bands_of: Callable[[Run], Iterator[tuple[str, str, Bands]]]
-) -> list[Figure]:
+) -> Iterator[Figure]:
     """Draw shares that add up to one, over one another: a figure a run, so that they stay apart."""
-    figures = []
     for run in runs:
         for title, what, bands in bands_of(run):
             title = f"{title}, {run.name}" if len(runs) > 1 else title
@@ -196,8 +195,7 @@ def _stacks(
                 Series(label, colour, 0, step, seconds, averaged(share, BARS))
                 for share, (label, colour) in zip(values, bands.values(), strict=True)
             ]
-            figures.append(Figure(title, what, "share", series, stacked=True))
-    return figures
+            yield Figure(title, what, "share", series, stacked=True)
 
 
 def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
@@ -240,8 +238,8 @@ def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
 
 def constant(figure: Figure) -> float | None:
     """Return the one value that all curves have everywhere, which needs no picture."""
-    values = np.concatenate([series.mean for series in figure.series])
-    distinct = {float(f"{x:.4g}") for x in values if not np.isnan(x)}
+    means = (x for series in figure.series for x in series.mean)
+    distinct = {float(f"{x:.4g}") for x in means if not np.isnan(x)}
     return distinct.pop() if len(distinct) == 1 and not figure.stacked else None
 
 

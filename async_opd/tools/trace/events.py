@@ -75,9 +75,10 @@ def trained(every_call: list[Call]) -> Iterator[Trained]:
     for call in every_call:
         if call.name in ("generate", "score", "check"):
             asked[call.of].append(call)
-    steps = (call for call in every_call if (call.lane, call.name) == (LEARNER, "step"))
-    for step, ids in ((step, step.of) for step in steps if isinstance(step.of, tuple)):
-        for id in ids:
+    for step in every_call:
+        if (step.lane, step.name) != (LEARNER, "step") or not isinstance(step.of, tuple):
+            continue
+        for id in step.of:
             before = [call for call in asked[id] if call.end <= step.start]
             last = max((n for n, call in enumerate(before) if call.name == "generate"), default=0)
             ready = max((call.end for call in before), default=step.start)
@@ -114,9 +115,9 @@ class _Threads:
     def slice(
         self, lane: str, tid: int, name: str, kind: str, start: float, end: float, args: Event
     ) -> None:
-        ts = self._micros(start)
-        what = {"ph": "X", "name": name, "cat": kind, "args": args}
-        self.events.append({**what, **self._place(lane, tid, start), "dur": self._micros(end) - ts})
+        place = self._place(lane, tid, start)
+        place["dur"] = self._micros(end) - place["ts"]
+        self.events.append({"ph": "X", "name": name, "cat": kind, "args": args, **place})
 
     def call(self, call: Call) -> None:
         """Draw a call on the first row that is free: they come by their starts."""
@@ -143,13 +144,17 @@ class _Threads:
 
     def instants(self, events: list[Event]) -> None:
         """Draw who was lost, who came, and what was saved: a line from top to bottom each."""
-        for event in events:
-            place = self._place(DRIVER, self.of(DRIVER), event["time"])
-            name = f"{event['who']}: {event['what']}"
-            args = {"why": event["why"]}
-            self.events.append(
-                {"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args}
-            )
+        self.events += [
+            {
+                "ph": "i",
+                "s": "g",
+                "name": f"{event['who']}: {event['what']}",
+                "cat": "event",
+                **self._place(DRIVER, self.of(DRIVER), event["time"]),
+                "args": {"why": event["why"]},
+            }
+            for event in events
+        ]
 
     def counters(self, time: float, row: dict[str, float | None]) -> None:
         place = self._place(DRIVER, self.of(DRIVER), time)
