@@ -105,8 +105,11 @@ def problem(
     prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Said], k: int
 ) -> Problem:
     """Sum up the responses to `prompt`."""
-    pairs = zip(verdicts, texts, strict=True)
-    known = [(verdict, text.vote) for verdict, text in pairs if verdict.correct is not None]
+    known = [
+        (verdict, text.vote)
+        for verdict, text in zip(verdicts, texts, strict=True)
+        if verdict.correct is not None
+    ]
     n, right = len(known), sum(bool(verdict.correct) for verdict, _ in known)
     enough, votes = n >= k, all(verdict.answer is not None for verdict, _ in known)
     wrong = Counter(vote for verdict, vote in known if not verdict.correct and vote is not None)
@@ -143,12 +146,13 @@ def figures(shares_PM: npt.NDArray[np.float64]) -> dict[str, Figure]:
     """Compute the mean of each figure that has problems, with its interval."""
     known = [index for index in range(len(FIGURES)) if not np.isnan(shares_PM[:, index]).all()]
     columns_PM = shares_PM[:, known]
-    rows = (
-        means_of(columns_PM),
-        *intervals(columns_PM, BOOTSTRAP_SEED),
-        (~np.isnan(columns_PM)).sum(0),
+    columns = zip(
+        known,
+        means_of(columns_PM).tolist(),
+        *intervals(columns_PM, BOOTSTRAP_SEED).tolist(),
+        (~np.isnan(columns_PM)).sum(0).tolist(),
+        strict=True,
     )
-    columns = zip(known, *(row.tolist() for row in rows), strict=True)
     return {FIGURES[index]: Figure(*column) for index, *column in columns}
 
 
@@ -192,9 +196,9 @@ def compare(first: Path, second: Path) -> list[str]:
     ]
     for name, change in figures(table(new) - table(old)).items():
         then, now = one.figures[name].mean, two.figures[name].mean
-        title = f"{name}@{one.settings.k}"
         lines.append(
-            f"  {title:9}{then:7.1%} -> {now:6.1%}  {100 * change.mean:+5.1f} points"
+            f"  {f'{name}@{one.settings.k}':9}{then:7.1%} -> {now:6.1%}"
+            f"  {100 * change.mean:+5.1f} points"
             f" ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
         )
     return [*lines, f"  intervals: {INTERVAL}, paired"]

@@ -38,8 +38,9 @@ def page(folders: list[Path]) -> str:
             f"report: {len(folders)} runs: at most {MOST_RUNS} can be told apart on one page"
         )
     share = max(ROLLOUTS // len(folders), 2)
-    names = _names(folders)
-    runs = [read(folder, name, share) for folder, name in zip(folders, names, strict=True)]
+    runs = [
+        read(folder, name, share) for folder, name in zip(folders, _names(folders), strict=True)
+    ]
     figures_of = {
         "Learning": figures.learning(runs),
         "Staleness and weights": figures.off_policy(runs),

@@ -56,12 +56,8 @@ def recorded(run_dir: Path) -> Recorded:
         )
         raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
-    events = [
-        event
-        for event in _records(run_dir / EVENTS, decode_row, damaged)
-        if first <= event["time"] <= last
-    ]
-    return Recorded(lines, events, damaged)
+    events = _records(run_dir / EVENTS, decode_row, damaged)
+    return Recorded(lines, [event for event in events if first <= event["time"] <= last], damaged)
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
