@@ -107,10 +107,8 @@ def _names(command: argparse.ArgumentParser, args: argparse.Namespace) -> list[s
     values = [
         getattr(args, option.dest) for option in command._actions if not option.option_strings
     ]
-    words = [
-        f"{word}" for value in values for word in (value if isinstance(value, list) else [value])
-    ]
-    return [word for word in words if "=" not in word]
+    words = [word for value in values for word in (value if isinstance(value, list) else [value])]
+    return [f"{word}" for word in words if "=" not in f"{word}"]
 
 
 def _parsers(

@@ -15,20 +15,8 @@ import argparse
 import math
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from async_opd.cli.options import OVERRIDES, count
-from async_opd.core.errors import ClusterTooSmall, ConfigError
-
-if TYPE_CHECKING:
-    from async_opd.config.schema import Config
-    from async_opd.tools.plan.balance import Balance
-    from async_opd.tools.plan.make import Cluster
-    from async_opd.tools.plan.report import Plan
-    from async_opd.tools.plan.shape import Shape
-
-ONLINE = ["config", "model files", "vocabularies", "columns and the first row of data"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,97 +44,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import msgspec
 
+    from async_opd.tools.plan.make import Cluster
+    from async_opd.tools.plan.plan import plan
     from async_opd.tools.plan.report import lines
 
-    plan = _plan(args)
-    print(msgspec.json.encode(plan).decode() if args.json else "\n".join(lines(plan)))
-    return 0 if plan.fits else 1
-
-
-def _plan(args: argparse.Namespace) -> "Plan":
-    from async_opd.config.load import load
-    from async_opd.tools.plan import advise, make
-    from async_opd.tools.plan.report import Plan
-
-    config = load(args.config, args.overrides)
-    shapes, card = _shapes(config, args.offline), args.gpu_memory_gib * make.GIB
-    cluster = make.Cluster(
+    cluster = Cluster(
         nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib
     )
-
-    def retry(more: list[str]) -> set[str] | None:
-        try:
-            changed = load(args.config, [*args.overrides, *more])
-            make.places(changed, cluster)
-        except (ConfigError, ClusterTooSmall):
-            return None
-        return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
-
-    needs = make.needs(config, shapes, card)
-    problems = advise.problems(config, needs, retry, args.gpus_per_node)
-    try:
-        nodes = make.places(config, cluster)
-    except ClusterTooSmall as e:
-        nodes = {}
-        problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, cluster)))
-    longest, bound_by = make.longest_response(config, shapes, card)
-    groups = make.outstanding(config)
-    return Plan(
-        config=str(args.config),
-        fits=not problems,
-        cluster=cluster,
-        nodes=nodes,
-        roles=[need.plan() for need in needs],
-        groups_outstanding=groups,
-        trajectories_outstanding=groups * config.rollout.samples_per_prompt,
-        worst_lag_steps=config.run.max_lag_steps,
-        longest_response=longest,
-        longest_bound_by=bound_by,
-        balance=_balance(args, config),
-        problems=problems,
-        checked=ONLINE[:1] if args.offline else ONLINE,
-        skipped=ONLINE[1:] if args.offline else [],
-    )
-
-
-def _more_nodes(config: "Config", cluster: "Cluster") -> list[str]:
-    """Name the option for as many nodes as are needed; none where a member is larger than a
-    node."""
-    import msgspec
-
-    from async_opd.tools.plan.make import places
-
-    try:
-        return [f"--nodes {len(places(config, msgspec.structs.replace(cluster, nodes=None)))}"]
-    except ClusterTooSmall:
-        return []
-
-
-def _shapes(config: "Config", offline: bool) -> "dict[str, Shape]":
-    """Read the shape of each model by the model's name; and check the data, unless `offline`."""
-    from async_opd.tools.plan import make, shape
-
-    if offline:
-        named = make.models(config).items()
-        return {model: shape.local(key, model) or shape.shipped(key, model) for key, model in named}
-    from async_opd.launch.toy_models import resolve_toy
-    from async_opd.tools.plan import checks
-
-    shapes = checks.shapes(config)
-    with TemporaryDirectory() as scratch:
-        checks.rows(resolve_toy(config, Path(scratch)))
-    return shapes
-
-
-def _balance(args: argparse.Namespace, config: "Config") -> "Balance | None":
-    from async_opd.tools.plan import balance
-
-    if args.rates:
-        return balance.balance(config, balance.parse_rates(args.rates), "rates as given", [])
-    if args.like:
-        rates, differs = balance.measured(args.like, config)
-        return balance.balance(config, rates, f"rates of {args.like}", differs)
-    return None
+    made = plan(args.config, args.overrides, cluster, args.rates, args.like, offline=args.offline)
+    print(msgspec.json.encode(made).decode() if args.json else "\n".join(lines(made)))
+    return 0 if made.fits else 1
 
 
 def _size(text: str) -> float:

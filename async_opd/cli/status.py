@@ -9,12 +9,8 @@ failed, if it did.
 
 import argparse
 import time
-from typing import TYPE_CHECKING
 
 from async_opd.cli.options import ADDRESS
-
-if TYPE_CHECKING:
-    from async_opd.runtime.jobs import JobDetails
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,19 +19,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from async_opd.runtime.jobs import Jobs
+    from async_opd.runtime.jobs import RUN_DIR, Jobs, last_word
 
     jobs = Jobs(args.address)
     listed = [jobs.about(args.id)] if args.id else jobs.runs()
-    print("\n".join(map(_line, listed)) or f"no run has been submitted to {jobs.address}")
-    return 0
-
-
-def _line(job: "JobDetails") -> str:
-    from async_opd.runtime.jobs import RUN_DIR, last_word
-
     now = 1000 * time.time()
-    minutes = ((job.end_time or now) - (job.start_time or now)) / 60_000
-    where = (job.metadata or {}).get(RUN_DIR, job.entrypoint)
-    why = f"\n  {last_word(job.message or '')}" if job.status == "FAILED" else ""
-    return f"{job.submission_id}  {job.status.value:9}  {minutes:6.1f} min  {where}{why}"
+    for job in listed:
+        minutes = ((job.end_time or now) - (job.start_time or now)) / 60_000
+        where = (job.metadata or {}).get(RUN_DIR, job.entrypoint)
+        why = f"\n  {last_word(job.message or '')}" if job.status == "FAILED" else ""
+        print(f"{job.submission_id}  {job.status.value:9}  {minutes:6.1f} min  {where}{why}")
+    if not listed:
+        print(f"no run has been submitted to {jobs.address}")
+    return 0

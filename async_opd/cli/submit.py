@@ -16,13 +16,9 @@ image (async-opd cluster render).
 import argparse
 from contextlib import chdir
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from async_opd.cli.options import ADDRESS, OVERRIDES
 from async_opd.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from async_opd.config.schema import Config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,15 +79,13 @@ def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tup
                 " job's working directory is a copy that goes with it:"
                 f" run.dir=/shared/{run_dir.name}"
             )
-        needed |= _files(folder, config)
+        needed |= _files(folder, config.relative_inputs)
     return [file.as_posix(), *overrides], str(run_dir)
 
 
-def _files(folder: Path, config: "Config") -> dict[str, Path]:
-    """List what `config` reads that is here and has to travel."""
-    here = {
-        f"{key} = {name!r}": Path(name).absolute() for key, name in config.relative_inputs.items()
-    }
+def _files(folder: Path, inputs: dict[str, str]) -> dict[str, Path]:
+    """List what a config reads that is here and has to travel: its relative `inputs`."""
+    here = {f"{key} = {name!r}": Path(name).absolute() for key, name in inputs.items()}
     return {key: _inside(folder, key, path) for key, path in here.items()}
 
 
@@ -118,5 +112,5 @@ def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides:
     if path.exists():
         with chdir(folder):
             config, _ = to_resume(path, overrides, elsewhere=True)
-            needed |= _files(folder, config)
+            needed |= _files(folder, config.relative_inputs)
     return str(run_of(path))

@@ -76,14 +76,20 @@ def train(config: "Config", checkpoint: "Checkpoint | None" = None) -> int:
         raise
     lines = ["", time_table(summary)]
     if "accuracy_before" in summary:
-        lines.append(f"accuracy on {summary['eval_problems']} held-out problems, greedy")
-        for key in (key for key in summary if key.startswith("teacher_accuracy")):
-            name, share = key.replace("_accuracy", "").replace("_", " ", 1), summary[key]
-            lines.append(
-                f"  {name:17}{share:8.1%}" if share is not None else f"  {name:9}   not measured"
-            )
-        lines.append(f"  student, before  {summary['accuracy_before']:8.1%}")
-        lines.append(f"  student, after   {summary['accuracy_after']:8.1%}")
+        teachers = {
+            key.replace("_accuracy", "").replace("_", " ", 1): share
+            for key, share in summary.items()
+            if key.startswith("teacher_accuracy")
+        }
+        lines += [
+            f"accuracy on {summary['eval_problems']} held-out problems, greedy",
+            *(
+                f"  {name:9}   not measured" if share is None else f"  {name:17}{share:8.1%}"
+                for name, share in teachers.items()
+            ),
+            f"  student, before  {summary['accuracy_before']:8.1%}",
+            f"  student, after   {summary['accuracy_after']:8.1%}",
+        ]
     lines.append(
         f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
         f"largest lag {summary['max_lag_seen']}, {summary['scored_dropped']} scored and dropped, "

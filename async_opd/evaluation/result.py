@@ -8,8 +8,7 @@ decided, and for pass@k and maj@k where k were.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import starmap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,26 +105,35 @@ def problem(
     prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Ballot], k: int
 ) -> Problem:
     """Sum up the responses to `prompt`."""
-    pairs = zip(verdicts, texts, strict=True)
-    known = [(verdict, text.vote) for verdict, text in pairs if verdict.correct is not None]
+    known = [
+        (verdict, text.vote)
+        for verdict, text in zip(verdicts, texts, strict=True)
+        if verdict.correct is not None
+    ]
     n, right = len(known), sum(bool(verdict.correct) for verdict, _ in known)
     enough, votes = n >= k, all(verdict.answer is not None for verdict, _ in known)
     wrong = Counter(vote for verdict, vote in known if not verdict.correct and vote is not None)
     silent = n - right - wrong.total()
-    columns = zip(verdicts, texts, meta.lengths, meta.truncated, strict=True)
     return Problem(
         id=prompt.id,
         answer=prompt.answer,
         avg=right / n if n else None,
         pass_=pass_at_k(n, right, k) if enough else None,
         maj=majority_at_k(right, list(wrong.values()), silent, k) if enough and votes else None,
-        responses=list(starmap(_response, columns)),
-    )
-
-
-def _response(verdict: Verdict, text: Ballot, tokens: int, truncated: bool) -> Response:
-    return Response(
-        text.text, verdict.correct, verdict.cause, verdict.answer, text.vote, tokens, truncated
+        responses=[
+            Response(
+                text=text.text,
+                correct=verdict.correct,
+                cause=verdict.cause,
+                answer=verdict.answer,
+                vote=text.vote,
+                tokens=tokens,
+                truncated=truncated,
+            )
+            for verdict, text, tokens, truncated in zip(
+                verdicts, texts, meta.lengths, meta.truncated, strict=True
+            )
+        ],
     )
 
 
@@ -138,12 +146,13 @@ def figures(shares_PM: npt.NDArray[np.float64]) -> dict[str, Figure]:
     """Compute the mean of each figure that has problems, with its interval."""
     known = [index for index in range(len(FIGURES)) if not np.isnan(shares_PM[:, index]).all()]
     columns_PM = shares_PM[:, known]
-    rows = (
-        means_of(columns_PM),
-        *intervals(columns_PM, BOOTSTRAP_SEED),
-        (~np.isnan(columns_PM)).sum(0),
+    columns = zip(
+        known,
+        means_of(columns_PM).tolist(),
+        *intervals(columns_PM, BOOTSTRAP_SEED).tolist(),
+        (~np.isnan(columns_PM)).sum(0).tolist(),
+        strict=True,
     )
-    columns = zip(known, *(row.tolist() for row in rows), strict=True)
     return {FIGURES[index]: Figure(*column) for index, *column in columns}
 
 
@@ -181,38 +190,36 @@ def compare(first: Path, second: Path) -> list[str]:
         raise ConfigError(
             f"--compare {first} {second}: measured by other settings: {'; '.join(differ)}"
         )
-    changes = figures(table(new) - table(old))
     lines = [
         f"from {one.model} ({first}) to {two.model} ({second}), on the same {one.settings.problems}"
         " problems"
     ]
-    for name, change in changes.items():
+    for name, change in figures(table(new) - table(old)).items():
         then, now = one.figures[name].mean, two.figures[name].mean
-        between = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-        title = f"{name}@{one.settings.k}"
         lines.append(
-            f"  {title:9}{then:7.1%} -> {now:6.1%}  {100 * change.mean:+5.1f} points ({between})"
+            f"  {f'{name}@{one.settings.k}':9}{then:7.1%} -> {now:6.1%}"
+            f"  {100 * change.mean:+5.1f} points"
+            f" ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
         )
     return [*lines, f"  intervals: {INTERVAL}, paired"]
 
 
-def lines_of(result: Result) -> list[str]:
+def lines_of(result: Result) -> Iterator[str]:
     """Put the result into words."""
     how = result.settings
     mode = {None: "", True: ", thinking", False: ", not thinking"}[result.thinking]
-    lines = [
+    yield (
         f"{result.model} on {how.problems} problems of {result.path}{mode}: {how.samples}"
         f" response(s) each, temperature {how.temperature:g}, top-p {how.top_p:g}, at most"
         f" {how.max_new_tokens} tokens"
-    ]
+    )
     for name, figure in result.figures.items():
         some = "" if figure.problems == how.problems else f", {figure.problems} problems"
-        lines.append(
+        yield (
             f"  {f'{name}@{how.k}':9}{figure.mean:7.1%}  ({figure.low:.1%} to"
             f" {figure.high:.1%}{some})"
         )
-    shares = f"{result.truncated:.1%} truncated, {result.unknown:.1%} unknown"
-    return [
-        *lines,
-        f"  mean length {result.tokens:.1f} tokens, {shares}; intervals: {result.interval}",
-    ]
+    yield (
+        f"  mean length {result.tokens:.1f} tokens, {result.truncated:.1%} truncated,"
+        f" {result.unknown:.1%} unknown; intervals: {result.interval}"
+    )

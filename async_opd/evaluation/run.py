@@ -33,28 +33,26 @@ from async_opd.runtime.cluster import Cluster
 
 
 async def run_eval(asked: EvalRun) -> Result:
-    """Do what is `asked`; returns what is in the folder too. Until it ends SIGTERM is as Ctrl-C."""
+    """Do what is `asked`: read the problems, have them answered, and write the result into the
+    folder; returns what is in it too. Until it ends SIGTERM is as Ctrl-C."""
     with interrupted_by_signal(), new_dir(Path(asked.run.dir)) as folder:
-        return await _run_eval(asked, folder)
-
-
-async def _run_eval(asked: EvalRun, folder: Path) -> Result:
-    """Read the problems, have them answered, and write the result into `folder`."""
-    started = time.monotonic()
-    config = resolve_toy(run_config(asked), folder)
-    refuse_unreachable()
-    read = inputs.read_problems(config, asked.problems)
-    config = _fitted(config, asked, read.prompts, read.context)
-    with Cluster(
-        config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
-    ) as cluster:
-        generators, verifiers = await cluster.evaluators()
-        say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
-        pools = ReplicaPool("generator", generators), ReplicaPool("verifier", verifiers)
-        problems = await _problems(config, asked, *pools, read.prompts, folder / "problems.jsonl")
-    result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
-    (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    return result
+        started = time.monotonic()
+        config = resolve_toy(run_config(asked), folder)
+        refuse_unreachable()
+        read = inputs.read_problems(config, asked.problems)
+        config = _fitted(config, asked, read.prompts, read.context)
+        with Cluster(
+            config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
+        ) as cluster:
+            generators, verifiers = await cluster.evaluators()
+            say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
+            pools = ReplicaPool("generator", generators), ReplicaPool("verifier", verifiers)
+            problems = await _problems(
+                config, asked, *pools, read.prompts, folder / "problems.jsonl"
+            )
+        result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
+        (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        return result
 
 
 def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int | None) -> Config:

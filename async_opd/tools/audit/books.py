@@ -36,22 +36,16 @@ class Books(Struct, kw_only=True):
 
     def lines(self) -> Iterator[str]:
         """Say the books in words."""
-        dropped, reissued, returned = (
-            sum(c.values()) for c in (self.dropped, self.reissued, self.returned)
-        )
+        ended = "finished" if self.finished else "not finished"
         resumes = f"at step {', '.join(map(str, self.resumed_at))}" if self.resumed_at else ""
         for name, count, more in (
-            (
-                "steps",
-                self.steps,
-                f"of {self.steps_asked}, {'finished' if self.finished else 'not finished'}",
-            ),
+            ("steps", self.steps, f"of {self.steps_asked}, {ended}"),
             ("handed out", self.handed_out, ""),
             ("  trained", self.trained, ""),
-            ("  dropped", dropped, _by_cause(self.dropped)),
+            ("  dropped", sum(self.dropped.values()), _by_cause(self.dropped)),
             ("  outstanding", len(self.outstanding), ""),
-            ("re-issued", reissued, _by_cause(self.reissued)),
-            ("handed back", returned, _by_cause(self.returned)),
+            ("re-issued", sum(self.reissued.values()), _by_cause(self.reissued)),
+            ("handed back", sum(self.returned.values()), _by_cause(self.returned)),
             ("resumes", len(self.resumed_at), resumes),
             ("void records", self.void, ""),
         ):
@@ -73,8 +67,11 @@ def audit(run_dir: Path) -> Books:
         raise RunMissing(f"{run_dir}: no {LEDGER} in it")
     discrepancies: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
-    steps = sorted(committed(run_dir / CHECKPOINTS).items(), reverse=True)
-    complete = [folder for _, folder in steps if (folder / MANIFEST).exists()]
+    complete = [
+        folder
+        for _, folder in sorted(committed(run_dir / CHECKPOINTS).items(), reverse=True)
+        if (folder / MANIFEST).exists()
+    ]
     rows = _rows(run_dir / METRICS, discrepancies)
     timeline = Timeline(path, discrepancies)
     newest = timeline.newest(complete)

@@ -3,7 +3,7 @@ books."""
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,22 +26,37 @@ class Replay:
         self.dropped = Counter()
         self.reissued = Counter()
         self.returned = Counter()
-        self._of: dict[type, Callable] = {
-            ledger.Out: self._out,
-            ledger.Trained: self._train,
-            ledger.Dropped: self._drop,
-            ledger.Reissued: self._reissue,
-            ledger.Returned: self._return,
-            ledger.Checkpoint: self._check,
-            ledger.Resumed: self._resume,
-            ledger.Finished: self._finish,
-        }
 
     def read(self, record: ledger.Record) -> None:
         """Follow one record."""
         if self.finished:
             self._discrepancies.append(f"record {record.n} stands behind the end of the run")
-        self._of[type(record)](record)
+        match record:
+            case ledger.Out():
+                self._out(record.id)
+            case ledger.Trained():
+                self._train(record)
+            case ledger.Dropped():
+                self.dropped[record.cause] += 1
+                self._due.pop(record.id, None)  # what no step is left for is not handed out again
+                self._end(record.id, f"dropped ({record.cause})")
+            case ledger.Reissued():
+                self._reissue(record)
+            case ledger.Returned():
+                self.returned[record.cause] += 1
+                if record.id not in self.attempts:
+                    self._stray(record.id, f"handed back ({record.cause})")
+            case ledger.Checkpoint() if record.step != self.step:
+                self._discrepancies.append(
+                    f"a checkpoint of step {record.step} stands behind step {self.step}"
+                )
+            case ledger.Resumed():
+                self.agrees(f"the resume at step {record.step}", record.outstanding)
+                self.step = record.step
+                self.attempts = dict.fromkeys(record.outstanding, 0)
+                self._due = dict.fromkeys(record.outstanding)
+            case ledger.Finished():
+                self.finished = True
 
     def agrees(self, where: str, theirs: list[str]) -> None:
         """Hold what `where` says is outstanding against what is."""
@@ -67,15 +82,13 @@ class Replay:
                 f"{id}: lost: handed out, neither trained nor dropped" for id in self.attempts
             ]
         hashes = np.asarray(self.handed_out)
-        if self._strays:
-            known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
-            first = {int(hashes[place]): place for place in reversed(known)}
-            for id, before, what in self._strays:
-                was_out = first.get(hash(id), before) < before
-                self._discrepancies.append(
-                    f"{id}: {what}, but it"
-                    f" {'had ended before' if was_out else 'was never handed out'}"
-                )
+        known = np.flatnonzero(np.isin(hashes, [hash(id) for id, _, _ in self._strays]))
+        first = {int(hashes[place]): place for place in reversed(known)}
+        self._discrepancies += [
+            f"{id}: {what}, but it"
+            f" {'had ended before' if first.get(hash(id), n) < n else 'was never handed out'}"
+            for id, n, what in self._strays
+        ]
         hashes = np.sort(hashes)
         twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         if twice:
@@ -88,20 +101,20 @@ class Replay:
                 f"{id}: handed out anew after it had ended" for id in sorted(ids)
             ]
 
-    def _out(self, record: ledger.Out) -> None:
-        if record.id not in self._due:
-            if record.id in self.attempts:
-                self._discrepancies.append(f"{record.id}: handed out while it was outstanding")
+    def _out(self, id: str) -> None:
+        if id not in self._due:
+            if id in self.attempts:
+                self._discrepancies.append(f"{id}: handed out while it was outstanding")
             else:
-                self.attempts[record.id] = 0
-                self.handed_out.append(hash(record.id))
+                self.attempts[id] = 0
+                self.handed_out.append(hash(id))
         while self._due:
             due = next(iter(self._due))
             del self._due[due]
-            if due == record.id:
+            if due == id:
                 return
             self._discrepancies.append(
-                f"{due}: outstanding at the resume, but {record.id} was handed out before it"
+                f"{due}: outstanding at the resume, but {id} was handed out before it"
             )
 
     def _train(self, record: ledger.Trained) -> None:
@@ -117,11 +130,6 @@ class Replay:
         for id in record.ids:
             self._end(id, f"trained at step {record.step}")
 
-    def _drop(self, record: ledger.Dropped) -> None:
-        self.dropped[record.cause] += 1
-        self._due.pop(record.id, None)  # what no step is left for is not handed out again
-        self._end(record.id, f"dropped ({record.cause})")
-
     def _reissue(self, record: ledger.Reissued) -> None:
         self.reissued[record.cause] += 1
         before = self.attempts.get(record.id)
@@ -134,26 +142,6 @@ class Replay:
                 f"{record.id}: attempt {record.attempt} follows attempt {before}"
             )
         self.attempts[record.id] = record.attempt
-
-    def _return(self, record: ledger.Returned) -> None:
-        self.returned[record.cause] += 1
-        if record.id not in self.attempts:
-            self._stray(record.id, f"handed back ({record.cause})")
-
-    def _check(self, record: ledger.Checkpoint) -> None:
-        if record.step != self.step:
-            self._discrepancies.append(
-                f"a checkpoint of step {record.step} stands behind step {self.step}"
-            )
-
-    def _resume(self, record: ledger.Resumed) -> None:
-        self.agrees(f"the resume at step {record.step}", record.outstanding)
-        self.step = record.step
-        self.attempts = dict.fromkeys(record.outstanding, 0)
-        self._due = dict.fromkeys(record.outstanding)
-
-    def _finish(self, record: ledger.Finished) -> None:
-        self.finished = True
 
     def _end(self, id: str, what: str) -> None:
         if self.attempts.pop(id, None) is None:

@@ -70,8 +70,10 @@ class Timeline:
 
     def _resume(self, step: int) -> None:
         self.resumed_at.append(step)
-        marks = enumerate(self._marks, 1)
-        kept = max((count for count, (marked, _) in marks if marked == step), default=None)
+        kept = max(
+            (count for count, (marked, _) in enumerate(self._marks, 1) if marked == step),
+            default=None,
+        )
         if kept is None:
             self._discrepancies.append(
                 f"line {self._lines}: resumed at step {step}, of which the ledger has no checkpoint"

@@ -36,7 +36,7 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
     asked = [str(path), *overrides, "--gpus-per-node", str(gpus_per_node), "--image", image]
     text = files("async_opd.tools.cluster_files").joinpath(KINDS[kind]).read_text(encoding="utf-8")
     return _Filled(text).substitute(
-        asdict(shape) | {"workers": shape.workers},
+        asdict(shape),
         command=f"async-opd cluster render --kind {kind} {shlex.join(asked)}",
         config=indent(path.read_text(encoding="utf-8"), " " * 4),
         config_path=shlex.quote(str(path)),
@@ -49,6 +49,7 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         ray=version("ray"),
         stop_s=STOP_S,
         vllm=_vllm(),
+        workers=shape.nodes - 1,  # besides the head
         worker_ips=json.dumps([f"worker-{number}.example" for number in range(1, shape.nodes)]),
     )
 

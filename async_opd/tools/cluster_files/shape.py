@@ -28,11 +28,6 @@ class Shape:
     runs: str  # the folder it lies in
     shared: str  # the first folder of both: the disk that every node sees
 
-    @property
-    def workers(self) -> int:
-        """The number of nodes besides the head."""
-        return self.nodes - 1
-
 
 def shape_of(config: Config, gpus_per_node: int) -> Shape:
     """Choose the fewest nodes of at most `gpus_per_node` that hold every role. Raises
@@ -44,8 +39,7 @@ def shape_of(config: Config, gpus_per_node: int) -> Shape:
             " as /shared/runs/a"
         )
     requests = resource_requests(config, gpus=True)
-    wanted = sum(request.count * request.gpus for request in requests)
-    gpus = min(gpus_per_node, ceil(wanted))
+    gpus = min(gpus_per_node, ceil(sum(request.count * request.gpus for request in requests)))
     largest = max(requests, key=lambda request: request.gpus)
     if largest.gpus > gpus:
         raise ConfigError(

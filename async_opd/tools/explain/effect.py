@@ -20,9 +20,9 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
     reads, or holds what cannot be.
     """
     batch = BatchReader(objective, rollouts, file).batch()
+    every_token_N = torch.ones_like(batch.segment_N, dtype=torch.bool)
     with torch.no_grad():
-        statistics = objective.statistics(batch, torch.ones(len(batch.segment_N), dtype=torch.bool))
-    batch = replace(batch, statistics=statistics)
+        batch = replace(batch, statistics=objective.statistics(batch, every_token_N))
     live = {
         "coefficient": batch.student_logp_N,
         "candidate_coefficient": batch.student_logp_NK,

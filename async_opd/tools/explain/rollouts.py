@@ -203,9 +203,8 @@ class BatchReader:
 
     def _tokens(self, field: str, bounds: tuple[float, float, str]) -> Tensor:
         """Join a field of every token, [N] or [N, D]."""
-        if (lacking := self._lacking(field, self._count)) is not None:
-            return lacking
-        return self._joined(field, self._values(field), bounds)
+        lacking = self._lacking(field, self._count)
+        return self._joined(field, self._values(field), bounds) if lacking is None else lacking
 
     def _candidates(self, field: str) -> Tensor | None:
         """Join a field of every candidate, [N, K]; None where the objective wants none."""
@@ -248,13 +247,13 @@ class BatchReader:
     def _moments(self, name: str) -> Moments:
         past = getattr(self._rollouts.running, name)
         if past is UNSET:
-            what = f"{self._file} has no running.{name} at step {self._rollouts.step}"
-            lacking: Any = self._absent(what, 0)  # for numbers: it raises where they are read
+            # for numbers: it raises where they are read
+            lacking: Any = self._absent(
+                f"{self._file} has no running.{name} at step {self._rollouts.step}", 0
+            )
             return Moments(lacking, lacking, lacking)
-        values = _checked(
-            f"{self._file}: running.{name}", [past.count, past.mean, past.squares], FINITE
-        )
-        return Moments(*values.tolist())
+        numbers = [past.count, past.mean, past.squares]
+        return Moments(*_checked(f"{self._file}: running.{name}", numbers, FINITE).tolist())
 
     def _values(self, field: str) -> list[Any]:
         return [getattr(t, field) for t in self._trajectories]
@@ -291,8 +290,7 @@ def _checked(place: str, values: list[Any], bounds: tuple[float, float, str]) ->
     broken = (~(numbers.isfinite() & (numbers >= low) & (numbers <= high))).nonzero()
     if len(broken):
         index = "".join(f"[{i}]" for i in broken[0].tolist())
-        number = numbers[tuple(broken[0])].item()
-        raise DataError(f"{place}{index} = {number}: must be {allowed}")
+        raise DataError(f"{place}{index} = {numbers[tuple(broken[0])].item()}: must be {allowed}")
     return numbers
 
 

@@ -47,9 +47,15 @@ def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
     if here["advantage"] is None:  # a divergence, of candidates alone
         coefficients = [None, *coefficients]
     fields = {name: values[place] for name, values in t.per_token.items()}
-    logps = [fields.get(f"{name}_logp") for name in LOGPS]
-    numbers = [advantages[0], here["weight"], here["selected"], ratios[0], coefficients[0]]
-    yield place, fields.get("tokens", ""), [*logps, *numbers]
+    numbers = [
+        *(fields.get(f"{name}_logp") for name in LOGPS),
+        advantages[0],
+        here["weight"],
+        here["selected"],
+        ratios[0],
+        coefficients[0],
+    ]
+    yield place, fields.get("tokens", ""), numbers
     candidates = fields["candidates"] if len(coefficients) > 1 else []
     for c, advantage, ratio, coefficient in zip_longest(
         candidates, advantages[1:], ratios[1:], coefficients[1:]

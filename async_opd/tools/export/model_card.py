@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,14 @@ vllm serve {name}
 
 def card(run_dir: Path, config: Config, checkpoint: Checkpoint, name: str) -> str:
     """Write README.md of the folder `name`."""
-    tag, student = config.objective.tag, config.student.model
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"base_model": student} if _on_hub(student) else {}
-    front |= {"datasets": [config.data.path]} if _on_hub(config.data.path) else {}
-    front["tags"] = ["async-opd", "on-policy-distillation", tag]
-    summary = _read(run_dir / SUMMARY)
+    student, data = config.student.model, config.data.path
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": student if _on_hub(student) else None,
+        "datasets": [data] if _on_hub(data) else None,
+        "tags": ["async-opd", "on-policy-distillation", config.objective.tag],
+    }
     teachers = [f"`{_named(teacher.model)}`" for teacher in config.named_teachers.values()]
     sections = [
         f"# {name}",
@@ -48,98 +49,101 @@ def card(run_dir: Path, config: Config, checkpoint: Checkpoint, name: str) -> st
         _table(_training(run_dir, config, checkpoint)),
         "## Method",
         *_method(config.objective),
-        *_section("## Accuracy", _accuracies(config, checkpoint, summary)),
+        *_section("## Accuracy", _accuracies(config, checkpoint, _read(run_dir / SUMMARY))),
         "## Load it",
         LOAD.format(name=name).strip(),
         *_section("## Made with", _versions(_read(run_dir / ENVIRONMENT))),
     ]
     # JSON is YAML
-    matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)
     return f"---\n{matter}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    run = config.run
-    data = config.data
-    rollout = config.rollout
-    learner = config.learner
-    yield "optimizer steps", f"{checkpoint.state.version} of {run.steps}"
-    yield (
-        "trajectories a step",
-        f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt",
-    )
-    yield (
-        "data",
-        ", ".join(f"`{part}`" for part in (_named(data.path), data.subset, data.split) if part),
-    )
-    yield (
-        "sampling",
-        f"temperature {rollout.temperature:g}, at most {rollout.max_new_tokens} tokens",
-    )
-    yield (
-        "learning rate",
-        f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up",
-    )
-    yield "weights", learner.dtype
-    yield "seed", run.seed
-    older = "masked" if run.stale == "mask" else "dropped"
-    yield "staleness bound", f"{run.max_lag_steps} steps; what is older is {older}"
-    rows = _rows(run_dir / METRICS, checkpoint.state.version)
-    if len(rows) == checkpoint.state.version:  # else the file is not whole
-        yield "largest lag seen", f"{int(max(row['lag_max'] for row in rows))} steps"
-        yield (
-            "trained tokens",
-            f"{int(sum(map(trained_tokens, rows)))}",
-        )
+def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    run, data = config.run, config.data
+    rollout, learner = config.rollout, config.learner
+    version = checkpoint.state.version
+    facts = {
+        "optimizer steps": f"{version} of {run.steps}",
+        "trajectories a step": (
+            f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt"
+        ),
+        "data": ", ".join(
+            f"`{part}`" for part in (_named(data.path), data.subset, data.split) if part
+        ),
+        "sampling": (
+            f"temperature {rollout.temperature:g}, at most {rollout.max_new_tokens} tokens"
+        ),
+        "learning rate": (
+            f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up"
+        ),
+        "weights": learner.dtype,
+        "seed": run.seed,
+        "staleness bound": (
+            f"{run.max_lag_steps} steps; what is older is"
+            f" {'masked' if run.stale == 'mask' else 'dropped'}"
+        ),
+    }
+    rows = _rows(run_dir / METRICS, version)
+    if len(rows) == version:  # else the file is not whole
+        facts |= {
+            "largest lag seen": f"{int(max(row['lag_max'] for row in rows))} steps",
+            "trained tokens": int(sum(map(trained_tokens, rows))),
+        }
+    return facts
 
 
-def _method(objective: Objective) -> Iterator[str]:
+def _method(objective: Objective) -> list[str]:
     """Say what its file says of it, with the certainty of the formula."""
-    module = sys.modules[type(objective).__module__]
-    what = " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
-    yield f"`{objective.tag}`: " + re.sub(
-        r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what
-    )
-    yield f"```text\n{inspect.getdoc(type(objective))}\n```"
-    yield _table(
-        (key, f"`{json.dumps(value)}`")
-        for key, value in msgspec.to_builtins(objective).items()
-        if key != "tag" and value is not None
-    )
+    module = inspect.getdoc(sys.modules[type(objective).__module__]) or ""
+    what = " ".join(module.partition("\n\n")[0].split())
+    settings = msgspec.to_builtins(objective).items()
+    return [
+        f"`{objective.tag}`: "
+        + re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", what),
+        f"```text\n{inspect.getdoc(type(objective))}\n```",
+        _table(
+            {
+                key: f"`{json.dumps(value)}`"
+                for key, value in settings
+                if key != "tag" and value is not None
+            }
+        ),
+    ]
 
 
-def _accuracies(
-    config: Config, checkpoint: Checkpoint, summary: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
+def _accuracies(config: Config, checkpoint: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
     """List the greedy ones. That after training belongs to the last version."""
     right, unknown, problems = checkpoint.state.counters.get("before", (0, 0, 0))
     if not problems or not config.eval:
-        return
-    yield "held-out problems", f"{problems} of `{_named(config.eval.path)}`"
-    yield "before", f"{right / max(problems - unknown, 1):.1%}"
+        return {}
+    accuracies = {
+        "held-out problems": f"{problems} of `{_named(config.eval.path)}`",
+        "before": f"{right / max(problems - unknown, 1):.1%}",
+    }
     if summary.get("version") == checkpoint.state.version:
-        yield "after", f"{summary['accuracy_after']:.1%}"
-        for key in (
-            key
-            for key in summary
-            if key.startswith("teacher_accuracy") and summary[key] is not None
-        ):
-            yield key.replace("_accuracy", "").replace("_", " ", 1), f"{summary[key]:.1%}"
+        accuracies["after"] = f"{summary['accuracy_after']:.1%}"
+        accuracies |= {
+            key.replace("_accuracy", "").replace("_", " ", 1): f"{share:.1%}"
+            for key, share in summary.items()
+            if key.startswith("teacher_accuracy") and share is not None
+        }
+    return accuracies
 
 
-def _versions(environment: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if commit := environment.get("commit"):
-        yield "commit", commit
-    yield from environment.get("versions", {}).items()
+def _versions(environment: dict[str, Any]) -> dict[str, Any]:
+    commit = environment.get("commit")
+    return ({"commit": commit} if commit else {}) | environment.get("versions", {})
 
 
-def _section(title: str, rows: Iterator[tuple[str, Any]]) -> list[str]:
-    listed = list(rows)
-    return [title, _table(listed)] if listed else []
+def _section(title: str, rows: dict[str, Any]) -> list[str]:
+    return [title, _table(rows)] if rows else []
 
 
-def _table(rows: Any) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

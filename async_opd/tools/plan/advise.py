@@ -8,14 +8,17 @@ from async_opd.tools.plan.make import GIB, Need, Problem
 # roles that do not fit with more overrides; None: they are refused
 Retry = Callable[[list[str]], set[str] | None]
 Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overrides
+SHARES = [n / 20 for n in range(1, 20)]  # of a card
 ZERO_STAGE = "learner.zero_stage"
 NO_CHANGE = "; no change that was tried is enough: take a smaller model, or larger GPUs"
 ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
-def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int) -> list[Problem]:
+def problems(
+    config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
+) -> Iterator[Problem]:
     """Say what of `needs` does not fit, and what helps."""
-    unfit, large = [], [need for need in needs if not need.fits]
+    large = [need for need in needs if not need.fits]
     for need in large:
         others = {other.request.role for other in large if other is not need}
 
@@ -23,9 +26,13 @@ def problems(config: Config, needs: list[Need], retry: Retry, gpus_per_node: int
             left = retry(overrides)
             return left is not None and left <= others
 
-        changes = _changes(list(_ladders(config, need, gpus_per_node)), fits, retry)
-        unfit.append(Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes))
-    return unfit
+        ladders = (
+            _learner_ladders(config, need)
+            if need.section == "learner"
+            else _engine_ladders(config, need, gpus_per_node)
+        )
+        changes = _changes(list(ladders), fits, retry)
+        yield Problem(what=_what(need) + ("" if changes else NO_CHANGE), changes=changes)
 
 
 def _what(need: Need) -> str:
@@ -56,25 +63,28 @@ def _changes(ladders: list[Ladder], fits: Callable[[list[str]], bool], retry: Re
 
 def _merged(rungs: list[list[str]]) -> list[str]:
     """Join the overrides of all, of each setting the last."""
-    settings = dict(override.split("=") for rung in rungs for override in rung)
-    return [f"{key}={value}" for key, value in settings.items()]
+    return list(
+        {override.partition("=")[0]: override for rung in rungs for override in rung}.values()
+    )
 
 
-def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]:
-    """Yield ways out of `need`."""
+def _engine_ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]:
+    """Yield ways out of what a generator or scorer needs."""
     section = need.section
-    if section == "learner":
-        yield from _learner_ladders(config, need)
-        return
     scorer = config.scorers.get(section)
     each = scorer or config.rollout
     if each.dtype == "float32":
         yield [[f"{section}.dtype=bfloat16", *([] if scorer else [ROUGH])]]
+    sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
     if need.kv_bytes or scorer is None:
-        sizes = [2**n for n in range(1, 10) if each.tensor_parallel_size < 2**n <= gpus_per_node]
-        yield [[f"{section}.tensor_parallel_size={n}"] for n in sizes if need.shape.heads % n == 0]
-        shares = [n / 20 for n in range(1, 20) if n / 20 > each.gpu_memory_utilization]
-        yield [[f"{section}.gpu_memory_utilization={share}"] for share in shares]
+        yield [
+            [f"{section}.tensor_parallel_size={n}"] for n in sizes if n > each.tensor_parallel_size
+        ]
+        yield [
+            [f"{section}.gpu_memory_utilization={share}"]
+            for share in SHARES
+            if share > each.gpu_memory_utilization
+        ]
         shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
         yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
     else:
@@ -83,7 +93,6 @@ def _ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[Ladder]
             if scorer.batch_tokens > need.longest
             else []
         )
-        sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
         yield [[f"{section}.backend=vllm", f"{section}.tensor_parallel_size={n}"] for n in sizes]
 
 
@@ -104,6 +113,8 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]
     else:
-        most = config.rollout.gpu_memory_utilization
-        shares = [n / 20 for n in range(19, 0, -1) if n / 20 < most]
-        yield [[f"rollout.gpu_memory_utilization={share}"] for share in shares]
+        yield [
+            [f"rollout.gpu_memory_utilization={share}"]
+            for share in reversed(SHARES)
+            if share < config.rollout.gpu_memory_utilization
+        ]

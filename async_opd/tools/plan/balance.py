@@ -49,8 +49,9 @@ class Balance(Struct, frozen=True, kw_only=True):
 def balance(config: Config, rates: dict[str, float], source: str, differs: list[str]) -> Balance:
     """Balance a run: every token is sampled, scored and trained once, so the role that does the
     fewest a second bounds it; ranks are taken to add up."""
-    counts = _counts(msgspec.to_builtins(config))
-    capacity = {role: rates[role] * counts[role] for role in ROLES}
+    capacity = {
+        role: rates[role] * count for role, count in _counts(msgspec.to_builtins(config)).items()
+    }
     return Balance(
         source=source,
         rates=rates,
@@ -114,10 +115,9 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
 def _counts(tree: dict[str, Any]) -> dict[str, int]:
     """Count the members of each role by a config's tree."""
     teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
-    replicas = sum(teacher["replicas"] for teacher in teachers)
     return {
         "generator": tree["rollout"]["generators"],
-        "teacher": replicas,
+        "teacher": sum(teacher["replicas"] for teacher in teachers),
         "learner": tree["learner"]["ranks"],
     }
 

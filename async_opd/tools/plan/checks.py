@@ -4,14 +4,17 @@ Importing this takes seconds."""
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import msgspec
+from msgspec.structs import replace
 from transformers import AutoConfig
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import DataError, first_line
 from async_opd.core.process_wide import log_level
 from async_opd.launch import inputs
+from async_opd.launch.toy_models import resolve_toy
 from async_opd.tools.plan.make import models
 from async_opd.tools.plan.shape import Shape, local, read
 
@@ -33,11 +36,13 @@ def shapes(config: Config) -> dict[str, Shape]:
 def rows(config: Config) -> None:
     """Check that vocabularies agree, and that the first row of each set can be used. Raises
     DataError. Training rows are streamed: a plan does not wait until all of them are here."""
-    replace = msgspec.structs.replace
-    streamed = replace(config.data, streaming=True, shuffle_buffer=1)
-    held_out = config.eval and replace(config.eval, problems=1)
-    with _hinting():
-        next(iter(inputs.read(replace(config, data=streamed, eval=held_out)).prompts))
+    first = replace(
+        config,
+        data=replace(config.data, streaming=True, shuffle_buffer=1),
+        eval=config.eval and replace(config.eval, problems=1),
+    )
+    with _hinting(), TemporaryDirectory() as scratch:
+        next(iter(inputs.read(resolve_toy(first, Path(scratch))).prompts))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:

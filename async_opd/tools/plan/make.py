@@ -1,11 +1,12 @@
 """The plan of a run: who is where, what each holds, and what does not fit. Pure: shapes and
 settings in, a plan out."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
@@ -14,11 +15,10 @@ from async_opd.config.teacher_rules import (
     longest_sequence,
     shared_with_learner,
 )
-from async_opd.maths.lag import slots
-from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
+from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
-from async_opd.tools.plan.memory import HEADROOM, Memory
+from async_opd.tools.plan.memory import BYTES, HEADROOM, Memory
 from async_opd.tools.plan.shape import Shape
 
 GIB = 2**30
@@ -83,14 +83,16 @@ class Need:
 
     def plan(self) -> RolePlan:
         """Put it into the words of a plan."""
-        parts = self.memory.parts | self.memory.either
         return RolePlan(
             role=self.request.role,
             members=self.request.count,
             gpus=self.request.gpus,
             model=self.model,
             parameters=self.shape.parameters,
-            parts_gib={name: round(size / GIB, 3) for name, size in parts.items()},
+            parts_gib={
+                name: round(size / GIB, 3)
+                for name, size in (self.memory.parts | self.memory.either).items()
+            },
             total_gib=round(self.memory.total / GIB, 3),
             limit_gib=round(self.limit / GIB, 3),
             host_gib=round(self.memory.host / GIB, 3),
@@ -118,8 +120,10 @@ def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need
         limit=card * (shared_with_learner(config.engines) if share else 1 - HEADROOM),
         longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
     )
-    engines = (_engine(config, pool, requests[pool.role], shapes, card) for pool in config.engines)
-    return [learner, *engines]
+    return [
+        learner,
+        *(_engine(config, pool, requests[pool.role], shapes, card) for pool in config.engines),
+    ]
 
 
 def _engine(
@@ -135,8 +139,7 @@ def _engine(
     model = config.models[section if scorer else "student"]
     _, longest = longest_sequence(section, scorer, config.data, config.rollout)
     if scorer and not answers:
-        average = isinstance(scorer, TeacherConfig) and scorer.update == "ema"
-        held = memory.scorer(scorer, shapes[model], card, follows_by_average=average)
+        held = memory.scorer(scorer, shapes[model], card)
     else:
         sampling = (config.teacher_sampling if answers else None) or config.rollout
         held = memory.generator(each, shapes[model], config.sync, card, sampling.concurrency)
@@ -151,16 +154,16 @@ def _engine(
         * (each.gpu_memory_utilization if vllm or config.run.share_gpu else 1 - HEADROOM),
         # vLLM samples a token behind what it scores
         longest=longest + (vllm and not answers and scorer is not None),
-        kv_bytes=memory.kv_bytes(shapes[model], each.dtype, each.tensor_parallel_size)
+        kv_bytes=shapes[model].kv_bytes(BYTES[each.dtype], each.tensor_parallel_size)
         if vllm
         else 0.0,
     )
 
 
-def places(config: Config, cluster: Cluster) -> dict[str, list[str]]:
-    """List the members on each node. Raises ClusterTooSmall."""
-    requests = resource_requests(config, gpus=True)
-    return place_on_alike(requests, cluster.gpus_per_node, cluster.nodes)
+def places(config: Config, gpus_per_node: int, nodes: int | None) -> dict[str, list[str]]:
+    """List the members on each of `nodes`; absent, of as many as are needed. Raises
+    ClusterTooSmall."""
+    return place_on_alike(resource_requests(config, gpus=True), gpus_per_node, nodes)
 
 
 def longest_response(
@@ -176,21 +179,16 @@ def longest_response(
     bound = min(contexts.values(), default=UNBOUNDED)
 
     def full(response: int) -> list[str]:
-        stretched = needs(_stretched(config, response), shapes, card)
-        return [f"the memory of a {need.request.role}" for need in stretched if not need.fits]
+        return [
+            f"the memory of a {need.request.role}"
+            for need in needs(_stretched(config, response), shapes, card)
+            if not need.fits
+        ]
 
-    fits, over = 0, bound + 1
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        fits, over = (fits, middle) if full(middle) else (middle, over)
-    return fits, full(over) if over <= bound else [
+    over = bisect_left(range(bound + 1), True, lo=1, key=lambda response: bool(full(response)))
+    return over - 1, full(over) if over <= bound else [
         key for key, room in contexts.items() if room == bound
     ]
-
-
-def outstanding(config: Config) -> int:
-    """Count the groups that may be on their way at once."""
-    return slots(config.outstanding_steps, config.groups_per_step)
 
 
 def _room(config: Config, key: str, context: int) -> int:
@@ -204,7 +202,6 @@ def _room(config: Config, key: str, context: int) -> int:
 def _stretched(config: Config, response: int) -> Config:
     """Change `config` for responses of at most `response` tokens: each batch that must hold a
     sequence does."""
-    replace = msgspec.structs.replace
     rollout = replace(config.rollout, max_new_tokens=response)
 
     def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:

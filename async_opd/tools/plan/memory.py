@@ -11,7 +11,7 @@ from async_opd.config.sections import SyncConfig
 from async_opd.maths.blocks import BLOCK_IDS
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
-from async_opd.roles.teacher.config import ScorerConfig
+from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.tools.plan.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -64,9 +64,9 @@ def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
         "optimizer": state,
         "buckets": reduced + (sent if sync.backend == "nccl" else 0),
     }
-    kept = activations(shape, config.micro_batch_tokens, b, config.gradient_checkpointing)
     either = {
-        "backward": kept + head(shape, config.head_chunk_rows, b),
+        "backward": activations(shape, config.micro_batch_tokens, b, config.gradient_checkpointing)
+        + head(shape, config.head_chunk_rows, b),
         "update": 8 * share if stage else 4 * psi,
     }
     host = 0 if sync.backend == "nccl" else sent
@@ -111,12 +111,6 @@ def head(shape: Shape, rows: int, b: int) -> float:
     return 2 * rows * min(BLOCK_IDS, shape.vocabulary) * 4 + b * shape.vocabulary * shape.hidden
 
 
-def kv_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> float:
-    """Count the key-value cache of one token on one GPU: heads are split while there are enough,
-    then repeated."""
-    return shape.kv_bytes(BYTES[dtype]) / min(tensor_parallel, shape.kv_heads)
-
-
 def generator(
     config: RolloutConfig | ScorerConfig,
     shape: Shape,
@@ -137,9 +131,7 @@ def generator(
     )
 
 
-def scorer(
-    config: ScorerConfig, shape: Shape, card: float, *, follows_by_average: bool = False
-) -> Memory:
+def scorer(config: ScorerConfig, shape: Shape, card: float) -> Memory:
     """Estimate a teacher or reference: on vLLM weights, a forward of `batch_tokens` with the logits
     of PROMPT_ROWS of them, and keys and values; on transformers no cache, and the head's logits
     block by block. An average is the host's."""
@@ -152,7 +144,7 @@ def scorer(
     logits = 2 * config.head_chunk_rows * min(BLOCK_IDS, shape.vocabulary) * 4
     return Memory(
         parts={"weights": b * psi, "forward": held + logits},
-        host=4 * psi if follows_by_average else 0,
+        host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,
     )
 
 

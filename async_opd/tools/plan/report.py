@@ -32,39 +32,28 @@ class Plan(Struct, frozen=True, kw_only=True):
     skipped: list[str]
 
 
-def lines(plan: Plan) -> Iterator[str]:
-    """Yield the plan, a line at a time, for a reader."""
+def lines(plan: Plan) -> list[str]:
+    """Write the plan, line by line, for a reader."""
     c, count = plan.cluster, len(plan.nodes) or plan.cluster.nodes or "any number of"
-    yield f"{plan.config} on {count} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB"
-    for node, members in plan.nodes.items():
-        yield f"  {node:8} {_grouped(members)}"
-    yield ""
-    yield (
+    return [
+        f"{plan.config} on {count} node(s) of {c.gpus_per_node} x {c.gpu_memory_gib:g} GiB",
+        *(f"  {node:8} {_grouped(members)}" for node, members in plan.nodes.items()),
+        "",
         "memory of one GPU of each role, GiB (estimates; of backward and update only the larger"
-        " counts)"
-    )
-    for role in plan.roles:
-        yield from _role(role)
-    yield ""
-    yield (
+        " counts)",
+        *(line for role in plan.roles for line in _role(role)),
+        "",
         f"outstanding      at most {plan.groups_outstanding} groups,"
-        f" {plan.trajectories_outstanding} trajectories"
-    )
-    yield f"worst lag        {plan.worst_lag_steps} optimizer steps"
-    yield (
+        f" {plan.trajectories_outstanding} trajectories",
+        f"worst lag        {plan.worst_lag_steps} optimizer steps",
         f"longest response {plan.longest_response:,} tokens, bounded by"
-        f" {' and '.join(plan.longest_bound_by)}"
-    )
-    yield from _balance(plan.balance)
-    for problem in plan.problems:
-        yield f"does not fit     {problem.what}"
-        yield from (
-            f"  {'or' if index else 'set'} {change}" for index, change in enumerate(problem.changes)
-        )
-    yield f"checked          {'; '.join(plan.checked)}"
-    if plan.skipped:
-        yield f"skipped          {'; '.join(plan.skipped)}"
-    yield "it fits" if plan.fits else "it does not fit"
+        f" {' and '.join(plan.longest_bound_by)}",
+        *_balance(plan.balance),
+        *(line for problem in plan.problems for line in _problem(problem)),
+        f"checked          {'; '.join(plan.checked)}",
+        *([f"skipped          {'; '.join(plan.skipped)}"] if plan.skipped else []),
+        "it fits" if plan.fits else "it does not fit",
+    ]
 
 
 def _role(role: RolePlan) -> Iterator[str]:
@@ -76,27 +65,33 @@ def _role(role: RolePlan) -> Iterator[str]:
         f"{name.replace('_', ' ')} {size:.1f}" for name, size in role.parts_gib.items() if size
     )
     if role.kv_tokens is not None:
-        at_once = role.kv_tokens // role.longest_tokens
         yield (
-            f"    cache for {role.kv_tokens:,} tokens: {at_once:,} sequences of the longest,"
-            f" {role.longest_tokens:,}"
+            f"    cache for {role.kv_tokens:,} tokens: {role.kv_tokens // role.longest_tokens:,}"
+            f" sequences of the longest, {role.longest_tokens:,}"
         )
     if role.host_gib >= 0.05:
         yield f"    on the host {role.host_gib:.1f}, of each"
 
 
-def _balance(balance: Balance | None) -> Iterator[str]:
-    """Yield what keeps up with what."""
+def _balance(balance: Balance | None) -> list[str]:
+    """Say what keeps up with what."""
     if balance is None:
-        yield f"bottleneck       not known: {CALIBRATE}"
-        return
+        return [f"bottleneck       not known: {CALIBRATE}"]
     does = ", ".join(f"{role} {rate:,.0f}" for role, rate in balance.capacity.items())
-    yield f"bottleneck       {balance.bottleneck} (tokens/s of all: {does}; {balance.source})"
-    yield (
+    return [
+        f"bottleneck       {balance.bottleneck} (tokens/s of all: {does}; {balance.source})",
         f"in balance       {balance.generators} generator(s) and {balance.teachers} teacher(s) keep"
-        " up with the learner"
-    )
-    yield from (f"  measured otherwise: {what}" for what in balance.differs)
+        " up with the learner",
+        *(f"  measured otherwise: {what}" for what in balance.differs),
+    ]
+
+
+def _problem(problem: Problem) -> list[str]:
+    """Say what does not fit, and each change that lets it."""
+    return [
+        f"does not fit     {problem.what}",
+        *(f"  {'or' if place else 'set'} {change}" for place, change in enumerate(problem.changes)),
+    ]
 
 
 def _grouped(members: list[str]) -> str:

@@ -64,10 +64,11 @@ class Shape(Struct, frozen=True, kw_only=True):
         """Whether queries and keys are normed, head by head."""
         return self.family in NORMED
 
-    def kv_bytes(self, bytes_each: int) -> int:
-        """Count the bytes of one token's key-value cache: a key and a value of every key-value head
-        in every layer."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
+    def kv_bytes(self, bytes_each: int, tensor_parallel: int = 1) -> float:
+        """Count the bytes of one token's key-value cache on one GPU: a key and a value of every
+        key-value head in every layer. Heads are split while there are enough, then repeated."""
+        whole = 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
+        return whole / min(tensor_parallel, self.kv_heads)
 
 
 def read(tree: dict, setting: str) -> Shape:
@@ -129,8 +130,11 @@ def shipped(setting: str, model: str) -> Shape:
 
 @cache
 def _shipped() -> dict[str, dict]:
-    contexts = ((tree, *item) for tree in _trees() for item in tree["contexts"].items())
-    return {model: tree | {"max_position_embeddings": context} for tree, model, context in contexts}
+    return {
+        model: tree | {"max_position_embeddings": context}
+        for tree in _trees()
+        for model, context in tree["contexts"].items()
+    }
 
 
 def _trees() -> list[dict]:

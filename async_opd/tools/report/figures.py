@@ -12,6 +12,8 @@ from async_opd.tools.report.read import Run
 POINTS = 240  # of a curve; a longer run is averaged
 BARS = 60  # places of a stack
 Bands = dict[str, tuple[str, str]]  # key of the rows: label and colour
+# a figure of rows: title, what it shows, unit, labels by key
+Curves = tuple[str, str, str, dict[str, str]]
 
 
 @dataclass
@@ -42,44 +44,32 @@ class Figure:
     marks: list[tuple[str, float, float]] | None = None  # kind, step, seconds
 
 
-@dataclass
-class Curves:
-    """A figure of rows: keys and what they are called."""
-
-    title: str
-    what: str
-    unit: str
-    keys: dict[str, str]
-
-
-LEARNING = (
-    Curves(
-        "Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}
-    ),
-    Curves("KL to the teacher", "Mean log π − log π teacher, sampled tokens", "nats", {"kl": "KL"}),
-    Curves("Loss", "What the optimizer minimises", "", {"loss": "loss"}),
-    Curves("Entropy", "Of the sampling policy, by its own tokens", "nats", {"entropy": "entropy"}),
-    Curves("Length", "Mean tokens of a response", "tokens", {"length_mean": "length"}),
-    Curves("Gradient", "Norm before clipping", "", {"grad_norm": "norm"}),
+LEARNING: tuple[Curves, ...] = (
+    ("Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}),
+    ("KL to the teacher", "Mean log π − log π teacher, sampled tokens", "nats", {"kl": "KL"}),
+    ("Loss", "What the optimizer minimises", "", {"loss": "loss"}),
+    ("Entropy", "Of the sampling policy, by its own tokens", "nats", {"entropy": "entropy"}),
+    ("Length", "Mean tokens of a response", "tokens", {"length_mean": "length"}),
+    ("Gradient", "Norm before clipping", "", {"grad_norm": "norm"}),
 )
-OFF_POLICY = (
-    Curves(
+OFF_POLICY: tuple[Curves, ...] = (
+    (
         "Mean weight",
         "Importance weight W · ρ̃ · |A| of the selected tokens",
         "",
         {"weight_mean": "mean"},
     ),
-    Curves("Largest weight", "Of one token, in the step", "", {"weight_max": "max"}),
-    Curves(
+    ("Largest weight", "Of one token, in the step", "", {"weight_max": "max"}),
+    (
         "Effective sample size",
         "Share of tokens that the weights leave in effect",
         "share",
         {"weight_ess": "weight", "ratio_ess": "ratio alone"},
     ),
-    Curves("Selected tokens", "Share that the method trains on", "share", {"selected": "selected"}),
+    ("Selected tokens", "Share that the method trains on", "share", {"selected": "selected"}),
 )
-FLOW = (
-    Curves(
+FLOW: tuple[Curves, ...] = (
+    (
         "Throughput",
         "Tokens through each role",
         "tokens/s",
@@ -89,19 +79,19 @@ FLOW = (
             "trained_tokens_per_s": "trained",
         },
     ),
-    Curves(
+    (
         "Queue",
         "Scored and waiting, and all that are out",
         "groups",
         {"queue_ready": "ready", "queue_outstanding": "outstanding"},
     ),
-    Curves("Dropped", "Scored and never trained, so far", "trajectories", {"dropped": "dropped"}),
+    ("Dropped", "Scored and never trained, so far", "trajectories", {"dropped": "dropped"}),
 )
 
 
 def learning(runs: list[Run]) -> list[Figure]:
     """Draw what the student learns, with what its objective shows."""
-    figures = [_lines(curves, runs) for curves in LEARNING]
+    figures = [_lines(runs, *curves) for curves in LEARNING]
     figures[0].series += [
         dots for place, run in enumerate(runs) if (dots := _held_out(run, place, len(runs) > 1))
     ]
@@ -112,66 +102,68 @@ def learning(runs: list[Run]) -> list[Figure]:
         if tag in tags
         for name in objective.metrics
     }
-    if metrics:
-        method = Curves("What the method shows", "Means over tokens", "", metrics)
-        figures.append(_lines(method, runs))
+    figures.append(_lines(runs, "What the method shows", "Means over tokens", "", metrics))
     return _with_marks(figures, runs)
 
 
 def off_policy(runs: list[Run]) -> list[Figure]:
     """Draw how old the trained tokens are and how the method weighs them."""
     return _with_marks(
-        [*_stacks(runs, _lags), *(_lines(curves, runs) for curves in OFF_POLICY)], runs
+        [*_stacks(runs, _lags), *(_lines(runs, *curves) for curves in OFF_POLICY)], runs
     )
 
 
 def flow(runs: list[Run]) -> list[Figure]:
     """Draw what each role did with its time and how much went through."""
-    return _with_marks([*_stacks(runs, _states), *(_lines(curves, runs) for curves in FLOW)], runs)
+    return _with_marks([*_stacks(runs, _states), *(_lines(runs, *curves) for curves in FLOW)], runs)
 
 
 def absent(runs: list[Run]) -> Iterator[str]:
     """Name the keys of the figures that a run's rows lack."""
     for run in runs:
-        wanted = [key for curves in (*LEARNING, *OFF_POLICY, *FLOW) for key in curves.keys]
+        wanted = [key for *_, keys in (*LEARNING, *OFF_POLICY, *FLOW) for key in keys]
         if lacking := [key for key in wanted if key not in run.rows]:
             yield f"{run.name}: its rows have no {', '.join(lacking)}: left out"
 
 
-def _lines(curves: Curves, runs: list[Run]) -> Figure:
+def _lines(runs: list[Run], title: str, what: str, unit: str, keys: dict[str, str]) -> Figure:
     """Draw one curve a run and key. Colour tells the run, where there are several, and the style of
     the line the quantity."""
     several = len(runs) > 1
+    most = POINTS if len(runs) <= 2 else POINTS // 2
     series = []
     for place, run in enumerate(runs):
-        for dash, (key, label) in enumerate(curves.keys.items()):
+        for dash, (key, label) in enumerate(keys.items()):
             if several:
-                label = run.name if len(curves.keys) == 1 else f"{run.name}, {label}"
+                label = run.name if len(keys) == 1 else f"{run.name}, {label}"
             if key in run.rows and not np.isnan(run.rows[key]).all():
                 colour = f"c{place if several else dash}"
-                most = POINTS if len(runs) <= 2 else POINTS // 2
                 series.append(_curve(run, run.rows[key], label, colour, dash, most))
-    return Figure(curves.title, curves.what, curves.unit, series)
+    return Figure(title, what, unit, series)
 
 
 def _curve(run: Run, values: np.ndarray, label: str, colour: str, dash: int, most: int) -> Series:
-    step, seconds, mean = (
-        averaged(x, most) for x in (run.rows["step"], run.rows["seconds"], values)
+    return Series(
+        label=label,
+        colour=colour,
+        dash=dash,
+        step=averaged(run.rows["step"], most),
+        seconds=averaged(run.rows["seconds"], most),
+        mean=averaged(values, most),
+        spread=extremes(values, most) if len(values) > most else None,
     )
-    spread = extremes(values, most) if len(values) > most else None
-    return Series(label, colour, dash, step, seconds, mean, spread)
 
 
 def _held_out(run: Run, place: int, several: bool) -> Series | None:
     """Draw the evaluations before, during and after training, by the version they belong to."""
     steps, shares = (run.rows.get(key, np.zeros(0)) for key in ("eval_version", "eval_accuracy"))
-    ends = {
-        0.0: run.summary.get("accuracy_before"),
-        run.rows["step"][-1]: run.summary.get("accuracy_after"),
-    }
     known = {
         step: share
-        for step, share in (*ends.items(), *zip(steps, shares, strict=False))
+        for step, share in (
+            (0.0, run.summary.get("accuracy_before")),
+            (run.rows["step"][-1], run.summary.get("accuracy_after")),
+            *zip(steps, shares, strict=False),
+        )
         if isinstance(share, float) and not np.isnan(share)
     }
     if not known:
@@ -183,9 +175,8 @@ def _held_out(run: Run, place: int, several: bool) -> Series | None:
 
 def _stacks(
     runs: list[Run], bands_of: Callable[[Run], Iterator[tuple[str, str, Bands]]]
-) -> list[Figure]:
+) -> Iterator[Figure]:
     """Draw shares that add up to one, over one another: a figure a run, so that they stay apart."""
-    figures = []
     for run in runs:
         for title, what, bands in bands_of(run):
             title = f"{title}, {run.name}" if len(runs) > 1 else title
@@ -196,8 +187,7 @@ def _stacks(
                 Series(label, colour, 0, step, seconds, averaged(share, BARS))
                 for share, (label, colour) in zip(values, bands.values(), strict=True)
             ]
-            figures.append(Figure(title, what, "share", series, stacked=True))
-    return figures
+            yield Figure(title, what, "share", series, stacked=True)
 
 
 def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
@@ -209,8 +199,7 @@ def _lags(run: Run) -> Iterator[tuple[str, str, Bands]]:
     bands = {
         key: (f"lag {key[11:]}", f"l{min(lag, 7)}") for lag, key in enumerate(keys[: last + 1])
     }
-    if keys:
-        yield "Lag", "Trained tokens by age in steps, share", bands
+    yield "Lag", "Trained tokens by age in steps, share", bands
 
 
 def _states(run: Run) -> Iterator[tuple[str, str, Bands]]:
@@ -230,7 +219,7 @@ def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
     """Keep the figures with a curve, and mark checkpoints and what happened to members where one
     run alone is shown."""
     last_step, last_second = (max(run.rows[key][-1] for run in runs) for key in ("step", "seconds"))
-    marks = marks_of(runs[0]) if len(runs) == 1 else None
+    marks = list(marks_of(runs[0])) if len(runs) == 1 else None
     return [
         replace(figure, ends=(last_step, last_second), marks=marks)
         for figure in figures
@@ -240,22 +229,20 @@ def _with_marks(figures: list[Figure], runs: list[Run]) -> list[Figure]:
 
 def constant(figure: Figure) -> float | None:
     """Return the one value that all curves have everywhere, which needs no picture."""
-    values = np.concatenate([series.mean for series in figure.series])
-    distinct = {float(f"{x:.4g}") for x in values if not np.isnan(x)}
+    means = (x for series in figure.series for x in series.mean)
+    distinct = {float(f"{x:.4g}") for x in means if not np.isnan(x)}
     return distinct.pop() if len(distinct) == 1 and not figure.stacked else None
 
 
-def marks_of(run: Run) -> list[tuple[str, float, float]]:
+def marks_of(run: Run) -> Iterator[tuple[str, float, float]]:
     """Place at most 60 of a kind, evenly."""
     happened = {event["step"] for event in run.events if isinstance(event.get("step"), int)}
-    marks = []
     for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted(happened))):
         places = np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
         shown = np.array(steps, float)[places]
-        marks += [
+        yield from (
             (kind, *mark) for mark in zip(shown.tolist(), run.times(shown).tolist(), strict=True)
-        ]
-    return marks
+        )
 
 
 def averaged(values: np.ndarray, most: int) -> np.ndarray:

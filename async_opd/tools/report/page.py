@@ -1,6 +1,6 @@
 """The page: facts, figures and rollouts of the runs, in one file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ def page(folders: list[Path]) -> str:
         raise ConfigError(
             f"report: {len(folders)} runs: at most {MOST_RUNS} can be told apart on one page"
         )
-    names = _names(folders)
     share = max(ROLLOUTS // len(folders), 2)
-    runs = [read(folder, name, share) for folder, name in zip(folders, names, strict=True)]
+    runs = [
+        read(folder, name, share) for folder, name in zip(folders, _names(folders), strict=True)
+    ]
     figures_of = {
         "Learning": figures.learning(runs),
         "Staleness and weights": figures.off_policy(runs),
@@ -93,13 +94,18 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _panels(section: str, drawn: list[figures.Figure]) -> list[Panel]:
-    panels = []
-    for figure in drawn:
-        if figures.constant(figure) is None:
-            plots = [each for axis in ("step", "time") if (each := plot.plot(figure, axis))]
-            name = f"{section}-{len(panels)}"
-            panels.append(Panel(name, figure, plots, *plot.table(figure), plot.read_out(figure)))
-    return panels
+    return [
+        Panel(
+            f"{section}-{place}",
+            figure,
+            [each for axis in ("step", "time") if (each := plot.plot(figure, axis))],
+            *plot.table(figure),
+            plot.read_out(figure),
+        )
+        for place, figure in enumerate(
+            figure for figure in drawn if figures.constant(figure) is None
+        )
+    ]
 
 
 def _constants(drawn: list[figures.Figure]) -> str:
@@ -115,23 +121,21 @@ def _share(value: Any) -> str:
     return number(value, "share") if isinstance(value, float) else "–"
 
 
-def _merits(run: Run) -> list[tuple[str, str, str]]:
+def _merits(run: Run) -> Iterator[tuple[str, str, str]]:
     """Choose the few numbers one looks for first: value, what it is, and a note."""
     summary = run.summary
-    merits = []
     if isinstance(after := summary.get("accuracy_after"), float):
         value = f"{_share(summary.get('accuracy_before'))} → {_share(after)}"
-        merits.append((value, "held-out accuracy", f"{summary.get('eval_problems')} problems"))
+        yield value, "held-out accuracy", f"{summary.get('eval_problems')} problems"
     if (kl := run.rows.get("kl")) is not None:
         value = f"{number(kl[0])} → {number(kl[-1])}"
-        merits.append((value, "KL to the teacher", "nats a token, first and last step"))
+        yield value, "KL to the teacher", "nats a token, first and last step"
     if isinstance(speed := summary.get("trained_tokens_per_s"), float):
         # Of all starts: the summary's are those of the last.
         trained = trained_tokens({key: float(np.nansum(run.rows[key])) for key in run.rows})
-        merits.append((number(speed), "trained tokens/s", f"{number(trained)} in all"))
+        yield number(speed), "trained tokens/s", f"{number(trained)} in all"
     steps = f"{number(run.rows['step'][-1])} of {run.config.get('run.steps', '?')} steps"
-    merits.append((duration(run.rows["seconds"][-1]), "of training", steps))
-    return merits
+    yield duration(run.rows["seconds"][-1]), "of training", steps
 
 
 def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
@@ -141,12 +145,9 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         return [run.config.get(key, "–") for run in runs]
 
     def result(key: str, show: Callable[[float], str] = number) -> list[str]:
-        values = [run.summary.get(key) for run in runs]
+        values = (run.summary.get(key) for run in runs)
         return [show(float(x)) if isinstance(x, int | float) else "–" for x in values]
 
-    teachers = sorted(
-        {key for run in runs for key in run.summary if key.startswith("teacher_accuracy")}
-    )
     facts = [
         ("objective", setting("objective.tag")),
         ("student", setting("student.model")),
@@ -154,7 +155,7 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("steps done", [number(run.rows["step"][-1]) for run in runs]),
         ("accuracy before", result("accuracy_before", _share)),
         ("accuracy after", result("accuracy_after", _share)),
-        *((key.replace("_", " "), result(key, _share)) for key in teachers),
+        *((key.replace("_", " "), result(key, _share)) for key in _keys(runs, "teacher_accuracy")),
         (
             "final KL, nats",
             [number(run.rows["kl"][-1]) if "kl" in run.rows else "–" for run in runs],
@@ -171,9 +172,8 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
 def _environment(runs: list[Run]) -> list[tuple[str, list[str]]]:
     versions = [run.environment.get("versions", {}) for run in runs]
     names = dict.fromkeys(name for of_run in versions for name in of_run)
-    commits = [(run.environment.get("commit") or "–")[:12] for run in runs]
     return [
-        ("commit", commits),
+        ("commit", [(run.environment.get("commit") or "–")[:12] for run in runs]),
         *((name, [of_run.get(name, "–") for of_run in versions]) for name in names),
     ]
 
@@ -192,8 +192,12 @@ def _within(run: Run, value: str) -> str:
 
 
 def _drops(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    keys = sorted({key for run in runs for key in run.summary if key.startswith("dropped_")})
     return [
         (key[8:].replace("_", " "), [number(run.summary.get(key, 0)) for run in runs])
-        for key in keys
+        for key in _keys(runs, "dropped_")
     ]
+
+
+def _keys(runs: list[Run], prefix: str) -> list[str]:
+    """List the keys of all summaries that begin so."""
+    return sorted({key for run in runs for key in run.summary if key.startswith(prefix)})

@@ -99,10 +99,10 @@ def table(figure: Figure) -> tuple[list[str], list[list[str]]]:
     it."""
     longest = max(figure.series, key=lambda series: len(series.step))
     places = np.unique(np.linspace(0, len(longest.step) - 1, TABLE_ROWS).round().astype(int))
-    rows = []
-    for step in longest.step[places]:
-        values = [_nearest(series, step) for series in figure.series]
-        rows.append([number(step), *(number(value, figure.unit) for value in values)])
+    rows = [
+        [number(step), *(number(_nearest(series, step), figure.unit) for series in figure.series)]
+        for step in longest.step[places]
+    ]
     return ["step", *(series.label for series in figure.series)], rows
 
 
@@ -143,10 +143,11 @@ class Scale:
         """Draw a path, broken where there is no number. A point alone is a line of no length, which
         has round ends."""
         known = ~(np.isnan(x) | np.isnan(y))
-        parts, pen = [], "M"
-        for here, point in zip(known, self._points(x, y), strict=True):
-            parts += [pen + point] if here else []
-            pen = "L" if here else "M"
+        parts = [
+            ("L" if before else "M") + point
+            for before, here, point in zip([False, *known], known, self._points(x, y), strict=False)
+            if here
+        ]
         return "".join(parts) + ("h0" if len(parts) == 1 else "")
 
     def band(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:

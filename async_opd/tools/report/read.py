@@ -63,8 +63,7 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
         raise RunMissing(
             f"{folder}: no {METRICS} in it: it is no run directory, or no step is done yet"
         )
-    tree = _json(run, CONFIG)
-    run.config = dict(_flat(tree))
+    run.config = dict(_flat(_json(run, CONFIG)))
     run.environment = _json(run, ENVIRONMENT)
     run.summary = _json(run, SUMMARY, "the run has not ended")
     run.rows = _columns(_records(run, METRICS))
@@ -176,8 +175,7 @@ def _read_rollouts(run: Run, most: int) -> None:
             f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    steps = _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)
-    ends = [end for end, _ in steps]
+    ends = [end for end, _ in _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)]
     places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
     chosen = {ends[place] for place in places}
     run.rollouts = [

@@ -100,8 +100,9 @@ def _rollout(
         f" {_choice(numbers, i, selected[i])}"
         for i in range(count)
     ]
-    others = [name for name in numbers if name not in {*NUMBERS, "signal", "kept"}]
     signal = "advantage" if "advantage" in numbers else "teacher − student"
+    signal = "advantage" if "advantage" in numbers else "teacher − student"
+    others = [name for name in numbers if name not in {*NUMBERS, "signal", "kept"}]
     labels = NUMBERS | {name: name.replace("_", " ") for name in others} | {"signal": signal}
     return Rollout(
         run=run.name,

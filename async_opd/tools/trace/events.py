@@ -9,7 +9,6 @@ call to call into the step that trained it.
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from heapq import heappop, heappush
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -75,9 +74,10 @@ def trained(every_call: list[Call]) -> Iterator[Trained]:
     for call in every_call:
         if call.name in ("generate", "score", "check"):
             asked[call.of].append(call)
-    steps = (call for call in every_call if (call.lane, call.name) == (LEARNER, "step"))
-    for step, ids in ((step, step.of) for step in steps if isinstance(step.of, tuple)):
-        for id in ids:
+    for step in every_call:
+        if (step.lane, step.name) != (LEARNER, "step") or not isinstance(step.of, tuple):
+            continue
+        for id in step.of:
             before = [call for call in asked[id] if call.end <= step.start]
             last = max((n for n, call in enumerate(before) if call.name == "generate"), default=0)
             ready = max((call.end for call in before), default=step.start)
@@ -100,8 +100,7 @@ class _Threads:
         self._threads: dict[tuple[str, int], int] = {}
         self._numbers = count(1001)  # of threads: never that of a process
         # By actor: until when which row of calls is taken.
-        self._busy: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        self._free: dict[str, list[int]] = defaultdict(list)
+        self._taken: dict[str, dict[int, float]] = defaultdict(dict)
         self._drawn: dict[Call, int] = {}  # the thread of each call
 
     def of(self, lane: str, row: int = 0) -> int:
@@ -114,17 +113,15 @@ class _Threads:
     def slice(
         self, lane: str, tid: int, name: str, kind: str, start: float, end: float, args: Event
     ) -> None:
-        ts = self._micros(start)
-        what = {"ph": "X", "name": name, "cat": kind, "args": args}
-        self.events.append({**what, **self._place(lane, tid, start), "dur": self._micros(end) - ts})
+        place = self._place(lane, tid, start)
+        place["dur"] = self._micros(end) - place["ts"]
+        self.events.append({"ph": "X", "name": name, "cat": kind, "args": args, **place})
 
     def call(self, call: Call) -> None:
         """Draw a call on the first row that is free: they come by their starts."""
-        busy, free = self._busy[call.lane], self._free[call.lane]
-        while busy and busy[0][0] <= call.start:
-            heappush(free, heappop(busy)[1])
-        row = heappop(free) if free else len(busy) + 1
-        heappush(busy, (call.end, row))
+        taken = self._taken[call.lane]
+        row = next(row for row in count(1) if taken.get(row, call.start) <= call.start)
+        taken[row] = call.end
         args = {} if call.of == "" else {OF.get(call.name, "group"): call.of}
         args |= {} if call.step is None else {"step": call.step}
         tid = self._drawn[call] = self.of(call.lane, row)
@@ -138,18 +135,29 @@ class _Threads:
             self._arrow(number, {"ph": "f", "bp": "e"}, group.step)
 
     def _arrow(self, number: int, phase: Event, call: Call) -> None:
-        place = self._place(call.lane, self._drawn[call], call.start)
-        self.events.append({**phase, "id": number, "name": "group", "cat": "group", **place})
+        self.events.append(
+            {
+                **phase,
+                "id": number,
+                "name": "group",
+                "cat": "group",
+                **self._place(call.lane, self._drawn[call], call.start),
+            }
+        )
 
     def instants(self, events: list[Event]) -> None:
         """Draw who was lost, who came, and what was saved: a line from top to bottom each."""
-        for event in events:
-            place = self._place(DRIVER, self.of(DRIVER), event["time"])
-            name = f"{event['who']}: {event['what']}"
-            args = {"why": event["why"]}
-            self.events.append(
-                {"ph": "i", "s": "g", "name": name, "cat": "event", **place, "args": args}
-            )
+        self.events += [
+            {
+                "ph": "i",
+                "s": "g",
+                "name": f"{event['who']}: {event['what']}",
+                "cat": "event",
+                **self._place(DRIVER, self.of(DRIVER), event["time"]),
+                "args": {"why": event["why"]},
+            }
+            for event in events
+        ]
 
     def counters(self, time: float, row: dict[str, float | None]) -> None:
         place = self._place(DRIVER, self.of(DRIVER), time)
@@ -166,8 +174,12 @@ class _Threads:
             )
         for order, (lane, row) in enumerate(sorted(self._threads, key=_in_order)):
             name = f"{lane}, {'place' if lane == QUEUE else 'call'} {row}" if row else lane
-            place = {"pid": self._processes[_role(lane)], "tid": self._threads[lane, row]}
-            yield from self._named("thread", name, order, place)
+            yield from self._named(
+                "thread",
+                name,
+                order,
+                {"pid": self._processes[_role(lane)], "tid": self._threads[lane, row]},
+            )
 
     def _named(self, kind: str, name: str, order: int, place: Event) -> Iterator[Event]:
         yield {"ph": "M", "name": f"{kind}_name", **place, "args": {"name": name}}

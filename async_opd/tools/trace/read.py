@@ -44,11 +44,10 @@ def recorded(run_dir: Path) -> Recorded:
     """Read what there is of the run, which may be at work. Raises RunMissing."""
     read_run(run_dir, dict)
     damaged: list[str] = []
-    decode = msgspec.json.Decoder(Line).decode
     lines = [
         line
         for name in (EARLIER_SPANS, SPANS)
-        for line in _records(run_dir / name, decode, damaged)
+        for line in _records(run_dir / name, msgspec.json.Decoder(Line).decode, damaged)
     ]
     if not lines:
         why = (
@@ -57,12 +56,8 @@ def recorded(run_dir: Path) -> Recorded:
         )
         raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
-    events = [
-        event
-        for event in _records(run_dir / EVENTS, decode_row, damaged)
-        if first <= event["time"] <= last
-    ]
-    return Recorded(lines, events, damaged)
+    events = _records(run_dir / EVENTS, decode_row, damaged)
+    return Recorded(lines, [event for event in events if first <= event["time"] <= last], damaged)
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
@@ -104,9 +99,11 @@ def states(lines: list[Line]) -> Iterator[State]:
 
 def calls(lines: list[Line]) -> list[Call]:
     """List every call, by its start."""
-    unordered = [
-        Call(lane, name, of, start + line.epoch, end + line.epoch, line.step)
-        for line in lines
-        for lane, name, of, start, end in line.calls
-    ]
-    return sorted(unordered, key=lambda call: (call.start, call.end))
+    return sorted(
+        (
+            Call(lane, name, of, start + line.epoch, end + line.epoch, line.step)
+            for line in lines
+            for lane, name, of, start, end in line.calls
+        ),
+        key=lambda call: (call.start, call.end),
+    )

@@ -167,7 +167,7 @@ def test_tensor_parallel_engines_split_weights_and_cache_while_there_are_heads()
     config = TeacherConfig(model="m", backend="vllm", dtype="bfloat16", tensor_parallel_size=4)
     assert memory.scorer(config, SHAPE, 80 * GIB).parts["weights"] == 2 * PSI / 4
     sizes = (1, 4, 8, 16)
-    assert [memory.kv_bytes(SHAPE, "bfloat16", size) for size in sizes] == [
+    assert [SHAPE.kv_bytes(2, size) for size in sizes] == [
         147_456,
         36_864,
         18_432,
@@ -176,7 +176,9 @@ def test_tensor_parallel_engines_split_weights_and_cache_while_there_are_heads()
 
 
 def test_a_scorer_on_transformers_has_no_cache_and_its_average_is_the_hosts():
-    config = TeacherConfig(model="m", dtype="bfloat16", batch_tokens=8192, head_chunk_rows=1024)
-    held = memory.scorer(config, SHAPE, 80 * GIB, follows_by_average=True)
+    config = TeacherConfig(
+        model="m", update="ema", dtype="bfloat16", batch_tokens=8192, head_chunk_rows=1024
+    )
+    held = memory.scorer(config, SHAPE, 80 * GIB)
     forward = 8192 * 2 * (4 * 4096 + 3 * 12288) + 2 * 1024 * 4096 * 4
     assert held.parts == {"weights": 2 * PSI, "forward": forward} and held.host == 4 * PSI

@@ -1,0 +1,93 @@
+"""A plan, from a config to what fits and what helps."""
+
+from pathlib import Path
+
+from async_opd.config.load import load
+from async_opd.config.schema import Config
+from async_opd.core.errors import ClusterTooSmall, ConfigError
+from async_opd.maths.lag import slots
+from async_opd.tools.plan import advise, balance, make, shape
+from async_opd.tools.plan.report import Plan
+
+ONLINE = ["config", "model files", "vocabularies", "columns and the first row of data"]
+
+
+def plan(
+    path: Path,
+    overrides: list[str],
+    cluster: make.Cluster,
+    rates: str | None,
+    like: Path | None,
+    *,
+    offline: bool,
+) -> Plan:
+    """Plan the run of the config at `path` with `overrides` on `cluster`, balanced by `rates`, or
+    by those of the run `like`. Raises ConfigError, DataError, RunMissing."""
+    config, gpus_per_node = load(path, overrides), cluster.gpus_per_node
+    shapes, card = _shapes(config, offline), cluster.gpu_memory_gib * make.GIB
+
+    def retry(more: list[str]) -> set[str] | None:
+        try:
+            changed = load(path, [*overrides, *more])
+            make.places(changed, gpus_per_node, cluster.nodes)
+        except (ConfigError, ClusterTooSmall):
+            return None
+        return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
+
+    needs = make.needs(config, shapes, card)
+    problems = list(advise.problems(config, needs, retry, gpus_per_node))
+    try:
+        nodes = make.places(config, gpus_per_node, cluster.nodes)
+    except ClusterTooSmall as e:
+        nodes = {}
+        problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, gpus_per_node)))
+    longest, bound_by = make.longest_response(config, shapes, card)
+    groups = slots(config.outstanding_steps, config.groups_per_step)
+    return Plan(
+        config=str(path),
+        fits=not problems,
+        cluster=cluster,
+        nodes=nodes,
+        roles=[need.plan() for need in needs],
+        groups_outstanding=groups,
+        trajectories_outstanding=groups * config.rollout.samples_per_prompt,
+        worst_lag_steps=config.run.max_lag_steps,
+        longest_response=longest,
+        longest_bound_by=bound_by,
+        balance=_balance(config, rates, like),
+        problems=problems,
+        checked=ONLINE[:1] if offline else ONLINE,
+        skipped=ONLINE[1:] if offline else [],
+    )
+
+
+def _more_nodes(config: Config, gpus_per_node: int) -> list[str]:
+    """Name the option for as many nodes as are needed; none where a member is larger than a
+    node."""
+    try:
+        return [f"--nodes {len(make.places(config, gpus_per_node, None))}"]
+    except ClusterTooSmall:
+        return []
+
+
+def _shapes(config: Config, offline: bool) -> dict[str, shape.Shape]:
+    """Read the shape of each model by the model's name; and check the data, unless `offline`."""
+    if offline:
+        return {
+            model: shape.local(key, model) or shape.shipped(key, model)
+            for key, model in make.models(config).items()
+        }
+    from async_opd.tools.plan import checks
+
+    shapes = checks.shapes(config)
+    checks.rows(config)
+    return shapes
+
+
+def _balance(config: Config, rates: str | None, like: Path | None) -> balance.Balance | None:
+    if rates:
+        return balance.balance(config, balance.parse_rates(rates), "rates as given", [])
+    if like:
+        measured, differs = balance.measured(like, config)
+        return balance.balance(config, measured, f"rates of {like}", differs)
+    return None
