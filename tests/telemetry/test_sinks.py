@@ -152,11 +152,12 @@ def test_rays_node_exports_the_last_row_to_prometheus(tmp_path):
     import ray
 
     from async_opd.runtime.nodes import start_ray, taken_over
+    from async_opd.runtime.prometheus import gauge
     from async_opd.telemetry.sinks import Prometheus
 
     start_ray()
     try:
-        sink = Prometheus(load(DEMO), tmp_path / "mine")
+        sink = Prometheus(load(DEMO), tmp_path / "mine", gauge)
         for row in ROWS:
             sink(row)
         (node,) = ray.nodes()
