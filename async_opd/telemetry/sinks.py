@@ -65,9 +65,10 @@ class TensorBoard:
         values = [
             self._summary.Value(tag=key, simple_value=value) for key, value in _known(row).items()
         ]
-        summary = self._summary(value=values)
         self._writer.add_event(
-            self._event(wall_time=time.time(), step=row["step"], summary=summary)
+            self._event(
+                wall_time=time.time(), step=row["step"], summary=self._summary(value=values)
+            )
         )
         self._writer.flush()
 
