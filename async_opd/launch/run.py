@@ -185,8 +185,7 @@ def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     kinds = {
         "wandb": Wandb,
         "tensorboard": TensorBoard,
-        # ray types the tags of a gauge, which are None unless given, as never None
-        "prometheus": partial(Prometheus, gauge=gauge),  # pyright: ignore[reportArgumentType]
+        "prometheus": partial(Prometheus, gauge=gauge),
     }
     asked = {name: partial(kinds[name], config, run_dir) for name in config.run.sinks}
     return {"jsonl": lambda: Jsonl(run_dir / METRICS)} | asked
