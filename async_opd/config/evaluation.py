@@ -9,15 +9,15 @@ from msgspec import Meta, Struct
 
 from async_opd.config.load import apply_override, checked
 from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, local
+from async_opd.config.rules import check_rule
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
+from async_opd.config.teacher_rules import refuse_broken
 from async_opd.core.errors import ConfigError
-from async_opd.core.suggest import wrong
 from async_opd.core.wire import Sampling
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import DataConfig, EngineConfig, RolloutConfig
-from async_opd.roles.verifier.checks import kinds, known
 from async_opd.roles.verifier.config import VerifyConfig
 
 
@@ -71,24 +71,23 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
         raise ConfigError("eval: needs problems: --data PATH, a file, a folder or a hub id")
     asked = checked(tree, EvalRun)
     sampling, rollout = asked.sampling, asked.rollout
-    if sampling.samples < asked.k:
-        raise ConfigError(
-            f"rollout.samples_per_prompt = {sampling.samples}: must be >= k = {asked.k}"
-        )
-    if sampling.temperature == 0 and sampling.samples > 1:
-        raise ConfigError(
-            f"rollout.samples_per_prompt = {sampling.samples}: must be 1 at rollout.temperature ="
-            " 0, where all would be the same"
-        )
-    if sampling.temperature == 0 and sampling.top_p < 1:
-        raise ConfigError(
-            f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
-            " greedy"
-        )
-    if not known(asked.verify.check):
-        raise ConfigError(
-            wrong("verify.check", asked.verify.check, [*kinds(), "package.module:function"])
-        )
+    samples = f"rollout.samples_per_prompt = {sampling.samples}"
+    greedy = sampling.temperature == 0
+    refuse_broken(
+        [
+            (sampling.samples < asked.k, f"{samples}: must be >= k = {asked.k}"),
+            (
+                greedy and sampling.samples > 1,
+                f"{samples}: must be 1 at rollout.temperature = 0, where all would be the same",
+            ),
+            (
+                greedy and sampling.top_p < 1,
+                f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
+                " greedy",
+            ),
+            check_rule(asked.verify.check),
+        ]
+    )
     check_data("data.path", asked.data.path)
     if folder := local("student.model", model, MODELS):
         tokens = rollout.max_new_tokens or 1

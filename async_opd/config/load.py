@@ -13,6 +13,7 @@ from msgspec import Struct
 from async_opd.config.paths import check_files, check_run_dir
 from async_opd.config.rules import rules
 from async_opd.config.schema import AnyObjective, Config
+from async_opd.config.teacher_rules import refuse_broken
 from async_opd.config.validate import refuse_mistakes
 from async_opd.core.errors import ConfigError, RunMissing
 from async_opd.core.run_dir import CONFIG
@@ -43,8 +44,8 @@ def load_run(run_dir: Path, overrides: Sequence[str] = (), *, elsewhere: bool = 
     """Read the config of the run in `run_dir`, to go on with, as `load` does. Raises ConfigError or
     RunMissing."""
     tree = _without_none(read_run(run_dir, dict))
-    overrides = [*overrides, f"run.dir={json.dumps(str(run_dir))}"]
-    return _complete(tree, overrides, new=False, elsewhere=elsewhere)
+    here = f"run.dir={json.dumps(str(run_dir))}"
+    return _complete(tree, [*overrides, here], new=False, elsewhere=elsewhere)
 
 
 def read_run(run_dir: Path, kind: type = Config) -> Any:
@@ -70,9 +71,7 @@ def _complete(tree: dict, overrides: Sequence[str], new: bool, elsewhere: bool) 
     for override in overrides:
         apply_override(tree, override)
     config = checked(tree, Config)
-    for broken, message in rules(config):
-        if broken:
-            raise ConfigError(message)
+    refuse_broken(rules(config))
     check_files(config, elsewhere)
     check_run_dir(config, new)
     return config

@@ -129,8 +129,10 @@ def _verifier_rules(c: Config) -> list[Rule]:
             f"timeout.stall_s = {c.timeout.stall_s}: must be > sync.timeout_s ="
             f" {c.sync.timeout_s}, for which an engine that takes weights is silent",
         ),
-        (
-            not known(c.verify.check),
-            wrong("verify.check", c.verify.check, [*kinds(), "package.module:function"]),
-        ),
+        check_rule(c.verify.check),
     ]
+
+
+def check_rule(check: str) -> Rule:
+    """Say that there is such a check."""
+    return not known(check), wrong("verify.check", check, [*kinds(), "package.module:function"])

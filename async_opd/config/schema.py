@@ -71,9 +71,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def inputs(self) -> dict[str, str]:
         """Models and data it reads, by the keys that name them."""
-        inputs = {"student.model": self.student.model, "data.path": self.data.path}
-        inputs |= {f"{section}.model": model for section, model in self.models.items()}
-        return inputs | ({"eval.path": self.eval.path} if self.eval else {})
+        return (
+            {"student.model": self.student.model, "data.path": self.data.path}
+            | {f"{section}.model": model for section, model in self.models.items()}
+            | ({"eval.path": self.eval.path} if self.eval else {})
+        )
 
     @property
     def relative_inputs(self) -> dict[str, str]:
@@ -89,12 +91,13 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def models(self) -> dict[str, str]:
         """Models by their sections: the student's, and those that score rollouts; the reference
         only where it is needed."""
-        models = {"student": self.student.model}
-        models |= {teacher_section(name): t.model for name, t in self.named_teachers.items()}
-        if self.objective.needs().reference:
-            named = self.reference and self.reference.model
-            models["reference"] = named or self.student.model
-        return models
+        named = self.reference and self.reference.model
+        reference = {"reference": named or self.student.model}
+        return (
+            {"student": self.student.model}
+            | {teacher_section(name): t.model for name, t in self.named_teachers.items()}
+            | (reference if self.objective.needs().reference else {})
+        )
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
@@ -119,6 +122,13 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             ),
         ]
         if sampling and self.teacher:
-            count, setting = sampling.generators, "teacher_sampling.generators"
-            pools.append(Engines("teacher-generator", "teacher", count, setting, self.teacher))
+            pools.append(
+                Engines(
+                    "teacher-generator",
+                    "teacher",
+                    sampling.generators,
+                    "teacher_sampling.generators",
+                    self.teacher,
+                )
+            )
         return pools

@@ -1,7 +1,7 @@
 """Rules for the teachers and the reference of a run, and what else follows from their sections."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from async_opd.core.errors import ConfigError
@@ -23,6 +23,13 @@ class Engines(NamedTuple):
     count: int
     setting: str  # of the count
     each: RolloutConfig | ScorerConfig
+
+
+def refuse_broken(rules: Iterable[Rule]) -> None:
+    """Raise ConfigError for the first rule that is broken."""
+    for broken, message in rules:
+        if broken:
+            raise ConfigError(message)
 
 
 def teacher_section(name: str) -> str:
@@ -189,23 +196,30 @@ def refuse_without_gpus(
 ) -> None:
     """Raise ConfigError for what needs GPUs. Called on a cluster that has none, which only the
     cluster can tell."""
-    if share_gpu:
-        raise ConfigError("run.share_gpu = true: must be false on a cluster without GPUs")
-    if backend == "nccl":
-        raise ConfigError("sync.backend = 'nccl': must be 'gloo' on a cluster without GPUs")
-    for section, s in scorers.items():
-        if (
-            s.backend == "vllm"
-            and isinstance(s, TeacherConfig)
-            and objective.needs().teacher_at_student_ids
-        ):
-            needs = f"for {tag(objective)}, which has given ids scored: without GPUs vLLM cannot"
-            raise ConfigError(f"{section}.backend = 'vllm': must be 'transformers' {needs}")
-    for section, role in {"rollout": rollout, **scorers}.items():
-        if (size := role.tensor_parallel_size) > 1:
-            raise ConfigError(
-                f"{section}.tensor_parallel_size = {size}: must be 1 on a cluster without GPUs"
-            )
+    without = "on a cluster without GPUs"
+    given_ids = objective.needs().teacher_at_student_ids > 0
+    refuse_broken(
+        [
+            (share_gpu, f"run.share_gpu = true: must be false {without}"),
+            (backend == "nccl", f"sync.backend = 'nccl': must be 'gloo' {without}"),
+            *(
+                (
+                    given_ids and s.backend == "vllm" and isinstance(s, TeacherConfig),
+                    f"{section}.backend = 'vllm': must be 'transformers' for {tag(objective)},"
+                    " which has given ids scored: without GPUs vLLM cannot",
+                )
+                for section, s in scorers.items()
+            ),
+            *(
+                (
+                    role.tensor_parallel_size > 1,
+                    f"{section}.tensor_parallel_size = {role.tensor_parallel_size}: must be 1"
+                    f" {without}",
+                )
+                for section, role in {"rollout": rollout, **scorers}.items()
+            ),
+        ]
+    )
 
 
 def shared_with_learner(engines: Sequence[Engines]) -> float:

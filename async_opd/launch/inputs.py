@@ -66,12 +66,11 @@ def read_problems(config: Config, count: int | None) -> Problems:
         "student.model", AutoConfig, config.student.model, config.run.trust_remote_code
     ).get_text_config()
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
-    prompts = PromptSource(data, tokenizer, seed=0).first(count)
     return Problems(
         tokenizer=tokenizer,
         eos_ids=eos,
         context=getattr(model, "max_position_embeddings", None),
-        prompts=prompts,
+        prompts=PromptSource(data, tokenizer, seed=0).first(count),
     )
 
 
@@ -186,5 +185,5 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt
     measured = any(teacher.evaluate for teacher in config.named_teachers.values())
     if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
-    prompts = PromptSource(data, tokenizer, seed=0, views=views(config) if measured else None)
-    return prompts.first(config.eval.problems)
+    shown = views(config) if measured else None
+    return PromptSource(data, tokenizer, seed=0, views=shown).first(config.eval.problems)

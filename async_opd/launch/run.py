@@ -28,7 +28,6 @@ from async_opd.core.run_dir import (
     SUMMARY,
 )
 from async_opd.driver import checkpoints
-from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
 
 
-async def run(config: Config, checkpoint: Checkpoint | None = None) -> Row:
+async def run(config: Config, checkpoint: checkpoints.Checkpoint | None = None) -> Row:
     """Train as `config` says, from the start or from a `checkpoint` of its run directory; returns
     what is written to `summary.json`.
 
@@ -63,7 +62,10 @@ async def run(config: Config, checkpoint: Checkpoint | None = None) -> Row:
 
 
 async def _run(
-    config: Config, run_dir: Path, checkpoint: Checkpoint | None, task: asyncio.Task[Any]
+    config: Config,
+    run_dir: Path,
+    checkpoint: checkpoints.Checkpoint | None,
+    task: asyncio.Task[Any],
 ) -> Row:
     """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
@@ -127,7 +129,7 @@ async def _trained(
     run_dir: Path,
     meter: Meter,
     tell: Tell,
-    checkpoint: Checkpoint | None,
+    checkpoint: checkpoints.Checkpoint | None,
 ) -> Row:
     """Start the actors, and train with them to the end."""
     with Cluster(
@@ -183,8 +185,7 @@ def _sinks(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     kinds = {
         "wandb": Wandb,
         "tensorboard": TensorBoard,
-        # ray types the tags of a gauge, which are None unless given, as never None
-        "prometheus": partial(Prometheus, gauge=gauge),  # pyright: ignore[reportArgumentType]
+        "prometheus": partial(Prometheus, gauge=gauge),
     }
     asked = {name: partial(kinds[name], config, run_dir) for name in config.run.sinks}
     return {"jsonl": lambda: Jsonl(run_dir / METRICS)} | asked

@@ -5,5 +5,13 @@ vocabulary, `D` hidden width, `S` trajectories, `L` packed tokens (prompts too).
 nats.
 
 What an objective is made of imports torch where a function calls it, not at the top, as checking a
-config must not wait for it; `lag`, `packing` and `schedules` do without.
+config must not wait for it, and annotates by the `Tensor` here; `lag`, `packing` and `schedules` do
+without.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor as Tensor
+else:
+    Tensor = Any

@@ -1,11 +1,8 @@
 """What a token or a trajectory is worth. Positive: to be made likelier. Unknown rewards are NaN."""
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor
 
 STD_FLOOR = 1e-6  # added to a standard deviation that is divided by
 
@@ -70,7 +67,7 @@ class Moments(NamedTuple):
     mean: float = 0.0
     squares: float = 0.0
 
-    def with_sums(self, count: float, total: float, squares: float) -> Moments:
+    def with_sums(self, count: float, total: float, squares: float) -> "Moments":
         """After `count` more values of sum `total` and sum of squares `squares` (Chan's merge).
 
         >>> Moments().with_sums(2, 4.0, 10.0).with_sums(1, 5.0, 25.0)  # 1, 3, then 5

@@ -1,12 +1,7 @@
 """Divergences between student and teacher over K candidates a position plus one bucket for the
 rest."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor
 
 
 def outcomes(logp_NK: Tensor, tail_N: Tensor | None, *, rest: str) -> Tensor:

@@ -4,14 +4,7 @@ inputs."""
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from async_opd.maths import segments
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor, segments
 
 
 def agreement(trust_N: Tensor, advantage_N: Tensor) -> Tensor:
@@ -46,12 +39,11 @@ def prefix_discrepancy(
     tensor([1.5000, 1.3750])
     """
     size_N = advantage_N.abs()
-    before_N, total_S = segments.before(size_N, segment_N), segments.sums(size_N, segment_N, count)
-    total_N = total_S[segment_N]
+    total_N = segments.sums(size_N, segment_N, count)[segment_N]
     if not through_last:
         last_N = segments.places(segment_N) == segments.lengths(segment_N, count)[segment_N] - 1
         total_N = total_N - segments.sums(size_N * last_N, segment_N, count)[segment_N]
-    return 1 + gamma * (1 - before_N / (total_N + 1e-8)).clamp(0, 1)
+    return 1 + gamma * (1 - segments.before(size_N, segment_N) / (total_N + 1e-8)).clamp(0, 1)
 
 
 def direction(advantage_N: Tensor, sign_N: Tensor, *, clip: float) -> Tensor:

@@ -3,14 +3,7 @@
 Log-ratios are clamped to ±20 nats, as the G-OPD code does (arXiv:2602.12125).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from async_opd.maths import segments
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor, segments
 
 LOG_RATIO_LIMIT = 20.0  # nats; e^20 is already far outside any bound, and fp32 stays finite
 

@@ -114,9 +114,7 @@ class _ReadLogprobs(torch.autograd.Function):
         options: ReadOptions,
     ) -> tuple[Tensor | None, ...]:
         head = Head(weight_VD, bias_V, cap)
-        given_NI = ids_N[:, None]
-        if candidate_ids_NK is not None:
-            given_NI = torch.cat([given_NI, candidate_ids_NK], 1)
+        given_NI = _beside(ids_N, candidate_ids_NK)
         chunks = [
             _read_rows(head, hidden_ND[rows], given_NI[rows], options)
             for rows in slices(len(hidden_ND), options.chunk_rows)
@@ -159,9 +157,7 @@ class _ReadLogprobs(torch.autograd.Function):
             ctx.saved_tensors
         )
         head = Head(weight_VD, bias_V, ctx.cap)
-        grad_NI = sampled_grad_N[:, None]
-        if candidates_grad_NK is not None:
-            grad_NI = torch.cat([grad_NI, candidates_grad_NK], 1)
+        grad_NI = _beside(sampled_grad_N, candidates_grad_NK)
         tail = ctx.options.tail and candidates_grad_NK is not None
         if tail:
             nothing_N = tail_z_N.isneginf()
@@ -236,11 +232,11 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
         shift_R = before_R - largest_R
         z_RB.sub_(largest_R[:, None])
         p_RB = z_RB.exp() if options.entropy else z_RB.exp_()
+        more_R = p_RB.sum(1)
         if options.entropy:
-            moment_R = shift_R.exp() * (moment_R + shift_R * total_R)
-        total_R = total_R * shift_R.exp() + p_RB.sum(1)
-        if options.entropy:
-            moment_R = moment_R + p_RB.mul_(z_RB).sum(1)
+            moved_R = shift_R.exp() * (moment_R + shift_R * total_R)
+            moment_R = moved_R + p_RB.mul_(z_RB).sum(1)
+        total_R = total_R * shift_R.exp() + more_R
     log_R = total_R.log()
     return _Rows(
         largest_R=largest_R,
@@ -252,6 +248,12 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
         topk_RK=(top_RK - largest_R[:, None]).sub_(log_R[:, None]) if options.topk else None,
         tail_z_R=torch.stack(tails, 1).logsumexp(1) if options.tail else None,
     )
+
+
+def _beside(sampled_N: Tensor, candidates_NK: Tensor | None) -> Tensor:
+    """What belongs to the sampled id and, behind it, to the candidates of a position, [N, I]."""
+    first_N1 = sampled_N[:, None]
+    return first_N1 if candidates_NK is None else torch.cat([first_N1, candidates_NK], 1)
 
 
 def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:

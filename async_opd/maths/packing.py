@@ -18,10 +18,9 @@ def plan(lengths: list[int], *, ranks: int, tokens: int, width: int) -> list[lis
     >>> plan([5, 4, 3, 2], ranks=2, tokens=5, width=64)
     [[[0], [3]], [[1], [2]]]
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(i)
         load[rank] += lengths[i] * (12 * width + lengths[i])

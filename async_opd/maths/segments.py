@@ -4,12 +4,7 @@
 and in order.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor
 
 
 def lengths(segment_N: Tensor, segments: int) -> Tensor:
@@ -48,8 +43,7 @@ def before(value_N: Tensor, segment_N: Tensor) -> Tensor:
     >>> before(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]))
     tensor([0., 1., 0.])
     """
-    through_N = value_N.double().cumsum(0)
-    ahead_N = through_N - value_N
+    ahead_N = value_N.double().cumsum(0) - value_N
     return (ahead_N - ahead_N[_first(segment_N)]).to(value_N.dtype)
 
 

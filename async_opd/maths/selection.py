@@ -3,14 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from async_opd.maths import segments
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from async_opd.maths import Tensor, segments
 
 ROUNDING = 1e-9  # 0.29 · 50 is a hair below 14.5 in binary, and 0.07 · 100 a hair above 7
 # decisions compared with all other tokens at once: memory is linear in the response
@@ -64,8 +57,7 @@ def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     order_N = (segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33).argsort(stable=True)
     rank_N = place_N.new_empty(len(place_N))
     rank_N[order_N] = place_N
-    length_S = segments.lengths(segment_N, len(key_S))
-    return rank_N < kept(length_S, share)[segment_N]
+    return rank_N < kept(segments.lengths(segment_N, len(key_S)), share)[segment_N]
 
 
 def kept(length_S: Tensor, share: float) -> Tensor:

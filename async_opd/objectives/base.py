@@ -1,20 +1,16 @@
 """The seam of an objective: what it declares, and what it makes of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Needs
+from async_opd.maths import Tensor
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
 from async_opd.objectives.token_batch import ComposedLoss, TokenBatch, TokenLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RENAMED = {
     "wants": "requirements",

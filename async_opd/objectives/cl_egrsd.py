@@ -1,18 +1,13 @@
 """EGRSD whose entropy gate looks ahead (CL-EGRSD, arXiv:2605.13255 Eq. 8)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from msgspec import Meta
 
-from async_opd.maths import segments
+from async_opd.maths import Tensor, segments
 from async_opd.objectives.egrsd import Egrsd
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.token_batch import TokenBatch, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class ClEgrsd(Egrsd, frozen=True, tag="cl_egrsd"):

@@ -1,17 +1,12 @@
 """OPD on decision tokens and the evidence for them (DEAR, arXiv:2606.22830)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from async_opd.core.wire import Needs
-from async_opd.maths import selection
+from async_opd.maths import Tensor, selection
 from async_opd.objectives.modifiers import Share, refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Dear(Sampled, frozen=True, tag="dear"):
@@ -38,10 +33,6 @@ class Dear(Sampled, frozen=True, tag="dear"):
     def requirements(self) -> Needs:
         """Ask for the student's own entropy and hidden states."""
         return Needs(student_entropy=True, hidden_state=True)
-
-    def advantage(self, batch: TokenBatch) -> Tensor:
-        """Compute log π_T - log π, [N]."""
-        return self.teacher_minus_student(batch)
 
     def selection(self, batch: TokenBatch) -> Tensor:
         """Choose D ∪ E, bool [N]."""

@@ -1,14 +1,9 @@
 """What an objective makes of each token: for `explain`, and for what the learner records."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from async_opd.maths import Tensor
 from async_opd.objectives.token_batch import ComposedLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def effect(result: ComposedLoss, live: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

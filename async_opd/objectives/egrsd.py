@@ -1,20 +1,15 @@
 """Self-distillation in the direction of the verdict, gated by the teacher's entropy (EGRSD,
 arXiv:2605.13255)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
 from async_opd.core.wire import Needs
-from async_opd.maths import advantages, gates, segments
+from async_opd.maths import Tensor, advantages, gates, segments
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Algorithm 1: A = r - 0.5 until the running moments mean something
 WARMUP_STEPS, WARMUP_MEAN = 10, 0.5
@@ -56,9 +51,8 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
     def requirements(self) -> Needs:
         """Ask for the teacher's exact entropy and its maximum over the step, unless γ = 0, and
         for the running moments of rewards."""
-        if not self.gamma:
-            return Needs(running=("reward",))
-        return Needs(teacher_entropy=True, maxima=("teacher_entropy",), running=("reward",))
+        maxima = ("teacher_entropy",) if self.gamma else ()
+        return Needs(teacher_entropy=bool(maxima), maxima=maxima, running=("reward",))
 
     def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Compute H_T."""
@@ -68,10 +62,12 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
         """Compute the length-aware reward."""
         if not self.length_bonus:
             return {"reward": batch.reward_S}
-        length_S = segments.lengths(batch.segment_N, batch.trajectories)
         return {
             "reward": advantages.length_aware(
-                batch.reward_S, length_S, batch.cap_S, bonus=self.length_bonus
+                batch.reward_S,
+                segments.lengths(batch.segment_N, batch.trajectories),
+                batch.cap_S,
+                bonus=self.length_bonus,
             )
         }
 
@@ -98,13 +94,16 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
         return declared(batch.teacher_entropy_N)
 
     def _direction(self, batch: TokenBatch) -> Tensor:
-        sign_N = self.advantage(batch).sign()
-        return gates.direction(self.teacher_minus_student(batch), sign_N, clip=self.clip)
+        return gates.direction(
+            self.teacher_minus_student(batch), self.advantage(batch).sign(), clip=self.clip
+        )
 
     def _certainty(self, batch: TokenBatch) -> Tensor:
         if not self.gamma:
             return batch.behaviour_logp_N.new_ones(len(batch.behaviour_logp_N))
-        largest = batch.statistics["teacher_entropy"]
         return gates.certainty(
-            self.gated_entropy(batch), largest, gamma=self.gamma, floor=self.floor
+            self.gated_entropy(batch),
+            batch.statistics["teacher_entropy"],
+            gamma=self.gamma,
+            floor=self.floor,
         )

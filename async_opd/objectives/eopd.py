@@ -1,20 +1,15 @@
 """OPD plus forward KL where the teacher is uncertain (EOPD, arXiv:2603.07079)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from async_opd.core.wire import Needs
-from async_opd.maths import divergences
+from async_opd.maths import Tensor, divergences
 from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Eopd(Sampled, frozen=True, tag="eopd"):
@@ -40,10 +35,6 @@ class Eopd(Sampled, frozen=True, tag="eopd"):
         """Ask for the teacher's k likeliest tokens, the tail of a bucket, and its exact entropy
         where τ > 0."""
         return Needs(teacher_topk=self.k, teacher_entropy=self.tau > 0, tail=self.rest == "bucket")
-
-    def advantage(self, batch: TokenBatch) -> Tensor:
-        """Compute log π_T - log π of the sampled token, [N]."""
-        return self.teacher_minus_student(batch)
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
         """Compute ℓ_OPD and what is added to it."""

@@ -1,19 +1,14 @@
 """Generalised OPD: the teacher's step away from a reference, extrapolated (G-OPD / ExOPD,
 arXiv:2602.12125)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from msgspec import Meta, field
 
 from async_opd.core.wire import Needs
-from async_opd.maths import advantages
+from async_opd.maths import Tensor, advantages
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class GOpd(Sampled, frozen=True, tag="g_opd"):

@@ -1,18 +1,13 @@
 """OPD weighted by accumulated discrepancy: early tokens count more (IW-OPD, arXiv:2606.22600)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from async_opd.maths import gates
+from async_opd.maths import Tensor, gates
 from async_opd.objectives.g_opd import GOpd
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.token_batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class IwOpd(GOpd, frozen=True, tag="iw_opd"):

@@ -1,18 +1,13 @@
 """OPD over m samples a position instead of one (AsyncOPD 6.1, arXiv:2606.24143; status EXACT)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from msgspec import Meta
 
 from async_opd.core.wire import Needs
-from async_opd.maths import advantages
+from async_opd.maths import Tensor, advantages
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class McOpd(Sampled, frozen=True, tag="mc_opd"):

@@ -1,17 +1,12 @@
 """Weights and masks that compose with every objective. Each is a section of `[objective]`."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
-from async_opd.maths import gates, importance, segments, selection
+from async_opd.maths import Tensor, gates, importance, segments, selection
 from async_opd.objectives.token_batch import TokenBatch, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Bound = Annotated[float, Meta(gt=0)]
 Range = tuple[Bound, Bound]
@@ -59,8 +54,12 @@ class Position(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def chosen(self, batch: TokenBatch) -> Tensor:
         """Choose tokens, bool [N]; at least one token of each trajectory."""
-        count_S = segments.lengths(batch.segment_N, batch.trajectories)
-        return selection.part(batch.segment_N, count_S, share=self.share, end=self.part == "suffix")
+        return selection.part(
+            batch.segment_N,
+            segments.lengths(batch.segment_N, batch.trajectories),
+            share=self.share,
+            end=self.part == "suffix",
+        )
 
 
 class RandomShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,20 +85,21 @@ class PrefixRatio(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def factor(self, batch: TokenBatch) -> Tensor:
         """Compute the factor, detached, [N]."""
-        ratio_N = importance.prefix_ratio(
-            declared(batch.student_logp_N).detach(), batch.behaviour_logp_N, batch.segment_N
+        return importance.truncate(
+            importance.prefix_ratio(
+                declared(batch.student_logp_N).detach(), batch.behaviour_logp_N, batch.segment_N
+            ),
+            at_most=self.at_most,
+            between=self.between,
         )
-        return importance.truncate(ratio_N, at_most=self.at_most, between=self.between)
 
 
 def check_bounds(at_most: Bound | None, between: Range | None) -> None:
     """Raise ValueError for a range that holds nothing, and for a bound that lowers no ratio inside
     it."""
-    if between is None:
-        return
-    if between[0] > between[1]:
+    if between and between[0] > between[1]:
         raise ValueError(f"between = {list(between)}: must be [least, most]")
-    if at_most is not None and at_most >= between[1]:
+    if between and at_most and at_most >= between[1]:
         raise ValueError(f"at_most = {at_most}: has no effect with between = {list(between)}")
 
 

@@ -1,15 +1,7 @@
 """On-policy distillation by sampled-token reverse KL (IW-OPD Eq. 4-6, arXiv:2606.22600; status
 EXACT)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from async_opd.objectives.sampled import Sampled
-from async_opd.objectives.token_batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Opd(Sampled, frozen=True, tag="opd"):
@@ -19,7 +11,3 @@ class Opd(Sampled, frozen=True, tag="opd"):
     At ρ untruncated its expectation is the gradient of KL(π‖π_T) whatever policy sampled the token
     (AsyncOPD 6.2).
     """
-
-    def advantage(self, batch: TokenBatch) -> Tensor:
-        """Compute log π_T - log π, [N]."""
-        return self.teacher_minus_student(batch)

@@ -1,19 +1,14 @@
 """What objectives of the sampled token share: ℓ = -sg[W · ρ̃ · A] · log π, and the ratios ρ̃ that
 correct staleness."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from async_opd.maths import advantages, importance
+from async_opd.maths import Tensor, advantages, importance
 from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import Bound, Range, check_bounds, refuse_change
 from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Importance(
@@ -81,16 +76,16 @@ class Ppo(
 
 
 class Sampled(Objective, frozen=True, kw_only=True):
-    """An objective of the sampled token. A subclass gives `advantage`, and `weight` where it has
-    one."""
+    """An objective of the sampled token: OPD, where a subclass gives neither an `advantage` nor a
+    `weight` of its own."""
 
     correction: Importance | Ppo = Importance()
     # cached: the signal takes the behaviour policy's log-prob
     student_signal: Literal["live", "cached"] = "live"
 
     def advantage(self, batch: TokenBatch) -> Tensor:
-        """Compute A [N], detached: positive makes the token likelier."""
-        raise NotImplementedError
+        """Compute A [N], detached: positive makes the token likelier; log π_T - log π."""
+        return self.teacher_minus_student(batch)
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """Compute the method's own W [N], detached."""

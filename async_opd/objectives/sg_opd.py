@@ -3,20 +3,15 @@
 Its phased teacher sampling is the section `[teacher_sampling]`, which any objective can take.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from async_opd.core.wire import Needs
-from async_opd.maths import advantages, gates
+from async_opd.maths import Tensor, advantages, gates
 from async_opd.objectives.modifiers import refuse_change
 from async_opd.objectives.sampled import Sampled
 from async_opd.objectives.token_batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SgOpd(Sampled, frozen=True, tag="sg_opd"):

@@ -1,14 +1,9 @@
 """What an objective is given of a micro-batch, and what it returns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from async_opd.maths import Tensor
 from async_opd.maths.advantages import Moments
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """Divergence from the teacher over K candidates a position (GKD, arXiv:2306.13649; AsyncOPD 6.1,
 arXiv:2606.24143)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from msgspec import Meta

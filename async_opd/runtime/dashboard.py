@@ -30,8 +30,9 @@ def dashboard_url(address: str | None) -> str:
     """Choose the URL of the dashboard: `address`, else that of Ray's environment variables, or of
     this machine. An address of Ray's own protocol is refused: nothing bounds the wait for its
     answer."""
-    variables = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    named = {"--address": address} | {name: os.environ.get(name) for name in variables}
+    named = {"--address": address} | {
+        name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    }
     name, chosen = next(((name, text) for name, text in named.items() if text), ("", DEFAULT))
     try:
         url = urlsplit(chosen)

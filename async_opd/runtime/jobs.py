@@ -121,10 +121,11 @@ class Jobs:
     def _start(
         self, words: list[str], environment: dict[str, Any], metadata: dict[str, str]
     ) -> str:
-        entrypoint = shlex.join(["python", "-m", "async_opd", *words])
         with self._asking():
             return self._client.submit_job(
-                entrypoint=entrypoint, runtime_env=environment, metadata=metadata
+                entrypoint=shlex.join(["python", "-m", "async_opd", *words]),
+                runtime_env=environment,
+                metadata=metadata,
             )
 
     async def _print_log(self, id: str) -> None:

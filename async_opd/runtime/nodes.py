@@ -79,7 +79,7 @@ async def wait_for_resources(
     until = time.monotonic() + within_s
     group = None
     had = False
-    try:
+    with ExitStack() as removing:
         while True:
             try:
                 return place(requests, alive_nodes(), driver_node())
@@ -91,11 +91,9 @@ async def wait_for_resources(
                     group = placement_group(
                         [{"GPU": each.gpus} for each in requests for _ in each.members if each.gpus]
                     )
+                    removing.callback(remove_placement_group, group)
             if had:
                 await asyncio.sleep(POLL_S)
             elif had := await asyncio.to_thread(group.wait, POLL_S):
                 # there is room: it is free as soon as Ray's books say so
-                remove_placement_group(group)
-    finally:
-        if group is not None and not had:
-            remove_placement_group(group)
+                removing.close()

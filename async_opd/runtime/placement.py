@@ -80,14 +80,17 @@ def resource_requests(config: Config, gpus: bool) -> list[ResourceRequest]:
             )
         )
     rank = shared_with_learner(config.engines) if share else 1.0
-    learner = ResourceRequest(
-        role=RANK,
-        count=config.learner.ranks,
-        gpus=rank if gpus else 0.0,
-        settings=("learner.ranks",),
-        packed=True,
-    )
-    return [learner, *pools, ResourceRequest(role="verifier", count=1, gpus=0.0)]
+    return [
+        ResourceRequest(
+            role=RANK,
+            count=config.learner.ranks,
+            gpus=rank if gpus else 0.0,
+            settings=("learner.ranks",),
+            packed=True,
+        ),
+        *pools,
+        ResourceRequest(role="verifier", count=1, gpus=0.0),
+    ]
 
 
 def place(
@@ -95,9 +98,8 @@ def place(
 ) -> dict[str, Node]:
     """Choose the node of each member, by the member's name. Raises ClusterTooSmall with the
     numbers."""
-    largest_first = sorted(requests, key=lambda request: -request.gpus)
-    # the learner may take the place of an engine that fits nowhere else
-    for order in (requests, largest_first):
+    # then the largest first: the learner may take the place of an engine that fits nowhere else
+    for order in (requests, sorted(requests, key=lambda request: -request.gpus)):
         places, missing = _placed(order, nodes, driver_node)
         if missing is None:
             return places

@@ -178,9 +178,15 @@ class Meter:
         self._seen = self._tokens.copy()
         self._seconds = seconds
         self._last = now
-        left = elapsed / (step - self._first) * (steps - step)
-        row: Row = {"step": step, "elapsed_s": elapsed, "left_s": left}
-        row |= metrics | rates | shares | more
+        row: Row = {
+            "step": step,
+            "elapsed_s": elapsed,
+            "left_s": elapsed / (step - self._first) * (steps - step),
+            **metrics,
+            **rates,
+            **shares,
+            **more,
+        }
         for sink in self._sinks:
             sink(row)
         self.flush(now, row)

@@ -1,6 +1,6 @@
 """The file of recorded trajectories, `samples.jsonl`: tokens as text, numbers beside them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,8 @@ def decoder(tokenizer: Any) -> Callable[[npt.NDArray[np.int32]], list[str]]:
     together stands with the last."""
     from tokenizers.decoders import DecodeStream
 
-    def pieces(ids: npt.NDArray[np.int32]) -> Iterator[str]:
+    def pieces(ids: npt.NDArray[np.int32]) -> list[str]:
         stream = DecodeStream(skip_special_tokens=False)
-        for id in ids.tolist():
-            yield stream.step(tokenizer, id) or ""
+        return [stream.step(tokenizer, id) or "" for id in ids.tolist()]
 
-    return lambda ids: list(pieces(ids))
+    return pieces

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -13,12 +12,6 @@ from async_opd.config.schema import Config
 from async_opd.core.process_wide import environment
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metrics import Row
-
-
-class Gauge(Protocol):
-    """A number that Prometheus reads."""
-
-    def set(self, value: float) -> None: ...
 
 
 class Wandb:
@@ -65,9 +58,10 @@ class TensorBoard:
         values = [
             self._summary.Value(tag=key, simple_value=value) for key, value in _known(row).items()
         ]
-        summary = self._summary(value=values)
         self._writer.add_event(
-            self._event(wall_time=time.time(), step=row["step"], summary=summary)
+            self._event(
+                wall_time=time.time(), step=row["step"], summary=self._summary(value=values)
+            )
         )
         self._writer.flush()
 
@@ -79,18 +73,23 @@ class Prometheus:
     """Gauges of Ray's metrics, which the node exports as `ray_async_opd_<key>`, tagged with the
     run's name."""
 
-    def __init__(self, config: Config, run_dir: Path, gauge: Callable[[str, str, str], Gauge]):
-        """`gauge(name, meaning, run)` makes one."""
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        gauge: Callable[[str, str, str], Callable[[float], None]],
+    ):
+        """`gauge(name, meaning, run)` makes one; it returns what sets it."""
         self._run, self._make = run_dir.name, gauge
-        self._gauges: dict[str, Gauge] = {}
+        self._setters: dict[str, Callable[[float], None]] = {}
 
     def __call__(self, row: Row) -> None:
         for key, value in _known(row).items():
-            if key not in self._gauges:
-                self._gauges[key] = self._make(
+            if key not in self._setters:
+                self._setters[key] = self._make(
                     metric_names.PREFIX + key, metric_names.of(key).meaning, self._run
                 )
-            self._gauges[key].set(value)
+            self._setters[key](value)
 
 
 def _known(row: Row) -> dict[str, float]:

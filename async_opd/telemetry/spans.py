@@ -74,21 +74,22 @@ class Spans:
         if not self._lanes:  # nobody is there yet
             self._since = until
             return
-        line = Line(
-            step=row.get("step"),
-            epoch=self._epoch,
-            since=self._since,
-            until=until,
-            lanes=self._at_start,
-            states=self._states,
-            calls=self.calls[:],
-            counters={key: row[key] for key in COUNTED if key in row},
+        self._lines.append(
+            Line(
+                step=row.get("step"),
+                epoch=self._epoch,
+                since=self._since,
+                until=until,
+                lanes=self._at_start,
+                states=self._states,
+                calls=self.calls[:],
+                counters={key: row[key] for key in COUNTED if key in row},
+            )
         )
         self.calls.clear()
         self._since = until
         self._at_start = self._lanes.copy()
         self._states = []
-        self._lines.append(line)
         if not row or until - self._handed >= HAND_OVER_S:
             self._sink(self._lines)
             self._lines, self._handed = [], until

@@ -32,22 +32,23 @@ STUDENT_START = 0.22  # greedy accuracy at which the student's training stops
 
 def new_model(width: int, mlp_width: int, tied: bool) -> Qwen3ForCausalLM:
     """Make a model of three layers, heads of 32."""
-    config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=width,
-        intermediate_size=mlp_width,
-        num_hidden_layers=3,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=tied,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        dtype="float32",
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(VOCABULARY),
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_hidden_layers=3,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=tied,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+            dtype="float32",
+        )
     )
-    return Qwen3ForCausalLM(config)
 
 
 def sample(rng: Random, noise: float) -> tuple[Problem, str, list[str]]:
@@ -98,9 +99,8 @@ def train(
     for step in range(steps):
         model.train()
         ids, labels = batch(rng, rows, max_noise)
-        logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+            model(input_ids=ids).logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
         )
         optimizer.zero_grad()
         loss.backward()
@@ -125,10 +125,9 @@ def train_student() -> Qwen3ForCausalLM:
     """Train the student, and stop early, by the greedy accuracy on training problems. Run to the
     last step it would know the task."""
     torch.manual_seed(2)
-    rng = Random("student")
     seen = dataset(heldout=False)[:256]
     model = new_model(width=64, mlp_width=192, tied=True)
-    for step in train(model, rng, steps=800, rows=32, rate=1.5e-3, max_noise=0.1):
+    for step in train(model, Random("student"), steps=800, rows=32, rate=1.5e-3, max_noise=0.1):
         if step % 10 == 0 and accuracy(model, seen) >= STUDENT_START:
             print(f"student: stopped at step {step}", flush=True)
             break

@@ -5,9 +5,8 @@ from transformers import PreTrainedTokenizerFast
 
 from async_opd.toy.task import ALPHABET
 
-SPECIALS = ("<pad>", "<eos>", "<unk>")  # ids 0, 1 and 2
-PAD, EOS = 0, 1
-VOCABULARY = (*SPECIALS, *ALPHABET)
+PAD, EOS = 0, 1  # ids
+VOCABULARY = ("<pad>", "<eos>", "<unk>", *ALPHABET)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -60,16 +60,12 @@ class Learner(RecordingLearner):
         return StepResult(version=result.version, metrics=metrics)
 
 
-class Gauge:
-    def __init__(self, name, meaning, run):
-        self.name, self.meaning = name, meaning
-
-    def set(self, value):
-        print(json.dumps([self.name, self.meaning, value]))
+def gauge(name, meaning, run):
+    return lambda value: print(json.dumps([name, meaning, value]))
 
 
 async def main():
-    prometheus = Prometheus(load("configs/demo.toml", settings), folder, Gauge)
+    prometheus = Prometheus(load("configs/demo.toml", settings), folder, gauge)
     meter = Meter([Jsonl(folder / "metrics.jsonl"), prometheus])
     await run(folder, *settings, learner=Learner(), meter=meter)
 

@@ -19,7 +19,7 @@ from itertools import accumulate
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from async_opd.core.printing import write
@@ -130,39 +130,44 @@ def rendered(shown: RenderableType, width: int) -> list[str]:
 def picture(row: Row, events: Sequence[Row], steps: int, since_s: float) -> RenderableType:
     """Compose the screen, `since_s` seconds after `row` came."""
     gone, left = row["elapsed_s"] + since_s, max(row["left_s"] - since_s, 0)
-    bar = Table.grid(expand=True, padding=(0, 1))
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    clocks = Text(f"{_clock(left)} left, {_clock(gone)} gone")
+    bar = Table.grid(
+        Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1)
+    )
     bar.add_row(
-        Text(f"step {row['step']}/{steps}", "bold"), ProgressBar(steps, row["step"]), clocks
+        Text(f"step {row['step']}/{steps}", "bold"),
+        ProgressBar(steps, row["step"]),
+        Text(f"{_clock(left)} left, {_clock(gone)} gone"),
     )
-    body = Table.grid(expand=True, padding=(0, 1))
-    body.add_column(
-        no_wrap=True, style="bold", min_width=max(map(len, _names(row).values()), default=0)
+    body = Table.grid(
+        Column(
+            no_wrap=True, style="bold", min_width=max(map(len, _names(row).values()), default=0)
+        ),
+        Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        expand=True,
+        padding=(0, 1),
     )
-    body.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     lines = {
-        "learns": [_cells(row, NUMBERS)],
-        "queue": [_queue(row)],
-        "lag": [_lag(row)],
-        "events": [event_line(event) for event in events] or ["none"],
+        "learns": _cells(row, NUMBERS),
+        "queue": _queue(row),
+        "lag": _lag(row),
+        "events": "\n".join(map(event_line, events)) or "none",
     }
-    for title, texts in lines.items():
-        for index, text in enumerate(texts):
-            body.add_row("" if index else title, Text(text))
+    for title, text in lines.items():
+        body.add_row(title, Text(text))
     return Group(bar, _roles(row), body)
 
 
 def _roles(row: Row) -> Table:
     """Draw a line a role: its tokens per second, where its time went since the last row, and the
     share it was busy."""
-    table = Table.grid(expand=True, padding=(0, 1))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column(ratio=1, no_wrap=True)
-    table.add_column(no_wrap=True, justify="right")
+    table = Table.grid(
+        Column(no_wrap=True, style="bold"),
+        Column(no_wrap=True, justify="right"),
+        Column(ratio=1, no_wrap=True),
+        Column(no_wrap=True, justify="right"),
+        expand=True,
+        padding=(0, 1),
+    )
     legend = Text("  ").join(
         Text(f"{MARKS[state][0]} {state}", MARKS[state][1:]) for state in STATES
     )
