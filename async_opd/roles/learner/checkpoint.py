@@ -8,7 +8,6 @@ from types import ModuleType
 
 import msgspec
 import torch
-from msgspec import Struct
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -19,7 +18,7 @@ from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
 
 
-class RankState(Struct, frozen=True, kw_only=True):
+class RankState(msgspec.Struct, frozen=True, kw_only=True):
     """Of one rank. JSON, so that it is read, and refused, before any pickle of DeepSpeed's is."""
 
     ranks: int
