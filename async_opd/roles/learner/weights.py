@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from async_opd.core.wire import WeightLayout
 from async_opd.roles.weight_sync import checkpoint_names
-from async_opd.roles.weight_sync.gloo import TensorMeta, buckets
+from async_opd.roles.weight_sync.gloo import Piece, TensorMeta, buckets
 
 
 class StudentWeights:
@@ -52,7 +52,7 @@ class StudentWeights:
                 }
         return copies
 
-    def _gathered(self) -> Iterator[list[checkpoint_names.Piece]]:
+    def _gathered(self) -> Iterator[list[Piece]]:
         """The weights, of which only those of the bucket in hand are whole under ZeRO-3."""
         for bucket in buckets(self._pieces, self._bucket_bytes):
             with deepspeed.zero.GatheredParameters(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -90,8 +90,12 @@ class PromptSource:
     @property
     def position(self) -> dict[str, Any]:
         """How far the source was read, in plain JSON: where `continued` goes on."""
-        rows = None if self._config.streaming else len(self)
-        return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
+        return {
+            "epoch": self._epoch,
+            "drawn": self._drawn,
+            "skipped": self.skipped,
+            "rows": None if self._config.streaming else len(self),
+        }
 
     def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Give the prompts `outstanding`, which were handed out before, then those that follow
@@ -132,12 +136,9 @@ class PromptSource:
         there."""
         if self._config.streaming:
             named = (row for row in self._shuffled(epoch) if self._id(row) in names)
-        elif self._config.id:
-            column = enumerate(self._table[self._config.id])
-            named = (self._row(position) for position, name in column if str(name) in names)
         else:
-            places = (int(name) for name in names if name.isdecimal())
-            named = (self._row(position) for position in places if position < len(self))
+            column = self._table[self._config.id] if self._config.id else range(len(self))
+            named = (self._row(i) for i, name in enumerate(column) if str(name) in names)
         return islice(named, len(names))
 
     def first(self, count: int | None) -> list[Prompt]:
@@ -217,10 +218,11 @@ class PromptSource:
                     f" content: {messages!r}"
                 )
             try:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **template_args
+                content = str(  # which it is, as it does not tokenize
+                    self._tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True, **template_args
+                    )
                 )
-                content = cast(str, rendered)  # as it does not tokenize
             except TemplateError as e:
                 raise DataError(
                     f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"

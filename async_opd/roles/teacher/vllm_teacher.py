@@ -39,8 +39,8 @@ class VllmTeacher:
         """Load the engine for sequences of at most `settings.longest` tokens."""
         assert config.model  # a reference without one of its own is sent with the student's
         self._settings = settings
-        self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
-        self._tail = needs.tail
+        self._needs = needs
+        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
@@ -66,38 +66,34 @@ class VllmTeacher:
         )
         self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
-        self._padding = self._logits - settings.vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
-        for rollout in group.rollouts:
-            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
+        refuse_unknown_ids(group, self._logits, candidates=self._at_candidates)
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         return matched(
             group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
         )
 
     async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
-        k = self._topk
+        k, vocabulary = self._needs.teacher_topk, self._settings.vocabulary
         ids, logp, candidate_logp = await self._read(prompt, rollout, k)
         # Rare in a trained model: look behind the padding.
-        if k and ids[:, 1:].max() >= self._settings.vocabulary:
-            ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
-            padding = ids[:, 1:] >= self._settings.vocabulary
-            likeliest = 1 + np.argsort(padding, axis=1, kind="stable")[:, :k]
-            topk_ids = np.take_along_axis(ids, likeliest, axis=1)
-            topk_logp = np.take_along_axis(logp, likeliest, axis=1)
-        else:
-            topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
+        if k and ids[:, 1:].max() >= vocabulary:
+            padding = self._logits - vocabulary
+            ids, logp, candidate_logp = await self._read(prompt, rollout, k + padding)
+        # Padding goes behind; the others stay in their order.
+        likeliest = 1 + np.argsort(ids[:, 1:] >= vocabulary, axis=1, kind="stable")[:, :k]
+        topk_logp = np.take_along_axis(logp, likeliest, axis=1)
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
-            topk_ids=topk_ids if k else None,
+            topk_ids=np.take_along_axis(ids, likeliest, axis=1) if k else None,
             topk_logp=topk_logp if k else None,
             candidate_logp=candidate_logp,
             tail_logp=tail_left_by(topk_logp if candidate_logp is None else candidate_logp)
-            if self._tail
+            if self._needs.tail
             else None,
         )
 

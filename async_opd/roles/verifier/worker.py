@@ -80,8 +80,7 @@ def enforce_memory_limit(limit: int) -> None:
     Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full,
     for later ones.
     """
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
+    peak = int(Path("/proc/self/status").read_text().split("VmPeak:")[1].split()[0]) * 1024
     if peak > limit / 2:
         sys.exit(
             f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of"

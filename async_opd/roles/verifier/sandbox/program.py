@@ -14,8 +14,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -176,26 +177,31 @@ class Program:
 
 def probe(*, isolated: bool, memory: int) -> None:
     """Runs a program, to see whether this host allows it. Raises ConfigError."""
-    out, write = os.pipe()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    files, deadline = [nothing, write, nothing], time.monotonic() + PROBE_S
-    try:
-        with Program(
-            "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
-        ) as program:
-            os.close(write)
-            outcome = program.read(out, 100), program.wait()
-    except OSError as error:
-        os.close(write)
-        outcome = error.strerror
-    os.close(out)
-    os.close(nothing)
+    with pipe() as (out, write), open(os.devnull, "r+b", buffering=0) as nothing:
+        files = [nothing.fileno(), write.fileno(), nothing.fileno()]
+        deadline = time.monotonic() + PROBE_S
+        try:
+            with Program(
+                "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
+            ) as program:
+                write.close()
+                outcome = program.read(out.fileno(), 100), program.wait()
+        except OSError as error:
+            outcome = error.strerror
     if outcome != (b"42\n", 0):
         raise ConfigError(
             f"verify.check = 'code': this host does not allow its sandbox ({outcome}), which needs"
             " Linux 5.14 or newer and user namespaces for this user; verify.sandbox = 'none' runs"
             " programs as this user, without one"
         )
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """A pipe, its end to read from first."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as out, os.fdopen(write, "wb", buffering=0) as into:
+        yield out, into
 
 
 def _high(fd: int) -> int:
