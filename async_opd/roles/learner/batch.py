@@ -156,8 +156,9 @@ def _scores(trajectory: Trajectory, from_teacher: bool) -> Scores:
     if scored != {rollout.id} or rollout.id not in decided or rows != len(rollout.ids):
         raise WireError(f"{rollout.id}: paired with {scored | decided}, {rows} scores")
     if trajectory.from_teacher != from_teacher:
-        who = "the teacher" if from_teacher else "the student"
-        raise WireError(f"{rollout.id}: packed with answers of {who}")
+        raise WireError(
+            f"{rollout.id}: packed with answers of the {'teacher' if from_teacher else 'student'}"
+        )
     return scores
 
 

@@ -261,15 +261,18 @@ class LearnerRank:
         """
         with checkpoint.writing(Path(folder)):
             self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
-            state = checkpoint.RankState(
-                ranks=self._config.ranks,
-                zero_stage=self._config.zero_stage,
-                dtype=self._config.dtype,
-                version=self.version,
-                running=self._running,
-                random=checkpoint.random_state(),
+            checkpoint.save_rank(
+                checkpoint.RankState(
+                    ranks=self._config.ranks,
+                    zero_stage=self._config.zero_stage,
+                    dtype=self._config.dtype,
+                    version=self.version,
+                    running=self._running,
+                    random=checkpoint.random_state(),
+                ),
+                Path(folder),
+                self._rank,
             )
-            checkpoint.save_rank(state, Path(folder), self._rank)
 
     def load_state(self, folder: str) -> None:
         """Go on, right after `start`, from what `save_state` wrote and `checkpoints.find` has

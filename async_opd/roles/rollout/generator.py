@@ -190,12 +190,13 @@ class RolloutGenerator:
     async def _cut(self, oldest: int) -> None:
         """End the requests that hold a token of a version before `oldest`; `generate` raises
         OverAge for them."""
-        old = set()
-        for request in self._engine.output_processor.request_states.values():
-            versions = request.weight_version_starts
-            id = (request.parent_req or request).request_id
-            if versions and _version(versions[0][0]) < oldest and not id.startswith(EVALUATION):
-                old.add(id)
+        ids = (
+            (request.parent_req or request).request_id
+            for request in self._engine.output_processor.request_states.values()
+            if request.weight_version_starts
+            and _version(request.weight_version_starts[0][0]) < oldest
+        )
+        old = {id for id in ids if not id.startswith(EVALUATION)}
         if old:
             await self._engine.abort(old, internal=True)
 

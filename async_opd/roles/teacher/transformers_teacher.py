@@ -32,7 +32,6 @@ class TransformersTeacher:
         self._config = config
         self._needs = needs
         self._settings = settings
-        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
@@ -57,7 +56,7 @@ class TransformersTeacher:
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
-        refuse_unknown_ids(group, self._logits, candidates=self._at_candidates)
+        refuse_unknown_ids(group, self._logits, self._needs)
         futures = [asyncio.get_running_loop().create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [
@@ -146,7 +145,7 @@ class TransformersTeacher:
                 tail=self._needs.tail,
             ),
             candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
-            if self._at_candidates
+            if self._needs.teacher_at_student_ids
             else None,
         )
         return _split(scored, [r for _, r in items])

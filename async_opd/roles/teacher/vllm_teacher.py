@@ -40,7 +40,6 @@ class VllmTeacher:
         assert config.model  # a reference without one of its own is sent with the student's
         self._settings = settings
         self._needs = needs
-        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._request_ids = itertools.count()
         args = AsyncEngineArgs(
             model=config.model,
@@ -70,7 +69,7 @@ class VllmTeacher:
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
-        refuse_unknown_ids(group, self._logits, candidates=self._at_candidates)
+        refuse_unknown_ids(group, self._logits, self._needs)
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         return matched(
             group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
@@ -104,7 +103,7 @@ class VllmTeacher:
         likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
         only."""
         scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
-        if self._at_candidates:
+        if self._needs.teacher_at_student_ids:
             scoring |= {
                 "prompt_logprob_token_ids": candidates_of(rollout),
                 "prompt_logprob_start": len(prompt) - 1,
@@ -119,12 +118,17 @@ class VllmTeacher:
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
-        sampling = {
-            "temperature": 0.0,
-            "max_tokens": self._settings.max_new_tokens,
-            "stop_token_ids": list(self._settings.eos_ids),
-        }
-        outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
+        outputs = await asyncio.gather(
+            *(
+                self._run(
+                    ids,
+                    temperature=0.0,
+                    max_tokens=self._settings.max_new_tokens,
+                    stop_token_ids=list(self._settings.eos_ids),
+                )
+                for ids in prompts
+            )
+        )
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
     async def check_health(self) -> None:

@@ -42,8 +42,7 @@ def main(parent: int, config: VerifyConfig) -> None:
         size = int.from_bytes(header, "big")
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
-        check = msgspec.msgpack.decode(requests.read(size), type=Check)
-        verdict = run_check(check, decide)
+        verdict = run_check(msgspec.msgpack.decode(requests.read(size), type=Check), decide)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 

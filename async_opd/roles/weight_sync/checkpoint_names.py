@@ -39,11 +39,15 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
             raise DataError(
                 f"student.model: {', '.join(names)} does not come back whole as {', '.join(become)}"
             )
-        metas = (
-            TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in become.items()
+        parts.append(
+            Piece(
+                tuple(names),
+                tuple(
+                    TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                    for name, tensor in become.items()
+                ),
+            )
         )
-        parts.append(Piece(tuple(names), tuple(metas)))
     return parts
 
 

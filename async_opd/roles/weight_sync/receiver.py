@@ -60,14 +60,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Join the learner's group, replacing the one of an earlier epoch."""
         self._init = init_info
         parallel = self.parallel_config
-        rank = (
-            init_info.rank_offset
-            + parallel.data_parallel_index * parallel.world_size
-            + parallel.rank
-        )
         self._group = gloo_group(
             join_store(init_info.host, init_info.port, init_info.timeout_s),
-            rank=rank,
+            rank=init_info.rank_offset
+            + parallel.data_parallel_index * parallel.world_size
+            + parallel.rank,
             world=init_info.world,
             timeout_s=init_info.timeout_s,
         )

@@ -115,8 +115,10 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
                 code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED
             )
         case InOut():
-            cases = zip(tests.inputs, tests.outputs, strict=True)
-            return all(_prints(code, _text(text), _text(wanted), start) for text, wanted in cases)
+            return all(
+                _prints(code, _text(text), _text(wanted), start)
+                for text, wanted in zip(tests.inputs, tests.outputs, strict=True)
+            )
         case HumanEval(test, name, prompt):
             return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
         case Mbpp(asserts, setup):

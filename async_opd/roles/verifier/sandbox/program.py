@@ -162,10 +162,9 @@ class Program:
         for number, fd in enumerate([_high(fd) for fd in self._files]):
             os.dup2(fd, number)
         os.closerange(len(self._files), tell)  # what is from there on closes with the exec
-        cpu_s = int(self._left()) + 1
         for limit, value in (
             (resource.RLIMIT_AS, self._memory),
-            (resource.RLIMIT_CPU, cpu_s),
+            (resource.RLIMIT_CPU, int(self._left()) + 1),
             (resource.RLIMIT_FSIZE, FILE_MIB << 20),
             (resource.RLIMIT_NOFILE, OPEN_FILES),
             (resource.RLIMIT_NPROC, PROCESSES + self._ours),
@@ -178,11 +177,13 @@ class Program:
 def probe(*, isolated: bool, memory: int) -> None:
     """Runs a program, to see whether this host allows it. Raises ConfigError."""
     with pipe() as (out, write), open(os.devnull, "r+b", buffering=0) as nothing:
-        files = [nothing.fileno(), write.fileno(), nothing.fileno()]
-        deadline = time.monotonic() + PROBE_S
         try:
             with Program(
-                "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
+                "print(6 * 7)",
+                [nothing.fileno(), write.fileno(), nothing.fileno()],
+                isolated=isolated,
+                memory=memory,
+                deadline=time.monotonic() + PROBE_S,
             ) as program:
                 write.close()
                 outcome = program.read(out.fileno(), 100), program.wait()
