@@ -41,29 +41,30 @@ class VllmTeacher:
         self._settings = settings
         self._needs = needs
         self._request_ids = itertools.count()
-        args = AsyncEngineArgs(
-            model=config.model,
-            dtype=config.dtype,
-            max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
-            max_num_batched_tokens=config.batch_tokens,
-            max_num_seqs=min(config.batch_tokens, 256),
-            max_logprobs=-1,
-            enable_prefix_caching=False,  # prompt log-probs could not use it
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            # Penalties and end tokens of the checkpoint's own would bend `greedy`.
-            generation_config="vllm",
-            skip_tokenizer_init=True,
-            trust_remote_code=settings.trust_remote_code,
-            disable_log_stats=True,
-            # On CPU it would be compiled for lengths that never come again.
-            **(
-                cpu_engine(config.memory_gib, enforce_eager=True)
-                if current_platform.is_cpu()
-                else {}
-            ),
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=config.model,
+                dtype=config.dtype,
+                max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
+                max_num_batched_tokens=config.batch_tokens,
+                max_num_seqs=min(config.batch_tokens, 256),
+                max_logprobs=-1,
+                enable_prefix_caching=False,  # prompt log-probs could not use it
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                # Penalties and end tokens of the checkpoint's own would bend `greedy`.
+                generation_config="vllm",
+                skip_tokenizer_init=True,
+                trust_remote_code=settings.trust_remote_code,
+                disable_log_stats=True,
+                # On CPU it would be compiled for lengths that never come again.
+                **(
+                    cpu_engine(config.memory_gib, enforce_eager=True)
+                    if current_platform.is_cpu()
+                    else {}
+                ),
+            )
         )
-        self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
@@ -140,13 +141,17 @@ class VllmTeacher:
             raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _run(self, ids: Ints, **sampling: Any) -> RequestOutput:
-        request = self._engine.generate(
-            {"prompt_token_ids": ids.tolist()},
-            SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling),
-            str(next(self._request_ids)),
-        )
         try:
-            (output,) = [output async for output in request]
+            (output,) = [
+                output
+                async for output in self._engine.generate(
+                    {"prompt_token_ids": ids.tolist()},
+                    SamplingParams(
+                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+                    ),
+                    str(next(self._request_ids)),
+                )
+            ]
         except EngineDeadError as e:
             raise ActorLost(f"{self._settings.name}: its engine died") from e
         return output

@@ -52,8 +52,11 @@ def run_check(check: Check, decide: Decide) -> Verdict:
     try:
         decision = decide(check.response, check.answer)
         correct, answer = decision if isinstance(decision, tuple) else (decision, None)
-        short = answer if answer is None or len(answer) <= LONGEST else ""
-        return Verdict(id=check.id, correct=correct, answer=short)
+        return Verdict(
+            id=check.id,
+            correct=correct,
+            answer=answer if answer is None or len(answer) <= LONGEST else "",
+        )
     except Exception as error:
         # Foreign code met a model's text: whatever it raises, the verdict is unknown.
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")

@@ -92,8 +92,11 @@ def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -
     names: dict[str, object] = {"__name__": "tests"}
     for name in foreign:
         try:
-            module = name in sys.stdlib_module_names and name not in called
-            names[name] = importlib.import_module(name) if module else ask("get", name)
+            names[name] = (
+                importlib.import_module(name)
+                if name in sys.stdlib_module_names and name not in called
+                else ask("get", name)
+            )
         except KeyError:
             continue
     exec(code[0], names)
