@@ -11,6 +11,7 @@ from torch import Tensor
 from async_opd.core.errors import StaleTrajectory, WireError
 from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Verdict
 from async_opd.maths import lag
+from async_opd.objectives.token_batch import TokenBatch
 from async_opd.roles.models.causal_lm import segments
 
 
@@ -69,9 +70,9 @@ def trajectories(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
+class MicroBatch(TokenBatch):
     """Trajectories packed along one row, response positions selected: `L` packed tokens, `N`
-    response tokens."""
+    response tokens. A token batch that the live student has not read yet."""
 
     ids_L: Tensor  # int64
     segment_lengths: list[int]  # prompt + response of each trajectory, summing to L
@@ -79,20 +80,9 @@ class MicroBatch:
     targets_N: Tensor  # int64
     keep_N: Tensor  # bool, tokens inside the reduction
     lag_N: Tensor  # int64, optimizer steps
-    segment_N: Tensor  # int64
-    behaviour_logp_N: Tensor
-    teacher_logp_N: Tensor
-    key_S: Tensor  # int64, names the trajectory
-    reward_S: Tensor  # NaN: unknown
-    group_reward_SG: Tensor  # of all samples of the prompt
-    cap_S: Tensor  # most tokens a response may have
     candidate_ids_NK: Tensor | None
-    behaviour_logp_NK: Tensor | None
-    teacher_logp_NK: Tensor | None
-    teacher_tail_logp_N: Tensor | None
-    teacher_entropy_N: Tensor | None
-    reference_logp_N: Tensor | None
     from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
+    student_logp_N: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """Copy its tensors to `device`."""
@@ -122,7 +112,10 @@ def pack(
         segment_lengths=[len(part) for part in ids],
         rows_N=_flat(rows, torch.int64),
         targets_N=_flat([r.ids for r in rollouts], torch.int64),
-        keep_N=_flat(_kept(rollouts, versions, bounds, live), torch.bool),
+        keep_N=_flat(
+            [_kept(r, v, bounds, live) for r, v in zip(rollouts, versions, strict=True)],
+            torch.bool,
+        ),
         lag_N=_flat([live - v for v in versions], torch.int64),
         segment_N=_flat([np.full(len(r.ids), i) for i, r in enumerate(rollouts)], torch.int64),
         behaviour_logp_N=_flat([r.behaviour_logp for r in rollouts], torch.float32),
@@ -163,25 +156,20 @@ def _scores(trajectory: Trajectory, from_teacher: bool) -> Scores:
     if scored != {rollout.id} or rollout.id not in decided or rows != len(rollout.ids):
         raise WireError(f"{rollout.id}: paired with {scored | decided}, {rows} scores")
     if trajectory.from_teacher != from_teacher:
-        who = "the teacher" if from_teacher else "the student"
-        raise WireError(f"{rollout.id}: packed with answers of {who}")
+        raise WireError(
+            f"{rollout.id}: packed with answers of the {'teacher' if from_teacher else 'student'}"
+        )
     return scores
 
 
-def _kept(
-    rollouts: list[Rollout], versions: list[np.ndarray], bounds: TrainingBounds, live: int
-) -> list[np.ndarray]:
-    """Find which tokens of each rollout are inside the reduction. Raises StaleTrajectory."""
-    fresh = [lag.fresh(v, live, bounds.max_lag_steps) for v in versions]
-    for rollout, fresh_T in zip(rollouts, fresh, strict=True):
-        if bounds.stale == "drop" and not fresh_T.all():
-            raise StaleTrajectory(
-                f"{rollout.id}: {rollout.spans} at version {live}, bound {bounds.max_lag_steps}"
-            )
-    return [
-        fresh_T & (bounds.truncated != "mask" or not rollout.truncated)
-        for rollout, fresh_T in zip(rollouts, fresh, strict=True)
-    ]
+def _kept(rollout: Rollout, version_T: np.ndarray, bounds: TrainingBounds, live: int) -> np.ndarray:
+    """Find which tokens of `rollout` are inside the reduction. Raises StaleTrajectory."""
+    fresh_T = lag.fresh(version_T, live, bounds.max_lag_steps)
+    if bounds.stale == "drop" and not fresh_T.all():
+        raise StaleTrajectory(
+            f"{rollout.id}: {rollout.spans} at version {live}, bound {bounds.max_lag_steps}"
+        )
+    return fresh_T & (bounds.truncated != "mask" or not rollout.truncated)
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:

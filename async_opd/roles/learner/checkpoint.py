@@ -8,7 +8,6 @@ from types import ModuleType
 
 import msgspec
 import torch
-from msgspec import Struct
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -19,7 +18,7 @@ from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
 
 
-class RankState(Struct, frozen=True, kw_only=True):
+class RankState(msgspec.Struct, frozen=True, kw_only=True):
     """Of one rank. JSON, so that it is read, and refused, before any pickle of DeepSpeed's is."""
 
     ranks: int
@@ -32,13 +31,13 @@ class RankState(Struct, frozen=True, kw_only=True):
 
 def save_rank(state: RankState, folder: Path, rank: int) -> None:
     """Write the state of `rank` to `folder`."""
-    _of(folder, rank).write_bytes(msgspec.json.encode(state))
+    _rank_file(folder, rank).write_bytes(msgspec.json.encode(state))
 
 
 def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
     """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
     not fit `config`."""
-    state = _read(_of(folder, 0))
+    state = _read(_rank_file(folder, 0))
     for name in ("ranks", "zero_stage", "dtype"):
         then, now = getattr(state, name), getattr(config, name)
         if then != now:
@@ -46,7 +45,7 @@ def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
                 f"checkpoint {folder.parent}: was saved with learner.{name} = {then!r} and cannot"
                 f" go on with {now!r}"
             )
-    return _read(_of(folder, rank)) if rank else state
+    return _read(_rank_file(folder, rank)) if rank else state
 
 
 def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder: Path) -> None:
@@ -80,7 +79,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: cannot be written: {e}") from e
 
 
-def _of(folder: Path, rank: int) -> Path:
+def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 

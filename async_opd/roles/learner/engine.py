@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] as documented
 from transformers import PreTrainedModel, get_scheduler
 
 from async_opd.core.errors import Diverged, SyncFailed
@@ -73,7 +71,8 @@ class LearnerRank:
         )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._running = {name: Moments() for name in objective.needs().running}
-        self._store: TCPStore | None = None  # of rank 0
+        # Of rank 0; torch's stubs do not export its type.
+        self._store: dist.TCPStore | None = None  # pyright: ignore[reportPrivateImportUsage]
         self.version = 0
 
     def listen(self, host: str) -> str:
@@ -90,8 +89,7 @@ class LearnerRank:
         # one visible device an actor
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)
         # or it compiles, for half a minute, an all-reduce for inference alone
-        ops: Any = deepspeed.ops
-        ops.__compatible_ops__ = {}
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store or join_store(host, int(port), settings.timeout_s),
@@ -129,11 +127,10 @@ class LearnerRank:
 
     def _load(self) -> PreTrainedModel:
         """The student, in the mode in which it learns; on the host where it is to be sharded."""
-        device = torch.device("cpu") if self._config.zero_stage == 3 else self._device
         lm = causal_lm.load(
             self._settings.model,
             self._config.dtype,
-            device,
+            torch.device("cpu") if self._config.zero_stage == 3 else self._device,
             trust_remote_code=self._settings.trust_remote_code,
         )
         lm.train()
@@ -187,9 +184,9 @@ class LearnerRank:
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):
             raise Diverged(f"step {step}: the gradient is not finite")
-        sharded = self._config.zero_stage > 0
-        norm = self._engine.get_global_grad_norm() if sharded else self._grad_norm
-        metrics["grad_norm"] = float(norm)
+        metrics["grad_norm"] = float(
+            self._engine.get_global_grad_norm() if self._config.zero_stage else self._grad_norm
+        )
         self.version, self._running = step, running
         return StepResult(
             version=self.version,
@@ -197,23 +194,20 @@ class LearnerRank:
             recorded=tuple(recorder.recorded if recorder else ()),
         )
 
+    @torch.no_grad()
     def logprobs(self, prompt_ids: Ints, response_ids: Ints) -> Floats:
         """Log-probs float32 [T] of `response_ids` after `prompt_ids` under the live student, for
         the parity probe."""
-        ids_L = torch.as_tensor(
-            np.concatenate([prompt_ids, response_ids]), dtype=torch.int64, device=self._device
-        )
-        empty = pack([], self._bounds, live=self.version, device=self._device)
+        ids_L = torch.tensor([*prompt_ids, *response_ids], dtype=torch.int64, device=self._device)
         rows_N = torch.arange(len(prompt_ids) - 1, len(ids_L) - 1, device=self._device)
         micro = replace(
-            empty,
+            pack([], self._bounds, live=self.version, device=self._device),
             ids_L=ids_L,
             segment_lengths=[len(ids_L)],
             rows_N=rows_N,
             targets_N=ids_L[rows_N + 1],
         )
-        with torch.no_grad():
-            return self._engine(micro).sampled_N.cpu().numpy()
+        return self._engine(micro).sampled_N.cpu().numpy()
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
         """Rank 0: prepare at `host` a weight group with so many generators of so many `ranks`;
@@ -267,15 +261,18 @@ class LearnerRank:
         """
         with checkpoint.writing(Path(folder)):
             self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
-            state = checkpoint.RankState(
-                ranks=self._config.ranks,
-                zero_stage=self._config.zero_stage,
-                dtype=self._config.dtype,
-                version=self.version,
-                running=self._running,
-                random=checkpoint.random_state(),
+            checkpoint.save_rank(
+                checkpoint.RankState(
+                    ranks=self._config.ranks,
+                    zero_stage=self._config.zero_stage,
+                    dtype=self._config.dtype,
+                    version=self.version,
+                    running=self._running,
+                    random=checkpoint.random_state(),
+                ),
+                Path(folder),
+                self._rank,
             )
-            checkpoint.save_rank(state, Path(folder), self._rank)
 
     def load_state(self, folder: str) -> None:
         """Go on, right after `start`, from what `save_state` wrote and `checkpoints.find` has

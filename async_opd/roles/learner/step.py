@@ -1,7 +1,7 @@
 """One optimizer step on one rank: forward, objective, the one reduction, backward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ class Student(nn.Module):
     def forward(self, micro: MicroBatch, needs: Needs = NOTHING) -> Read:
         """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
         what `needs` asks for."""
-        hidden_LD = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)
-        hidden_ND = hidden_LD[micro.rows_N]
+        hidden_ND = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)[
+            micro.rows_N
+        ]
         read = read_logprobs(
             hidden_ND,
             causal_lm.head(self.lm),
@@ -73,25 +74,14 @@ def token_batch(
 ) -> TokenBatch:
     """Collect what an objective sees of one micro-batch; without `read`, nothing of the live
     student."""
-    return TokenBatch(
+    return replace(
+        micro,
         student_logp_N=read and read.sampled_N,
-        behaviour_logp_N=micro.behaviour_logp_N,
-        teacher_logp_N=micro.teacher_logp_N,
-        segment_N=micro.segment_N,
-        key_S=micro.key_S,
-        reward_S=micro.reward_S,
-        group_reward_SG=micro.group_reward_SG,
-        cap_S=micro.cap_S,
-        step=context.step,
-        reference_logp_N=micro.reference_logp_N,
         student_logp_NK=read and read.candidates_NK,
-        behaviour_logp_NK=micro.behaviour_logp_NK,
-        teacher_logp_NK=micro.teacher_logp_NK,
         student_tail_logp_N=read and read.tail_N,
-        teacher_tail_logp_N=micro.teacher_tail_logp_N,
         student_entropy_N=read and read.entropy_N,
-        teacher_entropy_N=micro.teacher_entropy_N,
         hidden_ND=read and read.hidden_ND,
+        step=context.step,
         statistics=statistics or {},
         running=context.running,
     )

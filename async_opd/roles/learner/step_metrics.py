@@ -78,17 +78,22 @@ class Measured:
                 "stale": stale,
                 "lag": micro.lag_N[keep],
                 "excluded": ~keep,
+                **{f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags},
+                **{f"metric_{n}": result.metrics[n][keep] for n in self._objective.metrics},
             }
         )
-        self._sum({f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags})
-        self._sum({f"metric_{n}": result.metrics[n][keep] for n in self._objective.metrics})
         self._largest("mismatch", gap_N[fresh])
         self._largest("lag", micro.lag_N[keep])
         self._weights(result, keep & result.selected_N)
         for name, value_S in self._objective.trajectory_statistics(batch).items():
             known_S = value_S[~value_S.isnan()].double()
-            powers = (torch.ones_like(known_S), known_S, known_S.square())
-            self._sum({f"{p}_{name}": x for p, x in zip(MOMENTS, powers, strict=True)})
+            self._sum(
+                {
+                    f"count_{name}": torch.ones_like(known_S),
+                    f"total_{name}": known_S,
+                    f"squares_{name}": known_S.square(),
+                }
+            )
 
     @torch.no_grad()
     def from_teacher(self, weight: float, mean: Tensor) -> None:
@@ -111,8 +116,11 @@ class Measured:
             {name: value.item() for name, value in self._maxima.items()},
         )
         tokens = max(metrics["tokens"], 1)
-        metrics |= {name: sums[f"metric_{name}"] / tokens for name in self._objective.metrics}
-        return metrics | {f"tokens_lag_{lag}": sums[f"tokens_lag_{lag}"] for lag in self._lags}
+        return (
+            metrics
+            | {name: sums[f"metric_{name}"] / tokens for name in self._objective.metrics}
+            | {f"tokens_lag_{lag}": sums[f"tokens_lag_{lag}"] for lag in self._lags}
+        )
 
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
         """Merge this step's trajectories into `running`; after `reduced`."""

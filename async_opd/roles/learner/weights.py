@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from async_opd.core.wire import WeightLayout
 from async_opd.roles.weight_sync import checkpoint_names
-from async_opd.roles.weight_sync.gloo import TensorMeta, buckets
+from async_opd.roles.weight_sync.gloo import Piece, TensorMeta, buckets
 
 
 class StudentWeights:
@@ -45,13 +45,17 @@ class StudentWeights:
         copies: dict[str, Tensor] = {}
         for bucket in self._gathered():
             if keep:
-                names = (name for piece in bucket for name in piece.parameters)
-                copies |= {name: self._parameters[name].detach().cpu() for name in names}
+                copies |= {
+                    name: self._parameters[name].detach().cpu()
+                    for piece in bucket
+                    for name in piece.parameters
+                }
         return copies
 
-    def _gathered(self) -> Iterator[list[checkpoint_names.Piece]]:
+    def _gathered(self) -> Iterator[list[Piece]]:
         """The weights, of which only those of the bucket in hand are whole under ZeRO-3."""
         for bucket in buckets(self._pieces, self._bucket_bytes):
-            names = (name for piece in bucket for name in piece.parameters)
-            with deepspeed.zero.GatheredParameters([self._parameters[name] for name in names]):
+            with deepspeed.zero.GatheredParameters(
+                [self._parameters[name] for piece in bucket for name in piece.parameters]
+            ):
                 yield bucket

@@ -110,8 +110,12 @@ def packed_segments(
 
 def flash_can(query: Tensor) -> bool:
     """Tell whether FlashAttention is installed and takes such heads, [..., d]."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] <= 256 and is_flash_attn_2_available()
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and is_flash_attn_2_available()
+    )
 
 
 def _flash(
@@ -125,9 +129,8 @@ def _flash(
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
-    tokens_first = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
     return flash_attn_varlen_func(
-        *tokens_first,
+        *(x[0].transpose(0, 1) for x in (query, key, value)),  # [L, H, d]
         cu_seqlens_q=ends_S1,
         cu_seqlens_k=ends_S1,
         max_seqlen_q=longest,
@@ -179,12 +182,11 @@ def segments(
 def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:
     """Run segments packed in one row to their last hidden states [L, D] (after the final norm, what
     the head reads)."""
-    positions_L = torch.cat(
-        [torch.arange(length, device=ids_L.device) for length in segment_lengths]
-    )
     return model.base_model(
         input_ids=ids_L[None],
-        position_ids=positions_L[None],
+        position_ids=torch.cat(
+            [torch.arange(length, device=ids_L.device) for length in segment_lengths]
+        )[None],
         use_cache=False,
         segment_lengths=segment_lengths,
     ).last_hidden_state[0]

@@ -17,9 +17,11 @@ def engine_args(
 ) -> AsyncEngineArgs:
     """What vLLM takes for sequences of at most `longest` tokens, with a prefix cache of blocks of
     `block` tokens."""
-    device: dict[str, Any] = {"enforce_eager": config.enforce_eager}
-    if current_platform.is_cpu():
-        device = cpu_engine(config.memory_gib, **device)
+    device: dict[str, Any] = (
+        cpu_engine(config.memory_gib, enforce_eager=config.enforce_eager)
+        if current_platform.is_cpu()
+        else {"enforce_eager": config.enforce_eager}
+    )
     return AsyncEngineArgs(
         model=settings.model,
         dtype=config.dtype,

@@ -11,16 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
-from vllm.inputs import TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -57,7 +55,6 @@ class RolloutGenerator:
         self._settings = settings
         self._config = config
         self._needs = needs
-        self._name = settings.name
         self._candidates = 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
         # what was sent during a pause; None: there is none
@@ -82,8 +79,10 @@ class RolloutGenerator:
         if needs.teacher_at_student_ids:
             # vLLM's other runner does not let `candidates` in
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        probe = len(self._probe_ids) + PROBE_TOKENS
-        longest = max(settings.max_prompt_tokens + config.max_new_tokens, probe)
+        longest = max(
+            settings.max_prompt_tokens + config.max_new_tokens,
+            len(self._probe_ids) + PROBE_TOKENS,
+        )
         self._engine = AsyncLLM.from_engine_args(
             engine_args(settings, config, needs, longest=longest, block=block)
         )
@@ -115,8 +114,8 @@ class RolloutGenerator:
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """Sample all responses of one prompt. Raises ActorLost when the engine died."""
         ids = prompt.shown_to_teacher if self._settings.as_teacher else prompt.ids
-        sampling = self.sampling(logprobs=self._candidates)
-        return self._group(prompt, await self._run(prompt.id, ids, sampling))
+        outputs = await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates))
+        return self._group(prompt, outputs)
 
     async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Group]:
         """Responses for an evaluation, in its own way of sampling. They are never cut off for their
@@ -132,14 +131,15 @@ class RolloutGenerator:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
         sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
         (output,) = await self._run("probe", self._probe_ids, sampling)
-        return self._probe_ids, self._rollout(f"parity probe of {self._name}", output)
+        return self._probe_ids, self._rollout(f"parity probe of {self._settings.name}", output)
 
     async def join_group(self, group: WeightGroup) -> None:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or
         ActorLost."""
         with self._named("did not join the weight group"):
-            joining = WeightTransferInitRequest(init_info(group, self._settings.backend))
-            await self._engine.init_weight_transfer_engine(joining)
+            await self._engine.init_weight_transfer_engine(
+                WeightTransferInitRequest(init_info(group, self._settings.backend))
+            )
 
     async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a
@@ -156,8 +156,7 @@ class RolloutGenerator:
             # order of outputs.
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             await self._engine.start_weight_update()
-            receiving = WeightTransferUpdateRequest(update_info(layout))
-            await self._engine.update_weights(receiving)
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info(layout)))
             await self._engine.finish_weight_update(weight_version=str(version))
             await self._cut(oldest)
 
@@ -178,7 +177,7 @@ class RolloutGenerator:
                     collector.set_result(await self._add(id, prompt_ids, sampling))
             await self._engine.resume_generation()
         except EngineDeadError as e:
-            raise ActorLost(f"{self._name}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice.
@@ -186,17 +185,18 @@ class RolloutGenerator:
         try:
             await self._engine.get_weight_version()
         except EngineDeadError as e:
-            raise ActorLost(f"{self._name}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _cut(self, oldest: int) -> None:
         """End the requests that hold a token of a version before `oldest`; `generate` raises
         OverAge for them."""
-        old = set()
-        for request in self._engine.output_processor.request_states.values():
-            versions = request.weight_version_starts
-            id = (request.parent_req or request).request_id
-            if versions and _version(versions[0][0]) < oldest and not id.startswith(EVALUATION):
-                old.add(id)
+        ids = (
+            (request.parent_req or request).request_id
+            for request in self._engine.output_processor.request_states.values()
+            if request.weight_version_starts
+            and _version(request.weight_version_starts[0][0]) < oldest
+        )
+        old = {id for id in ids if not id.startswith(EVALUATION)}
         if old:
             await self._engine.abort(old, internal=True)
 
@@ -205,9 +205,9 @@ class RolloutGenerator:
         try:
             yield
         except EngineDeadError as e:
-            raise ActorLost(f"{self._name}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
         except Exception as e:  # vLLM passes on whatever its worker raised as a bare Exception
-            raise SyncFailed(f"{self._name} {what}: {e}") from e
+            raise SyncFailed(f"{self._settings.name} {what}: {e}") from e
 
     async def _run(
         self, id: str, prompt_ids: Ints, sampling: SamplingParams
@@ -224,62 +224,65 @@ class RolloutGenerator:
                 collector = await turn
             output: Any = await collector.get()  # a RequestOutput: no model here pools
         except EngineDeadError as e:
-            raise ActorLost(f"{self._name}: its engine died") from e
+            raise ActorLost(f"{self._settings.name}: its engine died") from e
         except asyncio.CancelledError:
             if collector is not None:
                 await self._engine.abort(collector.request_id, internal=True)
             raise
         if any(sample.finish_reason == "abort" for sample in output.outputs):
             raise OverAge(
-                f"{id}: {self._name} cut it off, its first tokens are too old to be trained"
+                f"{id}: {self._settings.name} cut it off, its first tokens are too old to be"
+                " trained"
             )
         return sorted(output.outputs, key=lambda sample: sample.index)
 
     async def _add(
         self, id: str, prompt_ids: Ints, sampling: SamplingParams
     ) -> RequestOutputCollector:
-        request_id = f"{id}/{next(self._request_ids)}"
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
         # The learner waits for the probe; an update has put every running request back in the
         # engine's queue. Of an evaluation no more are sent at a time than it may have places, so
         # they need not wait.
         priority = -2 if id == "probe" else -1 if id.startswith(EVALUATION) else 0
-        return await self._engine.add_request(request_id, prompt, sampling, priority=priority)
+        return await self._engine.add_request(
+            f"{id}/{next(self._request_ids)}",
+            {"prompt_token_ids": prompt_ids.tolist()},
+            sampling,
+            priority=priority,
+        )
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(
             prompt=prompt, rollouts=tuple(self._rollout(prompt.id, output) for output in outputs)
         )
-        meta = GroupMeta(
-            id=prompt.id,
-            prompt_len=len(prompt.ids),
-            spans=tuple(r.spans for r in group.rollouts),
-            truncated=tuple(r.truncated for r in group.rollouts),
+        return (
+            GroupMeta(
+                id=prompt.id,
+                prompt_len=len(prompt.ids),
+                spans=tuple(r.spans for r in group.rollouts),
+                truncated=tuple(r.truncated for r in group.rollouts),
+            ),
+            group,
         )
-        return meta, group
 
     def _rollout(self, prompt_id: str, output: CompletionOutput) -> Rollout:
-        spans = (
-            Span(version=_version(s.version), start=s.start, end=s.end)
-            for s in output.weight_versions or ()
-        )
         # in each row the sampled token before its candidates
         flat, rows = output.logprobs, len(output.token_ids)
         assert isinstance(flat, FlatLogprobs)
         logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
-        candidates: dict[str, Any] = {}
-        if logp.shape[1] > 1:
-            ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
-            sampled = self._needs.student_ids == "sampled"
-            candidates["candidate_ids"] = ids[:, 1:]
-            candidates["candidate_logp"] = logp[:, 1:] if sampled else None
+        ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
+        asked = logp.shape[1] > 1
+        sampled = asked and self._needs.student_ids == "sampled"
         return Rollout(
             id=f"{prompt_id}#{output.index}",
             ids=np.asarray(output.token_ids, np.int32),
             behaviour_logp=logp[:, 0],
-            spans=tuple(spans),
+            spans=tuple(
+                Span(version=_version(s.version), start=s.start, end=s.end)
+                for s in output.weight_versions or ()
+            ),
             truncated=output.finish_reason == "length",
-            **candidates,
+            candidate_ids=ids[:, 1:] if asked else None,
+            candidate_logp=logp[:, 1:] if sampled else None,
         )
 
 

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -90,8 +90,12 @@ class PromptSource:
     @property
     def position(self) -> dict[str, Any]:
         """How far the source was read, in plain JSON: where `continued` goes on."""
-        rows = None if self._config.streaming else len(self)
-        return {"epoch": self._epoch, "drawn": self._drawn, "skipped": self.skipped, "rows": rows}
+        return {
+            "epoch": self._epoch,
+            "drawn": self._drawn,
+            "skipped": self.skipped,
+            "rows": None if self._config.streaming else len(self),
+        }
 
     def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Give the prompts `outstanding`, which were handed out before, then those that follow
@@ -109,14 +113,11 @@ class PromptSource:
 
     def _again(self, ids: Sequence[str]) -> list[Prompt]:
         """Make the prompts of these ids again, in their order."""
-        wanted: dict[int, set[str]] = {}
-        for id in ids:
-            row, _, epoch = id.rpartition("@")
-            wanted.setdefault(int(epoch), set()).add(row)
+        wanted = [(name, int(epoch)) for name, _, epoch in (id.rpartition("@") for id in ids)]
         prompts = {
             f"{self._id(row)}@{epoch}": self.prompt(row, epoch)
-            for epoch, names in wanted.items()
-            for row in self._of(names, epoch)
+            for epoch in dict.fromkeys(epoch for _, epoch in wanted)
+            for row in self._of({name for name, its_epoch in wanted if its_epoch == epoch}, epoch)
         }
         for id in ids:
             if prompts.get(id) is None:
@@ -132,12 +133,9 @@ class PromptSource:
         there."""
         if self._config.streaming:
             named = (row for row in self._shuffled(epoch) if self._id(row) in names)
-        elif self._config.id:
-            column = enumerate(self._table[self._config.id])
-            named = (self._row(position) for position, name in column if str(name) in names)
         else:
-            places = (int(name) for name in names if name.isdecimal())
-            named = (self._row(position) for position in places if position < len(self))
+            column = self._table[self._config.id] if self._config.id else range(len(self))
+            named = (self._row(i) for i, name in enumerate(column) if str(name) in names)
         return islice(named, len(names))
 
     def first(self, count: int | None) -> list[Prompt]:
@@ -217,10 +215,11 @@ class PromptSource:
                     f" content: {messages!r}"
                 )
             try:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **template_args
+                content = str(  # which it is, as it does not tokenize
+                    self._tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True, **template_args
+                    )
                 )
-                content = cast(str, rendered)  # as it does not tokenize
             except TemplateError as e:
                 raise DataError(
                     f"row {id}: the chat template refuses {self._config.prompt!r}: {e}"
@@ -231,8 +230,10 @@ class PromptSource:
                 " set data.chat_template = true"
             )
         # A template writes its own special tokens.
-        encoded = self._tokenizer(content, add_special_tokens=not self._config.chat_template)
-        return np.asarray(encoded.input_ids, np.int32)
+        return np.asarray(
+            self._tokenizer(content, add_special_tokens=not self._config.chat_template).input_ids,
+            np.int32,
+        )
 
     @property
     def _table(self) -> datasets.Dataset:
@@ -257,9 +258,8 @@ class PromptSource:
     def _numbered(self, rows: Iterable[Any]) -> Iterator[dict]:
         """Give rows in file order with their positions; those of a stream are read here."""
         numbered = enumerate(rows)
-        quiet = _quietly if self._config.streaming else nullcontext
         while True:
-            with _reading(self._config), quiet():
+            with _reading(self._config):
                 item = next(numbered, None)
             if item is None:
                 return
@@ -268,7 +268,7 @@ class PromptSource:
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     reader = FILE_READERS.get(Path(config.path).suffix)
-    with _reading(config), _quietly():
+    with _reading(config):
         return datasets.load_dataset(  # pyright: ignore[reportCallIssue] its overloads lack `bool`
             reader or config.path,
             name=config.subset,
@@ -279,22 +279,17 @@ def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep `datasets` from bars and logs: what it logs of a broken file, it raises too."""
+def _reading(config: DataConfig) -> Iterator[None]:
+    """Name the set in what `datasets` raises, which is StopIteration for an empty file, and keep
+    it from bars and logs meanwhile: what it logs of a broken file, it raises too."""
     with ExitStack() as undo:
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
         undo.enter_context(log_level(logging.CRITICAL, logging.getLogger("datasets")))
-        yield
-
-
-@contextmanager
-def _reading(config: DataConfig) -> Iterator[None]:
-    """Name the set in what `datasets` raises, which is StopIteration for an empty file."""
-    try:
-        yield
-    except (OSError, ValueError, StopIteration, DatasetsError) as e:
-        # "An error occurred" has a cause that says which.
-        cause = str(e.__cause__ or e) or "no rows"
-        raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e
+        try:
+            yield
+        except (OSError, ValueError, StopIteration, DatasetsError) as e:
+            # "An error occurred" has a cause that says which.
+            cause = str(e.__cause__ or e) or "no rows"
+            raise DataError(f"data.path = {config.path!r}, split {config.split!r}: {cause}") from e

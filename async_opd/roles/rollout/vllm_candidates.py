@@ -50,10 +50,11 @@ def with_candidates(
     alone = gather(logp_BV, 0, token_ids)
     if k == 0:
         return alone
-    if which == "sampled":
-        ids_BK = torch.multinomial(logp_BV.exp(), k, replacement=True)
-    else:
-        ids_BK = logp_BV[:, :vocabulary].topk(k).indices
+    ids_BK = (
+        torch.multinomial(logp_BV.exp(), k, replacement=True)
+        if which == "sampled"
+        else logp_BV[:, :vocabulary].topk(k).indices
+    )
     return alone._replace(
         logprob_token_ids=torch.cat([alone.logprob_token_ids, ids_BK.to(torch.int32)], 1),
         logprobs=torch.cat([alone.logprobs, logp_BV.gather(1, ids_BK)], 1),

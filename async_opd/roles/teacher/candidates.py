@@ -5,7 +5,7 @@ import numpy as np
 
 from async_opd.core.errors import WireError
 from async_opd.core.message import check_rows
-from async_opd.core.wire import Group, Rollout, Scores
+from async_opd.core.wire import Group, Needs, Rollout, Scores
 
 # Of the probability; what float32 log-probs leave of 1 below it is their rounding.
 TAIL_FLOOR = 1e-6
@@ -18,18 +18,19 @@ def candidates_of(rollout: Rollout) -> np.ndarray:
     return rollout.candidate_ids
 
 
-def refuse_unknown_ids(rollout: Rollout, logits: int, *, candidates: bool) -> None:
-    """Raise WireError for a token of `rollout`, or of its `candidates`, that a teacher of so many
-    logits has not."""
-    asked = {"ids": rollout.ids}
-    if candidates:
-        asked["candidate_ids"] = candidates_of(rollout)
-    for field, ids in asked.items():
-        if ids.max(initial=0) >= logits:
-            raise WireError(
-                f"{rollout.id}: {field} holds {ids.max()}: must be < {logits}, the number of the"
-                " teacher's logits"
-            )
+def refuse_unknown_ids(group: Group, logits: int, needs: Needs) -> None:
+    """Raise WireError for a token of `group`, or of the candidates that `needs` wants scored, that
+    a teacher of so many logits has not."""
+    for rollout in group.rollouts:
+        asked = {"ids": rollout.ids}
+        if needs.teacher_at_student_ids:
+            asked["candidate_ids"] = candidates_of(rollout)
+        for field, ids in asked.items():
+            if ids.max(initial=0) >= logits:
+                raise WireError(
+                    f"{rollout.id}: {field} holds {ids.max()}: must be < {logits}, the number of"
+                    " the teacher's logits"
+                )
 
 
 def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """An exact teacher on transformers. A plain class: `runtime/actors.py` makes a Ray actor of it."""
 
 import asyncio
-from collections.abc import Sequence
+import itertools
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class TransformersTeacher:
         self._config = config
         self._needs = needs
         self._settings = settings
-        self._at_candidates = bool(needs.teacher_at_student_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
@@ -57,8 +56,7 @@ class TransformersTeacher:
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
-        for rollout in group.rollouts:
-            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
+        refuse_unknown_ids(group, self._logits, self._needs)
         futures = [asyncio.get_running_loop().create_future() for _ in group.rollouts]
         async with self._arrived:
             self._waiting += [
@@ -93,7 +91,7 @@ class TransformersTeacher:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._config.flush_s):
                         await self._arrived.wait_for(
-                            lambda: self._tokens_waiting() >= self._config.batch_tokens
+                            lambda: self._tokens_waiting()[-1] >= self._config.batch_tokens
                         )
             batch = self._take()
             try:
@@ -103,29 +101,24 @@ class TransformersTeacher:
                     )
             except Exception as error:
                 # It belongs to these requests: their callers get it, the next batch goes on.
-                for _, _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
+                scored = [error] * len(batch)
             for (_, _, future), scores in zip(batch, scored, strict=True):
                 if future.done():  # its caller gave up
                     continue
-                if isinstance(scores, WireError):
+                if isinstance(scores, Exception):
                     future.set_exception(scores)
                 else:
                     future.set_result(scores)
 
-    def _tokens_waiting(self) -> int:
-        return sum(len(prompt) + len(rollout.ids) for prompt, rollout, _ in self._waiting)
+    def _tokens_waiting(self) -> list[int]:
+        """Count the tokens of the requests from the oldest up to each."""
+        return list(
+            itertools.accumulate(len(prompt) + len(r.ids) for prompt, r, _ in self._waiting)
+        )
 
     def _take(self) -> list[tuple[np.ndarray, Rollout, asyncio.Future]]:
         """Take the oldest requests that fit one batch, at least one."""
-        tokens, count = 0, 0
-        for prompt, rollout, _ in self._waiting:
-            tokens += len(prompt) + len(rollout.ids)
-            if count and tokens > self._config.batch_tokens:
-                break
-            count += 1
+        count = max(1, sum(t <= self._config.batch_tokens for t in self._tokens_waiting()))
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
@@ -152,7 +145,7 @@ class TransformersTeacher:
                 tail=self._needs.tail,
             ),
             candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
-            if self._at_candidates
+            if self._needs.teacher_at_student_ids
             else None,
         )
         return _split(scored, [r for _, r in items])
@@ -162,7 +155,7 @@ class TransformersTeacher:
         async with self._weights:
             return await asyncio.to_thread(self._greedy, prompts)
 
-    def _greedy(self, prompts: Sequence[Ints]) -> list[Ints]:
+    def _greedy(self, prompts: tuple[Ints, ...]) -> list[Ints]:
         eos_ids = list(self._settings.eos_ids)
         width = max(map(len, prompts))
         ids = torch.tensor(
@@ -187,22 +180,25 @@ class TransformersTeacher:
 
 def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
     """Cut what was read of a batch into the scores of its rollouts."""
-    lengths = [len(rollout.ids) for rollout in rollouts]
-
-    def parts(x: torch.Tensor | None, dtype: type = np.float32) -> list:
-        pieces = [None] * len(lengths) if x is None else x.cpu().split(lengths)
-        return [part if part is None else part.numpy().astype(dtype) for part in pieces]
-
     columns = {
-        "sampled_logp": parts(read.sampled_N),
-        "topk_ids": parts(read.topk_ids_NK, np.int32),
-        "topk_logp": parts(read.topk_NK),
-        "entropy": parts(read.entropy_N),
-        "candidate_logp": parts(read.candidates_NK),
-        "tail_logp": parts(read.tail_N),
+        "sampled_logp": read.sampled_N,
+        "topk_ids": read.topk_ids_NK,
+        "topk_logp": read.topk_NK,
+        "entropy": read.entropy_N,
+        "candidate_logp": read.candidates_NK,
+        "tail_logp": read.tail_N,
+    }
+    lengths = [len(rollout.ids) for rollout in rollouts]
+    parts = {
+        name: [
+            part.numpy().astype(np.int32 if name == "topk_ids" else np.float32)
+            for part in column.cpu().split(lengths)
+        ]
+        for name, column in columns.items()
+        if column is not None
     }
     return [
-        _scores(rollout.id, {name: column[i] for name, column in columns.items()})
+        _scores(rollout.id, {name: column[i] for name, column in parts.items()})
         for i, rollout in enumerate(rollouts)
     ]
 

@@ -39,65 +39,61 @@ class VllmTeacher:
         """Load the engine for sequences of at most `settings.longest` tokens."""
         assert config.model  # a reference without one of its own is sent with the student's
         self._settings = settings
-        self._topk, self._at_candidates = needs.teacher_topk, bool(needs.teacher_at_student_ids)
-        self._tail = needs.tail
+        self._needs = needs
         self._request_ids = itertools.count()
-        args = AsyncEngineArgs(
-            model=config.model,
-            dtype=config.dtype,
-            max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
-            max_num_batched_tokens=config.batch_tokens,
-            max_num_seqs=min(config.batch_tokens, 256),
-            max_logprobs=-1,
-            enable_prefix_caching=False,  # prompt log-probs could not use it
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            # Penalties and end tokens of the checkpoint's own would bend `greedy`.
-            generation_config="vllm",
-            skip_tokenizer_init=True,
-            trust_remote_code=settings.trust_remote_code,
-            disable_log_stats=True,
-            # On CPU it would be compiled for lengths that never come again.
-            **(
-                cpu_engine(config.memory_gib, enforce_eager=True)
-                if current_platform.is_cpu()
-                else {}
-            ),
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=config.model,
+                dtype=config.dtype,
+                max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
+                max_num_batched_tokens=config.batch_tokens,
+                max_num_seqs=min(config.batch_tokens, 256),
+                max_logprobs=-1,
+                enable_prefix_caching=False,  # prompt log-probs could not use it
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                # Penalties and end tokens of the checkpoint's own would bend `greedy`.
+                generation_config="vllm",
+                skip_tokenizer_init=True,
+                trust_remote_code=settings.trust_remote_code,
+                disable_log_stats=True,
+                # On CPU it would be compiled for lengths that never come again.
+                **(
+                    cpu_engine(config.memory_gib, enforce_eager=True)
+                    if current_platform.is_cpu()
+                    else {}
+                ),
+            )
         )
-        self._engine = AsyncLLM.from_engine_args(args)
         self._logits = self._engine.model_config.get_vocab_size()
-        self._padding = self._logits - settings.vocabulary
 
     async def score(self, group: Group) -> tuple[Scores, ...]:
         """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
         engine died, and WireError for an id that it has no logit of."""
-        for rollout in group.rollouts:
-            refuse_unknown_ids(rollout, self._logits, candidates=self._at_candidates)
+        refuse_unknown_ids(group, self._logits, self._needs)
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
         return matched(
             group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
         )
 
     async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
-        k = self._topk
+        k, vocabulary = self._needs.teacher_topk, self._settings.vocabulary
         ids, logp, candidate_logp = await self._read(prompt, rollout, k)
         # Rare in a trained model: look behind the padding.
-        if k and ids[:, 1:].max() >= self._settings.vocabulary:
-            ids, logp, candidate_logp = await self._read(prompt, rollout, k + self._padding)
-            padding = ids[:, 1:] >= self._settings.vocabulary
-            likeliest = 1 + np.argsort(padding, axis=1, kind="stable")[:, :k]
-            topk_ids = np.take_along_axis(ids, likeliest, axis=1)
-            topk_logp = np.take_along_axis(logp, likeliest, axis=1)
-        else:
-            topk_ids, topk_logp = ids[:, 1:], logp[:, 1:]
+        if k and ids[:, 1:].max() >= vocabulary:
+            padding = self._logits - vocabulary
+            ids, logp, candidate_logp = await self._read(prompt, rollout, k + padding)
+        # Padding goes behind; the others stay in their order.
+        likeliest = 1 + np.argsort(ids[:, 1:] >= vocabulary, axis=1, kind="stable")[:, :k]
+        topk_logp = np.take_along_axis(logp, likeliest, axis=1)
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
-            topk_ids=topk_ids if k else None,
+            topk_ids=np.take_along_axis(ids, likeliest, axis=1) if k else None,
             topk_logp=topk_logp if k else None,
             candidate_logp=candidate_logp,
             tail_logp=tail_left_by(topk_logp if candidate_logp is None else candidate_logp)
-            if self._tail
+            if self._needs.tail
             else None,
         )
 
@@ -108,7 +104,7 @@ class VllmTeacher:
         likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
         only."""
         scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
-        if self._at_candidates:
+        if self._needs.teacher_at_student_ids:
             scoring |= {
                 "prompt_logprob_token_ids": candidates_of(rollout),
                 "prompt_logprob_start": len(prompt) - 1,
@@ -123,12 +119,17 @@ class VllmTeacher:
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
-        sampling = {
-            "temperature": 0.0,
-            "max_tokens": self._settings.max_new_tokens,
-            "stop_token_ids": list(self._settings.eos_ids),
-        }
-        outputs = await asyncio.gather(*(self._run(ids, **sampling) for ids in prompts))
+        outputs = await asyncio.gather(
+            *(
+                self._run(
+                    ids,
+                    temperature=0.0,
+                    max_tokens=self._settings.max_new_tokens,
+                    stop_token_ids=list(self._settings.eos_ids),
+                )
+                for ids in prompts
+            )
+        )
         return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
     async def check_health(self) -> None:
@@ -140,13 +141,17 @@ class VllmTeacher:
             raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _run(self, ids: Ints, **sampling: Any) -> RequestOutput:
-        request = self._engine.generate(
-            {"prompt_token_ids": ids.tolist()},
-            SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling),
-            str(next(self._request_ids)),
-        )
         try:
-            (output,) = [output async for output in request]
+            (output,) = [
+                output
+                async for output in self._engine.generate(
+                    {"prompt_token_ids": ids.tolist()},
+                    SamplingParams(
+                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+                    ),
+                    str(next(self._request_ids)),
+                )
+            ]
         except EngineDeadError as e:
             raise ActorLost(f"{self._settings.name}: its engine died") from e
         return output

@@ -27,8 +27,11 @@ class GroupVerifier:
 
     async def check(self, group: Group) -> tuple[Verdict, ...]:
         """Check each rollout of `group`, side by side."""
-        checks = (self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
-        return tuple(await asyncio.gather(*checks))
+        return tuple(
+            await asyncio.gather(
+                *(self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
+            )
+        )
 
     async def ballots(self, group: Group, *verdicts: Verdict) -> tuple[Ballot, ...]:
         """Read what each rollout of `group` says and votes for. Right ones vote alike; wrong ones
@@ -56,11 +59,12 @@ class GroupVerifier:
         """Fill `same`: for each of `answers` the first that equals it."""
         for index, answer in answers.items():
             firsts = sorted(set(same.values()))
-            checks = (
-                self._pool.check(Check(id=id, response=answer, answer=answers[first]))
-                for first in firsts
+            verdicts = await asyncio.gather(
+                *(
+                    self._pool.check(Check(id=id, response=answer, answer=answers[first]))
+                    for first in firsts
+                )
             )
-            verdicts = await asyncio.gather(*checks)
             same[index] = next(
                 (first for first, verdict in zip(firsts, verdicts, strict=True) if verdict.correct),
                 index,

@@ -42,8 +42,7 @@ def main(parent: int, config: VerifyConfig) -> None:
         size = int.from_bytes(header, "big")
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
-        check = msgspec.msgpack.decode(requests.read(size), type=Check)
-        verdict = run_check(check, decide)
+        verdict = run_check(msgspec.msgpack.decode(requests.read(size), type=Check), decide)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
@@ -53,8 +52,11 @@ def run_check(check: Check, decide: Decide) -> Verdict:
     try:
         decision = decide(check.response, check.answer)
         correct, answer = decision if isinstance(decision, tuple) else (decision, None)
-        short = answer if answer is None or len(answer) <= LONGEST else ""
-        return Verdict(id=check.id, correct=correct, answer=short)
+        return Verdict(
+            id=check.id,
+            correct=correct,
+            answer=answer if answer is None or len(answer) <= LONGEST else "",
+        )
     except Exception as error:
         # Foreign code met a model's text: whatever it raises, the verdict is unknown.
         return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
@@ -80,8 +82,7 @@ def enforce_memory_limit(limit: int) -> None:
     Sympy swallows MemoryError and carries on with "not equal", for this check and, its caches full,
     for later ones.
     """
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
+    peak = int(Path("/proc/self/status").read_text().split("VmPeak:")[1].split()[0]) * 1024
     if peak > limit / 2:
         sys.exit(
             f"a check mapped {peak / 2**30:.2f} GiB, more than half of the limit of"

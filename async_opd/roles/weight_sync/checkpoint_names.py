@@ -2,7 +2,6 @@
 them in memory."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,24 +9,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from async_opd.core.errors import DataError
-from async_opd.roles.weight_sync.gloo import TensorMeta
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Parameters that go back to the checkpoint together (nearly always one), and what they become
-    there."""
-
-    parameters: tuple[str, ...]  # names in the model
-    tensors: tuple[TensorMeta, ...]  # in the checkpoint
-
-    @property
-    def nbytes(self) -> int:
-        return sum(meta.nbytes for meta in self.tensors)
-
-    @property
-    def dtype(self) -> str:
-        return self.tensors[0].dtype
+from async_opd.roles.weight_sync.gloo import Piece, TensorMeta
 
 
 def pieces(model: PreTrainedModel) -> list[Piece]:
@@ -58,7 +40,13 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
                 f"student.model: {', '.join(names)} does not come back whole as {', '.join(become)}"
             )
         parts.append(
-            Piece(tuple(names), tuple(_meta(name, tensor) for name, tensor in become.items()))
+            Piece(
+                tuple(names),
+                tuple(
+                    TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                    for name, tensor in become.items()
+                ),
+            )
         )
     return parts
 
@@ -85,7 +73,3 @@ def _revert(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, 
         raise DataError(
             f"student.model: no way back to a checkpoint for {', '.join(parameters)}: {e!r}"
         ) from e
-
-
-def _meta(name: str, tensor: Tensor) -> TensorMeta:
-    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,16 +31,24 @@ class TensorMeta:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
-class Sized(Protocol):
-    """What fills a bucket."""
+@dataclass(frozen=True)
+class Piece:
+    """Parameters that go back to the checkpoint together (nearly always one), and what they become
+    there."""
+
+    parameters: tuple[str, ...]  # names in the model
+    tensors: tuple[TensorMeta, ...]  # in the checkpoint
 
     @property
-    def dtype(self) -> str: ...
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.tensors)
+
     @property
-    def nbytes(self) -> int: ...
+    def dtype(self) -> str:
+        return self.tensors[0].dtype
 
 
-Item = TypeVar("Item", bound=Sized)
+Item = TypeVar("Item", TensorMeta, Piece)  # what fills a bucket
 
 
 def held_port(host: str) -> socket.socket:

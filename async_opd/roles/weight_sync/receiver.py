@@ -60,14 +60,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Join the learner's group, replacing the one of an earlier epoch."""
         self._init = init_info
         parallel = self.parallel_config
-        rank = (
-            init_info.rank_offset
-            + parallel.data_parallel_index * parallel.world_size
-            + parallel.rank
-        )
-        store = join_store(init_info.host, init_info.port, init_info.timeout_s)
         self._group = gloo_group(
-            store, rank=rank, world=init_info.world, timeout_s=init_info.timeout_s
+            join_store(init_info.host, init_info.port, init_info.timeout_s),
+            rank=init_info.rank_offset
+            + parallel.data_parallel_index * parallel.world_size
+            + parallel.rank,
+            world=init_info.world,
+            timeout_s=init_info.timeout_s,
         )
 
     def start_weight_update(self) -> None:
@@ -86,17 +85,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
             flat = torch.empty(sum(elements), dtype=getattr(torch, bucket[0].dtype))
             # all wait for the sender
             arriving.append((bucket, flat.split(elements), broadcast(group, flat)))
-        received: list[tuple[str, Tensor]] = []
-        for bucket, parts, work in arriving:
+        for _, _, work in arriving:
             work.wait()
-            received += [
-                (meta.name, part.view(meta.shape)) for meta, part in zip(bucket, parts, strict=True)
-            ]
         if self.device.type == "cpu":
             self._rebuild_experts()
         initialize_layerwise_reload(self.model)
         model: Any = self.model  # of any of vLLM's classes
-        model.load_weights((name, weight.to(self.device)) for name, weight in received)
+        model.load_weights(
+            (meta.name, part.view(meta.shape).to(self.device))
+            for bucket, parts, _ in arriving
+            for meta, part in zip(bucket, parts, strict=True)
+        )
 
     def finish_weight_update(self) -> None:
         """Rebuild the kernels' tensors. A tied LM head gets no weights of its own, so the reload

@@ -80,8 +80,7 @@ class NcclSender(Sender):
 
     def __init__(self, host: str, *, bucket_bytes: int, timeout_s: float):
         self._held = held_port(host)  # vLLM listens there itself, once all are to join
-        host, port = self._held.getsockname()
-        super().__init__(host, port, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
+        super().__init__(*self._held.getsockname(), bucket_bytes=bucket_bytes, timeout_s=timeout_s)
 
     def join(self, world: int) -> None:
         """Wait until every worker has joined."""

@@ -18,20 +18,17 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from async_opd.core.errors import DataError
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox import test_driver
-from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, probe
+from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, pipe, probe
 
 # Of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
 # unknown.
@@ -62,7 +59,7 @@ def _each(candidate, cases):
 """
 
 
-class InOut(Struct):
+class InOut(msgspec.Struct):
     """Tests of APPS."""
 
     inputs: list[Any]
@@ -70,7 +67,7 @@ class InOut(Struct):
     fn_name: str | None = None
 
 
-class HumanEval(Struct):
+class HumanEval(msgspec.Struct):
     """Tests of HumanEval."""
 
     test: str
@@ -78,7 +75,7 @@ class HumanEval(Struct):
     prompt: str = ""
 
 
-class Mbpp(Struct):
+class Mbpp(msgspec.Struct):
     """Tests of MBPP."""
 
     test_list: list[str]
@@ -118,8 +115,10 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
                 code, EACH_CALL, f"_each({name}, {cases!r})", name, start, prelude=PROVIDED
             )
         case InOut():
-            cases = zip(tests.inputs, tests.outputs, strict=True)
-            return all(_prints(code, _text(text), _text(wanted), start) for text, wanted in cases)
+            return all(
+                _prints(code, _text(text), _text(wanted), start)
+                for text, wanted in zip(tests.inputs, tests.outputs, strict=True)
+            )
         case HumanEval(test, name, prompt):
             return _answers(f"{prompt}\n{code}", prompt, f"{test}\ncheck({name})", name, start)
         case Mbpp(asserts, setup):
@@ -136,8 +135,7 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
     """Read the tests of a reference answer. Raises DataError."""
     try:
         tree = json.loads(answer)
-        style = next(style for key, style in STYLES.items() if key in tree)
-        tests = msgspec.convert(tree, style)
+        tests = msgspec.convert(tree, next(kind for key, kind in STYLES.items() if key in tree))
     except (ValueError, TypeError, RecursionError, StopIteration, msgspec.ValidationError) as error:
         raise DataError(
             f"reference answer {answer[:200]!r} holds no tests of a known style: {error}"
@@ -164,9 +162,8 @@ def _same(output: str, wanted: str) -> bool:
     ours, theirs = (
         [line.split() for line in text.splitlines() if line.strip()] for text in (output, wanted)
     )
-    lines = zip(ours, theirs, strict=False)
     return len(ours) == len(theirs) and all(
-        len(x) == len(y) and all(map(_equal, x, y)) for x, y in lines
+        len(x) == len(y) and all(map(_equal, x, y)) for x, y in zip(ours, theirs, strict=True)
     )
 
 
@@ -182,7 +179,7 @@ def _equal(word: str, wanted: str) -> bool:
 def _prints(code: str, text: str, wanted: str, start: Callable[..., Program]) -> bool:
     """Tell whether `code`, which reads `text`, prints what is wanted."""
     limit = 2 * len(wanted.encode()) + SPARE_BYTES
-    with os.fdopen(os.memfd_create("input"), "wb", buffering=0) as store, _pipe() as (out, printed):
+    with os.fdopen(os.memfd_create("input"), "wb", buffering=0) as store, pipe() as (out, printed):
         store.write(text.encode(errors="replace"))
         with (
             open(f"/proc/self/fd/{store.fileno()}", "rb") as stdin,
@@ -203,8 +200,8 @@ def _answers(
     program = f"{TEST_DRIVER}\n\nserve({code!r}, 3, 4, {prelude!r})"
     testing = f"{TEST_DRIVER}\n\nrun_tests({setup!r}, {tests!r}, {entry!r}, 4, 3)"
     with (
-        _pipe() as (asked, ask),
-        _pipe() as (answered, reply),
+        pipe() as (asked, ask),
+        pipe() as (answered, reply),
         open(os.devnull, "r+b", buffering=0) as nothing,
     ):
         std = [nothing.fileno()] * 3
@@ -220,10 +217,3 @@ def _answers(
             f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"
         )
     return status == 0
-
-
-@contextmanager
-def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
-    read, write = os.pipe()
-    with os.fdopen(read, "rb", buffering=0) as out, os.fdopen(write, "wb", buffering=0) as into:
-        yield out, into

@@ -17,13 +17,14 @@ from pathlib import Path
 
 NOBODY = 65534
 PROGRAM = "/program.py"
-CLONE_NEWNS = 0x20000
-CLONE_NEWUTS = 0x4000000
-CLONE_NEWIPC = 0x8000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
-EVERY = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
+CLONE_NEW = {
+    "mount": 0x20000,
+    "uts": 0x4000000,
+    "ipc": 0x8000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "network": 0x40000000,
+}
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_BIND = 0x1000
@@ -39,9 +40,6 @@ PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_FILTER = 2
-ALLOW = 0x7FFF0000
-REFUSE = 0x50001
-KILL = 0x80000000
 # What no namespace or limit of a process covers: shmget, msgget, memfd_create, memfd_secret; socket
 # (a vsock leaves a virtual machine), io_uring_setup (it makes sockets too), add_key, request_key,
 # keyctl. Machine: (audit number, calls).
@@ -64,7 +62,7 @@ def leave() -> None:
     first in it."""
     if os.geteuid() == 0:
         os.setgroups([])
-    _call("unshare", EVERY)
+    _call("unshare", sum(CLONE_NEW.values()))
 
 
 def map_users(pid: int) -> None:
@@ -160,12 +158,12 @@ def refuse_uncovered_calls() -> None:
     program = [
         (0x20, 0, 0, 4),  # load the machine
         (0x15, 1, 0, machine),
-        (0x06, 0, 0, KILL),
+        (0x06, 0, 0, 0x80000000),  # kill
         (0x20, 0, 0, 0),  # load the call
         (0x35, len(calls) + 1, 0, 0x40000000),  # those of x32
         *refused,
-        (0x06, 0, 0, ALLOW),
-        (0x06, 0, 0, REFUSE),
+        (0x06, 0, 0, 0x7FFF0000),  # allow
+        (0x06, 0, 0, 0x50001),  # refuse, with EPERM
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     _call(

@@ -14,8 +14,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -161,10 +162,9 @@ class Program:
         for number, fd in enumerate([_high(fd) for fd in self._files]):
             os.dup2(fd, number)
         os.closerange(len(self._files), tell)  # what is from there on closes with the exec
-        cpu_s = int(self._left()) + 1
         for limit, value in (
             (resource.RLIMIT_AS, self._memory),
-            (resource.RLIMIT_CPU, cpu_s),
+            (resource.RLIMIT_CPU, int(self._left()) + 1),
             (resource.RLIMIT_FSIZE, FILE_MIB << 20),
             (resource.RLIMIT_NOFILE, OPEN_FILES),
             (resource.RLIMIT_NPROC, PROCESSES + self._ours),
@@ -176,26 +176,33 @@ class Program:
 
 def probe(*, isolated: bool, memory: int) -> None:
     """Runs a program, to see whether this host allows it. Raises ConfigError."""
-    out, write = os.pipe()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    files, deadline = [nothing, write, nothing], time.monotonic() + PROBE_S
-    try:
-        with Program(
-            "print(6 * 7)", files, isolated=isolated, memory=memory, deadline=deadline
-        ) as program:
-            os.close(write)
-            outcome = program.read(out, 100), program.wait()
-    except OSError as error:
-        os.close(write)
-        outcome = error.strerror
-    os.close(out)
-    os.close(nothing)
+    with pipe() as (out, write), open(os.devnull, "r+b", buffering=0) as nothing:
+        try:
+            with Program(
+                "print(6 * 7)",
+                [nothing.fileno(), write.fileno(), nothing.fileno()],
+                isolated=isolated,
+                memory=memory,
+                deadline=time.monotonic() + PROBE_S,
+            ) as program:
+                write.close()
+                outcome = program.read(out.fileno(), 100), program.wait()
+        except OSError as error:
+            outcome = error.strerror
     if outcome != (b"42\n", 0):
         raise ConfigError(
             f"verify.check = 'code': this host does not allow its sandbox ({outcome}), which needs"
             " Linux 5.14 or newer and user namespaces for this user; verify.sandbox = 'none' runs"
             " programs as this user, without one"
         )
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """A pipe, its end to read from first."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as out, os.fdopen(write, "wb", buffering=0) as into:
+        yield out, into
 
 
 def _high(fd: int) -> int:

@@ -92,8 +92,11 @@ def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -
     names: dict[str, object] = {"__name__": "tests"}
     for name in foreign:
         try:
-            module = name in sys.stdlib_module_names and name not in called
-            names[name] = importlib.import_module(name) if module else ask("get", name)
+            names[name] = (
+                importlib.import_module(name)
+                if name in sys.stdlib_module_names and name not in called
+                else ask("get", name)
+            )
         except KeyError:
             continue
     exec(code[0], names)
@@ -132,16 +135,12 @@ def _foreign(source: str) -> tuple[list[str], set[str]]:
     names, unless it uses nothing else."""
     nodes = list(ast.walk(ast.parse(source)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    defined = {
-        node.id
-        for node in nodes
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-    defined |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    defined |= {
-        (node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)
-    }
+    defined = (
+        {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        | {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    )
     foreign = sorted(used - defined)
     called = {
         node.func.id
