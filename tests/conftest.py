@@ -56,11 +56,11 @@ def own_cluster() -> Iterator[None]:
 def unheard(caplog) -> Callable[[], list[str]]:
     """What asyncio says of errors that nobody has asked for, once what is done with is gone."""
 
-    def said() -> list[str]:
+    def reported() -> list[str]:
         gc.collect()
         return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
-    return said
+    return reported
 
 
 @pytest.fixture(scope="session")

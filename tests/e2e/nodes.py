@@ -37,8 +37,8 @@ class Nodes:
             _said(head, "RAY_API_SERVER_ADDRESS='(.+)' ray job submit"),
         )
         self._env["RAY_AUTH_MODE"] = "token"
-        for at in range(3, count + 2):
-            self._start(f"127.0.0.{at}", f"--address={address}")
+        for last_byte in range(3, count + 2):
+            self._start(f"127.0.0.{last_byte}", f"--address={address}")
 
     def _start(self, address: str, *args: str) -> Job:
         """One more node, up."""

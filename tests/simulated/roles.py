@@ -106,7 +106,8 @@ class SimulatedGenerator(Generator):
     """
 
     def __init__(self, pace: Pace = AT_ONCE, seed: int = 0, *, truncated: bool = False):
-        self.pace, self.version, self.tokens, self.truncated = pace, 0, 0, truncated
+        self.pace, self.truncated = pace, truncated
+        self.version = self.tokens = 0
         self._draw = random.Random(seed)
         self._places = Places(pace.concurrency)
         self._running = asyncio.Event()
@@ -132,12 +133,14 @@ class SimulatedGenerator(Generator):
         ), prompt
 
     async def _sample(self, tokens: int) -> tuple[Span, ...]:
-        if not self.pace.token_s:
+        token_s = self.pace.token_s
+        if not token_s:
             await self._running.wait()
             await asyncio.sleep(0)
             self.tokens += tokens
             return (Span(version=self.version, start=0, end=tokens),)
-        spans, made, worked_s, token_s = [], 0, 0.0, self.pace.token_s
+        spans: list[Span] = []
+        made, worked_s = 0, 0.0
         clock = asyncio.get_running_loop().time
         while made < tokens:
             await self._running.wait()
@@ -146,13 +149,13 @@ class SimulatedGenerator(Generator):
                 async with asyncio.timeout(tokens * token_s - worked_s):
                     await self._halt.wait()
                 worked_s += clock() - began
-                at = min(int(worked_s / token_s), tokens)
+                end = min(int(worked_s / token_s), tokens)
             except TimeoutError:
-                at = tokens
-            if at > made:
-                spans.append(Span(version=version, start=made, end=at))
-            self.tokens += at - made
-            made = at
+                end = tokens
+            if end > made:
+                spans.append(Span(version=version, start=made, end=end))
+            self.tokens += end - made
+            made = end
         return tuple(spans)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
@@ -280,9 +283,9 @@ class Prompts:
         self._count, self.position = count, {"drawn": 0}
 
     def __iter__(self) -> Iterator[Prompt]:
-        while (at := self.position["drawn"]) < self._count:
-            self.position = {"drawn": at + 1}
-            yield _prompt(f"{at}")
+        while (drawn := self.position["drawn"]) < self._count:
+            self.position = {"drawn": drawn + 1}
+            yield _prompt(f"{drawn}")
 
     def continued(self, position: dict, outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Those that were `outstanding`, then those behind `position`."""

@@ -81,24 +81,24 @@ async def measure(
     excluded: list[int] = []  # tokens, by step
 
     def mark(row: Row) -> None:
-        own = (
+        own_s = (
             generator.tokens * pace.token_s / pace.concurrency,
             teacher.groups * pace.score_s,
             learner.version * pace.step_s,
         )
-        marks[row["step"]] = np.array([clock(), time.process_time(), *own])
+        marks[row["step"]] = np.array([clock(), time.process_time(), *own_s])
         excluded.append(row["tokens_excluded"])
 
     meter = Meter([mark, *sinks], clock=clock, spans=spans)
     with tempfile.TemporaryDirectory() as folder:
         summary = await train(config, roles, Prompts(), [], Path(folder), meter)
     meter.flush()
-    wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()
-    longest = max(own)
+    wall_s, cpu_s, *own_s = (marks[steps - EDGE] - marks[EDGE]).tolist()
+    longest = max(own_s)
     trajectories = (steps - 2 * EDGE) * PER_STEP
     return summary | {
         "trajectories_per_s": trajectories / wall_s,
-        "longest": ("generation", "teacher", "learner")[own.index(longest)],
+        "longest": ("generation", "teacher", "learner")[own_s.index(longest)],
         "of_longest": longest / wall_s,
         "excluded_share": sum(excluded) / (sum(excluded) + summary["trained_tokens"]),
         "cpu_ms_per_trajectory": 1000 * cpu_s / trajectories,

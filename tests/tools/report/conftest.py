@@ -147,8 +147,9 @@ class Page:
 
     def send(self, method: str, **params: Any) -> dict:
         self._next += 1
-        message = {"id": self._next, "method": method, "params": params, **self._session}
-        self._socket.send(json.dumps(message))
+        self._socket.send(
+            json.dumps({"id": self._next, "method": method, "params": params, **self._session})
+        )
         while (answer := json.loads(self._socket.recv(20))).get("id") != self._next:
             self._heard(answer["method"], answer.get("params", {}))
         assert "error" not in answer, answer
