@@ -77,7 +77,7 @@ def micro_batch(needs: Needs) -> MicroBatch:
         teacher_tail_logp_N=-1 - torch.rand(TOKENS) if needs.tail else None,
         teacher_entropy_N=torch.rand(TOKENS) * 3,
         reference_logp_N=-torch.rand(TOKENS) * 3,
-        taught=False,
+        from_teacher=False,
     )
 
 
