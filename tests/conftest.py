@@ -40,9 +40,13 @@ def pytest_collection() -> Iterator[None]:
 def own_cluster() -> Iterator[None]:
     """No test finds a cluster that runs on this machine, of a user or of another process of tests:
     Ray leaves where one is in its folder for temporary files."""
-    # for names of sockets
-    short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
-    with short as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        # short, for names of sockets
+        tempfile.TemporaryDirectory(
+            prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
@@ -52,11 +56,11 @@ def own_cluster() -> Iterator[None]:
 def unheard(caplog) -> Callable[[], list[str]]:
     """What asyncio says of errors that nobody has asked for, once what is done with is gone."""
 
-    def said() -> list[str]:
+    def reported() -> list[str]:
         gc.collect()
         return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
-    return said
+    return reported
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,12 @@ class TensorMemory(TorchDispatchMode):
         self._bytes: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for given in _storages((args, kwargs)):
-            self._bytes.setdefault(StorageWeakRef(given), 0)  # made before, by somebody else
+        for storage in _storages((args, kwargs)):
+            self._bytes.setdefault(StorageWeakRef(storage), 0)  # made before, by somebody else
         result = function(*args, **(kwargs or {}))
-        for made in _storages(result):
-            self._bytes.setdefault(StorageWeakRef(made), made.nbytes())
-        self._bytes = {
-            storage: size for storage, size in self._bytes.items() if not storage.expired()
-        }
+        for storage in _storages(result):
+            self._bytes.setdefault(StorageWeakRef(storage), storage.nbytes())
+        self._bytes = {alive: size for alive, size in self._bytes.items() if not alive.expired()}
         self.most = max(self.most, sum(self._bytes.values()))
         return result
 

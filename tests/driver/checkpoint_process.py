@@ -29,14 +29,16 @@ def save(
     for name in ("model/weights", "learner/deep/shard"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(f"{name} of {step} {tag}")
-    state = RunState(
-        version=step,
-        position={"epoch": step},
-        outstanding=["a@0"],
-        score=score,
-        counters={"tag": tag},
+    checkpoints.commit(
+        step,
+        RunState(
+            version=step,
+            position={"epoch": step},
+            outstanding=["a@0"],
+            score=score,
+            counters={"tag": tag},
+        ),
     )
-    checkpoints.commit(step, state)
 
 
 WHAT = dict(

@@ -12,7 +12,7 @@ import pytest
 
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
 from async_opd.maths import lag
-from tests.simulated.runs import OverPorts, stream
+from tests.simulated.runs import pools_over, stream
 
 GROUPS_PER_STEP = 8
 
@@ -95,7 +95,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
     async with asyncio.TaskGroup() as tasks:
         admission, queue, slots = stream(
             tasks,
-            OverPorts(generators=[world] * generators, teachers={"": [world]}, verifier=world),
+            pools_over(generators=[world] * generators, teachers={"": [world]}, verifier=world),
             slots=lag.slots(bound + 1, GROUPS_PER_STEP),
             needed=steps * GROUPS_PER_STEP,
             queue=dict(groups_per_step=GROUPS_PER_STEP, max_lag_steps=bound, stale=stale),

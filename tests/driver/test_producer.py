@@ -7,7 +7,7 @@ from async_opd.core.errors import ActorLost
 from async_opd.core.wire import Span, Verdict
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
-from tests.simulated.runs import OverPorts, stream
+from tests.simulated.runs import pools_over, stream
 
 
 class Generator(SimulatedGenerator):
@@ -38,14 +38,14 @@ def over(
     **settings,
 ):
     """(admission, queue, slots) over simulated roles; `own` are the teacher's generators."""
-    ports = OverPorts(
+    pools = pools_over(
         generators=generators,
         teachers=teachers or {"": [SimulatedTeacher()]},
         references=references,
         verifier=verifier or SimulatedVerifier(),
         teacher_generators=own,
     )
-    return stream(tasks, ports, slots=slots, needed=needed, queue=ONE_BY_ONE, **settings)
+    return stream(tasks, pools, slots=slots, needed=needed, queue=ONE_BY_ONE, **settings)
 
 
 async def settle() -> None:

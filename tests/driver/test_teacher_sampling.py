@@ -25,7 +25,7 @@ from tests.simulated.roles import (
     SimulatedTeacher,
     SimulatedVerifier,
 )
-from tests.simulated.runs import OverPorts, books
+from tests.simulated.runs import books, pools_over
 from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1, heavy_tail=True)
@@ -258,12 +258,12 @@ def test_its_generators_are_a_role_with_times_of_its_own(tmp_path):
 def test_the_prompts_are_spread_evenly(share, expected):
     async def asked() -> list[int]:
         async with asyncio.TaskGroup() as tasks:
-            pools = OverPorts(
+            pools = pools_over(
                 generators=[],
                 teachers={},
                 verifier=SimulatedVerifier(),
                 teacher_generators=[SimulatedGenerator()],
-            ).pools()
+            )
             sampling = TeacherSampling(
                 TeacherSamplingConfig(share=share, full_until_step=1, until_step=1),
                 pools,

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import psutil
 import pytest
@@ -23,6 +23,7 @@ SMALL = (
     "learner.lr=5e-4",
 )
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # gone by themselves within two minutes
+T = TypeVar("T")
 
 
 class Job:
@@ -59,31 +60,26 @@ class Job:
     def text(self) -> str:
         return self.log.read_text()
 
-    def until(self, said: str, timeout_s: float = 150) -> None:
-        """Wait until the job has printed `said`; fails with its log if it ends or takes too
-        long."""
+    def until(self, happened: Callable[[], T], timeout_s: float = 240) -> T:
+        """Wait until `happened` returns something true, and return it; fails with the job's log if
+        it ends or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while said not in self.text():
+        while not (outcome := happened()):
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.1)
+        return outcome
 
     def processes(self, everything: bool = False) -> list[psutil.Process]:
         """Living processes of this job, Ray's own lingering agents apart unless `everything` is
         asked for."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                ours = process.environ().get("ASYNC_OPD_TEST_MARK") == self.mark
-                if (
-                    ours
-                    and process.status() != psutil.STATUS_ZOMBIE
-                    and (everything or " ".join(process.cmdline()).strip() not in RAYS_OWN)
-                ):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return [
+            process
+            for process in psutil.process_iter(["environ", "status", "cmdline"])  # None: not ours
+            if (process.info["environ"] or {}).get("ASYNC_OPD_TEST_MARK") == self.mark
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+            and (everything or " ".join(process.info["cmdline"] or ()).strip() not in RAYS_OWN)
+        ]
 
     def gone_within(self, seconds: float) -> list[str]:
         """Command lines of what is still there after `seconds`: empty when all went."""
@@ -92,9 +88,10 @@ class Job:
             time.sleep(0.2)
         return [" ".join(p.cmdline())[:200] for p in left]
 
-    def find(self, name: str) -> psutil.Process:
-        """The process whose title begins with `name`."""
-        return next(p for p in self.processes() if " ".join(p.cmdline()).startswith(name))
+    def titled(self, name: str) -> list[psutil.Process]:
+        """The processes whose title begins with `name`, the oldest first."""
+        named = (p for p in self.processes() if " ".join(p.cmdline()).startswith(name))
+        return sorted(named, key=psutil.Process.create_time)
 
 
 def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
@@ -119,16 +116,12 @@ def wait_for_event(
 ) -> dict:
     """The first event from the time `since` on of one whose name begins with `who`; fails with the
     job's log if it ends or takes too long."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        for event in events(run):
-            if event["what"] == what and event["who"].startswith(who) and event["time"] >= since:
-                return event
-        assert job.process.poll() is None, job.text()
-        assert time.monotonic() < deadline, (
-            f"{what} of {who} not told in {timeout_s} s: {events(run)}"
-        )
-        time.sleep(0.1)
+
+    def first() -> dict | None:
+        of_them = (event for event in events(run) if event["who"].startswith(who))
+        return next((e for e in of_them if e["what"] == what and e["time"] >= since), None)
+
+    return job.until(first, timeout_s)
 
 
 def _lines(log: Path) -> list[dict]:
@@ -138,11 +131,7 @@ def _lines(log: Path) -> list[dict]:
 def wait_for_steps(job: Job, run: Path, count: int, timeout_s: float = 240) -> None:
     """Wait until `count` steps are logged; fails with the job's log if it ends or takes too
     long."""
-    deadline = time.monotonic() + timeout_s
-    while len(rows(run)) < count:
-        assert job.process.poll() is None, job.text()
-        assert time.monotonic() < deadline, job.text()
-        time.sleep(0.1)
+    job.until(lambda: len(rows(run)) >= count, timeout_s)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,17 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 12  # lines of one command's output: half of them from its beginning, half from its end
 
 
-def commands(readme: str, heading: str = "") -> list[str]:
-    """The lines of its bash blocks, behind `heading` where one is given."""
+def commands(readme: str, heading: str, skipped: list[str]) -> list[str]:
+    """The lines of its bash blocks but the `skipped`, behind `heading` where it is not empty."""
     behind = readme[readme.index(f"## {heading}") :] if heading else readme
     blocks = re.findall(r"^```bash\n(.*?)^```$", behind, re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines() if line]
+    return [line for block in blocks for line in block.splitlines() if line not in ("", *skipped)]
 
 
 def shortened(output: str) -> str:
@@ -59,7 +60,7 @@ class Shell:
     def run(self, command: str) -> tuple[int, str]:
         """Exit status and output."""
         end = f"newcomer-{time.monotonic_ns()}"
-        self._bash.stdin.write(f"{{ {command}\n}} </dev/null; echo; echo {end} $?\n")
+        self._bash.stdin.write(f"{{ {command}\n}} </dev/null; printf '\\n{end} %d\\n' $?\n")
         self._bash.stdin.flush()
         output = []
         for line in self._bash.stdout:
@@ -73,7 +74,7 @@ class Shell:
         self._bash.wait()
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,13 +96,9 @@ def main() -> int:
         folder = args.clone or Path(scratch, "async-opd")
         if not folder.exists():
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-        shell = Shell(folder)
-        with args.out.open("w", encoding="utf-8") as transcript:
-            for command in commands(
-                (folder / "README.md").read_text(encoding="utf-8"), args.heading
-            ):
-                if command in args.skip:
-                    continue
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        with closing(Shell(folder)) as shell, args.out.open("w", encoding="utf-8") as transcript:
+            for command in commands(readme, args.heading, args.skip):
                 started = time.monotonic()
                 status, output = shell.run(command)
                 shown = (
@@ -112,11 +109,8 @@ def main() -> int:
                 transcript.flush()
                 print(shown, end="", flush=True)
                 if status:
-                    print(f"{command!r} failed", file=sys.stderr)
-                    break
-        shell.close()
-    return 1 if status else 0
+                    sys.exit(f"{command!r} failed")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

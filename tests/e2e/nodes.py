@@ -3,14 +3,12 @@
 
 import re
 import shutil
-import sys
 import tempfile
 import uuid
 from pathlib import Path
 
 from tests.e2e.conftest import Job
 
-RAY = ("-m", "ray.scripts.scripts")
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,34 +37,31 @@ class Nodes:
             _said(head, "RAY_API_SERVER_ADDRESS='(.+)' ray job submit"),
         )
         self._env["RAY_AUTH_MODE"] = "token"
-        for at in range(3, count + 2):
-            self._start(f"127.0.0.{at}", f"--address={address}")
+        for last_byte in range(3, count + 2):
+            self._start(f"127.0.0.{last_byte}", f"--address={address}")
 
     def _start(self, address: str, *args: str) -> Job:
         """One more node, up."""
-        size = "--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"
-        # any: nodes share them
-        ports = "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"
-        where = f"--node-ip-address={address}", f"--temp-dir={self._sockets}"
         job = Job(
             "start",
             "--block",
             *args,
-            *where,
-            *ports,
-            *size,
+            f"--node-ip-address={address}",
+            f"--temp-dir={self._sockets}",
+            "--min-worker-port=0",  # any: nodes share them
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+            "--num-cpus=1",
+            f"--object-store-memory={100 << 20}",
+            "--disable-usage-stats",
             folder=self._folder,
-            program=RAY,
+            program=("-m", "ray.scripts.scripts"),
             env=self._env,
         )
         self.nodes[address] = job
-        job.until("To terminate the Ray runtime")  # behind its addresses
+        # behind its addresses
+        job.until(lambda: "To terminate the Ray runtime" in job.text(), timeout_s=150)
         return job
-
-    def submit(self, *command: str) -> Job:
-        """A job of the cluster; what it says is followed, and its end ends this."""
-        args = "job", "submit", "--address", self.api, "--", sys.executable, *command
-        return Job(*args, folder=self._folder, program=RAY, env=self._env)
 
     def kill(self, address: str) -> None:
         """A node dies at once: its raylet, without which its workers end."""

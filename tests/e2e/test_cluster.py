@@ -41,7 +41,7 @@ def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stop
         return job.text()
 
     submitting = start("submit", "configs/demo.toml", f"run.dir={run}", "run.steps=100000", *SMALL)
-    submitting.until("1/100000 ", timeout_s=240)
+    submitting.until(lambda: "1/100000 " in submitting.text())
     id = next(line for line in submitting.text().splitlines() if line.startswith("raysubmit_"))
     submitting.process.send_signal(signal.SIGINT)
     assert submitting.wait(60) == 130

@@ -39,7 +39,9 @@ def ended(folder: Path, end: Callable[[Job], None]) -> Ended:
 
 @pytest.fixture(scope="module")
 def learner_killed(tmp_path_factory) -> Ended:
-    return ended(tmp_path_factory.mktemp("learner"), lambda job: job.find("ray::Learner").kill())
+    return ended(
+        tmp_path_factory.mktemp("learner"), lambda job: job.titled("ray::Learner")[0].kill()
+    )
 
 
 @pytest.fixture(scope="module")

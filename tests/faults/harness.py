@@ -17,7 +17,6 @@ TITLES = {
     "verifier": "ray::Verifier",
     "learner": "ray::Learner",
 }
-TITLES["engine"] = "VLLM::EngineCore"
 
 
 class Hurt:
@@ -33,8 +32,7 @@ class Hurt:
 
     def pids(self, role: str) -> list[psutil.Process]:
         """Processes of a role, the oldest first."""
-        found = [p for p in self.job.processes() if " ".join(p.cmdline()).startswith(TITLES[role])]
-        return sorted(found, key=psutil.Process.create_time)
+        return self.job.titled(TITLES[role])
 
     def hurt(self, role: str, how: signal.Signals = signal.SIGKILL, which: int = 0) -> float:
         """Signal one process of `role`; returns when."""

@@ -41,10 +41,7 @@ def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
     )
     assert answer.stdout == "generators: 3 -> 1\n"
     # one that was on its way to a seat that is gone leaves once it is there
-    deadline = time.monotonic() + 240
-    while len(hurt.pids("generator")) > 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    hurt.job.until(lambda: len(hurt.pids("generator")) <= 1)
     hurt.trains(3)
     assert len(hurt.pids("generator")) == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
 from async_opd.maths import lag
-from tests.simulated.runs import OverPorts, stream
+from tests.simulated.runs import pools_over, stream
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 AT_ONCE = 7  # complete, at most, before anybody else runs
@@ -69,7 +69,7 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
     async with asyncio.TaskGroup() as tasks:
         admission, queue, slots = stream(
             tasks,
-            OverPorts(generators=[world], teachers={"": [world]}, verifier=world),
+            pools_over(generators=[world], teachers={"": [world]}, verifier=world),
             slots=lag.slots(BOUND + 1, PER_STEP),
             needed=COMPLETIONS,
             queue=dict(groups_per_step=PER_STEP, max_lag_steps=BOUND, stale=stale),

@@ -46,18 +46,17 @@ def ragged(seed, **more):
     """Five trajectories of random log-probs, among them one of unknown verdict and one whose group
     is all right."""
     generator = torch.Generator().manual_seed(seed)
-    rows = -3 * torch.rand(4, sum(LENGTHS), generator=generator) - 0.01
-    student, behaviour, teacher, reference = rows.tolist()
+    student, behaviour, teacher, reference = (
+        -3 * torch.rand(4, sum(LENGTHS), generator=generator) - 0.01
+    ).tolist()
     entropies = 4 * torch.rand(2, sum(LENGTHS), generator=generator)
-    rewards = [1.0, 0.0, 1.0, NAN, 0.0]
-    groups = [[1.0, 0.0, NAN]] * 2 + [[1.0, 1.0, 1.0]] + [[NAN, 1.0, 0.0]] + [[0.0, 1.0, 1.0]]
     return batch(
         student,
         teacher,
         behaviour=behaviour,
         lengths=LENGTHS,
-        reward=rewards,
-        group=groups,
+        reward=[1.0, 0.0, 1.0, NAN, 0.0],
+        group=[[1, 0, NAN], [1, 0, NAN], [1, 1, 1], [NAN, 1, 0], [0, 1, 1]],
         reference_logp_N=reference,
         student_entropy_N=entropies[0],
         teacher_entropy_N=entropies[1],

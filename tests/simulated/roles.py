@@ -1,5 +1,5 @@
 """Every role of a run without a model: tokens, scores and steps are made up; versions, pauses and
-times are real.
+times are real. Calls of a port that a role here leaves out do nothing.
 
 A role takes the times that a `Pace` sets. At `AT_ONCE`, the default, it answers when the event loop
 comes round.
@@ -8,7 +8,7 @@ comes round.
 import asyncio
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from async_opd.core.ports import ScoredGroup
+from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher, Verifier
 from async_opd.core.wire import (
     GroupMeta,
     Prompt,
@@ -74,35 +74,31 @@ class Places:
     """So many at once; the others wait, in order but for those that go first."""
 
     def __init__(self, count: int):
-        self._free, self._waiting = count, deque()
+        self._free = count
+        self._waiting: deque[asyncio.Event] = deque()
 
     @asynccontextmanager
     async def one(self, first: bool) -> AsyncIterator[None]:
-        if self._free:
-            self._free -= 1
-        else:
-            turn = asyncio.get_running_loop().create_future()
-            (self._waiting.appendleft if first else self._waiting.append)(turn)
-            try:
-                await turn  # the place of one who leaves
-            except asyncio.CancelledError:
-                if not turn.cancelled():
-                    self._leave()
-                raise
+        turn = asyncio.Event()
+        (self._waiting.appendleft if first else self._waiting.append)(turn)
+        self._admit()
         try:
+            await turn.wait()
             yield
         finally:
-            self._leave()
+            if turn.is_set():
+                self._free += 1
+                self._admit()
+            else:  # cancelled before its turn
+                self._waiting.remove(turn)
 
-    def _leave(self) -> None:
-        while self._waiting:
-            if not (turn := self._waiting.popleft()).done():  # else it was cancelled
-                turn.set_result(None)
-                return
-        self._free += 1
+    def _admit(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._waiting.popleft().set()
 
 
-class SimulatedGenerator:
+class SimulatedGenerator(Generator):
     """`concurrency` requests at once, first come, first served; all stand still from `update` to
     `resume`.
 
@@ -110,7 +106,8 @@ class SimulatedGenerator:
     """
 
     def __init__(self, pace: Pace = AT_ONCE, seed: int = 0, *, truncated: bool = False):
-        self.pace, self.version, self.tokens, self.truncated = pace, 0, 0, truncated
+        self.pace, self.truncated = pace, truncated
+        self.version = self.tokens = 0
         self._draw = random.Random(seed)
         self._places = Places(pace.concurrency)
         self._running = asyncio.Event()
@@ -136,12 +133,14 @@ class SimulatedGenerator:
         ), prompt
 
     async def _sample(self, tokens: int) -> tuple[Span, ...]:
-        if not self.pace.token_s:
+        token_s = self.pace.token_s
+        if not token_s:
             await self._running.wait()
             await asyncio.sleep(0)
             self.tokens += tokens
             return (Span(version=self.version, start=0, end=tokens),)
-        spans, made, worked_s, token_s = [], 0, 0.0, self.pace.token_s
+        spans: list[Span] = []
+        made, worked_s = 0, 0.0
         clock = asyncio.get_running_loop().time
         while made < tokens:
             await self._running.wait()
@@ -150,13 +149,13 @@ class SimulatedGenerator:
                 async with asyncio.timeout(tokens * token_s - worked_s):
                     await self._halt.wait()
                 worked_s += clock() - began
-                at = min(int(worked_s / token_s), tokens)
+                end = min(int(worked_s / token_s), tokens)
             except TimeoutError:
-                at = tokens
-            if at > made:
-                spans.append(Span(version=version, start=made, end=at))
-            self.tokens += at - made
-            made = at
+                end = tokens
+            if end > made:
+                spans.append(Span(version=version, start=made, end=end))
+            self.tokens += end - made
+            made = end
         return tuple(spans)
 
     async def probe(self) -> tuple[np.ndarray, Rollout]:
@@ -164,8 +163,6 @@ class SimulatedGenerator:
         engine's queue."""
         spans, ids = await self._sample(PROBE_TOKENS), np.zeros(PROBE_TOKENS, np.int32)
         return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
-
-    async def join_group(self, group: WeightGroup) -> None: ...
 
     async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         self._running.clear()
@@ -177,12 +174,8 @@ class SimulatedGenerator:
         self._halt.clear()
         self._running.set()
 
-    async def check_health(self) -> None: ...
 
-    def kill(self) -> None: ...
-
-
-class SimulatedTeacher:
+class SimulatedTeacher(Teacher):
     """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. There are
     no scores."""
 
@@ -206,14 +199,8 @@ class SimulatedTeacher:
                 for each in batch:
                     each.set()
 
-    async def load(self, folder: str) -> None: ...
 
-    async def check_health(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-class SimulatedVerifier:
+class SimulatedVerifier(Verifier):
     """As many checks at once as there are, `check_s` each. Every response is right."""
 
     def __init__(self, pace: Pace = AT_ONCE):
@@ -223,12 +210,8 @@ class SimulatedVerifier:
         await asyncio.sleep(self.pace.check_s)
         return (Verdict(id=f"{group.id}#0", correct=True),)
 
-    async def check_health(self) -> None: ...
 
-    def kill(self) -> None: ...
-
-
-class SimulatedLearner:
+class SimulatedLearner(Learner):
     """A step takes `step_s`; tokens over the bound, where there is one, leave the loss and are
     counted."""
 
@@ -238,23 +221,22 @@ class SimulatedLearner:
 
     async def step(self, groups: Sequence[ScoredGroup]) -> StepResult:
         await asyncio.sleep(self.pace.step_s)
-        lags: dict[int, int] = {}
+        lags: Counter[int] = Counter()
         for span in (span for group in groups for span in group.meta.spans[0]):
-            lag = self.version - span.version
-            lags[lag] = lags.get(lag, 0) + span.end - span.start
+            lags[self.version - span.version] += span.end - span.start
         trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
+        tokens = sum(trained.values())
         self.version += 1
-        metrics = {"tokens": sum(trained.values()), "lag_max": max(trained)}
-        metrics["lag_mean"] = (
-            sum(lag * tokens for lag, tokens in trained.items()) / metrics["tokens"]
-        )
-        metrics["tokens_excluded"] = sum(lags.values()) - metrics["tokens"]
+        metrics = {
+            "tokens": tokens,
+            "lag_max": max(trained),
+            "lag_mean": sum(lag * tokens for lag, tokens in trained.items()) / tokens,
+            "tokens_excluded": lags.total() - tokens,
+        }
         return StepResult(version=self.version, metrics=metrics)
 
     async def open_group(self, generators: int) -> list[WeightGroup]:
         return [WeightGroup("localhost", 1, 1 + i, 1 + generators, 1, 1) for i in range(generators)]
-
-    async def join_group(self, generators: int) -> None: ...
 
     async def weight_layout(self) -> WeightLayout:
         return WeightLayout((), (), ())
@@ -301,9 +283,9 @@ class Prompts:
         self._count, self.position = count, {"drawn": 0}
 
     def __iter__(self) -> Iterator[Prompt]:
-        while (at := self.position["drawn"]) < self._count:
-            self.position = {"drawn": at + 1}
-            yield _prompt(f"{at}")
+        while (drawn := self.position["drawn"]) < self._count:
+            self.position = {"drawn": drawn + 1}
+            yield _prompt(f"{drawn}")
 
     def continued(self, position: dict, outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Those that were `outstanding`, then those behind `position`."""

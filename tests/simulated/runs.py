@@ -5,7 +5,6 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,12 +59,14 @@ async def measure(
     tokens made, groups scored or steps taken, times their set time. `of_longest` is the longest of
     the own times over the time that passed, without the steps at either edge.
     """
-    settings = (
+    settings = [
         f"run.steps={steps}",
         f"run.max_lag_steps={bound}",
         f"learner.trajectories_per_step={PER_STEP}",
-    )
-    config = load(DEMO, [*settings, "run.dir=runs/simulated", "teacher.evaluate=false", *overrides])
+        "run.dir=runs/simulated",
+        "teacher.evaluate=false",
+    ]
+    config = load(DEMO, [*settings, *overrides])
     generator = SimulatedGenerator(pace, seed)
     teacher = SimulatedTeacher(pace)
     learner = SimulatedLearner(pace, bound)
@@ -76,30 +77,30 @@ async def measure(
         learner=learner,
     )
     clock = asyncio.get_running_loop().time
-    marks, excluded = {}, 0
+    marks: dict[int, np.ndarray] = {}
+    excluded: list[int] = []  # tokens, by step
 
     def mark(row: Row) -> None:
-        nonlocal excluded
-        own = (
+        own_s = (
             generator.tokens * pace.token_s / pace.concurrency,
             teacher.groups * pace.score_s,
             learner.version * pace.step_s,
         )
-        marks[row["step"]] = np.array([clock(), time.process_time(), *own])
-        excluded += row["tokens_excluded"]
+        marks[row["step"]] = np.array([clock(), time.process_time(), *own_s])
+        excluded.append(row["tokens_excluded"])
 
     meter = Meter([mark, *sinks], clock=clock, spans=spans)
     with tempfile.TemporaryDirectory() as folder:
         summary = await train(config, roles, Prompts(), [], Path(folder), meter)
     meter.flush()
-    wall_s, cpu_s, *own = (marks[steps - EDGE] - marks[EDGE]).tolist()
-    longest = max(own)
+    wall_s, cpu_s, *own_s = (marks[steps - EDGE] - marks[EDGE]).tolist()
+    longest = max(own_s)
     trajectories = (steps - 2 * EDGE) * PER_STEP
     return summary | {
         "trajectories_per_s": trajectories / wall_s,
-        "longest": ("generation", "teacher", "learner")[own.index(longest)],
+        "longest": ("generation", "teacher", "learner")[own_s.index(longest)],
         "of_longest": longest / wall_s,
-        "excluded_share": excluded / (excluded + summary["trained_tokens"]),
+        "excluded_share": sum(excluded) / (sum(excluded) + summary["trained_tokens"]),
         "cpu_ms_per_trajectory": 1000 * cpu_s / trajectories,
     }
 
@@ -123,30 +124,27 @@ def books() -> Ledger:
         return Ledger(Path(folder, "ledger.jsonl"))
 
 
-@dataclass(kw_only=True)
-class OverPorts:
-    """Pools over ports of a test, nobody watched or replaced."""
-
-    generators: Sequence[Any]
-    teachers: Mapping[str, Sequence[Any]]
-    verifier: Any
-    references: Sequence[Any] = ()
-    teacher_generators: Sequence[Any] = ()
-
-    def pools(self) -> Any:
-        """What a producer needs of `Pools`."""
-        return SimpleNamespace(
-            generators=ReplicaPool("generator", self.generators),
-            teachers={name: ReplicaPool("teacher", ports) for name, ports in self.teachers.items()},
-            references=ReplicaPool("reference", self.references) if self.references else None,
-            verifier=ReplicaPool("verifier", [self.verifier]),
-            teacher_generators=ReplicaPool("teacher-generator", self.teacher_generators),
-        )
+def pools_over(
+    *,
+    generators: Sequence[Any],
+    teachers: Mapping[str, Sequence[Any]],
+    verifier: Any,
+    references: Sequence[Any] = (),
+    teacher_generators: Sequence[Any] = (),
+) -> Any:
+    """What a producer needs of `Pools`, over ports of a test: nobody is watched or replaced."""
+    return SimpleNamespace(
+        generators=ReplicaPool("generator", generators),
+        teachers={name: ReplicaPool("teacher", ports) for name, ports in teachers.items()},
+        references=ReplicaPool("reference", references) if references else None,
+        verifier=ReplicaPool("verifier", [verifier]),
+        teacher_generators=ReplicaPool("teacher-generator", teacher_generators),
+    )
 
 
 def stream(
     tasks: asyncio.TaskGroup,
-    ports: OverPorts,
+    pools: Any,
     *,
     slots: int,
     needed: int,
@@ -156,9 +154,9 @@ def stream(
     attempts: int = 3,
     sampling: TeacherSamplingConfig | None = None,
 ) -> tuple[Admission, TrajectoryQueue, Slots]:
-    """Admission, queue and slots of a run, as the main loop has them, over `ports`; `queue` are
+    """Admission, queue and slots of a run, as the main loop has them, over `pools`; `queue` are
     settings of the queue's own. The learner's version stays 0."""
-    limit, pools, ledger = Slots(slots), ports.pools(), books()
+    limit, ledger = Slots(slots), books()
     ready = TrajectoryQueue(
         **queue,
         on_drop=lambda ticket, prompt, cause: admission.dropped(ticket, prompt, cause),

@@ -17,37 +17,26 @@ import torch.distributed as dist
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
 from async_opd.core.role_settings import LearnerSettings
-from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Span, Verdict
+from async_opd.core.wire import Group, LearnerShare, Scores, Verdict
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.engine import LearnerRank
 from tests.roles.learner.centred import Centred, Remembering
+from tests.roles.learner.trajectories import trajectory
 
 LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
-VOCABULARY = 40
 
 
 def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
-    random, tokens, id = np.random.default_rng(i), LENGTHS[i], f"{i}@0"
-    ids = random.integers(VOCABULARY, size=3 + tokens, dtype=np.int32)
-    behaviour, teacher = random.uniform(-4, -0.5, (2, tokens)).astype(np.float32)
-    spans = (Span(version=0, start=0, end=tokens),)
-    rollout = Rollout(
-        id=f"{id}#0", ids=ids[3:], behaviour_logp=behaviour, spans=spans, truncated=False
-    )
-    prompt = Prompt(id=id, ids=ids[:3], answer="")
-    scores, verdict = (
-        Scores(id=rollout.id, sampled_logp=teacher),
-        Verdict(id=rollout.id, correct=True),
-    )
-    return Group(prompt=prompt, rollouts=(rollout,)), (scores,), (verdict,)
+    one = trajectory(3, [(0, LENGTHS[i])], id=f"{i}@0#0", seed=i)
+    return Group(prompt=one.prompt, rollouts=(one.rollout,)), (one.scores,), one.verdicts
 
 
 def weights(learner: LearnerRank) -> list[torch.Tensor]:
     """A copy of every weight, gathered from all ranks."""
-    return list(learner._weights.copied(keep=True).values())
+    return [weight.clone() for weight in learner._weights.copied(keep=True).values()]
 
 
 def fail(learner: LearnerRank, step: Callable[[], object]) -> dict:
@@ -107,22 +96,26 @@ def main(
     resume: str | None,
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
-    learner_settings = LearnerSettings(
-        model=model,
-        temperature=0.7,
-        steps=steps,
-        max_lag_steps=steps,
-        stale="mask",
-        truncated="mask",
-        max_new_tokens=64,
-        seed=0,
-        backend="gloo",
-        bucket_bytes=4096,
-        sync_s=60.0,
-        timeout_s=60.0,
-        record_every_steps=2,
+    learner = LearnerRank(
+        rank,
+        LearnerSettings(
+            model=model,
+            temperature=0.7,
+            steps=steps,
+            max_lag_steps=steps,
+            stale="mask",
+            truncated="mask",
+            max_new_tokens=64,
+            seed=0,
+            backend="gloo",
+            bucket_bytes=4096,
+            sync_s=60.0,
+            timeout_s=60.0,
+            record_every_steps=2,
+        ),
+        config,
+        OBJECTIVES[objective],
     )
-    learner = LearnerRank(rank, learner_settings, config, OBJECTIVES[objective])
     learner.start(rendezvous(learner, rank, Path(meeting)))
     # elements of weights this rank holds whole
     held = sum(p.numel() for p in learner._lm.parameters())
@@ -142,14 +135,13 @@ def main(
 
     def step() -> dict[str, float]:
         done = learner.step(share, groups=groups, scores=scores)
-        metrics = done.metrics
         recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
-        moved = weights(learner)  # as an update does, between any two steps
-        assert all(w.isfinite().all() for w in moved)
+        # gathered, as an update does between any two steps
+        assert all(weight.isfinite().all() for weight in weights(learner))
         if learner.version == SAVED:
             torch.rand(1 + rank)  # so that each rank is somewhere else in its random numbers
             learner.save_state(f"{Path(out).with_suffix('')}.state")
-        return metrics
+        return done.metrics
 
     if resume:
         learner.load_state(resume)

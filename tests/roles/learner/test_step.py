@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -302,7 +303,9 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
 def test_the_teachers_own_answers_add_their_mean_cross_entropy_whatever_the_split(
     student, sample, packed, cut
 ):
-    own = [sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i, from_teacher=True) for i in range(4)]
+    own = [
+        replace(sample(1 + i, [(0, 2 + i)], id=f"own {i}", seed=i), scores=None) for i in range(4)
+    ]
     rollouts = packed(*(sample(2, [(0, 3)], id=str(i), seed=9 + i) for i in range(2)))
     _, alone = run(student, Opd(), [rollouts])
     micros = [rollouts, *(packed(*own[a:b]) for a, b in pairwise(cut))]

@@ -1,5 +1,4 @@
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -17,10 +16,9 @@ WITHIN_S = 30.0  # for what happens soon: on a busy machine not at once
 
 async def until(happened: Callable[[], object]) -> None:
     """Waits for what happens soon."""
-    deadline = time.monotonic() + WITHIN_S
-    while not happened():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(WITHIN_S):
+        while not happened():
+            await asyncio.sleep(0.01)
 
 
 def runs(process: psutil.Process) -> bool:

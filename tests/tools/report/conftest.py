@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def row(step: int, rng: random.Random) -> dict:
 def rollout(step: int, tokens: list[str], **more: Any) -> dict[str, Any]:
     """Make a line as the rollout log writes it."""
     count = len(tokens)
-    line = {
+    return {
         "step": step,
         "id": f"{step}@0#0",
         "prompt": "1+2=",
@@ -78,8 +78,11 @@ def rollout(step: int, tokens: list[str], **more: Any) -> dict[str, Any]:
         "weight": [0.5 * i for i in range(count)],
         "ratio": [1.0] * count,
         "version": [step - 1] * count,
-    }
-    return line | more
+    } | more
+
+
+def write_lines(file: Path, lines: Iterable[dict]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture
@@ -95,8 +98,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
     ) -> Path:
         folder, rng = tmp_path / name, random.Random(name)
         folder.mkdir()
-        with (folder / "metrics.jsonl").open("w") as file:
-            file.writelines(json.dumps(row(step, rng)) + "\n" for step in range(1, steps + 1))
+        write_lines(folder / "metrics.jsonl", (row(step, rng) for step in range(1, steps + 1)))
         config = {
             "run": {"dir": str(folder), "steps": steps, "max_lag_steps": 2},
             "objective": {"tag": "opd"},
@@ -113,16 +115,16 @@ def make_run(tmp_path) -> Callable[..., Path]:
             "accuracy_after": 0.75,
             "eval_problems": 64,
             "dropped_stale": 3,
+            "trained_tokens_per_s": 812.0,
+            "restarts": 0,
         }
-        (folder / "summary.json").write_text(
-            json.dumps(summary | {"trained_tokens_per_s": 812.0, "restarts": 0})
-        )
-        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+        (folder / "summary.json").write_text(json.dumps(summary))
+        write_lines(folder / "samples.jsonl", rollouts)
         (folder / "ledger.jsonl").write_text(
             '["out",1,"7@0"]\n["checkpoint",2,10]\n["checkpoint",3,20]\n'
         )
         lost = {"time": 1.0, "step": 12, "who": "generator 0", "what": "lost", "why": "it died"}
-        (folder / "events.jsonl").write_text(json.dumps(lost) + "\n")
+        write_lines(folder / "events.jsonl", [lost])
         return folder
 
     return make
@@ -145,8 +147,9 @@ class Page:
 
     def send(self, method: str, **params: Any) -> dict:
         self._next += 1
-        message = {"id": self._next, "method": method, "params": params, **self._session}
-        self._socket.send(json.dumps(message))
+        self._socket.send(
+            json.dumps({"id": self._next, "method": method, "params": params, **self._session})
+        )
         while (answer := json.loads(self._socket.recv(20))).get("id") != self._next:
             self._heard(answer["method"], answer.get("params", {}))
         assert "error" not in answer, answer
@@ -155,10 +158,8 @@ class Page:
     def _heard(self, event: str, params: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        called = event == "Runtime.consoleAPICalled"
-        if (called and params["type"] in ("error", "warning", "assert")) or event in (
-            "Runtime.exceptionThrown",
-            "Log.entryAdded",
+        elif event in ("Runtime.exceptionThrown", "Log.entryAdded") or (
+            event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert")
         ):
             self.complaints.append(str(params))
 
@@ -197,19 +198,20 @@ class Page:
 def chromium(tmp_path_factory) -> Iterator[str]:
     """Start a headless Chromium and yield its address."""
     if CHROMIUM is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("Chromium is not installed: apt-get install chromium")
-        pytest.skip("Chromium is not installed: apt-get install chromium")
+        absent = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        absent("Chromium is not installed: apt-get install chromium")
     folder = tmp_path_factory.mktemp("chromium")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--remote-debugging-port=0",
-    ]
     with subprocess.Popen(
-        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"],
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
