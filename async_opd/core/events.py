@@ -1,5 +1,5 @@
-"""What happens to members of a run, told to whoever shows it."""
+"""What happens to members of a run, emitted to whoever shows it."""
 
 from collections.abc import Callable
 
-Tell = Callable[[str, str, str], None]  # what happened, to whom, why
+EventSink = Callable[[str, str, str], None]  # what happened, to whom, why

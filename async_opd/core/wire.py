@@ -229,7 +229,7 @@ class Ballot(Struct, frozen=True):
     vote: int | None  # the first response of its group with the same answer; None: it has no vote
 
 
-class Recorded(Struct, frozen=True):
+class RecordedTrajectory(Struct, frozen=True):
     """One trained response as the objective saw it, for people to look at. Made by learner rank 0,
     of a few only; consumed by the recorder, which writes `samples.jsonl`."""
 
@@ -266,7 +266,7 @@ class StepResult(Struct, frozen=True):
 
     version: int  # of the weights after the step
     metrics: dict[str, float]
-    recorded: tuple[Recorded, ...] = ()  # where the step is one to be recorded
+    recorded: tuple[RecordedTrajectory, ...] = ()  # where the step is one to be recorded
 
 
 def trained_tokens(metrics: Mapping[str, float]) -> float:

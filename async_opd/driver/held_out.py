@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import AsyncOpdError
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.wire import Prompt
 from async_opd.driver.pools import Pools
 from async_opd.driver.respond import ALL, Accuracy, Responded, of_all, of_teacher, respond
@@ -54,11 +54,11 @@ NONE: dict[str, float | int | None] = dict.fromkeys(Measured(Accuracy(0, 0, 1), 
 class HeldOut:
     """The evaluations of one run."""
 
-    def __init__(self, config: Config, pools: Pools, problems: list[Prompt], tell: Tell):
+    def __init__(self, config: Config, pools: Pools, problems: list[Prompt], emit: EventSink):
         self._config = config
         self._pools = pools
         self._problems = problems
-        self._tell = tell
+        self._emit = emit
         self._every = config.eval.every_steps if config.eval and problems else 0
         self.before = Accuracy(0, 0, 0)
         self._running: asyncio.Task[None] | None = None
@@ -128,7 +128,7 @@ class HeldOut:
 
     def _skip(self, version: int, why: str) -> None:
         self._skipped += 1
-        self._tell("not evaluated", f"version {version}", why)
+        self._emit("not evaluated", f"version {version}", why)
 
     async def _measure(self, version: int, share: float) -> Measured:
         generators, verifier = self._pools.generators, self._pools.verifier

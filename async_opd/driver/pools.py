@@ -7,7 +7,7 @@ from typing import Any
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import teacher_section
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.driver.replica import Replica
@@ -25,13 +25,13 @@ class Pools:
         config: Config,
         roles: Roles,
         meter: Meter,
-        tell: Tell,
+        emit: EventSink,
         welcome: Callable[[Replica[Generator]], Awaitable[None]],
     ):
         """`welcome` brings a new generator into the weight group before it serves."""
         self._roles = roles
         self._meter = meter
-        self._tell = tell
+        self._emit = emit
         self._timeout = config.timeout
         self.generators: ReplicaPool[Generator] = self._pool(
             "generator", "generators", roles.generators, idle="blocked", welcome=welcome
@@ -115,6 +115,6 @@ class Pools:
             welcome=welcome,
             actor_time=actor_time,
             idle=idle,
-            tell=self._tell,
+            emit=self._emit,
             lost_by=lost_by,
         )

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.ports import Member
 from async_opd.driver.replica import Replica
 from async_opd.telemetry.spans import ActorTime, Of
@@ -38,7 +38,7 @@ class ReplicaPool(Generic[M]):
         welcome: Callable[[Replica[M]], Awaitable[None]] | None = None,
         actor_time: Callable[[int], ActorTime] = lambda index: ActorTime(time.monotonic),
         idle: str = "starved",
-        tell: Tell = lambda what, who, why: None,
+        emit: EventSink = lambda what, who, why: None,
         lost_by: tuple[type[AsyncOpdError], ...] = (ActorLost, TimedOut),
     ):
         """`ports` are members 0, 1, … . `spawn(index)` starts a new one; without it, nobody is
@@ -50,7 +50,7 @@ class ReplicaPool(Generic[M]):
         self._welcome = welcome
         self._actor_time = actor_time
         self._idle = idle
-        self._tell = tell
+        self._emit = emit
         self._lost_by = lost_by
         self._serving: dict[int, Replica[M]] = {}  # in order
         self._coming: dict[int, asyncio.Task[None]] = {}
@@ -107,7 +107,7 @@ class ReplicaPool(Generic[M]):
     def resize(self, size: int) -> None:
         """Bring the pool to `size` members: start new ones, or retire the last, which hand back
         what they have."""
-        self._tell("scaled", self.name, f"{self.size} -> {size}")
+        self._emit("scaled", self.name, f"{self.size} -> {size}")
         members = sorted(self._wanted, key=lambda index: (index not in self._serving, index))
         for index in members[size:]:
             self._wanted.discard(index)
@@ -155,11 +155,11 @@ class ReplicaPool(Generic[M]):
         replica.leave(why)
         self.lost += 1
         self._last_loss = why
-        self._tell("lost", replica.name, why)
+        self._emit("lost", replica.name, why)
         if self._serving.get(replica.index) is replica:
             del self._serving[replica.index]
             if not self._serving:
-                self._tell("none left", self.name, "what needs one waits")
+                self._emit("none left", self.name, "what needs one waits")
         self._fill()
 
     def refuse_if_empty(self) -> None:
@@ -205,7 +205,7 @@ class ReplicaPool(Generic[M]):
                     break
                 except ActorLost as e:
                     why = f"{MAX_FAILED_STARTS} starts in a row failed, the last: {e}"
-                    self._tell("did not start", f"{self.name} {index}", str(e))
+                    self._emit("did not start", f"{self.name} {index}", str(e))
                 await asyncio.sleep(wait_s)
                 wait_s *= 2
         finally:
@@ -214,10 +214,10 @@ class ReplicaPool(Generic[M]):
             self._wanted.discard(index)
             if not self._serving and not self._coming:
                 raise ActorLost(f"{self.name} {index}: {why}")
-            self._tell("given up", f"{self.name} {index}", why)
+            self._emit("given up", f"{self.name} {index}", why)
         elif index in self._wanted:
             self._serve(replica)
-            self._tell("serves", replica.name, "")
+            self._emit("serves", replica.name, "")
         else:
             replica.leave("the pool shrank while it started")
 

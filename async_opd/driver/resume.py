@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import (
@@ -47,9 +47,9 @@ class Progress:
         learner: Replica[Learner],
         self_teachers: SelfTeachers,
         keep: int,
-        tell: Tell,
+        emit: EventSink,
     ):
-        """`keep` checkpoints of the last, and the best, stay. `tell` is told of each that is
+        """`keep` checkpoints of the last, and the best, stay. `emit` hears of each that is
         saved."""
         self.ledger = Ledger(run_dir / LEDGER)
         self._checkpoints = Checkpoints(run_dir, keep)
@@ -57,7 +57,7 @@ class Progress:
         self._source = source
         self._learner = learner
         self._self_teachers = self_teachers
-        self._tell = tell
+        self._emit = emit
         self._saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
@@ -107,7 +107,7 @@ class Progress:
         await self._self_teachers.save(folder)
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
-        self._tell("saved", "checkpoint", f"step {version}")
+        self._emit("saved", "checkpoint", f"step {version}")
 
 
 def _rewind(run_dir: Path, version: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
 from async_opd.driver import resize
@@ -22,15 +22,15 @@ async def train(
     held_out: list[Prompt],
     run_dir: Path,
     meter: Meter,
-    tell: Tell = lambda what, who, why: None,
+    emit: EventSink = lambda what, who, why: None,
     checkpoint: Checkpoint | None = None,
 ) -> Row:
-    """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `tell` is
+    """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `emit` is
     told who was lost and who came. Raises the named error that ended it.
 
     On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
     """
-    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, tell)
+    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
     measured: Row = {}
     try:
         async with asyncio.TaskGroup() as tasks:

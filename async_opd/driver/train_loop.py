@@ -10,7 +10,7 @@ from typing import Any
 from async_opd.config.schema import Config
 from async_opd.core.aio import bounded, retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
@@ -62,15 +62,15 @@ class TrainLoop:
         held_out: list[Prompt],
         run_dir: Path,
         meter: Meter,
-        tell: Tell,
+        emit: EventSink,
     ):
         self._config, self._source = config, source
-        self._meter, self._tell = meter, tell
+        self._meter, self._emit = meter, emit
         self._every = config.run.checkpoint_every_steps
         self.version = 0
         self._learner = Replica("learner", 0, roles.learner, meter.actor("learner"))
-        self.pools = Pools(config, roles, meter, tell, self._welcome)
-        self.held_out = HeldOut(config, self.pools, held_out, tell)
+        self.pools = Pools(config, roles, meter, emit, self._welcome)
+        self.held_out = HeldOut(config, self.pools, held_out, emit)
         self._publisher = WeightPublisher(
             self._learner,
             self.pools.generators,
@@ -83,7 +83,7 @@ class TrainLoop:
             self._learner, _by_interval(config, self.pools), run_dir.resolve() / SELF_TEACHER
         )
         self.progress = Progress(
-            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, tell
+            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
         )
         self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
@@ -218,9 +218,9 @@ class TrainLoop:
                 await self._finished(self.save())
         except TimeoutError:
             why = f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s"
-            self._tell("not saved", "checkpoint", why)
+            self._emit("not saved", "checkpoint", why)
         except AsyncOpdError as e:
-            self._tell("not saved", "checkpoint", f"{e}")
+            self._emit("not saved", "checkpoint", f"{e}")
 
     async def settled(self) -> None:
         """Wait for what is still at work: a save that goes on behind the next start would be taken

@@ -14,7 +14,7 @@ import msgspec
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.printing import say
 from async_opd.core.process_wide import no_garbage_collection
@@ -86,7 +86,7 @@ async def _run(
     ):
         observers = [*sinks, shown]
 
-        def tell(what: str, who: str, why: str) -> None:
+        def emit(what: str, who: str, why: str) -> None:
             event = dict(time=time.time(), step=meter.last_step, what=what, who=who, why=why)
             log(event)
             if what != "placed":  # of each member, for those who look for it
@@ -99,7 +99,7 @@ async def _run(
                 )
                 if checkpoint:  # what is told until it goes on belongs behind that step, too
                     meter.start(checkpoint.state.version)
-                summary = await _trained(config, inputs, run_dir, meter, tell, checkpoint)
+                summary = await _trained(config, inputs, run_dir, meter, emit, checkpoint)
                 break
             except LOST as e:
                 if restarts == config.run.max_restarts or task.cancelling():
@@ -110,7 +110,7 @@ async def _run(
                     e.add_note(f"not started again: {none}")
                     raise e from None
                 step = checkpoint.state.version
-                tell("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
+                emit("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         "prompts_skipped": inputs.prompts.skipped,
@@ -128,7 +128,7 @@ async def _trained(
     inputs: "Inputs",
     run_dir: Path,
     meter: Meter,
-    tell: Tell,
+    emit: EventSink,
     checkpoint: checkpoints.Checkpoint | None,
 ) -> Row:
     """Start the actors, and train with them to the end."""
@@ -137,7 +137,7 @@ async def _trained(
         eos_ids=inputs.eos_ids,
         tokenizer=inputs.tokenizer.backend_tokenizer,
         first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
-        tell=tell,
+        emit=emit,
     ) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
@@ -148,7 +148,7 @@ async def _trained(
         gc.freeze()
         try:
             return await train(
-                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, tell, checkpoint
+                config, roles, inputs.prompts, inputs.held_out, run_dir, meter, emit, checkpoint
             )
         finally:
             gc.unfreeze()  # what is frozen at exit, triton's bindings report as leaked, in 40 lines

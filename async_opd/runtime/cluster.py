@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.errors import ConfigError
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
@@ -46,12 +46,12 @@ class Cluster:
         eos_ids: list[int],
         tokenizer: Tokenizer,
         first_seed: int | None = None,
-        tell: Tell = lambda what, who, why: None,
+        emit: EventSink = lambda what, who, why: None,
     ):
-        """`first_seed`: of the engines, the config's where it is absent. `tell` is told where each
+        """`first_seed`: of the engines, the config's where it is absent. `emit` hears where each
         member lives."""
         self._config = config
-        self._tell = tell
+        self._emit = emit
         seed = config.run.seed if first_seed is None else first_seed
         self._timeouts = _timeouts(config)
         self._specs = ActorSpecs(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
@@ -107,7 +107,7 @@ class Cluster:
         return await asyncio.gather(generators, verifiers)
 
     async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
-        return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._tell)
+        return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
         """Every member that `request` is for, as its port."""
@@ -156,7 +156,7 @@ class Cluster:
     async def _settled(self, actor: RemoteActor) -> None:
         """Once its role is built, tell where it lives."""
         place = await actor.ask_host(self._config.timeout.start_s, "place", what="start")
-        self._tell("placed", actor.name, place)
+        self._emit("placed", actor.name, place)
 
     def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
         request = self._requests[name.rpartition(" ")[0]]

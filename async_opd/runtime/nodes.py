@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from async_opd.core.errors import ClusterTooSmall, ConfigError
-from async_opd.core.events import Tell
+from async_opd.core.events import EventSink
 from async_opd.core.process_wide import log_level, sigterm_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
@@ -72,7 +72,7 @@ def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> l
 
 
 async def wait_for_resources(
-    requests: Sequence[ResourceRequest], within_s: float, tell: Tell
+    requests: Sequence[ResourceRequest], within_s: float, emit: EventSink
 ) -> Mapping[str, Node]:
     """Choose the node of each member. Waits for room at most `within_s`, while a placement group
     that asks for all of it shows an autoscaler what is missing. Raises ClusterTooSmall."""
@@ -87,7 +87,7 @@ async def wait_for_resources(
                 if time.monotonic() > until:
                     raise
                 if group is None:
-                    tell("waits", "run", f"at most {within_s:g} s for room: {e}")
+                    emit("waits", "run", f"at most {within_s:g} s for room: {e}")
                     group = placement_group(
                         [{"GPU": each.gpus} for each in requests for _ in each.members if each.gpus]
                     )

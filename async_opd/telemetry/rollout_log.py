@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_opd.core.wire import Recorded
+from async_opd.core.wire import RecordedTrajectory
 from async_opd.telemetry.metrics import Jsonl
 
 
 def sample_file(
     path: Path, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
-) -> Callable[[tuple[Recorded, ...]], None]:
+) -> Callable[[tuple[RecordedTrajectory, ...]], None]:
     """Make an observer that adds a line for each trajectory to the file at `path`; `pieces` turns
     ids into text."""
     write = Jsonl(path)
 
-    def take(recorded: tuple[Recorded, ...]) -> None:
+    def take(recorded: tuple[RecordedTrajectory, ...]) -> None:
         for trajectory in recorded:
             write(line(trajectory, pieces))
 
@@ -26,7 +26,7 @@ def sample_file(
 
 
 def line(
-    recorded: Recorded, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
+    recorded: RecordedTrajectory, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
 ) -> dict[str, Any]:
     """Put a trajectory into a line: per-token lists by name, as long as `tokens`, numbers to 5
     digits."""

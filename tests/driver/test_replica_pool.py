@@ -58,7 +58,7 @@ def scenario(workers: list[Worker], play, **settings):
     async def main():
         events = []
         pool = ReplicaPool(
-            "worker", workers, tell=lambda *event: events.append(event[:2]), **settings
+            "worker", workers, emit=lambda *event: events.append(event[:2]), **settings
         )
         async with asyncio.timeout(20_000), asyncio.TaskGroup() as tasks:
             pool.start(tasks, every_s=1, stall_s=5)

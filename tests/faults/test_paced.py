@@ -165,13 +165,13 @@ class Run:
             spawn=spawn if start_s is not None else None,
         )
 
-        def tell(what, who, why):
+        def emit(what, who, why):
             if who != "checkpoint":
                 self.events.append((round(clock(), 3), what, who))
 
         meter = Meter([self.rows.append], clock)
         async with asyncio.timeout(10**5):
-            return await train(self.config, roles, Prompts(), [], self.run_dir, meter, tell, found)
+            return await train(self.config, roles, Prompts(), [], self.run_dir, meter, emit, found)
 
     def when(self, what: str) -> float:
         return next(at for at, told, _ in self.events if told == what)

@@ -70,8 +70,8 @@ def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
 class SimulatedCluster:
     """In place of Ray's: roles that answer at once."""
 
-    def __init__(self, config, tell, **_):
-        self._config, self._tell = config, tell
+    def __init__(self, config, emit, **_):
+        self._config, self._emit = config, emit
 
     def __enter__(self):
         return self
@@ -79,7 +79,7 @@ class SimulatedCluster:
     def __exit__(self, *_): ...
 
     async def roles(self):
-        self._tell("placed", "learner", "")
+        self._emit("placed", "learner", "")
         learner = SimulatedLearner(max_lag_steps=self._config.run.max_lag_steps)
         return Roles(
             generators=[SimulatedGenerator()],

@@ -41,9 +41,9 @@ def nodes():
     found.shutdown()
 
 
-def starting(*overrides: str, tell=lambda what, who, why: None) -> Cluster:
+def starting(*overrides: str, emit=lambda what, who, why: None) -> Cluster:
     return Cluster(
-        load(DEMO, list(overrides)), eos_ids=[1], tokenizer=Tokenizer(WordLevel()), tell=tell
+        load(DEMO, list(overrides)), eos_ids=[1], tokenizer=Tokenizer(WordLevel()), emit=emit
     )
 
 
@@ -63,7 +63,7 @@ async def test_a_cluster_that_is_too_small_says_so_with_the_numbers_before_anyth
     small = starting(
         "rollout.generators=3",
         "timeout.nodes_s=2",
-        tell=lambda what, who, why: told.append((what, why)),
+        emit=lambda what, who, why: told.append((what, why)),
     )
     with small as cluster:
         begun = time.monotonic()

@@ -3,11 +3,11 @@ import json
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from async_opd.core.wire import Recorded
+from async_opd.core.wire import RecordedTrajectory
 from async_opd.telemetry.rollout_log import decoder, sample_file
 
 
-def recorded(ids: list[int], **more) -> Recorded:
+def recorded(ids: list[int], **more) -> RecordedTrajectory:
     prompt = np.array([7, 8], np.int32)
     fields = dict(
         id="3@0#1",
@@ -18,7 +18,9 @@ def recorded(ids: list[int], **more) -> Recorded:
         tokens=9,
     )
     numbers = {"student": np.linspace(-1, -1 / 3, len(ids), dtype=np.float32)}
-    return Recorded(**fields | dict(truncated=False, correct=None, numbers=numbers) | more)
+    return RecordedTrajectory(
+        **fields | dict(truncated=False, correct=None, numbers=numbers) | more
+    )
 
 
 def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_path):

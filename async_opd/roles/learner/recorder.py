@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from async_opd.core.wire import Recorded
+from async_opd.core.wire import RecordedTrajectory
 from async_opd.objectives import Objective
 from async_opd.objectives.effect import effect
 from async_opd.objectives.token_batch import TokenBatch
@@ -35,7 +35,7 @@ class Recorder:
             for place, key in enumerate(micro.key_S.tolist())
         ]
         self._chosen = {(number, place) for _, number, place in sorted(keys)[:TRAJECTORIES]}
-        self.recorded: list[Recorded] = []
+        self.recorded: list[RecordedTrajectory] = []
 
     def look(self, number: int, micro: MicroBatch, batch: TokenBatch) -> None:
         """Keep what is chosen of micro-batch `number`."""
@@ -85,9 +85,9 @@ class Recorder:
 
     def _record(
         self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor
-    ) -> Recorded:
+    ) -> RecordedTrajectory:
         prompt, rollout = trajectory.prompt, trajectory.rollout
-        return Recorded(
+        return RecordedTrajectory(
             id=rollout.id,
             step=self._live + 1,
             prompt_ids=prompt.ids[-LONGEST:],

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any, NamedTuple
 
-from async_opd.tools.trace.read import Call, Recorded, calls, states
+from async_opd.tools.trace.read import Call, Recording, calls, states
 
 Event = dict[str, Any]
 DRIVER = "driver"
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
     step: Call
 
 
-def trace(recorded: Recorded, name: str) -> dict[str, Any]:
+def trace(recorded: Recording, name: str) -> dict[str, Any]:
     """Make the object that is written as JSON. Its clock starts with the first line."""
     origin = recorded.lines[0].since + recorded.lines[0].epoch
     every_call = calls(recorded.lines)

@@ -32,7 +32,7 @@ class Call(NamedTuple):
     step: int | None
 
 
-class Recorded(NamedTuple):
+class Recording(NamedTuple):
     """The last steps of a run."""
 
     lines: list[Line]
@@ -40,7 +40,7 @@ class Recorded(NamedTuple):
     damaged: list[str]  # which lines of the files could not be read, and why
 
 
-def recorded(run_dir: Path) -> Recorded:
+def recorded(run_dir: Path) -> Recording:
     """Read what there is of the run, which may be at work. Raises RunMissing."""
     read_run(run_dir, dict)
     damaged: list[str] = []
@@ -57,7 +57,7 @@ def recorded(run_dir: Path) -> Recorded:
         raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
     events = _records(run_dir / EVENTS, decode_row, damaged)
-    return Recorded(lines, [event for event in events if first <= event["time"] <= last], damaged)
+    return Recording(lines, [event for event in events if first <= event["time"] <= last], damaged)
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
