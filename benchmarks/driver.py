@@ -1,4 +1,4 @@
-"""What a trajectory costs the driver, and what stays of it: the real loop, stream and metrics over
+"""What a trajectory costs the driver, and what stays of it: the real loop, queue and metrics over
 roles that answer at once. Steps of 16 trajectories, or of as many as there are generators; bound 4;
 rows and spans go to files.
 

@@ -1,5 +1,5 @@
-"""What looking at two responses of a step costs the learner: the step with `learner.record` and
-without, in turns.
+"""What looking at two responses of a step costs the learner: the step with `roles.learner.recorder`
+and without, in turns.
 
 96 responses of 40 tokens of the demo's student, fp32, one thread, medians; a run looks at every
 tenth step by default.

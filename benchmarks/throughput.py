@@ -110,7 +110,7 @@ def make_work(folder: Path) -> Path:
 GENERATOR, LEARNER = ("ray::Generator", "VLLM::EngineCore"), ("ray::Learner",)
 
 
-async def run(config: Config, folder: Path) -> dict:
+async def run(config: Config) -> dict:
     """One run of the work; rates and core-seconds by process after the first steps."""
     prompts, tokenizer = _prompts(config)
     marks: dict[int, tuple[float, Counter[str]]] = {}
@@ -248,8 +248,7 @@ def main() -> None:
         work = make_work(folder)
         for _ in range(args.repeat):
             pair = [
-                asyncio.run(run(load(work, [f"run.max_lag_steps={bound}"]), folder))
-                for bound in (4, 0)
+                asyncio.run(run(load(work, [f"run.max_lag_steps={bound}"]))) for bound in (4, 0)
             ]
             # it trains on one batch again
             roles = asyncio.run(alone(load(work, [f"run.max_lag_steps={STEPS}"])))

@@ -1,4 +1,4 @@
-"""Change the number of generators or teachers of a run that is training.
+"""Change the number of generators, teachers or references of a run that is training.
 
 RUN is its directory, or the id that `submit` printed; a submitted run is asked by a short job on
 its cluster.

@@ -1,5 +1,5 @@
-"""What the driver needs of each role. `runtime.actors` has these calls made by actors; tests
-implement them in a few lines.
+"""What the driver needs of each role. `runtime.actors` and `runtime.remote_learner` have these
+calls made by actors; tests implement them in a few lines.
 
 A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself
 in a test. The driver passes references on and never looks inside.

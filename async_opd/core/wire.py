@@ -1,4 +1,5 @@
-"""Everything that crosses a process boundary. Nothing else does.
+"""Every message between the roles and the driver. Besides them only what a role is built with
+crosses a process boundary: `core.role_settings`, its section of the config, the objective.
 
 Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one
 prompt. Log-probs are in nats, of logits divided by the sampling temperature, normalised over the
@@ -21,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Prompt(Struct, frozen=True):
-    """One prompt handed out once. Made by `rollout.prompts`; consumed by a generator."""
+    """One prompt handed out once. Made by `roles.rollout.prompts`; consumed by a generator."""
 
     id: str  # "<row id>@<epoch>", unique within a run
     ids: Ints  # int32 [P]
@@ -143,9 +144,8 @@ class Needs(Struct, frozen=True):
     learner."""
 
     teacher_topk: int = 0  # K: the teacher's K likeliest ids with their log-probs
-    # K: the teacher's log-probs at the rollout's own `candidate_ids`, which are
-    teacher_at_student_ids: int = 0
-    # these of the behaviour policy at each position
+    teacher_at_student_ids: int = 0  # K: its log-probs at the rollout's own `candidate_ids`
+    # which ids of the behaviour policy those are, at each position
     student_ids: Literal["likeliest", "sampled"] = "likeliest"
     tail: bool = False  # log-mass of all ids but these candidates, under student and teacher
     teacher_entropy: bool = False  # full-vocabulary entropy, nats
@@ -153,7 +153,7 @@ class Needs(Struct, frozen=True):
     student_entropy: bool = False
     hidden_state: bool = False  # of the student, what its head reads
     groups: bool = False  # several samples of each prompt
-    # statistics over the kept tokens of the whole step, from `Objective.statistics`
+    # statistics over the kept tokens of the whole step, of `Objective.token_statistics`
     sums: tuple[str, ...] = ()
     maxima: tuple[str, ...] = ()
     # they read the live student, at the price of one more forward of everything
@@ -230,8 +230,9 @@ class Ballot(Struct, frozen=True):
 
 
 class RecordedTrajectory(Struct, frozen=True):
-    """One trained response as the objective saw it, for people to look at. Made by learner rank 0,
-    of a few only; consumed by the recorder, which writes `samples.jsonl`."""
+    """One trained response as the objective saw it, for people to look at. Made by the recorder of
+    learner rank 0, of a few only; consumed by `telemetry.rollout_log`, which writes
+    `samples.jsonl`."""
 
     id: str  # the rollout's
     step: int

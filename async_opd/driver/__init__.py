@@ -18,7 +18,8 @@ Who waits for whom, and what unblocks it:
 - `TrainLoop` for a step's groups (`TrajectoryQueue.put`), for the learner, for self-teachers that
   take its weights over, and for the generators that take them (`WeightPublisher.publish`).
 - A new generator for the weights' lock: it joins between two updates.
-- `HeldOut`, beside training, for the same generators: nobody waits for it but the end of the run.
+- `HeldOut`, beside training, for the same generators: nobody waits for it; the end of the run cuts
+  it off, and measures once more.
 
 A call is `ReplicaPool.ask` -> `Replica.call` -> `runtime.actors` -> the role's method. Whatever is
 out, and however it ends, the replica counts it.

@@ -17,8 +17,8 @@ from async_opd.driver.replica import Replica
 from async_opd.telemetry.spans import ActorTime, Of
 
 MAX_FAILED_STARTS = 3  # in a row, of one member
-LOAD = attrgetter("load")
 RETRY_S = 1.0  # after the first of them, then twice as long each
+LOAD = attrgetter("load")
 
 M = TypeVar("M", bound=Member)
 T = TypeVar("T")

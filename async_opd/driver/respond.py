@@ -40,7 +40,6 @@ class Accuracy:
 class Responded:
     """The responses to one problem; the data stays where it was made."""
 
-    prompt: Prompt
     meta: GroupMeta
     group: Ref
     verdicts: tuple[Verdict, ...]
@@ -60,7 +59,7 @@ async def respond(
         Generator.respond, prompt, sampling, of=of, lost=losses(prompt.id)
     )
     verdicts = await verifier.ask(Verifier.check, group, of=of, lost=losses(prompt.id))
-    return Responded(prompt, meta, group, verdicts)
+    return Responded(meta, group, verdicts)
 
 
 async def of_all(

@@ -27,7 +27,7 @@ from async_opd.driver.self_teachers import SelfTeachers
 
 
 class Source(Protocol):
-    """Prompts that can be gone on with: `rollout.prompts.PromptSource`."""
+    """Prompts that can be gone on with: `roles.rollout.prompts.PromptSource`."""
 
     @property
     def position(self) -> dict[str, Any]: ...

@@ -1,1 +1,1 @@
-"""Accuracy on held-out problems: of a model by itself, and before, beside and after training."""
+"""avg@k, pass@k and maj@k of one model: their estimates, the result, and the run that makes it."""

@@ -1,8 +1,8 @@
 """Inputs that a run reads before its actors start: tokenizer, prompts and held-out problems, all
 checked.
 
-Importing this takes seconds (transformers, datasets): `run` does it beside the start of the
-cluster.
+Importing this takes seconds (transformers, datasets): `launch.run` does it when a run begins, not
+at the top of its file.
 """
 
 from dataclasses import dataclass

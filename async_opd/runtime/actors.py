@@ -200,14 +200,14 @@ async def _as_future(ref: Ref) -> Any:
 
 
 def refuse_unsendable(method: str, args: Sequence[Any]) -> None:
-    """Raise WireError unless each of `args` may be given to a remote call: a type of `core.wire`, a
-    role's own section of the config, a plain number, text, bytes or array, or a reference."""
+    """Raise WireError unless each of `args` may be given to a remote call: a message, an objective,
+    a role's own section of the config, a plain number, text, bytes or array, or a reference."""
     for arg in args:
         if isinstance(arg, (*PLAIN, ray.ObjectRef, Struct, Objective)) or _is_role_section(arg):
             continue
         raise WireError(
-            f"{method}: {type(arg).__name__} is given to a remote call; allowed are the types of"
-            " core.wire, a role's own section, numbers, text, bytes, arrays and references"
+            f"{method}: {type(arg).__name__} is given to a remote call; allowed are messages, an"
+            " objective, a role's own section, numbers, text, bytes, arrays and references"
         )
 
 

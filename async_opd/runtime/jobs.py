@@ -26,7 +26,8 @@ from async_opd.core.process_wide import environment, log_level
 from async_opd.runtime.dashboard import HOW_TO_GET_A_TOKEN, dashboard_url, token_for
 
 POLL_S = 1.0
-# from SIGTERM to SIGKILL; Ray's 3 s would cut off train.INTERRUPT_S and the end of the actors
+# from SIGTERM to SIGKILL; Ray's 3 s would cut off driver.train_loop.INTERRUPT_S and the end of the
+# actors
 STOP_S = 60
 # of the working directory, besides what git ignores
 LEFT_OUT = ["/.git", ".venv", "venv", "__pycache__", "/runs", "/wandb"]

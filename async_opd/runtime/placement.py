@@ -98,7 +98,8 @@ def place(
 ) -> dict[str, Node]:
     """Choose the node of each member, by the member's name. Raises ClusterTooSmall with the
     numbers."""
-    # then the largest first: the learner may take the place of an engine that fits nowhere else
+    # in their order, then the largest first: the learner may take the place of an engine that fits
+    # nowhere else
     for order in (requests, sorted(requests, key=lambda request: -request.gpus)):
         places, missing = _placed(order, nodes, driver_node)
         if missing is None:

@@ -1,8 +1,7 @@
 """Time of every actor, as the driver sees it: how much it has spent in each state, and, of the last
 steps of a run, its states and calls one by one in `spans.jsonl`, which `async-opd trace` shows."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import time
 from typing import Any
@@ -127,16 +126,6 @@ class ActorTime:
         """Record that the actor has answered a call."""
         if self._spans:
             self._spans.calls.append((self._name, call, of, start, end))
-
-    @asynccontextmanager
-    async def call(self, call: str, of: Of) -> AsyncIterator[None]:
-        """Record what is done inside as a call of the actor's."""
-        start, end = self.now(), CUT_OFF
-        try:
-            yield
-            end = ""
-        finally:
-            self.called(call + end, of, start, self.now())
 
     def seconds(self, state: str, now: float) -> float:
         """Count the seconds in `state` from the last restart until `now`."""

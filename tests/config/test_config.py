@@ -559,7 +559,7 @@ def test_a_run_directory_that_holds_a_teacher_is_refused(folder):
 
 
 def test_a_vllm_teacher_takes_a_sequence_in_pieces():
-    # of up to 80
+    # though sequences have up to 80 tokens
     assert (
         load(DEMO, ["teacher.backend=vllm", "teacher.batch_tokens=64"]).teacher.batch_tokens == 64
     )

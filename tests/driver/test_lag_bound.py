@@ -12,7 +12,7 @@ import pytest
 
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
 from async_opd.maths import lag
-from tests.simulated.runs import pools_over, stream
+from tests.simulated.runs import admission_over, pools_over
 
 GROUPS_PER_STEP = 8
 
@@ -93,7 +93,7 @@ async def simulate(*, bound: int, stale: str, steps: int, generators: int, seed:
             admission.fill()
 
     async with asyncio.TaskGroup() as tasks:
-        admission, queue, slots = stream(
+        admission, queue, slots = admission_over(
             tasks,
             pools_over(generators=[world] * generators, teachers={"": [world]}, verifier=world),
             slots=lag.slots(bound + 1, GROUPS_PER_STEP),

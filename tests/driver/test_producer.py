@@ -7,7 +7,7 @@ from async_opd.core.errors import ActorLost
 from async_opd.core.wire import Span, Verdict
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
-from tests.simulated.runs import pools_over, stream
+from tests.simulated.runs import admission_over, pools_over
 
 
 class Generator(SimulatedGenerator):
@@ -45,7 +45,7 @@ def over(
         verifier=verifier or SimulatedVerifier(),
         teacher_generators=own,
     )
-    return stream(tasks, pools, slots=slots, needed=needed, queue=ONE_BY_ONE, **settings)
+    return admission_over(tasks, pools, slots=slots, needed=needed, queue=ONE_BY_ONE, **settings)
 
 
 async def settle() -> None:

@@ -40,7 +40,7 @@ class Holds(RecordingLearner):
 
 
 async def job(run_dir: Path, play):
-    """Train in `run_dir` while `play(crew pools by event)` runs; returns what both leave behind."""
+    """Train in `run_dir` while `play(learner)` runs; returns what both leave behind."""
     (run_dir / "config.json").write_text("{}")
     settings = [
         "run.steps=8",

@@ -40,7 +40,7 @@ def test_generators_die_and_are_scaled_and_no_prompt_is_lost(tmp_path):
         [*scaled, "generators=1"], capture_output=True, text=True, timeout=120, check=True
     )
     assert answer.stdout == "generators: 3 -> 1\n"
-    # one that was on its way to a seat that is gone leaves once it is there
+    # one that was on its way to a place that is gone leaves once it is there
     hurt.job.until(lambda: len(hurt.pids("generator")) <= 1)
     hurt.trains(3)
     assert len(hurt.pids("generator")) == 1

@@ -10,7 +10,7 @@ import pytest
 
 from async_opd.core.wire import GroupMeta, Prompt, Span, Verdict
 from async_opd.maths import lag
-from tests.simulated.runs import pools_over, stream
+from tests.simulated.runs import admission_over, pools_over
 
 PER_STEP, BOUND, COMPLETIONS = 50, 4, 50_000
 AT_ONCE = 7  # complete, at most, before anybody else runs
@@ -67,7 +67,7 @@ async def test_the_bound_is_exact_and_the_causes_add_up(stale):
     world = Shuffled()
     trained, lags, masked, in_flight = Counter(), Counter(), 0, 0
     async with asyncio.TaskGroup() as tasks:
-        admission, queue, slots = stream(
+        admission, queue, slots = admission_over(
             tasks,
             pools_over(generators=[world], teachers={"": [world]}, verifier=world),
             slots=lag.slots(BOUND + 1, PER_STEP),

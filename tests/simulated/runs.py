@@ -142,7 +142,7 @@ def pools_over(
     )
 
 
-def stream(
+def admission_over(
     tasks: asyncio.TaskGroup,
     pools: Any,
     *,

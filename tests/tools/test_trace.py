@@ -159,7 +159,7 @@ def test_the_file_is_of_the_trace_event_format(run, capsys):
                 isinstance(value, int | float) for value in event["args"].values()
             )
     lost, saved = of(events, "i")  # the other loss is not of these steps
-    # Once, though it is a call too.
+    # of the event; the calls of a save are save and save_state
     assert (saved["name"], saved["args"]) == ("checkpoint: saved", {"why": "step 3"})
     assert (lost["name"], lost["s"], lost["args"]) == ("generator 0: lost", "g", {"why": "killed"})
     names = threads(events)

@@ -1,5 +1,5 @@
-"""One data-parallel rank of the learner, on DeepSpeed. A plain class: `runtime/actors.py` makes a
-Ray actor of it."""
+"""One data-parallel rank of the learner, on DeepSpeed. A plain class, which a
+`runtime.actors.RoleActor` builds."""
 
 import math
 import os

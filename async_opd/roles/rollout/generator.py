@@ -1,5 +1,5 @@
-"""A rollout generator on vLLM's AsyncLLM. A plain class: `runtime/actors.py` makes a Ray actor of
-it."""
+"""A rollout generator on vLLM's AsyncLLM. A plain class, which a
+`runtime.actors.RoleActor` builds."""
 
 import asyncio
 import itertools
@@ -60,7 +60,7 @@ class RolloutGenerator:
         # what was sent during a pause; None: there is none
         self._paused: list[Waiting] | None = None
         self._arrived = asyncio.Condition()
-        # tied heads
+        # at each update it warns of tied heads, which get no weights of their own
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
             logging.ERROR
         )
@@ -77,7 +77,7 @@ class RolloutGenerator:
             settings.vocabulary, size=block + 16, dtype=np.int32
         )
         if needs.teacher_at_student_ids:
-            # vLLM's other runner does not let `candidates` in
+            # vLLM's other runner does not let `vllm_candidates` in
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         longest = max(
             settings.max_prompt_tokens + config.max_new_tokens,

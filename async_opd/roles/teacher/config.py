@@ -18,14 +18,12 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Of one forward, prompts included; vllm on CPU holds their logits.
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192
-    # For transformers only.
-    # Longest a request waits for company; 0: take what is queued.
+    # transformers: longest a request waits for company; 0: take what is queued
     flush_s: Annotated[float, Meta(ge=0)] = 0.0
-    head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
-    # For vllm only.
-    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # GPUs of one replica
-    memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
-    # Of a GPU; with run.share_gpu of any backend.
+    head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # transformers: rows of [·, vocabulary]
+    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # vllm: GPUs of one replica
+    memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # vllm: KV cache of one engine on CPU
+    # share of a GPU, of vllm; of any backend with run.share_gpu
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
 
 

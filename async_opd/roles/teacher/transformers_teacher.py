@@ -1,4 +1,5 @@
-"""An exact teacher on transformers. A plain class: `runtime/actors.py` makes a Ray actor of it."""
+"""An exact teacher on transformers. A plain class, which a
+`runtime.actors.RoleActor` builds."""
 
 import asyncio
 import itertools

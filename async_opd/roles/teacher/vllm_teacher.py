@@ -1,5 +1,5 @@
-"""A teacher on vLLM, for models that one device cannot hold. A plain class: `runtime/actors.py`
-makes a Ray actor of it."""
+"""A teacher on vLLM, for models that one device cannot hold. A plain class, which a
+`runtime.actors.RoleActor` builds."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""The verifier pool as the stream sees it: whole groups of token ids in, verdicts out."""
+"""The verifier pool as the driver sees it: whole groups of token ids in, verdicts out."""
 
 import asyncio
 from collections.abc import Callable

@@ -96,11 +96,14 @@ def _problem(problem: Problem) -> list[str]:
 
 def _grouped(members: list[str]) -> str:
     """Write members as "generator 0, 1; verifier 0"."""
-    seats: dict[str, list[str]] = {}
+    numbers_by_role: dict[str, list[str]] = {}
     for member in members:
-        role, _, seat = member.rpartition(" ")
-        seats.setdefault(role, []).append(seat)
-    return "; ".join(f"{role} {', '.join(numbers)}" for role, numbers in seats.items()) or "nobody"
+        role, _, number = member.rpartition(" ")
+        numbers_by_role.setdefault(role, []).append(number)
+    return (
+        "; ".join(f"{role} {', '.join(numbers)}" for role, numbers in numbers_by_role.items())
+        or "nobody"
+    )
 
 
 def _size(parameters: int) -> str:

@@ -101,7 +101,6 @@ def _rollout(
         for i in range(count)
     ]
     signal = "advantage" if "advantage" in numbers else "teacher − student"
-    signal = "advantage" if "advantage" in numbers else "teacher − student"
     others = [name for name in numbers if name not in {*NUMBERS, "signal", "kept"}]
     labels = NUMBERS | {name: name.replace("_", " ") for name in others} | {"signal": signal}
     return Rollout(

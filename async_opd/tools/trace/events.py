@@ -20,7 +20,8 @@ LEARNER = "learner"
 QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
 # What a call is of, where that is no group.
-OF = {"update": "version", "checkpoint": "version", "step": "groups"}
+OF = {name: "version" for name in ("update", "send_weights", "save", "save_state")}
+OF |= {"step": "groups"}
 COUNTERS = {
     "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
     "tokens/s": {role: f"{role}_tokens_per_s" for role in ("generators", "teachers", "trained")},
