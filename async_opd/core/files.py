@@ -34,9 +34,12 @@ def commit_folder(path: Path, replace: bool = False) -> None:
     Where there is one of that name, this fails, or does without for a moment to `replace` it."""
     for written in (*partial(path).rglob("*"), partial(path)):
         sync(written)
-    if replace:
-        shutil.rmtree(path, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.replaced")
+    if replace and path.exists():  # which cannot be emptied while somebody reads it over NFS
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
     rename(partial(path), path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -42,9 +42,9 @@ def _arrive(kind: type[Struct], sent: bytes, *buffers: Any) -> Struct:
     try:
         return msgspec.msgpack.decode(sent, type=kind, dec_hook=array)
     except msgspec.ValidationError as e:
-        id = msgspec.msgpack.decode(sent)
-        while not isinstance(id, str):  # a message begins with its id, or with a message that does
-            id = id[0]
+        id: Any = msgspec.msgpack.decode(sent)
+        while isinstance(id, list) and id:  # it begins with its id, or with a message that does
+            id = cast("list[Any]", id)[0]
         raise WireError(f"{id}: {kind.__name__}: {e}") from e
 
 

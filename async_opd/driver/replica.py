@@ -46,8 +46,8 @@ class Replica(Generic[P]):
         self.port = port
         self.lost = ""  # why it is gone for good; empty while it lives
         self.load = 0  # what it has out, weighed by those who ask
-        self.begun = 0  # calls so far
-        self.out = 0  # of them without an answer yet
+        self.out = 0  # calls without an answer yet
+        self.sent = 0  # calls so far that are on their way or answered
         self._time = time
         self._idle = idle
         self._held = ""  # the state that it is held in, whatever it is asked
@@ -63,16 +63,20 @@ class Replica(Generic[P]):
     ) -> T:
         """Await `method`, named as the port declares it, of the actor, `of` a prompt, a version or
         several. Raises ActorLost as soon as the actor is given up: a late answer meets nobody."""
-        self.begun += 1
         self.out += 1
         start, cut_off = self._enter(), CUT_OFF
         try:
-            answer = await self.hold(getattr(self.port, method.__name__)(*args))
+            answer = await self.hold(self._send(method.__name__, *args))
             cut_off = ""
             return answer
         finally:
             self.out -= 1
             self._time.called(f"{method.__name__}{cut_off}", of, start, self._enter())
+
+    async def _send(self, method: str, *args: Any) -> Any:
+        """Make the call; from the count to its way out nothing else runs."""
+        self.sent += 1
+        return await getattr(self.port, method)(*args)
 
     async def hold(self, call: Coroutine[Any, Any, T]) -> T:
         """Await a call that counts for nothing, such as a look at its health. Raises ActorLost as
@@ -94,14 +98,19 @@ class Replica(Generic[P]):
 
     @contextmanager
     def held(self, state: str) -> Generator[None]:
-        """The actor is in `state` meanwhile, whatever is asked of it."""
-        self._held = state
+        """The actor is in `state` meanwhile, whatever is asked of it, or until `release`."""
+        before, self._held = self._held, state
         self._enter()
         try:
             yield
         finally:
-            self._held = ""
+            self._held = before
             self._enter()
+
+    def release(self) -> None:
+        """The actor's state is again what follows from its calls."""
+        self._held = ""
+        self._enter()
 
     def idles(self, state: str) -> None:
         """From now on `state` is what the actor is in without a call."""

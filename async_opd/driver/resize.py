@@ -64,18 +64,19 @@ async def serve(run_dir: Path, pools: Pools) -> None:
     while True:
         for request in run_dir.glob(SCALE_REQUEST.format("*")):
             with suppress(OSError):  # who asked may have gone, or may not be allowed to
-                _answer(request, pools)
+                await _answer(request, pools)
         await asyncio.sleep(POLL_S)
 
 
-def _answer(request: Path, pools: Pools) -> None:
+async def _answer(request: Path, pools: Pools) -> None:
     content = request.read_bytes()
     request.unlink()
     try:
         answer = False, _resize(pools, msgspec.json.decode(content, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
-    write_file(request.with_suffix(SCALE_ANSWER), msgspec.json.encode(answer))
+    content = msgspec.json.encode(answer)
+    await asyncio.to_thread(write_file, request.with_suffix(SCALE_ANSWER), content)
 
 
 def _resize(pools: Pools, sizes: dict[str, int]) -> str:

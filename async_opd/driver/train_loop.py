@@ -159,7 +159,8 @@ class TrainLoop:
         publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
         step_s = self._config.timeout.step_s
         writing = bounded(self.progress.ledger.sync(), step_s, "ledger, fsync")
-        gap, _ = await asyncio.gather(publishing, writing)
+        with self._learner.held("syncing"):
+            gap, _ = await asyncio.gather(publishing, writing)
         return gap
 
     def _admit(self, trained: list[ScoredGroup]) -> None:

@@ -39,7 +39,7 @@ class WeightPublisher:
         self._max_age = max_age
         self._group: list[Replica[Generator]] = []
         self._layout = WeightLayout((), (), ())
-        self._begun: dict[int, int] = {}  # calls of each generator before its last update ended
+        self._sent: dict[int, int] = {}  # calls of each generator when its last update ended
 
     async def publish(
         self,
@@ -68,12 +68,10 @@ class WeightPublisher:
                 (each, retrieved(asyncio.create_task(each.call(Generator.probe))))
                 for each in probed
             ]
-            # requests and probes are submitted by tasks that have not run yet
-            await asyncio.sleep(0)
-            resumed = [
-                each.call(Generator.resume, each.begun - self._begun[each.index])
-                for each in members
-            ]
+            # requests and probes are sent by tasks, and tasks of these, that have not run yet
+            for _ in range(2):
+                await asyncio.sleep(0)
+            resumed = [self._resume(each) for each in members]
             self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
         with self._learner.held("syncing"):
             gaps = [await self._gap(version, each, probe) for each, probe in probes]
@@ -106,7 +104,12 @@ class WeightPublisher:
         try:
             await member.call(Generator.update, version, self._layout, oldest, of=version)
         finally:
-            self._begun[member.index] = member.begun
+            self._sent[member.index] = member.sent
+
+    async def _resume(self, member: Replica[Generator]) -> None:
+        """Let `member` run on, once the requests that were sent during the pause are there."""
+        await member.call(Generator.resume, member.sent - self._sent[member.index])
+        member.release()
 
     async def _connect(self, members: list[Replica[Generator]]) -> None:
         """Form a group: the learner listens, all members join."""

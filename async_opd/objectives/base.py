@@ -40,7 +40,9 @@ class Objective(
     metrics: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def __init_subclass__(cls) -> None:
-        for old in sorted(RENAMED.keys() & vars(cls).keys()):
+        kinds = cls.__annotations__.items()
+        settings = {name for name, kind in kinds if "ClassVar" not in f"{kind}"}
+        for old in sorted((RENAMED.keys() & vars(cls).keys()) - settings):
             raise ConfigError(f"objective {cls.__name__}: {old} is called {RENAMED[old]} now")
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import gc
 import inspect
 import itertools
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -113,11 +114,12 @@ class RoleActor:
 
 
 def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
-    """The result of a call that is done, or its error, under a name of ours."""
+    """The result of a call that is done, or its error, under a name of ours and with its place."""
     error = call.exception()
     if error is None or isinstance(error, AsyncOpdError):
         return error or call.result()
-    return CallFailed(f"{method}: {error!r}")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return CallFailed(f"{method}: {error!r} ({place.filename}:{place.lineno})")
 
 
 class RemoteActor:

@@ -271,6 +271,19 @@ def test_a_bad_message_fails_where_it_arrives(kind, good, change, message):
         pickle.loads(pickle.dumps(broken, protocol=5))
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (StepResult, (1, {"loss": None}), "1: StepResult: Expected `float`"),
+        (Sampling, (None,), "None: Sampling: Expected `int`"),
+        (LearnerShare, ((), ("x",)), r"\[\]: LearnerShare: Expected `array`"),
+    ],
+)
+def test_a_message_that_begins_with_no_id_is_refused_all_the_same(kind, fields, message):
+    with pytest.raises(WireError, match=message):
+        pickle.loads(pickle.dumps(kind(*fields), protocol=5))
+
+
 GOOD = [
     Span(version=1, start=0, end=2),
     Prompt(**PROMPT),

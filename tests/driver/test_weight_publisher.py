@@ -1,10 +1,14 @@
+import asyncio
+
 import numpy as np
 import pytest
 
 from async_opd.core.errors import ActorLost, ParityError, SyncFailed
+from async_opd.core.ports import Generator
 from async_opd.core.wire import WeightGroup
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
+from async_opd.telemetry.spans import ActorTime
 from tests.simulated.roles import LOGP, SimulatedGenerator, SimulatedLearner
 from tests.simulated.runs import replica
 
@@ -190,3 +194,48 @@ async def test_where_stale_groups_are_dropped_an_update_cuts_those_that_are_over
     for version in (1, 2, 3, 7):
         await publisher.publish(version, admit=lambda: None)
     assert generator.sent == [(1, 0), (2, 0), (3, 1), (7, 5)]
+
+
+async def test_the_engine_waits_for_the_requests_that_were_sent_not_for_one_given_up_before():
+    class Expects(Breaks):
+        async def generate(self, prompt):
+            self.served.append(prompt)
+
+        async def resume(self, expected):
+            self.expected = expected
+            await super().resume(expected)
+
+    generator = Expects()
+    generator.served = []
+    pool = ReplicaPool("generator", [generator])
+    publisher = WeightPublisher(replica(SimulatedLearner()), pool, parity_every=9, tolerance=1e-3)
+    asking = []
+
+    def admit():
+        ask = pool.ask
+        asking.extend(asyncio.ensure_future(ask(Generator.generate, at)) for at in range(3))
+        asyncio.get_running_loop().call_soon(asking[1].cancel)  # between its task and its call
+
+    await publisher.publish(1, admit)
+    await asyncio.wait(asking)
+    assert (generator.served, generator.expected) == ([0, 2], 2)
+
+
+async def test_a_generator_that_runs_on_is_no_longer_syncing_whoever_is_slow_to():
+    class Slow(SimulatedGenerator):
+        async def resume(self, expected):
+            await resumes.wait()
+            await super().resume(expected)
+
+    resumes, clock = asyncio.Event(), asyncio.get_running_loop().time
+    times = [ActorTime(clock) for _ in range(2)]
+    pool = ReplicaPool(
+        "generator", [SimulatedGenerator(), Slow()], actor_time=lambda index: times[index]
+    )
+    publisher = WeightPublisher(replica(SimulatedLearner()), pool, parity_every=9, tolerance=1e-3)
+    publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))
+    await asyncio.sleep(0.05)
+    assert [time._state for time in times] == ["starved", "syncing"]
+    resumes.set()
+    await publishing
+    assert [time._state for time in times] == ["starved", "starved"]

@@ -139,3 +139,10 @@ def test_a_file_with_an_old_hook_costs_a_command_one_line(tmp_path):
     ended = python(COMMAND, tmp_path, *words, status=2)
     line = "async-opd: ConfigError: objective Surprised: show is called token_metrics now\n"
     assert (ended.stdout, ended.stderr) == ("", line)
+
+
+def test_a_setting_may_have_the_name_of_an_old_hook():
+    class Shows(Opd, tag="shows"):
+        show: int = 3
+
+    assert Shows().show == 3

@@ -133,9 +133,12 @@ class PromptSource:
         there."""
         if self._config.streaming:
             named = (row for row in self._shuffled(epoch) if self._id(row) in names)
+        elif self._config.id:
+            column = enumerate(self._table[self._config.id])
+            named = (self._row(place) for place, name in column if str(name) in names)
         else:
-            column = self._table[self._config.id] if self._config.id else range(len(self))
-            named = (self._row(i) for i, name in enumerate(column) if str(name) in names)
+            places = (int(name) for name in names if name.isdecimal())
+            named = (self._row(place) for place in places if place < len(self))
         return islice(named, len(names))
 
     def first(self, count: int | None) -> list[Prompt]:

@@ -20,7 +20,9 @@ LEARNER = "learner"
 QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
 # What a call is of, where that is no group.
-OF = {name: "version" for name in ("update", "send_weights", "save", "save_state")}
+# "checkpoint": of a run that an earlier version recorded
+SAVES = ("save", "save_state", "checkpoint")
+OF: dict[str, str] = dict.fromkeys(("update", "send_weights", *SAVES), "version")
 OF |= {"step": "groups"}
 COUNTERS = {
     "queue": {"ready": "queue_ready", "outstanding": "queue_outstanding"},
