@@ -47,7 +47,7 @@ CONFINED = {
         "runtime/jobs.py",
         "runtime/prometheus.py",
     },
-    "deepspeed": {"roles/learner/engine.py", "roles/learner/weights.py"},
+    "deepspeed": {"roles/learner/engine.py"},
     "vllm": {
         "roles/rollout/engine_args.py",
         "roles/rollout/generator.py",

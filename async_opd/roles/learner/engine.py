@@ -99,7 +99,8 @@ class LearnerRank:
         )
         torch.manual_seed(settings.seed)
         lm = self._load()
-        self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes)
+        gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
+        self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
         width = lm.config.get_text_config().hidden_size
         student = Student(lm, temperature=settings.temperature, chunk_rows=config.head_chunk_rows)
         engine_config = deepspeed_config(config, width)

@@ -1,8 +1,8 @@
 """The student's weights as they leave the learner, a bucket at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
-import deepspeed
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,10 +15,16 @@ class StudentWeights:
     """Gathers the weights of a model whose ranks may each hold a part; every rank calls the same
     methods."""
 
-    def __init__(self, lm: PreTrainedModel, bucket_bytes: int):
-        """`lm` before it is sharded: its shapes are whole then. `bucket_bytes` are whole at
-        once."""
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        bucket_bytes: int,
+        gather: Callable[[list[Tensor]], AbstractContextManager[None]],
+    ):
+        """`lm` before it is sharded: its shapes are whole then. `bucket_bytes` are whole at once,
+        while in `gather` of them."""
         self._lm = lm
+        self._gather = gather
         self._bucket_bytes = bucket_bytes
         self._pieces = checkpoint_names.pieces(lm)
         self._parameters: dict[str, Tensor] = dict(lm.named_parameters())
@@ -55,7 +61,6 @@ class StudentWeights:
     def _gathered(self) -> Iterator[list[Piece]]:
         """The weights, of which only those of the bucket in hand are whole under ZeRO-3."""
         for bucket in buckets(self._pieces, self._bucket_bytes):
-            with deepspeed.zero.GatheredParameters(
-                [self._parameters[name] for piece in bucket for name in piece.parameters]
-            ):
+            names = (name for piece in bucket for name in piece.parameters)
+            with self._gather([self._parameters[name] for name in names]):
                 yield bucket
