@@ -76,3 +76,26 @@ def tiny_lm() -> Callable:
         return transformers.AutoModelForCausalLM.from_config(config)
 
     return build
+
+
+@pytest.fixture
+def synced_and_renamed(tmp_path, monkeypatch) -> Callable[[], list[str]]:
+    """From its call on, notes what below `tmp_path` is put on the disk, and "-> name" of what gets
+    one, in order."""
+
+    def start() -> list[str]:
+        done, sync, rename = [], os.fsync, os.rename
+
+        def recorded(descriptor):
+            done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+            sync(descriptor)
+
+        def renamed(source, target):
+            done.append(f"-> {os.path.relpath(target, tmp_path)}")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "fsync", recorded)
+        monkeypatch.setattr(os, "rename", renamed)
+        return done
+
+    return start

@@ -24,25 +24,14 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["config.json"]
 
 
-def test_a_folder_is_there_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
-    done, sync, rename = [], os.fsync, os.rename
-
-    def recorded(descriptor):
-        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
-        sync(descriptor)
-
-    def renamed(source, target):
-        done.append(f"-> {os.path.relpath(target, tmp_path)}")
-        rename(source, target)
-
+def test_a_folder_is_there_once_all_of_it_is_on_the_disk(tmp_path, synced_and_renamed):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "of a kill").touch()
     partial = files.begin_folder(tmp_path / "out")
     (partial / "deep").mkdir()
     (partial / "deep" / "shard").write_text("s")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(os, "rename", renamed)
+    done = synced_and_renamed()
     files.commit_folder(tmp_path / "out")
     assert set(done[:-2]) == {f".out.partial{name}" for name in ("", "/deep", "/deep/shard")}
     assert done[-2:] == ["-> out", "."]

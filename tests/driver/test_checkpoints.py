@@ -59,21 +59,10 @@ def test_a_checkpoint_is_found_with_all_that_was_written_and_the_link_leads_to_i
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_link(
-    tmp_path, monkeypatch
+    tmp_path, synced_and_renamed
 ):
     save(tmp_path, 1)
-    done, sync, rename = [], os.fsync, os.rename
-
-    def recorded(descriptor):
-        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
-        sync(descriptor)
-
-    def renamed(source, target):
-        done.append(f"-> {os.path.relpath(target, tmp_path)}")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(os, "rename", renamed)
+    done = synced_and_renamed()
     save(tmp_path, 2, keep=2)
     named = done.index("-> checkpoints/000002")
     inside = [
