@@ -7,8 +7,10 @@ from transformers import AutoTokenizer
 from async_opd.config.load import load
 from async_opd.core.errors import DataError
 from async_opd.core.wire import Needs
-from async_opd.launch.inputs import check_ends, check_epochs, check_scorers, eos_ids, read, views
+from async_opd.launch.inputs import check_epochs, read, views
+from async_opd.launch.models import eos_ids
 from async_opd.launch.toy_models import resolve_toy
+from async_opd.launch.vocabulary import check_ends, check_scorers
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.toy import STUDENT

@@ -24,6 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed
+from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import (
     Group,
@@ -202,12 +203,12 @@ class RolloutGenerator:
 
     @contextmanager
     def _named(self, what: str) -> Generator[None]:
-        try:
-            yield
-        except EngineDeadError as e:
-            raise ActorLost(f"{self._settings.name}: its engine died") from e
-        except Exception as e:  # vLLM passes on whatever its worker raised as a bare Exception
-            raise SyncFailed(f"{self._settings.name} {what}: {e}") from e
+        # vLLM passes on whatever its worker raised as a bare Exception
+        with foreign(f"{self._settings.name} {what}", SyncFailed):
+            try:
+                yield
+            except EngineDeadError as e:
+                raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _run(
         self, id: str, prompt_ids: Ints, sampling: SamplingParams
