@@ -27,7 +27,7 @@ def test_a_foreign_error_is_one_line_that_names_what_was_called(error, line):
 
 def test_a_panic_of_a_library_in_rust_is_no_exception_and_is_caught_all_the_same():
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
-    with pytest.raises(DataError, match="^a row: PanicException: out of range$"), foreign("a row"):
+    with pytest.raises(DataError, match=r"^a row: PanicException: out of range$"), foreign("a row"):
         raise panic("out of range")
 
 
