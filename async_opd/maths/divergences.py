@@ -31,6 +31,29 @@ def kl(p_logp_NK: Tensor, q_logp_NK: Tensor) -> Tensor:
     return (p_logp_NK.exp() * (p_logp_NK - q_logp_NK)).sum(-1)
 
 
+def bounded_reverse_kl(
+    student: Tensor, teacher: Tensor, *, at_most: float, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """Σ_k p_k · clip(log p_k - log q_k, -c, c) of a student p and a teacher q, over the last axis
+    as given, [N], nats; and where the bound acted, bool [N].
+
+    The gradient is Σ_k p_k · clip(log p_k - log q_k, -c, c) · ∇log p_k, the mean of the sampled
+    token's under the same bound, and not that of the value: there a candidate that is clipped would
+    lose the 1 of the product rule that the others keep, and below c = 1 change its sign. Where p is
+    the `whole` of a distribution Σ_k p_k ∇log p_k is 0, and the 1 is left out; else it is a part of
+    what is clipped.
+
+    >>> one, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 1e-30]]).log()
+    >>> bounded_reverse_kl(one, other, at_most=2.0, whole=True)
+    (tensor([1.]), tensor([True]))
+    """
+    part, signal = 0 if whole else 1, (student - teacher).detach()
+    over_N = ((signal + part).abs() > at_most).any(-1)
+    clipped = (signal + part).clamp(-at_most, at_most)
+    loss_N = (student.exp() * clipped - part * student.detach().exp()).sum(-1)
+    return loss_N, over_N
+
+
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β
     < 1, over the last axis as given. Returns [N], nats.

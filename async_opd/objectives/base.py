@@ -9,8 +9,9 @@ from msgspec import Meta
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Needs
 from async_opd.maths import Tensor
-from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
-from async_opd.objectives.token_batch import ComposedLoss, TokenBatch, TokenLoss
+from async_opd.objectives import bounds
+from async_opd.objectives.modifiers import Bound, DriftGate, Position, RandomShare
+from async_opd.objectives.token_batch import ComposedLoss, TokenBatch, TokenLoss, declared
 
 RENAMED = {
     "wants": "requirements",
@@ -19,6 +20,19 @@ RENAMED = {
     "show": "token_metrics",
     "shown": "metrics",
     "episode": "trajectory_statistics",
+}
+
+BOUNDED = {  # a setting; its metric, unit and meaning
+    "signal_at_most": (
+        "signal_bounded",
+        "share",
+        "of the trained tokens whose signal objective.signal_at_most lowered",
+    ),
+    "weight_at_most": (
+        "weight_bounded",
+        "share",
+        "of the trained tokens whose W * ratio objective.weight_at_most lowered",
+    ),
 }
 
 
@@ -33,6 +47,10 @@ class Objective(
     position: Position | None = None
     random: RandomShare | None = None
     constant: Annotated[float, Meta(gt=0)] = 1.0  # a control: weight of every token
+    # most that a token says, nats: |A|, of a divergence the log-ratio; before weights and ratio
+    signal_at_most: Bound | None = None
+    # most that this is multiplied by: the product of W, ρ̃, the drift gate and `constant`
+    weight_at_most: Bound | None = None
     # kept tokens; the selected of them; first over each trajectory's, then over trajectories
     mean_over: Literal["tokens", "selected", "sequences"] = "tokens"
 
@@ -54,6 +72,11 @@ class Objective(
     def tag(self) -> str:
         """Its name in a config."""
         return str(self.__struct_config__.tag)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of what `loss` measures: its own, and how often a bound acts that is set."""
+        return [*self.metrics, *(BOUNDED[name][0] for name in BOUNDED if getattr(self, name))]
 
     def requirements(self) -> Needs:
         """Say what this method must be supplied with."""
@@ -111,19 +134,41 @@ class Objective(
 
     def loss(self, batch: TokenBatch) -> ComposedLoss:
         """Multiply the method's loss by the weights that compose with it, on what it and they
-        select."""
-        method, selected_N = self.token_loss(batch), self._selected(batch)
+        select; its signal and their product bounded where the settings say so."""
+        method, selected_N = self._method(batch), self._selected(batch)
         factor_N = batch.behaviour_logp_N.new_full(selected_N.shape, self.constant)
         if self.drift_gate:
             factor_N = factor_N * self.drift_gate.weight(batch)
+        bounded: dict[str, Tensor] = {}
+        if self.signal_at_most:
+            bounded["signal_bounded"] = declared(method.bounded_N) & selected_N
+        if self.weight_at_most:
+            product_N = factor_N * method.largest_N
+            bounded["weight_bounded"] = (product_N > self.weight_at_most) & selected_N
+            factor_N = factor_N * bounds.scale(product_N, self.weight_at_most)
         return ComposedLoss(
             loss_N=(method.loss_N * factor_N).where(selected_N, 0),
             weight_N=method.weight_N * factor_N,
             advantage=method.advantage,
             ratio=method.ratio,
-            metrics=self.token_metrics(batch),
+            metrics=self.token_metrics(batch) | bounded,
             selected_N=selected_N,
         )
+
+    def bounded(self, signal: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Lower a signal to ±`signal_at_most`, and mark the tokens where that acted, bool [N];
+        the signal as it is and None where it is not set. [N] or [N, M]."""
+        most = self.signal_at_most
+        if most is None:
+            return signal, None
+        over = signal.abs() > most
+        return signal.clamp(-most, most), over.reshape(len(over), -1).any(1)
+
+    def _method(self, batch: TokenBatch) -> TokenLoss:
+        method = self.token_loss(batch)
+        if self.signal_at_most is None or method.bounded_N is not None:
+            return method
+        return bounds.signal(self.token_loss, batch, self.signal_at_most)
 
     def _selected(self, batch: TokenBatch) -> Tensor:
         choosers = [chooser for chooser in (self.position, self.random) if chooser]

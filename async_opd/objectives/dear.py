@@ -38,7 +38,7 @@ class Dear(Sampled, frozen=True, tag="dear"):
         """Choose D ∪ E, bool [N]."""
         return selection.decisions_and_evidence(
             declared(batch.student_entropy_N).detach(),
-            self.teacher_minus_student(batch).abs(),
+            self.bounded_gap(batch).abs(),
             declared(batch.hidden_ND),
             batch.segment_N,
             batch.trajectories,

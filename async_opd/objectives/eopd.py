@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from async_opd.core.wire import Needs
 from async_opd.maths import Tensor, divergences
+from async_opd.objectives import bounds
 from async_opd.objectives.modifiers import PrefixRatio
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
@@ -46,10 +47,18 @@ class Eopd(Sampled, frozen=True, tag="eopd"):
         teacher = divergences.outcomes(
             declared(batch.teacher_logp_NK), batch.teacher_tail_logp_N, rest=self.rest
         )
-        more_N = self.alpha * self._uncertain(batch) * divergences.kl(teacher, student)
+        added_N, bounded_N = self.alpha * self._uncertain(batch), sampled.bounded_N
+        more_N = added_N * divergences.kl(teacher, student)
         if self.prefix:
-            more_N = self.prefix.factor(batch) * more_N
-        return replace(sampled, loss_N=sampled.loss_N + more_N)
+            prefix_N = self.prefix.factor(batch)
+            more_N, added_N = prefix_N * more_N, prefix_N * added_N
+        if self.signal_at_most:  # of the KL, Σ_v π_T(v), which never is above 1
+            size_N = teacher.exp().sum(-1)
+            more_N = more_N * bounds.scale(size_N, self.signal_at_most)
+            bounded_N = declared(bounded_N) | ((added_N > 0) & (size_N > self.signal_at_most))
+        return replace(
+            sampled, loss_N=sampled.loss_N + more_N, bounded_N=bounded_N, added_N=added_N
+        )
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Mark where the forward KL is added."""

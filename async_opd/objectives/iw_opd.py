@@ -32,7 +32,7 @@ class IwOpd(GOpd, frozen=True, tag="iw_opd"):
     def weight(self, batch: TokenBatch) -> Tensor:
         """Compute W [N]."""
         return gates.prefix_discrepancy(
-            self.teacher_minus_student(batch),
+            self.bounded_gap(batch),
             batch.segment_N,
             batch.trajectories,
             gamma=self.gamma,

@@ -93,14 +93,21 @@ class Sampled(Objective, frozen=True, kw_only=True):
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
         """Compute ℓ [N], by the correction."""
-        advantage_N, weight_N = self.advantage(batch), self.weight(batch)
+        advantage_N, bounded_N = self.bounded(self.advantage(batch))
+        weight_N = self.weight(batch)
         loss_N, ratio_N = self.correction.apply(
             batch,
             declared(batch.student_logp_N),
             batch.behaviour_logp_N,
             weight_N * advantage_N,
         )
-        return TokenLoss(loss_N=loss_N, weight_N=weight_N, advantage=advantage_N, ratio=ratio_N)
+        return TokenLoss(
+            loss_N=loss_N,
+            weight_N=weight_N,
+            advantage=advantage_N,
+            ratio=ratio_N,
+            bounded_N=bounded_N,
+        )
 
     def signal_logp(self, batch: TokenBatch) -> Tensor:
         """Choose the student's log-probs that the signal takes, [N], detached."""
@@ -113,3 +120,8 @@ class Sampled(Objective, frozen=True, kw_only=True):
     def teacher_minus_student(self, batch: TokenBatch) -> Tensor:
         """Compute log π_T - log π [N], detached."""
         return advantages.reverse_kl(self.signal_logp(batch), batch.teacher_logp_N)
+
+    def bounded_gap(self, batch: TokenBatch) -> Tensor:
+        """Compute the same within ±`signal_at_most`, [N]: what weights and selections take the
+        size of, so that one token rules neither."""
+        return self.bounded(self.teacher_minus_student(batch))[0]

@@ -57,7 +57,7 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
 
     def token_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Compute φ before its mean is divided out."""
-        return {"phi": gates.magnitude(self.teacher_minus_student(batch), tau=self.tau)}
+        return {"phi": gates.magnitude(self.bounded_gap(batch), tau=self.tau)}
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """Compute A [N], before φ."""
@@ -75,9 +75,7 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
     def weight(self, batch: TokenBatch) -> Tensor:
         """Compute φ/φ̄ [N], φ̄ over the kept tokens of the whole step."""
         mean = batch.statistics["phi"] / batch.statistics["tokens"].clamp(min=1)
-        return gates.magnitude(self.teacher_minus_student(batch), tau=self.tau) / mean.clamp(
-            min=1e-6
-        )
+        return gates.magnitude(self.bounded_gap(batch), tau=self.tau) / mean.clamp(min=1e-6)
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Mark the tokens where the teacher's sign is the verifier's, is not, or where one of

@@ -60,6 +60,19 @@ class TokenLoss:
     weight_N: Tensor  # the method's own, detached; 1 where it has none
     advantage: Tensor | None = None  # detached; None for a divergence, which has none
     ratio: Tensor | None = None  # detached factor for staleness; None: none is applied
+    # bool [N], whose signal the method bounded; None: left to the base class
+    bounded_N: Tensor | None = None
+    # detached factor of a second part of the loss, which W · ρ̃ does not multiply
+    added_N: Tensor | None = None
+
+    @property
+    def largest_N(self) -> Tensor:
+        """The largest factor that multiplies a signal of the token: W · ρ̃, or that of a second
+        part."""
+        largest_N = self.weight_N
+        if self.ratio is not None:
+            largest_N = largest_N * self.ratio.reshape(len(largest_N), -1).amax(1)
+        return largest_N if self.added_N is None else largest_N.maximum(self.added_N)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,13 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
         teacher = divergences.outcomes(
             declared(batch.teacher_logp_NK), batch.teacher_tail_logp_N, rest=self.rest
         )
+        bounded_N = None
         if self.divergence == "forward":
             loss_N = divergences.kl(teacher, student)
+        elif self.divergence == "reverse" and self.signal_at_most:
+            loss_N, bounded_N = divergences.bounded_reverse_kl(
+                student, teacher, at_most=self.signal_at_most, whole=self.rest != "drop"
+            )
         elif self.divergence == "reverse":
             loss_N = divergences.kl(student, teacher)
         else:
@@ -69,4 +74,5 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
             loss_N=loss_N if ratio_N is None else ratio_N * loss_N,
             weight_N=batch.behaviour_logp_N.new_ones(len(loss_N)),
             ratio=ratio_N,
+            bounded_N=bounded_N,
         )

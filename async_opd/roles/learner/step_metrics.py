@@ -48,7 +48,7 @@ class Measured:
         self._running = objective.needs().running
         names = [
             *SUMS,
-            *(f"metric_{name}" for name in objective.metrics),
+            *(f"metric_{name}" for name in objective.metric_names),
             *(f"tokens_lag_{lag}" for lag in self._lags),
             *(f"{part}_{name}" for name in self._running for part in MOMENTS),
         ]
@@ -79,7 +79,7 @@ class Measured:
                 "lag": micro.lag_N[keep],
                 "excluded": ~keep,
                 **{f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags},
-                **{f"metric_{n}": result.metrics[n][keep] for n in self._objective.metrics},
+                **{f"metric_{n}": result.metrics[n][keep] for n in self._objective.metric_names},
             }
         )
         self._largest("mismatch", gap_N[fresh])
@@ -118,7 +118,7 @@ class Measured:
         tokens = max(metrics["tokens"], 1)
         return (
             metrics
-            | {name: sums[f"metric_{name}"] / tokens for name in self._objective.metrics}
+            | {name: sums[f"metric_{name}"] / tokens for name in self._objective.metric_names}
             | {f"tokens_lag_{lag}": sums[f"tokens_lag_{lag}"] for lag in self._lags}
         )
 

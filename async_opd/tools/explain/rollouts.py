@@ -27,6 +27,7 @@ from async_opd.objectives.token_batch import TokenBatch
 LOGP = (-torch.inf, LOGP_TOLERANCE, "a finite log-prob <= 0")
 ENTROPY = (-LOGP_TOLERANCE, torch.inf, "a finite entropy >= 0")
 FINITE = (-torch.inf, torch.inf, "a finite number")
+CARRIES_GRADIENT = vars(torch._C.TensorBase)["requires_grad"].__get__
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,7 +143,7 @@ class Absent(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if function not in (Tensor.__len__, Tensor.new_ones, Tensor.new_full):
+        if function not in (Tensor.__len__, Tensor.new_ones, Tensor.new_full, CARRIES_GRADIENT):
             raise DataError(cls.message)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))

@@ -15,13 +15,17 @@ LOGPS = ("student", "behaviour", "teacher", "reference")
 WIDTHS = {name: 10 for name in (*LOGPS, "advantage", "weight", "selected", "ratio")} | {
     "coefficient": 12
 }
+BOUNDED = {
+    "signal_bounded": ("signal_at_most", "the signal"),
+    "weight_bounded": ("weight_at_most", "weight · ratio"),
+}
 Row = tuple[Any, Any, list[Any]]  # place, token, numbers; None is shown as a dash, "" as nothing
 
 
 def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) -> Iterator[str]:
     """Write lines of at most 120 columns: for each trajectory a heading and a row a token, with
     rows below it for its candidates and their tail. With `colour`, what becomes likelier is green,
-    and what becomes less likely red."""
+    and what becomes less likely red. What a bound lowered has an asterisk."""
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
         reward = (
@@ -36,6 +40,8 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
                 change = row[2][-1] or 0
                 paint = GREEN if change > 0 else RED if change < 0 else ""
                 yield f"{paint}{_line(*row)}{RESET}" if colour and paint else _line(*row)
+    if any(any(effect.get(name, ())) for effect in effects for name in BOUNDED):
+        yield f"\n* lowered: {', '.join(f'{what} by {name}' for name, what in BOUNDED.values())}"
 
 
 def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
@@ -49,8 +55,8 @@ def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
     fields = {name: values[place] for name, values in t.per_token.items()}
     numbers = [
         *(fields.get(f"{name}_logp") for name in LOGPS),
-        advantages[0],
-        here["weight"],
+        _marked(advantages[0], here.get("signal_bounded")),
+        _marked(here["weight"], here.get("weight_bounded")),
         here["selected"],
         ratios[0],
         coefficients[0],
@@ -75,6 +81,10 @@ def _several(value: Any) -> list[Any]:
 def _line(place: Any, token: Any, numbers: list[Any]) -> str:
     cells = [f"{_number(x):>{width}}" for x, width in zip(numbers, WIDTHS.values(), strict=True)]
     return f"{place:>5}  {_shown(token, 16):<16}{''.join(cells)}"
+
+
+def _marked(x: Any, lowered: bool | None) -> Any:
+    return f"{_number(x)}*" if lowered else x
 
 
 def _number(x: Any) -> str:

@@ -1,0 +1,50 @@
+"""Bounds on what one token may say: on its signal, and on what its signal is multiplied by."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from async_opd.maths import Tensor
+from async_opd.objectives.token_batch import TokenBatch, TokenLoss
+
+LIVE = ("student_logp_N", "student_logp_NK", "student_tail_logp_N", "student_entropy_N")
+
+
+def scale(size: Tensor, at_most: float) -> Tensor:
+    """Compute min(1, c / size), what brings a size ≥ 0 down to c. Any shape.
+
+    >>> scale(torch.tensor([0.0, 2.0, 8.0]), 2.0)
+    tensor([1.0000, 1.0000, 0.2500])
+    """
+    return at_most / size.clamp(min=at_most)
+
+
+def signal(
+    token_loss: Callable[[TokenBatch], TokenLoss], batch: TokenBatch, at_most: float
+) -> TokenLoss:
+    """Scale ℓ of each token, and its advantage, by min(1, c · W · ρ̃ / Σ|∂ℓ/∂x|), the sum over
+    what ℓ reads of the live student at that token; so the direction of its gradient stays.
+
+    Takes the loss twice: the slopes are those at leaves, as only the learner's own backward may
+    pass through what its module gave.
+    """
+    import torch
+
+    live = {name: x for name in LIVE if (x := getattr(batch, name)) is not None}
+    leaves = {name: x.detach().requires_grad_() for name, x in live.items() if x.requires_grad}
+    with torch.enable_grad():
+        loss_N = token_loss(replace(batch, **leaves)).loss_N
+    torch.autograd.backward(loss_N.sum(), inputs=list(leaves.values()))
+    size_N = torch.zeros_like(loss_N.detach())
+    for leaf in leaves.values():
+        if leaf.grad is not None:
+            size_N += leaf.grad.abs().reshape(len(size_N), -1).sum(1)
+    method = token_loss(batch)
+    allowed_N = at_most * method.weight_N
+    if method.ratio is not None:
+        allowed_N = allowed_N * method.ratio.reshape(len(size_N), -1).mean(1)
+    over_N = size_N > allowed_N
+    scale_N = (allowed_N / size_N).where(over_N, 1)
+    advantage = method.advantage
+    if advantage is not None:
+        advantage = advantage * (scale_N[:, None] if advantage.ndim == 2 else scale_N)
+    return replace(method, loss_N=method.loss_N * scale_N, advantage=advantage, bounded_N=over_N)
