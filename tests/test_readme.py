@@ -76,19 +76,27 @@ def test_its_commands_are_commands(command, monkeypatch):
 def test_its_objective_is_one_file_and_does_what_it_says(tmp_path):
     (shown,) = blocks("python")
     assert len(shown.splitlines()) <= 16
-    (tmp_path / "bounded_opd.py").write_text(shown)
+    (tmp_path / "disputed_opd.py").write_text(shown)
     code = f"""
 import async_opd.objectives as folder
 folder.__path__.append({str(tmp_path)!r})
 from async_opd.cli.main import main
 example = {str(ROOT / "configs" / "explain_example.json")!r}
-main(["explain", "--objective", "bounded_opd", "most=1.5", example])
+main(["explain", "--objective", "disputed_opd", "full=0.2", "signal_at_most=1.5", example])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     rows = [line.split() for line in found.stdout.splitlines()[2:8]]
-    # log π_T - log π of the file's first trajectory: -0.05, 0.50, -3.00 bounded to -1.50, -0.50,
-    # 0.00, 0.01
-    assert [float(row[6]) for row in rows] == [-0.05, 0.5, -1.5, -0.5, 0.0, 0.01]
+    # log π_T - log π of the file's first trajectory: -0.05, 0.50, -3.00, -0.50, 0.00, 0.01
+    assert [float(row[7]) for row in rows] == [0.25, 1.0, 1.0, 1.0, 0.0, 0.05]
+    # the settings of every objective are its too
+    assert [row[6] for row in rows] == [
+        "-0.0500",
+        "0.5000",
+        "-1.5000*",
+        "-0.5000",
+        "0.0000",
+        "0.0100",
+    ]
 
 
 def test_its_layout_names_every_file_and_folder_of_the_package():

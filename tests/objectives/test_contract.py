@@ -84,6 +84,8 @@ COMPOSED = [
     dict(random=RandomShare(share=0.5)),
     dict(position=Position(share=0.3, part="suffix"), constant=2.0),
     dict(drift_gate=DriftGate(tau=0.3), random=RandomShare(share=0.7)),
+    dict(signal_at_most=0.3, weight_at_most=1.1),
+    dict(signal_at_most=1.0, drift_gate=DriftGate(block=2), position=Position(share=0.6)),
 ]
 MEANS = ["tokens", "selected", "sequences"]
 
@@ -270,7 +272,7 @@ def test_loss_and_weight_are_one_finite_number_a_token_and_gradients_are_finite(
         result.loss_N.sum(), list(module.parameters()), retain_graph=True
     )
     shape = (len(KEPT),)
-    assert result.metrics.keys() == objective.metrics.keys()
+    assert result.metrics.keys() == set(objective.metric_names)
     assert result.loss_N.shape == result.weight_N.shape == result.selected_N.shape == shape
     assert (
         result.loss_N.isfinite().all()
@@ -313,6 +315,73 @@ def test_the_gradient_is_weight_times_ratio_times_advantage_or_zero_where_clippe
         / student_NM.shape[1]
     )
     torch.testing.assert_close(got_NM, expected_NM)
+
+
+def forbidden(objective):
+    """The batch of all trajectories, where the teacher forbids two tokens and the first of the
+    candidates at each position, and the behaviour policy held two others for all but impossible."""
+    batch, _ = whole_batch(objective)
+    teacher_N, behaviour_N = batch.teacher_logp_N.clone(), batch.behaviour_logp_N.clone()
+    teacher_N[[0, 8]], behaviour_N[[1, 8]] = -3000.0, -40.0
+    changes = dict(teacher_logp_N=teacher_N, behaviour_logp_N=behaviour_N)
+    if batch.teacher_logp_NK is not None:
+        teacher_NK = batch.teacher_logp_NK.clone()
+        teacher_NK[:, :1] = -3000.0
+        changes["teacher_logp_NK"] = teacher_NK
+    if batch.behaviour_logp_NK is not None:
+        behaviour_NK = batch.behaviour_logp_NK.clone()
+        behaviour_NK[2:4, -1:] = -40.0
+        changes["behaviour_logp_NK"] = behaviour_NK
+    return replace(batch, **changes)
+
+
+def sizes_N(objective, batch):
+    """Σ|∂ℓ/∂log π| of each token."""
+    live = [batch.student_logp_N, batch.student_logp_NK, batch.student_tail_logp_N]
+    slopes = torch.autograd.grad(
+        objective.loss(batch).loss_N.sum(),
+        [x for x in live if x is not None],
+        allow_unused=True,
+        retain_graph=True,
+    )
+    slopes = [slope for slope in slopes if slope is not None]
+    return sum(slope.abs().reshape(len(KEPT), -1).sum(1) for slope in slopes)
+
+
+@every
+@pytest.mark.parametrize(("most", "weight"), [(5.0, 2.0), (0.2, 0.5)])
+def test_no_token_carries_a_step_where_signal_and_weight_are_bounded(objective, most, weight):
+    bounds = dict(signal_at_most=most, weight_at_most=weight)
+    bounded = msgspec.structs.replace(objective, **bounds)
+    batch, parts = forbidden(objective), 2 if isinstance(objective, Eopd) else 1
+    assert sizes_N(bounded, batch).max() <= parts * most * weight * (1 + 1e-6)
+    result, signal_only = bounded.loss(batch), msgspec.structs.replace(bounded, weight_at_most=None)
+    ratio = 1 if result.ratio is None else result.ratio.reshape(len(KEPT), -1).amax(1)
+    assert (result.weight_N * ratio).max() <= weight * (1 + 1e-6)
+    assert result.advantage is None or result.advantage.abs().max() <= most
+    # those whose factor was lowered are the only ones that a bound on it changes
+    lowered, before = result.metrics["weight_bounded"], signal_only.loss(batch)
+    assert torch.equal(result.loss_N[~lowered], before.loss_N[~lowered])
+    if lowered.any():
+        assert (result.weight_N < before.weight_N)[lowered].all()
+
+
+@every
+def test_a_bound_that_never_acts_changes_nothing(objective):
+    batch, _ = whole_batch(objective)
+    off = msgspec.structs.replace(objective, signal_at_most=None, weight_at_most=None)
+    on = msgspec.structs.replace(objective, signal_at_most=1e6, weight_at_most=1e6)
+    results = [o.loss(batch) for o in (off, on)]
+    assert not any(results[1].metrics[f"{name}_bounded"].any() for name in ("signal", "weight"))
+    assert not {"signal_bounded", "weight_bounded"} & results[0].metrics.keys()
+    torch.testing.assert_close(results[1].loss_N, results[0].loss_N, atol=1e-12, rtol=1e-12)
+    assert torch.equal(results[1].weight_N, results[0].weight_N)
+    module = whole_batch(objective)[1]
+    gradients = [
+        torch.autograd.grad(r.loss_N.sum(), list(module.parameters()), retain_graph=True)
+        for r in results
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-6)
 
 
 @every

@@ -4,6 +4,7 @@ tests/e2e."""
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from async_opd.telemetry import metric_names
@@ -21,7 +22,8 @@ def emitted(tmp_path) -> set[str]:
     """Keys of the rows of runs with every role there can be, and of every objective's metrics."""
     (tmp_path / "taught").mkdir()
     keys = set().union(*run_taught(tmp_path / "taught").rows)
-    for objective in PLAIN:
+    bounded = msgspec.structs.replace(PLAIN[0], signal_at_most=1.0, weight_at_most=1.0)
+    for objective in (*PLAIN, bounded):
         keys |= accumulated(objective, packed(objective, WHOLE))[0].keys()
     return keys
 
