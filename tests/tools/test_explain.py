@@ -134,6 +134,8 @@ NEEDED = {  # command: the fields without which it cannot be
     "cl_egrsd": SAMPLED | {"teacher_entropy", "reward", "length_cap"},
     "mc_opd m=4": SAMPLED | {"candidates"},
     "mc_opd m=1": SAMPLED,
+    "topk_kl k=3 divergence=forward signal_at_most=0.5": TAILED,
+    "eopd k=3 signal_at_most=0.5 weight_at_most=1.5": SAMPLED | {"candidates", "teacher_entropy"},
     "topk_kl k=3": TAILED,
     "topk_kl k=3 rest=renormalise": {"candidates"},
     "topk_kl k=3 prefix.at_most=2": TAILED | {"student_logp", "behaviour_logp"},
@@ -481,6 +483,9 @@ def test_other_candidates_than_the_objective_asks_for_are_refused(say):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
+        ("opd signal_at_most=0", "objective.signal_at_most = 0: must be a finite number > 0"),
+        ("topk_kl k=3 signal_at_most=-1", "objective.signal_at_most = -1: must be a finite number"),
+        ("egrsd weight_at_most=inf", "objective.weight_at_most = inf: must be a finite number > 0"),
         ("dera", "objective.tag = 'dera': must be 'cl_egrsd', 'dear', "),
         ("dear p=2", "objective.p = 2: must be a finite number > 0 and <= 1"),
         ("dear pp=0.2", "objective.pp = 0.2: no such setting; did you mean 'objective.p'?"),
@@ -567,10 +572,36 @@ def test_the_table_has_a_row_a_token_and_one_for_each_of_its_candidates(say):
         table = say(command, whole, as_json=False).splitlines()
         candidates = 3 * 14 if "candidates" in NEEDED[command] else 0
         tails = 14 if "student_tail_logp" in NEEDED[command] else 0
-        assert len(table) == 2 * 4 + 3 + 14 + candidates + tails and max(map(len, table)) <= 120
+        legend = 2 * ("at_most=0.5" in command)
+        assert len(table) == 2 * 4 + 3 + 14 + candidates + tails + legend
+        assert max(map(len, table)) <= 120
     mc = say("mc_opd m=4", whole, as_json=False).splitlines()
     found = say("mc_opd m=4", whole)["trajectories"][0]["coefficient"][0]
     assert [float(line.split()[-1]) for line in mc[2:6]] == pytest.approx(found, abs=1e-4)
+
+
+def test_what_a_bound_lowered_is_marked_and_told(say):
+    stale = SIX | {"behaviour_logp": [-0.10, -1.20, -0.05, -2.30, -0.40, -3.02]}
+    command = "opd signal_at_most=0.4 weight_at_most=2"
+    *rows, empty, legend = say(command, {"trajectories": [stale]}, as_json=False).splitlines()[2:]
+    cells = [row.split()[5:] for row in rows]
+    assert cells[1] == ["0.4000*", "1.0000", "1", "1.0000", "0.4000"]
+    assert cells[2] == ["-0.4000*", "1.0000", "1", "1.0000", "-0.4000"]
+    assert cells[5] == ["0.0100", "0.0996*", "1", "20.0855", "0.0200"]  # e³ lowered to 2
+    marked = [[i for i in range(6) if cells[i][place].endswith("*")] for place in (0, 1)]
+    assert marked == [[1, 2, 3], [5]] and empty == ""
+    assert legend == "* lowered: the signal by signal_at_most, weight · ratio by weight_at_most"
+    found = say(command, {"trajectories": [stale]})["trajectories"][0]
+    assert found["signal_bounded"] == [False, True, True, True, False, False]
+    assert found["weight_bounded"] == [False] * 5 + [True]
+    loose = say("opd signal_at_most=9 weight_at_most=99", {"trajectories": [SIX]}, as_json=False)
+    assert loose == say("opd", {"trajectories": [SIX]}, as_json=False)
+
+
+def test_the_table_of_a_divergence_is_marked_where_there_is_no_advantage(say):
+    rows = say("topk_kl k=3 signal_at_most=0.01", {"trajectories": everything()}, as_json=False)
+    assert " ".join(rows.splitlines()[2].split()).endswith("-* 1.0000 1 1.0000 -")
+    assert max(map(len, rows.splitlines())) <= 120
 
 
 def test_what_is_raised_is_green_and_what_is_lowered_is_red_on_a_terminal_only(say, monkeypatch):

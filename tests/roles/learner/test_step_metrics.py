@@ -77,6 +77,22 @@ def test_each_of_several_samples_is_a_weight_of_its_own(sample, packed):
     assert found["ratio_mean"] == pytest.approx(2.5 / 3)
 
 
+def test_how_often_the_bounds_act_is_told_where_they_are_set(sample, packed):
+    """A teacher that forbids one of the 500 tokens: the others count again, and its weight is what
+    is allowed."""
+    teacher = [-3000.0] + [-1.5] * 499
+    micro = packed(sample(spans=[(0, 500)], behaviour=[-1.0] * 499 + [-5.0], teacher=teacher))
+    off, _ = measured(Opd(), micro, [-1.0] * 500)
+    assert off["weight_max"] == pytest.approx(2999) and off["weight_ess"] < 0.003
+    assert not {"signal_bounded", "weight_bounded"} & off.keys()
+    on, _ = measured(Opd(signal_at_most=2.0, weight_at_most=1.25), micro, [-1.0] * 500)
+    assert on["signal_bounded"] == on["weight_bounded"] == pytest.approx(1 / 500)
+    assert on["weight_max"] == pytest.approx(2.0) and on["weight_ess"] > 0.9
+    assert on["kl"] == off["kl"]
+    one, _ = measured(Opd(weight_at_most=1.25), micro, [-1.0] * 500)
+    assert "signal_bounded" not in one and one["weight_bounded"] == pytest.approx(1 / 500)
+
+
 def test_a_divergence_without_a_ratio_has_weights_of_one(sample, packed):
     top = dict(
         topk_ids=np.array([[5, 6]] * 2, np.int32), topk_logp=np.log(np.float32([[0.5, 0.25]] * 2))
