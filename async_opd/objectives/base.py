@@ -135,7 +135,7 @@ class Objective(
     def loss(self, batch: TokenBatch) -> ComposedLoss:
         """Multiply the method's loss by the weights that compose with it, on what it and they
         select; its signal and their product bounded where the settings say so."""
-        method, selected_N = self._method(batch), self._selected(batch)
+        method, selected_N = self._bounded_loss(batch), self._selected(batch)
         factor_N = batch.behaviour_logp_N.new_full(selected_N.shape, self.constant)
         if self.drift_gate:
             factor_N = factor_N * self.drift_gate.weight(batch)
@@ -164,10 +164,9 @@ class Objective(
         over = signal.abs() > most
         return signal.clamp(-most, most), over.reshape(len(over), -1).any(1)
 
-    def _method(self, batch: TokenBatch) -> TokenLoss:
-        method = self.token_loss(batch)
-        if self.signal_at_most is None or method.bounded_N is not None:
-            return method
+    def _bounded_loss(self, batch: TokenBatch) -> TokenLoss:
+        if self.signal_at_most is None:
+            return self.token_loss(batch)
         return bounds.signal(self.token_loss, batch, self.signal_at_most)
 
     def _selected(self, batch: TokenBatch) -> Tensor:

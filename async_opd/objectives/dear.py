@@ -18,7 +18,9 @@ class Dear(Sampled, frozen=True, tag="dear"):
     "tokens"` is 1/T), the range of min-max is the tokens that are no decisions, and hidden states
     are those after the final norm, at the position that predicts the token. D is counted, the first
     of equals first, where Eq. 3-4 keep all at the (1-p) quantile or above: the two differ by at
-    most one token, and by ties. Entropy and hidden states are always the live student's.
+    most one token, and by ties. Entropy and hidden states are always the live student's. With
+    `signal_at_most` the divergence is what it leaves of one, so that a single one does not make all
+    others alike.
     """
 
     p: Share = 0.2

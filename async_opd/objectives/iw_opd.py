@@ -16,7 +16,7 @@ class IwOpd(GOpd, frozen=True, tag="iw_opd"):
 
     Not mean-one: its mean, about 1 + γ/2, raises the step; `opd` with `constant` is the control.
     With λ ≠ 1 it weighs A(λ) of `g_opd` (IW-ExOPD; RECONSTRUCTION: r_t · A(λ), the paper has no
-    formula).
+    formula). With `signal_at_most` the sums are of what it leaves of |A_k|.
     """
 
     gamma: Annotated[float, Meta(ge=0)] = 0.5

@@ -21,7 +21,8 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
     a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; a₂ = log
     π_T - log π (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT).
     RECONSTRUCTION, as the paper names but does not give them: `preserve` = A(λ_base), `grpo` = a₁,
-    τ, and which tokens φ's mean is over.
+    τ, and which tokens φ's mean is over. `signal_at_most` bounds A, extrapolation and all, and the
+    |a₂| of φ.
     """
 
     metrics: ClassVar = {

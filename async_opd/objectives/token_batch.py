@@ -60,7 +60,7 @@ class TokenLoss:
     weight_N: Tensor  # the method's own, detached; 1 where it has none
     advantage: Tensor | None = None  # detached; None for a divergence, which has none
     ratio: Tensor | None = None  # detached factor for staleness; None: none is applied
-    # bool [N], whose signal the method bounded; None: left to the base class
+    # bool [N], whose signal the method clipped; None: it clips none
     bounded_N: Tensor | None = None
     # detached factor of a second part of the loss, which W · ρ̃ does not multiply
     added_N: Tensor | None = None

@@ -20,7 +20,8 @@ class TopkKl(Objective, frozen=True, tag="topk_kl"):
     its ids, which makes it a divergence; K = V makes it the exact one (GKD, EXACT). AsyncOPD's
     paper renormalises over the K; its code drops the rest, so that agreement is no minimum. Dense
     over the vocabulary, so the token's own ratio ρ would only add variance: that of the prefix, or
-    none.
+    none. `signal_at_most` clips the log-ratios of the reverse KL; the others are bounded by
+    themselves.
     """
 
     k: Annotated[int, Meta(ge=1)]  # candidates a position

@@ -304,6 +304,24 @@ def test_an_objective_that_knows_of_no_bound_is_scaled_by_its_slopes():
     assert slopes[1] == pytest.approx([-2 * s for s in scale])
 
 
+class Sharpened(Opd, frozen=True, tag="sharpened"):
+    """A user's `opd` that adds to the loss of the method it stands on: 1000 times the entropy."""
+
+    def token_loss(self, batch):
+        method = super().token_loss(batch)
+        return replace(method, loss_N=method.loss_N + 1000 * declared(batch.student_entropy_N))
+
+
+def test_what_a_users_file_adds_to_a_methods_loss_is_bounded_with_it():
+    given = batch(STUDENT, TEACHER, student_entropy_N=[0.5] * 6)
+    given = replace(given, student_entropy_N=given.student_entropy_N.requires_grad_())
+    result = Sharpened(signal_at_most=2.0).loss(given)
+    leaves = [given.student_logp_N, given.student_entropy_N]
+    slopes = torch.stack(torch.autograd.grad(result.loss_N.sum(), leaves))
+    assert slopes.abs().sum(0).tolist() == pytest.approx([2.0] * 6)
+    assert result.metrics["signal_bounded"].all()
+
+
 def test_a_bound_takes_no_gradient_through_what_the_learners_module_gave():
     """Only the learner's own backward may: its parameters are gathered by hooks."""
     passed, given = [], forbidding(student_entropy_N=[0.5] * 6)
