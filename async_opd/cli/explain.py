@@ -1,9 +1,8 @@
 """What an objective does to given rollouts, token by token.
 
 Prints for each token the advantage, weight, selection, ratio and coefficient that the learner's own
-functions give, and starts nothing; what objective.signal_at_most or objective.weight_at_most
-lowered is marked. The file has rollouts with their log-probs; settings of the
-objective may stand before it.
+functions give, and starts nothing; what signal_at_most or weight_at_most lowered is marked. The
+file has rollouts with their log-probs; settings of the objective may stand before it.
 
   async-opd explain --objective sg_opd configs/explain_example.json
   async-opd explain --objective opd correction.tag=ppo configs/explain_example.json
