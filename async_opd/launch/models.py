@@ -134,8 +134,8 @@ def check_student(key: str, model: str, dtype: str, trust_remote_code: bool) -> 
         with foreign(f"{called}: cannot be saved"):
             lm.config.save_pretrained(folder)
             checkpoint_names.pieces(lm)
-            own = getattr(lm, "generation_config", None)
-            checkpoint.write_beside(own, source, Path(folder))
+            loaded = getattr(lm, "generation_config", None)
+            checkpoint.write_beside(loaded, source, Path(folder))
         with foreign(f"{called}: cannot be loaded again once it is saved"):
             AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -4,7 +4,7 @@ and of each rank what DeepSpeed does not keep."""
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError
@@ -77,7 +77,7 @@ def generation_config_file(path: str) -> Path | None:
     return Path(file) if file else None
 
 
-def save(model: PreTrainedModel, weights: dict[str, Tensor], source: Source, folder: Path) -> None:
+def save(model: Any, weights: dict[str, Tensor], source: Source, folder: Path) -> None:
     """Write `weights`, config, generation config and the tokenizer of `source` to `folder`,
     replacing it.
 
@@ -92,26 +92,26 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: Source, fol
     }
     with writing(folder):
         partial = files.begin_folder(folder)
-        own = getattr(model, "generation_config", None)
+        loaded = getattr(model, "generation_config", None)
         model.generation_config = GenerationConfig()
         try:
             model.save_pretrained(partial, state_dict=weights | buffers)
         finally:
-            model.generation_config = own
-        write_beside(own, source, partial)
+            model.generation_config = loaded
+        write_beside(loaded, source, partial)
         files.commit_folder(folder, replace=True)  # nobody reads it while the learner saves
 
 
-def write_beside(own: GenerationConfig | None, source: Source, folder: Path) -> None:
+def write_beside(loaded: GenerationConfig | None, source: Source, folder: Path) -> None:
     """Write into `folder` what stands there beside weights and config. The generation config goes
-    as it came, or as the model's `own`: transformers refuses to save values that it reads and that
+    as it came, or as it was `loaded`: transformers refuses to save values that it reads and that
     others sample by."""
     source.tokenizer.save_pretrained(folder)
     file = folder / GENERATION_CONFIG_NAME
     if source.generation_config is not None:
         file.write_bytes(source.generation_config)
-    elif own is not None:
-        own.to_json_file(file, keys_to_pop=["compile_config"])
+    elif loaded is not None:
+        loaded.to_json_file(file, keys_to_pop=["compile_config"])
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:

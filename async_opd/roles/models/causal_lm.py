@@ -59,13 +59,14 @@ def read(
     info: dict[str, Any] = {}
     with foreign(called):
         if weights or Path(path).is_dir():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 device_map=None if weights else "meta",
                 **settings,
             )
+            model, info = loaded
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
@@ -92,8 +93,8 @@ def _give_padding_its_gradient(model: PreTrainedModel) -> None:
     """Have every embedding learn the row of the padding id like any other: packed rows hold no
     padding, and in most families that id is an end token too."""
     for module in model.modules():
-        if hasattr(module, "weight") and getattr(module, "padding_idx", None) is not None:
-            module.padding_idx = None
+        if hasattr(module, "weight") and hasattr(module, "padding_idx"):
+            vars(module)["padding_idx"] = None
 
 
 @torch.no_grad()
@@ -107,8 +108,7 @@ def _refuse_unless_packing_is_exact(model: PreTrainedModel, called: str) -> None
     # Rounding in bfloat16 stays below; a missed bias, mask or scale does not.
     if not gap <= 0.1 * largest:
         raise ConfigError(
-            f"{called}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not"
-            " supported"
+            f"{called}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not supported"
         )
 
 
