@@ -69,8 +69,13 @@ def load(
     key: str, kind: type[AutoConfig] | type[AutoTokenizer], model: str, trust_remote_code: bool
 ) -> Any:
     """Read the config or the tokenizer of a model. Raises DataError."""
-    with _reading(f"{key} = {model!r}: its {KINDS[kind]}"):
-        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        with _reading(f"{key} = {model!r}: its {KINDS[kind]}"):
+            return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except DataError as e:
+        if "custom code" in f"{e}":
+            e.add_note("run.trust_remote_code = true has it run")
+        raise
 
 
 def text_config(key: str, model: str, trust_remote_code: bool) -> PreTrainedConfig:
