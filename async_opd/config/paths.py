@@ -10,6 +10,7 @@ from async_opd import toy
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.errors import ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
 
@@ -54,12 +55,13 @@ def check_model(
     it scores."""
     setting = f"{section}.model = {name!r}"
     try:
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = (folder / "config.json").read_bytes()
     except OSError as e:
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
-    except ValueError as e:
-        raise ConfigError(f"{setting}: its config.json is not JSON: {e}") from e
-    most = context(model)
+    with foreign(f"{setting}: its config.json is not JSON", ConfigError):
+        model = json.loads(content)
+    with foreign(f"{setting}: its config.json is not a model's", ConfigError):
+        most = int(context(model) or 0)
     if most and most < longest + vllm:
         behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
         raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
@@ -68,9 +70,17 @@ def check_model(
 def context(model: dict) -> int | None:
     """Read the most tokens of a sequence from a model's config.json; None where it names none, or
     where a scaled rotary embedding may go further."""
-    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    text = text_settings(model)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     scaled = rope.get("rope_type", "default") != "default"
-    return None if scaled else model.get("max_position_embeddings")
+    return None if scaled else text.get("max_position_embeddings") or text.get("n_positions")
+
+
+def text_settings(model: dict) -> dict:
+    """Look up what a model's config.json says of text, where models of several kinds of input have
+    it."""
+    deeper = (model.get(name) for name in ("text_config", "decoder", "generator"))
+    return next((text for text in deeper if isinstance(text, dict)), model)
 
 
 def check_files(c: Config, elsewhere: bool) -> None:

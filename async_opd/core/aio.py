@@ -1,7 +1,7 @@
 """What asyncio lacks: bounded waits, why a group of tasks ended, errors that nobody awaits."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from async_opd.core.errors import AsyncOpdError, TimedOut
@@ -37,3 +37,15 @@ def retrieved(future: F) -> F:
     more: who did was cancelled, or has raised the error of another, and that is told."""
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future
+
+
+async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
+    """The results of `calls`, made side by side. Where one fails, or the caller is cancelled, the
+    others are cancelled and have ended before that is raised."""
+    tasks = [retrieved(asyncio.ensure_future(call)) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,8 +10,11 @@ class AsyncOpdError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten an error to its message's first line, or to its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Shorten an error to its message's first line, and the next one where that ends by a colon; to
+    its type's name where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    behind = 2 if lines[0].rstrip().endswith(":") else 1
+    return " ".join(line.strip() for line in lines[:behind])
 
 
 class ConfigError(AsyncOpdError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from async_opd.core.errors import AsyncOpdError, DataError, first_line
 
@@ -23,4 +24,12 @@ def foreign(called: str, error: type[AsyncOpdError] = DataError) -> Generator[No
         if not isinstance(e, Exception) and type(e).__module__ != PANICS:
             raise
         kind = "" if isinstance(e, TELLING) else f"{type(e).__name__}: "
-        raise error(f"{called}: {kind}{first_line(e)}") from e
+        raise error(f"{called}: {kind}{_line(e)}") from e
+
+
+def _line(error: BaseException) -> str:
+    """Shorten an error to one line. The first of pydantic's only counts those behind."""
+    if type(error).__module__.startswith("pydantic"):
+        listed: list[dict[str, Any]] = cast(Any, error).errors()
+        return "; ".join(" ".join(f"{each['msg']}".split()) for each in listed)
+    return first_line(error)

@@ -8,13 +8,20 @@ at the top of its file.
 from dataclasses import dataclass
 
 import msgspec
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.wire import Prompt
-from async_opd.launch.models import eos_ids, load, tokenizer_of
+from async_opd.launch.models import (
+    check_files,
+    check_models,
+    eos_ids,
+    fast,
+    text_config,
+    tokenizer_of,
+)
 from async_opd.launch.vocabulary import check_ends, check_scorers
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -44,6 +51,7 @@ def read(config: Config) -> Inputs:
     """Read and check what `config` names. Raises DataError naming the key."""
     tokenizer, eos = _student(config)
     check_scorers(config, tokenizer)
+    check_models(config)
     if config.teacher_sampling:
         check_ends(config)
     prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
@@ -57,9 +65,9 @@ def read_problems(config: Config, count: int | None) -> Problems:
     """Read the first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
     DataError."""
     tokenizer, eos = _student(config)
-    model = load(
-        "student.model", AutoConfig, config.student.model, config.run.trust_remote_code
-    ).get_text_config()
+    args = "student.model", config.student.model, config.run.trust_remote_code
+    check_files(*args[:2])
+    model = text_config(*args)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(
         tokenizer=tokenizer,
@@ -72,7 +80,7 @@ def read_problems(config: Config, count: int | None) -> Problems:
 def _student(config: Config) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Read the tokenizer and the end ids of the student."""
     args = "student.model", config.student.model, config.run.trust_remote_code
-    return tokenizer_of(*args), eos_ids(*args)
+    return fast(*args[:2], tokenizer_of(*args)), eos_ids(*args)
 
 
 def views(config: Config) -> dict[str, TeacherView]:

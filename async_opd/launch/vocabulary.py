@@ -1,10 +1,10 @@
 """Whether student, teachers and reference mean the same by the same ids."""
 
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import DataError
-from async_opd.launch.models import eos_ids, load, tokenizer_of
+from async_opd.launch.models import eos_ids, text_config, tokenizer_of
 
 
 def check_scorers(config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -22,7 +22,7 @@ def check_scorers(config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
                 f" tokens, such as {differ[0]!r} (student {ours.get(differ[0])}, {section}"
                 f" {theirs.get(differ[0])})"
             )
-        size = load(key, AutoConfig, *args).vocab_size
+        size = text_config(key, *args).vocab_size
         if size < len(tokenizer):
             raise DataError(f"{key} = {model!r}: {size} logits for {len(tokenizer)} tokens")
     needs = config.objective.needs()

@@ -8,7 +8,6 @@ import itertools
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from async_opd.core.aio import bounded, retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, WireError
 from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
-from async_opd.core.process_wide import no_garbage_collection
 from async_opd.objectives.base import Objective
 from async_opd.runtime.actor_specs import ActorSpec
+from async_opd.runtime.building import built
 from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
@@ -38,17 +37,15 @@ PLAIN = (bool, int, float, str, bytes, np.ndarray, type(None))
 class RoleActor:
     """The actor: builds one role in its own process and forwards calls to it."""
 
-    def __init__(self, target: str, memory_share: float, *args: Any):
-        """Build `target`, "module:name", with `args`. `memory_share` below 1 is that of the card's
-        memory that PyTorch may take here."""
-        module, name = target.split(":")
+    def __init__(self, target: str, memory_share: float, *args: Any, called: str = ""):
+        """Build `target`, "module:name", with `args`; errors name it by `called`. `memory_share`
+        below 1 is that of the card's memory that PyTorch may take here."""
         if 0 < memory_share < 1:
             import torch
 
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(memory_share)
-        with no_garbage_collection():
-            self._role = getattr(import_module(module), name)(*args)
+        self._role = built(called or target, target, *args)
         self._late: dict[str, asyncio.Task[Any]] = {}  # calls that were slow, by their ticket
         self._tickets = itertools.count()
         gc.collect()
@@ -90,7 +87,8 @@ class RoleActor:
         return ticket
 
     async def start(self) -> None:
-        """Have the role begin, where it has something to begin with; it is built by now."""
+        """Have the role begin, where it has something to begin with. Raises what kept it from being
+        built."""
         if start := getattr(self._role, "start", None):
             await start()
 
@@ -146,7 +144,7 @@ class RemoteActor:
         share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
         role = ray.remote(type(title, (RoleActor,), {})).options(**options)
-        self._handle: Any = role.remote(spec.target, share, *spec.args)
+        self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
 
     async def call(
         self, timeout_s: float, method: str, *args: Any, **columns: Sequence[Ref]
@@ -186,7 +184,6 @@ class RemoteActor:
         except GONE as e:
             lines = str(e).partition("Some common causes")[0].strip().splitlines()
             lines = lines or [type(e).__name__]
-            # a failed constructor ends with its own error
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
         except RayTaskError as e:

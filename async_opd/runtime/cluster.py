@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
+from async_opd.core.aio import together
 from async_opd.core.errors import ConfigError
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
@@ -85,8 +86,9 @@ class Cluster:
             refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
         nodes = await self._room(self._requests.values())
         pools = [request for request in self._requests.values() if request.role != RANK]
-        starting = asyncio.gather(*(self._pool(request, nodes) for request in pools))
-        learner, replicas = await asyncio.gather(self._learner(nodes), starting)
+        # one that cannot start ends the others, while Ray is there to end them by
+        starting = together(*(self._pool(request, nodes) for request in pools))
+        learner, replicas = await together(self._learner(nodes), starting)
         await self._share_files()
         members = {request.role: ports for request, ports in zip(pools, replicas, strict=True)}
         return Roles(
@@ -99,19 +101,19 @@ class Cluster:
             spawn=self._spawn,
         )
 
-    async def evaluators(self) -> tuple[list[Any], list[Any]]:
+    async def evaluators(self) -> list[list[Any]]:
         """Start only what an evaluation needs."""
         requests = [self._requests[role] for role in ("generator", "verifier")]
         nodes = await self._room(requests)
         generators, verifiers = (self._pool(request, nodes) for request in requests)
-        return await asyncio.gather(generators, verifiers)
+        return await together(generators, verifiers)
 
     async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
         return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
         """Every member that `request` is for, as its port."""
-        return await asyncio.gather(
+        return await together(
             *(self._spawn(request.role, index, nodes) for index in range(request.count))
         )
 
@@ -126,7 +128,7 @@ class Cluster:
             address = await ranks[0].ask_host(start_s, "address", what="start")
             rendezvous = await ranks[0].call(start_s, "listen", address)
             joining = (rank.call(start_s, "start", rendezvous) for rank in ranks)
-            width, *_ = await asyncio.gather(*joining)
+            width, *_ = await together(*joining)
         await asyncio.gather(*map(self._settled, ranks))
         return RemoteLearner(ranks, address, width, self._config, self._timeouts)
 

@@ -83,6 +83,43 @@ COMMAND_LINES = {
     "demo teacher.model=models/no_weights": [
         "teacher.model = 'models/no_weights': holds no weights"
     ],
+    "demo student.model=models/generation": [
+        "student.model = 'models/generation': its generation_config.json: `max_new_tokens` must be"
+    ],
+    "demo teacher.model=models/generation": [
+        "teacher.model = 'models/generation': its generation_config.json: `max_new_tokens` must be"
+    ],
+    "eval models/generation --data rows.jsonl --out eval": [
+        "student.model = 'models/generation': its generation_config.json: `max_new_tokens` must be"
+    ],
+    "demo student.model=models/damaged": [
+        "student.model = 'models/damaged': model.safetensors: SafetensorError"
+    ],
+    "demo teacher.model=models/damaged": [
+        "teacher.model = 'models/damaged': model.safetensors: SafetensorError"
+    ],
+    "eval models/damaged --data rows.jsonl --out eval": [
+        "student.model = 'models/damaged': model.safetensors: SafetensorError"
+    ],
+    "demo student.model=models/wordless": [
+        "student.model = 'models/wordless': its tokenizer: Expecting property name"
+    ],
+    "eval models/wordless --data rows.jsonl --out eval": [
+        "student.model = 'models/wordless': its tokenizer: "
+    ],
+    "demo student.model=models/narrow": [
+        "student.model = 'models/narrow': 29 weights have another shape than its config says"
+    ],
+    "demo teacher.model=models/images": [
+        "teacher.model = 'models/images': ",
+    ],
+    "demo student.model=models/list": [
+        "student.model = 'models/list': its config.json is not a model's"
+    ],
+    "plan demo.toml student.model=models/words": [
+        "student.model = 'models/words': its config: ",
+        "Validation error for field 'num_hidden_layers': TypeError",
+    ],
     "demo student.model=models/unknown": [
         "student.model = 'models/unknown'",
         "model type `nonesuch`",
@@ -232,6 +269,13 @@ def folder(tmp_path_factory):
             file.unlink()
         (model("no_weights") / "model.safetensors").unlink()
         model("unknown", model_type="nonesuch")
+        model("generation", "generation_config.json", max_new_tokens=0)
+        (model("damaged") / "model.safetensors").write_bytes(b"damaged")
+        (model("wordless") / "tokenizer.json").write_text("{")
+        (model("list") / "config.json").write_text("[]")
+        model("narrow", hidden_size=72)
+        model("images", model_type="qwen2_vl")
+        model("words", num_hidden_layers="three")
         core = json.loads((STUDENT / "tokenizer.json").read_text())["model"]
         core["vocab"] |= {"3": core["vocab"]["7"], "7": core["vocab"]["3"]}
         model("swapped", "tokenizer.json", model=core)

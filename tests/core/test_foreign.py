@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pydantic
 import pytest
 
 from async_opd.core.errors import ConfigError, DataError
@@ -12,6 +13,7 @@ from async_opd.core.foreign import foreign
     ("error", "line"),
     [
         (ValueError("no such\nthing"), "a: no such"),
+        (ValueError("no such: \n  thing\nof all"), "a: no such: thing"),
         (OSError(2, "not there"), "a: [Errno 2] not there"),
         (KeyError("x"), "a: KeyError: 'x'"),
         (RecursionError(), "a: RecursionError: RecursionError"),
@@ -29,6 +31,16 @@ def test_a_panic_of_a_library_in_rust_is_no_exception_and_is_caught_all_the_same
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
     with pytest.raises(DataError, match=r"^a row: PanicException: out of range$"), foreign("a row"):
         raise panic("out of range")
+
+
+def test_an_error_of_pydantic_says_what_is_wrong_not_how_many_things_are():
+    class Size(pydantic.BaseModel):
+        rows: int
+        columns: int
+
+    with pytest.raises(DataError) as raised, foreign("a size"):
+        Size(rows="x", columns=1)
+    assert str(raised.value).startswith("a size: Input should be a valid integer")
 
 
 def test_what_ends_a_task_and_errors_of_ours_pass():

@@ -13,7 +13,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
 from async_opd.driver.checkpoints import Checkpoints, RunState
-from async_opd.roles.learner.checkpoint import save
+from async_opd.roles.learner.checkpoint import read_source, save
 from async_opd.toy.tokenizer import build_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -37,7 +37,7 @@ def finished(tmp_path_factory, tiny_lm) -> Path:
     for step, score in ((2, 0.9), (4, 0.5)):
         model = tiny_lm(seed=step, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
         folder = checkpoints.begin(step)
-        save(model, dict(model.named_parameters()), str(source), folder / "model")
+        save(model, dict(model.named_parameters()), read_source(str(source)), folder / "model")
         counters = {"before": [30, 20, 120], "dropped": {}}
         checkpoints.commit(
             step,

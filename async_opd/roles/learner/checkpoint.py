@@ -1,19 +1,25 @@
 """What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all,
 and of each rank what DeepSpeed does not keep."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError
+from async_opd.core.foreign import foreign
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
 
@@ -48,7 +54,30 @@ def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
     return _read(_rank_file(folder, rank)) if rank else state
 
 
-def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder: Path) -> None:
+class Source(NamedTuple):
+    """What a student is saved with besides its weights and config, as it was read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: bytes | None  # the file's own; None where there is none
+
+
+def read_source(path: str, trust_remote_code: bool = False) -> Source:
+    """Read it from the model at `path`, a directory or hub id: neither need be there at the
+    end."""
+    file = generation_config_file(path)
+    return Source(
+        AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
+        file and file.read_bytes(),
+    )
+
+
+def generation_config_file(path: str) -> Path | None:
+    """Find the generation config of the model at `path`; None where it has none."""
+    file = cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    return Path(file) if file else None
+
+
+def save(model: Any, weights: dict[str, Tensor], source: Source, folder: Path) -> None:
     """Write `weights`, config, generation config and the tokenizer of `source` to `folder`,
     replacing it.
 
@@ -56,7 +85,6 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
     earlier folder stays until this one is whole. `transformers` and `vllm` load it. Raises
     CheckpointError where it cannot be written.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
     buffers = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -64,19 +92,32 @@ def save(model: PreTrainedModel, weights: dict[str, Tensor], source: str, folder
     }
     with writing(folder):
         partial = files.begin_folder(folder)
-        model.save_pretrained(partial, state_dict=weights | buffers)
-        tokenizer.save_pretrained(partial)
+        loaded = getattr(model, "generation_config", None)
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(partial, state_dict=weights | buffers)
+        finally:
+            model.generation_config = loaded
+        write_beside(loaded, source, partial)
         files.commit_folder(folder, replace=True)  # nobody reads it while the learner saves
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def write_beside(loaded: GenerationConfig | None, source: Source, folder: Path) -> None:
+    """Write into `folder` what stands there beside weights and config. The generation config goes
+    as it came, or as it was `loaded`: transformers refuses to save values that it reads and that
+    others sample by."""
+    source.tokenizer.save_pretrained(folder)
+    file = folder / GENERATION_CONFIG_NAME
+    if source.generation_config is not None:
+        file.write_bytes(source.generation_config)
+    elif loaded is not None:
+        loaded.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
     """Give a full disk one name: torch, safetensors and the standard library each have their
     own."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: cannot be written: {e}") from e
+    return foreign(f"{folder}: cannot be written", CheckpointError)
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

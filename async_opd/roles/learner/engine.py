@@ -99,9 +99,10 @@ class LearnerRank:
         )
         torch.manual_seed(settings.seed)
         lm = self._load()
+        self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
-        width = lm.config.get_text_config().hidden_size
+        width = lm.config.get_text_config(decoder=True).hidden_size
         student = Student(lm, temperature=settings.temperature, chunk_rows=config.head_chunk_rows)
         engine_config = deepspeed_config(config, width)
         # weight by weight from host memory, so that no device ever holds the whole model
@@ -250,7 +251,7 @@ class LearnerRank:
         memory meanwhile."""
         copies = self._weights.copied(keep=self._rank == 0)
         if self._rank == 0:
-            checkpoint.save(self._lm, copies, self._settings.model, Path(folder))
+            checkpoint.save(self._lm, copies, self._source, Path(folder))
 
     def save_state(self, folder: str) -> None:
         """Every rank writes its part of what `load_state` goes on from: optimizer, master weights,

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import ConfigError, DataError
+from async_opd.core.foreign import foreign
 from async_opd.maths.logprobs import Head
 
 ATTENTION = "packed_segments"
@@ -24,27 +25,80 @@ def load(
     """Load the causal LM at `path` (local directory or hub id) with attention that never crosses a
     segment.
 
-    Raises ConfigError for a model whose attention is not plain causal (sliding window, chunked,
-    state space, biased) or that scales its logits: log-probs from packed segments would be silently
-    wrong.
+    Raises as `read`, and ConfigError for a model whose attention is not plain causal (state space,
+    biased) or that scales its logits: log-probs from packed segments would be silently wrong.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=getattr(torch, dtype),
-        attn_implementation=ATTENTION,
-        trust_remote_code=trust_remote_code,
-    ).to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(model.config, "use_sliding_window", False):
-        raise ConfigError(
-            f"model {path}: layers {sorted(kinds)} are not supported; only full causal attention is"
-        )
-    _refuse_unless_packing_is_exact(model, path)
+    called = f"model {path}"
+    model = read(called, path, dtype, trust_remote_code=trust_remote_code)
+    model = model.to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
+    with foreign(f"{called}: cannot be run on packed segments", ConfigError):
+        _refuse_unless_packing_is_exact(model, called)
     return model
 
 
+def read(
+    called: str,
+    path: str | Path,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> PreTrainedModel:
+    """Read the causal LM at `path`, which messages name by `called`, on the host.
+
+    Without its `weights` it is on the meta device: of those in a local directory names and shapes
+    are looked at, those of the hub are not asked for. Raises DataError for files that transformers
+    cannot read, and for weights that are missing (it would make some up) or of another shape, and
+    ConfigError for layers without full attention (sliding window, chunked).
+    """
+    settings: dict[str, Any] = dict(
+        dtype=getattr(torch, dtype),
+        attn_implementation=ATTENTION,
+        trust_remote_code=trust_remote_code,
+    )
+    info: dict[str, Any] = {}
+    with foreign(called):
+        if weights or Path(path).is_dir():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                device_map=None if weights else "meta",
+                **settings,
+            )
+            model, info = loaded
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, **settings)
+    if missing := sorted(info.get("missing_keys", ())):
+        raise DataError(f"{called}: its files lack {len(missing)} weights, such as {missing[0]}")
+    if other := sorted(info.get("mismatched_keys", ())):
+        name, stored, wanted = other[0]
+        raise DataError(
+            f"{called}: {len(other)} weights have another shape than its config says, such as"
+            f" {name}: {list(stored)}, not {list(wanted)}"
+        )
+    text = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(text, "use_sliding_window", False):
+        raise ConfigError(
+            f"{called}: layers {sorted(kinds)} are not supported; only full causal attention is"
+        )
+    _give_padding_its_gradient(model)
+    return model
+
+
+def _give_padding_its_gradient(model: PreTrainedModel) -> None:
+    """Have every embedding learn the row of the padding id like any other: packed rows hold no
+    padding, and in most families that id is an end token too."""
+    for module in model.modules():
+        if hasattr(module, "weight") and hasattr(module, "padding_idx"):
+            vars(module)["padding_idx"] = None
+
+
 @torch.no_grad()
-def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) -> None:
+def _refuse_unless_packing_is_exact(model: PreTrainedModel, called: str) -> None:
     """Compare the second of two packed segments with the model's own logits of it alone, on a few
     tokens."""
     ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
@@ -54,8 +108,7 @@ def _refuse_unless_packing_is_exact(model: PreTrainedModel, path: str | Path) ->
     # Rounding in bfloat16 stays below; a missed bias, mask or scale does not.
     if not gap <= 0.1 * largest:
         raise ConfigError(
-            f"model {path}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not"
-            " supported"
+            f"{called}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not supported"
         )
 
 
@@ -202,6 +255,5 @@ def head(model: PreTrainedModel) -> Head:
     """
     project = model.get_output_embeddings()
     assert project is not None  # as of any causal LM
-    return Head(
-        project.weight, project.bias, getattr(model.config, "final_logit_softcapping", None)
-    )
+    text = model.config.get_text_config(decoder=True)
+    return Head(project.weight, project.bias, getattr(text, "final_logit_softcapping", None))

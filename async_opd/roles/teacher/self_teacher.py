@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from async_opd.core.errors import DataError
+from async_opd.core.foreign import foreign
 
 
 class WeightEma:
@@ -59,4 +60,5 @@ def read_parameters(folder: str, kind: type[PreTrainedModel]) -> dict[str, Tenso
         raise DataError(
             f"a self-teacher finds no {folder}: run.dir must lie on a disk that every node sees"
         )
-    return dict(kind.from_pretrained(folder, dtype="auto").named_parameters())
+    with foreign(f"a self-teacher reads {folder}"):
+        return dict(kind.from_pretrained(folder, dtype="auto").named_parameters())

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from async_opd.core.errors import DataError
+from async_opd.core.foreign import foreign
 from async_opd.roles.weight_sync.gloo import Piece, TensorMeta
 
 
@@ -66,10 +67,6 @@ def tensors(
 
 
 def _revert(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    try:
+    # operations without a reverse raise
+    with foreign(f"student.model: no way back to a checkpoint for {', '.join(parameters)}"):
         return revert_weight_conversion(model, parameters)
-    except (NotImplementedError, RuntimeError, ValueError) as e:
-        # What operations without a reverse raise.
-        raise DataError(
-            f"student.model: no way back to a checkpoint for {', '.join(parameters)}: {e!r}"
-        ) from e

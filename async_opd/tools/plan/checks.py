@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from transformers import AutoConfig
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import DataError, first_line
+from async_opd.core.errors import DataError
+from async_opd.core.foreign import foreign
 from async_opd.core.process_wide import log_level
 from async_opd.launch import inputs
 from async_opd.launch.toy_models import resolve_toy
@@ -47,11 +48,9 @@ def rows(config: Config) -> None:
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
     """Read the shape of a model of the hub. Raises DataError."""
-    try:
+    with foreign(f"{key} = {model!r}"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         return read(config.to_dict(), key)
-    except (OSError, ValueError) as e:
-        raise DataError(f"{key} = {model!r}: {first_line(e)}") from e
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Sizes of a model by its config.json: parameters, experts, key-value cache."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from msgspec import Struct
 
 from async_opd.config.paths import MODELS, context
 from async_opd.core.errors import ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.core.suggest import nearest
 
 # config.json of common models, and each one's context by hub id
@@ -79,7 +82,7 @@ def read(tree: dict, setting: str) -> Shape:
         raise ConfigError(
             f"{setting}: plan cannot count a model of type {family!r}, only {', '.join(FAMILIES)}"
         )
-    try:
+    with foreign(f"{setting}: its config cannot be read", ConfigError), _missing(setting):
         layers, heads = tree["num_hidden_layers"], tree["num_attention_heads"]
         experts = tree.get("num_experts") or tree.get("num_local_experts") or 0
         every, dense = tree.get("decoder_sparse_step", 1), tree.get("mlp_only_layers") or []
@@ -106,6 +109,13 @@ def read(tree: dict, setting: str) -> Shape:
             attention_bias=tree.get("attention_bias", False),
             mlp_bias=tree.get("mlp_bias", False),
         )
+
+
+@contextmanager
+def _missing(setting: str) -> Iterator[None]:
+    """Name what a config does not say."""
+    try:
+        yield
     except KeyError as e:
         raise ConfigError(f"{setting}: its config says nothing of {e}") from e
 

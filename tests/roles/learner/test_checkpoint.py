@@ -22,7 +22,7 @@ def source(tmp_path):
 
 
 def save(model, source, folder):
-    checkpoint.save(model, dict(model.named_parameters()), source, folder)
+    checkpoint.save(model, dict(model.named_parameters()), checkpoint.read_source(source), folder)
 
 
 @pytest.mark.parametrize("tied", [False, True])

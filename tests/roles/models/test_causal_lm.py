@@ -1,10 +1,11 @@
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import ConfigError, DataError
 from async_opd.roles.models import causal_lm
 
 CPU = torch.device("cpu")
@@ -26,6 +27,10 @@ def load(tiny_lm, tmp_path):
 @pytest.fixture
 def ids_L():
     return torch.randint(40, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def packed_logits(model, ids_L):
@@ -128,6 +133,54 @@ def test_gradients_of_packed_segments_are_the_sum_of_those_alone(load, ids_L, ch
         packed.named_parameters(), plain.named_parameters(), strict=True
     ):
         torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("pad", [0, 1, -1])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma", "OPT", "Mixtral"])
+def test_a_padding_id_costs_no_embedding_its_gradient(
+    tiny_lm, tmp_path, ids_L, monkeypatch, family, pad
+):
+    """Of each embedding, against the sum over the places of its rows' gradient, made by hand."""
+    settings = dict(word_embed_proj_dim=32, ffn_dim=48) if family == "OPT" else {}
+    tiny_lm(family, tie_word_embeddings=False, **settings).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", pad_token_id=pad)
+    if family == "OPT":  # it has no place for positions that start anew
+        monkeypatch.setattr(causal_lm, "_refuse_unless_packing_is_exact", lambda *_: None)
+    model = causal_lm.load(tmp_path, "float32", CPU)
+    ids_L[3] = ids_L[7] = pad % 40
+    outputs = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, __, out: outputs.append(out) or out.retain_grad())
+    packed_logits(model, ids_L).square().mean().backward()
+    scale = 32**0.5 if family == "Gemma" else 1.0
+    expected = torch.zeros(40, 32).index_add_(0, ids_L, outputs[0].grad[0] * scale)
+    assert expected[pad].norm() > 0
+    torch.testing.assert_close(embedding.weight.grad, expected)
+
+
+@pytest.mark.parametrize("pad", [1, 2])
+def test_with_tied_weights_too_the_padding_id_changes_no_gradient(tiny_lm, tmp_path, ids_L, pad):
+    gradients = []
+    tiny_lm(tie_word_embeddings=True).save_pretrained(tmp_path)
+    for token in (0, pad):
+        edit(tmp_path / "config.json", pad_token_id=token)
+        model = causal_lm.load(tmp_path, "float32", CPU)
+        ids_L[2:8:2] = pad
+        packed_logits(model, ids_L).square().mean().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_not_made_up(load, tmp_path):
+    load()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, message in (
+        (dict(num_hidden_layers=3), "its files lack 11 weights, such as model.layers.2.input_"),
+        (dict(intermediate_size=50), r"6 weights have another shape .*\[32, 48\], not \[32, 50\]"),
+    ):
+        edit(tmp_path / "config.json", **(config | {"layer_types": None} | changes))
+        with pytest.raises(DataError, match=message):
+            causal_lm.load(tmp_path, "float32", CPU)
 
 
 @torch.no_grad()

@@ -115,3 +115,29 @@ def test_a_family_that_cannot_be_counted_is_refused_by_name():
             {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2},
             "student.model",
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "its config cannot be read: TypeError: "),
+        (
+            {"num_hidden_layers": "three", "num_experts": 2},
+            "its config cannot be read: TypeError: ",
+        ),
+        ({"num_attention_heads": 0}, "its config cannot be read: ZeroDivisionError: "),
+    ],
+)
+def test_a_config_of_wrong_types_is_refused_in_words(changes, message):
+    with pytest.raises(ConfigError, match=f"^student.model: {message}"):
+        read(SMALL | {"model_type": "llama"} | changes, "student.model")
+
+
+def test_a_config_without_a_size_says_which():
+    with pytest.raises(
+        ConfigError, match=r"^student.model: its config says nothing of 'vocab_size'$"
+    ):
+        read(
+            {k: v for k, v in (SMALL | {"model_type": "llama"}).items() if k != "vocab_size"},
+            "student.model",
+        )
