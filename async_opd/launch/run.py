@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ async def _run(
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
     with (
+        closing(inputs.prompts),
         observed(_sinks(config, run_dir)) as sinks,
         observed(_records(config, run_dir) | samples) as (log, spans, shown, record),
     ):
@@ -114,6 +116,7 @@ async def _run(
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         "prompts_skipped": inputs.prompts.skipped,
+        "rows_skipped": inputs.prompts.left_out,
         "observer_rows_lost": sum(lost.values()),
         **lost,
         "version": config.run.steps,
@@ -132,6 +135,9 @@ async def _trained(
     checkpoint: checkpoints.Checkpoint | None,
 ) -> Row:
     """Start the actors, and train with them to the end."""
+    inputs.prompts.tell = partial(emit, "left out", "row")
+    if checkpoint is None and inputs.prompts.left_out_words:
+        emit("left out", "rows", inputs.prompts.left_out_words)
     with Cluster(
         config,
         eos_ids=inputs.eos_ids,

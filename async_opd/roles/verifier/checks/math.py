@@ -39,14 +39,21 @@ def check(response: str, answer: str) -> tuple[bool, str]:
         wanted = answer.strip()
     if wanted and boxed == wanted:
         return True, _boxed(wanted)
-    reference = _parse(_boxed(wanted))
-    if not reference:
-        raise DataError(f"reference answer {answer!r} does not parse")
+    parsed = reference(answer)
     target = _parse(response if boxed is None else _boxed(boxed))
     return (
-        verify(reference, target, timeout_seconds=None, raise_on_error=True),
+        verify(parsed, target, timeout_seconds=None, raise_on_error=True),
         _boxed(boxed if boxed is not None else target[-1] if target else ""),
     )
+
+
+def reference(answer: str) -> list:
+    """Parse a reference. Raises DataError if it does not."""
+    boxed = last_boxed(answer)
+    parsed = _parse(_boxed(answer.strip() if boxed is None else boxed))
+    if not parsed:
+        raise DataError(f"reference answer {answer!r} does not parse")
+    return parsed
 
 
 def last_boxed(text: str) -> str | None:
