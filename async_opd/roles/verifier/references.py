@@ -29,6 +29,7 @@ from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.roles.verifier.worker import MAX_REPLY, frame, take_pipes
 
 START_S = 60.0  # for a process to import its check
+LOOK_S = 0.2  # between two looks whether to stop
 BATCH = 32  # references on the way to a process: what it says of them fits a pipe
 
 
@@ -63,7 +64,7 @@ def _asked(config: VerifyConfig, answers: Sequence[str], stop: threading.Event) 
     wrong: dict[str, str] = {}
     left = [*answers]
     while left and not stop.is_set():
-        with _Asker(config) as asker:
+        with _Asker(config, stop) as asker:
             if not asker.knows:
                 return {}
             while left and not asker.cause and not stop.is_set():
@@ -78,7 +79,9 @@ def _asked(config: VerifyConfig, answers: Sequence[str], stop: threading.Event) 
 class _Asker:
     """One process that asks."""
 
-    def __init__(self, config: VerifyConfig):
+    def __init__(self, config: VerifyConfig, stop: threading.Event):
+        """Start it. It answers nothing more once `stop` is set."""
+        self._stop = stop
         self._timeout_s = config.timeout_s
         self.cause = ""  # why it did not answer
         self._pending = b""
@@ -116,7 +119,6 @@ class _Asker:
             if why is None:
                 return whys
             whys.append(why)
-        writing.join()
         return whys
 
     def _write(self, data: bytes) -> None:
@@ -130,9 +132,13 @@ class _Asker:
         assert self._process.stdout
         pipe, until = self._process.stdout.fileno(), time.monotonic() + timeout_s
         while (size := _size(self._pending)) is None or len(self._pending) < 4 + size:
-            if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+            if self._stop.is_set():
+                return None
+            if time.monotonic() > until:
                 self.cause = f"the check takes more than {timeout_s:g} s for this reference"
                 return None
+            if not select.select([pipe], [], [], LOOK_S)[0]:
+                continue
             data = os.read(pipe, 1 << 16)
             if not data:
                 self.cause = "the check's process dies of this reference"
