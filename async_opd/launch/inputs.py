@@ -6,7 +6,7 @@ at the top of its file.
 """
 
 import asyncio
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -58,12 +58,11 @@ def read(config: Config) -> Inputs:
     )
     held_out = _held_out(config, tokenizer)
     check_epochs(config, prompts)
-    try:
+    with ExitStack() as undo:
+        undo.callback(prompts.close)
         prompts.survey(_go_on)
         check_epochs(config, prompts)
-    except BaseException:
-        prompts.close()
-        raise
+        undo.pop_all()
     return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=held_out)
 
 

@@ -71,10 +71,7 @@ async def _run(
     """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    with no_garbage_collection():
-        from async_opd.launch.inputs import read
-
-    inputs = read(config)
+    inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
     write_file(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
@@ -115,8 +112,7 @@ async def _run(
                 emit("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
-        "prompts_skipped": inputs.prompts.skipped,
-        "rows_skipped": inputs.prompts.left_out,
+        **inputs.prompts.counts,
         "observer_rows_lost": sum(lost.values()),
         **lost,
         "version": config.run.steps,
@@ -124,6 +120,13 @@ async def _run(
     }
     write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _read(config: Config) -> "Inputs":
+    with no_garbage_collection():
+        from async_opd.launch.inputs import read
+
+    return read(config)
 
 
 async def _trained(

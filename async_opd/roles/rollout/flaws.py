@@ -48,7 +48,7 @@ def refusal(key: str, path: str, flaws: Sequence[Flaw], of: int | None = None) -
     if any(flaw.long for flaw in flaws):
         named += '; shorten it, raise the limit, or set data.long_prompt = "skip"'
     if not all(flaw.long for flaw in flaws):
-        named += '; mend them, or leave such rows out by data.bad_rows = "skip"'
+        named += '; data.bad_rows = "skip" leaves such rows out'
     return DataError(f"{key} = {path!r}: {named}")
 
 

@@ -90,6 +90,11 @@ class PromptSource:
             f" {flaws[0].row}: {flaws[0].what}" + (f"; all of them in {listed}" if listed else "")
         )
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of the rows that were read are not trained, for `summary.json`."""
+        return {"prompts_skipped": self.skipped, "rows_skipped": self.left_out}
+
     def close(self) -> None:
         """Look at no more rows."""
         if self._survey:

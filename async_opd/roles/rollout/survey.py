@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from async_opd.core.errors import DataError
+from async_opd.core.errors import AsyncOpdError, DataError
+from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
 from async_opd.roles.rollout.dataset import named_columns
 from async_opd.roles.rollout.encode import encoded
@@ -40,7 +42,7 @@ class Survey:
         self.ended = False  # every row was looked at
         self._looked = 0
         self._heeded = False  # there is nothing to be raised any more
-        self._error: BaseException | None = None
+        self._error: AsyncOpdError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="survey of rows", daemon=True)
 
@@ -49,16 +51,15 @@ class Survey:
         it is, and calls `poll` several times a second: what that raises ends it."""
         begun = said_last = time.monotonic()
         self._thread.start()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.stop)  # unless it comes to its end
             while self._thread.is_alive() and (now := time.monotonic()) < begun + seconds:
                 self._thread.join(0.2)
                 poll()
                 if now - said_last > SAY_S:
                     said_last = now
                     say(f"{self._so_far} looked at")
-        except BaseException:
-            self.stop()
-            raise
+            undo.pop_all()
         self.refuse()
         if self._thread.is_alive():
             say(f"{self._so_far} looked at after {seconds:g} s; the others beside what follows")
@@ -87,28 +88,30 @@ class Survey:
 
     def _run(self) -> None:
         try:
-            judged_by = f"{self._base} {self._judge.key}"
-            key = key_of(self._rows, self._judge.tokenizer, judged_by)
-            if before := kept(key):
-                self.file, self.flaws = before
-            else:
-                self._scan()
-                self.file = None if self._stop.is_set() else keep(key, self.flaws)
-            self.ended = not self._stop.is_set()
-        except BaseException as e:  # raised where it is waited for
+            with foreign(f"{self._key} = {self._config.path!r}"):
+                self._judge_all()
+        except AsyncOpdError as e:  # raised where it is waited for
             self._error = e
+
+    def _judge_all(self) -> None:
+        judged_by = f"{self._base} {self._judge.key}"
+        key = key_of(self._rows, self._judge.tokenizer, judged_by)
+        if before := kept(key):
+            self.file, self.flaws = before
+        else:
+            self._scan()
+            self.file = None if self._stop.is_set() else keep(key, self.flaws)
+        self.ended = not self._stop.is_set()
 
     def _scan(self) -> None:
         self._types()
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
+            undo.callback(self.stop)  # unless it comes to its end
             references = beside.submit(self._references)
-            try:
-                self._renderings()
-                for place, what in references.result():
-                    self._flaw(place, what)
-            except BaseException:
-                self._stop.set()
-                raise
+            self._renderings()
+            for place, what in references.result():
+                self._flaw(place, what)
+            undo.pop_all()
 
     def _flaw(self, place: int, what: str, *, long: bool = False) -> None:
         if not self._is_flawed(place):

@@ -2,6 +2,7 @@
 stream, met when it is read."""
 
 import json
+import threading
 from itertools import islice
 
 import datasets
@@ -49,7 +50,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-    def make(rows, chat=None, views=None, check="math", seed=0, **settings) -> PromptSource:
+    def make(rows, chat=None, views=None, check=None, seed=0, **settings) -> PromptSource:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         tokenizer = AutoTokenizer.from_pretrained(STUDENT)
@@ -94,8 +95,12 @@ RAW = {
     "messages": ({"prompt": said("1+1=")}, {}, "set data.chat_template = true"),
     "long": ({"prompt": "1" * 30}, {"max_prompt_tokens": 12}, "30 prompt tokens"),
     "null answer": ({"answer": None}, {}, "'answer' must be a string or a number, got None"),
-    "empty answer": ({"answer": ""}, {}, "'answer': reference answer '' does not parse"),
-    "empty box": ({"answer": r"\boxed{}"}, {}, "does not parse"),
+    "empty answer": (
+        {"answer": ""},
+        {"check": "math"},
+        "'answer': reference answer '' does not parse",
+    ),
+    "empty box": ({"answer": r"\boxed{}"}, {"check": "math"}, "does not parse"),
     "list answer": ({"answer": ["2"]}, {}, "'answer' must be a string or a number, got ['2']"),
     "object answer": ({"answer": {"a": 1}}, {}, "'answer' must be a string or a number, got {"),
     "no solution": (
@@ -214,7 +219,7 @@ def test_the_first_ten_are_named_at_once_with_their_number_and_all_in_a_file(sou
         ]
 
 
-SKIP = {"bad_rows": "skip", "long_prompt": "skip", "max_prompt_tokens": 12}
+SKIP = {"check": "math", "bad_rows": "skip", "long_prompt": "skip", "max_prompt_tokens": 12}
 SOME_BAD = [
     good(n, False)
     | {3: {"answer": None}, 5: {"prompt": ""}, 6: {"prompt": "1" * 30}, 7: {"answer": ""}}.get(
@@ -227,7 +232,7 @@ SOME_BAD = [
 @pytest.mark.parametrize("surveyed", [True, False])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_are_left_out_and_counted_and_a_continuation_stays_whole(source, streaming, surveyed):
-    settings = dict(rows=SOME_BAD, check="math" if surveyed else None, streaming=streaming, **SKIP)
+    settings = SKIP | dict(rows=SOME_BAD, id="name", streaming=streaming)
 
     def read() -> PromptSource:
         prompts = source(**settings)
@@ -244,7 +249,7 @@ def test_rows_are_left_out_and_counted_and_a_continuation_stays_whole(source, st
     next(iter(prompts))
     assert len(set(unbroken)) == 3 * usable
     assert sorted(unbroken[:usable]) == [
-        f"{n}@0" for n in (0, 1, 2, 4, 7, 8, 9) if n != 7 or usable == 7
+        f"r{n}@0" for n in (0, 1, 2, 4, 7, 8, 9) if n != 7 or usable == 7
     ]
     assert (prompts.skipped, prompts.left_out) >= (3, 3 * (9 - usable))
     assert len(told) == (0 if surveyed and not streaming else 3)  # once a row, not once an epoch
@@ -285,7 +290,7 @@ def test_a_bad_row_of_a_stream_is_met_behind_those_before_it_and_comes_again(sou
 @pytest.mark.parametrize("streaming", [True, False])
 def test_problems_of_an_evaluation_are_judged_in_the_same_way(source, streaming):
     with pytest.raises(DataError) as raised:
-        source(SOME_BAD, streaming=streaming, max_prompt_tokens=12).first(8)
+        source(SOME_BAD, check="math", streaming=streaming, max_prompt_tokens=12).first(8)
     line = str(raised.value)
     assert "4 of 8 rows cannot be used: row 3: " in line and "; row 7: 'answer': reference" in line
     skipping = source(SOME_BAD, streaming=streaming, **SKIP)
@@ -310,8 +315,11 @@ def test_the_second_look_at_the_same_rows_judges_none(source, monkeypatch):
 def test_what_is_not_looked_at_in_time_is_looked_at_beside_and_said(source, monkeypatch, capsys):
     rows = rows_with({"answer": None}, False)
     monkeypatch.setattr("async_opd.roles.rollout.prompts.SURVEY_S", 0.0)
+    scan, go_on = survey.Survey._scan, threading.Event()
+    monkeypatch.setattr(survey.Survey, "_scan", lambda self: go_on.wait() and scan(self))
     prompts = source(rows)
     prompts.survey()
+    go_on.set()
     assert (
         "of 64 rows looked at after 0 s; the others beside what follows" in capsys.readouterr().out
     )
@@ -327,7 +335,8 @@ def test_what_is_raised_meanwhile_ends_the_look(source):
     def poll():
         raise Interrupted
 
-    prompts = source([good(n, False) | {"answer": f"x_{n}"} for n in range(400)])
+    rows = [good(n, False) | {"answer": f"x_{n}"} for n in range(400)]
+    prompts = source(rows, check="math")
     with pytest.raises(Interrupted):
         prompts.survey(poll)
     prompts._survey._thread.join(10)
