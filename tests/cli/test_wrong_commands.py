@@ -67,6 +67,17 @@ COMMAND_LINES = {
     f"demo {ROWS} data.prompt=question": [
         "data.prompt = 'question': rows.jsonl has columns id, prompt, answer"
     ],
+    "demo data.path=late.jsonl": [
+        "data.path = 'late.jsonl': 2 of 60 rows cannot be used: row 50: 'answer' must be",
+        "; row 55: 'answer': reference answer '' does not parse; data.bad_rows = \"skip\"",
+    ],
+    "demo eval.path=late.jsonl eval.problems=60": ["eval.path = 'late.jsonl': 2 of 60 rows cannot"],
+    "demo data.path=late.jsonl data.bad_rows=skip data.epochs=1 run.steps=20": [
+        "data.epochs = 1: 1 x 58 rows, but run.steps = 20 needs"
+    ],
+    "demo data.path=late.jsonl data.bad_rows=no": ["data.bad_rows = 'no': must be"],
+    "eval models/template --data late.jsonl": ["data.path = 'late.jsonl': 2 of 60 rows cannot"],
+    "plan demo.toml data.path=late.jsonl": ["data.path = 'late.jsonl': 2 of 60 rows cannot"],
     f"demo {ROWS} data.split=trian": ["split 'trian'", "Should be one of ['train']"],
     f"demo {ROWS} data.chat_template=true": [
         "data.chat_template = true",
@@ -222,6 +233,10 @@ def folder(tmp_path_factory):
         texts = {
             "rows.jsonl": row * 9,
             "empty.jsonl": "",
+            "late.jsonl": "".join(
+                json.dumps({"prompt": "1+1=", "answer": {50: None, 55: ""}.get(n, "2")}) + "\n"
+                for n in range(60)
+            ),
             "broken.jsonl": row + '{"id": "b", "prompt"\n',
         }
         texts |= {"demo.toml": DEMO.read_text(), "rollouts.json": "{}"}

@@ -299,16 +299,19 @@ def test_problems_of_an_evaluation_are_judged_in_the_same_way(source, streaming)
 
 
 def test_the_second_look_at_the_same_rows_judges_none(source, monkeypatch):
+    def judged(self):
+        raise RuntimeError("judged again")
+
     first = source(SOME_BAD, **SKIP)
     first.survey()
     with monkeypatch.context() as patch:
-        patch.setattr(survey.Survey, "_scan", lambda self: pytest.fail("judged again"))
+        patch.setattr(survey.Survey, "_scan", judged)
         again = source(SOME_BAD, **SKIP)
         again.survey()
         assert again.left_out_words == first.left_out_words
-        with pytest.raises(pytest.fail.Exception):  # by another bound
+        with pytest.raises(DataError, match="judged again"):  # by another bound
             source(SOME_BAD, **SKIP | {"max_prompt_tokens": 11}).survey()
-        with pytest.raises(pytest.fail.Exception):  # another row
+        with pytest.raises(DataError, match="judged again"):  # another row
             source([*SOME_BAD, good(10, False)], **SKIP).survey()
 
 
