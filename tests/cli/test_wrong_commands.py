@@ -61,7 +61,9 @@ COMMAND_LINES = {
         "data.epochs = 1: 1 x 20480 rows, but run.steps = 1000 needs 96000"
     ],
     "demo data.max_prompt_tokens=2": [
-        "7 prompt tokens, data.max_prompt_tokens = 2; shorten it, raise the limit"
+        "rows cannot be used: row",
+        "7 prompt tokens, data.max_prompt_tokens = 2",
+        "shorten it, raise the limit",
     ],
     "demo eval.problems=5000": ["512 usable rows, eval.problems = 5000"],
     f"demo {ROWS} data.prompt=question": [
@@ -72,8 +74,8 @@ COMMAND_LINES = {
         "; row 55: 'answer': reference answer '' does not parse; data.bad_rows = \"skip\"",
     ],
     "demo eval.path=late.jsonl eval.problems=60": ["eval.path = 'late.jsonl': 2 of 60 rows cannot"],
-    "demo data.path=late.jsonl data.bad_rows=skip data.epochs=1 run.steps=20": [
-        "data.epochs = 1: 1 x 58 rows, but run.steps = 20 needs"
+    "demo data.path=late.jsonl data.bad_rows=skip data.epochs=32 run.steps=20": [
+        "data.epochs = 32: 32 x 58 rows, but run.steps = 20 needs"
     ],
     "demo data.path=late.jsonl data.bad_rows=no": ["data.bad_rows = 'no': must be"],
     "eval models/template --data late.jsonl": ["data.path = 'late.jsonl': 2 of 60 rows cannot"],
@@ -234,7 +236,8 @@ def folder(tmp_path_factory):
             "rows.jsonl": row * 9,
             "empty.jsonl": "",
             "late.jsonl": "".join(
-                json.dumps({"prompt": "1+1=", "answer": {50: None, 55: ""}.get(n, "2")}) + "\n"
+                json.dumps({"id": n, "prompt": "1+1=", "answer": {50: None, 55: ""}.get(n, "2")})
+                + "\n"
                 for n in range(60)
             ),
             "broken.jsonl": row + '{"id": "b", "prompt"\n',
