@@ -1,9 +1,9 @@
 """Say whether a config fits on GPUs, what of it goes where, and what to change; starts nothing.
 
-Checks the config, models, vocabularies and the first rows of data, places every role on nodes and
-GPUs, and estimates the memory of each by parts. Exit status 0: it fits, 1: it does not, and a
-change that was tried is named, 2: the config is wrong. With --offline neither hub nor data is
-asked: shapes of common models are shipped.
+Checks the config, models, vocabularies and the rows of data (of a hub's set the first), places
+every role on nodes and GPUs, and estimates the memory of each by parts. Exit status 0: it fits, 1:
+it does not, and a change that was tried is named, 2: the config is wrong. With --offline neither
+hub nor data is asked: shapes of common models are shipped.
 
     async-opd plan configs/node8_deepmath_4b.toml --offline
     async-opd plan configs/dear.toml rollout.generators=5 --offline

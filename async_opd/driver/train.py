@@ -5,6 +5,7 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
+from async_opd.core.errors import DataError
 from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
@@ -28,7 +29,8 @@ async def train(
     """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `emit` is
     told who was lost and who came. Raises the named error that ended it.
 
-    On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
+    On cancellation (Ctrl-C), and for a row that cannot be used, a checkpoint is saved before it
+    propagates.
     """
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
     measured: Row = {}
@@ -46,8 +48,11 @@ async def train(
         if task and task.cancelling():  # something else broke at the same moment
             await loop.interrupted()
             raise asyncio.CancelledError from None
-        await loop.settled()
         cause = first_cause(group)
+        if isinstance(cause, DataError):  # of a row: what is trained is none the worse for it
+            await loop.interrupted(within_s=None)
+        else:
+            await loop.settled()
         cause.add_note(f"at version {loop.version}")
         raise cause from None
     except asyncio.CancelledError:

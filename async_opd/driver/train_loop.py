@@ -205,20 +205,20 @@ class TrainLoop:
         self._at_work = retrieved(asyncio.ensure_future(work))
         await asyncio.shield(self._at_work)
 
-    async def interrupted(self) -> None:
-        """Save a checkpoint of what is trained, if that can be had in INTERRUPT_S. Raises nothing
-        of its own."""
+    async def interrupted(self, within_s: float | None = INTERRUPT_S) -> None:
+        """Save a checkpoint of what is trained, if that can be had in time. Raises nothing of its
+        own."""
         if self._admission is None:
             return  # nothing has been trained, or it is not restored yet
         try:
-            async with asyncio.timeout(INTERRUPT_S):
+            async with asyncio.timeout(within_s):
                 if self._at_work:
                     await asyncio.shield(self._at_work)
                 if self._unsaid:
                     self._report()
                 await self._finished(self.save())
         except TimeoutError:
-            why = f"the step at hand, or saving, takes more than {INTERRUPT_S:g} s"
+            why = f"the step at hand, or saving, takes more than {within_s:g} s"
             self._emit("not saved", "checkpoint", why)
         except AsyncOpdError as e:
             self._emit("not saved", "checkpoint", f"{e}")

@@ -5,6 +5,8 @@ Importing this takes seconds (transformers, datasets): `launch.run` does it when
 at the top of its file.
 """
 
+import asyncio
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -25,6 +27,7 @@ from async_opd.launch.models import (
 from async_opd.launch.vocabulary import check_ends, check_scorers
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
+from async_opd.roles.verifier.references import References
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +57,21 @@ def read(config: Config) -> Inputs:
     check_models(config)
     if config.teacher_sampling:
         check_ends(config)
-    prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
-    check_epochs(config, prompts)
-    return Inputs(
-        tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer)
+    prompts = PromptSource(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        views=views(config),
+        references=References(config.verify),
     )
+    held_out = _held_out(config, tokenizer)
+    check_epochs(config, prompts)
+    with ExitStack() as undo:
+        undo.callback(prompts.close)
+        prompts.survey(_go_on)
+        check_epochs(config, prompts)
+        undo.pop_all()
+    return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=held_out)
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
@@ -73,7 +86,9 @@ def read_problems(config: Config, count: int | None) -> Problems:
         tokenizer=tokenizer,
         eos_ids=eos,
         context=getattr(model, "max_position_embeddings", None),
-        prompts=PromptSource(data, tokenizer, seed=0).first(count),
+        prompts=PromptSource(data, tokenizer, seed=0, references=References(config.verify)).first(
+            count, _go_on
+        ),
     )
 
 
@@ -96,11 +111,12 @@ def views(config: Config) -> dict[str, TeacherView]:
 
 
 def check_epochs(config: Config, prompts: PromptSource) -> None:
-    """Refuse fewer rows than the steps need, where that can be known before the end of a stream."""
+    """Refuse fewer usable rows than the steps need, where that can be known before the end of a
+    stream."""
     epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
-    if epochs and not config.data.streaming and epochs * len(prompts) < needed:
+    if epochs and not config.data.streaming and epochs * prompts.usable < needed:
         raise DataError(
-            f"data.epochs = {epochs}: {epochs} x {len(prompts)} rows, but run.steps ="
+            f"data.epochs = {epochs}: {epochs} x {prompts.usable} rows, but run.steps ="
             f" {config.run.steps} needs {needed}"
         )
 
@@ -117,4 +133,20 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt
     if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
     shown = views(config) if measured else None
-    return PromptSource(data, tokenizer, seed=0, views=shown).first(config.eval.problems)
+    source = PromptSource(
+        data,
+        tokenizer,
+        seed=0,
+        views=shown,
+        references=References(config.verify),
+        key="eval.path",
+    )
+    return source.first(config.eval.problems, _go_on)
+
+
+def _go_on() -> None:
+    """End what reads rows where the task that reads them was cancelled: an interruption waits for
+    no look at millions of them."""
+    with suppress(RuntimeError):  # no loop: of a plan
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise asyncio.CancelledError

@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,7 @@ async def _run(
     """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    with no_garbage_collection():
-        from async_opd.launch.inputs import read
-
-    inputs = read(config)
+    inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
     write_file(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
@@ -81,6 +79,7 @@ async def _run(
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
     with (
+        closing(inputs.prompts),
         observed(_sinks(config, run_dir)) as sinks,
         observed(_records(config, run_dir) | samples) as (log, spans, shown, record),
     ):
@@ -113,7 +112,7 @@ async def _run(
                 emit("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
-        "prompts_skipped": inputs.prompts.skipped,
+        **inputs.prompts.counts,
         "observer_rows_lost": sum(lost.values()),
         **lost,
         "version": config.run.steps,
@@ -121,6 +120,13 @@ async def _run(
     }
     write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _read(config: Config) -> "Inputs":
+    with no_garbage_collection():
+        from async_opd.launch.inputs import read
+
+    return read(config)
 
 
 async def _trained(
@@ -132,6 +138,9 @@ async def _trained(
     checkpoint: checkpoints.Checkpoint | None,
 ) -> Row:
     """Start the actors, and train with them to the end."""
+    inputs.prompts.tell = partial(emit, "left out", "row")
+    if checkpoint is None and inputs.prompts.left_out_words:
+        emit("left out", "rows", inputs.prompts.left_out_words)
     with Cluster(
         config,
         eos_ids=inputs.eos_ids,

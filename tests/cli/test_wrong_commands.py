@@ -61,12 +61,25 @@ COMMAND_LINES = {
         "data.epochs = 1: 1 x 20480 rows, but run.steps = 1000 needs 96000"
     ],
     "demo data.max_prompt_tokens=2": [
-        "7 prompt tokens, data.max_prompt_tokens = 2; shorten it, raise the limit"
+        "rows cannot be used: row",
+        "7 prompt tokens, data.max_prompt_tokens = 2",
+        "shorten it, raise the limit",
     ],
     "demo eval.problems=5000": ["512 usable rows, eval.problems = 5000"],
     f"demo {ROWS} data.prompt=question": [
         "data.prompt = 'question': rows.jsonl has columns id, prompt, answer"
     ],
+    "demo data.path=late.jsonl": [
+        "data.path = 'late.jsonl': 2 of 60 rows cannot be used: row 50: 'answer' must be",
+        "; row 55: 'answer': reference answer '' does not parse; data.bad_rows = \"skip\"",
+    ],
+    "demo eval.path=late.jsonl eval.problems=60": ["eval.path = 'late.jsonl': 2 of 60 rows cannot"],
+    "demo data.path=late.jsonl data.bad_rows=skip data.epochs=32 run.steps=20": [
+        "data.epochs = 32: 32 x 58 rows, but run.steps = 20 needs"
+    ],
+    "demo data.path=late.jsonl data.bad_rows=no": ["data.bad_rows = 'no': must be"],
+    "eval models/template --data late.jsonl": ["data.path = 'late.jsonl': 2 of 60 rows cannot"],
+    "plan demo.toml data.path=late.jsonl": ["data.path = 'late.jsonl': 2 of 60 rows cannot"],
     f"demo {ROWS} data.split=trian": ["split 'trian'", "Should be one of ['train']"],
     f"demo {ROWS} data.chat_template=true": [
         "data.chat_template = true",
@@ -128,7 +141,7 @@ COMMAND_LINES = {
         "its tokenizer disagrees with the student's on 2 tokens, such as '3'"
     ],
     "demo student.model=models/template teacher.model=models/template data.chat_template=true": [
-        "the chat template refuses 'prompt': unexpected '}'"
+        "the chat template refuses 'prompt': TemplateSyntaxError: unexpected '}'"
     ],
     "demo teacher.model=Qwen/Nonesuch-7B": ["teacher.model = 'Qwen/Nonesuch-7B': "],
     "demo teacher.model=toy:taecher": ["did you mean 'toy:teacher'?"],
@@ -259,6 +272,11 @@ def folder(tmp_path_factory):
         texts = {
             "rows.jsonl": row * 9,
             "empty.jsonl": "",
+            "late.jsonl": "".join(
+                json.dumps({"id": n, "prompt": "1+1=", "answer": {50: None, 55: ""}.get(n, "2")})
+                + "\n"
+                for n in range(60)
+            ),
             "broken.jsonl": row + '{"id": "b", "prompt"\n',
         }
         texts |= {"demo.toml": DEMO.read_text(), "rollouts.json": "{}"}

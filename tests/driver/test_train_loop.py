@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from async_opd.config.load import load
-from async_opd.core.errors import ActorLost, CheckpointError
+from async_opd.core.errors import ActorLost, CheckpointError, DataError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult, Verdict
 from async_opd.driver import checkpoints
@@ -110,6 +110,23 @@ async def test_checkpoints_are_saved_on_the_way(tmp_path):
         "000004",
         "000005",
     ]
+
+
+async def test_a_row_that_cannot_be_used_ends_the_run_behind_a_checkpoint_before_it(tmp_path):
+    class BadRow(Prompts):
+        def __iter__(self):
+            for prompt in super().__iter__():
+                if prompt.id == "14":
+                    self.position = {"drawn": 14}
+                    raise DataError("row 14: 'answer' must be a string")
+                yield prompt
+
+    with pytest.raises(DataError, match="row 14: 'answer'") as raised:
+        await run(tmp_path, "run.max_lag_steps=0", source=BadRow())
+    (step,) = [int(note.removeprefix("at version ")) for note in raised.value.__notes__]
+    state = checkpoints.find(tmp_path).state
+    assert (state.version, state.position) == (step, {"drawn": 14}) and step == 3
+    assert set(state.outstanding) <= {"12", "13"}
 
 
 def test_a_checkpoint_blocks_the_learner(tmp_path):

@@ -95,7 +95,8 @@ def over_simulated_roles(monkeypatch):
 
     def inputs(config):
         prompts = Prompts()
-        prompts.skipped = 0
+        prompts.counts, prompts.left_out_words = {}, ""
+        prompts.close = lambda: None
         return SimpleNamespace(
             prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer()
         )

@@ -25,6 +25,9 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 1024
     # A longer one stops the run, or is counted and left out.
     long_prompt: Literal["error", "skip"] = "error"
+    # Of another kind than its length: a row that cannot be used stops the run before it starts (one
+    # of a stream when it is read), or is counted and left out.
+    bad_rows: Literal["error", "skip"] = "error"
     epochs: Annotated[int, Meta(ge=1)] | None = None  # absent: as many as the steps need
     streaming: bool = False
     shuffle_buffer: Annotated[int, Meta(ge=1)] = 10_000  # rows, for streaming sets only

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from async_opd.core.errors import DataError
+from async_opd.roles.rollout.messages import shown, text_of
 
 PLACES = re.compile(r"\{(prompt|solution)\}")
 
@@ -25,27 +26,25 @@ class TeacherView:
         """Whether it differs from the student's."""
         return bool(self.template_args or self.context)
 
-    def shown(self, id: str, content: str | list, solution: Any, column: str | None) -> str | list:
+    def shown(self, content: str | list, solution: Any, column: str | None) -> str | list:
         """Put `content` (a text, or messages of which the last of the user counts) inside the
-        context, with the `solution` that stands in `column`. Raises DataError naming the row."""
+        context, with the `solution` that stands in `column`. Raises DataError."""
         if self.context is None:
             return content
-        if not isinstance(solution, str | int | float) or solution == "":
+        if not isinstance(solution, str | int | float) or not str(solution).strip():
             raise DataError(
-                f"row {id}: {column!r} must be a string that is not empty or a number,"
-                f" got {solution!r}"
+                f"{column!r} must be a string that is not empty or a number, got {solution!r}"
             )
         if isinstance(content, str):
             return _filled(self.context, content, str(solution))
         last = max(
             (i for i, message in enumerate(content) if message["role"] == "user"), default=-1
         )
-        if last < 0 or not isinstance(content[last]["content"], str):
+        if last < 0:
             raise DataError(
-                f"row {id}: no text of the user's that a teacher's context could take in:"
-                f" {content!r}"
+                f"no text of the user's that a teacher's context could take in: {shown(content)}"
             )
-        text = _filled(self.context, content[last]["content"], str(solution))
+        text = _filled(self.context, text_of(content[last]["content"]), str(solution))
         return [*content[:last], content[last] | {"content": text}, *content[last + 1 :]]
 
 

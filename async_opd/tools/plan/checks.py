@@ -1,9 +1,9 @@
-"""Checks of what a plan reads besides the config: shapes from the hub, tokenizers, first rows.
+"""Checks of what a plan reads besides the config: shapes from the hub, tokenizers, rows.
 Importing this takes seconds."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,15 +35,16 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 
 def rows(config: Config) -> None:
-    """Check that vocabularies agree, and that the first row of each set can be used. Raises
-    DataError. Training rows are streamed: a plan does not wait until all of them are here."""
-    first = replace(
-        config,
-        data=replace(config.data, streaming=True, shuffle_buffer=1),
-        eval=config.eval and replace(config.eval, problems=1),
-    )
+    """Check that vocabularies agree, and that the rows can be used. Raises DataError. Training rows
+    that are not on this machine are streamed, and the first is looked at: a plan does not wait
+    until all of them are here."""
     with _hinting(), TemporaryDirectory() as scratch:
-        next(iter(inputs.read(resolve_toy(first, Path(scratch))).prompts))
+        config = resolve_toy(config, Path(scratch))
+        if not Path(config.data.path).exists():
+            data = replace(config.data, streaming=True, shuffle_buffer=1)
+            config = replace(config, data=data)
+        with closing(inputs.read(config).prompts) as prompts:
+            next(iter(prompts))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:

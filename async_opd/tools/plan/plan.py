@@ -9,7 +9,7 @@ from async_opd.maths.lag import slots
 from async_opd.tools.plan import advise, balance, make, shape
 from async_opd.tools.plan.report import Plan
 
-ONLINE = ["config", "model files", "vocabularies", "columns and the first row of data"]
+ONLINE = ["config", "model files", "vocabularies", "rows of data (of a hub's set the first)"]
 
 
 def plan(

@@ -97,7 +97,7 @@ def test_first_keeps_the_order_of_the_file_and_reads_no_further(source):
 
 
 def test_first_refuses_to_measure_fewer_problems(source):
-    with pytest.raises(DataError, match=r"rows.jsonl': 8 usable rows, eval.problems = 9"):
+    with pytest.raises(DataError, match=r"data.path = .*rows.jsonl': 8 usable rows, problems = 9"):
         source().first(9)
 
 
@@ -120,7 +120,7 @@ def test_a_too_long_prompt_is_refused_by_its_id_when_it_is_read(source):
     prompts = source(rows, max_prompt_tokens=7, id="name")
     assert ids_of(prompts.first(1)) == ["row-0@0"]
     with pytest.raises(
-        DataError, match=r'row long@0: 8 prompt tokens, data.max_prompt_tokens = 7;.* "skip"'
+        DataError, match=r'row long: 8 prompt tokens, data.max_prompt_tokens = 7;.* "skip"'
     ):
         prompts.first(2)
 
@@ -153,14 +153,17 @@ def test_a_missing_column_lists_the_columns(source, key, streaming):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 7}, r"row 0@0: 'prompt' must be a string or a list of messages, got 7"),
-        ({"prompt": ""}, r"row 0@0: 'prompt' must be .*, got ''"),
-        ({"prompt": None}, r"row 0@0: 'prompt' must be .*, got None"),
-        ({"answer": None}, r"row 0@0: 'answer' must be a string or a number, got None"),
-        ({"answer": ["2"]}, r"row 0@0: 'answer' must be a string or a number, got \['2'\]"),
+        (
+            {"prompt": 7},
+            r"row 0: 'prompt' must be a string or a list of messages, and not empty, got 7",
+        ),
+        ({"prompt": ""}, r"row 0: 'prompt' must be .*, got ''"),
+        ({"prompt": None}, r"row 0: 'prompt' must be .*, got None"),
+        ({"answer": None}, r"row 0: 'answer' must be a string or a number, got None"),
+        ({"answer": ["2"]}, r"row 0: 'answer' must be a string or a number, got \['2'\]"),
         (
             {"prompt": [{"role": "user", "content": "1+1="}]},
-            "data.prompt = 'prompt' holds messages: set data.chat",
+            "row 0: 'prompt' holds messages: set data.chat",
         ),
     ],
 )
@@ -170,15 +173,15 @@ def test_a_column_of_the_wrong_type_names_the_row(source, row, message):
 
 
 def test_ids_that_two_rows_share_are_refused(source):
-    with pytest.raises(DataError, match=r"data.id = 'name': rows of .*rows.jsonl share ids"):
-        source([*ROWS, ROWS[3]], id="name")
+    with pytest.raises(DataError, match=r"row row-3: its id 'name' is also that of row 3"):
+        source([*ROWS, ROWS[3]], id="name").survey()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_messages_go_through_the_chat_template(source, kind):
-    messages = [{"role": "x", "content": "0"}, {"role": "user", "content": "1+1="}]
+    messages = [{"role": "system", "content": "0"}, {"role": "user", "content": "1+1="}]
     (prompt,) = source([{"prompt": messages, "answer": "2"}], kind=kind, chat=CHAT).first(1)
-    assert prompt.ids.tolist() == spelt("x=0\nu=1+1=\n")
+    assert prompt.ids.tolist() == spelt("s=0\nu=1+1=\n")
 
 
 def test_a_plain_prompt_is_the_user_s_message(source):
@@ -201,7 +204,7 @@ def test_the_teacher_s_rendering_is_held_to_the_same_length(source):
     views = {"": TeacherView(template_args={"hint": "9" * 20})}
     prompts = source(chat=CHAT, views=views, max_prompt_tokens=16)
     # 7 + 20
-    with pytest.raises(DataError, match=r"row 0@0: 27 prompt tokens, data.max_prompt_tokens = 16"):
+    with pytest.raises(DataError, match=r"row 0: 27 prompt tokens, data.max_prompt_tokens = 16"):
         prompts.first(1)
 
 
@@ -225,15 +228,15 @@ def test_braces_of_prompt_and_solution_are_left_as_they_are(source):
 
 
 def test_with_a_chat_template_the_context_takes_the_place_of_the_last_user_message(source):
-    said = [("x", "0"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    said = [("system", "0"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
     messages = [{"role": role, "content": content} for role, content in said]
     rows, view = (
         solved(messages, "9"),
         TeacherView(context="{prompt}+{solution}", template_args={"hint": "5"}),
     )
     (prompt,) = source(rows, chat=CHAT, solution="why", views={"": view}).first(1)
-    assert prompt.ids.tolist() == spelt("x=0\nu=1\na=2\nu=3\na=4\n")
-    assert prompt.teacher_ids.tolist() == spelt("x=0\nu=1\na=2\nu=3+9\na=4\n5")
+    assert prompt.ids.tolist() == spelt("s=0\nu=1\na=2\nu=3\na=4\n")
+    assert prompt.teacher_ids.tolist() == spelt("s=0\nu=1\na=2\nu=3+9\na=4\n5")
 
 
 def test_with_a_chat_template_a_plain_prompt_is_the_message_of_the_context(source):
@@ -244,15 +247,15 @@ def test_with_a_chat_template_a_plain_prompt_is_the_message_of_the_context(sourc
 @pytest.mark.parametrize("solution", [None, "", ["1"]])
 def test_a_solution_of_the_wrong_type_names_the_row(source, solution):
     with pytest.raises(
-        DataError, match=r"row 0@0: 'why' must be a string that is not empty or a number, got "
+        DataError, match=r"row 0: 'why' must be a string that is not empty or a number, got "
     ):
         source(solved("1+1=", solution), solution="why", views={"": CONTEXT}).first(1)
 
 
 def test_messages_without_a_text_of_the_user_s_name_the_row(source):
-    rows = solved([{"role": "x", "content": "1"}], "2")
+    rows = solved([{"role": "system", "content": "1"}], "2")
     with pytest.raises(
-        DataError, match=r"row 0@0: no text of the user's that a teacher's context could take in"
+        DataError, match=r"row 0: no text of the user's that a teacher's context could take in"
     ):
         source(rows, chat=CHAT, solution="why", views={"": CONTEXT}).first(1)
 
@@ -271,7 +274,7 @@ def test_a_teacher_s_own_bound_holds_for_its_rendering_alone(source):
     (prompt,) = source(solved("1+1=", "9" * 20), **settings).first(1)
     assert len(prompt.teacher_ids) == 24
     with pytest.raises(
-        DataError, match=r"row 0@0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"
+        DataError, match=r"row 0: 25 prompt tokens, teacher.max_prompt_tokens = 24; shorten it"
     ):
         source(solved("1+1=", "9" * 21), **settings).first(1)
     skipping = source(
@@ -300,10 +303,10 @@ def test_a_row_of_no_known_teacher_is_refused_before_anything_is_read(source, ba
         for n in range(3)
     ]
     rows[2]["kind"] = bad
-    first = "0" if isinstance(bad, int) else "2"
-    expected = rf"row row-{first}: data.teacher, column 'kind' = {bad!r}: must be 'math' or 'code'"
+    named = "s row-0, row-1, row-2" if isinstance(bad, int) else " row-2"
+    expected = rf"row{named}: data.teacher, column 'kind' = {bad!r}: must be 'math' or 'code'"
     with pytest.raises(DataError, match=expected):
-        source(rows, id="name", teacher="kind", views=MATH_AND_CODE)
+        source(rows, id="name", teacher="kind", views=MATH_AND_CODE).survey()
 
 
 def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
@@ -316,7 +319,7 @@ def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
     assert ids_of(prompts.first(1)) == ["0@0"]
     with pytest.raises(
         DataError,
-        match=r"row 1@0: data.teacher, column 'kind' = 'maths': .*; did you mean 'math'\?",
+        match=r"row 1: data.teacher, column 'kind' = 'maths': .*; did you mean 'math'\?",
     ):
         prompts.first(2)
 
@@ -324,12 +327,12 @@ def test_a_streamed_row_of_no_known_teacher_is_refused_when_it_is_read(source):
 @pytest.mark.parametrize(
     ("chat", "prompt", "message"),
     [
-        (CHAT, [{"role": "user"}], "row 0@0: 'prompt' holds a message without role or content"),
-        (CHAT, ["1+1="], "row 0@0: 'prompt' holds a message without role or content"),
+        (CHAT, [{"role": "user"}], "row 0: 'prompt', message 1: must have role and content, got "),
+        (CHAT, ["1+1="], "row 0: 'prompt', message 1: must have role and content, got "),
         (
             "{{ raise_exception('no system') }}",
             "1+1=",
-            "row 0@0: the chat template refuses 'prompt': no system",
+            "row 0: the chat template refuses 'prompt': TemplateError: no system",
         ),
     ],
 )
@@ -416,12 +419,18 @@ def test_a_continuation_is_what_an_unbroken_reading_gives(source, streaming, set
 
 def test_a_position_counts_the_rows_that_were_read_and_those_skipped(source):
     prompts = source([*LONG, *ROWS], seed=1, **SKIPPING)
-    assert prompts.position == {"epoch": 0, "drawn": 0, "skipped": 0, "rows": 11}
+    assert prompts.position == {"epoch": 0, "drawn": 0, "skipped": 0, "left_out": 0, "rows": 11}
     reading = iter(prompts)
     (*_, last) = islice(reading, 8)
     order = np.random.default_rng(1).permutation(11).tolist()
     drawn = order.index(int(last.id.removesuffix("@0"))) + 1
-    assert prompts.position == {"epoch": 0, "drawn": drawn, "skipped": drawn - 8, "rows": 11}
+    assert prompts.position == {
+        "epoch": 0,
+        "drawn": drawn,
+        "skipped": drawn - 8,
+        "left_out": 0,
+        "rows": 11,
+    }
     next(reading)
     assert prompts.position["epoch"] == 1
 
@@ -455,7 +464,7 @@ def test_an_outstanding_row_that_is_gone_is_named(source, streaming, settings, g
 
 def test_an_outstanding_row_that_became_too_long_is_named(source):
     prompts = source(LONG + ROWS, id="name", **SKIPPING)
-    with pytest.raises(DataError, match="row long-1@0: handed out before, but is too long now"):
+    with pytest.raises(DataError, match="row long-1@0: handed out before, but cannot be used now"):
         prompts.continued(prompts.position, ["row-1@0", "long-1@0"])
 
 

@@ -98,7 +98,11 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         4_022_468_096,
     )
     assert plan["checked"] == ["config"]
-    assert plan["skipped"] == ["model files", "vocabularies", "columns and the first row of data"]
+    assert plan["skipped"] == [
+        "model files",
+        "vocabularies",
+        "rows of data (of a hub's set the first)",
+    ]
 
 
 def test_slots_lag_and_the_longest_response_are_those_of_the_config(capsys):
@@ -248,8 +252,8 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
     )
     assert "bottleneck       not known: a run needs rates" in printed and "--like DIR" in printed
     assert (
-        "skipped          model files; vocabularies; columns and the first row of data\nit does not"
-        " fit\n" in printed
+        "skipped          model files; vocabularies; rows of data (of a hub's set the first)\n"
+        "it does not fit\n" in printed
     )
 
 
@@ -318,7 +322,7 @@ def test_models_vocabularies_and_rows_are_read_where_they_can_be(capsys):
         "config",
         "model files",
         "vocabularies",
-        "columns and the first row of data",
+        "rows of data (of a hub's set the first)",
     ]
     assert plan["skipped"] == [] and [role["model"] for role in plan["roles"]] == [
         "toy:student"

@@ -5,6 +5,10 @@ A check is `(response, answer) -> bool`, True when the response is right. One th
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
 process.
+
+One that can tell by itself whether a reference can be used offers `reference(answer)`, which raises
+for one that cannot: beside the check in a module of ours, an attribute of a user's function. It is
+asked of every row before anything is sampled, and in a process of its own as well.
 """
 
 import importlib
@@ -36,7 +40,16 @@ def load(config: VerifyConfig) -> Decide:
     return importlib.import_module(f"{__name__}.{config.check}").make(config)
 
 
-def _load_users(check: str, module: str, function: str) -> Decide:
+def reference(config: VerifyConfig) -> Callable[[str], object] | None:
+    """Load what the check that `config` names says of a reference; None where it says nothing.
+    Raises ConfigError if it cannot be loaded."""
+    if users := USERS.fullmatch(config.check):
+        return getattr(_users(config.check, *users.groups()), "reference", None)
+    module = importlib.import_module(f"{__name__}.{config.check}")
+    return getattr(module, "reference", None)
+
+
+def _users(check: str, module: str, function: str) -> Callable[..., object]:
     try:
         decide = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, SyntaxError) as error:
@@ -47,6 +60,11 @@ def _load_users(check: str, module: str, function: str) -> Decide:
         raise ConfigError(
             f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function"
         )
+    return decide
+
+
+def _load_users(check: str, module: str, function: str) -> Decide:
+    decide = _users(check, module, function)
 
     def decided(response: str, answer: str) -> bool:
         right = decide(response, answer)

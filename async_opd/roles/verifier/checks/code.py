@@ -13,6 +13,7 @@ Tests by calls are run beside the program, by the module `test_driver`. They see
 values.
 """
 
+import ast
 import json
 import math
 import os
@@ -149,6 +150,22 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
     if name and not name.isidentifier():
         raise DataError(f"reference answer {answer[:200]!r}: {name!r} is no name of a function")
     return tests
+
+
+def reference(answer: str) -> None:
+    """Raise DataError for a reference whose tests cannot be read, or are no Python."""
+    tests = read_tests(answer)
+    for text in (
+        getattr(tests, "test", ""),
+        getattr(tests, "test_setup_code", ""),
+        *getattr(tests, "test_list", []),
+    ):
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError) as error:
+            raise DataError(
+                f"reference answer: tests {text[:200]!r} are no Python: {error}"
+            ) from error
 
 
 def _text(lines: Any) -> str:

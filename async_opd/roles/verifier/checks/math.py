@@ -17,6 +17,7 @@ from async_opd.roles.verifier.config import VerifyConfig
 # Its annotation knows no None, which is no timeout.
 _parse = partial(parse, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+NUMERAL = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 
 # Else it warns once a process that timeouts are off.
@@ -39,14 +40,27 @@ def check(response: str, answer: str) -> tuple[bool, str]:
         wanted = answer.strip()
     if wanted and boxed == wanted:
         return True, _boxed(wanted)
-    reference = _parse(_boxed(wanted))
-    if not reference:
-        raise DataError(f"reference answer {answer!r} does not parse")
+    parsed = _reference(answer)
     target = _parse(response if boxed is None else _boxed(boxed))
     return (
-        verify(reference, target, timeout_seconds=None, raise_on_error=True),
+        verify(parsed, target, timeout_seconds=None, raise_on_error=True),
         _boxed(boxed if boxed is not None else target[-1] if target else ""),
     )
+
+
+def reference(answer: str) -> None:
+    """Raise DataError for a reference that does not parse. A numeral is not parsed: it takes ten
+    milliseconds, and there are thousands."""
+    if not NUMERAL.fullmatch(answer):
+        _reference(answer)
+
+
+def _reference(answer: str) -> list:
+    boxed = last_boxed(answer)
+    parsed = _parse(_boxed(answer.strip() if boxed is None else boxed))
+    if not parsed:
+        raise DataError(f"reference answer {answer!r} does not parse")
+    return parsed
 
 
 def last_boxed(text: str) -> str | None:

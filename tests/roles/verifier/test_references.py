@@ -1,0 +1,87 @@
+"""References that a check cannot use, asked before anything is sampled."""
+
+import sys
+import threading
+import time
+
+import pytest
+
+from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.references import References
+
+OWN = """
+import os, time
+
+def right(response, answer):
+    return response == answer
+
+def _reference(answer):
+    if answer == "hangs":
+        time.sleep(60)
+    if answer == "dies":
+        os._exit(3)
+    if answer == "raises":
+        raise KeyError("no such key")
+
+right.reference = _reference
+
+def plain(response, answer):
+    return True
+"""
+
+
+def unusable(answers, **settings) -> dict[str, str]:
+    return References(VerifyConfig(**settings)).unusable(answers, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("check", "bad", "good"),
+    [
+        ("math", ["", " ", r"\boxed{}"], ["2", "-1.5", r"\frac{1}{2}", r"\boxed{x+1}", "1/2"]),
+        (
+            "code",
+            [
+                "",
+                "null",
+                "2",
+                "{}",
+                '{"test_list": ["assert 1="]}',
+                '{"inputs": [1], "outputs": []}',
+            ],
+            ['{"inputs": ["1"], "outputs": ["2"]}', '{"test_list": ["assert f() == 1"]}'],
+        ),
+    ],
+)
+def test_a_check_says_which_references_it_cannot_use(check, bad, good):
+    assert set(unusable([*bad, *good, *bad], check=check)) == set(bad)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_check.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *sys.path]))
+    return "own_check"
+
+
+def test_a_reference_that_hangs_kills_or_raises_costs_itself_alone(own):
+    answers = [f"{n}" for n in range(40)]
+    answers[3:3] = ["hangs", "dies", "raises"]
+    wrong = unusable(answers, check=f"{own}:right", timeout_s=1.0)
+    assert wrong == {
+        "hangs": "the check takes more than 1 s for this reference",
+        "dies": "the check's process dies of this reference",
+        "raises": "the check: KeyError: 'no such key'",
+    }
+
+
+@pytest.mark.parametrize("check", ["own_check:plain", "nowhere:plain"])
+def test_a_check_without_a_word_on_references_takes_them_as_they_are(own, check):
+    assert unusable(["", "x"], check=check) == {}
+
+
+def test_a_stop_does_not_wait_for_a_reference(own):
+    stop, begun = threading.Event(), time.monotonic()
+    threading.Timer(1.0, stop.set).start()
+    config = VerifyConfig(check=f"{own}:right", timeout_s=50.0)
+    References(config).unusable(["hangs"], stop)
+    assert time.monotonic() - begun < 20
