@@ -10,6 +10,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from async_opd.core.errors import DataError
+from async_opd.core.foreign import foreign
 from async_opd.core.process_wide import log_level
 from async_opd.roles.rollout.config import FILE_READERS, DataConfig
 
@@ -63,9 +64,10 @@ def reading(config: DataConfig, key: str) -> Iterator[None]:
             undo.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
         undo.enter_context(log_level(logging.CRITICAL, logging.getLogger("datasets")))
+        undo.enter_context(foreign(f"{key} = {config.path!r}, split {config.split!r}"))
         try:
             yield
-        except (OSError, ValueError, TypeError, StopIteration, DatasetsError) as e:
-            # "An error occurred" has a cause that says which.
-            cause = str(e.__cause__ or e) or "no rows"
-            raise DataError(f"{key} = {config.path!r}, split {config.split!r}: {cause}") from e
+        except StopIteration as e:
+            raise ValueError("no rows") from e
+        except DatasetsError as e:  # of "An error occurred" the cause says which
+            raise (e.__cause__ or e) from None

@@ -140,7 +140,7 @@ class PromptSource:
             )
         self._epoch, self._drawn = position["epoch"], position["drawn"]
         again = self._again(outstanding)
-        self.skipped, self.left_out = position["skipped"], position["left_out"]
+        self.skipped, self.left_out = position["skipped"], position.get("left_out", 0)
         return chain(again, self)
 
     def _again(self, ids: Sequence[str]) -> list[Prompt]:
