@@ -80,6 +80,16 @@ class CallFailed(AsyncOpdError):
     the call and it."""
 
 
+class TooManyFailed(AsyncOpdError):
+    """Too few groups are left to train. The message says how many failed or were dropped, by whom,
+    and why the last one."""
+
+
+class ScorerDiffers(AsyncOpdError):
+    """Replicas of one model score the same tokens differently. The message names them and by how
+    much."""
+
+
 class OverAge(AsyncOpdError):
     """A group was cut off in flight: what it had sampled is too old to be trained. The message
     names its prompt."""
