@@ -56,7 +56,7 @@ class Instant:
         spans = (Span(version=self.version, start=0, end=64),)
         return GroupMeta(id=prompt.id, prompt_len=8, spans=(spans,), truncated=(False,)), prompt
 
-    async def score(self, group: Prompt) -> None:
+    async def score(self, group: Prompt) -> tuple[tuple[str, ...], None]:
         await self._answer()
 
     async def check(self, group: Prompt) -> tuple[Verdict, ...]:

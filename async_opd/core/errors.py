@@ -80,9 +80,9 @@ class CallFailed(AsyncOpdError):
     the call and it."""
 
 
-class TooManyFailed(AsyncOpdError):
-    """Too few groups are left to train. The message says how many failed or were dropped, by whom,
-    and why the last one."""
+class TooManyDropped(AsyncOpdError):
+    """More groups fail, or are left out, than a run goes on with. The message says how many, by
+    whose doing, and why the last one."""
 
 
 class ScorerDiffers(AsyncOpdError):

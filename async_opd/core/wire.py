@@ -124,6 +124,7 @@ class GroupMeta(Struct, frozen=True):
     prompt_len: int
     spans: tuple[tuple[Span, ...], ...]  # per sample
     truncated: tuple[bool, ...]  # per sample
+    failures: tuple[str, ...] = ()  # per sample, or none for nobody's: `Rollout.failure`
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
+from async_opd.core.errors import ScorerDiffers, TooManyDropped
 from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
@@ -13,6 +14,9 @@ from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter, Row
+
+# What ends a run whose learner is sound: what is trained is saved.
+IN_ORDER = (TooManyDropped, ScorerDiffers)
 
 
 async def train(
@@ -28,7 +32,8 @@ async def train(
     """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `emit` is
     told who was lost and who came. Raises the named error that ended it.
 
-    On cancellation (Ctrl-C) a checkpoint is saved before it propagates.
+    On cancellation (Ctrl-C), and behind an error of IN_ORDER, a checkpoint is saved before it
+    propagates.
     """
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
     measured: Row = {}
@@ -46,8 +51,10 @@ async def train(
         if task and task.cancelling():  # something else broke at the same moment
             await loop.interrupted()
             raise asyncio.CancelledError from None
-        await loop.settled()
         cause = first_cause(group)
+        if isinstance(cause, IN_ORDER):
+            await loop.interrupted(2 * config.timeout.step_s)
+        await loop.settled()
         cause.add_note(f"at version {loop.version}")
         raise cause from None
     except asyncio.CancelledError:

@@ -129,7 +129,7 @@ class Named(SimulatedTeacher):
     async def score(self, group):
         self.asked.append(group.id)
         await asyncio.sleep(0)
-        return self.name
+        return ("",), self.name
 
 
 async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
@@ -204,6 +204,7 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
         async def score(self, group):
             self.asked.append(group.id)
             await scored.wait()
+            return ("",), None
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
@@ -236,6 +237,7 @@ class Judge(SimulatedTeacher, SimulatedVerifier):
 
     async def score(self, group):
         assert group.answer != "the teacher's own"
+        return ("",), None
 
     async def check(self, group):
         return (Verdict(id=f"{group.id}#0", correct=self._correct),)

@@ -78,7 +78,7 @@ def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
 class Unscoring(SimulatedTeacher):
     async def score(self, group):
         assert group.answer != ANSWERED
-        await super().score(group)
+        return await super().score(group)
 
 
 class Learns(SimulatedLearner):

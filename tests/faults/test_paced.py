@@ -72,7 +72,7 @@ class Generator(Mortal, SimulatedGenerator):
 class Teacher(Mortal, SimulatedTeacher):
     async def score(self, group):
         self.asked.append(group.id)
-        await self._live(super().score(group))
+        return await self._live(super().score(group))
 
     async def check_health(self):
         await self._live(super().check_health())
@@ -338,9 +338,10 @@ class Bad(Teacher):
         self.error, self.spoiled = error, spoiled
 
     async def score(self, group):
-        await super().score(group)
+        answer = await super().score(group)
         if len(self.asked) <= self.spoiled:
             raise self.error
+        return answer
 
 
 NAN = WireError("3#0: sampled_logp[2] = nan is not a finite log-prob <= 0")
@@ -374,9 +375,10 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 
     class Refuses(Teacher):
         async def score(self, group):
-            await super().score(group)
+            answer = await super().score(group)
             if group.id == "5":
                 raise error
+            return answer
 
     async def main():
         learner, pool = Learner(PACE, 4), [Refuses(PACE), Refuses(PACE)]

@@ -14,7 +14,6 @@ from async_opd.maths import lag
 from async_opd.objectives.token_batch import TokenBatch
 from async_opd.roles.models.causal_lm import segments
 
-
 # Scores of a group's rollouts, None for one that has none; None where the teacher has answered
 Columns = tuple[Scores | None, ...] | None
 

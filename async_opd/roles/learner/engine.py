@@ -157,7 +157,7 @@ class LearnerRank:
         """
         step, live = self.version + 1, self.version
         batches = trajectories(share, groups, scores, references)
-        micros = [pack(batch, self._bounds, live=live, device=self._device) for batch in batches]
+        micros = [pack(b, self._bounds, live=live, device=self._device) for b in batches]
         every = self._settings.record_every_steps
         due = self._rank == 0 and every and step % every == 0
         recorder = Recorder(self._objective, batches, micros, self.version) if due else None

@@ -146,7 +146,7 @@ def accumulate(
     needs = objective.needs()
     measured = Measured(objective, context.max_lag_steps, micros[0].ids_L.device)
     if not statistics["tokens"] + statistics["from_teacher"]:
-        module, backward = torch.no_grad()(module), torch.Tensor.detach
+        module, backward = torch.no_grad()(module), _nothing
     for number, micro in enumerate(micros):
         read = module(micro, Needs() if micro.from_teacher else needs)
         if not len(micro.targets_N):  # joins backward
@@ -164,6 +164,10 @@ def accumulate(
             backward(loss_N[micro.keep_N].sum().float())
             measured.add(micro, batch, result, loss_N)
     return measured.reduced(all_reduce, statistics), measured.merged(context.running)
+
+
+def _nothing(loss: Tensor) -> None:
+    """Go nowhere from a loss over no token."""
 
 
 def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:

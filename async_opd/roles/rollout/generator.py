@@ -261,6 +261,7 @@ class RolloutGenerator:
                 prompt_len=len(prompt.ids),
                 spans=tuple(r.spans for r in group.rollouts),
                 truncated=tuple(r.truncated for r in group.rollouts),
+                failures=tuple(r.failure for r in group.rollouts),
             ),
             group,
         )

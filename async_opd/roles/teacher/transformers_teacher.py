@@ -49,10 +49,8 @@ class TransformersTeacher:
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
         ).eval()
-        self._logits = min(
-            len(causal_lm.head(self._model).weight_VD),
-            self._model.get_input_embeddings().weight.shape[0],  # pyright: ignore[reportAttributeAccessIssue]
-        )
+        embedding: Any = self._model.get_input_embeddings()
+        self._logits = min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight))
         # Penalties of the checkpoint's own would bend `greedy`.
         self._model.generation_config = GenerationConfig()
         self._waiting: list[tuple[Item, asyncio.Future[Outcome]]] = []
