@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, AsyncOpdError, OverAge, TooManyDropped, first_line
@@ -13,7 +12,6 @@ from async_opd.core.wire import Prompt, StepResult, trained_tokens
 from async_opd.driver.ledger import Ledger
 
 STEPS = 2  # whose groups are looked at
-K = TypeVar("K")
 
 
 class GroupFailed(Exception):
@@ -38,11 +36,12 @@ def blamed(role: str) -> Generator[None]:
 
 
 class Outcomes:
-    """Looks at the last STEPS steps' worth of groups. TooManyDropped is raised
+    """Looks at what became of the last STEPS steps' worth of groups, of one that is issued again at
+    its last attempt. TooManyDropped is raised
 
-    - where more groups in a row failed than may be outstanding, or more than run.max_failed_share
-      of the prompts (one that is issued again counts once), in whatever role
-    - where every group was truncated or stale, so that nothing is left to train
+    - where more in a row failed than may be outstanding, or a larger share of them than
+      run.max_failed_share, in whatever role
+    - where all of them came to nothing, though not all failed
 
     The first failure in each role is an event, and so are truncated or stale groups above the
     share.
@@ -53,16 +52,16 @@ class Outcomes:
         self._most = STEPS * config.groups_per_step
         self._slots = slots
         self._share = config.run.max_failed_share
-        self._limits = {  # by what is none's failure, the setting that makes it so
+        self._limits = {  # by a cause that is nobody's failure, the setting that makes it one
             "truncated": f"rollout.max_new_tokens = {config.rollout.max_new_tokens} cuts them",
             "stale": f"older than run.max_lag_steps = {config.run.max_lag_steps} allows",
         }
         self._ledger = ledger
         self._emit = emit
-        self._failed: dict[str, str] = {}  # of the last prompts: the role, "" where none failed
-        self._ended: dict[tuple[str, int], str] = {}  # of the last attempts: the cause, "" for none
+        # of the last prompts: who failed, or one of the limits; "" for what can be trained
+        self._ended: dict[str, str] = {}
         self._in_a_row: Counter[str] = Counter()  # failed, by role
-        self._announced: set[str] = set()
+        self._announced: set[str] = set()  # roles, and causes that are above the share
         self._rollouts = 0  # that failed alone, in all
         self._without_tokens = 0  # steps that kept none
 
@@ -70,33 +69,29 @@ class Outcomes:
         """Note a group that is to be trained, or that only seems so: a `cut` one has no token in
         the loss."""
         self._in_a_row.clear()
-        _note(self._failed, prompt.id, "", self._most)
         self._note(prompt, "truncated" if cut else "")
 
     def dropped(self, prompt: Prompt, cause: str) -> None:
         """Note a group that is not trained, though nothing failed."""
         if cause in self._limits:
-            _note(self._failed, prompt.id, "", self._most)
             self._note(prompt, cause)
 
     def failed(self, prompt: Prompt, failure: GroupFailed) -> None:
         """Note a group that failed."""
-        role, last = failure.role, f"{failure}"
-        self._announce(role, f"{failure.why}; the group is dropped")
-        self._in_a_row[role] += 1
-        _note(self._failed, prompt.id, role, self._most)
-        roles = Counter(role for role in self._failed.values() if role)
+        self._announce(failure.role, f"{failure.why}; the group is dropped")
+        self._in_a_row[failure.role] += 1
+        causes = self._note(prompt, failure.role)
         if self._in_a_row.total() > self._slots:
             raise TooManyDropped(
                 f"{self._in_a_row.total()} groups in a row failed ({_by(self._in_a_row)}), more"
-                f" than the {self._slots} that may be outstanding; the last: {last}"
+                f" than the {self._slots} that may be outstanding; the last: {failure}"
             )
-        if roles.total() > self._share * self._most:
+        failed = Counter({role: count for role, count in causes.items() if self._is_role(role)})
+        if failed.total() > self._share * self._most:
             raise TooManyDropped(
-                f"{roles.total()} of the last {self._most} groups failed ({_by(roles)}), above"
-                f" run.max_failed_share = {self._share:g}; the last: {last}"
+                f"{failed.total()} of the last {self._most} groups failed ({_by(failed)}), above"
+                f" run.max_failed_share = {self._share:g}; the last: {failure}"
             )
-        self._note(prompt, "failed")
 
     def lost(self, prompt: Prompt, sample: int, failure: GroupFailed) -> None:
         """Note a rollout that failed, and without which its group goes on."""
@@ -126,8 +121,12 @@ class Outcomes:
             self._announced.add(role)
             self._emit("failed", role, f"{why}; further ones are counted")
 
-    def _note(self, prompt: Prompt, cause: str) -> None:
-        _note(self._ended, (prompt.id, prompt.attempt), cause, self._most)
+    def _note(self, prompt: Prompt, cause: str) -> Counter[str]:
+        """How many of the last groups ended in each way."""
+        self._ended.pop(prompt.id, None)
+        self._ended[prompt.id] = cause
+        if len(self._ended) > self._most:
+            del self._ended[next(iter(self._ended))]
         causes = Counter(self._ended.values())
         for name, limit in self._limits.items():
             if causes[name] <= self._share * self._most:
@@ -136,11 +135,15 @@ class Outcomes:
                 self._announced.add(name)
                 self._emit(name, "groups", f"{causes[name]} of the last {self._most}; {limit}")
         limits = [limit for name, limit in self._limits.items() if causes[name]]
-        if causes.total() == self._most and not causes[""] and limits:
+        if len(self._ended) == self._most and not causes[""] and limits:
             raise TooManyDropped(
                 f"of the last {self._most} groups none is left to train ({_by(causes)}):"
                 f" {', '.join(limits)}"
             )
+        return causes
+
+    def _is_role(self, cause: str) -> bool:
+        return bool(cause) and cause not in self._limits
 
 
 def verdicts(batch: Sequence[ScoredGroup]) -> dict[str, float | int | None]:
@@ -149,14 +152,6 @@ def verdicts(batch: Sequence[ScoredGroup]) -> dict[str, float | int | None]:
     known = [one for one in correct if one is not None]
     accuracy = sum(known) / len(known) if known else None
     return {"accuracy": accuracy, "verdicts_unknown": len(correct) - len(known)}
-
-
-def _note(last: dict[K, str], key: K, what: str, most: int) -> None:
-    """Put `what` of `key` behind the others in `last`, which keeps `most` of them."""
-    last.pop(key, None)
-    last[key] = what
-    while len(last) > most:
-        del last[next(iter(last))]
 
 
 def _by(counts: Counter[str]) -> str:

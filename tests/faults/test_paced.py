@@ -11,7 +11,7 @@ import pytest
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
-from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, WireError
+from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, TooManyDropped, WireError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult
 from async_opd.driver import checkpoints
@@ -400,7 +400,8 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 
 def test_a_teacher_that_spoils_everything_ends_the_run_with_what_it_said(tmp_path):
     run = Run(tmp_path, "run.steps=20")
-    with pytest.raises(WireError, match="is not a finite log-prob"):
+    says = "17 of the last 32 groups failed.*17 teacher.*max_failed_share.*is not a finite log-prob"
+    with pytest.raises(TooManyDropped, match=says):
         virtual(run.train([SimulatedGenerator(PACE)], [Bad(PACE, NAN, 10**6)], Learner(PACE, 4)))
 
 

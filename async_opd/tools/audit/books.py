@@ -46,13 +46,13 @@ class Books(Struct, kw_only=True):
             ("  trained", self.trained, ""),
             ("  dropped", sum(self.dropped.values()), _by_cause(self.dropped)),
             ("  outstanding", len(self.outstanding), ""),
-            ("failed rollouts", sum(failed.values()), _by_cause(failed)),
+            ("lost rollouts", sum(failed.values()), _by_cause(failed)),
             ("re-issued", sum(self.reissued.values()), _by_cause(self.reissued)),
             ("handed back", sum(self.returned.values()), _by_cause(self.returned)),
             ("resumes", len(self.resumed_at), resumes),
             ("void records", self.void, ""),
         ):
-            yield f"{name:15}{count:9}  {more}".rstrip()
+            yield f"{name:14}{count:9}  {more}".rstrip()
         yield from self.discrepancies
         yield (
             f"the books do not balance: {len(self.discrepancies)} found"
