@@ -194,10 +194,12 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
             but(
                 ["returned", "b", "generator 1 died"],
                 ["returned", "e", "left"],
+                ["failed", "e", 2, "teacher"],
                 ["reissued", "x", 1, "stale"],
             ),
             [
                 "e: handed back (left), but it was never handed out",
+                "e: rollout 2 failed (teacher), but it was never handed out",
                 "x: re-issued (stale), but it was never handed out",
             ],
             id="given back by nobody",
@@ -205,7 +207,7 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
         pytest.param(
             [*WHOLE, ["out", "h"]],
             [
-                "record 15 stands behind the end of the run",
+                "record 16 stands behind the end of the run",
                 "h: lost: handed out, neither trained nor dropped",
             ],
             id="a record behind the end",
