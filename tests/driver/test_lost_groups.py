@@ -167,7 +167,7 @@ async def test_a_run_ends_by_name_behind_a_checkpoint_where_a_replacement_differ
         return Teacher(answer=lambda version: 1.0)
 
     live = Teacher(version=lambda: run.learner.version, answer=fades)
-    with pytest.raises(ScorerDiffers, match="teacher 1: .* as the one before it"):
+    with pytest.raises(ScorerDiffers, match=r"teacher 1: .* as the one before it"):
         await run.train(Teacher(), live, spawn=spawn)
     assert checkpoints.find(tmp_path).state.version == run.learner.version >= 4
 

@@ -288,7 +288,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
         await generator.start()
         meta, group = await generator.generate(prompt)
         for teacher in teachers:
-            (scores,) = await teacher.score(group)
+            _, (scores,) = await teacher.score(group)
             assert scores.topk_ids.shape == (*meta.lengths, 4)
             assert np.shape(scores.candidate_logp) == ((*meta.lengths, k) if k else ())
 
