@@ -10,14 +10,15 @@ from async_opd.core.wire import Floats, Group, Needs, Prompt, Rollout, Span
 from async_opd.roles.teacher.candidates import Outcome
 
 RESPONSES = 4  # what a model cannot score of one leaves the others to compare
-TOKENS = 32  # of the prompt, and of each response, at most
+PROMPT, TOKENS = 4, 32  # of the prompt, and of each response, at most
 
 
 def probe_group(settings: ScorerSettings, logits: int, needs: Needs) -> Group:
     """Make RESPONSES rollouts of one prompt, of random ids that the tokenizer and a model of so
     many logits have, with the candidates that `needs` wants scored."""
     random = np.random.default_rng(0)
-    ids, tokens = min(settings.vocabulary, logits), max(1, min(TOKENS, settings.longest // 2))
+    ids, prompt = min(settings.vocabulary, logits), min(PROMPT, settings.longest // 2)
+    tokens = min(TOKENS, settings.longest - prompt)
 
     def drawn(*shape: int) -> np.ndarray:
         return random.integers(ids, size=shape, dtype=np.int32)
@@ -34,7 +35,7 @@ def probe_group(settings: ScorerSettings, logits: int, needs: Needs) -> Group:
         )
         for sample in range(RESPONSES)
     ]
-    return Group(prompt=Prompt(id="probe", ids=drawn(tokens), answer=""), rollouts=tuple(rollouts))
+    return Group(prompt=Prompt(id="probe", ids=drawn(prompt), answer=""), rollouts=tuple(rollouts))
 
 
 def probe_answer(group: Group, outcomes: Sequence[Outcome]) -> Floats:
