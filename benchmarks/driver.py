@@ -56,8 +56,9 @@ class Instant:
         spans = (Span(version=self.version, start=0, end=64),)
         return GroupMeta(id=prompt.id, prompt_len=8, spans=(spans,), truncated=(False,)), prompt
 
-    async def score(self, group: Prompt) -> None:
+    async def score(self, group: Prompt) -> tuple[tuple[str, ...], None]:
         await self._answer()
+        return ("",), None
 
     async def check(self, group: Prompt) -> tuple[Verdict, ...]:
         await self._answer()
@@ -86,6 +87,14 @@ class Instant:
     async def _answer(self) -> None:
         Instant.calls += 1
         await asyncio.sleep(0)
+
+
+class Scorer(Instant):
+    """A teacher, whose probe is another than a generator's."""
+
+    async def probe(self) -> np.ndarray:
+        await self._answer()
+        return np.zeros((1, 1), np.float32)
 
 
 async def measure(
@@ -125,7 +134,7 @@ async def measure(
 
     roles = Roles(
         generators=[Instant() for _ in range(generators)],
-        teachers={"": [Instant()]},
+        teachers={"": [Scorer()]},
         verifier=Instant(),
         learner=SimulatedLearner(AT_ONCE, config.run.max_lag_steps),
     )

@@ -180,7 +180,7 @@ async def alone(config: Config) -> dict:
                 samples=(0,),
                 since=0,
             )
-            for at, ((prompt, meta, group), scores, verdict) in enumerate(
+            for at, ((prompt, meta, group), (_, scores), verdict) in enumerate(
                 zip(groups, scored, verdicts, strict=False)
             )
         ]

@@ -18,6 +18,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # over-age tokens leave the loss, or their group is issued anew
     stale: Literal["mask", "drop"] = "mask"
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
+    # of the last two steps' worth of prompts; above it the run ends, behind a checkpoint
+    max_failed_share: Annotated[float, Meta(ge=0, le=1)] = 0.5
     checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100  # 0: only at the end, and on Ctrl-C
     # from the newest checkpoint, when what a run needs is lost
     max_restarts: Annotated[int, Meta(ge=0)] = 3

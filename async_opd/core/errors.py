@@ -83,6 +83,16 @@ class CallFailed(AsyncOpdError):
     the call and it."""
 
 
+class TooManyDropped(AsyncOpdError):
+    """More groups fail, or are left out, than a run goes on with. The message says how many, by
+    whose doing, and why the last one."""
+
+
+class ScorerDiffers(AsyncOpdError):
+    """Replicas of one model score the same tokens differently. The message names them and by how
+    much."""
+
+
 class OverAge(AsyncOpdError):
     """A group was cut off in flight: what it had sampled is too old to be trained. The message
     names its prompt."""

@@ -80,11 +80,13 @@ class Generator(Member, Protocol):
 
 
 class Teacher(Member, Protocol):
-    """Scores a group; the scores stay where they are made. The reference is one too, which is only
-    asked for them."""
+    """Scores a group; the scores stay where they are made, and of each rollout comes why it has
+    none, "" where it has. The reference is one too, which is only asked for them."""
 
     @remote("score", refs=1, batched=True)
-    async def score(self, group: Ref) -> Ref: ...
+    async def score(self, group: Ref) -> tuple[tuple[str, ...], Ref]: ...
+    @remote("score")
+    async def probe(self) -> Floats: ...
     @remote("generate")
     async def greedy(self, *prompts: Ints) -> list[Ints]: ...
     @remote("step")

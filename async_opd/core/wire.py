@@ -75,16 +75,18 @@ class Rollout(Struct, frozen=True):
     candidate_ids: Ints | None = None
     # float32 [T, K], under the behaviour policy, where they are samples of it
     candidate_logp: Floats | None = None
+    failure: str = ""  # why it is not scored or trained: its log-probs are none
 
     def __post_init__(self) -> None:
         check_array(self.id, "ids", self.ids, np.int32, 1)
         if self.candidate_ids is not None:
             check_array(self.id, "candidate_ids", self.candidate_ids, np.int32, 2)
             check_rows(self.id, "candidate_ids", self.candidate_ids, len(self.ids))
-        if self.candidate_logp is not None:
+        if self.candidate_logp is not None and not self.failure:
             shape = () if self.candidate_ids is None else self.candidate_ids.shape
             check_logp(self.id, "candidate_logp", self.candidate_logp, shape)
-        check_logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
+        if not self.failure:
+            check_logp(self.id, "behaviour_logp", self.behaviour_logp, self.ids.shape)
         end, version = 0, -1
         for span in self.spans:
             if span.start != end or span.end <= span.start or span.version <= version:
@@ -122,6 +124,7 @@ class GroupMeta(Struct, frozen=True):
     prompt_len: int
     spans: tuple[tuple[Span, ...], ...]  # per sample
     truncated: tuple[bool, ...]  # per sample
+    failures: tuple[str, ...] = ()  # per sample, or none for nobody's: `Rollout.failure`
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -17,9 +17,12 @@ Who waits for whom, and what unblocks it:
   member that is lost has what it had asked of another.
 - `TrainLoop` for a step's groups (`TrajectoryQueue.put`), for the learner, for self-teachers that
   take its weights over, and for the generators that take them (`WeightPublisher.publish`).
-- A new generator for the weights' lock: it joins between two updates.
+- A new generator for the weights' lock: it joins between two updates. A new teacher for its
+  answer to the probe (`ScorerProbe`), which the others give beside their work.
 - `HeldOut`, beside training, for the same generators: nobody waits for it; the end of the run cuts
   it off, and measures once more.
+
+`Outcomes` hears what becomes of each group, and ends a run of which too few are left.
 
 A call is `ReplicaPool.ask` -> `Replica.call` -> `runtime.actors` -> the role's method. Whatever is
 out, and however it ends, the replica counts it.

@@ -52,6 +52,14 @@ class Reissued(Record, frozen=True):
     cause: str
 
 
+class Failed(Record, frozen=True):
+    """One rollout of a group has failed, by the doing of `role`; the group goes on without it."""
+
+    id: str
+    sample: int
+    role: str
+
+
 class Returned(Record, frozen=True):
     """Handed back by a replica that was lost or left; the same attempt goes out again."""
 
@@ -77,7 +85,7 @@ class Finished(Record, frozen=True):
     """All steps are done."""
 
 
-AnyRecord = Out | Trained | Dropped | Reissued | Returned | Checkpoint | Resumed | Finished
+AnyRecord = Out | Trained | Dropped | Reissued | Failed | Returned | Checkpoint | Resumed | Finished
 
 
 class Ledger:
@@ -137,6 +145,10 @@ class Ledger:
     def reissued(self, id: str, attempt: int, cause: str) -> None:
         """Note that a prompt's group was dropped; it goes out again as attempt `attempt`."""
         self._add(Reissued(self._next(), id, attempt, cause))
+
+    def failed(self, id: str, sample: int, role: str) -> None:
+        """Note that a group goes on without one of its rollouts."""
+        self._add(Failed(self._next(), id, sample, role))
 
     def returned(self, id: str, cause: str) -> None:
         """Note that the replica that had a prompt was lost or has left; the same attempt goes out

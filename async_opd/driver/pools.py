@@ -12,6 +12,8 @@ from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.driver.replica import Replica
 from async_opd.driver.replica_pool import M, ReplicaPool
+from async_opd.driver.scorer_probe import ScorerProbe
+from async_opd.roles.teacher.config import ReferenceConfig, ScorerConfig
 from async_opd.telemetry.metrics import Meter
 from async_opd.telemetry.spans import ActorTime
 
@@ -33,21 +35,33 @@ class Pools:
         self._meter = meter
         self._emit = emit
         self._timeout = config.timeout
+        self._every = config.sync.parity_every_steps
         self.generators: ReplicaPool[Generator] = self._pool(
             "generator", "generators", roles.generators, idle="blocked", welcome=welcome
         )
+        self._probes: list[tuple[ScorerProbe, ReplicaPool[Teacher]]] = []
         self.teachers = {
             name: self._scorers(
                 teacher_section(name),
                 "teachers",
                 replicas,
+                config.named_teachers[name],
                 config.named_teachers[name].update == "frozen",
             )
             for name, replicas in roles.teachers.items()
         }
         self.references = (
-            self._scorers("reference", "reference", roles.references) if roles.references else None
+            self._scorers(
+                "reference", "reference", roles.references, config.reference or ReferenceConfig()
+            )
+            if roles.references
+            else None
         )
+        # self-teachers by the number of steps between two of their updates
+        self.moving: dict[int, list[ReplicaPool[Teacher]]] = {}
+        for name, teacher in config.named_teachers.items():
+            if teacher.update != "frozen":
+                self.moving.setdefault(teacher.update_every_steps, []).append(self.teachers[name])
         self.verifier: ReplicaPool[Verifier] = self._pool("verifier", "verifier", [roles.verifier])
         self.teacher_generators: ReplicaPool[Generator] = self._pool(
             "teacher-generator", "teacher_generators", roles.teacher_generators
@@ -75,19 +89,48 @@ class Pools:
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """From now on the lost are noticed and replaced."""
+        for probe, _ in self._probes:
+            probe.start(tasks)
         for pool in self:
             pool.start(tasks, every_s=self._timeout.health_s, stall_s=self._timeout.stall_s)
+
+    async def compare(self) -> None:
+        """Hold the replicas of each scorer against one another. Raises ScorerDiffers."""
+        await asyncio.gather(*(probe.compare(pool) for probe, pool in self._probes))
+
+    async def compare_beside(self, version: int) -> None:
+        """The same, as often as generators are probed; wait only for those that follow the student,
+        while it stands still."""
+        if version % self._every:
+            return
+        for probe, pool in self._probes:
+            if not probe.moving:
+                probe.begin(pool)
+        moving = [(probe, pool) for probe, pool in self._probes if probe.moving]
+        await asyncio.gather(*(probe.compare(pool) for probe, pool in moving))
 
     def stop(self) -> None:
         """No more of that: training is over."""
         for pool in self:
             pool.stop()
+        for probe, _ in self._probes:
+            probe.stop()
 
     def _scorers(
-        self, name: str, role: str, replicas: Sequence[Teacher], replaced: bool = True
+        self,
+        name: str,
+        role: str,
+        replicas: Sequence[Teacher],
+        scorer: ScorerConfig,
+        replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
         """A late teacher is not given up: it may have been sent more than it can score."""
-        return self._pool(name, role, replicas, replaced=replaced, lost_by=(ActorLost,))
+        probe = ScorerProbe(scorer.dtype, moving=not replaced)
+        pool = self._pool(
+            name, role, replicas, replaced=replaced, welcome=probe.welcome, lost_by=(ActorLost,)
+        )
+        self._probes.append((probe, pool))
+        return pool
 
     def _pool(
         self,

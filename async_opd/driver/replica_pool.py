@@ -123,27 +123,25 @@ class ReplicaPool(Generic[M]):
         *args: *Ts,
         of: Of = "",
         load: int = 1,
-        failed: set[int] | None = None,
+        asked: set[int] | None = None,
         lost: Callable[[str], None] = lambda why: None,
     ) -> T:
         """Call `method` of the member with the least in flight, while it counts for `load`. Waits
         while nobody serves.
 
         Another is asked again when the member is lost meanwhile, after `lost` was told why. Any
-        other named error is the caller's; its member's number is added to `failed`, and members in
-        there are asked last. Raises ActorLost when nobody is left and none can come."""
+        other named error is the caller's. The number of who is asked is added to `asked`, and
+        members in there are asked last. Raises ActorLost when nobody is left and none can come."""
         while True:
-            replica = await self._least(failed or ())
+            replica = await self._least(asked or ())
+            if asked is not None:
+                asked.add(replica.index)
             replica.load += load
             try:
                 return await replica.call(method, *args, of=of)
             except self._lost_by as e:
                 self.retire(replica, str(e))
                 lost(replica.lost)
-            except AsyncOpdError:
-                if failed is not None:
-                    failed.add(replica.index)
-                raise
             finally:
                 replica.load -= load
 
@@ -167,13 +165,13 @@ class ReplicaPool(Generic[M]):
         if not self._serving and not self._coming:
             raise ActorLost(self._last_loss)
 
-    async def _least(self, failed: Collection[int]) -> Replica[M]:
+    async def _least(self, asked: Collection[int]) -> Replica[M]:
         while not self._serving:
             self.refuse_if_empty()
             self._free.clear()
             await self._free.wait()
         members = self._serving.values()
-        able = [each for each in members if each.index not in failed] if failed else members
+        able = [each for each in members if each.index not in asked] if asked else members
         return min(able or members, key=LOAD)  # the first of several
 
     def _replica(self, index: int, port: M) -> Replica[M]:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import floor
 
-from async_opd.core.errors import CallFailed
 from async_opd.core.ports import Generator, ScoredGroup, Verifier
 from async_opd.core.wire import Prompt
 from async_opd.driver.ledger import Ledger
+from async_opd.driver.outcomes import GroupFailed, Outcomes, blamed
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import losses
 from async_opd.driver.queue import TrajectoryQueue
@@ -36,6 +36,7 @@ class TeacherSampling:
         *,
         version: Callable[[], int],
         keeps_truncated: bool,
+        outcomes: Outcomes,
         ledger: Ledger,
     ):
         """`version()` is the live learner's. A right answer that was cut is trained only where
@@ -46,6 +47,7 @@ class TeacherSampling:
         self._tasks = tasks
         self._version = version
         self._keeps_truncated = keeps_truncated
+        self._outcomes = outcomes
         self._ledger = ledger
         self._tickets: set[int] = set()  # of what the teacher was given and that is not trained yet
         self._admitted = 0
@@ -77,12 +79,16 @@ class TeacherSampling:
         """Waits for the teacher's own generator, then for the verifier alone; `queue.put` unblocks
         the learner."""
         id, since = prompt.id, self._version()
+        pools = self._pools
         try:
-            meta, group = await self._pools.teacher_generators.ask(
-                Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
-            )
-            verdicts = await self._pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id))
-        except CallFailed:
+            with blamed(pools.teacher_generators.name):
+                meta, group = await pools.teacher_generators.ask(
+                    Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
+                )
+            with blamed(pools.verifier.name):
+                verdicts = await pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id))
+        except GroupFailed as e:
+            self._outcomes.failed(prompt, e)
             self._queue.drop(ticket, prompt, 1, "failed")
             return
         answer = ScoredGroup(
@@ -99,6 +105,7 @@ class TeacherSampling:
         if cause := self._refuses(answer):
             self._queue.drop(ticket, prompt, 1, cause)
         else:
+            self._outcomes.scored(prompt, cut=False)
             self._queue.put(answer)
 
     def _refuses(self, answer: ScoredGroup) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.errors import DataError
+from async_opd.core.errors import DataError, ScorerDiffers, TooManyDropped
 from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
@@ -14,6 +14,9 @@ from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter, Row
+
+# What ends a run whose learner is sound: what is trained is saved. DataError is of a row.
+IN_ORDER = (DataError, TooManyDropped, ScorerDiffers)
 
 
 async def train(
@@ -29,7 +32,7 @@ async def train(
     """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `emit` is
     told who was lost and who came. Raises the named error that ended it.
 
-    On cancellation (Ctrl-C), and for a row that cannot be used, a checkpoint is saved before it
+    On cancellation (Ctrl-C), and behind an error of IN_ORDER, a checkpoint is saved before it
     propagates.
     """
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
@@ -49,10 +52,9 @@ async def train(
             await loop.interrupted()
             raise asyncio.CancelledError from None
         cause = first_cause(group)
-        if isinstance(cause, DataError):  # of a row: what is trained is none the worse for it
-            await loop.interrupted(within_s=None)
-        else:
-            await loop.settled()
+        if isinstance(cause, IN_ORDER):
+            await loop.interrupted(2 * config.timeout.step_s)
+        await loop.settled()
         cause.add_note(f"at version {loop.version}")
         raise cause from None
     except asyncio.CancelledError:

@@ -11,18 +11,18 @@ from async_opd.config.schema import Config
 from async_opd.core.aio import bounded, retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
 from async_opd.core.events import EventSink
-from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher
+from async_opd.core.ports import Generator, Learner, ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt, StepResult
 from async_opd.driver.admission import Admission
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
+from async_opd.driver.outcomes import Outcomes, verdicts
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.driver.replica import Replica
-from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
 from async_opd.driver.self_teachers import SelfTeachers
@@ -47,6 +47,7 @@ class TrainLoop:
             async with self._weights:
                 await self._finished(self._step(batch))
                 await self._self_teachers.follow(self.version)
+                await self.pools.compare_beside(self.version)
                 gap = await self._publish(batch)
             self._report(gap)
             self.held_out.trained(self.version)
@@ -80,7 +81,7 @@ class TrainLoop:
         )
         self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
         self._self_teachers = SelfTeachers(
-            self._learner, _by_interval(config, self.pools), run_dir.resolve() / SELF_TEACHER
+            self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
         )
         self.progress = Progress(
             run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
@@ -98,6 +99,7 @@ class TrainLoop:
             teacher=config.teacher_sampling,
             where=self._where,
         )
+        self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
         self._admission: Admission | None = None  # once training has started
         self._teacher_sampling: TeacherSampling | None = None
 
@@ -111,6 +113,7 @@ class TrainLoop:
         warming = (each.call(Generator.probe) for each in self.pools.teacher_generators.serving)
         await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         self.pools.start(tasks)
+        await self.pools.compare()
         self._admission = self._admits(prompts, tasks)
         self._meter.start(self.version)
 
@@ -124,6 +127,7 @@ class TrainLoop:
                 tasks,
                 version=lambda: self.version,
                 keeps_truncated=config.rollout.truncated == "train",
+                outcomes=self._outcomes,
                 ledger=ledger,
             )
         student = Producer(
@@ -131,7 +135,7 @@ class TrainLoop:
             self.queue,
             tasks,
             rollout=config.rollout,
-            max_unscored=self._slots.count,
+            outcomes=self._outcomes,
             ledger=ledger,
             count_tokens=self._meter.count,
         )
@@ -150,6 +154,7 @@ class TrainLoop:
         result = await self._learner.call(Learner.step, batch, of=ids)
         self.version = result.version
         self.progress.trained(self.version, batch)
+        self._outcomes.trained(result)
         self._unsaid = result, batch
 
     async def _publish(self, trained: list[ScoredGroup]) -> float | None:
@@ -173,6 +178,7 @@ class TrainLoop:
 
     def _dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
         assert self._admission
+        self._outcomes.dropped(prompt, cause)
         self._admission.dropped(ticket, prompt, cause)
 
     def _report(self, gap: float | None = None) -> None:
@@ -189,13 +195,14 @@ class TrainLoop:
             result.version,
             self._config.run.steps,
             result.metrics,
-            **_verdicts(batch),
+            **verdicts(batch),
             **sampled,
             parity_gap=gap,
             queue_ready=len(self.queue),
             queue_outstanding=self._slots.outstanding,
             queue_slots=self._slots.count,
             dropped=self.queue.dropped.total(),
+            **self._outcomes.counts,
             **self.held_out.row(),
         )
 
@@ -205,7 +212,7 @@ class TrainLoop:
         self._at_work = retrieved(asyncio.ensure_future(work))
         await asyncio.shield(self._at_work)
 
-    async def interrupted(self, within_s: float | None = INTERRUPT_S) -> None:
+    async def interrupted(self, within_s: float = INTERRUPT_S) -> None:
         """Save a checkpoint of what is trained, if that can be had in time. Raises nothing of its
         own."""
         if self._admission is None:
@@ -237,12 +244,17 @@ class TrainLoop:
         self.version = state.version
         self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters["dropped"])
+        self._outcomes.restore(state.counters["outcomes"])
         return prompts
 
     async def save(self) -> None:
         """Save a checkpoint of the live version, which is in the books. The learner can do nothing
         else meanwhile."""
-        counters = {"before": astuple(self.held_out.before), "dropped": dict(self.queue.dropped)}
+        counters = {
+            "before": astuple(self.held_out.before),
+            "dropped": dict(self.queue.dropped),
+            "outcomes": self._outcomes.counts,
+        }
         async with self._weights:
             with self._learner.held("blocked"):
                 await self.progress.save(self.version, counters)
@@ -270,6 +282,7 @@ class TrainLoop:
         sampled = self._teacher_sampling.counts(dropped) if self._teacher_sampling else {}
         return {
             "scored_dropped": scored,
+            **self._outcomes.counts,
             **{f"dropped_{cause}": count for cause, count in dropped.items()},
             **sampled,
             **{f"{pool.name}_lost": pool.lost for pool in self.pools if pool.lost},
@@ -279,20 +292,3 @@ class TrainLoop:
         """How many groups there are, and the calls that are out for them."""
         calls = ", ".join(f"{pool.out} with {pool.name}" for pool in self.pools)
         return f"{self._slots.outstanding} of at most {self._slots.count}, {calls}"
-
-
-def _by_interval(config: Config, pools: Pools) -> dict[int, list[ReplicaPool[Teacher]]]:
-    """The self-teachers by the number of steps between two of their updates."""
-    moving: dict[int, list[ReplicaPool[Teacher]]] = {}
-    for name, teacher in config.named_teachers.items():
-        if teacher.update != "frozen":
-            moving.setdefault(teacher.update_every_steps, []).append(pools.teachers[name])
-    return moving
-
-
-def _verdicts(batch: list[ScoredGroup]) -> dict[str, float | int | None]:
-    """What a row says of the verdicts on the student's own rollouts."""
-    verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
-    known = [correct for correct in verdicts if correct is not None]
-    accuracy = sum(known) / len(known) if known else None
-    return {"accuracy": accuracy, "verdicts_unknown": len(verdicts) - len(known)}

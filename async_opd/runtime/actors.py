@@ -69,13 +69,13 @@ class RoleActor:
         return [_outcome(method, call) if call.done() else self._later(call) for call in calls]
 
     async def each_kept(self, method: str, *args: Any) -> tuple[Any, ...]:
-        """`call` for each of `args`, whose results stay references: the caller awaits what comes
-        before them, the error of each, or None."""
+        """`call` for each of `args`, whose second results stay references: the caller awaits what
+        comes before them, the first result or the error of each."""
         calls = [asyncio.create_task(self.call(method, arg)) for arg in args]
         await asyncio.wait(calls)
         outcomes = [_outcome(method, call) for call in calls]
-        errors = [outcome if isinstance(outcome, Exception) else None for outcome in outcomes]
-        return errors, *(None if isinstance(o, Exception) else o for o in outcomes)
+        pairs = [(o, None) if isinstance(o, Exception) else o for o in outcomes]
+        return [first for first, _ in pairs], *(kept for _, kept in pairs)
 
     async def late(self, ticket: str) -> Any:
         """The result of a call of `each` that was slow."""
@@ -246,8 +246,9 @@ def _caller(
 
     async def each_kept(args: list[Ref]) -> list[Any]:
         kept = actor.call_keeping(timeout_s, len(args), "each_kept", method, *args)
-        errors, refs = await kept
-        return [error or ref for error, ref in zip(errors, refs, strict=True)]
+        firsts, refs = await kept
+        pairs = zip(firsts, refs, strict=True)
+        return [first if isinstance(first, Exception) else (first, ref) for first, ref in pairs]
 
     async def each(args: list[Ref]) -> list[Any]:
         return await actor.ask_host(timeout_s, "each", method, *args, what=method)

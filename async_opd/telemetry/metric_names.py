@@ -79,6 +79,16 @@ TABLE = {  # by who makes them
         ),
         Metric("queue_slots", "groups", "that may be outstanding"),
         Metric("dropped", "trajectories", "scored and never trained, in all"),
+        Metric(
+            "rollouts_failed",
+            "trajectories",
+            "that nobody could sample or score, without which their groups went on, in all",
+        ),
+        Metric(
+            "steps_without_tokens",
+            "steps",
+            "that kept no token and moved nothing, in all",
+        ),
     ),
     "the driver, under [teacher_sampling]": (
         Metric("taught", "groups", "of the step, that the teacher answered"),

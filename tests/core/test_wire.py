@@ -141,6 +141,12 @@ BAD = {
         dict(behaviour_logp=floats(0.5, -1, -1)),
         r"behaviour_logp\[0\] = 0.5",
     ),
+    "spans of one that has failed": (
+        Rollout,
+        ROLLOUT,
+        dict(failure="why", behaviour_logp=floats(NAN, -1, -1), spans=()),
+        "p7@0#1: spans cover 0 tokens of 3",
+    ),
     "gap": (
         Rollout,
         ROLLOUT,
@@ -449,3 +455,9 @@ def test_candidate_ids_need_a_row_for_each_token():
             truncated=False,
             candidate_ids=np.zeros((1, 4), np.int32),
         )
+
+
+def test_a_rollout_that_has_failed_may_have_log_probs_that_are_none():
+    sent = Rollout(**ROLLOUT | dict(failure="why", behaviour_logp=floats(NAN, -1, -1)))
+    arrived = pickle.loads(pickle.dumps(sent, protocol=5))
+    assert arrived.failure == "why" and np.isnan(arrived.behaviour_logp[0])

@@ -3,7 +3,7 @@ import asyncio
 import msgspec
 import pytest
 
-from async_opd.core.errors import ActorLost
+from async_opd.core.errors import ActorLost, TooManyDropped, WireError
 from async_opd.core.wire import Span, Verdict
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
@@ -94,7 +94,12 @@ async def test_an_over_age_group_is_issued_again_at_the_front_and_keeps_its_slot
 
 
 async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_last_attempt():
-    generator = Generator(truncated=True)
+    class Cut(Generator):
+        async def generate(self, prompt):
+            self.truncated = prompt.id == "0"
+            return await super().generate(prompt)
+
+    generator = Cut()
     async with asyncio.TaskGroup() as tasks:
         admission, queue, slots = over(
             tasks, [generator], slots=1, needed=1, truncated="drop", attempts=2
@@ -103,9 +108,8 @@ async def test_a_group_cut_by_the_length_limit_is_dropped_for_good_after_its_las
         await settle()
         # replaced by "1"
         assert [(p.id, p.attempt) for p in generator.served[:3]] == [("0", 0), ("0", 1), ("1", 0)]
-        generator.truncated = False
         assert len(await queue.take(0)) == 1
-    assert queue.dropped["truncated"] >= 2
+    assert queue.dropped == {"truncated": 2}
     assert slots.free == 0
 
 
@@ -129,7 +133,7 @@ class Named(SimulatedTeacher):
     async def score(self, group):
         self.asked.append(group.id)
         await asyncio.sleep(0)
-        return self.name
+        return ("",), self.name
 
 
 async def test_a_group_is_scored_by_the_teacher_its_prompt_names():
@@ -204,6 +208,7 @@ async def test_teachers_are_balanced_by_tokens_not_by_groups():
         async def score(self, group):
             self.asked.append(group.id)
             await scored.wait()
+            return ("",), None
 
     teachers = [Slow(), Slow()]
     async with asyncio.TaskGroup() as tasks:
@@ -236,6 +241,7 @@ class Judge(SimulatedTeacher, SimulatedVerifier):
 
     async def score(self, group):
         assert group.answer != "the teacher's own"
+        return ("",), None
 
     async def check(self, group):
         return (Verdict(id=f"{group.id}#0", correct=self._correct),)
@@ -293,3 +299,134 @@ async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_stude
         assert [p.id for p in student.served] == (["0", "1"] if cause else ["0"])
         assert slots.free == 0
         assert admission.needed == 0
+
+
+class Several(Generator):
+    """Groups of three responses; what it says of them is `failures`."""
+
+    failures: tuple[str, ...] = ()
+
+    async def generate(self, prompt):
+        meta, group = await super().generate(prompt)
+        changes = {name: getattr(meta, name) * 3 for name in ("spans", "truncated")}
+        return msgspec.structs.replace(meta, **changes, failures=self.failures), group
+
+
+class Refuses(SimulatedTeacher):
+    """Has no score for the rollouts of these numbers, for these reasons."""
+
+    def __init__(self, name: str = "", **causes: str):
+        super().__init__()
+        self.name, self.causes, self.asked = name, causes, 0
+
+    async def score(self, group):
+        self.asked += 1
+        return tuple(self.causes.get(f"_{sample}", "") for sample in range(3)), self.name
+
+
+async def scored(generator, **roles):
+    """(samples and scores of the one group that is produced, events)."""
+    events = []
+    async with asyncio.TaskGroup() as tasks:
+        admission, queue, _ = over(
+            tasks, [generator], slots=1, needed=1, emit=lambda *event: events.append(event), **roles
+        )
+        admission.fill()
+        (group,) = await asyncio.wait_for(queue.take(0), 5)
+    return (group.samples, group.scores), events
+
+
+async def test_a_rollout_without_a_score_is_left_out_and_said_and_the_others_go_on():
+    (what, events) = await scored(
+        Several(),
+        teachers={"": [Refuses("scores", _1="0#1: sampled_logp[2] = nan")]},
+        references=[Refuses("of the reference", _2="0#2: too long")],
+    )
+    assert what == ((0,), "scores")
+    assert events == [
+        ("failed", "teacher", f"0#1: sampled_logp[2] = nan; {LEFT_OUT}"),
+        ("failed", "reference", f"0#2: too long; {LEFT_OUT}"),
+    ]
+
+
+LEFT_OUT = "its group goes on without it; further ones are counted"
+
+
+async def test_a_response_that_failed_as_it_was_sampled_is_the_generator_s_failure():
+    generator = Several()
+    generator.failures = ("", "0#1: behaviour_logp[0] = nan", "")
+    (what, events) = await scored(generator, teachers={"": [Refuses(_1="whatever")]})
+    assert what[0] == (0, 2)
+    assert events == [("failed", "generator", f"0#1: behaviour_logp[0] = nan; {LEFT_OUT}")]
+
+
+async def test_what_one_replica_has_no_score_for_one_other_is_asked():
+    bad, good = Refuses("bad", _0="nan", _1="nan"), Refuses("good")
+    assert await scored(Several(), teachers={"": [bad, good]}) == (((0, 1, 2), "good"), [])
+    # of two that refuse, the one that refuses less
+    worse = [Refuses("two", _0="nan", _1="nan"), Refuses("one", _1="nan"), Refuses("three")]
+    (what, _) = await scored(Several(), teachers={"": worse})
+    assert (what, [each.asked for each in worse]) == (((0, 2), "one"), [1, 1, 0])
+
+
+async def test_a_group_none_of_whose_rollouts_has_a_score_failed():
+    refuses, events = Refuses(_0="nan", _1="nan", _2="nan"), []
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(TooManyDropped, match=r"^2 groups in a row failed .2 teacher.*: nan$")
+    ):
+        async with asyncio.TaskGroup() as tasks:
+            over(
+                tasks,
+                [Several()],
+                slots=1,
+                teachers={"": [refuses]},
+                emit=lambda *event: events.append(event),
+            )[0].fill()
+    assert [event[:2] for event in events] == [("failed", "teacher")]  # the first is said
+
+
+async def test_of_what_another_number_of_rollouts_was_scored_nothing_is_trained():
+    class Short(SimulatedTeacher):
+        async def score(self, group):
+            return ("",), None
+
+    with pytest.RaisesGroup(pytest.RaisesExc(TooManyDropped, match="1 of 3 scored")):
+        async with asyncio.TaskGroup() as tasks:
+            over(tasks, [Several()], slots=1, teachers={"": [Short()]})[0].fill()
+
+
+@pytest.mark.parametrize("role", ["generator", "reference", "verifier"])
+async def test_an_error_by_name_costs_a_group_and_never_at_once_the_run(role):
+    class Odd(Several, SimulatedVerifier):
+        async def generate(self, prompt):
+            if role == "generator" and prompt.id == "0":
+                raise WireError("0: it is odd")
+            return await super().generate(prompt)
+
+        async def score(self, group):
+            if role == "reference" and group.id == "0":
+                raise WireError("0: it is odd")
+            return ("",) * 3, None
+
+        async def check(self, group):
+            if role == "verifier" and group.id == "0":
+                raise WireError("0: it is odd")
+            return await super().check(group)
+
+    odd, events = Odd(), []
+    async with asyncio.TaskGroup() as tasks:
+        admission, queue, _ = over(
+            tasks,
+            [odd],
+            needed=1,
+            attempts=1,
+            teachers={"": [Refuses()]},
+            references=[odd],
+            verifier=odd,
+            emit=lambda *event: events.append(event),
+        )
+        admission.fill()
+        (group,) = await asyncio.wait_for(queue.take(0), 5)
+    assert group.prompt.id == "1" and queue.dropped.keys() == {"failed"}
+    assert [event[:2] for event in events] == [("failed", role)]
+    assert "0: it is odd" in events[0][2]

@@ -30,6 +30,7 @@ class Slow(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
 
     async def score(self, group):
         await asyncio.sleep(1)
+        return ("",), None
 
     async def check(self, group):
         await asyncio.sleep(1)

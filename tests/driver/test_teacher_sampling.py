@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import pytest
 
+from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.config.schema import Config
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, StepResult, Verdict
+from async_opd.driver.outcomes import Outcomes
 from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.train import train
 from async_opd.roles.teacher.config import TeacherSamplingConfig
@@ -78,7 +80,7 @@ def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
 class Unscoring(SimulatedTeacher):
     async def score(self, group):
         assert group.answer != ANSWERED
-        await super().score(group)
+        return await super().score(group)
 
 
 class Learns(SimulatedLearner):
@@ -271,6 +273,7 @@ def test_the_prompts_are_spread_evenly(share, expected):
                 tasks,
                 version=lambda: 0,
                 keeps_truncated=True,
+                outcomes=Outcomes(load(DEMO, []), 1, books(), lambda what, who, why: None),
                 ledger=books(),
             )
             prompts = zip(range(expected[-1] + 1), Prompts(), strict=False)

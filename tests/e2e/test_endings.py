@@ -82,6 +82,6 @@ def test_a_synchronous_run_is_on_policy_and_repeats_itself(learner_killed, inter
 def test_weights_that_blow_up_end_the_run_by_name(tmp_path):
     job = demo(tmp_path, LONG, "learner.weight_decay=1e38", "learner.lr=0.9")
     assert job.wait(240) == 1
-    named = "^async-opd: (Diverged|WireError|ParityError): "
+    named = "^async-opd: (Diverged|WireError|ParityError|TooManyDropped): "
     assert re.search(named, job.text(), re.MULTILINE), job.text()
     assert job.gone_within(60) == []

@@ -11,7 +11,7 @@ import pytest
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
-from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, WireError
+from async_opd.core.errors import ActorLost, SyncFailed, TimedOut, TooManyDropped, WireError
 from async_opd.core.roles import Roles
 from async_opd.core.wire import StepResult
 from async_opd.driver import checkpoints
@@ -72,7 +72,7 @@ class Generator(Mortal, SimulatedGenerator):
 class Teacher(Mortal, SimulatedTeacher):
     async def score(self, group):
         self.asked.append(group.id)
-        await self._live(super().score(group))
+        return await self._live(super().score(group))
 
     async def check_health(self):
         await self._live(super().check_health())
@@ -338,9 +338,10 @@ class Bad(Teacher):
         self.error, self.spoiled = error, spoiled
 
     async def score(self, group):
-        await super().score(group)
+        answer = await super().score(group)
         if len(self.asked) <= self.spoiled:
             raise self.error
+        return answer
 
 
 NAN = WireError("3#0: sampled_logp[2] = nan is not a finite log-prob <= 0")
@@ -374,9 +375,10 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 
     class Refuses(Teacher):
         async def score(self, group):
-            await super().score(group)
+            answer = await super().score(group)
             if group.id == "5":
                 raise error
+            return answer
 
     async def main():
         learner, pool = Learner(PACE, 4), [Refuses(PACE), Refuses(PACE)]
@@ -398,7 +400,8 @@ def test_what_no_teacher_can_score_in_four_tries_is_dropped_and_counted_with_its
 
 def test_a_teacher_that_spoils_everything_ends_the_run_with_what_it_said(tmp_path):
     run = Run(tmp_path, "run.steps=20")
-    with pytest.raises(WireError, match="is not a finite log-prob"):
+    says = "17 of the last 32 groups failed.*17 teacher.*max_failed_share.*is not a finite log-prob"
+    with pytest.raises(TooManyDropped, match=says):
         virtual(run.train([SimulatedGenerator(PACE)], [Bad(PACE, NAN, 10**6)], Learner(PACE, 4)))
 
 

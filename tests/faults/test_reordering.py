@@ -38,7 +38,8 @@ class Shuffled:
         cut = self.random.random() < 0.02
         return GroupMeta(id=prompt.id, prompt_len=1, spans=(spans,), truncated=(cut,)), None
 
-    async def score(self, group): ...
+    async def score(self, group):
+        return ("",), None
 
     async def check(self, group):
         return (Verdict(id="", correct=True),)

@@ -40,7 +40,7 @@ async def produced(roles, prompts, count: int) -> list[ScoredGroup]:
     async def ready(ticket: int) -> ScoredGroup:
         prompt = next(prompts)
         meta, group = await roles.generators[ticket % len(roles.generators)].generate(prompt)
-        scores, verdicts = await asyncio.gather(
+        (_, scores), verdicts = await asyncio.gather(
             roles.teachers[""][ticket % len(roles.teachers[""])].score(group),
             roles.verifier.check(group),
         )

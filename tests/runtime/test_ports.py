@@ -74,10 +74,11 @@ async def test_the_last_result_of_a_group_stays_where_it_is_made():
 
 
 async def test_groups_of_one_moment_are_scored_in_one_call_and_each_gets_its_own_error():
-    actor = Actor([None, CallFailed("b: no logit"), None])
+    actor = Actor([("",), CallFailed("b: no logit"), ("", "nan")])
     teacher = RemoteRole(actor, Teacher, TIMEOUTS)
     scores = await asyncio.gather(*map(teacher.score, "abc"), return_exceptions=True)
-    assert [f"{score}" for score in scores] == ["ref 0", "b: no logit", "ref 2"]
+    assert scores[::2] == [(("",), "ref 0"), (("", "nan"), "ref 2")]
+    assert f"{scores[1]}" == "b: no logit"
     assert actor.calls == [(2.0, "each_kept", "score", "a", "b", "c")]
 
 

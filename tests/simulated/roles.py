@@ -176,15 +176,18 @@ class SimulatedGenerator(Generator):
 
 
 class SimulatedTeacher(Teacher):
-    """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. There are
-    no scores."""
+    """Takes what is queued, at most `score_batch` groups at once, for `score_s` a group. The scores
+    of its one rollout are None. Every probe is answered by zeros."""
 
     def __init__(self, pace: Pace = AT_ONCE):
         self.pace, self.groups = pace, 0
         self._free = asyncio.Lock()
         self._queued: list[asyncio.Event] = []
 
-    async def score(self, group: Prompt) -> None:
+    async def probe(self) -> np.ndarray:
+        return np.zeros((1, 1), np.float32)
+
+    async def score(self, group: Prompt) -> tuple[tuple[str, ...], None]:
         scored = asyncio.Event()
         self._queued.append(scored)
         # first come, first served: whoever gets it unscored is the first in the queue
@@ -198,6 +201,7 @@ class SimulatedTeacher(Teacher):
                 self.groups += len(batch)
                 for each in batch:
                     each.set()
+        return ("",), None
 
 
 class SimulatedVerifier(Verifier):

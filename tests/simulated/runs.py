@@ -13,10 +13,12 @@ import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
+from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
 from async_opd.driver.admission import Admission
 from async_opd.driver.ledger import Ledger
+from async_opd.driver.outcomes import Outcomes
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.driver.replica import Replica
@@ -153,13 +155,26 @@ def admission_over(
     truncated: str = "train",
     attempts: int = 3,
     sampling: TeacherSamplingConfig | None = None,
+    emit: EventSink = lambda what, who, why: None,
+    share: float = 1.0,
 ) -> tuple[Admission, TrajectoryQueue, Slots]:
     """Admission, queue and slots of a run, as the main loop has them, over `pools`; `queue` are
-    settings of the queue's own. The learner's version stays 0."""
+    settings of the queue's own, `share` is run.max_failed_share. The learner's version stays 0."""
     limit, ledger = Slots(slots), books()
+    rollout = RolloutConfig(max_new_tokens=1, truncated=truncated)
+    run: Any = SimpleNamespace(max_failed_share=share, max_lag_steps=0)
+    config: Any = SimpleNamespace(
+        groups_per_step=queue["groups_per_step"], run=run, rollout=rollout
+    )
+    outcomes = Outcomes(config, slots, ledger, emit)
+
+    def dropped(ticket: int, prompt: Prompt, cause: str) -> None:
+        outcomes.dropped(prompt, cause)
+        admission.dropped(ticket, prompt, cause)
+
     ready = TrajectoryQueue(
         **queue,
-        on_drop=lambda ticket, prompt, cause: admission.dropped(ticket, prompt, cause),
+        on_drop=dropped,
         slots=limit,
         wait_s=60.0,
         teacher=sampling,
@@ -168,8 +183,8 @@ def admission_over(
         pools,
         ready,
         tasks,
-        rollout=RolloutConfig(max_new_tokens=1, truncated=truncated),
-        max_unscored=slots,
+        rollout=rollout,
+        outcomes=outcomes,
         ledger=ledger,
         count_tokens=lambda role, tokens: None,
     )
@@ -180,6 +195,7 @@ def admission_over(
         tasks,
         version=lambda: 0,
         keeps_truncated=truncated == "train",
+        outcomes=outcomes,
         ledger=ledger,
     )
     admission = Admission(

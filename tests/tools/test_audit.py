@@ -44,6 +44,7 @@ WHOLE = [  # 3 steps of 2; f replaces d
     *out("abcd"),
     ["reissued", "a", 1, "stale"],
     ["returned", "b", "generator 1 died"],
+    ["failed", "b", 3, "teacher"],
     ["trained", 1, ["a", "b"]],
     *out("ef"),
     ["dropped", "d", "stale"],
@@ -60,6 +61,7 @@ BALANCED = dict(
     trained=6,
     dropped={"stale": 1},
     outstanding=[],
+    failed_rollouts={"teacher": 1},
     reissued={"stale": 1},
     returned={"generator 1 died": 1},
     resumed_at=[],
@@ -95,6 +97,7 @@ def test_the_books_in_words(tmp_path):
         "  trained             6",
         "  dropped             1  stale 1",
         "  outstanding         0",
+        "lost rollouts         1  teacher 1",
         "re-issued             1  stale 1",
         "handed back           1  generator 1 died 1",
         "resumes               0",
@@ -191,10 +194,12 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
             but(
                 ["returned", "b", "generator 1 died"],
                 ["returned", "e", "left"],
+                ["failed", "e", 2, "teacher"],
                 ["reissued", "x", 1, "stale"],
             ),
             [
                 "e: handed back (left), but it was never handed out",
+                "e: rollout 2 failed (teacher), but it was never handed out",
                 "x: re-issued (stale), but it was never handed out",
             ],
             id="given back by nobody",
@@ -202,7 +207,7 @@ def test_of_a_run_that_has_not_finished_some_are_outstanding(tmp_path):
         pytest.param(
             [*WHOLE, ["out", "h"]],
             [
-                "record 15 stands behind the end of the run",
+                "record 16 stands behind the end of the run",
                 "h: lost: handed out, neither trained nor dropped",
             ],
             id="a record behind the end",
@@ -247,7 +252,14 @@ RESUMED = [  # a, b trained and checkpointed; c, d outstanding; step 2 is lost w
 def test_records_behind_a_checkpoint_that_was_resumed_are_void(tmp_path):
     books = audit(write(make(tmp_path / "run", 3), *RESUMED))
     expected = dict(
-        handed_out=6, trained=6, dropped={}, reissued={}, returned={}, resumed_at=[1], void=5
+        handed_out=6,
+        trained=6,
+        dropped={},
+        reissued={},
+        returned={},
+        resumed_at=[1],
+        void=5,
+        failed_rollouts={},
     )
     assert books == Books(**BALANCED | expected)
 

@@ -14,6 +14,9 @@ from async_opd.maths import lag
 from async_opd.objectives.token_batch import TokenBatch
 from async_opd.roles.models.causal_lm import segments
 
+# Scores of a group's rollouts, None for one that has none; None where the teacher has answered
+Columns = tuple[Scores | None, ...] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -48,25 +51,32 @@ class TrainingBounds:
 def trajectories(
     share: LearnerShare,
     groups: tuple[Group, ...],
-    scores: tuple[tuple[Scores, ...] | None, ...],
-    references: tuple[tuple[Scores, ...] | None, ...] = (),
+    scores: tuple[Columns, ...],
+    references: tuple[Columns, ...] = (),
 ) -> list[list[Trajectory]]:
     """Pick the trajectories of each micro-batch of `share`; the rest is as in
-    `LearnerRank.step`."""
+    `LearnerRank.step`. Raises WireError for one that has no scores, or has failed by itself."""
     references = references or (None,) * len(groups)
     return [
         [
             Trajectory(
                 prompt=groups[g].prompt,
                 rollout=groups[g].rollouts[s],
-                scores=scored[s] if (scored := scores[g]) else None,
+                scores=_of(groups[g].rollouts[s], scores[g], s),
                 verdicts=share.verdicts[g],
-                reference=scored[s] if (scored := references[g]) else None,
+                reference=_of(groups[g].rollouts[s], references[g], s),
             )
             for g, s in micro
         ]
         for micro in share.micro_batches
     ]
+
+
+def _of(rollout: Rollout, scores: Columns, sample: int) -> Scores | None:
+    scored = scores[sample] if scores else None
+    if rollout.failure or (scores and scored is None):
+        raise WireError(f"{rollout.id}: it has no scores, and cannot be trained: {rollout.failure}")
+    return scored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from async_opd.core.wire import (
     Group,
     Ints,
     LearnerShare,
-    Scores,
     StepResult,
     WeightGroup,
     WeightLayout,
@@ -30,7 +29,7 @@ from async_opd.core.wire import (
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint
-from async_opd.roles.learner.batch import TrainingBounds, pack, trajectories
+from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.deepspeed_config import deepspeed_config
 from async_opd.roles.learner.recorder import Recorder
@@ -148,19 +147,18 @@ class LearnerRank:
         share: LearnerShare,
         *,
         groups: tuple[Group, ...] = (),
-        scores: tuple[tuple[Scores, ...] | None, ...] = (),
-        references: tuple[tuple[Scores, ...] | None, ...] = (),
+        scores: tuple[Columns, ...] = (),
+        references: tuple[Columns, ...] = (),
     ) -> StepResult:
         """Train one step on this rank's `share` of it, in the order of whose verdicts the `groups`
         come, their `scores` (None where the teacher has answered), and, where there is a reference,
-        its scores. Raises Diverged on every rank before the optimizer moves if a loss or gradient
-        is not finite anywhere.
+        its scores. A step that keeps no token leaves weights, optimizer and schedule as they are.
+        Raises Diverged on every rank before the optimizer moves if a loss or gradient is not finite
+        anywhere.
         """
-        step = self.version + 1
+        step, live = self.version + 1, self.version
         batches = trajectories(share, groups, scores, references)
-        micros = [
-            pack(batch, self._bounds, live=self.version, device=self._device) for batch in batches
-        ]
+        micros = [pack(b, self._bounds, live=live, device=self._device) for b in batches]
         every = self._settings.record_every_steps
         due = self._rank == 0 and every and step % every == 0
         recorder = Recorder(self._objective, batches, micros, self.version) if due else None
@@ -180,21 +178,24 @@ class LearnerRank:
             recorder and recorder.look,
         )
         tokens = trained_tokens(metrics)
-        if not math.isfinite(metrics["loss"]) or tokens == 0:
+        if not math.isfinite(metrics["loss"]):
             raise Diverged(f"step {step}: loss {metrics['loss']} over {tokens:.0f} tokens")
         metrics["lr"] = self._engine.get_lr()[0]
-        self._engine.step()
-        if getattr(self._engine.optimizer, "overflow", False):
-            raise Diverged(f"step {step}: the gradient is not finite")
-        metrics["grad_norm"] = float(
-            self._engine.get_global_grad_norm() if self._config.zero_stage else self._grad_norm
-        )
+        metrics["grad_norm"] = self._moved(step) if tokens else 0.0
         self.version, self._running = step, running
         return StepResult(
             version=self.version,
             metrics=metrics,
             recorded=tuple(recorder.recorded if recorder else ()),
         )
+
+    def _moved(self, step: int) -> float:
+        """Move the optimizer; returns the gradient's norm. Raises Diverged before."""
+        self._engine.step()
+        if getattr(self._engine.optimizer, "overflow", False):
+            raise Diverged(f"step {step}: the gradient is not finite")
+        zero = self._config.zero_stage
+        return float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
 
     @torch.no_grad()
     def logprobs(self, prompt_ids: Ints, response_ids: Ints) -> Floats:

@@ -139,11 +139,14 @@ def accumulate(
     all-reduced before the first backward, + α · mean cross-entropy of the teacher's own answers.
     `backward` takes this rank's share of it. `look` is shown each micro-batch of the student's.
     Returns metrics, and the running moments with this step's trajectories; both are equal on all
-    ranks. Non-finite losses show in `loss`: the caller must look before the optimizer moves.
+    ranks. Non-finite losses show in `loss`: the caller must look before the optimizer moves. Where
+    no token is kept anywhere there is nothing to go backward from: no `backward` is called.
     """
     statistics = batch_statistics(module, all_reduce, objective, micros, context)
     needs = objective.needs()
     measured = Measured(objective, context.max_lag_steps, micros[0].ids_L.device)
+    if not statistics["tokens"] + statistics["from_teacher"]:
+        module, backward = torch.no_grad()(module), _nothing
     for number, micro in enumerate(micros):
         read = module(micro, Needs() if micro.from_teacher else needs)
         if not len(micro.targets_N):  # joins backward
@@ -161,6 +164,10 @@ def accumulate(
             backward(loss_N[micro.keep_N].sum().float())
             measured.add(micro, batch, result, loss_N)
     return measured.reduced(all_reduce, statistics), measured.merged(context.running)
+
+
+def _nothing(loss: Tensor) -> None:
+    """Go nowhere from a loss over no token."""
 
 
 def shares(objective: Objective, micro: MicroBatch, statistics: dict[str, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed
+from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed, WireError
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import (
@@ -261,6 +261,7 @@ class RolloutGenerator:
                 prompt_len=len(prompt.ids),
                 spans=tuple(r.spans for r in group.rollouts),
                 truncated=tuple(r.truncated for r in group.rollouts),
+                failures=tuple(r.failure for r in group.rollouts),
             ),
             group,
         )
@@ -273,7 +274,7 @@ class RolloutGenerator:
         ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
         asked = logp.shape[1] > 1
         sampled = asked and self._needs.student_ids == "sampled"
-        return Rollout(
+        fields: dict[str, Any] = dict(
             id=f"{prompt_id}#{output.index}",
             ids=np.asarray(output.token_ids, np.int32),
             behaviour_logp=logp[:, 0],
@@ -285,6 +286,10 @@ class RolloutGenerator:
             candidate_ids=ids[:, 1:] if asked else None,
             candidate_logp=logp[:, 1:] if sampled else None,
         )
+        try:
+            return Rollout(**fields)
+        except WireError as e:  # a log-prob that is none: the others of its group go on
+            return Rollout(**fields, failure=f"{e}")
 
 
 def _version(label: str) -> int:

@@ -1,11 +1,16 @@
-"""What a teacher can say of candidates: which ids it knows, and what its likeliest leave for the
-rest."""
+"""What a teacher can say of a rollout and its candidates: which ids it knows, what its likeliest
+leave for the rest, and why it says nothing."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from async_opd.core.errors import WireError
+from async_opd.core.errors import AsyncOpdError, WireError, first_line
 from async_opd.core.message import check_rows
-from async_opd.core.wire import Group, Needs, Rollout, Scores
+from async_opd.core.wire import Ints, Needs, Rollout, Scores
+
+Outcome = Scores | AsyncOpdError  # of one rollout
+Answer = tuple[tuple[str, ...], tuple[Scores | None, ...]]
 
 # Of the probability; what float32 log-probs leave of 1 below it is their rounding.
 TAIL_FLOOR = 1e-6
@@ -18,19 +23,21 @@ def candidates_of(rollout: Rollout) -> np.ndarray:
     return rollout.candidate_ids
 
 
-def refuse_unknown_ids(group: Group, logits: int, needs: Needs) -> None:
-    """Raise WireError for a token of `group`, or of the candidates that `needs` wants scored, that
-    a teacher of so many logits has not."""
-    for rollout in group.rollouts:
-        asked = {"ids": rollout.ids}
-        if needs.teacher_at_student_ids:
-            asked["candidate_ids"] = candidates_of(rollout)
-        for field, ids in asked.items():
-            if ids.max(initial=0) >= logits:
-                raise WireError(
-                    f"{rollout.id}: {field} holds {ids.max()}: must be < {logits}, the number of"
-                    " the teacher's logits"
-                )
+def refuse_unknown_ids(prompt: Ints, rollout: Rollout, logits: int, needs: Needs) -> None:
+    """Raise WireError for a rollout that has failed by itself, or for an id of it, of its prompt,
+    or of the candidates that `needs` wants scored, that a teacher of so many logits has not."""
+    if rollout.failure:
+        raise WireError(rollout.failure)
+    asked = {"the prompt": prompt, "ids": rollout.ids}
+    if needs.teacher_at_student_ids:
+        asked["candidate_ids"] = candidates_of(rollout)
+    for field, ids in asked.items():
+        strange = ids[(ids < 0) | (ids >= logits)]
+        if strange.size:
+            raise WireError(
+                f"{rollout.id}: {field} holds {strange[0]}: must be < {logits}, the number of the"
+                " teacher's logits"
+            )
 
 
 def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
@@ -43,14 +50,18 @@ def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(left_T, TAIL_FLOOR)).astype(np.float32)
 
 
-def matched(group: Group, scores: tuple[Scores, ...]) -> tuple[Scores, ...]:
-    """`scores`, where they are one for each rollout of `group` and one row for each of its tokens.
-    Raises WireError."""
-    if [s.id for s in scores] != [rollout.id for rollout in group.rollouts]:
-        raise WireError(
-            f"{group.prompt.id}: scores of {[s.id for s in scores]} for {len(group.rollouts)}"
-            " rollouts"
-        )
-    for rollout, s in zip(group.rollouts, scores, strict=True):
-        check_rows(rollout.id, "sampled_logp", s.sampled_logp, len(rollout.ids))
+def matched(rollout: Rollout, scores: Scores) -> Scores:
+    """`scores`, where they are those of `rollout`, one row for each of its tokens. Raises
+    WireError."""
+    if scores.id != rollout.id:
+        raise WireError(f"{rollout.id}: its scores are those of {scores.id}")
+    check_rows(rollout.id, "sampled_logp", scores.sampled_logp, len(rollout.ids))
     return scores
+
+
+def answer(outcomes: Sequence[Outcome]) -> Answer:
+    """What is sent of the `outcomes` of a group's rollouts: why each has no scores, "" where it
+    has, and the scores, None where there are none."""
+    causes = [first_line(o) if isinstance(o, AsyncOpdError) else "" for o in outcomes]
+    scores = [None if isinstance(o, AsyncOpdError) else o for o in outcomes]
+    return tuple(causes), tuple(scores)

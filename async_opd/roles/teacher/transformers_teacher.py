@@ -3,6 +3,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,25 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from async_opd.core.errors import WireError
+from async_opd.core.errors import AsyncOpdError, CallFailed, WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
-from async_opd.core.wire import Group, Ints, Needs, Rollout, Scores
+from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
-from async_opd.roles.teacher.candidates import candidates_of, matched, refuse_unknown_ids
+from async_opd.roles.teacher.candidates import (
+    Answer,
+    Outcome,
+    answer,
+    candidates_of,
+    matched,
+    refuse_unknown_ids,
+)
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
+from async_opd.roles.teacher.probe import probe_answer, probe_group
 from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
+
+Item = tuple[Ints, Rollout]  # prompt ids, and what came after them
 
 
 class TransformersTeacher:
@@ -37,10 +49,11 @@ class TransformersTeacher:
         self._model = causal_lm.load(
             config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
         ).eval()
-        self._logits = len(causal_lm.head(self._model).weight_VD)
+        embedding: Any = self._model.get_input_embeddings()
+        self._logits = min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight))
         # Penalties of the checkpoint's own would bend `greedy`.
         self._model.generation_config = GenerationConfig()
-        self._waiting: list[tuple[np.ndarray, Rollout, asyncio.Future]] = []
+        self._waiting: list[tuple[Item, asyncio.Future[Outcome]]] = []
         self._arrived = asyncio.Condition()
         self._weights = asyncio.Lock()  # held by a forward, and by a change of the weights
         self._ema = WeightEma(
@@ -51,20 +64,38 @@ class TransformersTeacher:
         )
         self._serving: asyncio.Task | None = None
 
-    async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Score each rollout of `group`. Waits until a batch with them has been through the model.
-        Raises WireError for an id that it has no logit of."""
+    async def score(self, group: Group) -> Answer:
+        """Score each rollout of `group`, and say why one has no scores. Waits until a batch with
+        them has been through the model."""
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
+        return answer(await asyncio.gather(*map(self._outcome, self._items(group))))
+
+    async def probe(self) -> Floats:
+        """What it says of a few tokens that are always the same, [T, F], to be compared with what
+        its replicas say. They go through the model by themselves, as it is now."""
+        group = probe_group(self._settings, self._logits, self._needs)
+        async with self._weights:
+            outcomes = await asyncio.to_thread(_each, self.score_rollouts, self._items(group))
+        return probe_answer(group, outcomes)
+
+    def _items(self, group: Group) -> list[Item]:
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
-        refuse_unknown_ids(group, self._logits, self._needs)
-        futures = [asyncio.get_running_loop().create_future() for _ in group.rollouts]
-        async with self._arrived:
-            self._waiting += [
-                (prompt, rollout, f) for rollout, f in zip(group.rollouts, futures, strict=True)
-            ]
-            self._arrived.notify_all()
-        return matched(group, tuple(await asyncio.gather(*futures)))
+        return [(prompt, rollout) for rollout in group.rollouts]
+
+    async def _outcome(self, item: Item) -> Outcome:
+        """The scores of one rollout, or what went wrong with it alone. Waits for its batch."""
+        prompt, rollout = item
+        try:
+            refuse_unknown_ids(prompt, rollout, self._logits, self._needs)
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            async with self._arrived:
+                self._waiting.append((item, future))
+                self._arrived.notify_all()
+            outcome = await future
+            return outcome if isinstance(outcome, AsyncOpdError) else matched(rollout, outcome)
+        except WireError as e:
+            return e
 
     async def load(self, folder: str) -> None:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises
@@ -95,36 +126,28 @@ class TransformersTeacher:
                             lambda: self._tokens_waiting()[-1] >= self._config.batch_tokens
                         )
             batch = self._take()
-            try:
-                async with self._weights:
-                    scored = await asyncio.to_thread(
-                        self.score_rollouts, [(prompt, rollout) for prompt, rollout, _ in batch]
-                    )
-            except Exception as error:
-                # It belongs to these requests: their callers get it, the next batch goes on.
-                scored = [error] * len(batch)
-            for (_, _, future), scores in zip(batch, scored, strict=True):
-                if future.done():  # its caller gave up
-                    continue
-                if isinstance(scores, Exception):
-                    future.set_exception(scores)
-                else:
-                    future.set_result(scores)
+            async with self._weights:
+                outcomes = await asyncio.to_thread(
+                    _each, self.score_rollouts, [item for item, _ in batch]
+                )
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                if not future.done():  # its caller gave up
+                    future.set_result(outcome)
 
     def _tokens_waiting(self) -> list[int]:
         """Count the tokens of the requests from the oldest up to each."""
         return list(
-            itertools.accumulate(len(prompt) + len(r.ids) for prompt, r, _ in self._waiting)
+            itertools.accumulate(len(prompt) + len(r.ids) for (prompt, r), _ in self._waiting)
         )
 
-    def _take(self) -> list[tuple[np.ndarray, Rollout, asyncio.Future]]:
+    def _take(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
         """Take the oldest requests that fit one batch, at least one."""
         count = max(1, sum(t <= self._config.batch_tokens for t in self._tokens_waiting()))
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
     @torch.no_grad()
-    def score_rollouts(self, items: list[tuple[np.ndarray, Rollout]]) -> list[Scores | WireError]:
+    def score_rollouts(self, items: list[Item]) -> list[Outcome]:
         """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
         the LM head. What is not finite is that rollout's error alone."""
         ids, rows = causal_lm.segments([(prompt, rollout.ids) for prompt, rollout in items])
@@ -179,7 +202,22 @@ class TransformersTeacher:
         return list(out[:, width:].cpu().numpy().astype(np.int32))
 
 
-def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
+def _each(score: Callable[[list[Item]], list[Outcome]], items: list[Item]) -> list[Outcome]:
+    """What `score` gives for `items` together; of those that go wrong in company, what it gives for
+    each alone, so that only who is to blame fails."""
+    try:
+        with foreign(f"{items[0][1].id}: a forward of {len(items)} rollouts", CallFailed):
+            outcomes = score(items)
+    except AsyncOpdError as e:
+        outcomes: list[Outcome] = [e] * len(items)
+    if len(items) > 1:
+        for place, outcome in enumerate(outcomes):
+            if isinstance(outcome, AsyncOpdError):
+                outcomes[place : place + 1] = _each(score, [items[place]])
+    return outcomes
+
+
+def _split(read: Read, rollouts: list[Rollout]) -> list[Outcome]:
     """Cut what was read of a batch into the scores of its rollouts."""
     columns = {
         "sampled_logp": read.sampled_N,
@@ -204,7 +242,7 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Scores | WireError]:
     ]
 
 
-def _scores(id: str, fields: dict[str, Any]) -> Scores | WireError:
+def _scores(id: str, fields: dict[str, Any]) -> Outcome:
     try:
         return Scores(id=id, **fields)
     except WireError as e:

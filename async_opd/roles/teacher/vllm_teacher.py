@@ -13,17 +13,22 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from async_opd.core.errors import ActorLost
+from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed
+from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.teacher.candidates import (
+    Answer,
+    Outcome,
+    answer,
     candidates_of,
     matched,
     refuse_unknown_ids,
     tail_left_by,
 )
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
+from async_opd.roles.teacher.probe import probe_answer, probe_group
 
 
 class VllmTeacher:
@@ -67,14 +72,32 @@ class VllmTeacher:
         )
         self._logits = self._engine.model_config.get_vocab_size()
 
-    async def score(self, group: Group) -> tuple[Scores, ...]:
-        """Score each rollout of `group`, each a request of its own. Raises ActorLost when the
-        engine died, and WireError for an id that it has no logit of."""
-        refuse_unknown_ids(group, self._logits, self._needs)
+    async def score(self, group: Group) -> Answer:
+        """Score each rollout of `group`, each a request of its own, and say why it has no scores.
+        Raises ActorLost when the engine died."""
+        return answer(await self._outcomes(group))
+
+    async def probe(self) -> Floats:
+        """What it says of a few tokens that are always the same, [T, F], to be compared with what
+        its replicas say. Raises ActorLost."""
+        group = probe_group(self._settings, self._logits, self._needs)
+        return probe_answer(group, await self._outcomes(group))
+
+    async def _outcomes(self, group: Group) -> list[Outcome]:
         prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
-        return matched(
-            group, tuple(await asyncio.gather(*(self._score(prompt, r) for r in group.rollouts)))
-        )
+        return await asyncio.gather(*(self._outcome(prompt, r) for r in group.rollouts))
+
+    async def _outcome(self, prompt: Ints, rollout: Rollout) -> Outcome:
+        """The scores of `rollout`, or what went wrong with it alone: an id that the engine has no
+        row for would be its death."""
+        try:
+            refuse_unknown_ids(prompt, rollout, self._logits, self._needs)
+            with foreign(f"{rollout.id}: scored by vLLM", CallFailed):
+                return matched(rollout, await self._score(prompt, rollout))
+        except ActorLost:
+            raise
+        except AsyncOpdError as e:
+            return e
 
     async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
         k, vocabulary = self._needs.teacher_topk, self._settings.vocabulary

@@ -6,6 +6,8 @@ from contextlib import suppress
 
 import numpy as np
 
+from async_opd.core.errors import WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.wire import Ballot, Check, Group, Verdict
 from async_opd.roles.verifier.pool import VerifierPool
 
@@ -26,10 +28,13 @@ class GroupVerifier:
         await self._pool.start()
 
     async def check(self, group: Group) -> tuple[Verdict, ...]:
-        """Check each rollout of `group`, side by side."""
+        """Check each rollout of `group`, side by side; one that has failed is unknown."""
         return tuple(
             await asyncio.gather(
-                *(self.check_response(r.id, r.ids, group.prompt.answer) for r in group.rollouts)
+                *(
+                    self.check_response(r.id, r.ids, group.prompt.answer, r.failure)
+                    for r in group.rollouts
+                )
             )
         )
 
@@ -70,14 +75,20 @@ class GroupVerifier:
                 index,
             )
 
-    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
-        """Check one response; unknown, where the workers are too busy with others to decide in
-        time."""
+    async def check_response(
+        self, id: str, ids: np.ndarray, answer: str, failure: str = ""
+    ) -> Verdict:
+        """Check one response; unknown, where there was a `failure` before, where it cannot be
+        decoded, or where the workers are too busy with others to decide in time."""
+        if failure:
+            return Verdict(id=id, correct=None, cause=failure)
         try:
+            with foreign(f"{id}: decoded", WireError):
+                response = self._decode(ids)
             async with asyncio.timeout(self._within_s):
-                return await self._pool.check(
-                    Check(id=id, response=self._decode(ids), answer=answer)
-                )
+                return await self._pool.check(Check(id=id, response=response, answer=answer))
+        except WireError as e:
+            return Verdict(id=id, correct=None, cause=f"{e}")
         except TimeoutError:
             return Verdict(
                 id=id, correct=None, cause=f"no worker was free within {self._within_s:.1f} s"

@@ -28,6 +28,7 @@ class Books(Struct, kw_only=True):
     trained: int
     dropped: dict[str, int]  # for good, by cause
     outstanding: list[str]
+    failed_rollouts: dict[str, int]  # without which their groups went on, by role
     reissued: dict[str, int]  # by cause
     returned: dict[str, int]
     resumed_at: list[int]  # steps, those void too
@@ -36,6 +37,7 @@ class Books(Struct, kw_only=True):
 
     def lines(self) -> Iterator[str]:
         """Say the books in words."""
+        failed = self.failed_rollouts
         ended = "finished" if self.finished else "not finished"
         resumes = f"at step {', '.join(map(str, self.resumed_at))}" if self.resumed_at else ""
         for name, count, more in (
@@ -44,6 +46,7 @@ class Books(Struct, kw_only=True):
             ("  trained", self.trained, ""),
             ("  dropped", sum(self.dropped.values()), _by_cause(self.dropped)),
             ("  outstanding", len(self.outstanding), ""),
+            ("lost rollouts", sum(failed.values()), _by_cause(failed)),
             ("re-issued", sum(self.reissued.values()), _by_cause(self.reissued)),
             ("handed back", sum(self.returned.values()), _by_cause(self.returned)),
             ("resumes", len(self.resumed_at), resumes),
@@ -92,6 +95,7 @@ def audit(run_dir: Path) -> Books:
         trained=replay.trained,
         dropped=dict(replay.dropped),
         outstanding=list(replay.attempts),
+        failed_rollouts=dict(replay.failed),
         reissued=dict(replay.reissued),
         returned=dict(replay.returned),
         resumed_at=timeline.resumed_at,

@@ -26,6 +26,7 @@ class Replay:
         self.dropped = Counter()
         self.reissued = Counter()
         self.returned = Counter()
+        self.failed = Counter()  # rollouts, by role
 
     def read(self, record: ledger.Record) -> None:
         """Follow one record."""
@@ -42,6 +43,10 @@ class Replay:
                 self._end(record.id, f"dropped ({record.cause})")
             case ledger.Reissued():
                 self._reissue(record)
+            case ledger.Failed():
+                self.failed[record.role] += 1
+                if record.id not in self.attempts:
+                    self._stray(record.id, f"rollout {record.sample} failed ({record.role})")
             case ledger.Returned():
                 self.returned[record.cause] += 1
                 if record.id not in self.attempts:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
 from async_opd.core.role_settings import LearnerSettings
-from async_opd.core.wire import Group, LearnerShare, Scores, Verdict
+from async_opd.core.wire import Group, LearnerShare, Rollout, Scores, Verdict
 from async_opd.maths.packing import plan
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
@@ -32,6 +33,15 @@ LENGTHS = [9, 4, 7, 5, 3, 6]  # response tokens of each group's one sample
 def group(i: int) -> tuple[Group, tuple[Scores, ...], tuple[Verdict, ...]]:
     one = trajectory(3, [(0, LENGTHS[i])], id=f"{i}@0#0", seed=i)
     return Group(prompt=one.prompt, rollouts=(one.rollout,)), (one.scores,), one.verdicts
+
+
+def cut(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Groups all of whose responses are cut, so that no token of them is trained."""
+
+    def truncated(rollout: Rollout) -> Rollout:
+        return msgspec.structs.replace(rollout, truncated=True)
+
+    return tuple(Group(each.prompt, tuple(map(truncated, each.rollouts))) for each in groups)
 
 
 def weights(learner: LearnerRank) -> list[torch.Tensor]:
@@ -102,7 +112,7 @@ def main(
             model=model,
             temperature=0.7,
             steps=steps,
-            max_lag_steps=steps,
+            max_lag_steps=steps + 1,
             stale="mask",
             truncated="mask",
             max_new_tokens=64,
@@ -162,6 +172,12 @@ def main(
             else optimizer.fp32_groups_gradients_flat[0]
         )
         result["accumulates"] = str(sums.dtype)
+    nothing = {}
+
+    def cut_step() -> None:
+        nothing.update(learner.step(share, groups=cut(groups), scores=scores).metrics)
+
+    result["nothing"] = fail(learner, cut_step) | nothing
     learner.save(f"{out}.model")
     result["logprobs"] = logprobs()
     # only the last rank goes wrong

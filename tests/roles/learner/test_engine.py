@@ -131,15 +131,24 @@ def test_experts_shared_embeddings_statistics_and_an_idle_rank_are_no_trouble_to
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_weights_move(train, stage):
     for rank in train(2, stage)[0]:
         assert "gradient" in rank["gradient"]["error"]
-        assert rank["gradient"]["unmoved"] and rank["gradient"]["version"] == STEPS
+        assert rank["gradient"]["unmoved"] and rank["gradient"]["version"] == STEPS + 1
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_the_weights_move(train, stage):
     for rank in train(2, stage)[0]:
         assert rank["loss"] == dict(
-            error="step 6: loss nan over 34 tokens", unmoved=True, version=STEPS
+            error="step 7: loss nan over 34 tokens", unmoved=True, version=STEPS + 1
         )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_keeps_no_token_moves_nothing_and_is_no_divergence(train, stage):
+    for rank in train(2, stage)[0]:
+        nothing = rank["nothing"]
+        assert (nothing["error"], nothing["unmoved"]) == (None, True)
+        assert (nothing["version"], nothing["tokens"]) == (STEPS + 1, 0)
+        assert (nothing["tokens_excluded"], nothing["grad_norm"], nothing["loss"]) == (34, 0, 0)
 
 
 def test_the_learning_rate_warms_up_and_then_falls_linearly(train):

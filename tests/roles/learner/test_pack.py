@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from async_opd.core.errors import StaleTrajectory, WireError
+from async_opd.core.wire import Group, LearnerShare
+from async_opd.roles.learner.batch import trajectories
 
 
 def test_each_response_token_is_predicted_from_the_position_before_it(sample, packed):
@@ -83,3 +85,18 @@ def test_nothing_packs_into_an_empty_micro_batch(packed):
     micro = packed()
     assert len(micro.targets_N) == len(micro.keep_N) == len(micro.reward_S) == 0
     assert micro.segment_lengths == [1] and micro.candidate_ids_NK is None
+
+
+@pytest.mark.parametrize("column", ["scores", "references", "failure"])
+def test_a_rollout_without_scores_is_never_trained_as_the_teachers_own_answer(sample, column):
+    one = sample(id="7@0#0")
+    rollout = msgspec.structs.replace(one.rollout, failure="" if column != "failure" else "why")
+    group = Group(prompt=one.prompt, rollouts=(rollout,))
+    share = LearnerShare(micro_batches=(((0, 0),),), verdicts=(one.verdicts,))
+    columns = {
+        name: ((None if name == column else one.scores,),) for name in ("scores", "references")
+    }
+    with pytest.raises(WireError, match="7@0#0: it has no scores"):
+        trajectories(share, (group,), **columns)
+    if column == "scores":  # the teacher's own answer has none at all
+        assert trajectories(share, (group,), (None,))[0][0].from_teacher

@@ -170,10 +170,19 @@ def test_gradients_are_the_same_with_activation_checkpointing(student, samples, 
         torch.testing.assert_close(got, parameter, atol=1e-6, rtol=1e-5)
 
 
-def test_micro_batches_that_are_all_empty_give_zero_gradients(student, packed):
-    metrics, gradients = run(student, Opd(), [packed(), packed()])
-    assert metrics["tokens"] == metrics["loss"] == 0
-    assert not any(gradient.any() for gradient in gradients)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_without_a_token_to_keep_nothing_goes_backward(student, packed, sample, kept):
+    """Not even where there are tokens to look at: they are counted."""
+    cut, whole = sample(spans=[(2, 3)], truncated=True), sample(id="b", spans=[(2, 2)])
+    micros = [packed(cut, truncated="mask"), packed(*[whole] * kept)]
+    losses = []
+    metrics, _ = accumulate(
+        student, losses.append, lambda tensor, op: None, Opd(), micros, StepContext(max_lag_steps=2)
+    )
+    assert len(losses) == (2 if kept else 0)
+    assert (metrics["tokens"], metrics["tokens_excluded"]) == (2 * kept, 3)
+    assert (metrics["loss"] == 0) == (not kept)
+    assert not [loss for loss in losses if not loss.requires_grad]
 
 
 def test_a_rank_adds_its_share_of_the_global_mean(student, samples, packed):

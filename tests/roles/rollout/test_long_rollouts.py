@@ -12,6 +12,7 @@ import pytest
 import torch
 from ray import cloudpickle
 
+from async_opd.core.errors import ActorLost
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
@@ -288,7 +289,7 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
         await generator.start()
         meta, group = await generator.generate(prompt)
         for teacher in teachers:
-            (scores,) = await teacher.score(group)
+            _, (scores,) = await teacher.score(group)
             assert scores.topk_ids.shape == (*meta.lengths, 4)
             assert np.shape(scores.candidate_logp) == ((*meta.lengths, k) if k else ())
 
@@ -303,3 +304,84 @@ def test_no_python_of_ours_runs_for_each_token_around_vllm(needs, around_vllm):
 
     count(1_000)
     assert count(1_000) == count(LONG) > 100
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_a_response_with_a_log_prob_that_is_none_fails_alone(around_vllm):
+    from vllm.outputs import CompletionOutput, WeightVersionSpan
+
+    def output(index: int):
+        logp = flat(3, 1)
+        if index == 1:
+            logp.logprobs[2] = float("nan")
+        made = CompletionOutput(index, "", [5] * 3, None, logp, finish_reason="stop")
+        made.weight_versions = [WeightVersionSpan("3", 0, 3)]
+        return made
+
+    _, generator, _ = around_vllm(Needs())
+    prompt = Prompt(id="a", ids=np.zeros(4, np.int32), answer="")
+    meta, group = generator._group(prompt, [output(0), output(1)])
+    assert meta.failures == ("", "a#1: behaviour_logp[2] = nan is not a finite log-prob <= 0")
+    assert [rollout.failure for rollout in group.rollouts] == list(meta.failures)
+    assert meta.lengths == (3, 3)
+
+
+class Odd(Engine):
+    """An engine of 9 logits that gives what it is asked of its first token: 1: NaN, 2: an error, 3:
+    too few, 4: its death."""
+
+    def __init__(self):
+        super().__init__(vocabulary=9)
+        self.asked = []
+
+    async def generate(self, prompt: dict, sampling, id: str):
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        ids = prompt["prompt_token_ids"]
+        self.asked.append(ids[-1])
+        rows = flat(2 if ids[-1] == 3 else len(ids) - 1, 1 + sampling.prompt_logprobs)
+        if ids[-1] == 1:
+            rows.logprobs[-1] = float("nan")
+        if ids[-1] == 2:
+            raise ValueError("it will not\nand says so at length")
+        if ids[-1] == 4:
+            raise EngineDeadError
+        yield SimpleNamespace(prompt_logprobs=rows, prompt_token_id_logprobs=None)
+
+
+def ending(*last: int) -> Group:
+    """Rollouts of five tokens, of which these are the last."""
+    rollouts = [
+        Rollout(
+            id=f"a#{sample}",
+            ids=np.array([5, 5, 5, 5, id], np.int32),
+            behaviour_logp=np.full(5, -1, np.float32),
+            spans=(Span(version=0, start=0, end=5),),
+            truncated=False,
+        )
+        for sample, id in enumerate(last)
+    ]
+    return Group(Prompt(id="a", ids=np.full(2, 6, np.int32), answer=""), tuple(rollouts))
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_what_vllm_cannot_score_costs_its_own_rollout_and_never_the_engine(around_vllm):
+    _, _, (teacher, _) = around_vllm(Needs())
+    teacher._engine = engine = Odd()
+    causes, scores = asyncio.run(teacher.score(ending(5, 1, 2, 3, 9, -1, 7)))
+    assert [score and score.id for score in scores] == ["a#0", *[None] * 5, "a#6"]
+    assert [cause[:60] for cause in causes if cause] == [
+        "a#1: topk_logp[19] = nan is not a finite log-prob <= 0",
+        "a#2: scored by vLLM: it will not",
+        causes[3][:60],
+        "a#4: ids holds 9: must be < 9, the number of the teacher's l",
+        "a#5: ids holds -1: must be < 9, the number of the teacher's ",
+    ]
+    assert "a#3: " in causes[3] and "\n" not in causes[3]
+    assert engine.asked == [5, 1, 2, 3, 7]  # an id without a row would be its death
+    with pytest.raises(ActorLost, match="its engine died"):
+        asyncio.run(teacher.score(ending(5, 4)))
+    probed = asyncio.run(teacher.probe())
+    assert probed.shape[1] == 5 and np.isfinite(probed).any()

@@ -90,7 +90,7 @@ async def test_the_transformers_teacher_equals_a_plain_forward(model, tmp_path):
     needs = Needs(teacher_topk=K, tail=True)
     teacher = TransformersTeacher(scorer_settings(REAL), config, needs)
     for group in groups():
-        check(model, group, await teacher.score(group))
+        check(model, group, (await teacher.score(group))[1])
 
 
 @pytest.mark.ray
@@ -110,11 +110,11 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
     async with running(config) as (roles, _, prompts):
         (teacher,), (generator,) = roles.teachers[""], roles.generators
         for group in groups():
-            check(model, group, await (await teacher.score(group)))
+            check(model, group, await (await teacher.score(group))[1])
 
         prompt = next(prompts)
         meta, group = await generator.generate(prompt)
-        scores, verdicts = await teacher.score(group), await roles.verifier.check(group)
+        (_, scores), verdicts = await teacher.score(group), await roles.verifier.check(group)
         check(model, await group, await scores)
         assert (
             prompt.teacher_ids[-len(prompt.ids) :].tolist()
@@ -122,7 +122,7 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
             != prompt.teacher_ids.tolist()
         )
         (reference,) = roles.references
-        references = await reference.score(group)
+        _, references = await reference.score(group)
         # before its first step
         logp = await roles.learner.logprobs(prompt.ids, (await group).rollouts[0].ids)
         assert (await references)[0].sampled_logp == pytest.approx(logp, abs=1e-5)

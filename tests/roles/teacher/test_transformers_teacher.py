@@ -1,12 +1,13 @@
 import asyncio
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from async_opd.core.errors import DataError, WireError
+from async_opd.core.errors import DataError
 from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
 from async_opd.maths.logprobs import Head
 from async_opd.roles.models import causal_lm
@@ -93,6 +94,13 @@ def plain_logp(model, prompt_ids, rollout, temperature=0.7):
     )
 
 
+async def scores_of(scorer, group):
+    """The scores of a group of which each rollout has some."""
+    causes, scores = await scorer.score(group)
+    assert causes == ("",) * len(group.rollouts)
+    return scores
+
+
 def close(got, expected):
     torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-5, rtol=0)
 
@@ -105,7 +113,7 @@ def outside(logp_TV, ids_TK):
 async def test_the_tail_of_the_likeliest_is_that_of_all_other_ids(model, teacher, group):
     one = group()
     for rollout, got in zip(
-        one.rollouts, await teacher(Needs(teacher_topk=3, tail=True)).score(one), strict=True
+        one.rollouts, await scores_of(teacher(Needs(teacher_topk=3, tail=True)), one), strict=True
     ):
         logp_TV = plain_logp(model, one.prompt.ids, rollout)
         close(got.tail_logp, outside(logp_TV, logp_TV[:, :REAL].topk(3).indices))
@@ -118,7 +126,7 @@ async def test_scores_equal_a_plain_forward_of_each_rollout_alone(
     needs = Needs(teacher_topk=3, teacher_entropy=True, teacher_at_student_ids=2, tail=True)
     scorer = teacher(needs, head_chunk_rows=chunk)
     groups = [group(seed, candidates=2, tokens=(4 + seed, 1)) for seed in range(3)]
-    answers = await asyncio.gather(*(scorer.score(one) for one in groups))
+    answers = await asyncio.gather(*(scores_of(scorer, one) for one in groups))
     assert len(forwards) == 1  # three groups, two rollouts each, one forward
     for one, scores in zip(groups, answers, strict=True):
         for rollout, got in zip(one.rollouts, scores, strict=True):
@@ -139,7 +147,7 @@ async def test_scores_equal_a_plain_forward_of_each_rollout_alone(
 
 
 async def test_what_no_objective_needs_is_not_computed(teacher, group):
-    (scores, _) = await teacher().score(group())
+    (scores, _) = await scores_of(teacher(), group())
     assert (scores.topk_ids, scores.topk_logp, scores.entropy, scores.candidate_logp) == (None,) * 4
     assert scores.tail_logp is None
 
@@ -159,7 +167,7 @@ async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_shar
     model, teacher, group
 ):
     one = group()
-    (scores, _) = await teacher(Needs(teacher_topk=REAL)).score(one)
+    (scores, _) = await scores_of(teacher(Needs(teacher_topk=REAL)), one)
     assert scores.topk_ids.max() == REAL - 1
     padding_T = plain_logp(model, one.prompt.ids, one.rollouts[0])[:, REAL:].exp().sum(-1)
     close(np.exp(scores.topk_logp).sum(-1), 1 - padding_T)
@@ -168,7 +176,7 @@ async def test_padding_of_the_vocabulary_is_never_a_candidate_yet_takes_its_shar
 
 async def test_the_temperature_of_sampling_is_applied(model, teacher, group):
     one = group()
-    (scores, _) = await teacher(Needs(teacher_entropy=True), temperature=2.0).score(one)
+    (scores, _) = await scores_of(teacher(Needs(teacher_entropy=True), temperature=2.0), one)
     logp_TV = plain_logp(model, one.prompt.ids, one.rollouts[0], temperature=2.0)
     close(scores.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
 
@@ -176,7 +184,7 @@ async def test_the_temperature_of_sampling_is_applied(model, teacher, group):
 async def test_a_prompt_that_the_teacher_renders_its_own_way_is_scored_so(model, teacher, group):
     own = np.array([5, 6, 7, 8, 9], np.int32)
     one = group(teacher_ids=own)
-    (scores, _) = await teacher().score(one)
+    (scores, _) = await scores_of(teacher(), one)
     logp_TV = plain_logp(model, own, one.rollouts[0])
     close(
         scores.sampled_logp,
@@ -189,7 +197,7 @@ async def test_a_reference_reads_what_the_student_was_asked(model, tmp_path, gro
     settings = scorer_settings(REAL, temperature=0.7, as_student=True)
     reference = TransformersTeacher(settings, config, NOTHING)
     one = group(teacher_ids=np.array([5, 6, 7, 8, 9], np.int32), candidates=2)
-    (scores, _) = await reference.score(one)
+    (scores, _) = await scores_of(reference, one)
     close(scores.sampled_logp, sampled(model, one))
     assert scores.candidate_logp is None  # those are for the teacher
 
@@ -218,7 +226,7 @@ async def test_a_copy_scores_as_the_student_does(teacher, group, student, tmp_pa
     for seed in (1, 2):
         live = student(seed)
         await scorer.load(str(tmp_path / "student"))
-        (scores, _) = await scorer.score(one)
+        (scores, _) = await scores_of(scorer, one)
         close(scores.sampled_logp, sampled(live, one))
 
 
@@ -232,7 +240,7 @@ async def test_an_average_moves_by_its_share_at_each_update(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(0.75 * parameter + 0.25 * live.get_parameter(name))
-        (scores, _) = await scorer.score(one)
+        (scores, _) = await scores_of(scorer, one)
         close(scores.sampled_logp, sampled(model, one))
 
 
@@ -266,7 +274,7 @@ async def test_no_score_is_of_weights_in_the_middle_of_an_update(
     old, new = sampled(model, one), sampled(live, one)
 
     async def is_old() -> bool:
-        (scores, _) = await scorer.score(one)
+        (scores, _) = await scores_of(scorer, one)
         if np.allclose(scores.sampled_logp, old, atol=1e-5):
             return True
         close(scores.sampled_logp, new)
@@ -329,44 +337,121 @@ def test_a_full_batch_does_not_wait_for_the_flush(teacher, group):
     virtual(main())
 
 
-async def test_an_error_reaches_its_callers_and_the_next_batch_is_served(teacher, group):
-    scorer = teacher()
-    bad = group(tokens=(4, 2))
+async def test_a_prompt_that_the_teacher_cannot_read_costs_its_own_group(teacher, group):
+    scorer, bad = teacher(), group()
     bad.prompt.ids[0] = V  # no such row in the embedding
-    with pytest.raises(IndexError):
-        await scorer.score(bad)
-    assert [scores.id for scores in await scorer.score(group(7))] == ["7@0#0", "7@0#1"]
+    (causes, scores), others = await asyncio.gather(scorer.score(bad), scores_of(scorer, group(7)))
+    assert causes == tuple(
+        f"0@0#{i}: the prompt holds 40: must be < 40, the number of the teacher's logits"
+        for i in range(2)
+    )
+    assert scores == (None, None)
+    assert [scores.id for scores in others] == ["7@0#0", "7@0#1"]
 
 
-async def test_an_id_that_the_teacher_has_no_logit_of_is_named(teacher, group):
-    scorer, read = teacher(Needs(teacher_at_student_ids=2)), teacher()
-    beyond, unread = group(candidates=2), group(1, candidates=2)
-    beyond.rollouts[1].candidate_ids[1, 0] = V
-    with pytest.raises(
-        WireError,
-        match="0@0#1: candidate_ids holds 40: must be < 40, the number of the teacher's log",
-    ):
-        await scorer.score(beyond)
-    await read.score(beyond)  # which reads no candidates
-    unread.rollouts[0].ids[3] = V + 2
-    for each in (scorer, read):
-        with pytest.raises(WireError, match="1@0#0: ids holds 42: must be < 40"):
-            await each.score(unread)
-    assert [scores.id for scores in await scorer.score(group(7, candidates=2))] == [
-        "7@0#0",
-        "7@0#1",
-    ]
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            dict(candidate_ids=V),
+            "0@0#1: candidate_ids holds 40: must be < 40, the number of the te",
+        ),
+        (dict(candidate_ids=-1), "0@0#1: candidate_ids holds -1: must be < 40"),
+        (dict(ids=V + 2), "0@0#1: ids holds 42: must be < 40"),
+        (dict(ids=-3), "0@0#1: ids holds -3: must be < 40"),
+        (dict(candidate_ids=None), "0@0#1: has no candidate_ids"),
+        (dict(failure="0@0#1: it failed before"), "0@0#1: it failed before"),
+    ],
+    ids=str,
+)
+async def test_a_rollout_that_cannot_be_scored_costs_itself_alone(
+    model, teacher, group, change, says
+):
+    scorer, one = teacher(Needs(teacher_at_student_ids=2)), group(candidates=2)
+    good, bad = one.rollouts
+    for field, value in change.items():
+        if isinstance(value, int):
+            getattr(bad, field)[1] = value
+        else:
+            bad = msgspec.structs.replace(bad, **{field: value})
+    (causes, (scores, none)), others = await asyncio.gather(
+        scorer.score(msgspec.structs.replace(one, rollouts=(good, bad))),
+        scores_of(scorer, group(7, candidates=2)),
+    )
+    assert causes[0] == "" and causes[1].startswith(says) and none is None
+    logp_TV = plain_logp(model, one.prompt.ids, good)
+    close(scores.sampled_logp, logp_TV.gather(1, torch.tensor(good.ids)[:, None].long())[:, 0])
+    assert [scores.id for scores in others] == ["7@0#0", "7@0#1"]
 
 
-async def test_a_rollout_without_the_candidates_to_read_is_named(teacher, group):
-    scorer = teacher(Needs(teacher_at_student_ids=2))
-    with pytest.raises(WireError, match="0@0#0: has no candidate_ids"):
-        await scorer.score(group())
+@pytest.mark.parametrize("where", ["embedding", "head"])
+async def test_a_token_whose_log_prob_is_nan_costs_its_own_rollouts_in_one_batch(
+    model, teacher, group, where
+):
+    """A NaN goes through a packed forward as far as it may: no rollout beside it is lost."""
+    groups = [group(seed) for seed in range(12)]
+    bad = int(groups[0].rollouts[0].ids[1])
+    scorer = teacher(flush_s=0.05)
+    module = getattr(scorer._model, f"get_{'in' if where == 'embedding' else 'out'}put_embeddings")
+    with torch.no_grad():
+        module().weight[bad] = torch.nan  # of the head: every log-prob is NaN as well
+    answers = await asyncio.gather(*(scorer.score(one) for one in groups))
+    for one, (causes, scores) in zip(groups, answers, strict=True):
+        for rollout, cause, score in zip(one.rollouts, causes, scores, strict=True):
+            reads = [*one.prompt.ids, *rollout.ids[:-1]]  # the last token is only looked up
+            fails = bad in reads if where == "embedding" else True
+            assert bool(cause) == fails == (score is None)
+            if fails:
+                assert "is not a finite log-prob" in cause and rollout.id in cause
+            else:
+                logp_TV = plain_logp(model, one.prompt.ids, rollout)
+                expected = logp_TV.gather(1, torch.tensor(rollout.ids)[:, None].long())[:, 0]
+                close(score.sampled_logp, expected)
+    assert any(not any(causes) for causes, _ in answers) == (where == "embedding")
+
+
+async def test_a_forward_that_raises_is_tried_rollout_by_rollout(
+    model, teacher, group, forwards, monkeypatch
+):
+    scorer = teacher(flush_s=0.05)
+    groups = [group(0), group(1, tokens=(4, 9)), group(2)]
+    forward = causal_lm.hidden_states
+
+    def hidden_states(model, ids_L, segment_lengths):
+        if max(segment_lengths) > 9:
+            raise RuntimeError("a kernel that has no such shape\nand says so at length")
+        return forward(model, ids_L, segment_lengths)
+
+    monkeypatch.setattr(causal_lm, "hidden_states", hidden_states)
+    answers = await asyncio.gather(*(scorer.score(one) for one in groups))
+    causes = [cause for each, _ in answers for cause in each]
+    assert [bool(cause) for cause in causes] == [False] * 3 + [True] + [False] * 2
+    assert causes[3] == (
+        "1@0#1: a forward of 1 rollouts: RuntimeError: a kernel that has no such shape"
+    )
+
+
+@pytest.mark.parametrize(
+    "needs", [NOTHING, Needs(teacher_topk=3, tail=True), Needs(teacher_at_student_ids=2)]
+)
+async def test_replicas_answer_the_probe_alike_whatever_company_it_has(teacher, group, needs):
+    alone, busy = teacher(needs), teacher(needs)
+    answer, _, again = await asyncio.gather(
+        alone.probe(), busy.score(group(candidates=2)), busy.probe()
+    )
+    assert answer.dtype == np.float32 and np.isfinite(answer).all()
+    np.testing.assert_allclose(again, answer, atol=1e-5)
+    with torch.no_grad():
+        busy._model.get_output_embeddings().weight[7] += 0.5
+    assert np.abs(await busy.probe() - answer).max() > 1e-3
+    with torch.no_grad():  # one token of the vocabulary is lost: that much is seen too
+        busy._model.get_input_embeddings().weight[7] = torch.nan
+    assert np.isnan(await busy.probe()).any()
 
 
 async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
     scorer = teacher()
-    impatient, patient = (asyncio.create_task(scorer.score(group(seed))) for seed in (0, 1))
+    impatient, patient = (asyncio.create_task(scores_of(scorer, group(seed))) for seed in (0, 1))
     await asyncio.sleep(0)
     impatient.cancel()
     assert [scores.id for scores in await patient] == ["1@0#0", "1@0#1"]
@@ -408,7 +493,7 @@ def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(
 
 async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
     scorer = teacher()
-    (before, _) = await scorer.score(group())
+    (before, _) = await scores_of(scorer, group())
     await scorer.greedy(np.array([5, 6, 7], np.int32))
-    (after, _) = await scorer.score(group())
+    (after, _) = await scores_of(scorer, group())
     np.testing.assert_allclose(after.sampled_logp, before.sampled_logp, atol=1e-5)

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from async_opd.core.wire import Check, Group, Prompt, Rollout, Span, Verdict
@@ -149,3 +150,16 @@ async def test_a_check_that_reads_no_answer_gives_no_votes():
         group("0@0", "2", responses=3), *verdicts
     )
     assert [one.vote for one in ballots] == [None, None, None]
+
+
+def test_a_response_that_has_failed_or_cannot_be_decoded_is_unknown_and_the_others_are_decided():
+    one = group("0@0", "2", responses=3)  # of token 2 there is no text
+    failed = msgspec.structs.replace(one.rollouts[1], failure="0@0#1: no log-prob")
+    one = Group(one.prompt, (one.rollouts[0], failed, one.rollouts[2]))
+    verdicts = virtual(verifier_of(Pool(), ("a", "b")).check(one))
+    assert [verdict.correct for verdict in verdicts] == [True, None, None]
+    assert [verdict.cause for verdict in verdicts] == [
+        "",
+        "0@0#1: no log-prob",
+        "0@0#2: decoded: IndexError: tuple index out of range",
+    ]

@@ -1,0 +1,158 @@
+"""What becomes of groups, and when so many come to nothing that a run ends."""
+
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+from async_opd.config.schema import Config
+from async_opd.core.errors import ActorLost, AsyncOpdError, OverAge, TooManyDropped, first_line
+from async_opd.core.events import EventSink
+from async_opd.core.ports import ScoredGroup
+from async_opd.core.wire import Prompt, StepResult, trained_tokens
+from async_opd.driver.ledger import Ledger
+
+STEPS = 2  # whose groups are looked at
+
+
+class GroupFailed(Exception):
+    """Why a group cannot be trained, and by whose doing."""
+
+    def __init__(self, role: str, why: str):
+        super().__init__(f"{role}: {why}")
+        self.role = role
+        self.why = why
+
+
+@contextmanager
+def blamed(role: str) -> Generator[None]:
+    """Raise the errors that cost a group, those that have `role` gone or the group too old not
+    among them, as GroupFailed."""
+    try:
+        yield
+    except (ActorLost, OverAge):
+        raise
+    except AsyncOpdError as e:
+        raise GroupFailed(role, first_line(e)) from e
+
+
+class Outcomes:
+    """Looks at what became of the last STEPS steps' worth of groups, of one that is issued again at
+    its last attempt. TooManyDropped is raised
+
+    - where more in a row failed than may be outstanding, or a larger share of them than
+      run.max_failed_share, in whatever role
+    - where all of them came to nothing, though not all failed
+
+    The first failure in each role is an event, and so are truncated or stale groups above the
+    share.
+    """
+
+    def __init__(self, config: Config, slots: int, ledger: Ledger, emit: EventSink):
+        """At most `slots` groups are outstanding."""
+        self._most = STEPS * config.groups_per_step
+        self._slots = slots
+        self._share = config.run.max_failed_share
+        self._limits = {  # by a cause that is nobody's failure, the setting that makes it one
+            "truncated": f"rollout.max_new_tokens = {config.rollout.max_new_tokens} cuts them",
+            "stale": f"older than run.max_lag_steps = {config.run.max_lag_steps} allows",
+        }
+        self._ledger = ledger
+        self._emit = emit
+        # of the last prompts: who failed, or one of the limits; "" for what can be trained
+        self._ended: dict[str, str] = {}
+        self._in_a_row: Counter[str] = Counter()  # failed, by role
+        self._announced: set[str] = set()  # roles, and causes that are above the share
+        self._rollouts = 0  # that failed alone, in all
+        self._without_tokens = 0  # steps that kept none
+
+    def scored(self, prompt: Prompt, *, cut: bool) -> None:
+        """Note a group that is to be trained, or that only seems so: a `cut` one has no token in
+        the loss."""
+        self._in_a_row.clear()
+        self._note(prompt, "truncated" if cut else "")
+
+    def dropped(self, prompt: Prompt, cause: str) -> None:
+        """Note a group that is not trained, though nothing failed."""
+        if cause in self._limits:
+            self._note(prompt, cause)
+
+    def failed(self, prompt: Prompt, failure: GroupFailed) -> None:
+        """Note a group that failed."""
+        self._announce(failure.role, f"{failure.why}; the group is dropped")
+        self._in_a_row[failure.role] += 1
+        causes = self._note(prompt, failure.role)
+        if self._in_a_row.total() > self._slots:
+            raise TooManyDropped(
+                f"{self._in_a_row.total()} groups in a row failed ({_by(self._in_a_row)}), more"
+                f" than the {self._slots} that may be outstanding; the last: {failure}"
+            )
+        failed = Counter({role: count for role, count in causes.items() if self._is_role(role)})
+        if failed.total() > self._share * self._most:
+            raise TooManyDropped(
+                f"{failed.total()} of the last {self._most} groups failed ({_by(failed)}), above"
+                f" run.max_failed_share = {self._share:g}; the last: {failure}"
+            )
+
+    def lost(self, prompt: Prompt, sample: int, failure: GroupFailed) -> None:
+        """Note a rollout that failed, and without which its group goes on."""
+        self._rollouts += 1
+        self._ledger.failed(prompt.id, sample, failure.role)
+        self._announce(failure.role, f"{failure.why}; its group goes on without it")
+
+    def trained(self, result: StepResult) -> None:
+        """Note a step."""
+        self._without_tokens += not trained_tokens(result.metrics)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts of the whole run."""
+        return {
+            "rollouts_failed": self._rollouts,
+            "steps_without_tokens": self._without_tokens,
+        }
+
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Count on from `counts`."""
+        self._rollouts = counts["rollouts_failed"]
+        self._without_tokens = counts["steps_without_tokens"]
+
+    def _announce(self, role: str, why: str) -> None:
+        if role not in self._announced:
+            self._announced.add(role)
+            self._emit("failed", role, f"{why}; further ones are counted")
+
+    def _note(self, prompt: Prompt, cause: str) -> Counter[str]:
+        """How many of the last groups ended in each way."""
+        self._ended.pop(prompt.id, None)
+        self._ended[prompt.id] = cause
+        if len(self._ended) > self._most:
+            del self._ended[next(iter(self._ended))]
+        causes = Counter(self._ended.values())
+        for name, limit in self._limits.items():
+            if causes[name] <= self._share * self._most:
+                self._announced.discard(name)
+            elif name not in self._announced:
+                self._announced.add(name)
+                self._emit(name, "groups", f"{causes[name]} of the last {self._most}; {limit}")
+        limits = [limit for name, limit in self._limits.items() if causes[name]]
+        if len(self._ended) == self._most and not causes[""] and limits:
+            raise TooManyDropped(
+                f"of the last {self._most} groups none is left to train ({_by(causes)}):"
+                f" {', '.join(limits)}"
+            )
+        return causes
+
+    def _is_role(self, cause: str) -> bool:
+        return bool(cause) and cause not in self._limits
+
+
+def verdicts(batch: Sequence[ScoredGroup]) -> dict[str, float | int | None]:
+    """What a row says of the verdicts on the student's own rollouts."""
+    correct = [verdict.correct for group in batch for verdict in group.student_verdicts]
+    known = [one for one in correct if one is not None]
+    accuracy = sum(known) / len(known) if known else None
+    return {"accuracy": accuracy, "verdicts_unknown": len(correct) - len(known)}
+
+
+def _by(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())

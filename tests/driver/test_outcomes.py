@@ -1,0 +1,151 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from async_opd.core.errors import ActorLost, CallFailed, OverAge, TimedOut, TooManyDropped
+from async_opd.core.wire import Prompt, StepResult
+from async_opd.driver.outcomes import GroupFailed, Outcomes, blamed
+from tests.simulated.runs import books
+
+PER_STEP = 4  # so that 8 groups are looked at
+FAILURE = GroupFailed("teacher", "7@0#1: nan")
+
+
+class Game:
+    """Outcomes of numbered prompts, and the events of them."""
+
+    def __init__(self, share: float = 0.5, slots: int = 100):
+        self.events = []
+        config = SimpleNamespace(
+            groups_per_step=PER_STEP,
+            run=SimpleNamespace(max_failed_share=share, max_lag_steps=3),
+            rollout=SimpleNamespace(max_new_tokens=2),
+        )
+        self.outcomes = Outcomes(config, slots, books(), lambda *event: self.events.append(event))
+        self.prompts = 0
+
+    def play(self, outcomes: str, of: int | None = None) -> None:
+        """Each letter is one group: of a prompt of its own, or all of prompt `of`."""
+        for letter in outcomes:
+            self.prompts += 1
+            id = f"{self.prompts if of is None else of}"
+            prompt = Prompt(id=id, ids=np.zeros(1, np.int32), answer="")
+            match letter:
+                case "f":
+                    self.outcomes.failed(prompt, FAILURE)
+                case "v":
+                    self.outcomes.failed(prompt, GroupFailed("verifier", "late"))
+                case "t":
+                    self.outcomes.dropped(prompt, "truncated")
+                case "s":
+                    self.outcomes.dropped(prompt, "stale")
+                case "x":  # the teacher's own answers have causes that are none of these
+                    self.outcomes.dropped(prompt, "teacher_wrong")
+                case _:
+                    self.outcomes.scored(prompt, cut=letter == "c")
+
+
+@pytest.mark.parametrize(
+    ("share", "goes_on", "ends", "says"),
+    [
+        (0.5, "f.f.f.f.", "f" * 5, r"5 of the last 8 groups failed \(5 teacher\), above"),
+        (0.5, "ffff", "f", "5 of the last 8 groups"),
+        (0.5, "fvfv", "f", r"5 of the last 8 groups failed \(3 teacher, 2 verifier\)"),
+        (0.5, "ffff........f...f...", "ffff", "5 of the last 8"),
+        (0.0, "........", "f", "1 of the last 8 groups failed"),
+    ],
+)
+def test_a_share_of_failed_groups_ends_the_run_by_cause_count_and_role(share, goes_on, ends, says):
+    game = Game(share)
+    game.play(goes_on)
+    with pytest.raises(
+        TooManyDropped, match=rf"{says}.*run\.max_failed_share = {share:g}; the last"
+    ):
+        game.play(ends)
+
+
+def test_more_failed_groups_in_a_row_than_may_be_outstanding_end_the_run_at_any_share():
+    game = Game(share=1.0, slots=12)
+    game.play("f" * 12 + "." + "f" * 12)
+    with pytest.raises(TooManyDropped, match=r"^13 groups in a row failed .13 teacher., more than"):
+        game.play("f")
+
+
+def test_a_prompt_that_is_issued_again_counts_once_for_the_share():
+    game = Game()
+    game.play("....")
+    game.play("fffffff", of=1)
+    game.play("ff", of=2)
+    with pytest.raises(TooManyDropped, match="2 groups in a row failed"):
+        Game(slots=1).play("ff", of=1)
+
+
+def test_the_first_failure_in_each_role_is_an_event():
+    game = Game()
+    game.play("..f..f..v..f..v")
+    assert [event[:2] for event in game.events] == [("failed", "teacher"), ("failed", "verifier")]
+    assert "7@0#1: nan" in game.events[0][2]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "says"),
+    [
+        ("t" * 8, "8 truncated.: rollout.max_new_tokens = 2 cuts them$"),
+        ("c" * 8, "8 truncated.: rollout.max_new_tokens = 2 cuts them$"),
+        ("s" * 8, "8 stale.: older than run.max_lag_steps = 3 allows$"),
+        ("tsts" * 2, "rollout.max_new_tokens = 2 cuts them, older than run.max_lag_steps"),
+        ("ttttttff", "6 truncated, 2 teacher.: rollout.max_new_tokens = 2 cuts them$"),
+    ],
+)
+def test_two_steps_worth_that_leave_nothing_to_train_end_the_run_and_name_the_setting(
+    outcomes, says
+):
+    game = Game()
+    game.play("." + outcomes[:-1])  # one that can be trained is enough
+    with pytest.raises(TooManyDropped, match=rf"^of the last 8 groups none is left.*{says}"):
+        game.play(outcomes[-1])
+
+
+@pytest.mark.parametrize(
+    ("letter", "name"), [("t", "truncated"), ("c", "truncated"), ("s", "stale")]
+)
+def test_truncated_and_stale_groups_above_the_share_are_an_event_and_no_more(letter, name):
+    game = Game()
+    game.play("...." + letter * 4)
+    assert game.events == []
+    game.play(letter + letter + "." * 8)
+    assert [event[:2] for event in game.events] == [(name, "groups")]
+    assert game.events[0][2].startswith("5 of the last 8; ")
+    game.play(letter * 5)  # it had gone below
+    assert len(game.events) == 2
+
+
+def test_the_teachers_own_wrong_answers_are_no_failure():
+    game = Game(share=0.0)
+    game.play("x" * 20)
+    assert game.events == []
+
+
+def test_counts_are_gone_on_with():
+    game = Game()
+    game.outcomes.lost(Prompt(id="1", ids=np.zeros(1, np.int32), answer=""), 3, FAILURE)
+    for tokens in (0, 5, 0):
+        game.outcomes.trained(StepResult(version=1, metrics={"tokens": tokens}))
+    counts = {"rollouts_failed": 1, "steps_without_tokens": 2}
+    assert game.outcomes.counts == counts
+    again = Game().outcomes
+    again.restore(counts)
+    assert again.counts == counts
+
+
+@pytest.mark.parametrize("error", [ActorLost("gone"), OverAge("old")])
+def test_who_is_gone_and_what_is_too_old_is_nobody_s_failure(error):
+    with pytest.raises(type(error)), blamed("teacher"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [CallFailed("a\nb"), TimedOut("a")])
+def test_other_errors_are_blamed_in_one_line(error):
+    with pytest.raises(GroupFailed, match=r"^teacher: a$"), blamed("teacher"):
+        raise error
