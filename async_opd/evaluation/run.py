@@ -42,7 +42,7 @@ async def run_eval(asked: EvalRun) -> Result:
         read = inputs.read_problems(config, asked.problems)
         config = _fitted(config, asked, read.prompts, read.context)
         with Cluster(
-            config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
+            config, tokens=read.tokens, tokenizer=read.tokenizer.backend_tokenizer
         ) as cluster:
             generators, verifiers = await cluster.evaluators()
             say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
@@ -51,6 +51,7 @@ async def run_eval(asked: EvalRun) -> Result:
                 config, asked, *pools, read.prompts, folder / "problems.jsonl"
             )
         result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
+        result.environment["ends"] = read.tokens.ends
         (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
         return result
 
@@ -121,6 +122,7 @@ def _result(
             chat_template=data.chat_template,
             template_args=data.template_args,
             check=asked.verify.check,
+            stop=list(asked.rollout.stop),
             **msgspec.structs.asdict(sampling),
         ),
         thinking=data.template_args.get("enable_thinking"),

@@ -6,6 +6,7 @@ at the top of its file.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -13,66 +14,73 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
+from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
-from async_opd.launch.models import eos_ids, load, tokenizer_of
-from async_opd.launch.vocabulary import check_ends, check_scorers
+from async_opd.launch.models import load, tokenizer_of
+from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The student's tokenizer, the ids that end a response, and the data."""
+    """The student's tokenizer, what ids stand for, and the data."""
 
     tokenizer: PreTrainedTokenizerFast
-    eos_ids: list[int]
+    tokens: Tokens
     prompts: PromptSource
     held_out: list[Prompt]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Inputs of an evaluation: the model's tokenizer, end ids and context, and the problems."""
+    """Inputs of an evaluation: the model's tokenizer, ids and context, and the problems."""
 
     tokenizer: PreTrainedTokenizerFast
-    eos_ids: list[int]
+    tokens: Tokens
     context: int | None  # None: its config names none
     prompts: list[Prompt]
 
 
 def read(config: Config) -> Inputs:
     """Read and check what `config` names. Raises DataError naming the key."""
-    tokenizer, eos = _student(config)
-    check_scorers(config, tokenizer)
-    if config.teacher_sampling:
-        check_ends(config)
-    prompts = PromptSource(config.data, tokenizer, seed=config.run.seed, views=views(config))
+    tokenizer = _tokenizer(config)
+    tokens = read_tokens(config, tokenizer)
+    prompts = PromptSource(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        views=views(config),
+        head=_student(config).vocab_size,
+    )
     check_epochs(config, prompts)
     return Inputs(
-        tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=_held_out(config, tokenizer)
+        tokenizer=tokenizer, tokens=tokens, prompts=prompts, held_out=_held_out(config, tokenizer)
     )
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
     """Read the first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
     DataError."""
-    tokenizer, eos = _student(config)
-    model = load(
-        "student.model", AutoConfig, config.student.model, config.run.trust_remote_code
-    ).get_text_config()
+    tokenizer, model = _tokenizer(config), _student(config)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(
         tokenizer=tokenizer,
-        eos_ids=eos,
+        tokens=read_tokens(config, tokenizer),
         context=getattr(model, "max_position_embeddings", None),
-        prompts=PromptSource(data, tokenizer, seed=0).first(count),
+        prompts=PromptSource(data, tokenizer, seed=0, head=model.vocab_size).first(count),
     )
 
 
-def _student(config: Config) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Read the tokenizer and the end ids of the student."""
-    args = "student.model", config.student.model, config.run.trust_remote_code
-    return tokenizer_of(*args), eos_ids(*args)
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of the student."""
+    return tokenizer_of("student.model", config.student.model, config.run.trust_remote_code)
+
+
+def _student(config: Config) -> Any:
+    """Read the config of the student's text model."""
+    args = "student.model", AutoConfig, config.student.model, config.run.trust_remote_code
+    return load(*args).get_text_config()
 
 
 def views(config: Config) -> dict[str, TeacherView]:
@@ -109,4 +117,6 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt
     if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
     shown = views(config) if measured else None
-    return PromptSource(data, tokenizer, seed=0, views=shown).first(config.eval.problems)
+    head = _student(config).vocab_size
+    source = PromptSource(data, tokenizer, seed=0, views=shown, head=head)
+    return source.first(config.eval.problems)

@@ -1,10 +1,9 @@
-"""What stands beside a model's weights: its tokenizer, its config and the ids that end a
-response."""
+"""What stands beside a model's weights: its tokenizer and its config."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
@@ -32,15 +31,3 @@ def load(
     """Read the config or the tokenizer of a model. Raises DataError."""
     with foreign(f"{key} = {model!r}"):
         return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
-
-
-def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
-    """Read the ids that end a response of `model`, from its generation config (they hold one id or
-    several)."""
-    try:
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        eos = load(key, AutoConfig, model, trust_remote_code).eos_token_id
-    if eos is None:
-        raise DataError(f"{key} = {model!r}: no eos_token_id in its generation config or config")
-    return [eos] if isinstance(eos, int) else list(eos)

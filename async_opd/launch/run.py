@@ -76,7 +76,10 @@ async def _run(
     inputs = read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-    write_file(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
+    write_file(
+        run_dir / ENVIRONMENT,
+        json.dumps(environment() | {"ends": inputs.tokens.ends}, indent=2).encode(),
+    )
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -134,7 +137,7 @@ async def _trained(
     """Start the actors, and train with them to the end."""
     with Cluster(
         config,
-        eos_ids=inputs.eos_ids,
+        tokens=inputs.tokens,
         tokenizer=inputs.tokenizer.backend_tokenizer,
         first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
         emit=emit,

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from async_opd.maths import logprobs
+from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
 N, D, V, K = 7, 5, 11, 3
@@ -63,7 +64,8 @@ def outside(logp_NV, ids_NK):
 
 @pytest.mark.parametrize("below", [None, 6])
 def test_without_given_candidates_the_tail_is_that_of_the_likeliest(hidden_ND, head, ids_N, below):
-    options = ReadOptions(0.7, 3, topk=K, topk_below=below, tail=True)
+    without = below and Without.those_but(((0, below),), V, torch.device("cpu"))
+    options = ReadOptions(0.7, 3, topk=K, topk_without=without, tail=True)
     read = read_logprobs(hidden_ND, of(head), ids_N, options)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     torch.testing.assert_close(read.tail_N, outside(logp_NV, logp_NV[:, :below].topk(K).indices))
@@ -147,7 +149,8 @@ def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
     logits = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).log()  # ids 2 and 3 are padding
-    options = ReadOptions(1.0, 1, topk=2, topk_below=2)
+    without = Without.those_but(((0, 2),), 4, torch.device("cpu"))
+    options = ReadOptions(1.0, 1, topk=2, topk_without=without)
     read = read_logprobs(torch.ones(1, 1), Head(logits), torch.tensor([3]), options)
     assert read.topk_ids_NK.tolist() == [[1, 0]]
     torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))

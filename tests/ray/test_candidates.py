@@ -61,7 +61,7 @@ def started(model, tmp_path_factory) -> Iterator[Callable[[str], "RolloutGenerat
             model=folder,
             eos_ids=(),
             max_prompt_tokens=64,
-            vocabulary=VOCABULARY,
+            vocabulary=((0, VOCABULARY),),
             backend="gloo",
             seed=0,
         )

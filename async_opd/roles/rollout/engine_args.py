@@ -38,7 +38,8 @@ def engine_args(
         scheduling_policy="priority",  # in order of arrival, but for the probe and evaluations
         # end tokens and penalties of the checkpoint's own are not asked for
         generation_config="vllm",
-        skip_tokenizer_init=True,
+        # it reads texts only to find those that end a response
+        skip_tokenizer_init=not any(isinstance(stop, str) for stop in settings.stops),
         trust_remote_code=settings.trust_remote_code,
         disable_log_stats=True,
         **device,

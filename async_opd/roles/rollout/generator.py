@@ -26,6 +26,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
+from async_opd.core.vocabulary import exchanged, listed
 from async_opd.core.wire import (
     Group,
     GroupMeta,
@@ -40,6 +41,7 @@ from async_opd.core.wire import (
 )
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args
+from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
 
 Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
@@ -74,9 +76,9 @@ class RolloutGenerator:
         block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be
         # hit, and show.
-        self._probe_ids = np.random.default_rng(0).integers(
-            settings.vocabulary, size=block + 16, dtype=np.int32
-        )
+        ids = listed(settings.vocabulary).astype(np.int32)
+        self._probe_ids = ids[np.random.default_rng(0).integers(len(ids), size=block + 16)]
+        self._texts = [stop for stop in settings.stops if isinstance(stop, str)]
         if needs.teacher_at_student_ids:
             # vLLM's other runner does not let `vllm_candidates` in
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -89,12 +91,11 @@ class RolloutGenerator:
         )
 
     async def start(self) -> None:
-        """Have the engine give the objective's candidates with each token of `generate`; before,
-        there are none."""
+        """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
+        with each token of `generate`; before, there are none."""
+        await self._engine.collective_rpc("use_only", args=(self._settings.vocabulary,))
         if k := self._needs.teacher_at_student_ids:
-            await self._engine.collective_rpc(
-                "return_candidates", args=(self._needs.student_ids, self._settings.vocabulary)
-            )
+            await self._engine.collective_rpc("return_candidates", args=(self._needs.student_ids,))
             self._candidates = k
 
     def sampling(self, **changes: Any) -> SamplingParams:
@@ -107,7 +108,11 @@ class RolloutGenerator:
             logprobs=0,
             flat_logprobs=True,
             stop_token_ids=list(self._settings.eos_ids),
-            detokenize=False,
+            stop=self._texts,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            detokenize=bool(self._texts),
+            ignore_eos=True,  # of the engine's own choice
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         return SamplingParams(**settings | changes)
@@ -130,7 +135,7 @@ class RolloutGenerator:
 
     async def probe(self) -> tuple[Ints, Rollout]:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
-        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
+        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, stop_token_ids=[], stop=[])
         (output,) = await self._run("probe", self._probe_ids, sampling)
         return self._probe_ids, self._rollout(f"parity probe of {self._settings.name}", output)
 
@@ -271,11 +276,12 @@ class RolloutGenerator:
         assert isinstance(flat, FlatLogprobs)
         logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
         ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
+        written = exchanged(np.asarray(output.token_ids, np.int32), self._settings.ends_as)
         asked = logp.shape[1] > 1
         sampled = asked and self._needs.student_ids == "sampled"
         return Rollout(
             id=f"{prompt_id}#{output.index}",
-            ids=np.asarray(output.token_ids, np.int32),
+            ids=written,
             behaviour_logp=logp[:, 0],
             spans=tuple(
                 Span(version=_version(s.version), start=s.start, end=s.end)
@@ -284,6 +290,12 @@ class RolloutGenerator:
             truncated=output.finish_reason == "length",
             candidate_ids=ids[:, 1:] if asked else None,
             candidate_logp=logp[:, 1:] if sampled else None,
+            stop_tokens=stop_tokens(
+                output.stop_reason,
+                written.tolist(),
+                self._settings.stops,
+                self._engine.get_tokenizer().decode if self._texts else str,
+            ),
         )
 
 

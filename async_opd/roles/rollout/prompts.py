@@ -37,11 +37,12 @@ class PromptSource:
         *,
         seed: int,
         views: Mapping[str, TeacherView] | None = None,
+        head: int | None = None,
     ):
         """Load the rows and check their columns. `views` say by name what each teacher is shown
         (one alone has the name ""); absent: what the student is. Prompts carry the teacher's
-        rendering too where it is another."""
-        self._config = config
+        rendering too where it is another. `head`: rows of the student's, absent: enough."""
+        self._config, self._head = config, head
         self._tokenizer = tokenizer
         self._seed = seed
         self._views = {"": TeacherView()} if views is None else views
@@ -233,10 +234,13 @@ class PromptSource:
                 " set data.chat_template = true"
             )
         # A template writes its own special tokens.
-        return np.asarray(
-            self._tokenizer(content, add_special_tokens=not self._config.chat_template).input_ids,
-            np.int32,
-        )
+        ids = self._tokenizer(content, add_special_tokens=not self._config.chat_template).input_ids
+        if self._head and max(ids, default=0) >= self._head:
+            token = self._tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"row {id}: holds {token!r} ({max(ids)}); the student's head has {self._head} rows"
+            )
+        return np.asarray(ids, np.int32)
 
     @property
     def _table(self) -> datasets.Dataset:

@@ -256,7 +256,7 @@ def around_vllm(monkeypatch):
             model=str(STUDENT),
             eos_ids=(1,),
             max_prompt_tokens=P,
-            vocabulary=24,
+            vocabulary=((0, 24),),
             backend="gloo",
             seed=0,
         )

@@ -14,4 +14,4 @@ def scorer_settings(vocabulary: int, **others: Any) -> ScorerSettings:
         eos_ids=(1,),
         max_new_tokens=8,
     )
-    return ScorerSettings(vocabulary=vocabulary, **usual | others)
+    return ScorerSettings(vocabulary=((0, vocabulary),), **usual | others)
