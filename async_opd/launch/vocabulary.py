@@ -204,12 +204,12 @@ def _ends_as(
     for token, ours in mapped.items():
         called = f"{scorer.section}.ends_as = {{ {token!r} = {ours!r} }}"
         theirs, mine = scorer.ids.get(token), student.ids.get(ours)
-        if theirs not in scorer.ends.ids:
+        if theirs is None or theirs not in scorer.ends.ids:
             raise DataError(
                 f"{called}: {token!r} must be an end of {scorer.called}, which ends by"
                 f" {scorer.named(scorer.ends.ids)}"
             )
-        if mine not in ends or mine in pairs.values():
+        if mine is None or mine not in ends or mine in pairs.values():
             raise DataError(
                 f"{called}: {ours!r} must be an end of the student's, and named once: it ends by"
                 f" {student.named(ends)}"

@@ -24,7 +24,7 @@ class Without(NamedTuple):
         marks = others(ids, size)
         if not marks.any():
             return None
-        marks_V = torch.from_numpy(marks).to(device)
+        marks_V = torch.as_tensor(marks, device=device)
         return cls(marks_V, int(marks.argmax()), min(ids[-1][1], size))
 
     def touches(self, ids: slice) -> bool:

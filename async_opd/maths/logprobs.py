@@ -122,8 +122,8 @@ class _ReadLogprobs(torch.autograd.Function):
         if read.tail_z_R is not None:
             tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)
             tail_N.masked_fill_(is_nothing(read.tail_z_R), NOTHING)
-        without = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
-        ctx.mark_non_differentiable(*(x for x in without if x is not None))
+        constant = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
         candidates_NK = None if candidate_ids_NK is None else read.given_logp_RI[:, 1:].contiguous()
         sampled_N = read.given_logp_RI[:, 0].contiguous()
         return sampled_N, read.entropy_R, candidates_NK, read.topk_ids_RK, read.topk_RK, tail_N

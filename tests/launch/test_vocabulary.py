@@ -155,9 +155,7 @@ def test_tokens_that_the_head_has_no_rows_for_are_named_once_and_refused_when_me
     tmp_path, family, capfd
 ):
     known = AutoTokenizer.from_pretrained(made(tmp_path / "exact", family)).get_vocab()
-    small = made(
-        tmp_path / "small", family, added=("<end>", "<pad>"), head=max(known.values()) + 1
-    )
+    small = made(tmp_path / "small", family, added=("<end>", "<pad>"), head=max(known.values()) + 1)
     both = tokens(tmp_path, small, small)
     assert sorted(known.values()) == listed(both.student).tolist()
     out = capfd.readouterr()

@@ -94,6 +94,7 @@ def forward(model, prompt: Prompt, rollout: Rollout) -> np.ndarray:
     """Log-probs [T, V] of a plain forward at the positions of the response."""
     ids = torch.tensor(np.concatenate([prompt.ids, rollout.ids]), dtype=torch.int64)
     logits = model(ids[None]).logits[0, len(prompt.ids) - 1 : -1]
+    logits[:, VOCABULARY:] = -torch.inf  # are no tokens
     return (logits / TEMPERATURE).log_softmax(-1).numpy()
 
 

@@ -41,7 +41,9 @@ class Student(nn.Module):
         """`vocabulary` is what log-probs are over; None: all ids of the head."""
         super().__init__()
         size = lm.config.get_text_config().vocab_size
-        self._without = vocabulary and Without.those_but(vocabulary, size, torch.device("cpu"))
+        self._without = (
+            Without.those_but(vocabulary, size, torch.device("cpu")) if vocabulary else None
+        )
         self.lm = lm
         self.temperature = temperature
         self.chunk_rows = chunk_rows

@@ -83,3 +83,13 @@ def test_nothing_packs_into_an_empty_micro_batch(packed):
     micro = packed()
     assert len(micro.targets_N) == len(micro.keep_N) == len(micro.reward_S) == 0
     assert micro.segment_lengths == [1] and micro.candidate_ids_NK is None
+
+
+@pytest.mark.parametrize(
+    ("train_stop", "kept"), [(True, [True] * 7), (False, [True, True, False, False, *[True] * 3])]
+)
+def test_the_tokens_of_a_stop_leave_the_reduction_by_policy(sample, packed, train_stop, kept):
+    stopped = sample(spans=[(0, 4)], stop_tokens=2)
+    micro = packed(stopped, sample(id="b", spans=[(0, 3)], seed=1), train_stop=train_stop)
+    assert micro.keep_N.tolist() == kept
+    assert len(micro.targets_N) == 7  # the objective sees them all the same
