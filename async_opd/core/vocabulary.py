@@ -66,3 +66,9 @@ def exchanged(
     for one, other in pairs:
         result = np.where(ids == one, other, np.where(ids == other, one, result))
     return result.astype(ids.dtype, copy=False)
+
+
+def drawn(ids: Ids, count: int) -> npt.NDArray[np.int32]:
+    """Draw `count` of `ids`, the same every time."""
+    every = listed(ids).astype(np.int32)
+    return every[np.random.default_rng(0).integers(len(every), size=count, dtype=np.int32)]

@@ -76,10 +76,8 @@ async def _run(
     inputs = read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-    write_file(
-        run_dir / ENVIRONMENT,
-        json.dumps(environment() | {"ends": inputs.tokens.ends}, indent=2).encode(),
-    )
+    made_with = environment(inputs.tokens.ends)
+    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}

@@ -117,7 +117,8 @@ class _ReadLogprobs(torch.autograd.Function):
             read.entropy_R,
             read.tail_z_R,
         )
-        ctx.cap, ctx.without, ctx.options = cap, without, options
+        ctx.cap, ctx.options = cap, options
+        ctx.without = without
         tail_N = None
         if read.tail_z_R is not None:
             tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)

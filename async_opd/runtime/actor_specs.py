@@ -31,7 +31,8 @@ class ActorSpecs:
     """The specs of one run. No two of its engines have one seed."""
 
     def __init__(self, config: Config, *, tokens: Tokens, tokenizer: Tokenizer, first_seed: int):
-        self._config, self._tokens, self._tokenizer = config, tokens, tokenizer.to_str()
+        self._config, self._tokens = config, tokens
+        self._tokenizer = tokenizer.to_str()
         self._seeds = itertools.count(first_seed)
 
     def member(self, pool: str, index: int) -> ActorSpec:

@@ -22,12 +22,14 @@ def demo_config(tmp_path, *overrides: str) -> Config:
 
 
 @asynccontextmanager
-async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
+async def running(
+    config: Config, eos_ids: tuple[int, ...] = (1,), stops: tuple[int | str, ...] = ()
+):
     """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full
     length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
-    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=eos_ids)
+    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=eos_ids, stops=stops)
     with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         publisher = WeightPublisher(

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
-from async_opd.core.vocabulary import exchanged, listed
+from async_opd.core.vocabulary import drawn, exchanged
 from async_opd.core.wire import (
     Group,
     GroupMeta,
@@ -76,8 +77,7 @@ class RolloutGenerator:
         block = 128 if cpu else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be
         # hit, and show.
-        ids = listed(settings.vocabulary).astype(np.int32)
-        self._probe_ids = ids[np.random.default_rng(0).integers(len(ids), size=block + 16)]
+        self._probe_ids = drawn(settings.vocabulary, block + 16)
         self._texts = [stop for stop in settings.stops if isinstance(stop, str)]
         if needs.teacher_at_student_ids:
             # vLLM's other runner does not let `vllm_candidates` in
@@ -89,6 +89,8 @@ class RolloutGenerator:
         self._engine = AsyncLLM.from_engine_args(
             engine_args(settings, config, needs, longest=longest, block=block)
         )
+        decode = self._engine.get_tokenizer().decode if self._texts else str
+        self._stop_tokens = partial(stop_tokens, stops=settings.stops, decode=decode)
 
     async def start(self) -> None:
         """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
@@ -290,12 +292,7 @@ class RolloutGenerator:
             truncated=output.finish_reason == "length",
             candidate_ids=ids[:, 1:] if asked else None,
             candidate_logp=logp[:, 1:] if sampled else None,
-            stop_tokens=stop_tokens(
-                output.stop_reason,
-                written.tolist(),
-                self._settings.stops,
-                self._engine.get_tokenizer().decode if self._texts else str,
-            ),
+            stop_tokens=self._stop_tokens(output.stop_reason, written),
         )
 
 

@@ -236,10 +236,8 @@ class PromptSource:
         # A template writes its own special tokens.
         ids = self._tokenizer(content, add_special_tokens=not self._config.chat_template).input_ids
         if self._head and max(ids, default=0) >= self._head:
-            token = self._tokenizer.convert_ids_to_tokens(max(ids))
-            raise DataError(
-                f"row {id}: holds {token!r} ({max(ids)}); the student's head has {self._head} rows"
-            )
+            token = f"{self._tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
+            raise DataError(f"row {id}: holds {token}; the student's head has {self._head} rows")
         return np.asarray(ids, np.int32)
 
     @property

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+from async_opd.core.wire import Ints
+
 
 def stop_tokens(
     stopped_by: int | str | None,
-    ids: Sequence[int],
+    ids: Ints,
     stops: Sequence[int | str],
     decode: Callable[..., str],
 ) -> int:
