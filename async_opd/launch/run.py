@@ -72,7 +72,6 @@ async def _run(
     refuse_unreachable()
     with no_garbage_collection():
         from async_opd.launch.inputs import read
-
     inputs = read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))

@@ -56,8 +56,7 @@ class RolloutGenerator:
 
     def __init__(self, settings: GeneratorSettings, config: RolloutConfig, needs: Needs):
         """Load the engine with the weights of `settings.model` as version 0."""
-        self._settings = settings
-        self._config = config
+        self._settings, self._config = settings, config
         self._needs = needs
         self._candidates = 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
