@@ -245,6 +245,23 @@ def test_end_ids_that_are_none_are_refused_by_file_and_key(tmp_path, key, eos, w
             read(config(tmp_path, *models))
 
 
+@pytest.mark.parametrize("eos", ["1", [], [1, 77]])
+def test_wrong_end_ids_of_the_config_are_refused_by_its_file(tmp_path, eos):
+    wrong = edited(tmp_path / "wrong", "generation_config.json", eos_token_id=None)
+    path = Path(wrong, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
+    with pytest.raises(DataError, match=r"student.model = '.*': .*eos_token_id"):
+        read(config(tmp_path, wrong, "toy:teacher"))
+
+
+def test_a_generation_config_that_is_none_is_refused(tmp_path):
+    wrong = edited(tmp_path / "wrong", "generation_config.json")
+    for text in ("[1]", "{"):
+        Path(wrong, "generation_config.json").write_text(text)
+        with pytest.raises(DataError, match=r"student.model = '.*': generation_config.json: "):
+            tokens(tmp_path, wrong, "toy:teacher")
+
+
 def test_a_model_without_any_end_is_refused(tmp_path):
     endless = edited(tmp_path / "endless", "generation_config.json", eos_token_id=None)
     for file, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):

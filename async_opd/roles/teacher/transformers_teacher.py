@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from async_opd.core.errors import WireError
 from async_opd.core.role_settings import ScorerSettings
@@ -184,20 +184,29 @@ class TransformersTeacher:
             eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],
             logits_processor=LogitsProcessorList([self._known]),
-            **self._stop_at,
+            stopping_criteria=self._stops_at(width),
         )
         self._model.set_attn_implementation(causal_lm.ATTENTION)
         answers = out[:, width:].cpu().numpy().astype(np.int32)
         return list(exchanged(answers, self._settings.ends_as))
 
-    @property
-    def _stop_at(self) -> dict[str, Any]:
-        """What `generate` takes to end at texts, which it reads by a tokenizer."""
-        if not self._settings.stops:
-            return {}
-        remote = self._settings.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(self._config.model, trust_remote_code=remote)
-        return {"stop_strings": list(self._settings.stops), "tokenizer": tokenizer}
+    def _stops_at(self, width: int) -> StoppingCriteriaList:
+        """What ends each response, behind `width` tokens, once it spells one of the texts."""
+        stops, remote = self._settings.stops, self._settings.trust_remote_code
+        if not stops:
+            return StoppingCriteriaList()
+        decode = AutoTokenizer.from_pretrained(
+            self._config.model, trust_remote_code=remote
+        ).batch_decode
+        most = max(len(stop.encode()) for stop in stops)  # tokens that spell one
+
+        def spelled(ids_BL: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+            ids_BT = ids_BL[:, max(width, ids_BL.shape[1] - most) :]
+            texts = decode(ids_BT, skip_special_tokens=False)
+            ended = [any(stop in text for stop in stops) for text in texts]
+            return torch.tensor(ended, device=ids_BL.device)
+
+        return StoppingCriteriaList([spelled])
 
     def _known(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """Leave out of what is generated the ids that the student has not."""

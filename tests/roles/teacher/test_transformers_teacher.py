@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from async_opd.core.errors import DataError, WireError
 from async_opd.core.vocabulary import runs
@@ -14,6 +14,7 @@ from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.self_teacher import WeightEma
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
+from async_opd.toy import TEACHER
 from tests.roles.teacher.settings import scorer_settings
 from tests.simulated.virtual_time import virtual
 
@@ -482,3 +483,19 @@ def test_answers_of_a_larger_teacher_are_of_the_student_s_tokens(model, larger, 
     teacher._model.get_output_embeddings().weight.copy_(head)
     (answer,) = asyncio.run(teacher.greedy(np.array([8, 9], np.int32)))
     assert set(answer.tolist()) <= set(MINE)
+
+
+def test_texts_that_end_a_response_end_the_teacher_s_own_too(forwards):
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in ("12+34=", "5+81=")]
+
+    def answers(*stops: str) -> list[str]:
+        settings = scorer_settings(24, max_new_tokens=12, stops=stops)
+        teacher = TransformersTeacher(settings, TeacherConfig(model=str(TEACHER)), NOTHING)
+        responses = asyncio.run(teacher.greedy(*prompts))
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+    whole = answers()
+    assert all(len(text) > 3 for text in whole)
+    stop = whole[0][1:3]
+    assert answers(stop)[0] == whole[0][:3]
