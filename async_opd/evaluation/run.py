@@ -132,5 +132,5 @@ def _result(
         truncated=sum(response.truncated for response in responses) / len(responses),
         unknown=sum(response.correct is None for response in responses) / len(responses),
         wall_s=wall_s,
-        environment=environment(read.tokens.ends),
+        environment=environment(ends=read.tokens.ends),
     )

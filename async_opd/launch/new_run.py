@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -41,12 +41,12 @@ def new_dir(path: Path) -> Iterator[Path]:
         raise
 
 
-def environment(ends: Mapping[str, Any]) -> dict[str, Any]:
-    """Look up the git commit and the versions of PACKAGES, beside the `ends` of each model."""
+def environment(**others: Any) -> dict[str, Any]:
+    """Look up the git commit and the versions of PACKAGES, and put `others` beside them."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in PACKAGES},
-        "ends": ends,
+        **others,
     }

@@ -75,7 +75,7 @@ async def _run(
     inputs = read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-    made_with = environment(inputs.tokens.ends)
+    made_with = environment(ends=inputs.tokens.ends)
     write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
