@@ -20,7 +20,11 @@ class Without(NamedTuple):
 
     @classmethod
     def those_but(cls, ids: Ids, size: int, device: torch.device) -> "Without | None":
-        """Leave out of a head of `size` all but `ids`; None where that leaves out nothing."""
+        """Leave out of a head of `size` all but `ids`; None where that leaves out nothing.
+
+        >>> Without.those_but(((0, 2), (3, 4)), 6, torch.device("cpu"))
+        Without(marks_V=tensor([False, False,  True, False,  True,  True]), first=2, end=4)
+        """
         marks = others(ids, size)
         if not marks.any():
             return None
