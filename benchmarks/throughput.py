@@ -36,6 +36,7 @@ from async_opd.config.load import load
 from async_opd.config.schema import Config
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.roles import Roles
+from async_opd.core.vocabulary import Tokens, runs
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.roles.rollout.prompts import PromptSource
@@ -121,7 +122,8 @@ async def run(config: Config) -> dict:
         if row["step"] in (WARM_UP, STEPS):
             marks[row["step"]] = (time.monotonic(), cpu_seconds())
 
-    with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
+    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=())
+    with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         gc.collect()
         gc.freeze()  # as `async_opd.launch.run` does
@@ -156,7 +158,8 @@ async def alone(config: Config) -> dict:
     the machine with."""
     prompts, tokenizer = _prompts(config)
     source = iter(prompts)
-    with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
+    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=())
+    with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         await _generate(roles, source, WARM_UP * PER_STEP)
         before = cpu_seconds()

@@ -30,6 +30,10 @@ def rules(c: Config) -> Iterator[Rule]:
         c.reference is not None and not c.objective.needs().reference,
         f"reference: has no effect with {tag(c.objective)}, which needs none",
     )
+    yield (
+        not c.rollout.train_stop and not c.rollout.stop,
+        "rollout.train_stop = false: has no effect without rollout.stop",
+    )
     if c.teacher_sampling:
         yield from sampling_rules(c.teacher_sampling, c.teacher, c.rollout)
     if c.run.share_gpu:

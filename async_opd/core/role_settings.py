@@ -3,6 +3,7 @@
 from typing import Literal
 
 from async_opd.core.message import Struct
+from async_opd.core.vocabulary import Ids
 
 
 class GeneratorSettings(Struct, frozen=True):
@@ -13,10 +14,14 @@ class GeneratorSettings(Struct, frozen=True):
     model: str
     eos_ids: tuple[int, ...]  # they end a response and are part of it
     max_prompt_tokens: int
-    vocabulary: int  # of the tokenizer: ids from there on are padding, and never candidates
+    vocabulary: Ids  # of the tokenizer: no other is sampled, and log-probs are over these
     backend: str  # of weight updates
     seed: int  # engines of one run differ in it
     as_teacher: bool = False  # prompts are sampled from as their teacher reads them
+    # of `eos_ids` those of rollout.stop, and its texts of several tokens, which end one as well
+    stops: tuple[int | str, ...] = ()
+    # ends of the teacher's that its answers have in the place of the student's, and those
+    ends_as: tuple[tuple[int, int], ...] = ()
     trust_remote_code: bool = False
 
 
@@ -26,11 +31,18 @@ class ScorerSettings(Struct, frozen=True):
 
     name: str  # what errors call it
     temperature: float
-    vocabulary: int  # of the tokenizer: ids from there on are padding, and never candidates
+    # the student's, in this model's ids: candidates and answers of its own are of these
+    vocabulary: Ids
     longest: int  # tokens of a sequence at most
     eos_ids: tuple[int, ...]  # they end a response of its own
     max_new_tokens: int  # of a response of its own
     as_student: bool = False  # it reads a prompt as the student does, whatever the teacher's is
+    whole: Ids | None = (
+        None  # of its own tokenizer: log-probs are over these; None: all of its head
+    )
+    stops: tuple[str, ...] = ()  # texts that end a response of its own as well
+    # its ends and the student's that they are read as: where one is asked for the other is read
+    ends_as: tuple[tuple[int, int], ...] = ()
     trust_remote_code: bool = False
 
 
@@ -50,5 +62,7 @@ class LearnerSettings(Struct, frozen=True):
     bucket_bytes: int  # of weights that are gathered and sent at once
     sync_s: float  # within which the members of a weight group answer one another
     timeout_s: float  # within which the ranks do
+    vocabulary: Ids | None = None  # ids that log-probs are over; None: all of the head
+    train_stop: bool = True  # the tokens of what stands in rollout.stop
     record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
     trust_remote_code: bool = False

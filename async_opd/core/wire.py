@@ -3,9 +3,10 @@ crosses a process boundary: `core.role_settings`, its section of the config, the
 
 Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one
 prompt. Log-probs are in nats, of logits divided by the sampling temperature, normalised over the
-whole vocabulary of the model that gave them. Arrays arrive read-only through Ray: they are values,
-never buffers to write into. Invariants run on construction and on arrival, so a bad message fails
-where it arrives, naming its id.
+whole vocabulary of the model that gave them, which is that of its tokenizer: rows that pad its head
+are none of it. Arrays arrive read-only through Ray: they are values, never buffers to write into.
+Invariants run on construction and on arrival, so a bad message fails where it arrives, naming its
+id.
 """
 
 from collections.abc import Mapping
@@ -76,6 +77,7 @@ class Rollout(Struct, frozen=True):
     # float32 [T, K], under the behaviour policy, where they are samples of it
     candidate_logp: Floats | None = None
     failure: str = ""  # why it is not scored or trained: its log-probs are none
+    stop_tokens: int = 0  # the last of T, which spell what of rollout.stop has ended it
 
     def __post_init__(self) -> None:
         check_array(self.id, "ids", self.ids, np.int32, 1)
@@ -109,8 +111,7 @@ class Rollout(Struct, frozen=True):
 
 class Group(Struct, frozen=True):
     """All samples of one prompt: the unit of admission, queue and drop. Made by a generator;
-    consumed by teacher, verifier and learner, which get it by reference: the driver never reads
-    one."""
+    consumed by teacher, verifier and learner, by reference: the driver never reads one."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # G of them

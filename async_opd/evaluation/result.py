@@ -76,6 +76,7 @@ class Settings(Struct):
     chat_template: bool
     template_args: dict[str, Any]
     check: str
+    stop: list[int | str] = []  # that end a response besides the model's own end tokens
 
 
 class Result(Struct):

@@ -42,7 +42,7 @@ async def run_eval(asked: EvalRun) -> Result:
         read = inputs.read_problems(config, asked.problems)
         config = _fitted(config, asked, read.prompts, read.context)
         with Cluster(
-            config, eos_ids=read.eos_ids, tokenizer=read.tokenizer.backend_tokenizer
+            config, tokens=read.tokens, tokenizer=read.tokenizer.backend_tokenizer
         ) as cluster:
             generators, verifiers = await cluster.evaluators()
             say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
@@ -50,7 +50,7 @@ async def run_eval(asked: EvalRun) -> Result:
             problems = await _problems(
                 config, asked, *pools, read.prompts, folder / "problems.jsonl"
             )
-        result = _result(config, asked, read.prompts, problems, time.monotonic() - started)
+        result = _result(config, asked, read, problems, time.monotonic() - started)
         (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
         return result
 
@@ -105,7 +105,7 @@ async def _problems(
 
 
 def _result(
-    config: Config, asked: EvalRun, prompts: list[Prompt], problems: list[Problem], wall_s: float
+    config: Config, asked: EvalRun, read: inputs.Problems, problems: list[Problem], wall_s: float
 ) -> Result:
     """Put together what `result.json` holds."""
     sampling, data = asked.sampling, config.data
@@ -114,13 +114,14 @@ def _result(
         model=asked.student.model,
         path=asked.data.path,
         settings=Settings(
-            rows=digest(prompts),
-            problems=len(prompts),
+            rows=digest(read.prompts),
+            problems=len(read.prompts),
             k=asked.k,
             max_new_tokens=config.rollout.max_new_tokens,
             chat_template=data.chat_template,
             template_args=data.template_args,
             check=asked.verify.check,
+            stop=list(asked.rollout.stop),
             **msgspec.structs.asdict(sampling),
         ),
         thinking=data.template_args.get("enable_thinking"),
@@ -131,5 +132,5 @@ def _result(
         truncated=sum(response.truncated for response in responses) / len(responses),
         unknown=sum(response.correct is None for response in responses) / len(responses),
         wall_s=wall_s,
-        environment=environment(),
+        environment=environment(ends=read.tokens.ends),
     )

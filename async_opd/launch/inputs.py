@@ -15,16 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
+from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
-from async_opd.launch.models import (
-    check_files,
-    check_models,
-    eos_ids,
-    fast,
-    text_config,
-    tokenizer_of,
-)
-from async_opd.launch.vocabulary import check_ends, check_scorers
+from async_opd.launch.models import check_files, check_models, fast, text_config, tokenizer_of
+from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
 from async_opd.roles.verifier.references import References
@@ -32,37 +26,36 @@ from async_opd.roles.verifier.references import References
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The student's tokenizer, the ids that end a response, and the data."""
+    """The student's tokenizer, what ids stand for, and the data."""
 
     tokenizer: PreTrainedTokenizerFast
-    eos_ids: list[int]
+    tokens: Tokens
     prompts: PromptSource
     held_out: list[Prompt]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Inputs of an evaluation: the model's tokenizer, end ids and context, and the problems."""
+    """Inputs of an evaluation: the model's tokenizer, ids and context, and the problems."""
 
     tokenizer: PreTrainedTokenizerFast
-    eos_ids: list[int]
+    tokens: Tokens
     context: int | None  # None: its config names none
     prompts: list[Prompt]
 
 
 def read(config: Config) -> Inputs:
     """Read and check what `config` names. Raises DataError naming the key."""
-    tokenizer, eos = _student(config)
-    check_scorers(config, tokenizer)
+    tokenizer = _tokenizer(config)
+    tokens = read_tokens(config, tokenizer)
     check_models(config)
-    if config.teacher_sampling:
-        check_ends(config)
     prompts = PromptSource(
         config.data,
         tokenizer,
         seed=config.run.seed,
         views=views(config),
         references=References(config.verify),
+        head=_head(config),
     )
     held_out = _held_out(config, tokenizer)
     check_epochs(config, prompts)
@@ -71,31 +64,41 @@ def read(config: Config) -> Inputs:
         prompts.survey(_go_on)
         check_epochs(config, prompts)
         undo.pop_all()
-    return Inputs(tokenizer=tokenizer, eos_ids=eos, prompts=prompts, held_out=held_out)
+    return Inputs(tokenizer=tokenizer, tokens=tokens, prompts=prompts, held_out=held_out)
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
     """Read the first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
     DataError."""
-    tokenizer, eos = _student(config)
+    tokenizer = _tokenizer(config)
     args = "student.model", config.student.model, config.run.trust_remote_code
     check_files(*args[:2])
     model = text_config(*args)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(
         tokenizer=tokenizer,
-        eos_ids=eos,
+        tokens=read_tokens(config, tokenizer),
         context=getattr(model, "max_position_embeddings", None),
-        prompts=PromptSource(data, tokenizer, seed=0, references=References(config.verify)).first(
-            count, _go_on
-        ),
+        prompts=PromptSource(
+            data,
+            tokenizer,
+            seed=0,
+            references=References(config.verify),
+            head=_head(config),
+        ).first(count, _go_on),
     )
 
 
-def _student(config: Config) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Read the tokenizer and the end ids of the student."""
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of the student."""
     args = "student.model", config.student.model, config.run.trust_remote_code
-    return fast(*args[:2], tokenizer_of(*args)), eos_ids(*args)
+    return fast(*args[:2], tokenizer_of(*args))
+
+
+def _head(config: Config) -> int:
+    """Count the rows of the student's head."""
+    args = "student.model", config.student.model, config.run.trust_remote_code
+    return text_config(*args).vocab_size
 
 
 def views(config: Config) -> dict[str, TeacherView]:
@@ -139,6 +142,7 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt
         seed=0,
         views=shown,
         references=References(config.verify),
+        head=_head(config),
         key="eval.path",
     )
     return source.first(config.eval.problems, _go_on)

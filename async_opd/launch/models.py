@@ -1,5 +1,5 @@
-"""What a model's folder holds, read before anything starts: tokenizer, config, the ids that end a
-response, and whether its weights can be read, trained and saved."""
+"""What a model's folder holds, read before anything starts: tokenizer, config, and whether its
+weights can be read, trained and saved."""
 
 import json
 import logging
@@ -84,16 +84,6 @@ def text_config(key: str, model: str, trust_remote_code: bool) -> PreTrainedConf
     config = load(key, AutoConfig, model, trust_remote_code)
     with _reading(f"{key} = {model!r}: its config"):
         return config.get_text_config(decoder=True)
-
-
-def eos_ids(key: str, model: str, trust_remote_code: bool) -> list[int]:
-    """Read the ids that end a response of `model`, from its generation config (they hold one id or
-    several)."""
-    generation = generation_config(key, model)
-    eos = (generation or load(key, AutoConfig, model, trust_remote_code)).eos_token_id
-    if eos is None:
-        raise DataError(f"{key} = {model!r}: no eos_token_id in its generation config or config")
-    return [eos] if isinstance(eos, int) else list(eos)
 
 
 def generation_config(key: str, model: str) -> GenerationConfig | None:

@@ -41,11 +41,12 @@ def new_dir(path: Path) -> Iterator[Path]:
         raise
 
 
-def environment() -> dict[str, Any]:
-    """Look up the git commit and the versions of PACKAGES."""
+def environment(**others: Any) -> dict[str, Any]:
+    """Look up the git commit and the versions of PACKAGES, and put `others` beside them."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "commit": git.stdout.strip() or None,
         "versions": {name: version(name) for name in PACKAGES},
+        **others,
     }

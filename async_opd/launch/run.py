@@ -74,7 +74,8 @@ async def _run(
     inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
     write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-    write_file(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
+    made_with = environment(ends=inputs.tokens.ends)
+    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -143,7 +144,7 @@ async def _trained(
         emit("left out", "rows", inputs.prompts.left_out_words)
     with Cluster(
         config,
-        eos_ids=inputs.eos_ids,
+        tokens=inputs.tokens,
         tokenizer=inputs.tokenizer.backend_tokenizer,
         first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
         emit=emit,

@@ -15,25 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from async_opd.maths.blocks import BLOCK_IDS, slices
+from async_opd.maths.head import LEFT_OUT, Head, Without, is_nothing
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
-
-
-class Head(NamedTuple):
-    """The map from hidden states to logits: z = h Wᵀ + b, then c · tanh(z / c) where logits are
-    soft-capped."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    cap: float | None = None
-
-    def logits(self, hidden_RD: Tensor, ids: slice = slice(None)) -> Tensor:
-        """Logits [R, B] of some `ids`, float32 or wider."""
-        bias_B = None if self.bias_V is None else self.bias_V[ids]
-        z_RB = torch.nn.functional.linear(hidden_RD, self.weight_VD[ids], bias_B)
-        z_RB = z_RB.to(torch.promote_types(z_RB.dtype, torch.float32))
-        return z_RB if self.cap is None else z_RB.div_(self.cap).tanh_().mul_(self.cap)
 
 
 class Read(NamedTuple):
@@ -51,15 +36,14 @@ class Read(NamedTuple):
 class ReadOptions(NamedTuple):
     """What is read besides the log-probs of given ids, and how.
 
-    `topk` picks among ids below `topk_below` (a padded vocabulary is never a candidate), normalised
-    over all of V.
+    `topk` picks among all ids but `topk_without`, normalised over the same ids as ever.
     """
 
     temperature: float  # that logits are divided by
     chunk_rows: int  # positions that are read at a time
     entropy: bool = False
     topk: int = 0  # K: the likeliest ids with their log-probs
-    topk_below: int | None = None  # None: V
+    topk_without: Without | None = None
     tail: bool = False  # log-mass of all ids but the candidates, or where none are given the topk
 
 
@@ -92,7 +76,8 @@ def read_logprobs(
     live at once, or three where it takes the gradient of both entropy and tail. `tail` is what
     `candidate_ids_NK` leave, or where none are given what the topk leave, without gradient. It is
     summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small. It is NOTHING
-    where the candidates are all of V. The log-prob of an id beyond the head's is NaN.
+    where the candidates are all of V. The log-prob of an id beyond the head's, or one that is left
+    out of it, is NaN.
 
     >>> eye, sampled = torch.eye(2) * 0.6931472, torch.tensor([0, 0])
     >>> read_logprobs(eye, Head(torch.eye(2)), sampled, ReadOptions(1.0, chunk_rows=1)).sampled_N
@@ -109,11 +94,12 @@ class _ReadLogprobs(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         cap: float | None,
+        without: Without | None,
         ids_N: Tensor,
         candidate_ids_NK: Tensor | None,
         options: ReadOptions,
     ) -> tuple[Tensor | None, ...]:
-        head = Head(weight_VD, bias_V, cap)
+        head = Head(weight_VD, bias_V, cap, without)
         given_NI = _beside(ids_N, candidate_ids_NK)
         chunks = [
             _read_rows(head, hidden_ND[rows], given_NI[rows], options)
@@ -132,12 +118,13 @@ class _ReadLogprobs(torch.autograd.Function):
             read.tail_z_R,
         )
         ctx.cap, ctx.options = cap, options
+        ctx.without = without
         tail_N = None
         if read.tail_z_R is not None:
             tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)
-            tail_N.masked_fill_(tail_N.isneginf(), NOTHING)
-        without = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
-        ctx.mark_non_differentiable(*(x for x in without if x is not None))
+            tail_N.masked_fill_(is_nothing(read.tail_z_R), NOTHING)
+        constant = [read.topk_ids_RK, read.topk_RK, tail_N if candidate_ids_NK is None else None]
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
         candidates_NK = None if candidate_ids_NK is None else read.given_logp_RI[:, 1:].contiguous()
         sampled_N = read.given_logp_RI[:, 0].contiguous()
         return sampled_N, read.entropy_R, candidates_NK, read.topk_ids_RK, read.topk_RK, tail_N
@@ -156,11 +143,11 @@ class _ReadLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
             ctx.saved_tensors
         )
-        head = Head(weight_VD, bias_V, ctx.cap)
+        head = Head(weight_VD, bias_V, ctx.cap, ctx.without)
         grad_NI = _beside(sampled_grad_N, candidates_grad_NK)
         tail = ctx.options.tail and candidates_grad_NK is not None
         if tail:
-            nothing_N = tail_z_N.isneginf()
+            nothing_N = is_nothing(tail_z_N)
             tail_z_N = tail_z_N.masked_fill(nothing_N, 0)
             tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
         hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
@@ -170,10 +157,11 @@ class _ReadLogprobs(torch.autograd.Function):
             outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
             if tail:
                 outer_R = outer_R + tail_grad_N[rows, None]
-            for ids in slices(len(weight_VD), BLOCK_IDS):
+            for ids in slices(head.end, BLOCK_IDS):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
                 z_RB.div_(ctx.options.temperature)
+                head.leave_out(z_RB, ids)
                 at_RI, inside_RI = _inside(given_NI[rows], ids)
                 if tail:  # of the tail: its own softmax, and - p below
                     tail_RB = _without(z_RB, at_RI[:, 1:], inside_RI[:, 1:])
@@ -196,13 +184,12 @@ class _ReadLogprobs(torch.autograd.Function):
                 weight_grad_VD[ids].addmm_(grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
-        return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 4
+        return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 5
 
 
 def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOptions) -> _Rows:
     """One pass over the vocabulary, block by block."""
-    vocabulary, wide = len(head.weight_VD), torch.float32  # or wider, as the logits are
-    below = vocabulary if options.topk_below is None else options.topk_below
+    wide, chosen = torch.float32, options.topk_without  # or wider, as the logits are
     largest_R = hidden_RD.new_full(given_RI.shape[:1], torch.finfo(wide).min, dtype=wide)
     total_R = torch.zeros_like(largest_R)  # of exp(z - largest)
     moment_R = torch.zeros_like(largest_R)  # of (z - largest) · exp(z - largest)
@@ -210,20 +197,21 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
     tails: list[Tensor] = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
     top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
-    for ids in slices(vocabulary, BLOCK_IDS):
+    for ids in slices(head.end, BLOCK_IDS):
         z_RB = head.logits(hidden_RD, ids).div_(options.temperature)
+        head.leave_out(z_RB, ids)
         at_RI, inside_RI = _inside(given_RI, ids)
         given_z_RI = torch.where(inside_RI, z_RB.gather(1, at_RI), given_z_RI)
         taken_RK = at_RI[:, 1:], inside_RI[:, 1:]
-        if options.topk and ids.start < below:
-            best = _largest(z_RB[:, : below - ids.start], options.topk)
+        if options.topk and (chosen is None or ids.start < chosen.end):
+            best = _largest(_but(z_RB, chosen, ids), options.topk)
             both_RK = torch.cat([top_RK, best.values], 1)
             kept = _largest(both_RK, options.topk)
             top_RK = kept.values
             both_ids_RK = torch.cat([top_ids_RK, best.indices + ids.start], 1)
             top_ids_RK = both_ids_RK.gather(1, kept.indices)
             if options.tail and given_RI.shape[1] == 1:  # no candidates but these
-                taken_RK = (best.indices,)
+                taken_RK = best.indices, ~is_nothing(best.values)
                 tails.append(_log_mass(_without(both_RK, kept.indices)))
         if options.tail:
             tails.append(_log_mass(_without(z_RB, *taken_RK)))
@@ -238,6 +226,7 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
             moment_R = moved_R + p_RB.mul_(z_RB).sum(1)
         total_R = total_R * shift_R.exp() + more_R
     log_R = total_R.log()
+    given_z_RI.masked_fill_(is_nothing(given_z_RI), torch.nan)
     return _Rows(
         largest_R=largest_R,
         log_R=log_R,
@@ -260,6 +249,13 @@ def _inside(ids_RI: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     """Where in `block` each id is, clamped, and whether it is there at all."""
     inside_RI = (ids_RI >= block.start) & (ids_RI < block.stop)
     return (ids_RI - block.start).clamp(0, block.stop - block.start - 1), inside_RI
+
+
+def _but(z_RB: Tensor, without: Without | None, ids: slice) -> Tensor:
+    """Copy z of the block `ids` where there is something to leave out of it."""
+    if without is None or not without.touches(ids):
+        return z_RB
+    return z_RB.masked_fill(without.marks_V[ids], LEFT_OUT)
 
 
 def _largest(values: Tensor, k: int) -> torch.return_types.topk:

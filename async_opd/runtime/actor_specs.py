@@ -1,14 +1,17 @@
 """What each actor builds in its own process: the class that plays the role, and its arguments."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
+from async_opd.core.vocabulary import Ids, Tokens, exchanged, listed, runs
 from async_opd.core.wire import Ints, Needs
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.verifier.config import VerifyConfig
@@ -27,11 +30,9 @@ class ActorSpec(NamedTuple):
 class ActorSpecs:
     """The specs of one run. No two of its engines have one seed."""
 
-    def __init__(
-        self, config: Config, *, eos_ids: list[int], tokenizer: Tokenizer, first_seed: int
-    ):
-        self._config, self._eos_ids = config, tuple(eos_ids)
-        self._tokenizer, self._vocabulary = tokenizer.to_str(), tokenizer.get_vocab_size()
+    def __init__(self, config: Config, *, tokens: Tokens, tokenizer: Tokenizer, first_seed: int):
+        self._config, self._tokens = config, tokens
+        self._tokenizer = tokenizer.to_str()
         self._seeds = itertools.count(first_seed)
 
     def member(self, pool: str, index: int) -> ActorSpec:
@@ -62,6 +63,8 @@ class ActorSpecs:
             bucket_bytes=config.sync.bucket_mib << 20,
             sync_s=config.sync.timeout_s,
             timeout_s=config.timeout.step_s,
+            vocabulary=self._tokens.student,
+            train_stop=config.rollout.train_stop,
             record_every_steps=config.run.samples_every_steps,
             trust_remote_code=config.run.trust_remote_code,
         )
@@ -90,6 +93,9 @@ class ActorSpecs:
             model=teacher.model,
             max_prompt_tokens=teacher.max_prompt_tokens or config.data.max_prompt_tokens,
             as_teacher=True,
+            eos_ids=self._in_ids_of("teacher", self._tokens.eos_ids),
+            vocabulary=self._vocabulary("teacher"),
+            ends_as=self._tokens.ends_as.get("teacher", ()),
         )
 
     def _generator(
@@ -99,9 +105,10 @@ class ActorSpecs:
         settings = GeneratorSettings(
             name=name,
             model=config.student.model,
-            eos_ids=self._eos_ids,
+            eos_ids=self._tokens.eos_ids,
+            stops=self._tokens.stops,
             max_prompt_tokens=config.data.max_prompt_tokens,
-            vocabulary=self._vocabulary,
+            vocabulary=self._tokens.student,
             backend=config.sync.backend,
             seed=next(self._seeds),
             trust_remote_code=config.run.trust_remote_code,
@@ -117,9 +124,12 @@ class ActorSpecs:
         settings = ScorerSettings(
             name=name,
             temperature=config.rollout.temperature,
-            vocabulary=self._vocabulary,
+            vocabulary=self._vocabulary(section),
+            whole=self._tokens.whole.get(section),
             longest=longest_sequence(section, scorer, config.data, config.rollout)[1],
-            eos_ids=self._eos_ids,
+            eos_ids=self._in_ids_of(section, self._tokens.eos_ids),
+            stops=tuple(stop for stop in self._tokens.stops if isinstance(stop, str)),
+            ends_as=self._tokens.ends_as.get(section, ()),
             max_new_tokens=config.rollout.max_new_tokens,
             as_student=reference,
             trust_remote_code=config.run.trust_remote_code,
@@ -132,6 +142,15 @@ class ActorSpecs:
         )
         needs = Needs() if reference else config.objective.needs()
         return ActorSpec(target, (settings, scorer, needs), engine=vllm)
+
+    def _in_ids_of(self, section: str, ids: Iterable[int]) -> tuple[int, ...]:
+        """Write ids of the student's as the scorer in `section` has them."""
+        pairs = self._tokens.ends_as.get(section, ())
+        return tuple(exchanged(np.array([*ids], np.int32), pairs).tolist())
+
+    def _vocabulary(self, section: str) -> Ids:
+        """The student's, in ids of the scorer in `section`."""
+        return runs(self._in_ids_of(section, listed(self._tokens.student)))
 
 
 def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:

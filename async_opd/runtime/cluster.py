@@ -17,6 +17,7 @@ from async_opd.core.errors import ConfigError
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
+from async_opd.core.vocabulary import Tokens
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.actors import RemoteActor, RemoteRole
 from async_opd.runtime.nodes import (
@@ -44,7 +45,7 @@ class Cluster:
         self,
         config: Config,
         *,
-        eos_ids: list[int],
+        tokens: Tokens,
         tokenizer: Tokenizer,
         first_seed: int | None = None,
         emit: EventSink = lambda what, who, why: None,
@@ -55,7 +56,7 @@ class Cluster:
         self._emit = emit
         seed = config.run.seed if first_seed is None else first_seed
         self._timeouts = _timeouts(config)
-        self._specs = ActorSpecs(config, eos_ids=eos_ids, tokenizer=tokenizer, first_seed=seed)
+        self._specs = ActorSpecs(config, tokens=tokens, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[RemoteActor] = []
         # On a card that is shared one starts after the other: vLLM measures what is free while it
         # starts.

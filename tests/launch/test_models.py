@@ -116,7 +116,7 @@ UNREADABLE = {
 def test_a_generation_config_that_cannot_be_read_is_named(folder, text, why):
     (folder / "generation_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(DataError) as raised:
-        models.eos_ids("teacher.model", str(folder), False)
+        models.generation_config("teacher.model", str(folder))
     line = str(raised.value)
     assert line.startswith(f"teacher.model = '{folder}': its generation_config.json: ")
     assert why in line and "\n" not in line

@@ -18,6 +18,7 @@ from async_opd.config.load import load, load_run
 from async_opd.core.errors import ActorLost, AsyncOpdError, DataError
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SPANS
+from async_opd.core.vocabulary import Tokens
 from async_opd.driver.checkpoints import find
 from async_opd.launch import run as runs
 from async_opd.tools.trace.read import recorded
@@ -98,7 +99,10 @@ def over_simulated_roles(monkeypatch):
         prompts.counts, prompts.left_out_words = {}, ""
         prompts.close = lambda: None
         return SimpleNamespace(
-            prompts=prompts, held_out=[], eos_ids=[1], tokenizer=build_tokenizer()
+            prompts=prompts,
+            held_out=[],
+            tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
+            tokenizer=build_tokenizer(),
         )
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from async_opd.maths import logprobs
+from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
 N, D, V, K = 7, 5, 11, 3
@@ -63,7 +64,8 @@ def outside(logp_NV, ids_NK):
 
 @pytest.mark.parametrize("below", [None, 6])
 def test_without_given_candidates_the_tail_is_that_of_the_likeliest(hidden_ND, head, ids_N, below):
-    options = ReadOptions(0.7, 3, topk=K, topk_below=below, tail=True)
+    without = below and Without.those_but(((0, below),), V, torch.device("cpu"))
+    options = ReadOptions(0.7, 3, topk=K, topk_without=without, tail=True)
     read = read_logprobs(hidden_ND, of(head), ids_N, options)
     logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
     torch.testing.assert_close(read.tail_N, outside(logp_NV, logp_NV[:, :below].topk(K).indices))
@@ -147,7 +149,8 @@ def test_what_was_not_asked_for_is_none(hidden_ND, head, ids_N):
 
 def test_topk_never_picks_padding_yet_is_normalised_over_all_of_the_vocabulary():
     logits = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).log()  # ids 2 and 3 are padding
-    options = ReadOptions(1.0, 1, topk=2, topk_below=2)
+    without = Without.those_but(((0, 2),), 4, torch.device("cpu"))
+    options = ReadOptions(1.0, 1, topk=2, topk_without=without)
     read = read_logprobs(torch.ones(1, 1), Head(logits), torch.tensor([3]), options)
     assert read.topk_ids_NK.tolist() == [[1, 0]]
     torch.testing.assert_close(read.topk_NK.exp(), torch.tensor([[0.2, 0.1]]))
@@ -205,3 +208,88 @@ def test_nothing_as_wide_as_the_vocabulary_waits_for_the_backward_pass(hidden_ND
         options = ReadOptions(1.0, 2, entropy=True, tail=True)
         read_logprobs(hidden_ND, of(head), ids_N, options, candidate_ids_NK=ids_NK)
     assert waiting and not [shape for shape in waiting if V in shape[1:]]
+
+
+# ids 1 and 2 are a hole, 8 to 10 pad
+KEPT = [0, 3, 4, 5, 6, 7]
+
+
+@pytest.fixture
+def without():
+    return Without.those_but(((0, 1), (3, 8)), V, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_ids_that_are_left_out_are_as_if_the_head_had_no_rows_for_them(
+    hidden_ND, head, without, cap, chunk_rows
+):
+    """Values and gradients of a head of the other rows alone, though what is left out is likely."""
+    head.bias.data[[1, 9]] += 5
+    hidden_ND.requires_grad_()
+    options = ReadOptions(0.7, chunk_rows, entropy=True, topk=4, tail=True)
+    places_N, places_NK = torch.tensor([0, 1, 5, 1, 3, 2, 4]), torch.tensor([[5, 0, 3]] * N)
+    kept = torch.tensor(KEPT)
+
+    def read(head, ids):
+        read = read_logprobs(
+            hidden_ND, head, ids[places_N], options, candidate_ids_NK=ids[places_NK]
+        )
+        sums = [read.sampled_N.sum(), 2 * read.entropy_N.sum(), 3 * read.candidates_NK.sum()]
+        grads = torch.autograd.grad(sum(sums) + 4 * read.tail_N.sum(), [hidden_ND, *head[:2]])
+        return read, grads
+
+    small = Head(
+        head.weight[KEPT].detach().requires_grad_(), head.bias[KEPT].detach().requires_grad_(), cap
+    )
+    expected, grads = read(small, torch.arange(len(KEPT)))
+    got, (hidden_grad, weight_grad, bias_grad) = read(
+        of(head)._replace(cap=cap, without=without), kept
+    )
+    for name in ("sampled_N", "entropy_N", "candidates_NK", "topk_NK", "tail_N"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+    assert torch.equal(got.topk_ids_NK, kept[expected.topk_ids_NK])
+    torch.testing.assert_close(hidden_grad, grads[0])
+    torch.testing.assert_close(weight_grad[KEPT], grads[1])
+    torch.testing.assert_close(bias_grad[KEPT], grads[2])
+    lost = [id for id in range(V) if id not in KEPT]
+    assert not weight_grad[lost].any() and not bias_grad[lost].any()
+
+
+def test_an_id_that_is_left_out_has_no_log_prob(hidden_ND, head, without):
+    ids_NK = torch.tensor([[0, 1, 2, 9]]).expand(N, 4)
+    read = read_logprobs(
+        hidden_ND,
+        of(head)._replace(without=without),
+        torch.full((N,), 7),
+        ReadOptions(0.7, 3),
+        candidate_ids_NK=ids_NK,
+    )
+    assert read.sampled_N.isfinite().all() and read.candidates_NK[:, 0].isfinite().all()
+    assert read.candidates_NK[:, 1:].isnan().all()
+
+
+def test_where_all_that_is_kept_are_candidates_the_tail_is_nothing(hidden_ND, head, without):
+    hidden_ND.requires_grad_()
+    every, options = torch.tensor(KEPT).expand(N, len(KEPT)), ReadOptions(0.7, 3, tail=True)
+    kept, ids_N = of(head)._replace(without=without), torch.full((N,), 7)
+    read = read_logprobs(hidden_ND, kept, ids_N, options, candidate_ids_NK=every)
+    likeliest = read_logprobs(hidden_ND, kept, ids_N, options._replace(topk=len(KEPT)))
+    assert read.tail_N.tolist() == likeliest.tail_N.tolist() == [logprobs.NOTHING] * N
+    read.tail_N.sum().backward()
+    assert not hidden_ND.grad.any()
+
+
+def test_candidates_of_some_ids_are_normalised_over_all_and_leave_the_rest_to_the_tail(
+    hidden_ND, head, ids_N, without
+):
+    """What is no candidate, though likeliest of all, is in the tail."""
+    head.bias.data[[1, 9]] += 5
+    options = ReadOptions(0.7, 3, topk=4, tail=True, topk_without=without)
+    read = read_logprobs(hidden_ND, of(head), ids_N, options)
+    logp_NV = torch.log_softmax(head(hidden_ND) / 0.7, dim=-1)
+    top = logp_NV[:, KEPT].topk(4)
+    torch.testing.assert_close(read.topk_NK, top.values)
+    assert torch.equal(read.topk_ids_NK, torch.tensor(KEPT)[top.indices])
+    torch.testing.assert_close(read.tail_N, outside(logp_NV, read.topk_ids_NK))
+    torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
+from async_opd.core.vocabulary import Tokens, runs
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.launch.inputs import views
@@ -21,12 +22,15 @@ def demo_config(tmp_path, *overrides: str) -> Config:
 
 
 @asynccontextmanager
-async def running(config: Config, eos_ids: tuple[int, ...] = (1,)):
+async def running(
+    config: Config, eos_ids: tuple[int, ...] = (1,), stops: tuple[int | str, ...] = ()
+):
     """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full
     length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
-    with Cluster(config, eos_ids=list(eos_ids), tokenizer=tokenizer.backend_tokenizer) as cluster:
+    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=eos_ids, stops=stops)
+    with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()
         publisher = WeightPublisher(
             replica(roles.learner),

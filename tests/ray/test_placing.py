@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, ClusterTooSmall, ConfigError
+from async_opd.core.vocabulary import Tokens
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import driver_node
@@ -43,7 +44,10 @@ def nodes():
 
 def starting(*overrides: str, emit=lambda what, who, why: None) -> Cluster:
     return Cluster(
-        load(DEMO, list(overrides)), eos_ids=[1], tokenizer=Tokenizer(WordLevel()), emit=emit
+        load(DEMO, list(overrides)),
+        tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
+        tokenizer=Tokenizer(WordLevel()),
+        emit=emit,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from async_opd.core.vocabulary import Tokens, runs
 from async_opd.core.wire import Prompt
 from async_opd.runtime.cluster import Cluster
 from tests.ray.conftest import demo_config
@@ -32,7 +33,8 @@ async def test_a_prompt_is_answered_once_by_the_teachers_weights_in_the_teachers
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
     prompt = Prompt(id="a@0", ids=np.array([3, 4], np.int32), answer="")
     rendered = msgspec.structs.replace(prompt, id="b@0", teacher_ids=np.array([5, 6, 7], np.int32))
-    with Cluster(config, eos_ids=[], tokenizer=tokenizer.backend_tokenizer) as cluster:
+    tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=())
+    with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         generator = await cluster._spawn("teacher-generator", 0)
         answers = [await generator.generate(asked) for asked in (prompt, rendered)]
         groups = [await ref for _, ref in answers]

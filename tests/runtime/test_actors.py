@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
+from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.runtime.cluster import Cluster
@@ -48,7 +49,11 @@ async def test_what_needs_gpus_is_refused_before_any_actor_starts(
     overrides, needs, message, monkeypatch
 ):
     monkeypatch.setattr(TopkKl, "needs", lambda self: needs)
-    cluster = Cluster(load(DEMO, overrides), eos_ids=[1], tokenizer=Tokenizer(WordLevel()))
+    cluster = Cluster(
+        load(DEMO, overrides),
+        tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
+        tokenizer=Tokenizer(WordLevel()),
+    )
     cluster._gpus = 0  # as Ray says of a cluster without
     with pytest.raises(ConfigError, match=f"^{message}"):
         await cluster.roles()
@@ -89,7 +94,11 @@ def connection(monkeypatch):
 
 
 def a_cluster() -> Cluster:
-    return Cluster(load(DEMO), eos_ids=[1], tokenizer=Tokenizer(WordLevel()))
+    return Cluster(
+        load(DEMO),
+        tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
+        tokenizer=Tokenizer(WordLevel()),
+    )
 
 
 def test_a_cluster_ends_the_connection_that_it_has_begun(connection):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from async_opd.core.errors import StaleTrajectory, WireError
+from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import Group, LearnerShare, Prompt, Rollout, Scores, Verdict
 from async_opd.maths import lag
 from async_opd.objectives.token_batch import TokenBatch
@@ -36,7 +37,7 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBounds:
-    """What bounds the training of a token: its lag, and the length of its response.
+    """What bounds the training of a token: its lag, the length of its response, and what ended it.
 
     `stale` and `truncated` say "mask" where such tokens stay visible to the objective but leave the
     reduction.
@@ -46,6 +47,18 @@ class TrainingBounds:
     stale: Literal["mask", "drop"]
     truncated: Literal["train", "mask", "drop"]
     cap: int  # most tokens a response may have
+    train_stop: bool = True  # false: the tokens of what stands in rollout.stop leave it too
+
+    @classmethod
+    def of(cls, settings: LearnerSettings) -> Self:
+        """Take them from what a rank is built with."""
+        return cls(
+            max_lag_steps=settings.max_lag_steps,
+            stale=settings.stale,
+            truncated=settings.truncated,
+            cap=settings.max_new_tokens,
+            train_stop=settings.train_stop,
+        )
 
 
 def trajectories(
@@ -179,7 +192,10 @@ def _kept(rollout: Rollout, version_T: np.ndarray, bounds: TrainingBounds, live:
         raise StaleTrajectory(
             f"{rollout.id}: {rollout.spans} at version {live}, bound {bounds.max_lag_steps}"
         )
-    return fresh_T & (bounds.truncated != "mask" or not rollout.truncated)
+    kept_T = fresh_T & (bounds.truncated != "mask" or not rollout.truncated)
+    if rollout.stop_tokens and not bounds.train_stop:
+        kept_T[-rollout.stop_tokens :] = False
+    return kept_T
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:

@@ -62,12 +62,7 @@ class LearnerRank:
         self._config = config
         self._objective = objective
         self._teacher_sampling = teacher_sampling
-        self._bounds = TrainingBounds(
-            max_lag_steps=settings.max_lag_steps,
-            stale=settings.stale,
-            truncated=settings.truncated,
-            cap=settings.max_new_tokens,
-        )
+        self._bounds = TrainingBounds.of(settings)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._running = {name: Moments() for name in objective.needs().running}
         # Of rank 0; torch's stubs do not export its type.
@@ -102,7 +97,12 @@ class LearnerRank:
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
         width = lm.config.get_text_config(decoder=True).hidden_size
-        student = Student(lm, temperature=settings.temperature, chunk_rows=config.head_chunk_rows)
+        student = Student(
+            lm,
+            temperature=settings.temperature,
+            chunk_rows=config.head_chunk_rows,
+            vocabulary=settings.vocabulary,
+        )
         engine_config = deepspeed_config(config, width)
         # weight by weight from host memory, so that no device ever holds the whole model
         if config.zero_stage == 3:

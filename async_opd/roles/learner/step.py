@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from async_opd.core.vocabulary import Ids
 from async_opd.core.wire import Needs
 from async_opd.maths import segments
 from async_opd.maths.advantages import Moments
+from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.objectives import Objective
 from async_opd.objectives.token_batch import TokenBatch
@@ -28,8 +30,20 @@ class Student(nn.Module):
     """The module DeepSpeed wraps. Log-probs are read inside its forward, so that ZeRO's hooks see
     the LM head."""
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_rows: int):
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_rows: int,
+        vocabulary: Ids | None = None,
+    ):
+        """`vocabulary` is what log-probs are over; None: all ids of the head."""
         super().__init__()
+        size = lm.config.get_text_config().vocab_size
+        self._without = (
+            Without.those_but(vocabulary, size, torch.device("cpu")) if vocabulary else None
+        )
         self.lm = lm
         self.temperature = temperature
         self.chunk_rows = chunk_rows
@@ -37,12 +51,15 @@ class Student(nn.Module):
     def forward(self, micro: MicroBatch, needs: Needs = NOTHING) -> Read:
         """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
         what `needs` asks for."""
+        if self._without:
+            marks_V = self._without.marks_V.to(micro.ids_L.device)
+            self._without = self._without._replace(marks_V=marks_V)
         hidden_ND = causal_lm.hidden_states(self.lm, micro.ids_L, micro.segment_lengths)[
             micro.rows_N
         ]
         read = read_logprobs(
             hidden_ND,
-            causal_lm.head(self.lm),
+            causal_lm.head(self.lm)._replace(without=self._without),
             micro.targets_N,
             ReadOptions(
                 self.temperature,

@@ -1,11 +1,14 @@
 """The settings of a generator's engine."""
 
+import os
+import shutil
 from typing import Any
 
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
 
+from async_opd.core.errors import ConfigError
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Needs
 from async_opd.roles.models.vllm_cpu import cpu_engine
@@ -16,10 +19,15 @@ def engine_args(
     settings: GeneratorSettings, config: RolloutConfig, needs: Needs, *, longest: int, block: int
 ) -> AsyncEngineArgs:
     """What vLLM takes for sequences of at most `longest` tokens, with a prefix cache of blocks of
-    `block` tokens."""
+    `block` tokens. Raises ConfigError where it would be compiled and there is no compiler."""
+    cpu = current_platform.is_cpu()
+    if cpu and not config.enforce_eager and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ConfigError(
+            "rollout.enforce_eager = false: compiling on CPU needs a C++ compiler; set it to true"
+        )
     device: dict[str, Any] = (
         cpu_engine(config.memory_gib, enforce_eager=config.enforce_eager)
-        if current_platform.is_cpu()
+        if cpu
         else {"enforce_eager": config.enforce_eager}
     )
     return AsyncEngineArgs(
@@ -38,7 +46,8 @@ def engine_args(
         scheduling_policy="priority",  # in order of arrival, but for the probe and evaluations
         # end tokens and penalties of the checkpoint's own are not asked for
         generation_config="vllm",
-        skip_tokenizer_init=True,
+        # it reads texts only to find those that end a response
+        skip_tokenizer_init=not any(isinstance(stop, str) for stop in settings.stops),
         trust_remote_code=settings.trust_remote_code,
         disable_log_stats=True,
         **device,

@@ -5,9 +5,9 @@ import asyncio
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from async_opd.core.errors import ActorLost, ConfigError, OverAge, SyncFailed, WireError
+from async_opd.core.errors import ActorLost, OverAge, SyncFailed, WireError
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
+from async_opd.core.vocabulary import drawn, exchanged
 from async_opd.core.wire import (
     Group,
     GroupMeta,
@@ -40,6 +41,7 @@ from async_opd.core.wire import (
 )
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args
+from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
 
 Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
@@ -53,8 +55,7 @@ class RolloutGenerator:
 
     def __init__(self, settings: GeneratorSettings, config: RolloutConfig, needs: Needs):
         """Load the engine with the weights of `settings.model` as version 0."""
-        self._settings = settings
-        self._config = config
+        self._settings, self._config = settings, config
         self._needs = needs
         self._candidates = 0  # ids beside each token; `start` has them made
         self._request_ids = itertools.count()
@@ -65,18 +66,11 @@ class RolloutGenerator:
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
             logging.ERROR
         )
-        cpu = current_platform.is_cpu()
-        if cpu and not config.enforce_eager and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ConfigError(
-                "rollout.enforce_eager = false: compiling on CPU needs a C++ compiler; set it to"
-                " true"
-            )
-        block = 128 if cpu else 16  # tokens of one prefix-cache block
+        block = 128 if current_platform.is_cpu() else 16  # tokens of one prefix-cache block
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be
         # hit, and show.
-        self._probe_ids = np.random.default_rng(0).integers(
-            settings.vocabulary, size=block + 16, dtype=np.int32
-        )
+        self._probe_ids = drawn(settings.vocabulary, block + 16)
+        self._texts = [stop for stop in settings.stops if isinstance(stop, str)]
         if needs.teacher_at_student_ids:
             # vLLM's other runner does not let `vllm_candidates` in
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -87,14 +81,15 @@ class RolloutGenerator:
         self._engine = AsyncLLM.from_engine_args(
             engine_args(settings, config, needs, longest=longest, block=block)
         )
+        decode = self._engine.get_tokenizer().decode if self._texts else str
+        self._stop_tokens = partial(stop_tokens, stops=settings.stops, decode=decode)
 
     async def start(self) -> None:
-        """Have the engine give the objective's candidates with each token of `generate`; before,
-        there are none."""
+        """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
+        with each token of `generate`; before, there are none."""
+        await self._engine.collective_rpc("use_only", args=(self._settings.vocabulary,))
         if k := self._needs.teacher_at_student_ids:
-            await self._engine.collective_rpc(
-                "return_candidates", args=(self._needs.student_ids, self._settings.vocabulary)
-            )
+            await self._engine.collective_rpc("return_candidates", args=(self._needs.student_ids,))
             self._candidates = k
 
     def sampling(self, **changes: Any) -> SamplingParams:
@@ -107,7 +102,11 @@ class RolloutGenerator:
             logprobs=0,
             flat_logprobs=True,
             stop_token_ids=list(self._settings.eos_ids),
-            detokenize=False,
+            stop=self._texts,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            detokenize=bool(self._texts),
+            ignore_eos=True,  # of the engine's own choice
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         return SamplingParams(**settings | changes)
@@ -130,7 +129,7 @@ class RolloutGenerator:
 
     async def probe(self) -> tuple[Ints, Rollout]:
         """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
-        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, ignore_eos=True, stop_token_ids=[])
+        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, stop_token_ids=[], stop=[])
         (output,) = await self._run("probe", self._probe_ids, sampling)
         return self._probe_ids, self._rollout(f"parity probe of {self._settings.name}", output)
 
@@ -272,11 +271,12 @@ class RolloutGenerator:
         assert isinstance(flat, FlatLogprobs)
         logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
         ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
+        written = exchanged(np.asarray(output.token_ids, np.int32), self._settings.ends_as)
         asked = logp.shape[1] > 1
         sampled = asked and self._needs.student_ids == "sampled"
         fields: dict[str, Any] = dict(
             id=f"{prompt_id}#{output.index}",
-            ids=np.asarray(output.token_ids, np.int32),
+            ids=written,
             behaviour_logp=logp[:, 0],
             spans=tuple(
                 Span(version=_version(s.version), start=s.start, end=s.end)
@@ -285,6 +285,7 @@ class RolloutGenerator:
             truncated=output.finish_reason == "length",
             candidate_ids=ids[:, 1:] if asked else None,
             candidate_logp=logp[:, 1:] if sampled else None,
+            stop_tokens=self._stop_tokens(output.stop_reason, written),
         )
         try:
             return Rollout(**fields)

@@ -33,16 +33,20 @@ class Judge:
         tokenizer: PreTrainedTokenizerFast,
         views: Mapping[str, TeacherView],
         references: References | None,
+        *,
+        head: int | None = None,
     ):
         """Take what each teacher is shown from `views`. No `references`: answers are taken as they
-        are. Raises DataError for a template that is missing."""
+        are. `head`: rows of the student's, absent: enough. Raises DataError for a template that is
+        missing."""
         self.config = config
         self.tokenizer = tokenizer
         self.renderer = Renderer(config, tokenizer, views)
         self.encoder = Encoder(tokenizer, raw=not config.chat_template)
         self._references = references
+        self._head = head
         # what a verdict depends on besides rows, tokenizer and code
-        self.key = f"{config} {views} {references.key if references else None}"
+        self.key = f"{config} {views} {references.key if references else None} {head}"
 
     def prompt(self, row: dict, epoch: int) -> Prompt | Flaw:
         """Render and tokenize a row, which has its place as "_position"."""
@@ -70,6 +74,9 @@ class Judge:
                 return f"{self.config.prompt!r}: {each}", False
             if not len(each):
                 return f"{self.config.prompt!r} makes no tokens", False
+            if self._head and (most := int(each.max())) >= self._head:
+                token = f"{self.tokenizer.convert_ids_to_tokens(most)!r} ({most})"
+                return f"holds {token}; the student's head has {self._head} rows", False
         long = rendered.over([len(each) for each in ids])
         return (long, True) if long else None
 

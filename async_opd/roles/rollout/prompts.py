@@ -40,17 +40,19 @@ class PromptSource:
         seed: int,
         views: Mapping[str, TeacherView] | None = None,
         references: References | None = None,
+        head: int | None = None,
         key: str = "data.path",
     ):
         """Load the rows and check that there are the columns. `views` say by name what each teacher
         is shown (one alone has the name ""); absent: what the student is. Prompts carry the
         teacher's rendering too where it is another. `references` judges the answers where it is
-        given; `key` is the setting that names the set."""
+        given; `head`: rows of the student's, absent: enough; `key` is the setting that names the
+        set."""
         self._config = config
         self._seed = seed
         self._key = key
         views = {"": TeacherView()} if views is None else views
-        self._judge = Judge(config, tokenizer, views, references)
+        self._judge = Judge(config, tokenizer, views, references, head=head)
         self._rows = load(config, key)
         self._survey: Survey | None = None
         self.skipped = 0  # prompts that were too long

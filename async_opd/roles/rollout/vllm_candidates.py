@@ -1,12 +1,12 @@
-"""Ids of the behaviour policy at every visited prefix, picked where vLLM samples. Its workers load
-this file by name.
+"""Which ids vLLM samples and has log-probs over, and which it picks beside each token. Its workers
+load this file by name.
 
-vLLM sends the likeliest ids of a position along with the sampled token, in the same row. Other ids
-in their place share that row's way: what an update, a preemption or an abort does to a token, it
-does to its candidates.
+vLLM sends the likeliest ids of a position along with its token, in the same row. Other ids in their
+place share that row's way: what an update, a preemption or an abort does to a token, it does to its
+candidates.
 
-`B` requests of one step, `V` vocabulary, `K` candidates. Log-probs are of logits divided by the
-temperature.
+`B` requests of one step, `V` rows of the head, `K` candidates. Log-probs are of logits divided by
+the temperature.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,56 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from async_opd.core.vocabulary import Ids, others
+
 
 class Candidates:
     """What `worker_extension_cls` adds to a vLLM worker."""
 
     model_runner: Any  # the worker's
 
-    def return_candidates(self, which: Literal["likeliest", "sampled"], vocabulary: int) -> None:
+    def use_only(self, ids: Ids) -> None:
+        """Give every other id the logit -∞ from now on, wherever logits are made: none is sampled,
+        and log-probs are over `ids` alone."""
+        without_V, model = self._others(ids), self.model_runner.model
+        if without_V.any():
+            model.compute_logits = partial(logits_of, model.compute_logits, without_V)
+
+    def pick_among(self, ids: Ids) -> None:
+        """Let the likeliest of a position be of these alone from now on; what log-probs are over
+        stays as it is."""
+        sampler = self.model_runner.sampler
+        sampler.gather_logprobs = partial(
+            with_likeliest, type(sampler).gather_logprobs, without_V=self._others(ids)
+        )
+
+    def return_candidates(self, which: Literal["likeliest", "sampled"]) -> None:
         """Let `logprobs=K` of a request ask for K candidates of this kind from now on; `logprobs=0`
         for none, as ever."""
         sampler = self.model_runner.sampler
         sampler.gather_logprobs = partial(
-            with_candidates, type(sampler).gather_logprobs, which=which, vocabulary=vocabulary
+            with_candidates, type(sampler).gather_logprobs, which=which
         )
+
+    def _others(self, ids: Ids) -> Tensor:
+        """Mark the ids of the head that are none of these, bool [V]."""
+        runner = self.model_runner
+        return torch.from_numpy(others(ids, runner.model_config.get_vocab_size())).to(runner.device)
+
+
+def logits_of(compute: Callable, without_V: Tensor, *args: Any) -> Tensor | None:
+    """Take what a model computes, [B, V], or None on a rank that has no logits."""
+    logits_BV = compute(*args)
+    return None if logits_BV is None else logits_BV.masked_fill_(without_V, -torch.inf)
+
+
+def with_likeliest(
+    gather: Callable, logp_BV: Tensor, k: int, token_ids: Tensor, *, without_V: Tensor
+) -> Any:
+    """Put the K likeliest ids that are not marked behind each token that vLLM's
+    `gather(logp_BV, 0, token_ids)` gives, [B, 1]."""
+    top = logp_BV.masked_fill(without_V, -torch.inf).topk(k)
+    return _beside(gather(logp_BV, 0, token_ids), top.indices, top.values)
 
 
 def with_candidates(
@@ -38,14 +75,12 @@ def with_candidates(
     token_ids: Tensor,
     *,
     which: Literal["likeliest", "sampled"],
-    vocabulary: int,
 ) -> Any:
     """Put K candidates behind each sampled token that vLLM's `gather(logp_BV, 0, token_ids)` gives,
     [B, 1].
 
-    "likeliest": the K likeliest ids below `vocabulary`, the tokenizer's: those from there on are
-    padding. "sampled": K independent samples, with replacement, of the distribution that the token
-    itself was drawn from.
+    "likeliest": the K likeliest ids. "sampled": K independent samples, with replacement, of the
+    distribution that the token itself was drawn from.
     """
     alone = gather(logp_BV, 0, token_ids)
     if k == 0:
@@ -53,9 +88,14 @@ def with_candidates(
     ids_BK = (
         torch.multinomial(logp_BV.exp(), k, replacement=True)
         if which == "sampled"
-        else logp_BV[:, :vocabulary].topk(k).indices
+        else logp_BV.topk(k).indices
     )
+    return _beside(alone, ids_BK, logp_BV.gather(1, ids_BK))
+
+
+def _beside(alone: Any, ids_BK: Tensor, logp_BK: Tensor) -> Any:
+    """Put ids with their log-probs behind what vLLM gave of the tokens alone."""
     return alone._replace(
         logprob_token_ids=torch.cat([alone.logprob_token_ids, ids_BK.to(torch.int32)], 1),
-        logprobs=torch.cat([alone.logprobs, logp_BV.gather(1, ids_BK)], 1),
+        logprobs=torch.cat([alone.logprobs, logp_BK], 1),
     )

@@ -31,7 +31,11 @@ class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a teacher is, and what it is shown. With the student's own model it is a
     self-teacher."""
 
-    model: str  # local directory or hub id; its tokenizer must agree with the student's
+    # Local directory or hub id; its tokenizer must know the student's tokens by their ids.
+    model: str
+    # Its end tokens, each with the student's that it is read as: log-prob and place among the
+    # candidates of either are the other's, and the student never samples the teacher's.
+    ends_as: dict[str, str] = {}
     # For the teacher's own rendering of the prompt, where it differs.
     template_args: dict[str, Any] = {}
     context: str | None = None  # shown instead of the prompt: text with {prompt} and {solution}

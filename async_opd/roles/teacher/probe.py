@@ -6,6 +6,7 @@ import numpy as np
 
 from async_opd.core.errors import AsyncOpdError
 from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.vocabulary import listed
 from async_opd.core.wire import Floats, Group, Needs, Prompt, Rollout, Span
 from async_opd.roles.teacher.candidates import Outcome
 
@@ -17,11 +18,13 @@ def probe_group(settings: ScorerSettings, logits: int, needs: Needs) -> Group:
     """Make RESPONSES rollouts of one prompt, of random ids that the tokenizer and a model of so
     many logits have, with the candidates that `needs` wants scored."""
     random = np.random.default_rng(0)
-    ids, prompt = min(settings.vocabulary, logits), min(PROMPT, settings.longest // 2)
+    known = listed(settings.vocabulary)
+    known = known[known < logits].astype(np.int32)
+    prompt = min(PROMPT, settings.longest // 2)
     tokens = min(TOKENS, settings.longest - prompt)
 
     def drawn(*shape: int) -> np.ndarray:
-        return random.integers(ids, size=shape, dtype=np.int32)
+        return random.choice(known, size=shape)
 
     k = needs.teacher_at_student_ids
     rollouts = [

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from async_opd.core.errors import AsyncOpdError, CallFailed, WireError
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.vocabulary import exchanged
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
+from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.candidates import (
@@ -51,6 +53,10 @@ class TransformersTeacher:
         ).eval()
         embedding: Any = self._model.get_input_embeddings()
         self._logits = min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight))
+        self._foreign = Without.those_but(settings.vocabulary, self._logits, self._device)
+        self._unused = settings.whole and Without.those_but(
+            settings.whole, self._logits, self._device
+        )
         # Penalties of the checkpoint's own would bend `greedy`.
         self._model.generation_config = GenerationConfig()
         self._waiting: list[tuple[Item, asyncio.Future[Outcome]]] = []
@@ -155,24 +161,27 @@ class TransformersTeacher:
         def tensor(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
 
+        def read(parts: list[np.ndarray]) -> torch.Tensor:
+            return tensor([exchanged(part, self._settings.ends_as) for part in parts])
+
         hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
         scored = read_logprobs(
             hidden_LD[tensor(rows)],
-            causal_lm.head(self._model),
-            tensor([r.ids for _, r in items]),
+            causal_lm.head(self._model)._replace(without=self._unused),
+            read([r.ids for _, r in items]),
             ReadOptions(
                 self._settings.temperature,
                 self._config.head_chunk_rows,
                 entropy=self._needs.teacher_entropy,
                 topk=self._needs.teacher_topk,
-                topk_below=self._settings.vocabulary,
+                topk_without=self._foreign,
                 tail=self._needs.tail,
             ),
-            candidate_ids_NK=tensor([candidates_of(r) for _, r in items])
+            candidate_ids_NK=read([candidates_of(r) for _, r in items])
             if self._needs.teacher_at_student_ids
             else None,
         )
-        return _split(scored, [r for _, r in items])
+        return _split(scored, [r for _, r in items], self._settings.ends_as)
 
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy."""
@@ -197,9 +206,36 @@ class TransformersTeacher:
             do_sample=False,
             eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],
+            logits_processor=LogitsProcessorList([self._known]),
+            stopping_criteria=self._stops_at(width),
         )
         self._model.set_attn_implementation(causal_lm.ATTENTION)
-        return list(out[:, width:].cpu().numpy().astype(np.int32))
+        answers = out[:, width:].cpu().numpy().astype(np.int32)
+        return list(exchanged(answers, self._settings.ends_as))
+
+    def _stops_at(self, width: int) -> StoppingCriteriaList:
+        """What ends each response, behind `width` tokens, once it spells one of the texts."""
+        stops, remote = self._settings.stops, self._settings.trust_remote_code
+        if not stops:
+            return StoppingCriteriaList()
+        decode = AutoTokenizer.from_pretrained(
+            self._config.model, trust_remote_code=remote
+        ).batch_decode
+        most = max(len(stop.encode()) for stop in stops)  # tokens that spell one
+
+        def spelled(ids_BL: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+            ids_BT = ids_BL[:, max(width, ids_BL.shape[1] - most) :]
+            texts = decode(ids_BT, skip_special_tokens=False)
+            ended = [any(stop in text for stop in stops) for text in texts]
+            return torch.tensor(ended, device=ids_BL.device)
+
+        return StoppingCriteriaList([spelled])
+
+    def _known(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Leave out of what is generated the ids that the student has not."""
+        if self._foreign is None:
+            return logits_BV
+        return logits_BV.masked_fill(self._foreign.marks_V, -torch.inf)
 
 
 def _each(score: Callable[[list[Item]], list[Outcome]], items: list[Item]) -> list[Outcome]:
@@ -217,7 +253,9 @@ def _each(score: Callable[[list[Item]], list[Outcome]], items: list[Item]) -> li
     return outcomes
 
 
-def _split(read: Read, rollouts: list[Rollout]) -> list[Outcome]:
+def _split(
+    read: Read, rollouts: list[Rollout], ends_as: tuple[tuple[int, int], ...]
+) -> list[Outcome]:
     """Cut what was read of a batch into the scores of its rollouts."""
     columns = {
         "sampled_logp": read.sampled_N,
@@ -227,6 +265,8 @@ def _split(read: Read, rollouts: list[Rollout]) -> list[Outcome]:
         "candidate_logp": read.candidates_NK,
         "tail_logp": read.tail_N,
     }
+    if read.topk_ids_NK is not None:
+        columns["topk_ids"] = torch.from_numpy(exchanged(read.topk_ids_NK.cpu().numpy(), ends_as))
     lengths = [len(rollout.ids) for rollout in rollouts]
     parts = {
         name: [

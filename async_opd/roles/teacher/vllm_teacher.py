@@ -3,6 +3,7 @@
 
 import asyncio
 import itertools
+import os
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.vocabulary import exchanged, listed
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.teacher.candidates import (
@@ -46,6 +48,11 @@ class VllmTeacher:
         self._settings = settings
         self._needs = needs
         self._request_ids = itertools.count()
+        # ids that this model has and the student has not
+        self._foreign = settings.whole != settings.vocabulary
+        if needs.teacher_topk and self._foreign:
+            # vLLM's other runner does not let `vllm_candidates` in
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model,
@@ -59,7 +66,8 @@ class VllmTeacher:
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 # Penalties and end tokens of the checkpoint's own would bend `greedy`.
                 generation_config="vllm",
-                skip_tokenizer_init=True,
+                worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
+                skip_tokenizer_init=not settings.stops,
                 trust_remote_code=settings.trust_remote_code,
                 disable_log_stats=True,
                 # On CPU it would be compiled for lengths that never come again.
@@ -71,6 +79,14 @@ class VllmTeacher:
             )
         )
         self._logits = self._engine.model_config.get_vocab_size()
+
+    async def start(self) -> None:
+        """Have the engine use the ids of this model's own tokenizer alone, and pick candidates
+        among those that the student knows."""
+        if self._settings.whole:
+            await self._engine.collective_rpc("use_only", args=(self._settings.whole,))
+        if self._needs.teacher_topk and self._foreign:
+            await self._engine.collective_rpc("pick_among", args=(self._settings.vocabulary,))
 
     async def score(self, group: Group) -> Answer:
         """Score each rollout of `group`, each a request of its own, and say why it has no scores.
@@ -100,22 +116,15 @@ class VllmTeacher:
             return e
 
     async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
-        k, vocabulary = self._needs.teacher_topk, self._settings.vocabulary
+        k = self._needs.teacher_topk
         ids, logp, candidate_logp = await self._read(prompt, rollout, k)
-        # Rare in a trained model: look behind the padding.
-        if k and ids[:, 1:].max() >= vocabulary:
-            padding = self._logits - vocabulary
-            ids, logp, candidate_logp = await self._read(prompt, rollout, k + padding)
-        # Padding goes behind; the others stay in their order.
-        likeliest = 1 + np.argsort(ids[:, 1:] >= vocabulary, axis=1, kind="stable")[:, :k]
-        topk_logp = np.take_along_axis(logp, likeliest, axis=1)
         return Scores(
             id=rollout.id,
             sampled_logp=logp[:, 0],
-            topk_ids=np.take_along_axis(ids, likeliest, axis=1) if k else None,
-            topk_logp=topk_logp if k else None,
+            topk_ids=exchanged(ids[:, 1:], self._settings.ends_as) if k else None,
+            topk_logp=logp[:, 1:] if k else None,
             candidate_logp=candidate_logp,
-            tail_logp=tail_left_by(topk_logp if candidate_logp is None else candidate_logp)
+            tail_logp=tail_left_by(logp[:, 1:] if candidate_logp is None else candidate_logp)
             if self._needs.tail
             else None,
         )
@@ -129,10 +138,13 @@ class VllmTeacher:
         scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
         if self._needs.teacher_at_student_ids:
             scoring |= {
-                "prompt_logprob_token_ids": candidates_of(rollout),
+                "prompt_logprob_token_ids": exchanged(
+                    candidates_of(rollout), self._settings.ends_as
+                ),
                 "prompt_logprob_start": len(prompt) - 1,
             }
-        output = await self._run(np.concatenate([prompt, rollout.ids]), **scoring)
+        response = exchanged(rollout.ids, self._settings.ends_as)
+        output = await self._run(np.concatenate([prompt, response]), **scoring)
         flat, rows = output.prompt_logprobs, len(rollout.ids)
         assert isinstance(flat, FlatLogprobs)  # as it was asked for
         ids = np.array(flat.token_ids[-rows * (k + 1) :], np.int32).reshape(rows, k + 1)
@@ -142,6 +154,7 @@ class VllmTeacher:
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         ActorLost."""
+        known = listed(self._settings.vocabulary).tolist() if self._foreign else None
         outputs = await asyncio.gather(
             *(
                 self._run(
@@ -149,11 +162,19 @@ class VllmTeacher:
                     temperature=0.0,
                     max_tokens=self._settings.max_new_tokens,
                     stop_token_ids=list(self._settings.eos_ids),
+                    stop=list(self._settings.stops),
+                    include_stop_str_in_output=True,
+                    skip_special_tokens=False,
+                    ignore_eos=True,  # of the engine's own choice
+                    allowed_token_ids=known,
                 )
                 for ids in prompts
             )
         )
-        return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
+        return [
+            exchanged(np.array(output.outputs[0].token_ids, np.int32), self._settings.ends_as)
+            for output in outputs
+        ]
 
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died. Answered by the engine itself, between two of its
@@ -170,7 +191,9 @@ class VllmTeacher:
                 async for output in self._engine.generate(
                     {"prompt_token_ids": ids.tolist()},
                     SamplingParams(
-                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+                        detokenize=bool(sampling.get("stop")),
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                        **sampling,
                     ),
                     str(next(self._request_ids)),
                 )

@@ -26,10 +26,17 @@ def packed() -> Callable[..., MicroBatch]:
         stale="mask",
         truncated="train",
         cap=64,
+        train_stop=True,
     ) -> MicroBatch:
         return pack(
             list(trajectories),
-            TrainingBounds(max_lag_steps=max_lag_steps, stale=stale, truncated=truncated, cap=cap),
+            TrainingBounds(
+                max_lag_steps=max_lag_steps,
+                stale=stale,
+                truncated=truncated,
+                cap=cap,
+                train_stop=train_stop,
+            ),
             live=live,
             device=torch.device("cpu"),
         )

@@ -100,3 +100,13 @@ def test_a_rollout_without_scores_is_never_trained_as_the_teachers_own_answer(sa
         trajectories(share, (group,), **columns)
     if column == "scores":  # the teacher's own answer has none at all
         assert trajectories(share, (group,), (None,))[0][0].from_teacher
+
+
+@pytest.mark.parametrize(
+    ("train_stop", "kept"), [(True, [True] * 7), (False, [True, True, False, False, *[True] * 3])]
+)
+def test_the_tokens_of_a_stop_leave_the_reduction_by_policy(sample, packed, train_stop, kept):
+    stopped = sample(spans=[(0, 4)], stop_tokens=2)
+    micro = packed(stopped, sample(id="b", spans=[(0, 3)], seed=1), train_stop=train_stop)
+    assert micro.keep_N.tolist() == kept
+    assert len(micro.targets_N) == 7  # the objective sees them all the same

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from async_opd.core.wire import Needs
 from async_opd.maths.logprobs import NOTHING, Read
 from async_opd.objectives.opd import Opd
 from async_opd.objectives.sampled import Importance
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.roles.learner.step import StepContext, accumulate, batch_statistics
+from async_opd.roles.learner.step import StepContext, Student, accumulate, batch_statistics
 from tests.roles.learner.centred import Centred
 
 
@@ -336,3 +337,33 @@ def test_a_loss_that_is_not_finite_shows_in_the_metrics(student, samples, packed
         student.lm.base_model.norm.weight[0] = float("inf")
     metrics, _ = run(student, Opd(), [packed(*samples)])
     assert not np.isfinite(metrics["loss"])
+
+
+def test_ids_that_are_no_tokens_are_not_what_log_probs_are_over(student, sample, packed):
+    """Rows 5 to 7 are a hole, those from 33 on padding, however likely."""
+    kept = [*range(5), *range(8, 33)]
+    head = student.lm.get_output_embeddings()
+    head.weight.data[[6, 35]] *= 20
+    narrow = Student(student.lm, temperature=0.7, chunk_rows=3, vocabulary=((0, 5), (8, 33)))
+    one = sample(
+        spans=[(0, 30)],
+        topk_ids=np.tile(np.int32(kept[:2]), (30, 1)),
+        topk_logp=np.full((30, 2), -1, np.float32),
+    )
+    micro = packed(one)
+    read = narrow(micro, Needs(student_entropy=True, tail=True))
+    ids = torch.tensor([[*one.prompt.ids, *one.rollout.ids]]).long()
+    logits_LV = student.lm(ids, segment_lengths=[ids.shape[1]]).logits[0]
+    logits = logits_LV[len(one.prompt.ids) - 1 : -1]
+    logp_TV = torch.full_like(logits, -torch.inf)
+    logp_TV[:, kept] = (logits[:, kept] / 0.7).log_softmax(-1)
+    known = torch.isin(micro.targets_N, torch.tensor(kept))
+    expected = logp_TV.gather(1, micro.targets_N[:, None])[:, 0]
+    assert 0 < known.sum() < 30
+    torch.testing.assert_close(read.sampled_N[known], expected[known], atol=1e-5, rtol=0)
+    assert read.sampled_N[~known].isnan().all()
+    torch.testing.assert_close(read.tail_N, logp_TV[:, kept[2:]].logsumexp(1), atol=1e-5, rtol=0)
+    entropy_T = torch.distributions.Categorical(logits=logp_TV[:, kept]).entropy()
+    torch.testing.assert_close(read.entropy_N, entropy_T, atol=1e-5, rtol=0)
+    read.entropy_N.sum().backward()
+    assert not head.weight.grad[[5, 6, 7, *range(33, 40)]].any()

@@ -18,6 +18,7 @@ def trajectory(
     id: str = "a",
     seed: int = 0,
     truncated: bool = False,
+    stop_tokens: int = 0,
     correct: bool | None = True,
     behaviour: Sequence[float] | None = None,
     teacher: Sequence[float] | None = None,
@@ -41,6 +42,7 @@ def trajectory(
             for (version, tokens), end in zip(spans, ends, strict=True)
         ),
         truncated=truncated,
+        stop_tokens=stop_tokens,
     )
     return Trajectory(
         prompt=Prompt(id=id.partition("#")[0], ids=ids[:prompt_tokens], answer=""),

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -35,7 +36,7 @@ def columns(request):
         worker.model_runner = Sampler()
         worker.model_runner.sampler = Sampler()
         for kind in {"once": [which], "twice": ["likeliest", "sampled", which]}[request.param]:
-            worker.return_candidates(kind, vocabulary=3)
+            worker.return_candidates(kind)
         return worker.model_runner.sampler.gather_logprobs(
             LOGP_BV, k, token_ids=torch.tensor([2, 0])
         )
@@ -43,16 +44,16 @@ def columns(request):
     return answer
 
 
-def test_the_likeliest_ids_below_the_vocabulary_stand_behind_the_sampled_token(columns):
+def test_the_likeliest_ids_stand_behind_the_sampled_token(columns):
     ids, logp, ranks = columns("likeliest", 2)
-    assert ids[0].tolist() == [2, 2, 1]  # id 3 is likelier, but padding
+    assert ids[0].tolist() == [2, 3, 2]
     assert ids[1].sort().values.tolist() == [0, 0, 2]
     assert ids.dtype == torch.int32
     assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
     assert ranks.tolist() == [7, 8]  # of the sampled token, as vLLM gave it
 
 
-def test_samples_follow_the_probabilities_of_their_row_padding_included(columns):
+def test_samples_follow_the_probabilities_of_their_row(columns):
     torch.manual_seed(0)
     ids, logp, _ = columns("sampled", 100_000)
     assert ids[:, 0].tolist() == [2, 0]
@@ -67,3 +68,45 @@ def test_a_request_without_candidates_gets_what_vllm_gives(columns):
         ids, logp, _ = columns(which, 0)
         assert ids.tolist() == [[2], [0]]
         assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
+
+
+class Model:
+    """In the place of vLLM's: one that has logits, and one of a rank that has none."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def compute_logits(self, hidden):
+        return None if self.logits is None else self.logits.clone()
+
+
+def worker(logits=None, size=4) -> Candidates:
+    made = Candidates()
+    runner = Sampler()
+    runner.sampler, runner.model, runner.device = Sampler(), Model(logits), torch.device("cpu")
+    runner.model_config = SimpleNamespace(get_vocab_size=lambda: size)
+    made.model_runner = runner
+    return made
+
+
+def test_logits_are_of_known_ids_alone_wherever_they_are_made():
+    logits = torch.tensor([[1.0, 9.0, 2.0, 9.0]])
+    one = worker(logits)
+    one.use_only(((0, 1), (2, 3)))
+    got = one.model_runner.model.compute_logits(None).softmax(-1)
+    torch.testing.assert_close(got, torch.tensor([[0.268941, 0, 0.731059, 0]]))  # 1 / (1 + e)
+    nothing = worker()
+    nothing.use_only(((0, 1), (2, 3)))
+    assert nothing.model_runner.model.compute_logits(None) is None
+    whole = worker(logits)
+    whole.use_only(((0, 4),))
+    assert torch.equal(whole.model_runner.model.compute_logits(None), logits)
+
+
+def test_the_likeliest_are_picked_among_known_ids_and_log_probs_stay_as_they_are():
+    one = worker()
+    one.pick_among(((0, 2),))
+    ids, logp, ranks = one.model_runner.sampler.gather_logprobs(LOGP_BV, 1, torch.tensor([2, 0]))
+    assert ids.tolist() == [[2, 1], [0, 0]] and ids.dtype == torch.int32
+    assert torch.equal(logp, LOGP_BV.gather(1, ids.long()))
+    assert ranks.tolist() == [7, 8]

@@ -5,7 +5,7 @@ from typing import Any
 from async_opd.core.role_settings import ScorerSettings
 
 
-def scorer_settings(vocabulary: int, **others: Any) -> ScorerSettings:
+def scorer_settings(size: int, **others: Any) -> ScorerSettings:
     """Settings of a teacher for short sequences, with `others` in place of the usual ones."""
     usual = dict(
         name="teacher 0",
@@ -14,4 +14,4 @@ def scorer_settings(vocabulary: int, **others: Any) -> ScorerSettings:
         eos_ids=(1,),
         max_new_tokens=8,
     )
-    return ScorerSettings(vocabulary=vocabulary, **usual | others)
+    return ScorerSettings(**dict(vocabulary=((0, size),)) | usual | others)

@@ -5,15 +5,17 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from async_opd.core.errors import DataError
+from async_opd.core.vocabulary import runs
 from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
 from async_opd.maths.logprobs import Head
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.self_teacher import WeightEma
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
+from async_opd.toy import TEACHER
 from tests.roles.teacher.settings import scorer_settings
 from tests.simulated.virtual_time import virtual
 
@@ -464,7 +466,7 @@ def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
     for prompt, got in zip(prompts, responses, strict=True):
         ids = prompt.tolist()
         for token in got.tolist():
-            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            assert token == model(torch.tensor([ids])).logits[0, -1, :REAL].argmax()
             ids.append(token)
         assert got.dtype == np.int32 and len(got) == 6
 
@@ -497,3 +499,89 @@ async def test_scores_are_the_same_after_a_greedy_run(teacher, group):
     await scorer.greedy(np.array([5, 6, 7], np.int32))
     (after, _) = await scores_of(scorer, group())
     np.testing.assert_allclose(after.sampled_logp, before.sampled_logp, atol=1e-5)
+
+
+# the teacher has tokens that the student has not: a hole of the student's, and the ids from 30 on
+MINE, WHOLE = [*range(4), *range(8, 30)], REAL
+
+
+@pytest.fixture
+def larger(model, tmp_path):
+    """Makes a teacher with more tokens than the student, and padding besides."""
+
+    def make(needs=NOTHING, **settings) -> TransformersTeacher:
+        scoring = dict(vocabulary=runs(MINE), whole=((0, WHOLE),), temperature=0.7, eos_ids=(1,))
+        config = TeacherConfig(model=str(tmp_path))
+        return TransformersTeacher(scorer_settings(0, **scoring | settings), config, needs)
+
+    return make
+
+
+async def test_a_larger_teacher_has_candidates_of_the_student_s_normalised_over_all_of_its_own(
+    model, larger, group
+):
+    needs = Needs(teacher_topk=3, teacher_entropy=True, tail=True)
+    one = group()
+    for rollout, got in zip(one.rollouts, await scores_of(larger(needs), one), strict=True):
+        logits_TV = plain_logp(model, one.prompt.ids, rollout)[:, :WHOLE]
+        logp_TV = logits_TV.log_softmax(-1)  # over what is no padding
+        top = logp_TV[:, MINE].topk(3)
+        close(got.topk_logp, top.values)
+        assert got.topk_ids.tolist() == np.array(MINE)[top.indices].tolist()
+        close(got.sampled_logp, logp_TV.gather(1, torch.tensor(rollout.ids).long()[:, None])[:, 0])
+        close(got.tail_logp, outside(logp_TV, torch.tensor(got.topk_ids).long()))
+        close(got.entropy, -(logp_TV.exp() * logp_TV).sum(-1))
+
+
+@pytest.mark.parametrize("topk", [True, False], ids=["topk", "given"])
+async def test_an_end_of_the_teacher_s_is_scored_as_the_student_s(model, larger, group, topk):
+    """As by a teacher whose head has both rows exchanged: the student ends by 1, the teacher by
+    31."""
+    needs = Needs(tail=True, **{"teacher_topk" if topk else "teacher_at_student_ids": 3})
+    one = group(candidates=3)
+    for rollout in one.rollouts:
+        rollout.ids[-1] = 1
+        rollout.candidate_ids[:] %= WHOLE  # padding has no log-prob
+        rollout.candidate_ids[:, 0] = 1
+    theirs = runs([*(id for id in MINE if id != 1), 31])
+    scorer = larger(needs, vocabulary=theirs, ends_as=((31, 1),))
+    scores = await scores_of(scorer, one)
+    for rollout, got in zip(one.rollouts, scores, strict=True):
+        logp_TV = plain_logp(model, one.prompt.ids, rollout)[:, :WHOLE].log_softmax(-1)
+        logp_TV[:, [1, 31]] = logp_TV[:, [31, 1]]
+        close(got.sampled_logp, logp_TV.gather(1, torch.tensor(rollout.ids).long()[:, None])[:, 0])
+        ids_TK = torch.tensor(got.topk_ids if topk else rollout.candidate_ids).long()
+        logp_TK = got.topk_logp if topk else got.candidate_logp
+        if topk:
+            assert ids_TK.tolist() == np.array(MINE)[logp_TV[:, MINE].topk(3).indices].tolist()
+        close(logp_TK, logp_TV.gather(1, ids_TK))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ends_as", [(), ((31, 1),)], ids=["alike", "mapped"])
+def test_answers_of_a_larger_teacher_are_of_the_student_s_tokens(model, larger, ends_as):
+    head = model.get_output_embeddings().weight
+    head[[5, 31, 35]] += 9  # of which only the end may be written
+    others = {}
+    if ends_as:
+        others = dict(vocabulary=runs([*(id for id in MINE if id != 1), 31]), eos_ids=(31,))
+    teacher = larger(ends_as=ends_as, **others)
+    teacher._model.get_output_embeddings().weight.copy_(head)
+    (answer,) = asyncio.run(teacher.greedy(np.array([8, 9], np.int32)))
+    assert set(answer.tolist()) <= set(MINE)
+
+
+def test_texts_that_end_a_response_end_the_teacher_s_own_too(forwards):
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in ("12+34=", "5+81=")]
+
+    def answers(*stops: str) -> list[str]:
+        settings = scorer_settings(24, max_new_tokens=12, stops=stops)
+        teacher = TransformersTeacher(settings, TeacherConfig(model=str(TEACHER)), NOTHING)
+        responses = asyncio.run(teacher.greedy(*prompts))
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+    whole = answers()
+    assert all(len(text) > 3 for text in whole)
+    stop = whole[0][1:3]
+    assert answers(stop)[0] == whole[0][:3]

@@ -1,0 +1,43 @@
+"""What the ids of a run become for each of its roles."""
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from async_opd.config.load import load
+from async_opd.core.vocabulary import Tokens
+from async_opd.runtime.actor_specs import ActorSpecs
+
+# the student ends by 1, which the teacher's 30 is read as, and by 9 and a text
+TOKENS = Tokens(
+    student=((0, 24),),
+    eos_ids=(1, 9),
+    stops=(9, "two words"),
+    whole={"teacher": ((0, 31),)},
+    ends_as={"teacher": ((30, 1),)},
+)
+THEIRS = ((0, 1), (2, 24), (30, 31))
+SAMPLING = ("share=0.5", "full_until_step=1", "until_step=2")
+
+
+@pytest.fixture
+def specs() -> ActorSpecs:
+    settings = [f"teacher_sampling.{setting}" for setting in SAMPLING]
+    settings += ['rollout.stop=[9, "two words"]', "rollout.train_stop=false"]
+    config = load("configs/demo.toml", settings)
+    return ActorSpecs(config, tokens=TOKENS, tokenizer=Tokenizer(WordLevel()), first_seed=0)
+
+
+def test_the_student_s_roles_have_its_ids_and_ends(specs):
+    generator, learner = specs.member("generator", 0).args[0], specs.learner_rank(0).args[1]
+    assert generator.vocabulary == learner.vocabulary == ((0, 24),)
+    assert (generator.eos_ids, generator.stops) == ((1, 9), (9, "two words"))
+    assert generator.ends_as == () and not learner.train_stop
+
+
+def test_a_teacher_has_them_in_its_own_ids_whether_it_scores_or_answers(specs):
+    teacher, answers = (specs.member(pool, 0).args[0] for pool in ("teacher", "teacher-generator"))
+    for each in (teacher, answers):
+        assert (each.vocabulary, each.eos_ids, each.ends_as) == (THEIRS, (30, 9), ((30, 1),))
+    assert teacher.whole == ((0, 31),)
+    assert (teacher.stops, answers.stops) == (("two words",), (9, "two words"))
