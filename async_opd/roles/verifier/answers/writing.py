@@ -32,6 +32,7 @@ TIDY = [
         (r"\\(?:label|tag)\*?\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\(?:thin|en|med)space|&nbsp;", " "),
         (r"\{\s*,\s*\}", "{,}"),
+        (r"\\(?:text|mathrm|textrm|mbox)\s*\{\s*,?\s*(and|or)\s*\}", r" \1 "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\over(?![A-Za-z])", r"\\over "),
         (r"\{\s*([^{}]+?)\s*\\over\s+([^{}]+?)\s*\}", r"\\frac{\1}{\2}"),
