@@ -23,6 +23,8 @@ from async_opd.roles.verifier.answers.terms import (
     names,
     precise,
 )
+from async_opd.roles.verifier.answers.tokens import CONSTANTS, GREEK
+from async_opd.roles.verifier.answers.units import unwrap_text
 from async_opd.roles.verifier.answers.values import (
     proportional,
     same_number,
@@ -38,10 +40,12 @@ def read_wanted(text: str) -> list[Shape]:
     """List the readings of a tidy reference: letters whose order counts are no product."""
     readings = read(text)
     words = [one for one in readings if isinstance(one, Text)]
+    plain = unwrap_text(text).replace(" ", "")
     for word in words:
         letters = word.words
         in_order = letters.islower() and (len(letters) < 4 or sorted(letters) == list(letters))
-        if len(letters) > 1 and letters == text.replace(" ", "") and not in_order:
+        named = letters in GREEK or letters in CONSTANTS
+        if len(letters) > 1 and letters == plain and not in_order and not named:
             return words
     return readings
 
@@ -157,19 +161,18 @@ def _same_relations(wanted: Relation, answer: Relation) -> bool:
         case Scalar(Name()), Scalar(Name()):
             values = [(a, b) for a in stated(wanted) for b in stated(answer)]
             return any(same(a, b) for a, b in values)
-        case (first, second) if is_number(wanted) and is_number(answer):
-            values = [(a, b) for a in stated(wanted) for b in stated(answer)]
-            return same(first, second) and any(same(a, b) for a, b in values)
+    values = [(a, b) for a in stated(wanted) for b in stated(answer)]
+    if same(wanted.members[0], answer.members[0]) and any(same(a, b) for a, b in values):
+        return True
     match wanted.members, answer.members:
         case (Scalar(a), Scalar(b)), (Scalar(c), Scalar(d)):
             ours, theirs = Sum((a, Negative(b))), Sum((c, Negative(d)))
             return bool(names(ours)) and proportional(ours, theirs) is not None
-    values = [(a, b) for a in stated(wanted) for b in stated(answer)]
-    return same(wanted.members[0], answer.members[0]) and any(same(a, b) for a, b in values)
+    return False
 
 
 def _is_union(shape: Shape) -> bool:
-    return isinstance(shape, Group) and shape.kind in ("union", "minus")
+    return isinstance(shape, Group) and shape.kind in ("union", "both", "minus")
 
 
 def _same_ranges(wanted: Shape, answer: Shape) -> bool:
@@ -204,11 +207,11 @@ def _merged(shape: Shape) -> Shape:
 
 def _same_ratios(wanted: Ratio, answer: Ratio) -> bool:
     ours, theirs = wanted.members, answer.members
-    if len(ours) != len(theirs):
+    if len(ours) != len(theirs) or wanted.padded != answer.padded:
         return False
     if all(map(same, ours, theirs)):
         return True
-    if wanted.padded or answer.padded or len(ours) != 2:
+    if wanted.padded:
         return False
     match ours, theirs:
         case (Scalar(a), Scalar(b)), (Scalar(c), Scalar(d)):
@@ -232,7 +235,10 @@ def _same_groups(wanted: Group, answer: Group) -> bool:
     ours, theirs = _vector(wanted), _vector(answer)
     kinds = (ours.kind, theirs.kind)
     if kinds in (("set", "set"), ("set", "list")):
-        return _covered(ours.members, theirs.members) and _covered(theirs.members, ours.members)
+        each = [[same(one, other) for other in theirs.members] for one in ours.members]
+        return all(map(any, each)) and all(map(any, zip(*each, strict=True))) and (
+            bool(ours.members) == bool(theirs.members)
+        )
     if kinds == ("matrix", "matrix") and ours.columns != theirs.columns:
         return False
     if len(ours.members) != len(theirs.members):
@@ -262,10 +268,6 @@ def _letters(group: Group) -> bool:
             case _:
                 return False
     return True
-
-
-def _covered(ours: tuple[Shape, ...], theirs: tuple[Shape, ...]) -> bool:
-    return all(any(same(one, other) or same(other, one) for other in theirs) for one in ours)
 
 
 def _matched(ours: tuple[Shape, ...], theirs: tuple[Shape, ...]) -> bool:

@@ -54,7 +54,7 @@ def ranges(shape: Shape) -> list[Range] | None:
             if any(one is None for one in each):
                 return None
             return _ordered([one for listed in each if listed for one in listed])
-        case Group("list", (one, other)):
+        case Group("both", (one, other)):
             return _both(ranges(one), ranges(other))
     return None
 

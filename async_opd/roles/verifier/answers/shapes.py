@@ -92,12 +92,12 @@ MATRIX = re.compile(
 LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(r"^\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?:\s*[.:])?\s*(.*)$")
 BASED = re.compile(
-    r"^\(?(-?[0-9A-Fa-f]*\d[0-9A-Fa-f]*)\)?\s*(?:_\s*\{?\s*\(?|\s+base\s+|\s+in base\s+)"
-    r"(\d+|two|three|four|five|six|seven|eight|nine|ten|sixteen)\)?\s*\}?$"
+    r"^\(?(-?[0-9A-Fa-f]*\d[0-9A-Fa-f]*)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
+    r"(\d+|two|three|four|five|six|seven|eight|nine|ten|sixteen)\s*\)?\s*\}?$"
 )
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen" \
     " fifteen sixteen".split()
-COMMA_NUMBER = re.compile(r"^-?\$?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+COMMA_NUMBER = re.compile(r"^-?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
 DECIMAL_COMMA = re.compile(r"^-?\d+,\d+$")
 PAIRS = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
 
@@ -215,10 +215,10 @@ def _listed(text: str, parts: list[str]) -> list[Shape]:
     """Read a list; one of ranges joined by "or" is their union."""
     ways = _each(parts)
     if "," not in text or " or" in text:
-        ranges = [way for way in ways if all(map(is_range, way))]
+        ranges = [way for way in ways if all(isinstance(o, Relation) and is_range(o) for o in way)]
         if ranges:
-            kind = "union" if re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text) else "list"
-            return [Group(kind, way) for way in ranges]
+            united = re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text)
+            return [Group("union" if united else "both", way) for way in ranges]
     return [listed(list(way)) for way in ways]
 
 
@@ -241,9 +241,7 @@ def _related(parts: list[str]) -> list[Shape]:
 
 def _bracketed(text: str) -> list[Shape]:
     """Read what stands in one pair of brackets, [] where it is none of a group."""
-    angled = re.fullmatch(r"\\langle(?![A-Za-z])(.*)\\rangle", text)
-    opening, closing = ("(", ")") if angled else (text[0], text[-1])
-    inner = angled[1] if angled else text[1:-1]
+    opening, inner, closing = text[0], text[1:-1], text[-1]
     if opening not in OPENING or closing not in CLOSING or len(text) < 2 or not _closes_last(text):
         return []
     parts = [part for part in split(inner, SEPARATOR)[::2]]
@@ -280,8 +278,6 @@ def _rows(shape: Shape) -> Shape:
 
 def _closes_last(text: str) -> bool:
     """Tell whether the first bracket is closed by the last letter."""
-    if text.startswith("\\langle"):
-        return True
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter in OPENING) - (letter in CLOSING)
@@ -300,7 +296,7 @@ def _matrix(inner: str) -> Shape:
 
 
 def _scalar(text: str) -> list[Shape]:
-    if based := BASED.match(text):
+    if based := BASED.match(unwrap_text(text)):
         base = int(based[2]) if based[2].isdigit() else NUMBER_WORDS.index(based[2]) + 2
         return [Based(based[1].upper(), base)]
     if text == "\\emptyset":

@@ -28,6 +28,7 @@ CURRENCIES = {r"\$": "$", r"\pounds": "£", r"\euro": "€"}
 WRAP = re.compile(r"\\(?:text|mathrm|textrm|mbox|textit|textbf|rm|mathit|hbox|textnormal)\s*\{([^{}]*)\}")
 TRAILING_PERCENT = re.compile(r"^(.*?[\d)}\]])\s*\\?%$")
 TRAILING_DEGREE = re.compile(r"^(.*?[\d)}\]a-z])\s*\^\{\\circ\}\s*([CF]?)$")
+ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # of which an angle is taken
 TRAILING_SIGN = re.compile(r"^(.*?\d)\s*(\\\$|\$|€|£|¥|₹|¢)$")
 POWER = r"(?:\s*\^\s*\{?\s*-?[123]\s*\}?)?"
 UNITS = re.compile(
@@ -61,8 +62,8 @@ def split_unit(text: str) -> list[tuple[str, str]]:
         return [(number, currency), *((n, currency) for n, _ in split_unit(number)[1:])]
     if percent := TRAILING_PERCENT.match(text):
         return [(percent[1], PERCENT)]
-    if degree := TRAILING_DEGREE.match(text):
-        return [*readings, (degree[1], DEGREE + degree[2])]
+    if degree := TRAILING_DEGREE.match(unwrap_text(text)):
+        return readings if ANGLED.search(text) else [(degree[1], DEGREE + degree[2])]
     if sign := TRAILING_SIGN.match(text):
         return [(sign[1], CURRENCIES.get(sign[2], sign[2]))]
     unwrapped = unwrap_text(text)

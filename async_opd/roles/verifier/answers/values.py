@@ -173,7 +173,7 @@ def _rounded(decimal: Term, value: Value, exact: Value) -> bool:
     size = abs(precise(value))
     if written.digits >= 12 and difference <= APPROXIMATE * size:
         return True
-    return difference < precise(written.step) * size / abs(precise(written.value))
+    return difference < precise(written.step) * size / abs(precise(written.value)) * (1 - 1e-12)
 
 
 def _written(term: Term) -> Number | None:

@@ -44,6 +44,8 @@ TIDY = [
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\(?:lbrace|\{)", "⦃"),
         (r"\\(?:rbrace|\})", "⦄"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:lbrack)(?![A-Za-z])", "["),
         (r"\\(?:rbrack)(?![A-Za-z])", "]"),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
