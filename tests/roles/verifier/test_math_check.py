@@ -4,9 +4,9 @@ import sys
 import pytest
 
 from async_opd.core.errors import DataError
+from async_opd.roles.verifier.answers.response import last_boxed
 from async_opd.roles.verifier.checks import load
 from async_opd.roles.verifier.checks.math import check
-from async_opd.roles.verifier.answers.response import last_boxed
 from async_opd.roles.verifier.config import VerifyConfig
 
 

@@ -1,6 +1,7 @@
 """Whether an answer is the same as a reference."""
 
 from async_opd.roles.verifier.answers.ranges import ranges, same_inequality, same_ranges
+from async_opd.roles.verifier.answers.reading import read
 from async_opd.roles.verifier.answers.shapes import (
     Based,
     Group,
@@ -11,7 +12,6 @@ from async_opd.roles.verifier.answers.shapes import (
     Shape,
     Text,
     is_range,
-    read,
 )
 from async_opd.roles.verifier.answers.terms import (
     Name,
@@ -40,13 +40,14 @@ def read_wanted(text: str) -> list[Shape]:
     """List the readings of a tidy reference: letters whose order counts are no product."""
     readings = read(text)
     words = [one for one in readings if isinstance(one, Text)]
+    letters_alone: list[Shape] = [*words]
     plain = unwrap_text(text).replace(" ", "")
     for word in words:
         letters = word.words
-        in_order = letters.islower() and (len(letters) < 4 or sorted(letters) == list(letters))
+        in_order = letters.islower() and (len(letters) < 3 or sorted(letters) == list(letters))
         named = letters in GREEK or letters in CONSTANTS
         if len(letters) > 1 and letters == plain and not in_order and not named:
-            return words
+            return letters_alone
     return readings
 
 
@@ -157,7 +158,7 @@ def _same_relations(wanted: Relation, answer: Relation) -> bool:
     match wanted.members[0], answer.members[0]:
         case Scalar(Name(one)), Scalar(Name(other)) if one.lower() != other.lower():
             if is_number(wanted.members[-1]):
-                return False
+                return False  # another name for the same number
         case Scalar(Name()), Scalar(Name()):
             values = [(a, b) for a in stated(wanted) for b in stated(answer)]
             return any(same(a, b) for a, b in values)
@@ -176,15 +177,14 @@ def _is_union(shape: Shape) -> bool:
 
 
 def _same_ranges(wanted: Shape, answer: Shape) -> bool:
-    if isinstance(wanted, Relation) and isinstance(answer, Relation):
-        if same_inequality(wanted, answer):
+    match wanted, answer:
+        case Relation(), Relation() if same_inequality(wanted, answer):
+            return True
+        case Group(), Group() if wanted.kind == answer.kind and _same_groups(wanted, answer):
             return True
     merged = [_merged(one) for one in (wanted, answer)]
     if merged != [wanted, answer]:
         return same(*merged)
-    if isinstance(wanted, Group) and isinstance(answer, Group) and wanted.kind == answer.kind:
-        if _same_groups(wanted, answer):
-            return True
     ours, theirs = ranges(wanted), ranges(answer)
     if ours is not None and theirs is not None:
         return same_ranges(ours, theirs)
@@ -236,8 +236,10 @@ def _same_groups(wanted: Group, answer: Group) -> bool:
     kinds = (ours.kind, theirs.kind)
     if kinds in (("set", "set"), ("set", "list")):
         each = [[same(one, other) for other in theirs.members] for one in ours.members]
-        return all(map(any, each)) and all(map(any, zip(*each, strict=True))) and (
-            bool(ours.members) == bool(theirs.members)
+        return (
+            all(map(any, each))
+            and all(map(any, zip(*each, strict=True)))
+            and (bool(ours.members) == bool(theirs.members))
         )
     if kinds == ("matrix", "matrix") and ours.columns != theirs.columns:
         return False

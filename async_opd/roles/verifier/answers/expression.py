@@ -1,8 +1,8 @@
 r"""Text to an expression: LaTeX (`\frac{3\pi}{4}`) and plain (`3*pi/4`) in one grammar.
 
-    sum:      product (("+" | "-") product)*
-    product:  signed (("*" | "/" | "÷" | nothing) signed)*
-    power:    atom ("!" | "°" | "%")* ("^" exponent)?
+sum:      product (("+" | "-") product)*
+product:  signed (("*" | "/" | "÷" | nothing) signed)*
+power:    atom ("!" | "°" | "%")* ("^" exponent)?
 """
 
 from fractions import Fraction
@@ -260,7 +260,7 @@ class _Parser:
         return call if exponent is None else Power(call, exponent)
 
     def argument(self) -> Term:
-        """Read what a function is of: in brackets, or the factors up to the next sign or function."""
+        """Read what a function is of: in brackets, or factors up to the next sign or function."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise Unreadable("too deep")

@@ -165,5 +165,3 @@ def _same(reference: Range, answer: Range) -> bool:
     low = infinite(reference.low) or reference.open_low == answer.open_low
     high = infinite(reference.high) or reference.open_high == answer.open_high
     return bool(ends and low and high)
-
-

@@ -22,6 +22,13 @@ STATED = re.compile(
     r"\b(?:final\s+)?answer\s*(?:is|are|:|=|\*\*:?)+\s*(?:\*\*)?\s*([^\n]+)", re.IGNORECASE
 )
 
+FINAL = re.compile(r"^#{4}\s*([^\n]+)", re.MULTILINE)  # as GSM8K marks answers
+
+
+def is_mark(token: str) -> bool:
+    """Tell whether a special token opens or closes thoughts, alone or with the word behind it."""
+    return token == "<|channel|>" or any(mark.fullmatch(token) for mark in (OPEN, CLOSE))
+
 
 def after_thoughts(text: str) -> str:
     """Cut off what is thought rather than said; thoughts that never end leave nothing behind."""
@@ -56,18 +63,19 @@ def last_boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """Read what follows the last "answer is" or "answer:" of `text`, to the end of the sentence."""
-    lines = STATED.findall(text)
+    """Read what follows the last "answer is" or "answer:" of `text`, to the end of the sentence, or
+    the last ####."""
+    lines = STATED.findall(text) or FINAL.findall(text)
     if not lines:
         return None
     return re.split(r"[.!]\s+(?=[A-Z])|[.!]\s*$", lines[-1])[0].strip().strip("*").strip()
 
 
 def reference_text(answer: str) -> str:
-    r"""Take the text of a reference answer: what its last `\boxed{…}` holds, or all of it. Raises
-    DataError for one that no response could match."""
-    boxed = last_boxed(answer)
-    wanted = answer.strip() if boxed is None else boxed
+    r"""Take the text of a reference answer: what its last `\boxed{…}` holds, what stands behind its
+    last ####, or all of it. Raises DataError for one that no response could match."""
+    content, marked = last_boxed(answer), FINAL.findall(answer)
+    wanted = content if content is not None else (marked[-1] if marked else answer).strip()
     depth = 0
     for brace in BRACE.finditer(wanted):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

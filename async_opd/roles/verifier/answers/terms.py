@@ -104,9 +104,7 @@ class Choose:
     chosen: "Term"
 
 
-Term = (
-    Number | Name | Constant | Negative | Sum | Product | Quotient | Power | Root | Call | Choose
-)
+Term = Number | Name | Constant | Negative | Sum | Product | Quotient | Power | Root | Call | Choose
 
 
 def parts(term: Term) -> tuple[Term, ...]:
@@ -223,7 +221,7 @@ def power(base: Value, exponent: Value) -> Value:
 
 def _choose(total: Value, chosen: Value) -> Value:
     whole = all(isinstance(v, Fraction) and v.denominator == 1 for v in (total, chosen))
-    if whole and 0 <= chosen and 0 <= total <= COUNTED:
+    if whole and chosen >= 0 and 0 <= total <= COUNTED:
         return Fraction(comb(int(total), int(chosen)))
     _bounded(total)
     _bounded(chosen)

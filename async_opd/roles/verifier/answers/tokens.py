@@ -22,22 +22,17 @@ FUNCTIONS = {
 CONSTANTS = {"pi": "pi", "infty": "oo", "infinity": "oo", "inf": "oo", "oo": "oo", "e": "e",
              "i": "i", "imath": "i", "E": "e", "I": "i"}  # fmt: skip
 GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
-    " rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
-    " ell hbar".split()
+    """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
+    rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega
+    ell hbar allZ allN allQ allC""".split()  # noqa: SIM905
 )
 # Their value is asked, so they are no answer; of them, math-verify reads a reference.
 CALCULATIONS = set(
-    "int iint oint sum prod lim limsup liminf det gcd lcm max min mod bmod pmod sup inf deg"
-    " operatorname partial nabla arg tr rank".split()
-) - {"inf"}
-WORD = re.compile(
-    "|".join(
-        sorted((*FUNCTIONS, *CALCULATIONS, "sqrt", "cbrt", "exp", "pi", "infinity", "infty", "oo"),
-               key=len, reverse=True)  # fmt: skip
-    )
-    + "|[A-Za-z]"
+    """int iint oint sum prod lim limsup liminf det gcd lcm max min mod bmod pmod sup deg partial
+    nabla arg tr rank""".split()  # noqa: SIM905
 )
+WORDS = (*FUNCTIONS, *CALCULATIONS, "sqrt", "cbrt", "exp", "pi", "infinity", "infty", "oo")
+WORD = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "[A-Za-z]"]))
 TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)"
     r"(?:\\overline\{\d+\}|\\bar\{\d+\}|\\dot\{?\d\}?(?:\d*\\dot\{?\d\}?)?|\(\d+\)(?=$|\s*[^\w({\s])"

@@ -20,12 +20,15 @@ SAME = {
     "rad": "radian radians", "mph": "mph", "km/h": "kmh kph kmph", "acre": "acre", "kj": "kJ",
     "$": "dollar usd buck", "¢": "cent", "€": "euro eur", "£": "gbp", "¥": "yen yuan",
     "₹": "rupee", DEGREE: "deg degrees", PERCENT: "percent pct percentage",
+    "am": "am", "pm": "pm",
     NO_UNIT: "unit integer number point digit way time solution value",
 }  # fmt: skip
 CANONICAL = {word: unit for unit, words in SAME.items() for word in (unit, *words.split())}
 CURRENCY = re.compile(r"^(-?)\s*(?:(\\\$|\$|€|£|¥|₹|\\pounds|\\euro)\s*)(-?)(?=[\d.\\])")
 CURRENCIES = {r"\$": "$", r"\pounds": "£", r"\euro": "€"}
-WRAP = re.compile(r"\\(?:text|mathrm|textrm|mbox|textit|textbf|rm|mathit|hbox|textnormal)\s*\{([^{}]*)\}")
+WRAP = re.compile(
+    r"\\(?:text|mathrm|textrm|mbox|textit|textbf|rm|mathit|hbox|textnormal)\s*\{([^{}]*)\}"
+)
 TRAILING_PERCENT = re.compile(r"^(.*?[\d)}\]])\s*\\?%$")
 TRAILING_DEGREE = re.compile(r"^(.*?[\d)}\]a-z])\s*\^\{\\circ\}\s*([CF]?)$")
 ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # of which an angle is taken

@@ -4,18 +4,16 @@ import random
 from fractions import Fraction
 
 from async_opd.roles.verifier.answers.finished import CALCULATION, left_over
-from async_opd.roles.verifier.answers.shapes import HUNDREDTH, Scalar, infinite
+from async_opd.roles.verifier.answers.shapes import Scalar, infinite
 from async_opd.roles.verifier.answers.terms import (
     DIGITS,
     PRECISE,
     Call,
-    Name,
     Negative,
     Number,
     Power,
     Product,
     Quotient,
-    Sum,
     Term,
     Unreadable,
     Value,
@@ -27,6 +25,7 @@ from async_opd.roles.verifier.answers.terms import (
 )
 from async_opd.roles.verifier.answers.units import PERCENT
 
+HUNDREDTH = Fraction(1, 100)
 RELATIVE = 1e-40
 APPROXIMATE = 1e-12  # where one is a decimal with as many digits
 SIGNIFICANT = 6  # digits of a decimal that stands for a number it was rounded from
@@ -50,7 +49,7 @@ def same_scalar(reference: Scalar, answer: Scalar) -> bool:
         percent = Number(HUNDREDTH)
         if reference.unit:
             return same_term(Product((one, percent)), other)
-        return same_number(one, Product((other, percent))) and _allowed(one, other)
+        return same_number(one, Product((other, percent))) and worked_out(one, other)
     return False
 
 
@@ -58,7 +57,7 @@ def same_term(reference: Term, answer: Term) -> bool:
     """Compare two expressions; numbers must be worked out, as far as the reference is."""
     if names(reference) or names(answer):
         return same_expression(reference, answer)
-    return same_number(reference, answer) and _allowed(reference, answer)
+    return same_number(reference, answer) and worked_out(reference, answer)
 
 
 def same_number(reference: Term, answer: Term) -> bool:
@@ -80,11 +79,10 @@ def same_expression(reference: Term, answer: Term) -> bool:
     """Compare two expressions at some points; variables that differ by case alone are the same."""
     ours, theirs = names(answer), names(reference)
     lower = {name.lower() for name in ours}
-    if ours != theirs and lower == {name.lower() for name in theirs}:
-        if len(lower) == len(ours) == len(theirs):
-            answer, reference = _lowered(answer), _lowered(reference)
+    alike = lower == {name.lower() for name in theirs} and len(lower) == len(ours) == len(theirs)
+    fold = ours != theirs and alike
     bases = LOG_BASES if _bare_log(reference) or _bare_log(answer) else LOG_BASES[:1]
-    return any(_agree(_ratios(reference, answer, base)) for base in bases)
+    return any(_agree(_ratios(reference, answer, base, fold)) for base in bases)
 
 
 def proportional(reference: Term, answer: Term) -> Value | None:
@@ -100,16 +98,19 @@ def _agree(ratios: list[Value]) -> bool:
     return len(ratios) >= ENOUGH and all(_equal(ratio, Fraction(1)) for ratio in ratios)
 
 
-def _ratios(reference: Term, answer: Term, base: int) -> list[Value]:
-    """Divide values of `answer` by those of `reference`, at points where both have one."""
+def _ratios(reference: Term, answer: Term, base: int, fold: bool = False) -> list[Value]:
+    """Divide values of `answer` by those of `reference`, at points where both have one; to `fold`
+    is to give a letter one value in both cases."""
     variables = sorted(names(reference) | names(answer))
     draw = random.Random("points")
     ratios: list[Value] = []
     for point in range(POINTS):
-        values = {}
+        drawn: dict[str, Value] = {}
         for name in variables:
             size = PRECISE.sqrt(draw.randint(2, 400)) / 7
-            values[name] = -size if point % 2 and draw.random() < 0.7 else size
+            size = -size if point % 2 and draw.random() < 0.7 else size
+            drawn.setdefault(name.lower() if fold else name, size)
+        values = {name: drawn[name.lower() if fold else name] for name in variables}
         try:
             one, other = evaluate(reference, values, base), evaluate(answer, values, base)
         except Unreadable:
@@ -122,22 +123,6 @@ def _ratios(reference: Term, answer: Term, base: int) -> list[Value]:
         else:
             ratios.append(precise(other) / precise(one))
     return ratios
-
-
-def _lowered(term: Term) -> Term:
-    match term:
-        case Name(name):
-            return Name(name.lower())
-        case Sum(terms):
-            return Sum(tuple(map(_lowered, terms)))
-        case Product(factors):
-            return Product(tuple(map(_lowered, factors)))
-        case Negative(inner):
-            return Negative(_lowered(inner))
-        case Call(name, inner, base):
-            return Call(name, _lowered(inner), base)
-    inside = [_lowered(part) for part in parts(term)]
-    return type(term)(*inside) if inside else term
 
 
 def _bare_log(term: Term) -> bool:
@@ -193,7 +178,7 @@ def _written(term: Term) -> Number | None:
     return None
 
 
-def _allowed(reference: Term, answer: Term) -> bool:
+def worked_out(reference: Term, answer: Term) -> bool:
     """Tell whether `answer` leaves nothing over that `reference` does not leave over too."""
     try:
         left = left_over(answer)
@@ -208,5 +193,3 @@ def _allowed(reference: Term, answer: Term) -> bool:
         allowed = allowed | calls | {name for name in left if holds(answer, Call, name)}
         return CALCULATION not in left and left <= allowed
     return CALCULATION in allowed or left <= allowed
-
-

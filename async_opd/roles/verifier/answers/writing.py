@@ -50,7 +50,8 @@ TIDY = [
         (r"\\(?:rbrack)(?![A-Za-z])", "]"),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
         (r"\\(?:varnothing|emptyset|O)(?![A-Za-z])", r"\\emptyset "),
-        (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree", r"^{\\circ}"),
+        (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree",
+         r"^{\\circ}"),
         (r"\\permil(?:le)?(?![A-Za-z])", r"\\permille "),
         (r"\\(?:vec|hat|bar|overrightarrow|mathbf|mathit|mathcal|boldsymbol|bm|mathsf)"
          r"\s*\{\s*([A-Za-z])\s*\}", r"\1"),
@@ -62,6 +63,14 @@ TIDY = [
         (r"\\approxeq|\\simeq|\\doteq", r"\\approx "),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"\\mathbb\s*\{?\s*([ZNQC])\s*\}?", r"\\all\1 "),
+        (r"\\(?:angle|triangle|measuredangle)(?![A-Za-z])", ""),
+        (r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", r"\1m"),
+        (r"(?<=\d)(?:\^?\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"
+         r"|(?:st|rd|th)(?![A-Za-z]))", ""),
+        (r"(?<=[\d)])\s*x\s*(?=10\s*\^)", r"\\times "),
+        (r"^\s*(?:(?:the )?(?:final )?answer(?: is|:)|about|approximately|roughly|exactly)\s*",
+         ""),
     ]
 ]  # fmt: skip
 WRAPPED = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")]

@@ -1,6 +1,9 @@
 """Checks found by name: modules beside this one, or a function of the user's as
 "package.module:function".
 
+Each module has `make(config)`, which returns the check, and `read_reference(answer)`, which raises
+DataError for a reference that cannot be used.
+
 A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
@@ -13,6 +16,7 @@ import re
 from collections.abc import Callable
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.config import VerifyConfig
 
 Decide = Callable[[str, str], bool | tuple[bool, str]]
@@ -36,13 +40,16 @@ def load(config: VerifyConfig) -> Decide:
     return importlib.import_module(f"{__name__}.{config.check}").make(config)
 
 
+def read_reference(check: str, answer: str) -> None:
+    """Raise DataError if `check`, one of this package, cannot use the reference `answer`; of what a
+    user's can use nothing is known. Imports the check."""
+    if check in kinds():
+        importlib.import_module(f"{__name__}.{check}").read_reference(answer)
+
+
 def _load_users(check: str, module: str, function: str) -> Decide:
-    try:
+    with foreign(f"verify.check = {check!r}: cannot be imported", ConfigError):
         decide = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(
-            f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})"
-        ) from error
     if not callable(decide):
         raise ConfigError(
             f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function"

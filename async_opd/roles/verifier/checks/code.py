@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from async_opd.core.errors import DataError
+from async_opd.roles.verifier.answers.response import after_thoughts
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox import test_driver
 from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, pipe, probe
@@ -106,7 +107,7 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
 
     Raises DataError if the tests cannot be read.
     """
-    tests, code = read_tests(answer), last_program(response)
+    tests, code = read_reference(answer), last_program(after_thoughts(response))
     match tests:
         case InOut(fn_name=str(name)) if name:
             code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
@@ -131,7 +132,7 @@ def last_program(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
+def read_reference(answer: str) -> InOut | HumanEval | Mbpp:
     """Read the tests of a reference answer. Raises DataError."""
     try:
         tree = json.loads(answer)

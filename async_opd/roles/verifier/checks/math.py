@@ -2,8 +2,8 @@ r"""Mathematical equality of a response's final answer with the reference.
 
 The answer is what the last `\boxed{…}` after the thoughts holds, or without a box what "the answer
 is" is followed by. Where the reference is a number, so is the answer, and worked out: a calculation
-left as it stands is wrong, even where its value is right. `tests/roles/verifier/math_pairs.py` lists
-what is right, what is wrong, and the known limits.
+left as it stands is wrong, even where its value is right. `tests/roles/verifier/math_pairs.py`
+lists what is right, what is wrong, and the known limits.
 
 What our own reading does not know (integrals, sums, limits, …) in a reference is compared by
 math-verify; in an answer to a reference that is a number it is wrong.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from math_verify import verify
 
 from async_opd.roles.verifier.answers.compare import is_number, read_wanted, same
+from async_opd.roles.verifier.answers.reading import read
 from async_opd.roles.verifier.answers.response import (
     after_thoughts,
     boxed,
@@ -21,7 +22,7 @@ from async_opd.roles.verifier.answers.response import (
     reference_text,
     stated,
 )
-from async_opd.roles.verifier.answers.shapes import Shape, read
+from async_opd.roles.verifier.answers.shapes import Shape
 from async_opd.roles.verifier.answers.terms import Unreadable
 from async_opd.roles.verifier.answers.writing import tidy
 from async_opd.roles.verifier.checks.math_verify import parsed

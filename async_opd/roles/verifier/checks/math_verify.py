@@ -28,13 +28,14 @@ def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
     return check
 
 
-def read_reference(answer: str) -> list:
-    """Read the reference as the library does. Raises DataError if it does not parse."""
-    wanted = last_boxed(answer)
-    reference = parsed(boxed(answer.strip() if wanted is None else wanted))
-    if not reference:
+def read_reference(answer: str) -> str:
+    """Take the text of a reference. Raises DataError if it is empty: all else, the library takes
+    for a text at least."""
+    content = last_boxed(answer)
+    wanted = answer.strip() if content is None else content
+    if not wanted.strip("$ \t\n"):
         raise DataError(f"reference answer {answer[:200]!r} does not parse")
-    return reference
+    return wanted
 
 
 def check(response: str, answer: str) -> tuple[bool, str]:
@@ -43,12 +44,12 @@ def check(response: str, answer: str) -> tuple[bool, str]:
 
     What does not parse is wrong. Raises DataError if the reference does not parse.
     """
-    content, wanted = last_boxed(response), last_boxed(answer)
-    if wanted is None:
-        wanted = answer.strip()
-    if wanted and content == wanted:
+    content, wanted = last_boxed(response), read_reference(answer)
+    if content == wanted:
         return True, boxed(wanted)
-    reference = read_reference(answer)
+    reference = parsed(boxed(wanted))
+    if not reference:
+        raise DataError(f"reference answer {answer[:200]!r} does not parse")
     target = parsed(response if content is None else boxed(content))
     return (
         verify(reference, target, timeout_seconds=None, raise_on_error=True),
