@@ -44,7 +44,7 @@ LABEL = re.compile(r"^\(?([A-J])[).:]\s+(.+)$")
 NAMED = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BASES = {name: base for base, name in enumerate(NAMED, 2)} | {"sixteen": 16}
 BASED = re.compile(
-    r"^\(?(-?[0-9A-Fa-f]*\d[0-9A-Fa-f]*)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
+    r"^\(?(-?(?=[A-Fa-f]*\d)[0-9A-Fa-f]+)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
     rf"(\d+|{'|'.join(BASES)})\s*\)?\s*" + r"\}?$"
 )
 COMMA_NUMBER = re.compile(r"^-?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")

@@ -3,6 +3,9 @@ r"""One spelling for the many of unicode and LaTeX: "２√5 ÷ ¾", "2\,500", `
 import re
 import unicodedata
 
+from async_opd.roles.verifier.answers.terms import Unreadable
+
+LONGEST = 2000  # characters of an answer
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 UP = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
@@ -82,7 +85,9 @@ SPACED_DECIMALS = re.compile(r"(?<=\.)\d{3}(?: \d{3})+(?: \d{1,2})?(?!\d)")
 
 def tidy(text: str) -> str:
     """Write `text` as this package reads it: ASCII digits and signs, one command for one thing, no
-    sizes, no spaces inside numerals."""
+    sizes, no spaces inside numerals. Raises Unreadable if it is longer than LONGEST."""
+    if len(text) > LONGEST:
+        raise Unreadable("too long")
     text = "".join(map(_digit, _fractions(text)))
     text = UP.sub(lambda m: f"^{{{m[0].translate(RAISED)}}}", text)
     text = DOWN.sub(lambda m: f"_{{{m[0].translate(LOWERED)}}}", text)
