@@ -35,9 +35,9 @@ def test_the_answer_is_read_where_it_stands(response, reference, right, why):
 
 
 def test_the_table_is_large_and_says_each_pair_once():
-    pairs = [
-        (answer, reference) for rows in PAIRS.values() for answer, reference, _, _ in rows
-    ] + [(answer, reference) for answer, reference, _, _ in RESPONSES]
+    pairs = [(answer, reference) for rows in PAIRS.values() for answer, reference, _, _ in rows] + [
+        (answer, reference) for answer, reference, _, _ in RESPONSES
+    ]
     assert len(pairs) >= 300
     rights = [right for rows in PAIRS.values() for _, _, right, _ in rows]
     assert min(rights.count(True), rights.count(False)) >= 150

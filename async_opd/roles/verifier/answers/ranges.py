@@ -111,7 +111,8 @@ def _of_inequality(signs: tuple[str, ...], members: tuple[Shape, ...]) -> list[R
 
 def _between(signs: tuple[str, ...], low: Scalar, high: Scalar) -> list[Range] | None:
     if set(signs) <= {">", "ge"}:
-        signs, low, high = (MIRRORED[signs[1]], MIRRORED[signs[0]]), high, low
+        low, high = high, low
+        signs = (MIRRORED[signs[1]], MIRRORED[signs[0]])
     if not set(signs) <= {"<", "le"}:
         return None
     return [Range(low, high, signs[0] == "<", signs[1] == "<")]

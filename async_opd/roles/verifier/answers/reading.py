@@ -54,7 +54,8 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
 
 def split(text: str, separator: re.Pattern) -> list[str]:
     """Cut `text` at each `separator` that stands in no brackets."""
-    depth, start, cut = 0, 0, []
+    cut: list[str] = []
+    depth = start = 0
     place = 0
     while place < len(text):
         letter = text[place]
@@ -178,7 +179,8 @@ def _related(parts: list[str]) -> list[Shape]:
 
 def _bracketed(text: str) -> list[Shape]:
     """Read what stands in one pair of brackets, [] where it is none of a group."""
-    opening, inner, closing = text[0], text[1:-1], text[-1]
+    opening, closing = text[0], text[-1]
+    inner = text[1:-1]
     if opening not in OPENING or closing not in CLOSING or len(text) < 2 or not _closes_last(text):
         return []
     parts = [part for part in split(inner, SEPARATOR)[::2]]

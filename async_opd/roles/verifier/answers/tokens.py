@@ -34,7 +34,8 @@ WORDS = (*FUNCTIONS, *CALCULATIONS, "sqrt", "cbrt", "exp", "pi", "infinity", "in
 WORD = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "[A-Za-z]"]))
 TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)"
-    r"(?:\\overline\{\d+\}|\\bar\{\d+\}|\\dot\{?\d\}?(?:\d*\\dot\{?\d\}?)?|\(\d+\)(?=$|\s*[^\w({\s])"
+    r"(?:\\overline\{\d+\}|\\bar\{\d+\}|\\dot\{?\d\}?(?:\d*\\dot\{?\d\}?)?"
+    r"|\(\d+\)(?=$|\s*[^\w({\s])"
     r"|(?:\.\.+|\\[lc]?dots)|[eE][+-]?\d+(?![\w^]))?)"
     r"|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|\S))"
 )

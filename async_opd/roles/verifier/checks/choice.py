@@ -47,15 +47,15 @@ def check(response: str, answer: str) -> tuple[bool, str]:
     return letter == wanted, boxed(letter)
 
 
-def chosen(said: str) -> str:
+def chosen(spoken: str) -> str:
     """Find the letter in the last box, behind the last "the answer is", or alone on the last
     line."""
-    if listed := boxes(said):
+    if listed := boxes(spoken):
         letters = {_letter(text, ALONE) for text in listed}
         return letters.pop() if len(letters) == 1 else ""
-    if (text := stated(said)) is not None:
+    if (text := stated(spoken)) is not None:
         return _letter(text, ALONE) or _letter(text, FIRST)
-    lines = said.strip().splitlines()
+    lines = spoken.strip().splitlines()
     return _letter(lines[-1], ALONE) if lines else ""
 
 

@@ -48,10 +48,10 @@ def check(response: str, answer: str) -> tuple[bool, str]:
     What does not parse is wrong. Raises DataError if the reference is not usable.
     """
     wanted = read_reference(answer)
-    said = after_thoughts(response)
-    listed = boxes(said)
+    spoken = after_thoughts(response)
+    listed = boxes(spoken)
     if not listed:
-        text = final(said)
+        text = final(spoken)
         return bool(text) and right(text, wanted), boxed(text)
     if len(listed) > 1 and all(right(text, wanted) for text in listed):
         return True, boxed(listed[-1])
@@ -59,13 +59,13 @@ def check(response: str, answer: str) -> tuple[bool, str]:
     return bool(text) and right(text, wanted), boxed(text)
 
 
-def final(said: str) -> str:
+def final(spoken: str) -> str:
     """Find the answer of a response without a box, "" where there is none."""
-    said = said[-LAST:]
-    text = stated(said)
+    spoken = spoken[-LAST:]
+    text = stated(spoken)
     if text is not None and _readings(read, text):
         return text
-    target = parsed(said)
+    target = parsed(spoken)
     return str(target[-1]) if target else ""
 
 

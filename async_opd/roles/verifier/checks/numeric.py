@@ -58,15 +58,15 @@ def check(response: str, answer: str, tolerance: float = TOLERANCE) -> tuple[boo
     return any(_near(one, other, tolerance) for one, other in pairs), boxed(text)
 
 
-def final(said: str) -> str:
-    """Find the text of the number in `said`, "" where there is none; several boxes beside each
+def final(spoken: str) -> str:
+    """Find the text of the number in `spoken`, "" where there is none; several boxes beside each
     other are none."""
-    if listed := boxes(said):
+    if listed := boxes(spoken):
         return listed[0] if len(listed) == 1 else ", ".join(listed)
-    text = stated(said)
+    text = stated(spoken)
     if text is not None and _numbers(text):
         return text
-    numerals = NUMERAL.findall(said)
+    numerals = NUMERAL.findall(spoken)
     return numerals[-1] if numerals else ""
 
 
