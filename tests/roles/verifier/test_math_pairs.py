@@ -95,5 +95,5 @@ def test_an_answer_that_is_costly_is_wrong_and_soon(answer, reference, monkeypat
 
 @pytest.mark.parametrize("answer", ["", "  ", "$$", r"\boxed{", r"\frac{1}{2", "}{", r"\boxed{}"])
 def test_a_reference_that_no_response_could_match_is_an_error(answer):
-    with pytest.raises(DataError, match="reference answer .* does not parse"):
+    with pytest.raises(DataError, match=r"reference answer .* does not parse"):
         check(r"\boxed{2}", answer)

@@ -16,6 +16,7 @@ from async_opd.roles.verifier.answers.shapes import (
 from async_opd.roles.verifier.answers.terms import (
     Name,
     Negative,
+    Number,
     Quotient,
     Sum,
     Unreadable,
@@ -221,6 +222,9 @@ def _same_ratios(wanted: Ratio, answer: Ratio) -> bool:
 
 def _same_quotient(wanted: Shape, answer: Shape) -> bool:
     """Compare 1:2 with 1/2."""
+    match wanted:
+        case Scalar(Number(value)) if value.denominator == 1:
+            return False  # 470:2 is no whole number worked out
     terms = []
     for shape in (wanted, answer):
         match shape:

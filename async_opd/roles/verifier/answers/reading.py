@@ -36,6 +36,7 @@ MATRIX = re.compile(
     r"^(?:[(\[|⦃]\s*)?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}"
     r"(?:\s*[)\]|⦄])?$"
 )
+CASES = re.compile(r"^⦃?\s*\\begin\{(?:cases|aligned)\}([^&]*)\\end\{(?:cases|aligned)\}$")
 LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(
     r"^\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?:\s*[.:])?\s*(.*)$"
@@ -126,6 +127,8 @@ def _read(text: str) -> list[Shape]:
     text = text.strip().rstrip(",;").strip()
     if not text:
         raise Unreadable("nothing")
+    if match := CASES.match(text):
+        text = ", ".join(part.strip(" ,") for part in split(match[1], ROW)[::2])
     if match := MATRIX.match(text):
         return [_matrix(match[2])]
     parts = [part for part in split(text, SEPARATOR)[::2] if part.strip()]
@@ -174,7 +177,13 @@ def _related(parts: list[str]) -> list[Shape]:
         signs, members = signs[1:], members[1:]
     if not signs:
         return _read(members[0])
-    return [Relation(signs, way) for way in _each(members)]
+    label: list[Shape] = []
+    if len(members) > 1 and signs[0] == "=" and re.search(r"[A-Za-z]", members[0]):
+        label = _read_or_none(members[0]) or [Text(members[0].strip())]
+    ways = _each(members[1:] if label else members)
+    if not label:
+        return [Relation(signs, way) for way in ways]
+    return [Relation(signs, (first, *way)) for first in label for way in ways]
 
 
 def _bracketed(text: str) -> list[Shape]:

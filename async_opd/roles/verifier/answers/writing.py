@@ -59,6 +59,11 @@ TIDY = [
         (r"\\(?:vec|hat|bar|overrightarrow|mathbf|mathit|mathcal|boldsymbol|bm|mathsf)"
          r"\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathbf|mathit|boldsymbol|bm|bf|mathbin|mathord)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}", ""),
+        (r"\\(?:underline|emph|ensuremath|mathstrut)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:overline|overrightarrow|overleftrightarrow|widehat)\s*\{\s*([A-Za-z]+)\s*\}",
+         r"\1"),
+        (r"^\s*\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![A-Za-z])", ""),
         (r"\\operatorname\*?\s*\{([A-Za-z]+)\}", r"\\\1 "),
         (r"\\(?:mathrm|text|textrm)\s*\{\s*([ei])\s*\}", r"\1"),
         (r"\\mathbb\s*\{?\s*R\s*\}?|\\(?:Reals|reals)(?![A-Za-z])", "(-\\\\infty ,\\\\infty )"),
@@ -72,7 +77,8 @@ TIDY = [
         (r"(?<=\d)(?:\^?\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"
          r"|(?:st|rd|th)(?![A-Za-z]))", ""),
         (r"(?<=[\d)])\s*x\s*(?=10\s*\^)", r"\\times "),
-        (r"^\s*(?:(?:the )?(?:final )?answer(?: is|:)|about|approximately|roughly|exactly)\s*",
+        (r"^\s*(?:(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is|:)"
+         r"|about|approximately|roughly|exactly)\s*",
          ""),
     ]
 ]  # fmt: skip
@@ -112,7 +118,7 @@ def unwrapped(text: str) -> str:
             if whole and len(text) > len(opening + closing) and opening not in inner:
                 text = inner.strip()
         if not text.endswith(("..", "\\,", "\\;")):
-            text = text.rstrip(".,;: ")
+            text = text.rstrip(".,;: \\")
     return text
 
 
