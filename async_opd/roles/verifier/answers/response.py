@@ -13,6 +13,7 @@ CLOSE = re.compile(
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
+MOST_BOXES = 32  # that are looked at, from the last
 # Between boxes that make one list.
 BETWEEN = re.compile(
     r"(?:\s|\$|\\[,;:! ]|\\\(|\\\)|[,;.&*]|\band\b|\bor\b|\\q?quad"
@@ -44,7 +45,7 @@ def boxes(text: str) -> list[str]:
     for one that is never closed."""
     listed: list[str] = []
     following = len(text)
-    for box in reversed(list(BOX.finditer(text))):
+    for box in reversed(list(BOX.finditer(text))[-MOST_BOXES:]):
         content, end = _content(text, box.end())
         if listed and end > following:  # a box around the one before
             continue

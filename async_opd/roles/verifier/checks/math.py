@@ -6,14 +6,14 @@ left as it stands is wrong, even where its value is right. `tests/roles/verifier
 lists what is right, what is wrong, and the known limits.
 
 What our own reading does not know (integrals, sums, limits, …) in a reference is compared by
-math-verify; in an answer to a reference that is a number it is wrong.
+math-verify; in an answer to any other reference it is wrong.
 """
 
 from collections.abc import Callable
 
 from math_verify import verify
 
-from async_opd.roles.verifier.answers.compare import is_number, read_wanted, same
+from async_opd.roles.verifier.answers.compare import read_wanted, same
 from async_opd.roles.verifier.answers.reading import read
 from async_opd.roles.verifier.answers.response import (
     after_thoughts,
@@ -22,13 +22,16 @@ from async_opd.roles.verifier.answers.response import (
     reference_text,
     stated,
 )
-from async_opd.roles.verifier.answers.shapes import Shape
-from async_opd.roles.verifier.answers.terms import Unreadable
+from async_opd.roles.verifier.answers.shapes import Group, Scalar, Shape, Text
+from async_opd.roles.verifier.answers.terms import Unreadable, names
 from async_opd.roles.verifier.answers.writing import LONGEST, tidy
 from async_opd.roles.verifier.checks.math_verify import parsed
 from async_opd.roles.verifier.config import VerifyConfig
 
 LAST = 4000  # characters of a response without a box, in which its answer is looked for
+
+WORDS = 3  # of an answer in words, without a box
+LETTERS = 4  # different ones, of an expression without a box
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
@@ -63,10 +66,22 @@ def final(spoken: str) -> str:
     """Find the answer of a response without a box, "" where there is none."""
     spoken = spoken[-LAST:]
     text = stated(spoken)
-    if text is not None and _readings(read, text):
+    if text is not None and any(map(_is_answer, _readings(read, text))):
         return text
     target = parsed(spoken)
     return str(target[-1]) if target else ""
+
+
+def _is_answer(shape: Shape) -> bool:
+    """Tell whether `shape` is more than a sentence."""
+    match shape:
+        case Text(words):
+            return words.replace(" ", "").isalpha() and len(words.split()) <= WORDS
+        case Scalar(term):
+            return len(names(term)) <= LETTERS
+        case Group(_, members):
+            return all(map(_is_answer, members))
+    return True
 
 
 def right(text: str, wanted: str) -> bool:
@@ -75,10 +90,8 @@ def right(text: str, wanted: str) -> bool:
         return text == wanted
     ours = _readings(read_wanted, wanted)
     theirs = _readings(read, text)
-    if any(same(one, other) for one in ours for other in theirs):
-        return True
-    if (ours and theirs) or any(map(is_number, ours)):
-        return False
+    if ours:
+        return any(same(one, other) for one in ours for other in theirs)
     # Errors of the library are no answer either.
     return verify(parsed(boxed(wanted)), parsed(boxed(text)), timeout_seconds=None)
 
