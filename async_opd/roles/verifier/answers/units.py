@@ -107,6 +107,6 @@ def _one(name: str, wrapped: bool) -> str | None:
     for form in (name, name.lower(), name.rstrip("."), name.lower().removesuffix("s")):
         if form in CANONICAL and (len(form) > 1 or wrapped or form in LETTERS):
             return CANONICAL[form]
-    if len(name) >= 3 or (wrapped and len(name) > 1):
+    if len(name) >= 3 or wrapped:
         return name.lower().removesuffix("s")
     return None

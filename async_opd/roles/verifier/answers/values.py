@@ -54,9 +54,12 @@ def same_scalar(reference: Scalar, answer: Scalar) -> bool:
 
 
 def same_term(reference: Term, answer: Term) -> bool:
-    """Compare two expressions; numbers must be worked out, as far as the reference is."""
-    if names(reference) or names(answer):
+    """Compare two expressions; numbers must be worked out, as far as the reference is, and hold no
+    variables, even such as cancel."""
+    if names(reference):
         return same_expression(reference, answer)
+    if names(answer):
+        return False
     return same_number(reference, answer) and worked_out(reference, answer)
 
 
