@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from async_opd.config.load import apply_override, checked
 from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, local
-from async_opd.config.rules import check_rule
+from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
 from async_opd.config.teacher_rules import refuse_broken
@@ -85,7 +85,7 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
                 f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
                 " greedy",
             ),
-            check_rule(asked.verify.check),
+            *check_rules(asked.verify),
         ]
     )
     check_data("data.path", asked.data.path)

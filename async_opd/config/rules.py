@@ -16,6 +16,7 @@ from async_opd.config.teacher_rules import (
 )
 from async_opd.core.suggest import wrong
 from async_opd.roles.verifier.checks import kinds, known
+from async_opd.roles.verifier.config import VerifyConfig
 
 
 def rules(c: Config) -> Iterator[Rule]:
@@ -133,10 +134,22 @@ def _verifier_rules(c: Config) -> list[Rule]:
             f"timeout.stall_s = {c.timeout.stall_s}: must be > sync.timeout_s ="
             f" {c.sync.timeout_s}, for which an engine that takes weights is silent",
         ),
-        check_rule(c.verify.check),
+        *check_rules(c.verify),
     ]
 
 
-def check_rule(check: str) -> Rule:
-    """Say that there is such a check."""
-    return not known(check), wrong("verify.check", check, [*kinds(), "package.module:function"])
+def check_rules(verify: VerifyConfig) -> list[Rule]:
+    """List that there is such a check, and which settings are of which."""
+    check = verify.check
+    return [
+        (not known(check), wrong("verify.check", check, [*kinds(), "package.module:function"])),
+        (
+            verify.tolerance is not None and check != "numeric",
+            f"verify.tolerance = {verify.tolerance}: is of verify.check = 'numeric', not {check!r}",
+        ),
+        (
+            verify.special_tokens and check in kinds(),
+            "verify.special_tokens = true: is of a function of yours, and verify.check ="
+            f" {check!r} reads text without them",
+        ),
+    ]

@@ -12,9 +12,10 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.vocabulary import Ids, Tokens, exchanged, listed, runs
-from async_opd.core.wire import Ints, Needs
+from async_opd.core.wire import Needs
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.decoding import decoding
 from async_opd.roles.verifier.pool import VerifierPool
 from async_opd.roles.verifier.verifier import GroupVerifier
 
@@ -156,9 +157,5 @@ class ActorSpecs:
 def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
     """Build the verifier in its actor: the pool, and the student's tokenizer (as JSON) to decode
     by, without torch."""
-    decoder = Tokenizer.from_str(tokenizer)
-
-    def decode(ids: Ints) -> str:
-        return decoder.decode(ids.tolist(), skip_special_tokens=True)
-
+    decode = decoding(Tokenizer.from_str(tokenizer), config.special_tokens)
     return GroupVerifier(VerifierPool(config), decode, within_s)

@@ -71,7 +71,7 @@ COMMAND_LINES = {
     ],
     "demo data.path=late.jsonl": [
         "data.path = 'late.jsonl': 2 of 60 rows cannot be used: row 50: 'answer' must be",
-        "; row 55: 'answer': reference answer '' does not parse; data.bad_rows = \"skip\"",
+        "; row 55: 'answer': reference answer '' does not parse: it is empty; data.bad_rows =",
     ],
     "demo eval.path=late.jsonl eval.problems=60": ["eval.path = 'late.jsonl': 2 of 60 rows cannot"],
     "demo data.path=late.jsonl data.bad_rows=skip data.epochs=32 run.steps=20": [

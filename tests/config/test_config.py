@@ -373,6 +373,18 @@ MISTAKES = {
         ["teacher_sampling.max_new_tokens = 65: must be <= rollout.max_new_tokens = 64"],
     ),
     "misspelt check": ("verify.check=maths", ["verify.check = 'maths'", "did you mean 'math'?"]),
+    "tolerance of another check": (
+        "verify.tolerance=0.1",
+        ["verify.tolerance = 0.1: is of verify.check = 'numeric', not 'math'"],
+    ),
+    "tolerance below nothing": (
+        "verify.check=numeric verify.tolerance=-0.1",
+        ["verify.tolerance = -0.1: must be", ">= 0"],
+    ),
+    "special tokens for a check of ours": (
+        "verify.special_tokens=true",
+        ["verify.special_tokens = true: is of a function of yours", "check = 'math'"],
+    ),
     "check of no form": (
         "verify.check=mod.fn:",
         ["verify.check = 'mod.fn:'", "'package.module:function'"],

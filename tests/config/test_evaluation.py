@@ -88,7 +88,12 @@ def test_one_response_is_greedy_and_several_are_sampled_unless_a_temperature_is_
         (
             "toy:student",
             [DATA, "verify.check=maths"],
-            "verify.check = 'maths': must be 'code', 'math' or",
+            "verify.check = 'maths': must be 'choice', 'code', 'exact', 'math', 'math_verify',",
+        ),
+        (
+            "toy:student",
+            [DATA, "verify.tolerance=0.01"],
+            "verify.tolerance = 0.01: is of verify.check = 'numeric', not 'math'",
         ),
         ("toy:student", [DATA, "run.dir=."], "run.dir = '.': holds the working directory"),
     ],

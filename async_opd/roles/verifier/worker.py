@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import AsyncOpdError, ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.checks import Decide, load
 from async_opd.roles.verifier.config import VerifyConfig
@@ -23,6 +24,10 @@ from async_opd.roles.verifier.sandbox.namespaces import die_with
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
 LONGEST = 500  # characters of an answer that is passed on
+
+
+class Raised(AsyncOpdError):
+    """An error of a check, which is its cause."""
 
 
 def main(parent: int, config: VerifyConfig) -> None:
@@ -48,18 +53,19 @@ def main(parent: int, config: VerifyConfig) -> None:
 
 
 def run_check(check: Check, decide: Decide) -> Verdict:
-    """Decide `check`: unknown where that raises."""
+    """Decide `check`: unknown where that raises, whatever it is that foreign code raises."""
     try:
-        decision = decide(check.response, check.answer)
-        correct, answer = decision if isinstance(decision, tuple) else (decision, None)
-        return Verdict(
-            id=check.id,
-            correct=correct,
-            answer=answer if answer is None or len(answer) <= LONGEST else "",
-        )
-    except Exception as error:
-        # Foreign code met a model's text: whatever it raises, the verdict is unknown.
-        return Verdict(id=check.id, correct=None, cause=f"check raised {type(error).__name__}")
+        with foreign("check", Raised):
+            decision = decide(check.response, check.answer)
+    except AsyncOpdError as error:
+        kind = type(error.__cause__ if isinstance(error, Raised) else error).__name__
+        return Verdict(id=check.id, correct=None, cause=f"check raised {kind}")
+    correct, answer = decision if isinstance(decision, tuple) else (decision, None)
+    return Verdict(
+        id=check.id,
+        correct=correct,
+        answer=answer if answer is None or len(answer) <= LONGEST else "",
+    )
 
 
 def frame(body: bytes) -> bytes:

@@ -57,13 +57,16 @@ def workers() -> Callable[[], list[psutil.Process]]:
 
 @pytest.fixture
 async def start_pool(workers):
-    """Starts a pool, of one worker and a generous deadline unless told otherwise; no worker
-    outlives the test."""
+    """Starts a pool, of the plain library, one worker and a generous deadline unless told
+    otherwise; no worker outlives the test."""
     pools = []
 
     async def start(start_timeout_s: float = 60.0, **settings) -> VerifierPool:
         pools.append(
-            VerifierPool(VerifyConfig(**{"timeout_s": WITHIN_S} | settings), start_timeout_s)
+            VerifierPool(
+                VerifyConfig(**{"check": "math_verify", "timeout_s": WITHIN_S} | settings),
+                start_timeout_s,
+            )
         )
         await pools[-1].start()
         return pools[-1]

@@ -213,7 +213,13 @@ def test_tests_that_cannot_be_read_are_an_error_and_not_a_wrong_program(answer):
         code.check("print(1)", answer, start=None)
 
 
-@pytest.mark.parametrize("test", ["assert f(", "assert f(lambda: 1) == 1"])
-def test_tests_that_do_not_compile_or_pass_what_is_no_data_are_an_error(test):
-    with pytest.raises(DataError, match="do not compile, or call with what is no data"):
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ("assert f(", "'assert f\\(' are no Python: SyntaxError"),
+        ("assert f(lambda: 1) == 1", "do not compile, or call with what is no data"),
+    ],
+)
+def test_tests_that_do_not_compile_or_pass_what_is_no_data_are_an_error(test, why):
+    with pytest.raises(DataError, match=why):
         decide("def f(x): return 1", {"test_list": [test]})

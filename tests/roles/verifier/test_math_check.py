@@ -4,8 +4,9 @@ import sys
 import pytest
 
 from async_opd.core.errors import DataError
+from async_opd.roles.verifier.answers.response import last_boxed
 from async_opd.roles.verifier.checks import load
-from async_opd.roles.verifier.checks.math import check, last_boxed
+from async_opd.roles.verifier.checks.math import check
 from async_opd.roles.verifier.config import VerifyConfig
 
 
@@ -86,6 +87,6 @@ def test_kinds_are_listed_without_importing_them():
     )
     assert (
         subprocess.check_output([sys.executable, "-c", code], text=True)
-        == "('code', 'math') False\n"
+        == "('choice', 'code', 'exact', 'math', 'math_verify', 'numeric') False\n"
     )
     assert load(VerifyConfig(check="math")) is check

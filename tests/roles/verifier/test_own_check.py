@@ -24,13 +24,13 @@ async def test_an_answer_other_than_true_or_false_is_unknown(start_pool, check, 
         (
             "nowhere:f",
             (
-                r"verify\.check = 'nowhere:f': cannot be imported \(ModuleNotFoundError: No module"
+                r"verify\.check = 'nowhere:f': cannot be imported: ModuleNotFoundError: No module"
                 r" named 'nowh"
             ),
         ),
         (
             "mine:absent",
-            r"verify\.check = 'mine:absent': cannot be imported \(AttributeError: .*'absent'\)",
+            r"verify\.check = 'mine:absent': cannot be imported: AttributeError: .*'absent'",
         ),
         ("mine:LIMIT", r"verify\.check = 'mine:LIMIT': is a int, and must be a function"),
     ],

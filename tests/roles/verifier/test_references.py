@@ -23,7 +23,7 @@ def _reference(answer):
     if answer == "raises":
         raise KeyError("no such key")
 
-right.reference = _reference
+right.read_reference = _reference
 
 def plain(response, answer):
     return True

@@ -95,7 +95,7 @@ def test_groups_that_share_an_id_each_get_their_own_verdicts():
     virtual(main())
 
 
-async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callable):
+async def test_responses_vote_by_what_math_holds_equal(start_pool: Callable):
     texts = [
         r"\boxed{0.5}",
         r"\boxed{2}",
@@ -105,7 +105,7 @@ async def test_responses_vote_by_what_math_verify_holds_equal(start_pool: Callab
         r"\boxed{4/2}",
         r"so \boxed{7}",
     ]
-    verifier = verifier_of(await start_pool(timeout_s=60.0), texts)
+    verifier = verifier_of(await start_pool(check="math", timeout_s=60.0), texts)
     asked = group("0@0", "2", responses=len(texts))
     verdicts = await verifier.check(asked)
     ballots = await verifier.ballots(asked, *verdicts)

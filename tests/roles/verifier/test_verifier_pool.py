@@ -19,7 +19,7 @@ from async_opd.roles.verifier.pool import VerifierPool
 from async_opd.core.wire import Check
 
 async def main():
-    pool = VerifierPool(VerifyConfig(workers=2, timeout_s=60.0))
+    pool = VerifierPool(VerifyConfig(check="math_verify", workers=2, timeout_s=60.0))
     await pool.start()
     checks = [pool.check(Check(id=str(i), response=sys.argv[1], answer="2")) for i in range(2)]
     print("started", flush=True)

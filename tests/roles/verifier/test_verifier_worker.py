@@ -72,7 +72,7 @@ async def test_a_malformed_reply_is_unknown_and_its_worker_replaced(
 )
 def test_a_malformed_request_ends_a_worker_with_no_reply(garbage, fake_math_verify):
     fake_math_verify()
-    config = msgspec.json.encode(VerifyConfig()).decode()
+    config = msgspec.json.encode(VerifyConfig(check="math_verify")).decode()
     command = [sys.executable, "-m", "async_opd.roles.verifier.worker", str(os.getpid()), config]
     worker = subprocess.run(command, input=garbage, capture_output=True, timeout=30)
     assert (worker.returncode, worker.stdout) == (1, b"\0\0\0\0")

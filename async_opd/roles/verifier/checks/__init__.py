@@ -1,14 +1,14 @@
 """Checks found by name: modules beside this one, or a function of the user's as
 "package.module:function".
 
+Each module has `make(config)`, which returns the check, and `read_reference(answer)`, which raises
+DataError for a reference that cannot be used; a user's function may have the latter as an
+attribute. It is asked of every row before anything is sampled, in a process of its own as well.
+
 A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
 process.
-
-One that can tell by itself whether a reference can be used offers `reference(answer)`, which raises
-for one that cannot: beside the check in a module of ours, an attribute of a user's function. It is
-asked of every row before anything is sampled, and in a process of its own as well.
 """
 
 import importlib
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.config import VerifyConfig
 
 Decide = Callable[[str, str], bool | tuple[bool, str]]
@@ -41,21 +42,16 @@ def load(config: VerifyConfig) -> Decide:
 
 
 def reference(config: VerifyConfig) -> Callable[[str], object] | None:
-    """Load what the check that `config` names says of a reference; None where it says nothing.
-    Raises ConfigError if it cannot be loaded."""
+    """Load what the check that `config` names says of a reference, which raises DataError for one
+    that it cannot use; None where it says nothing. Raises ConfigError if it cannot be loaded."""
     if users := USERS.fullmatch(config.check):
-        return getattr(_users(config.check, *users.groups()), "reference", None)
-    module = importlib.import_module(f"{__name__}.{config.check}")
-    return getattr(module, "reference", None)
+        return getattr(_users(config.check, *users.groups()), "read_reference", None)
+    return importlib.import_module(f"{__name__}.{config.check}").read_reference
 
 
 def _users(check: str, module: str, function: str) -> Callable[..., object]:
-    try:
+    with foreign(f"verify.check = {check!r}: cannot be imported", ConfigError):
         decide = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(
-            f"verify.check = {check!r}: cannot be imported ({type(error).__name__}: {error})"
-        ) from error
     if not callable(decide):
         raise ConfigError(
             f"verify.check = {check!r}: is a {type(decide).__name__}, and must be a function"

@@ -27,6 +27,8 @@ from typing import Any
 import msgspec
 
 from async_opd.core.errors import DataError
+from async_opd.core.foreign import foreign
+from async_opd.roles.verifier.answers.response import after_thoughts
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox import test_driver
 from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, pipe, probe
@@ -107,7 +109,7 @@ def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
 
     Raises DataError if the tests cannot be read.
     """
-    tests, code = read_tests(answer), last_program(response)
+    tests, code = read_reference(answer), last_program(after_thoughts(response))
     match tests:
         case InOut(fn_name=str(name)) if name:
             code += f"\nif 'Solution' in globals(): {name} = Solution().{name}"
@@ -132,7 +134,7 @@ def last_program(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
+def read_reference(answer: str) -> InOut | HumanEval | Mbpp:
     """Read the tests of a reference answer. Raises DataError."""
     try:
         tree = json.loads(answer)
@@ -149,23 +151,11 @@ def read_tests(answer: str) -> InOut | HumanEval | Mbpp:
     name = getattr(tests, "entry_point", "") or getattr(tests, "fn_name", None)
     if name and not name.isidentifier():
         raise DataError(f"reference answer {answer[:200]!r}: {name!r} is no name of a function")
-    return tests
-
-
-def reference(answer: str) -> None:
-    """Raise DataError for a reference whose tests cannot be read, or are no Python."""
-    tests = read_tests(answer)
-    for text in (
-        getattr(tests, "test", ""),
-        getattr(tests, "test_setup_code", ""),
-        *getattr(tests, "test_list", []),
-    ):
-        try:
+    texts = [getattr(tests, "test", ""), getattr(tests, "test_setup_code", "")]
+    for text in (*texts, *getattr(tests, "test_list", [])):
+        with foreign(f"reference answer: tests {text[:200]!r} are no Python"):
             ast.parse(text)
-        except (SyntaxError, ValueError) as error:
-            raise DataError(
-                f"reference answer: tests {text[:200]!r} are no Python: {error}"
-            ) from error
+    return tests
 
 
 def _text(lines: Any) -> str:

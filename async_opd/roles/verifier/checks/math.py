@@ -1,27 +1,38 @@
-r"""Mathematical equality of a response's final answer with the reference, by math-verify.
+r"""Mathematical equality of a response's final answer with the reference.
 
-math-verify's own timeouts are off: they are signals, which a long operation in C never sees, and
-one that does fire is scored as wrong. The pool kills the process instead.
+The answer is what the last `\boxed{…}` after the thoughts holds, or without a box what "the answer
+is" is followed by. Where the reference is a number, so is the answer, and worked out: a calculation
+left as it stands is wrong, even where its value is right. `tests/roles/verifier/math_pairs.py`
+lists what is right, what is wrong, and the known limits.
+
+What our own reading does not know (integrals, sums, limits, …) in a reference is compared by
+math-verify; in an answer to any other reference it is wrong.
 """
 
-import logging
-import re
 from collections.abc import Callable
-from functools import partial
 
-from math_verify import parse, verify
+from math_verify import verify
 
 from async_opd.core.errors import DataError
+from async_opd.roles.verifier.answers.compare import read_wanted, same
+from async_opd.roles.verifier.answers.reading import read
+from async_opd.roles.verifier.answers.response import (
+    after_thoughts,
+    boxed,
+    boxes,
+    reference_text,
+    stated,
+)
+from async_opd.roles.verifier.answers.shapes import Group, Scalar, Shape, Text
+from async_opd.roles.verifier.answers.terms import Unreadable, names
+from async_opd.roles.verifier.answers.writing import LONGEST, tidy
+from async_opd.roles.verifier.checks.math_verify import parsed
 from async_opd.roles.verifier.config import VerifyConfig
 
-# Its annotation knows no None, which is no timeout.
-_parse = partial(parse, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-NUMERAL = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
+LAST = 4000  # characters of a response without a box, in which its answer is looked for
 
-# Else it warns once a process that timeouts are off.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+WORDS = 3  # of an answer in words, without a box
+LETTERS = 4  # different ones, of an expression without a box
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
@@ -29,54 +40,69 @@ def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
     return check
 
 
+def read_reference(answer: str) -> str:
+    """Read the text of a reference. Raises DataError for one that no response could match: it is
+    empty, its braces do not match, or neither we nor math-verify can read it."""
+    wanted = reference_text(answer)
+    if not _readings(read_wanted, wanted) and not parsed(boxed(wanted)):
+        raise DataError(f"reference answer {answer[:200]!r} does not parse")
+    return wanted
+
+
 def check(response: str, answer: str) -> tuple[bool, str]:
-    r"""Tell whether the last boxed answer of `response`, or without a box what math-verify
-    extracts, equals `answer`; and that answer as `\boxed{…}`, "" where there is none.
+    r"""Tell whether the final answer of `response` is `answer`; and that answer as `\boxed{…}`, ""
+    where there is none.
 
-    What does not parse is wrong. Raises DataError if the reference does not parse.
+    What does not parse is wrong. Raises DataError if the reference is not usable.
     """
-    boxed, wanted = last_boxed(response), last_boxed(answer)
-    if wanted is None:
-        wanted = answer.strip()
-    if wanted and boxed == wanted:
-        return True, _boxed(wanted)
-    parsed = _reference(answer)
-    target = _parse(response if boxed is None else _boxed(boxed))
-    return (
-        verify(parsed, target, timeout_seconds=None, raise_on_error=True),
-        _boxed(boxed if boxed is not None else target[-1] if target else ""),
-    )
+    wanted = read_reference(answer)
+    spoken = after_thoughts(response)
+    listed = boxes(spoken)
+    if not listed:
+        text = final(spoken)
+        return bool(text) and right(text, wanted), boxed(text)
+    if len(listed) > 1 and all(right(text, wanted) for text in listed):
+        return True, boxed(listed[-1])
+    text = ", ".join(listed)
+    return bool(text) and right(text, wanted), boxed(text)
 
 
-def reference(answer: str) -> None:
-    """Raise DataError for a reference that does not parse. A numeral is not parsed: it takes ten
-    milliseconds, and there are thousands."""
-    if not NUMERAL.fullmatch(answer):
-        _reference(answer)
+def final(spoken: str) -> str:
+    """Find the answer of a response without a box, "" where there is none."""
+    spoken = spoken[-LAST:]
+    text = stated(spoken)
+    if text is not None and any(map(_is_answer, _readings(read, text))):
+        return text
+    target = parsed(spoken)
+    return str(target[-1]) if target else ""
 
 
-def _reference(answer: str) -> list:
-    boxed = last_boxed(answer)
-    parsed = _parse(_boxed(answer.strip() if boxed is None else boxed))
-    if not parsed:
-        raise DataError(f"reference answer {answer!r} does not parse")
-    return parsed
+def _is_answer(shape: Shape) -> bool:
+    """Tell whether `shape` is more than a sentence."""
+    match shape:
+        case Text(words):
+            return words.replace(" ", "").isalpha() and len(words.split()) <= WORDS
+        case Scalar(term):
+            return len(names(term)) <= LETTERS
+        case Group(_, members):
+            return all(map(_is_answer, members))
+    return True
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Read what the last `\boxed{…}` holds: "" if it is never closed, None if there is none."""
-    boxes = list(BOX.finditer(text))
-    if not boxes:
-        return None
-    start, depth = boxes[-1].end(), 1
-    for brace in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start : brace.start()].strip()
-    return ""
+def right(text: str, wanted: str) -> bool:
+    """Tell whether the answer `text` is what is `wanted`."""
+    if text == wanted or len(text) > LONGEST:
+        return text == wanted
+    ours = _readings(read_wanted, wanted)
+    theirs = _readings(read, text)
+    if ours:
+        return any(same(one, other) for one in ours for other in theirs)
+    # Errors of the library are no answer either.
+    return verify(parsed(boxed(wanted)), parsed(boxed(text)), timeout_seconds=None)
 
 
-def _boxed(text: str) -> str:
-    """Box `text`, with or without `$`: math-verify makes an expression and its text of that, or
-    nothing."""
-    return text and f"\\boxed{{{text}}}"
+def _readings(reader: Callable[[str], list[Shape]], text: str) -> list[Shape]:
+    try:
+        return reader(tidy(text))
+    except Unreadable:
+        return []
