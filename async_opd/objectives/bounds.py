@@ -31,7 +31,8 @@ def signal(
     leaves = {name: x.detach().requires_grad_() for name, x in live.items() if x.requires_grad}
     with torch.enable_grad():
         loss_N = token_loss(replace(batch, **leaves)).loss_N
-    torch.autograd.backward(loss_N.sum(), inputs=list(leaves.values()))
+    if leaves:  # none in a step over no token, which goes nowhere
+        torch.autograd.backward(loss_N.sum(), inputs=list(leaves.values()))
     size_N = torch.zeros_like(loss_N.detach())
     for leaf in leaves.values():
         if leaf.grad is not None:
