@@ -39,6 +39,7 @@ OTHERS = {  # that heal for a few steps
 }
 FEW = (
     "run.steps=3",
+    "learner.warmup_steps=1",
     "eval.problems=16",
     "teacher.evaluate=false",
     "learner.trajectories_per_step=8",
