@@ -17,6 +17,7 @@ import re
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import reasoning_gym
@@ -40,7 +41,8 @@ def rows(task: str, settings: dict[str, Any], sizes: dict[str, int]) -> dict[str
             break
         if barren == DRAWS:
             raise SystemExit(f"{task} {settings}: has {len(entries)} questions, not {wanted}")
-    drawn = iter(entries.values())
+    # what has few questions is drawn out first: in that order the parts would differ
+    drawn = iter(Random(0).sample(list(entries.values()), wanted))
     return {
         name: [row(f"{name}-{index:04d}", task, settings, next(drawn)) for index in range(size)]
         for name, size in sizes.items()
@@ -84,8 +86,8 @@ def main() -> None:
     parser.add_argument("task", help="of reasoning-gym")
     parser.add_argument("folder", type=Path, help="of the two files")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the task, in JSON")
-    parser.add_argument("--train", type=int, default=1024, help="rows")
-    parser.add_argument("--heldout", type=int, default=128, help="rows")
+    parser.add_argument("--train", type=int, default=256, help="rows")
+    parser.add_argument("--heldout", type=int, default=64, help="rows")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     pairs = (setting.split("=", 1) for setting in args.settings)

@@ -2,8 +2,8 @@
 
 Heals the layer-pruned SmolLM2 (configs/smollm2_heal.toml), writes its report and export, measures
 it before and after, then trains the whole one for some steps on a task of reasoning-gym, answers
-HumanEval, and heals for a few steps more by other parts: a vLLM teacher, two ranks with ZeRO 2, and
-float32. Fails where a command fails, where the healed model is not nearer to the teacher, or where
+HumanEval, and heals for a few steps more by other parts: a vLLM teacher, and one rank in float32.
+Fails where a command fails, where the healed model is not nearer to the teacher, or where
 it does not answer better.
 
     make real        # python -m benchmarks.real.run --out runs/real.json
@@ -28,11 +28,12 @@ HEALED, GYMNAST, CODED = (
     Path(f"runs/smollm2_{name}") for name in ("heal", "reasoning_gym", "humaneval")
 )
 OTHERS = {  # that heal for a few steps
-    "vllm_zero2": ("teacher.backend=vllm", "learner.ranks=2", "learner.zero_stage=2"),
+    "vllm": ("teacher.backend=vllm",),
     "float32": (
         "teacher.dtype=float32",
         "rollout.dtype=float32",
         "learner.dtype=float32",
+        "learner.ranks=1",
         "learner.zero_stage=0",
         "sync.parity_tolerance=1e-3",
     ),
