@@ -7,6 +7,7 @@ on responses that each samples itself (temperature 1, a fixed seed), and how lon
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = args.data.read_text(encoding="utf-8").splitlines()[: args.problems]
     prompts = [json.loads(line)["prompt"] for line in lines]
+    torch.set_num_threads(os.cpu_count() or 1)  # by itself it takes a thread for every two
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.teacher), load(args.teacher)
     tokenizer.padding_side = "left"
     figures = {}
