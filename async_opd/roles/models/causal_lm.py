@@ -17,6 +17,7 @@ from async_opd.core.foreign import foreign
 from async_opd.maths.logprobs import Head
 
 ATTENTION = "packed_segments"
+SHORT = 512  # tokens of a segment; longer ones are no slower in bfloat16
 
 
 def load(
@@ -140,10 +141,15 @@ def packed_segments(
         return _flash(query, key, value, tuple(segment_lengths), scaling), None
 
     grid_ST, place_L = _layout(tuple(segment_lengths), query.device)
+    dtype = query.dtype
+    # PyTorch's kernel for CPUs is up to 2.3 times as fast backwards in float32 as in bfloat16
+    if query.device.type == "cpu" and max(segment_lengths) <= SHORT:
+        dtype = torch.promote_types(dtype, torch.float32)
 
     def spread(x: Tensor) -> Tensor:
         return (
             x[0]
+            .to(dtype)
             .transpose(0, 1)
             .index_select(0, grid_ST.flatten())
             .unflatten(0, grid_ST.shape)
@@ -158,7 +164,7 @@ def packed_segments(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
-    return out.flatten(0, 1).index_select(0, place_L)[None], None
+    return out.flatten(0, 1).index_select(0, place_L).to(query.dtype)[None], None
 
 
 def flash_can(query: Tensor) -> bool:

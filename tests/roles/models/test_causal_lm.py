@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.roles.models import causal_lm
@@ -217,3 +218,28 @@ def test_the_head_soft_caps_logits_where_the_model_does(tiny_lm, ids_L):
     logits = model(ids_L[None]).logits
     torch.testing.assert_close(causal_lm.head(model).logits(hidden), logits)
     assert 1 < logits.abs().max() < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [causal_lm.SHORT, causal_lm.SHORT + 1])
+def test_attention_keeps_the_dtype_and_is_exact_to_its_rounding(dtype, length):
+    torch.manual_seed(0)
+    lengths = [length, 7]
+    wide = [torch.randn(1, heads, sum(lengths), 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    inputs = [x.to(dtype).requires_grad_() for x in wide]
+    out, _ = causal_lm.packed_segments(nn.Module(), *inputs, None, segment_lengths=lengths)
+    assert out.dtype == dtype
+    out.sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    parts = zip(*(x.split(lengths, 2) for x in exact), strict=True)
+    scaled = nn.functional.scaled_dot_product_attention
+    wanted = torch.cat(
+        [scaled(*part, is_causal=True, enable_gqa=True).transpose(1, 2) for part in parts], 1
+    )
+    wanted.sum().backward()
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
+    for x, same in zip(inputs, exact, strict=True):
+        assert x.grad is not None and x.grad.dtype == dtype
+        error = (x.grad.double() - same.grad).norm() / same.grad.norm()
+        assert error < tolerance

@@ -14,6 +14,8 @@ from async_opd.config.load import load
 from async_opd.tools.plan.report import CALIBRATE
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+# but for those of models that `make real` makes, which need no card
+LAID_OUT = [path for path in sorted(CONFIGS.glob("*.toml")) if not path.match("smollm2_*")]
 ONE_NODE = CONFIGS / "node8_deepmath_4b.toml"
 
 
@@ -23,7 +25,7 @@ def planned(capsys, config: Path, *words: str) -> tuple[int, dict]:
     return status, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", LAID_OUT, ids=lambda path: path.stem)
 def test_every_config_fits_the_cards_that_it_is_laid_out_for(config, capsys):
     says = next(
         (line for line in config.read_text().splitlines() if line.startswith("# GPUs: ")),
@@ -40,7 +42,7 @@ def test_every_config_fits_the_cards_that_it_is_laid_out_for(config, capsys):
         assert gpus - 1 < used <= gpus  # none is left idle
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", LAID_OUT, ids=lambda path: path.stem)
 def test_every_config_takes_the_short_run_that_a_plan_asks_for(config):
     (short,) = re.findall(r"run\.steps=\d+", CALIBRATE)
     assert load(config, [short]).run.steps == 20
