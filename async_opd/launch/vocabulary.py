@@ -109,24 +109,29 @@ def words_of(
 def stops_of(
     config: Config, tokenizer: PreTrainedTokenizerBase, student: Words
 ) -> tuple[int | str, ...]:
-    """Read what is asked for in rollout.stop: ids, those of texts that are one token, and texts of
-    several. Raises DataError for what the student cannot write."""
+    """Read what is asked for in rollout.stop: ids and texts, and the ids of tokens that are such a
+    text. An added token is that id alone; any other text ends a response however it is spelled.
+    Raises DataError for what the student cannot write."""
     stops: list[int | str] = []
     for stop in config.rollout.stop:
         called = f"rollout.stop = {stop!r}"
-        written = stop
-        if isinstance(stop, str):
-            written = student.ids.get(stop, stop)
-        if isinstance(written, str):
-            with foreign(called):
-                ids = tokenizer(written, add_special_tokens=False).input_ids
-                text = tokenizer.decode(ids, skip_special_tokens=False)
-            if not ids or written.strip() not in text or max(ids) >= student.head:
-                raise DataError(f"{called}: {student.called} has no tokens that spell it")
-            written = ids[0] if len(ids) == 1 and text == written else written
-        elif written not in student.tokens:
-            raise DataError(f"{called}: must be an id of {student.called}")
-        stops.append(written)
+        if isinstance(stop, int):
+            if stop not in student.tokens:
+                raise DataError(f"{called}: must be an id of {student.called}")
+            stops.append(stop)
+            continue
+        with foreign(called):
+            named = student.ids.get(stop)
+            added = named in tokenizer.added_tokens_decoder
+            ids = [] if added else tokenizer(stop, add_special_tokens=False).input_ids
+            text = tokenizer.decode(ids, skip_special_tokens=False)
+        spelled = bool(ids) and stop.strip() in text and max(ids) < student.head
+        if named is None and not spelled:
+            raise DataError(f"{called}: {student.called} has no tokens that spell it")
+        if named is None and len(ids) == 1 and text == stop:
+            named = ids[0]
+        stops += [] if named is None else [named]
+        stops += [stop] if spelled else []
     return tuple(dict.fromkeys(stops))
 
 
