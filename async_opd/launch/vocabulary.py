@@ -185,13 +185,13 @@ def _refuse_other_ends(
     read_as = set(ends_as.values())
     if missing := theirs - set(ends) - ends_as.keys():
         tokens = [scorer.tokens[id] for id in sorted(missing)]
-        stop = " or ".join(
+        ways = " or ".join(
             [f"add {tokens} to rollout.stop"] * (missing <= student.tokens.keys())
             + [f"map them in {scorer.section}.ends_as"] * (scorer.section != "reference")
         )
         raise DataError(
             f"{scorer.called}: ends by {scorer.named(missing)}, where the student does not stop: it"
-            f" ends by {student.named(ends)}; {stop}"
+            f" ends by {student.named(ends)}; {ways or 'the student has no such token'}"
         )
     if unknown := ours - theirs - read_as:
         say(

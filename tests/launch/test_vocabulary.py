@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -18,7 +19,9 @@ from async_opd.core.wire import Needs
 from async_opd.launch.inputs import read, read_problems
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.launch.vocabulary import read_tokens
+from async_opd.objectives.g_opd import GOpd
 from async_opd.objectives.topk_kl import TopkKl
+from async_opd.roles.teacher.config import ReferenceConfig
 from async_opd.toy import STUDENT
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -339,6 +342,17 @@ def test_an_end_that_the_student_has_no_token_for_can_only_be_mapped(tmp_path):
         tokens(tmp_path, student, teacher)
     both = tokens(tmp_path, student, teacher, 'teacher.ends_as={"<stop>" = "<end>"}')
     assert listed(both.student).tolist() == list(range(14))
+
+
+def test_an_end_of_the_reference_s_that_the_student_has_no_token_for_is_refused(tmp_path):
+    student = made(tmp_path / "student", "words")
+    other = made(tmp_path / "other", "words", added=ENDS, eos_token_id=14)
+    asked = config(tmp_path, student, student)
+    asked = replace(asked, objective=GOpd(), reference=ReferenceConfig(model=other))
+    with pytest.raises(
+        DataError, match=r"reference.model = .* '<end>' \(13\); the student has no such token$"
+    ):
+        read_tokens(asked, AutoTokenizer.from_pretrained(student))
 
 
 @pytest.mark.parametrize(
