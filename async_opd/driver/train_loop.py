@@ -244,7 +244,7 @@ class TrainLoop:
         self.version = state.version
         self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters["dropped"])
-        self._outcomes.restore(state.counters["outcomes"])
+        self._outcomes.restore(state.counters.get("outcomes", {}))
         return prompts
 
     async def save(self) -> None:
