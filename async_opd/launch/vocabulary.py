@@ -120,18 +120,18 @@ def stops_of(
                 raise DataError(f"{called}: must be an id of {student.called}")
             stops.append(stop)
             continue
+        id = student.ids.get(stop)
+        if id in tokenizer.added_tokens_decoder:
+            stops.append(id)
+            continue
         with foreign(called):
-            named = student.ids.get(stop)
-            added = named in tokenizer.added_tokens_decoder
-            ids = [] if added else tokenizer(stop, add_special_tokens=False).input_ids
-            text = tokenizer.decode(ids, skip_special_tokens=False)
-        spelled = bool(ids) and stop.strip() in text and max(ids) < student.head
-        if named is None and not spelled:
+            ids = tokenizer(stop, add_special_tokens=False).input_ids
+            text = str(tokenizer.decode(ids, skip_special_tokens=False))
+            one = ids if len(ids) == 1 else [] if id is None else [id]
+            alone = tokenizer.decode(one, skip_special_tokens=False) == stop
+        if not text or text.strip() != stop.strip() or max(ids) >= student.head:
             raise DataError(f"{called}: {student.called} has no tokens that spell it")
-        if named is None and len(ids) == 1 and text == stop:
-            named = ids[0]
-        stops += [] if named is None else [named]
-        stops += [stop] if spelled else []
+        stops += [*one, stop] if alone else [stop]
     return tuple(dict.fromkeys(stops))
 
 
