@@ -18,7 +18,7 @@ class GeneratorSettings(Struct, frozen=True):
     backend: str  # of weight updates
     seed: int  # engines of one run differ in it
     as_teacher: bool = False  # prompts are sampled from as their teacher reads them
-    # of `eos_ids` those of rollout.stop, and its texts of several tokens, which end one as well
+    # of `eos_ids` those of rollout.stop, and its texts, which end one as well
     stops: tuple[int | str, ...] = ()
     # ends of the teacher's that its answers have in the place of the student's, and those
     ends_as: tuple[tuple[int, int], ...] = ()

@@ -17,7 +17,7 @@ class Tokens:
 
     student: Ids  # that may be sampled; its log-probs are over these
     eos_ids: tuple[int, ...]  # that end a response
-    stops: tuple[int | str, ...] = ()  # those of rollout.stop, and its texts of several tokens
+    stops: tuple[int | str, ...] = ()  # ids of rollout.stop, and its texts
     # of each scorer, what its log-probs are over; absent: all of its head
     whole: Mapping[str, Ids] = field(default_factory=dict[str, Ids])
     # of each teacher, its ends and the student's that they are read as

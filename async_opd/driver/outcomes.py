@@ -112,9 +112,9 @@ class Outcomes:
         }
 
     def restore(self, counts: Mapping[str, int]) -> None:
-        """Count on from `counts`."""
-        self._rollouts = counts["rollouts_failed"]
-        self._without_tokens = counts["steps_without_tokens"]
+        """Count on from `counts`; from nothing, of a checkpoint that has none."""
+        self._rollouts = counts.get("rollouts_failed", 0)
+        self._without_tokens = counts.get("steps_without_tokens", 0)
 
     def _announce(self, role: str, why: str) -> None:
         if role not in self._announced:

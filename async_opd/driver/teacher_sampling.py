@@ -85,6 +85,8 @@ class TeacherSampling:
                 meta, group = await pools.teacher_generators.ask(
                     Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
                 )
+            if why := "".join(meta.failures):  # of its one rollout
+                raise GroupFailed(pools.teacher_generators.name, why)
             with blamed(pools.verifier.name):
                 verdicts = await pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id))
         except GroupFailed as e:

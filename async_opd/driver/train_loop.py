@@ -244,18 +244,18 @@ class TrainLoop:
         self.version = state.version
         self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters["dropped"])
-        self._outcomes.restore(state.counters["outcomes"])
+        self._outcomes.restore(state.counters.get("outcomes", {}))
         return prompts
 
     async def save(self) -> None:
         """Save a checkpoint of the live version, which is in the books. The learner can do nothing
         else meanwhile."""
-        counters = {
-            "before": astuple(self.held_out.before),
-            "dropped": dict(self.queue.dropped),
-            "outcomes": self._outcomes.counts,
-        }
         async with self._weights:
+            counters = {  # of the moment at which the books are taken
+                "before": astuple(self.held_out.before),
+                "dropped": dict(self.queue.dropped),
+                "outcomes": self._outcomes.counts,
+            }
             with self._learner.held("blocked"):
                 await self.progress.save(self.version, counters)
 

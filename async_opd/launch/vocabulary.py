@@ -109,24 +109,29 @@ def words_of(
 def stops_of(
     config: Config, tokenizer: PreTrainedTokenizerBase, student: Words
 ) -> tuple[int | str, ...]:
-    """Read what is asked for in rollout.stop: ids, those of texts that are one token, and texts of
-    several. Raises DataError for what the student cannot write."""
+    """Read what is asked for in rollout.stop: ids and texts, and the ids of tokens that are such a
+    text. An added token is that id alone; any other text ends a response however it is spelled.
+    Raises DataError for what the student cannot write."""
     stops: list[int | str] = []
     for stop in config.rollout.stop:
         called = f"rollout.stop = {stop!r}"
-        written = stop
-        if isinstance(stop, str):
-            written = student.ids.get(stop, stop)
-        if isinstance(written, str):
-            with foreign(called):
-                ids = tokenizer(written, add_special_tokens=False).input_ids
-                text = tokenizer.decode(ids, skip_special_tokens=False)
-            if not ids or written.strip() not in text or max(ids) >= student.head:
-                raise DataError(f"{called}: {student.called} has no tokens that spell it")
-            written = ids[0] if len(ids) == 1 and text == written else written
-        elif written not in student.tokens:
-            raise DataError(f"{called}: must be an id of {student.called}")
-        stops.append(written)
+        if isinstance(stop, int):
+            if stop not in student.tokens:
+                raise DataError(f"{called}: must be an id of {student.called}")
+            stops.append(stop)
+            continue
+        id = student.ids.get(stop)
+        if id in tokenizer.added_tokens_decoder:
+            stops.append(id)
+            continue
+        with foreign(called):
+            ids = tokenizer(stop, add_special_tokens=False).input_ids
+            text = str(tokenizer.decode(ids, skip_special_tokens=False))
+            one = ids if len(ids) == 1 else [] if id is None else [id]
+            alone = tokenizer.decode(one, skip_special_tokens=False) == stop
+        if not text or text.strip() != stop.strip() or max(ids) >= student.head:
+            raise DataError(f"{called}: {student.called} has no tokens that spell it")
+        stops += [*one, stop] if alone else [stop]
     return tuple(dict.fromkeys(stops))
 
 
@@ -180,13 +185,13 @@ def _refuse_other_ends(
     read_as = set(ends_as.values())
     if missing := theirs - set(ends) - ends_as.keys():
         tokens = [scorer.tokens[id] for id in sorted(missing)]
-        stop = " or ".join(
+        ways = " or ".join(
             [f"add {tokens} to rollout.stop"] * (missing <= student.tokens.keys())
             + [f"map them in {scorer.section}.ends_as"] * (scorer.section != "reference")
         )
         raise DataError(
             f"{scorer.called}: ends by {scorer.named(missing)}, where the student does not stop: it"
-            f" ends by {student.named(ends)}; {stop}"
+            f" ends by {student.named(ends)}; {ways or 'the student has no such token'}"
         )
     if unknown := ours - theirs - read_as:
         say(

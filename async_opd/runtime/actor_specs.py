@@ -44,7 +44,7 @@ class ActorSpecs:
         if pool == "teacher-generator":
             return self._teacher_generator(name)
         if pool == "verifier":
-            args = config.verify, self._tokenizer, config.timeout.score_s
+            args = config.verify, self._tokenizer, config.timeout.score_s, *self._texts
             return ActorSpec("async_opd.runtime.actor_specs:make_verifier", args)
         return self._scorer(name, pool)
 
@@ -129,7 +129,7 @@ class ActorSpecs:
             whole=self._tokens.whole.get(section),
             longest=longest_sequence(section, scorer, config.data, config.rollout)[1],
             eos_ids=self._in_ids_of(section, self._tokens.eos_ids),
-            stops=tuple(stop for stop in self._tokens.stops if isinstance(stop, str)),
+            stops=self._texts,
             ends_as=self._tokens.ends_as.get(section, ()),
             max_new_tokens=config.rollout.max_new_tokens,
             as_student=reference,
@@ -144,6 +144,11 @@ class ActorSpecs:
         needs = Needs() if reference else config.objective.needs()
         return ActorSpec(target, (settings, scorer, needs), engine=vllm)
 
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        """Those that end a response."""
+        return tuple(stop for stop in self._tokens.stops if isinstance(stop, str))
+
     def _in_ids_of(self, section: str, ids: Iterable[int]) -> tuple[int, ...]:
         """Write ids of the student's as the scorer in `section` has them."""
         pairs = self._tokens.ends_as.get(section, ())
@@ -154,8 +159,10 @@ class ActorSpecs:
         return runs(self._in_ids_of(section, listed(self._tokens.student)))
 
 
-def make_verifier(config: VerifyConfig, tokenizer: str, within_s: float) -> GroupVerifier:
+def make_verifier(
+    config: VerifyConfig, tokenizer: str, within_s: float, *stops: str
+) -> GroupVerifier:
     """Build the verifier in its actor: the pool, and the student's tokenizer (as JSON) to decode
-    by, without torch."""
+    by, without torch. `stops` are the texts that end a response."""
     decode = decoding(Tokenizer.from_str(tokenizer), config.special_tokens)
-    return GroupVerifier(VerifierPool(config), decode, within_s)
+    return GroupVerifier(VerifierPool(config), decode, within_s, stops)

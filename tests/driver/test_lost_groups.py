@@ -12,7 +12,9 @@ from async_opd.config.load import load
 from async_opd.core.errors import ScorerDiffers, TooManyDropped
 from async_opd.core.roles import Roles
 from async_opd.driver import checkpoints
+from async_opd.driver.outcomes import GroupFailed
 from async_opd.driver.train import train
+from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter
 from async_opd.tools.audit.books import audit
 from tests.simulated.roles import (
@@ -113,6 +115,28 @@ async def test_a_group_goes_on_without_a_rollout_and_the_books_balance(tmp_path)
     books = audit(tmp_path)
     assert (books.discrepancies, books.failed_rollouts) == ([], {"teacher": 1})
     assert checkpoints.find(tmp_path).state.counters["outcomes"]["rollouts_failed"] == 1
+
+
+async def test_a_checkpoint_counts_what_fails_while_it_waits_for_the_weights(tmp_path):
+    run = Run(tmp_path)
+    roles = Roles(
+        generators=[Pair()],
+        teachers={"": [Teacher()]},
+        verifier=SimulatedVerifier(),
+        learner=run.learner,
+    )
+    meter = Meter([], asyncio.get_running_loop().time)
+    loop = TrainLoop(run.config, roles, Prompts(), [], tmp_path, meter, lambda *event: None)
+    prompt = next(iter(Prompts()))
+    loop.progress.ledger.handed_out(prompt.id)
+    async with loop._weights:  # a newcomer takes them over
+        saving = asyncio.create_task(loop.save())
+        await asyncio.sleep(0)
+        loop._outcomes.lost(prompt, 0, GroupFailed("teacher", "nan"))
+    await saving
+    loop.progress.ledger.close()
+    kept = checkpoints.find(tmp_path).state.counters["outcomes"]["rollouts_failed"]
+    assert kept == audit(tmp_path).failed_rollouts["teacher"] == 1
 
 
 async def test_a_run_whose_groups_fail_saves_what_is_trained_and_ends_by_name(tmp_path):

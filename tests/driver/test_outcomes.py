@@ -137,6 +137,8 @@ def test_counts_are_gone_on_with():
     again = Game().outcomes
     again.restore(counts)
     assert again.counts == counts
+    again.restore({})
+    assert again.counts == dict.fromkeys(counts, 0)
 
 
 @pytest.mark.parametrize("error", [ActorLost("gone"), OverAge("old")])

@@ -117,7 +117,12 @@ class Found:
 
 
 def run(
-    tmp_path, *overrides: str, bound: int = 4, judge=lambda prompt: True, pace: Pace = SLOW
+    tmp_path,
+    *overrides: str,
+    bound: int = 4,
+    judge=lambda prompt: True,
+    pace: Pace = SLOW,
+    asked: type[Asked] = Asked,
 ) -> Found:
     """A run over a pool of 2 of the teacher's generators, which take 3 times as long as the
     student's."""
@@ -132,7 +137,7 @@ def run(
     ]
     config = load("configs/demo.toml", [*settings, *overrides])
     learner, rows = Learns(PACE, bound), []
-    pool = [Asked(pace, learner), Asked(pace, learner)]
+    pool = [asked(pace, learner), asked(pace, learner)]
     roles = Roles(
         generators=[SimulatedGenerator(PACE), SimulatedGenerator(PACE, seed=2)],
         teachers={"": [Unscoring(PACE)]},
@@ -228,6 +233,21 @@ def test_a_teacher_that_is_never_right_costs_the_run_no_step(tmp_path):
     # and no prompt
     assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))
     assert found.summary["dropped_teacher_wrong"] == len(found.asked) == STEPS * PER_STEP // 4
+
+
+def test_an_answer_whose_log_probs_are_none_is_never_trained_however_right(tmp_path):
+    class Odd(Asked):
+        async def generate(self, prompt):
+            meta, group = await super().generate(prompt)
+            why = "nan" if int(prompt.id) % 8 == 3 else ""
+            return msgspec.structs.replace(meta, failures=(why,)), group
+
+    found = run(tmp_path, "teacher_sampling.until_step=99", asked=Odd)
+    answers = {prompt for _, prompt in found.learner.answers}
+    failed = {prompt for _, prompt in found.asked if prompt % 8 == 3}
+    assert failed and answers and not answers & failed
+    assert failed <= {prompt for _, prompt in found.learner.trained}  # the student's, then
+    assert found.summary["dropped_failed"] == len(failed)
 
 
 def test_what_no_version_sampled_never_ages(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -18,7 +19,9 @@ from async_opd.core.wire import Needs
 from async_opd.launch.inputs import read, read_problems
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.launch.vocabulary import read_tokens
+from async_opd.objectives.g_opd import GOpd
 from async_opd.objectives.topk_kl import TopkKl
+from async_opd.roles.teacher.config import ReferenceConfig
 from async_opd.toy import STUDENT
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -341,28 +344,39 @@ def test_an_end_that_the_student_has_no_token_for_can_only_be_mapped(tmp_path):
     assert listed(both.student).tolist() == list(range(14))
 
 
+def test_an_end_of_the_reference_s_that_the_student_has_no_token_for_is_refused(tmp_path):
+    student = made(tmp_path / "student", "words")
+    other = made(tmp_path / "other", "words", added=ENDS, eos_token_id=14)
+    asked = config(tmp_path, student, student)
+    asked = replace(asked, objective=GOpd(), reference=ReferenceConfig(model=other))
+    with pytest.raises(
+        DataError, match=r"reference.model = .* '<end>' \(13\); the student has no such token$"
+    ):
+        read_tokens(asked, AutoTokenizer.from_pretrained(student))
+
+
 @pytest.mark.parametrize(
     ("family", "stop", "resolved"),
     [
-        ("words", '["="]', (12,)),
+        ("words", '["="]', (12, "=")),
         ("words", '["=1"]', ("=1",)),
-        ("words", '[3, "2", "<end>"]', (3, 13)),
-        ("byte-level", '["\\n"]', ("Ċ",)),
-        ("byte-level", '["12"]', (256,)),
-        ("holes", '["12", "13"]', (265, "13")),
-        ("unigram", '["\\nUs:", "+"]', ("\nUs:", "+")),
+        ("words", '[3, "2", "<end>"]', (3, "2", 13)),
+        ("byte-level", '["\\n"]', (ALPHABET.index("Ċ"), "\n")),
+        ("byte-level", '["»"]', ("»",)),  # which is the name of a byte, too
+        ("byte-level", '["12"]', (256, "12")),
+        ("holes", '["12", "13"]', (265, "12", "13")),
+        ("unigram", '["\\nUs:", "+"]', ("\nUs:", 12, "+")),
     ],
 )
-def test_a_stop_of_one_token_is_that_token_and_one_of_several_a_text(
+def test_an_added_token_as_a_stop_is_its_id_and_any_other_text_is_one_however_it_is_spelled(
     tmp_path, family, stop, resolved
 ):
+    """12 ends a response as the token 12, and as a part of any other."""
     student = made(tmp_path / "student", family)
-    vocabulary = AutoTokenizer.from_pretrained(student).get_vocab()
-    expected = tuple(vocabulary.get(x, x) if isinstance(x, str) else x for x in resolved)
-    assert tokens(tmp_path, student, student, f"rollout.stop={stop}").stops == expected
+    assert tokens(tmp_path, student, student, f"rollout.stop={stop}").stops == resolved
 
 
-@pytest.mark.parametrize("stop", ["[99]", '["hello"]', "[24]"])
+@pytest.mark.parametrize("stop", ["[99]", '["hello"]', "[24]", '["é"]', '["    "]', '["1é"]'])
 def test_a_stop_that_the_student_cannot_write_is_refused(tmp_path, stop):
-    with pytest.raises(DataError, match=r"rollout.stop = ('hello'|99|24): "):
+    with pytest.raises(DataError, match=r"rollout.stop = ('hello'|99|24|'1?é'|'    '): "):
         tokens(tmp_path, str(STUDENT), "toy:teacher", f"rollout.stop={stop}")

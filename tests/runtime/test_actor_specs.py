@@ -33,6 +33,7 @@ def test_the_student_s_roles_have_its_ids_and_ends(specs):
     assert generator.vocabulary == learner.vocabulary == ((0, 24),)
     assert (generator.eos_ids, generator.stops) == ((1, 9), (9, "two words"))
     assert generator.ends_as == () and not learner.train_stop
+    assert specs.member("verifier", 0).args[3:] == ("two words",)
 
 
 def test_a_teacher_has_them_in_its_own_ids_whether_it_scores_or_answers(specs):

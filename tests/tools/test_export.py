@@ -116,6 +116,15 @@ def test_the_best_or_the_named_checkpoint_is_exported(run, tmp_path, capsys):
     assert f"no checkpoint '3' in {folder}; there are: 2 (best), 4\n" in capsys.readouterr().err
 
 
+def test_the_card_names_the_ends_that_the_model_s_own_files_do_not(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["rollout"]["stop"] = ["<|im_end|>", 7, "\n\n"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 0
+    cells = card(tmp_path / "mine")[2]
+    assert cells["ends besides its own"] == r"""`"<\|im_end\|>"`, `7`, `"\n\n"`"""
+
+
 def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
     assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 0
     front, text, cells = card(tmp_path / "mine")

@@ -44,8 +44,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # KV cache of one engine on CPU
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory
-    # Ids and texts that end a response besides the model's own end tokens, and are part of it. A
-    # text of one token is that token; one of several ends it with the token that completes it.
+    # Ids and texts that end a response besides the model's own end tokens, and are part of it. An
+    # added token is its id; any other text ends it with the token that completes it.
     stop: tuple[Annotated[int, Meta(ge=0)] | Annotated[str, Meta(min_length=1)], ...] = ()
 
 

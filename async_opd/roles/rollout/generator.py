@@ -23,7 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from async_opd.core.errors import ActorLost, OverAge, SyncFailed, WireError
+from async_opd.core.errors import ActorLost, CallFailed, OverAge, SyncFailed, WireError
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.vocabulary import drawn, exchanged
@@ -163,29 +163,27 @@ class RolloutGenerator:
     async def resume(self, expected: int) -> None:
         """Run on, once the `expected` requests that were sent during the pause are here. They enter
         the engine in the order of their ids, whatever order they arrived in, so a synchronous run
-        repeats itself exactly."""
+        repeats itself exactly. One that the engine refuses is its own caller's error."""
         waiting = self._paused
         assert waiting is not None, "resume without update"
         async with self._arrived:
             await self._arrived.wait_for(lambda: len(waiting) >= expected)
         self._paused = None
-        try:
-            for id, prompt_ids, sampling, collector in sorted(
-                waiting, key=lambda request: request[0]
-            ):
-                if not collector.done():  # cancelled meanwhile
-                    collector.set_result(await self._add(id, prompt_ids, sampling))
+        for id, prompt_ids, sampling, collector in sorted(waiting, key=lambda each: each[0]):
+            if collector.done():  # cancelled meanwhile
+                continue
+            try:
+                collector.set_result(await self._add(id, prompt_ids, sampling))
+            except CallFailed as e:
+                collector.set_exception(e)
+        with self._named("did not go on", CallFailed):
             await self._engine.resume_generation()
-        except EngineDeadError as e:
-            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice.
         Answered by the engine itself, between two of its steps: one that hangs does not answer."""
-        try:
+        with self._named("does not answer", CallFailed):
             await self._engine.get_weight_version()
-        except EngineDeadError as e:
-            raise ActorLost(f"{self._settings.name}: its engine died") from e
 
     async def _cut(self, oldest: int) -> None:
         """End the requests that hold a token of a version before `oldest`; `generate` raises
@@ -201,9 +199,11 @@ class RolloutGenerator:
             await self._engine.abort(old, internal=True)
 
     @contextmanager
-    def _named(self, what: str) -> Generator[None]:
+    def _named(
+        self, what: str, error: type[SyncFailed | CallFailed] = SyncFailed
+    ) -> Generator[None]:
         # vLLM passes on whatever its worker raised as a bare Exception
-        with foreign(f"{self._settings.name} {what}", SyncFailed):
+        with foreign(f"{self._settings.name} {what}", error):
             try:
                 yield
             except EngineDeadError as e:
@@ -243,12 +243,13 @@ class RolloutGenerator:
         # engine's queue. Of an evaluation no more are sent at a time than it may have places, so
         # they need not wait.
         priority = -2 if id == "probe" else -1 if id.startswith(EVALUATION) else 0
-        return await self._engine.add_request(
-            f"{id}/{next(self._request_ids)}",
-            {"prompt_token_ids": prompt_ids.tolist()},
-            sampling,
-            priority=priority,
-        )
+        with self._named(f"refuses {id}", CallFailed):
+            return await self._engine.add_request(
+                f"{id}/{next(self._request_ids)}",
+                {"prompt_token_ids": prompt_ids.tolist()},
+                sampling,
+                priority=priority,
+            )
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(

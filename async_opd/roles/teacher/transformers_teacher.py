@@ -211,7 +211,11 @@ class TransformersTeacher:
         )
         self._model.set_attn_implementation(causal_lm.ATTENTION)
         answers = out[:, width:].cpu().numpy().astype(np.int32)
-        return list(exchanged(answers, self._settings.ends_as))
+        ended = [np.flatnonzero(np.isin(ids, eos_ids)) for ids in answers]
+        return [  # what is behind an end is padding
+            exchanged(ids[: ends[0] + 1] if ends.size else ids, self._settings.ends_as)
+            for ids, ends in zip(answers, ended, strict=True)
+        ]
 
     def _stops_at(self, width: int) -> StoppingCriteriaList:
         """What ends each response, behind `width` tokens, once it spells one of the texts."""

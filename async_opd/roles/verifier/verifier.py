@@ -1,7 +1,7 @@
 """The verifier pool as the driver sees it: whole groups of token ids in, verdicts out."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -17,8 +17,16 @@ SHARE = 0.9  # of the time that a caller waits, so that it hears of the verdict
 class GroupVerifier:
     """Decodes responses and has each checked against its prompt's reference answer."""
 
-    def __init__(self, pool: VerifierPool, decode: Callable[[np.ndarray], str], within_s: float):
-        """Keep `pool`, which decides; `within_s` is how long its caller waits for a verdict."""
+    def __init__(
+        self,
+        pool: VerifierPool,
+        decode: Callable[[np.ndarray], str],
+        within_s: float,
+        stops: Sequence[str] = (),
+    ):
+        """Keep `pool`, which decides; `within_s` is how long its caller waits for a verdict. A text
+        of `stops` ends a response, and is none of what it says."""
+        self._stops = stops
         self._pool = pool
         self._decode = decode
         self._within_s = SHARE * within_s
@@ -75,6 +83,11 @@ class GroupVerifier:
                 index,
             )
 
+    def _said(self, ids: np.ndarray) -> str:
+        text = self._decode(ids)
+        places = [text.index(stop) for stop in self._stops if stop in text]
+        return text[: min(places)] if places else text
+
     async def check_response(
         self, id: str, ids: np.ndarray, answer: str, failure: str = ""
     ) -> Verdict:
@@ -84,7 +97,7 @@ class GroupVerifier:
             return Verdict(id=id, correct=None, cause=failure)
         try:
             with foreign(f"{id}: decoded", WireError):
-                response = self._decode(ids)
+                response = self._said(ids)
             async with asyncio.timeout(self._within_s):
                 return await self._pool.check(Check(id=id, response=response, answer=answer))
         except WireError as e:

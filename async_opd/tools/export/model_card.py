@@ -84,6 +84,8 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
             f" {'masked' if run.stale == 'mask' else 'dropped'}"
         ),
     }
+    if stops := [f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in rollout.stop]:
+        facts["ends besides its own"] = ", ".join(stops).replace("|", r"\|")
     rows = _rows(run_dir / METRICS, version)
     if len(rows) == version:  # else the file is not whole
         facts |= {

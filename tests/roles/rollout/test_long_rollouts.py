@@ -12,7 +12,7 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from async_opd.core.errors import ActorLost
+from async_opd.core.errors import ActorLost, CallFailed
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Group, GroupMeta, Needs, Prompt, Rollout, Span, Verdict
@@ -325,6 +325,39 @@ def test_a_response_with_a_log_prob_that_is_none_fails_alone(around_vllm):
     assert meta.failures == ("", "a#1: behaviour_logp[2] = nan is not a finite log-prob <= 0")
     assert [rollout.failure for rollout in group.rollouts] == list(meta.failures)
     assert meta.lengths == (3, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_a_request_that_vllm_refuses_behind_a_pause_is_its_own_callers_error(around_vllm):
+    from vllm.outputs import CompletionOutput, WeightVersionSpan
+
+    engine, generator, _ = around_vllm(Needs())
+    engine.output = CompletionOutput(0, "", [5] * 3, None, flat(3, 1), finish_reason="stop")
+    engine.output.weight_versions = [WeightVersionSpan("3", 0, 3)]
+    takes, resumed = engine.add_request, []
+
+    async def add_request(id: str, prompt: dict, sampling, *, priority: int):
+        if id.startswith("b"):
+            raise ValueError("Token id 99 is out of vocabulary")
+        return await takes(id, prompt, sampling, priority=priority)
+
+    async def resume_generation():
+        resumed.append(True)
+
+    engine.add_request, engine.resume_generation = add_request, resume_generation
+
+    async def main():
+        generator._paused = []
+        prompts = [Prompt(id=id, ids=np.zeros(4, np.int32), answer="") for id in "abc"]
+        calls = [asyncio.create_task(generator.generate(prompt)) for prompt in prompts]
+        await asyncio.wait_for(generator.resume(3), 10)
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+
+    first, refused, last = asyncio.run(main())
+    assert resumed and [meta.id for meta, _ in (first, last)] == ["a", "c"]
+    assert str(refused) == "generator 0 refuses b: Token id 99 is out of vocabulary"
+    assert isinstance(refused, CallFailed)
 
 
 class Odd(Engine):

@@ -480,6 +480,16 @@ def test_greedy_stops_at_an_end_token(model, teacher):
     assert stopped.tolist()[:end] == free.tolist()[:end] and len(stopped) == end
 
 
+def test_an_answer_that_ends_sooner_than_those_beside_it_has_nothing_behind_its_end(teacher):
+    prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]
+    free = asyncio.run(teacher().greedy(*prompts))
+    end = int(free[0][0])
+    together = asyncio.run(teacher(end=end).greedy(*prompts))
+    alone = [asyncio.run(teacher(end=end).greedy(prompt))[0] for prompt in prompts]
+    assert len({len(ids) for ids in alone}) > 1
+    assert [ids.tolist() for ids in together] == [ids.tolist() for ids in alone]
+
+
 @torch.no_grad()
 def test_penalties_and_sampling_that_the_checkpoint_suggests_do_not_bend_greedy(
     model, teacher, tmp_path

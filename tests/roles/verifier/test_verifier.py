@@ -46,6 +46,19 @@ def verifier_of(pool, texts: Sequence[str] = ("",), within_s: float = 60.0) -> G
     return GroupVerifier(pool, lambda ids: texts[ids[0]], within_s)
 
 
+def test_what_ends_a_response_is_none_of_what_it_says():
+    class Keeps(Pool):
+        async def check(self, check):
+            said.append(check.response)
+            return await super().check(check)
+
+    said = []
+    texts = ["B\nQuestion:", "B.\n\nQ", "B"]  # a token may hold more on both sides
+    verifier = GroupVerifier(Keeps(), lambda ids: texts[ids[0]], 60.0, ("\nQuestion:", "\n\n"))
+    asyncio.run(verifier.check(group("0@0", "B", responses=3)))
+    assert said == ["B", "B.", "B"]
+
+
 def now() -> float:
     return asyncio.get_running_loop().time()
 
