@@ -16,6 +16,8 @@ from async_opd.roles.rollout.messages import shown
 from async_opd.roles.rollout.render import Rendered, Renderer
 from async_opd.roles.rollout.teacher_prompt import TeacherView
 
+LONGEST = 100  # characters of an id, in a message
+
 
 class References(Protocol):
     """What can tell of references whether a check can use them: `roles.verifier.references`."""
@@ -103,8 +105,8 @@ class Judge:
         return str(row[self.config.id] if self.config.id else row["_position"])
 
     def flaw(self, row: dict, what: str, *, long: bool = False) -> Flaw:
-        """Say what is wrong of a row, which is named on one line."""
-        name = " ".join(self.name(row).split())
+        """Say what is wrong of a row, which is named on one line, by LONGEST characters."""
+        name = " ".join(self.name(row).split())[:LONGEST]
         return Flaw(place=row["_position"], row=name, what=what, long=long)
 
     def refuses(self, flaw: Flaw) -> bool:

@@ -295,10 +295,11 @@ def test_an_id_of_a_streamed_row_that_is_none_is_met_too(source, id):
         next(reading)
 
 
-def test_a_row_whose_id_holds_line_ends_is_named_on_one_line(source):
-    rows = [good(0, False) | {"name": "a\nb\r\n c", "answer": None}]
+@pytest.mark.parametrize(("id", "shown"), [("a\nb\r\n c", "a b c"), ("x" * 999, "x" * 100)])
+def test_a_row_is_named_on_one_line_of_bounded_length(source, id, shown):
+    rows = [good(0, False) | {"name": id, "answer": None}]
     for name in (source(rows, id="name").survey, lambda: source(rows, id="name").first(1)):
-        with pytest.raises(DataError, match="row a b c: 'answer' must be"):
+        with pytest.raises(DataError, match=f": row {shown}: 'answer' must be"):
             name()
 
 
