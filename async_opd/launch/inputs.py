@@ -17,7 +17,7 @@ from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
-from async_opd.launch.models import check_files, check_models, fast, text_config, tokenizer_of
+from async_opd.launch.models import check_models, check_on_vllm, fast, text_config, tokenizer_of
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -72,7 +72,7 @@ def read_problems(config: Config, count: int | None) -> Problems:
     DataError."""
     tokenizer = _tokenizer(config)
     args = "student.model", config.student.model, config.run.trust_remote_code
-    check_files(*args[:2])
+    check_on_vllm(*args[:2], config.rollout.dtype, args[2])
     model = text_config(*args)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(

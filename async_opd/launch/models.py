@@ -104,9 +104,11 @@ def check_models(config: Config) -> None:
     for section, scorer in config.scorers.items():
         key, model = f"{section}.model", config.models[section]
         generation_config(key, model)
-        check_files(key, model)
         if scorer.backend == "transformers":
+            check_files(key, model)
             read_head(key, model, scorer.dtype, config.run.trust_remote_code)
+        else:
+            check_on_vllm(key, model, scorer.dtype, config.run.trust_remote_code)
 
 
 def check_student(key: str, model: str, dtype: str, trust_remote_code: bool) -> None:
@@ -146,6 +148,19 @@ def read_head(key: str, model: str, dtype: str, trust_remote_code: bool) -> PreT
         return causal_lm.read(
             called, model, dtype, trust_remote_code=trust_remote_code, weights=False
         )
+
+
+def check_on_vllm(key: str, model: str, dtype: str, trust_remote_code: bool) -> None:
+    """Refuse files that vLLM cannot load, or from which it would lack weights without a word. What
+    is quantized, or of more than text, it reads in its own way. Raises DataError."""
+    check_files(key, model)
+    called = f"{key} = {model!r}"
+    config = load(key, AutoConfig, model, trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        return
+    with _reading(called):
+        if config.get_text_config(decoder=True) is config:
+            causal_lm.check_weights(called, model, dtype, trust_remote_code=trust_remote_code)
 
 
 def check_files(key: str, model: str) -> None:

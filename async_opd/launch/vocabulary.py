@@ -148,10 +148,12 @@ def _refuse_in_use(
     with foreign(f"{called}: its tokenizer"):
         alone = [] if template else tokenizer("").input_ids
     by_itself = {token: id for token, id in beyond.items() if id in alone}
+    written = str(tokenizer.chat_template) if template else ""
+    by_name = {
+        str(token) for name, token in tokenizer.special_tokens_map.items() if name in written
+    }
     in_template = {
-        token: id
-        for token, id in beyond.items()
-        if template and token in str(tokenizer.chat_template)
+        token: id for token, id in beyond.items() if token in written or token in by_name
     }
     for who, tokens in (("tokenizer", by_itself), ("chat template", in_template)):
         if tokens:

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, dynamic_module_utils
 
+from async_opd.config.evaluation import load_eval, run_config
 from async_opd.config.load import load
 from async_opd.config.paths import context
 from async_opd.core.errors import AsyncOpdError, ConfigError, DataError
@@ -157,20 +158,20 @@ DAMAGE = {
     "a weight short": (
         lambda f: reweigh(f, weight=None),
         f"its files lack 1 weights, such as {WEIGHT}",
-        False,
+        True,
     ),
     "another shape": (
         lambda f: reweigh(f, weight=torch.zeros(3, 3)),
         rf"1 weights have another shape .*{WEIGHT}: \[3, 3\], not \[192, 64\]",
-        False,
+        True,
     ),
     "another width": (
         lambda f: edit(f / "config.json", hidden_size=72),
         "weights have another shape than its config says",
-        False,
+        True,
     ),
     "padding beyond": (lambda f: edit(f / "config.json", pad_token_id=24), "Padding_idx", False),
-    "no such layers": (lambda f: edit(f / "config.json", layer_types="x"), "", False),
+    "no such layers": (lambda f: edit(f / "config.json", layer_types="x"), "", True),
     "sliding": (
         lambda f: edit(f / "config.json", layer_types=["sliding_attention"] * 3),
         "only full causal attention is",
@@ -181,6 +182,17 @@ DAMAGE = {
 
 def demo(tmp_path, *settings: str):
     return resolve_toy(load("configs/demo.toml", [f"run.dir={tmp_path}/run", *settings]), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, all_see) in DAMAGE.items() if all_see])
+def test_an_evaluation_s_model_that_cannot_be_loaded_whole_is_refused(folder, tmp_path, name):
+    config = run_config(load_eval(str(folder), ["data.path=toy:heldout"]))
+    config = resolve_toy(config, tmp_path)
+    damage, message, _ = DAMAGE[name]
+    read_problems(config, 1)
+    damage(folder)
+    with pytest.raises(DataError, match=f"^{KEY} = '{folder}': .*{message}"):
+        read_problems(config, 1)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher", "reference", "teacher on vLLM"])

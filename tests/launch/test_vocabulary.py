@@ -97,9 +97,12 @@ def tokens(tmp_path, student: str, teacher: str, *settings: str):
 def edited(folder, file: str, **changes) -> str:
     """A copy of the shipped student with `changes` made to one of its JSON files."""
     shutil.copytree(STUDENT, folder)
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit(folder / file, **changes)
     return str(folder)
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @EVERY
@@ -194,6 +197,10 @@ def test_a_head_without_a_row_for_what_prompts_are_written_with_is_refused(tmp_p
     small = made(tmp_path / "small", family, added=("<end>", "<pad>"), head=head)
     (tmp_path / "small" / "chat_template.jinja").write_text(TEMPLATE)
     tokens(tmp_path, small, small)
+    with pytest.raises(DataError, match=r"its chat template writes '<pad>' \(\d+\), for which its"):
+        tokens(tmp_path, small, small, "data.chat_template=true")
+    edit(tmp_path / "small" / "tokenizer_config.json", bos_token="<pad>")
+    (tmp_path / "small" / "chat_template.jinja").write_text("{{ bos_token }}")
     with pytest.raises(DataError, match=r"its chat template writes '<pad>' \(\d+\), for which its"):
         tokens(tmp_path, small, small, "data.chat_template=true")
 

@@ -52,6 +52,33 @@ def read(
     cannot read, and for weights that are missing (it would make some up) or of another shape, and
     ConfigError for layers without full attention (sliding window, chunked).
     """
+    model, info = _made(called, path, dtype, trust_remote_code=trust_remote_code, weights=weights)
+    _refuse_other_weights(called, info)
+    text = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(text, "use_sliding_window", False):
+        raise ConfigError(
+            f"{called}: layers {sorted(kinds)} are not supported; only full causal attention is"
+        )
+    _give_padding_its_gradient(model)
+    return model
+
+
+def check_weights(called: str, path: str, dtype: str, *, trust_remote_code: bool = False) -> None:
+    """Raise DataError for weights in a local directory that are missing or of another shape, which
+    vLLM would make up in silence. A config that transformers makes no model of, vLLM may."""
+    try:
+        _, info = _made(called, path, dtype, trust_remote_code=trust_remote_code, weights=False)
+    except DataError:
+        return
+    _refuse_other_weights(called, info)
+
+
+def _made(
+    called: str, path: str | Path, dtype: str, *, trust_remote_code: bool, weights: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Make a model as `read` does, and say how its files fit it. Raises DataError where
+    transformers cannot."""
     settings: dict[str, Any] = dict(
         dtype=getattr(torch, dtype),
         attn_implementation=ATTENTION,
@@ -72,6 +99,11 @@ def read(
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **settings)
+    return model, info
+
+
+def _refuse_other_weights(called: str, info: dict[str, Any]) -> None:
+    """Raise DataError where files do not fit a model, by what transformers says of them."""
     if missing := sorted(info.get("missing_keys", ())):
         raise DataError(f"{called}: its files lack {len(missing)} weights, such as {missing[0]}")
     if other := sorted(info.get("mismatched_keys", ())):
@@ -80,14 +112,6 @@ def read(
             f"{called}: {len(other)} weights have another shape than its config says, such as"
             f" {name}: {list(stored)}, not {list(wanted)}"
         )
-    text = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(text, "use_sliding_window", False):
-        raise ConfigError(
-            f"{called}: layers {sorted(kinds)} are not supported; only full causal attention is"
-        )
-    _give_padding_its_gradient(model)
-    return model
 
 
 def _give_padding_its_gradient(model: PreTrainedModel) -> None:

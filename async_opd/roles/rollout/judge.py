@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +12,11 @@ from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.config import DataConfig
 from async_opd.roles.rollout.encode import Encoder, encoded
 from async_opd.roles.rollout.flaws import Flaw
+from async_opd.roles.rollout.messages import shown
 from async_opd.roles.rollout.render import Rendered, Renderer
 from async_opd.roles.rollout.teacher_prompt import TeacherView
+
+LONGEST = 100  # characters of an id, in a message
 
 
 class References(Protocol):
@@ -50,6 +53,8 @@ class Judge:
 
     def prompt(self, row: dict, epoch: int) -> Prompt | Flaw:
         """Render and tokenize a row, which has its place as "_position"."""
+        if what := self.wrong_id(row):
+            return self.flaw(row, what)
         try:
             rendered = self.renderer.rendered(row)
         except DataError as e:
@@ -88,13 +93,21 @@ class Judge:
         wrong = self._references.unusable(answers, stop)
         return {answer: f"{self.config.answer!r}: {why}" for answer, why in wrong.items()}
 
+    def wrong_id(self, row: Mapping[str, Any]) -> str | None:
+        """Say what is wrong of the id of a row."""
+        column = self.config.id
+        if column is None or (isinstance(row[column], str | int) and row[column] != ""):
+            return None
+        return f"{column!r} must be a string or an integer, got {shown(row[column])}"
+
     def name(self, row: dict) -> str:
         """Read the id of a row: its column's, or its place."""
         return str(row[self.config.id] if self.config.id else row["_position"])
 
     def flaw(self, row: dict, what: str, *, long: bool = False) -> Flaw:
-        """Say what is wrong of a row."""
-        return Flaw(place=row["_position"], row=self.name(row), what=what, long=long)
+        """Say what is wrong of a row, which is named on one line, by LONGEST characters."""
+        name = " ".join(self.name(row).split())[:LONGEST]
+        return Flaw(place=row["_position"], row=name, what=what, long=long)
 
     def refuses(self, flaw: Flaw) -> bool:
         """Tell whether such a row ends the run, or is left out."""

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from async_opd.core.errors import DataError
+from async_opd.core.printing import say
 from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.config import DataConfig
 from async_opd.roles.rollout.dataset import load, numbered
@@ -182,12 +183,19 @@ class PromptSource:
         """Make the first `count` prompts in file order, or all, for evaluation. `poll` is called
         meanwhile. Raises DataError naming those on the way that cannot be used."""
         rows, prompts = numbered(self._rows, self._config, self._key), list[Prompt]()
+        left_out: list[Flaw] = []
         while wanted := list(islice(rows, None if count is None else count - len(prompts))):
             flaws = self._flaws(wanted, poll)
-            self._leave_out(*flaws.values())
+            left_out += [flaws[place] for place in sorted(flaws)]
             fine = [row for row in wanted if row["_position"] not in flaws]
             judged = [self._judge.prompt(row, 0) for row in fine]
             prompts += [each for each in judged if isinstance(each, Prompt)]
+        if left_out:
+            say(
+                f"{self._key} = {self._config.path!r}: {len(left_out)} rows left out, the first:"
+                f" row {left_out[0].row}: {left_out[0].what}"
+            )
+            self._leave_out(*left_out)
         if len(prompts) < (count or 1):
             setting = "eval.problems" if self._key == "eval.path" else "problems"
             raise DataError(

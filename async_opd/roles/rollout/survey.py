@@ -148,8 +148,8 @@ class Survey:
         first: dict[str, int] = {}
         for start in range(0, len(self._rows), CHUNK):
             for place, id in enumerate(self._rows[start : start + CHUNK][column], start=start):
-                if not isinstance(id, str | int) or id == "":
-                    self._flaw(place, f"{column!r} must be a string or an integer, got {id!r:.100}")
+                if what := self._judge.wrong_id({column: id}):
+                    self._flaw(place, what)
                 elif (earlier := first.setdefault(str(id), place)) != place:
                     self._flaw(
                         place,

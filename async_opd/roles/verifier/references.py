@@ -3,6 +3,7 @@
 Run as `python -m async_opd.roles.verifier.references <parent pid> <VerifyConfig in JSON>` it is the
 process that asks: of each reference that comes in a frame on its stdin it says in a frame on stdout
 what is wrong, "" for nothing. One that takes too long, or kills the process, cannot be used either.
+Its first frame is KNOWS, "" of a check that says nothing of them, or why it cannot be loaded.
 """
 
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd.core.errors import AsyncOpdError, DataError, first_line
+from async_opd.core.errors import AsyncOpdError, ConfigError, DataError, first_line
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier import checks
 from async_opd.roles.verifier.config import VerifyConfig
@@ -30,6 +31,7 @@ from async_opd.roles.verifier.worker import MAX_REPLY, frame, take_pipes
 
 START_S = 60.0  # for a process to import its check
 LOOK_S = 0.2  # between two looks whether to stop
+KNOWS = "knows"  # what the process says first where the check can tell of a reference
 BATCH = 32  # references on the way to a process: what it says of them fits a pipe
 
 
@@ -42,15 +44,16 @@ class References:
     @property
     def key(self) -> str:
         """Say by what they are judged: the check, and its source."""
-        module = self.config.check.partition(":")[0]
-        name = module if ":" in self.config.check else f"{checks.__name__}.{module}"
+        module, colon, _ = self.config.check.partition(":")
+        sources = sorted(Path(__file__).parent.rglob("*.py"))  # a check of ours reads by others
         with suppress(ImportError, ValueError):
-            if (spec := find_spec(name)) and spec.origin:
-                return f"{self.config} {Path(spec.origin).read_text(encoding='utf-8')}"
-        return f"{self.config}"
+            if colon and (spec := find_spec(module)) and spec.origin:
+                sources = [Path(spec.origin)]
+        return " ".join([f"{self.config}", *(path.read_text("utf-8") for path in sources)])
 
     def unusable(self, answers: Sequence[str], stop: threading.Event) -> dict[str, str]:
-        """Say of those of `answers` that cannot be used why, on every core, until `stop` is set."""
+        """Say of those of `answers` that cannot be used why, on every core, until `stop` is set.
+        Raises ConfigError where the check cannot be loaded."""
         different = list(dict.fromkeys(answers))
         cores = min(len(os.sched_getaffinity(0)), -(-len(different) // BATCH))
         with ThreadPoolExecutor(max(1, cores)) as threads:
@@ -60,11 +63,14 @@ class References:
 
 
 def _asked(config: VerifyConfig, answers: Sequence[str], stop: threading.Event) -> dict[str, str]:
-    """Ask one process after another: each reference that costs one is left to none."""
+    """Ask one process after another: each reference that costs one is left to none. Raises
+    ConfigError where the check cannot be loaded."""
     wrong: dict[str, str] = {}
     left = [*answers]
     while left and not stop.is_set():
         with _Asker(config, stop) as asker:
+            if asker.refusal:
+                raise ConfigError(asker.refusal)
             if not asker.knows:
                 return {}
             while left and not asker.cause and not stop.is_set():
@@ -94,9 +100,9 @@ class _Asker:
             start_new_session=True,  # no Ctrl-C meant for the parent
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
-        # False: the check has nothing to say of a reference, or cannot be loaded, which the
-        # verifier's own start tells of
-        self.knows = self._read(START_S) == "knows"
+        reply = self._read(START_S)
+        self.knows = reply == KNOWS  # False: the check has nothing to say of a reference
+        self.refusal = None if self.knows else reply  # why the check cannot be loaded
 
     def __enter__(self) -> "_Asker":
         return self
@@ -158,10 +164,13 @@ def main(parent: int, config: VerifyConfig) -> None:
     limit = int(config.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     requests, replies = take_pipes()
-    reference = None
-    with suppress(AsyncOpdError), foreign("the check"):
-        reference = checks.reference(config)
-    replies.write(frame(b"knows" if reference else b""))
+    try:
+        with foreign(f"verify.check = {config.check!r}", ConfigError):
+            reference = checks.reference(config)
+        opening = KNOWS if reference else ""
+    except AsyncOpdError as error:
+        reference, opening = None, f"{error}"
+    replies.write(frame(opening.encode(errors="replace")[:MAX_REPLY]))
     while reference and (header := requests.read(4)):
         answer = requests.read(int.from_bytes(header, "big")).decode(errors="replace")
         why = ""

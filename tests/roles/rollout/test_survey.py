@@ -287,6 +287,30 @@ def test_a_bad_row_of_a_stream_is_met_behind_those_before_it_and_comes_again(sou
     assert next(mended.continued(prompts.position, [])).id == "5@0"
 
 
+@pytest.mark.parametrize("id", [None, "", 0.5])
+def test_an_id_of_a_streamed_row_that_is_none_is_met_too(source, id):
+    rows = [good(n, False) | {"name": id} for n in range(2)]
+    reading = iter(source(rows, id="name", streaming=True, shuffle_buffer=1))
+    with pytest.raises(DataError, match=f"'name' must be a string or an integer, got {id!r};"):
+        next(reading)
+
+
+@pytest.mark.parametrize(("id", "shown"), [("a\nb\r\n c", "a b c"), ("x" * 999, "x" * 100)])
+def test_a_row_is_named_on_one_line_of_bounded_length(source, id, shown):
+    rows = [good(0, False) | {"name": id, "answer": None}]
+    for name in (source(rows, id="name").survey, lambda: source(rows, id="name").first(1)):
+        with pytest.raises(DataError, match=f": row {shown}: 'answer' must be"):
+            name()
+
+
+def test_problems_of_an_evaluation_that_are_left_out_are_said(source, capfd):
+    prompts = source(SOME_BAD, **SKIP)
+    prompts.first(5)
+    assert capfd.readouterr().out.count("4 rows left out, the first: row 3: ") == 1
+    source([good(n, False) for n in range(5)], **SKIP).first(5)
+    assert not capfd.readouterr().out
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_problems_of_an_evaluation_are_judged_in_the_same_way(source, streaming):
     with pytest.raises(DataError) as raised:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from async_opd.core.errors import ConfigError
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.references import References
 
@@ -74,9 +75,32 @@ def test_a_reference_that_hangs_kills_or_raises_costs_itself_alone(own):
     }
 
 
-@pytest.mark.parametrize("check", ["own_check:plain", "nowhere:plain"])
-def test_a_check_without_a_word_on_references_takes_them_as_they_are(own, check):
-    assert unusable(["", "x"], check=check) == {}
+def test_a_check_without_a_word_on_references_takes_them_as_they_are(own):
+    assert unusable(["", "x"], check=f"{own}:plain") == {}
+
+
+@pytest.mark.parametrize(
+    ("check", "why"),
+    [
+        ("nowhere:plain", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("own_check:none_such", "cannot be imported: AttributeError: module 'own_check' has no"),
+        ("own_check:OWN", "is a str, and must be a function"),
+        ("broken:right", "cannot be imported: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_check_that_cannot_be_loaded_is_refused_before_anything_starts(own, tmp_path, check, why):
+    (tmp_path / "own_check.py").write_text("OWN = ''\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=f"^verify.check = '{check}': {why}") as raised:
+        unusable([f"{n}" for n in range(100)], check=check)
+    assert "\n" not in str(raised.value)
+
+
+def test_verdicts_are_kept_by_the_source_of_all_that_reads_references(own, monkeypatch, tmp_path):
+    key = References(VerifyConfig(check="math")).key
+    assert "def read_wanted(" in key  # of a file that the check imports
+    monkeypatch.syspath_prepend(tmp_path)
+    assert OWN in References(VerifyConfig(check=f"{own}:right")).key
 
 
 def test_a_stop_does_not_wait_for_a_reference(own):
