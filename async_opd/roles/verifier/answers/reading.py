@@ -50,6 +50,9 @@ BASED = re.compile(
 )
 COMMA_NUMBER = re.compile(r"^-?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
 DECIMAL_COMMA = re.compile(r"^-?\d+,\d+$")
+# Inside or around words: a minus, or the prime of a letter, is neither.
+HYPHEN = re.compile(r"(?<=[^\W\d_]{3})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{3})")
+QUOTE = re.compile(r"[\".]|(?<![^\W\d_])'|(?<=[^\W\d_]{2})'|(?<=[^\W\d_])'(?=[^\W\d_]{2})")
 PAIRS = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
 
 
@@ -113,7 +116,7 @@ def _signs(text: str) -> list[Shape]:
 
 def _words(text: str) -> Text | None:
     """Read words, and capital letters whose order counts."""
-    plain = re.sub(r"[\"'.]", "", unwrap_text(text.replace("$", ""))).replace("-", " ")
+    plain = HYPHEN.sub(" ", QUOTE.sub("", unwrap_text(text.replace("$", ""))))
     plain = plain[1:-1] if re.fullmatch(r"\([A-Za-z]+\)", plain) else plain
     if LETTERS.fullmatch(plain):
         return Text(plain.replace(" ", ""))
