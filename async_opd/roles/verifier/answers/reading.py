@@ -41,14 +41,16 @@ LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(
     r"^\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?:\s*[.:])?\s*(.*)$"
 )
-LABEL = re.compile(r"^\(?([A-J])[).:]\s+(.+)$")
+LABEL = re.compile(r"^\(?([A-J])(?:[).:]\s+|\)$)(.*)$")
+ANOTHER = re.compile(r"(?<![A-Za-z])[A-J][).:]|\{\s*\(?[A-J]\)?[.:]?\s*\}")  # letter of a choice
 NAMED = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BASES = {name: base for base, name in enumerate(NAMED, 2)} | {"sixteen": 16}
 BASED = re.compile(
     r"^\(?(-?(?=[A-Fa-f]*\d)[0-9A-Fa-f]+)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
     rf"(\d+|{'|'.join(BASES)})\s*\)?\s*" + r"\}?$"
 )
-COMMA_NUMBER = re.compile(r"^-?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+COMMA_NUMBER = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+BRACKET = re.compile(r"[(\[⦃]")  # where commas separate
 DECIMAL_COMMA = re.compile(r"^-?\d+,\d+$")
 # Inside or around words: a minus, or the prime of a letter, is neither.
 HYPHEN = re.compile(r"(?<=[^\W\d_]{3})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{3})")
@@ -78,7 +80,8 @@ def read(text: str) -> list[Shape]:
     if whole := WRAP.fullmatch(text):
         text = whole[1].strip()
     readings = _numbers_with_commas(text) + _signs(text)
-    if choice := CHOICE.match(text) or LABEL.match(text):
+    choice = CHOICE.match(text) or LABEL.match(text)
+    if choice and not ANOTHER.search(choice[2]):
         readings += [Text(choice[1]), *(_read_or_none(choice[2]) if choice[2] else [])]
     readings += _read_or_none(text)
     if words := _words(text):
@@ -97,7 +100,7 @@ def _read_or_none(text: str) -> list[Shape]:
 
 def _numbers_with_commas(text: str) -> list[Shape]:
     """Read 3,500 as one number, and 0,5 as a decimal."""
-    if COMMA_NUMBER.match(text):
+    if not BRACKET.search(text) and COMMA_NUMBER.search(text):
         return _read_or_none(COMMA_NUMBER.sub(lambda m: m[0].replace(",", ""), text))
     if DECIMAL_COMMA.match(text):
         return _read_or_none(text.replace(",", "."))

@@ -6,21 +6,25 @@ from async_opd.core.errors import DataError
 
 # What opens and closes the thoughts of the families of models.
 OPEN = re.compile(
-    r"<(?:seed:)?think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷|<\|channel\|>analysis"
+    r"<(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)>|\[THINK\]|◁think▷"
+    r"|<\|begin_of_thought\|>|<\|start_thinking\|>|<\|channel\|>analysis",
+    re.IGNORECASE,
 )
 CLOSE = re.compile(
-    r"</(?:seed:)?think(?:ing)?>|</thought>|</reasoning>|\[/THINK\]|◁/think▷|<\|channel\|>final"
+    r"</(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)>|\[/THINK\]|◁/think▷"
+    r"|<\|end_of_thought\|>|<\|end_thinking\|>|<\|channel\|>final",
+    re.IGNORECASE,
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 MOST_BOXES = 32  # that are looked at, from the last
 # Between boxes that make one list.
 BETWEEN = re.compile(
-    r"(?:\s|\$|\\[,;:! ]|\\\(|\\\)|[,;.&*]|\band\b|\bor\b|\\q?quad"
-    r"|\\text\s*\{\s*,?\s*(?:and|or|,)?\s*\})*"
+    r"(?:\s|\$|\\[,;:! ]|\\\(|\\\)|[,;.&*/|—–-]|\d++[.)]|\([a-z]\)|\band\b|\bor\b|\\q?quad"
+    r"|\\text\s*+\{\s*+,?\s*+(?:and|or|,)?\s*+\})*+"
 )
 STATED = re.compile(
-    r"\b(?:final\s+)?answer\s*(?:is|are|:|=|\*\*:?)+\s*(?:\*\*)?\s*([^\n]+)", re.IGNORECASE
+    r"\b(?:final\s+)?answer\s*(?:is|are|:|=|\*\*:?)+\s*(?:\*\*)?\s*(?=([^\n]+))", re.IGNORECASE
 )
 
 FINAL = re.compile(r"^#{4}\s*([^\n]+)", re.MULTILINE)  # as GSM8K marks answers

@@ -40,6 +40,15 @@ TIDY = [
         (r"\\over(?![A-Za-z])", r"\\over "),
         (r"\{\s*([^{}]+?)\s*\\over\s+([^{}]+?)\s*\}", r"\\frac{\1}{\2}"),
         (r"\{\s*([^{}]+?)\s*\\choose\s+([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"\\text\s*\{\s*(\\?\$|\.)\s*\}", r"\1"),
+        (r"\\frac\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}"
+         r"\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}", r"\1/\2"),
+        (r"(?i)(?:\\text\s*\{\s*)?(?<![A-Za-z])all real(?: number)?s(?:\s*\})?", r"\\mathbb{R}"),
+        (r"(?i)^\s*(?:option|choice)\s+(?=\(?[A-J]\)?\s*$)", ""),
+        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*thousand(?![A-Za-z])", r"\\times 10^{3}\1"),
+        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*million(?![A-Za-z])", r"\\times 10^{6}\1"),
+        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*billion(?![A-Za-z])", r"\\times 10^{9}\1"),
+        (r"\\mathbb\s*\{?\s*R\s*\}?\s*-\s*(?=\\\{)", r"\\mathbb{R}\\setminus "),
         (r"\\(?:leqslant|leqq|leq|le)(?![A-Za-z])|<=|=<", r"\\le "),
         (r"\\(?:geqslant|geqq|geq|ge)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\(?:neq|ne)(?![A-Za-z])|!=|\\not\s*=", r"\\ne "),
@@ -75,7 +84,7 @@ TIDY = [
         (r"\\(?:angle|triangle|measuredangle)(?![A-Za-z])", ""),
         (r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", r"\1m"),
         (r"(?<=\d)(?:\^?\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"
-         r"|(?:st|rd|th)(?![A-Za-z]))", ""),
+         r"|\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?|(?:st|rd|th)(?![A-Za-z]))", ""),
         (r"(?<=[\d)])\s*x\s*(?=10\s*\^)", r"\\times "),
         (r"^\s*(?:(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is|:)"
          r"|about|approximately|roughly|exactly)\s*",
@@ -85,7 +94,9 @@ TIDY = [
 WRAPPED = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")]
 MIXED = re.compile(r"(?<![\d.^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 MIXED_DASH = re.compile(r"^\s*(\d+)-(\d+)/(\d+)\s*$")
-GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?: \d{3})+|(?:\{,\}\d{3})+)(?![\d])")
+GROUPED = re.compile(
+    r"(?<![\d.])\d{1,3}(?:(?: \d{3})+|(?:\{,\}\d{3})+|(?:['_]\d{3})+|(?:\.\d{3}){2,})(?![\d'_])"
+)
 SPACED_DECIMALS = re.compile(r"(?<=\.)\d{3}(?: \d{3})+(?: \d{1,2})?(?!\d)")
 
 
@@ -102,7 +113,7 @@ def tidy(text: str) -> str:
         text = pattern.sub(by, text)
     text = re.sub(r"\s+", " ", text).strip()
     text = unwrapped(text)
-    text = GROUPED.sub(lambda m: m[0].replace(" ", "").replace("{,}", ""), text)
+    text = GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = SPACED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text).replace("{,}", ",")
     return MIXED_DASH.sub(r"\1\\frac{\2}{\3}", MIXED.sub(r"\1\\frac{\2}{\3}", text))
 
