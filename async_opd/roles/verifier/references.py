@@ -42,12 +42,12 @@ class References:
     @property
     def key(self) -> str:
         """Say by what they are judged: the check, and its source."""
-        module = self.config.check.partition(":")[0]
-        name = module if ":" in self.config.check else f"{checks.__name__}.{module}"
+        module, users, _ = self.config.check.partition(":")
+        sources = [] if users else sorted(Path(__file__).parent.rglob("*.py"))
         with suppress(ImportError, ValueError):
-            if (spec := find_spec(name)) and spec.origin:
-                return f"{self.config} {Path(spec.origin).read_text(encoding='utf-8')}"
-        return f"{self.config}"
+            if users and (spec := find_spec(module)) and spec.origin:
+                sources = [Path(spec.origin)]
+        return " ".join([f"{self.config}", *(path.read_text("utf-8") for path in sources)])
 
     def unusable(self, answers: Sequence[str], stop: threading.Event) -> dict[str, str]:
         """Say of those of `answers` that cannot be used why, on every core, until `stop` is set."""

@@ -126,9 +126,20 @@ def _expanded(term: Term) -> list[Term]:
 
 
 def _like_terms(term: Term) -> bool:
-    """Tell whether `term`, multiplied out, has two terms that are multiples of each other."""
+    """Tell whether `term`, multiplied out, has two terms that are multiples of each other, or one
+    whose irrational factors cancel."""
     terms = _expanded(term)
-    return len(terms) > LIKE or any(_rational_ratio(a, b) for a, b in combinations(terms, 2))
+    return (
+        len(terms) > LIKE
+        or any(_rational_ratio(a, b) for a, b in combinations(terms, 2))
+        or (len(terms) > 1 and any(_cancels(one) for one in terms))
+    )
+
+
+def _cancels(term: Term) -> bool:
+    return rational(_value(term)) and not all(
+        isinstance(_value(factor), Fraction) for factor in parts(term)
+    )
 
 
 def _is_signed(term: Term) -> bool:
@@ -173,6 +184,8 @@ def _of_factors(term: Term) -> frozenset[str]:
         return inside | {CALCULATION}
     if not irrational:
         return inside | _of_fraction(above, below)
+    if all(rationals) and any(isinstance(one, Power) for side in rationals for one in side):
+        inside |= _of_fraction(*rationals)
     values = [precise(_value(one)) for one in irrational]
     merged = any(rational(a * b) or rational(a / b) for a, b in combinations(values, 2))
     if merged or rational(precise(_value(term))) or IMAGINARY in below or _like_terms(term):

@@ -36,6 +36,9 @@ MATRIX = re.compile(
     r"^(?:[(\[|⦃]\s*)?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}"
     r"(?:\s*[)\]|⦄])?$"
 )
+BUILDER = re.compile(
+    r"^⦃\s*([a-z])\s*(?:\\in\s*\(-\\infty\s*,\\infty\s*\)\s*)?[|:]\s*(.*?(?:[<>]|\\[gln]e\b|\\in\b).*)⦄$"
+)  # the x for which it holds that
 CASES = re.compile(r"^⦃?\s*\\begin\{(?:cases|aligned)\}([^&]*)\\end\{(?:cases|aligned)\}$")
 LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(
@@ -135,6 +138,10 @@ def _read(text: str) -> list[Shape]:
         raise Unreadable("nothing")
     if match := CASES.match(text):
         text = ", ".join(part.strip(" ,") for part in split(match[1], ROW)[::2])
+    if (match := BUILDER.match(text)) and re.search(
+        rf"(?<![A-Za-z\\]){match[1]}(?![A-Za-z])", match[2]
+    ):
+        return _read(match[2])
     if match := MATRIX.match(text):
         return [_matrix(match[2])]
     parts = [part for part in split(text, SEPARATOR)[::2] if part.strip()]

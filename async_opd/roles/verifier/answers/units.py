@@ -31,12 +31,12 @@ WRAP = re.compile(
 )
 TRAILING_PERCENT = re.compile(r"^(.*?[\d)}\]])\s*\\?%$")
 TRAILING_DEGREE = re.compile(r"^(.*?[\d)}\]a-z])\s*\^\{\\circ\}\s*([CF]?)$")
-ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # of which an angle is taken
+ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")  # of which an angle is taken
 TRAILING_SIGN = re.compile(r"^(.*?\d)\s*(\\\$|\$|€|£|¥|₹|¢)$")
 POWER = r"(?:\s*\^\s*\{?\s*-?[123]\s*\}?)?"
 UNITS = re.compile(
-    r"^(?P<number>.*?[\d)}\]!|]|.*?\\pi|.*?[\d)}\]]\s*[a-z]|(?:.*\d)?pi)\s*"
-    rf"(?P<units>/?(?<![\\A-Za-z])[A-Za-z]+\.?{POWER}"
+    r"^(?P<number>(?:.*\d)?pi|.*?[\d)}\]!|]|.*?\\pi|.*?[\d)}\]]\s*[a-z])\s*"
+    rf"(?P<units>(?:/\s*)?(?<![\\A-Za-z])[A-Za-z]+\.?{POWER}"
     rf"(?:\s*(?:/|\\cdot|\*|\s|-)\s*[A-Za-z]+\.?{POWER})*)$"
 )
 WORDS = re.compile(rf"/|[A-Za-z]+{POWER}")

@@ -25,6 +25,8 @@ GREEK = {
 } | {"λ": r"\lambda "}
 NAMED = str.maketrans(SIGNS | GREEK)
 
+WORDS = """zero one two three four five six seven eight nine ten eleven twelve""".split()  # noqa: SIM905
+
 # Each pattern and what stands for it, in this order.
 TIDY = [
     (re.compile(pattern), by)
@@ -32,6 +34,8 @@ TIDY = [
         (r"\\(?:left|right|m?left|big|Big|bigg|Bigg)[lrm]?(?![A-Za-z])\s*\.?", ""),
         (r"\\(?:display|text|script)style(?![A-Za-z])|\\limits|\\nolimits|\\phantom\{[^{}]*\}", ""),
         (r"\\!|\\allowbreak|\\nobreak|\\hfill", ""),
+        (rf"(?i)^\s*(?:\\text\s*\{{)?\s*({'|'.join(WORDS)})\s*\}}?\s*\.?$",
+         lambda match: str(WORDS.index(match[1].lower()))),
         (r"\\(?:label|tag)\*?\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\(?:thin|en|med)space|&nbsp;", " "),
         (r"\{\s*,\s*\}", "{,}"),
