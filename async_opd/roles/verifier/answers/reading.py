@@ -20,6 +20,7 @@ from async_opd.roles.verifier.answers.shapes import (
 )
 from async_opd.roles.verifier.answers.terms import Number, Unreadable
 from async_opd.roles.verifier.answers.units import WRAP, split_unit, unwrap_text
+from async_opd.roles.verifier.answers.writing import WORDS
 
 MOST_READINGS = 16
 MOST_MEMBERS = 64
@@ -36,9 +37,11 @@ MATRIX = re.compile(
     r"^(?:[(\[|⦃]\s*)?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}"
     r"(?:\s*[)\]|⦄])?$"
 )
+# Those x for which it holds that.
 BUILDER = re.compile(
-    r"^⦃\s*([a-z])\s*(?:\\in\s*\(-\\infty\s*,\\infty\s*\)\s*)?[|:]\s*(.*?(?:[<>]|\\[gln]e\b|\\in\b).*)⦄$"
-)  # the x for which it holds that
+    r"^⦃\s*([a-z])\s*(?:\\in\s*\(-\\infty\s*,\\infty\s*\)\s*)?[|:]"
+    r"(?=.*(?<![A-Za-z\\])\1(?![A-Za-z]))(.*)⦄$"
+)
 CASES = re.compile(r"^⦃?\s*\\begin\{(?:cases|aligned)\}([^&]*)\\end\{(?:cases|aligned)\}$")
 LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(
@@ -46,8 +49,7 @@ CHOICE = re.compile(
 )
 LABEL = re.compile(r"^\(?([A-J])(?:[).:]\s+|\)$)(.*)$")
 ANOTHER = re.compile(r"(?<![A-Za-z])[A-J][).:]|\{\s*\(?[A-J]\)?[.:]?\s*\}")  # letter of a choice
-NAMED = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-BASES = {name: base for base, name in enumerate(NAMED, 2)} | {"sixteen": 16}
+BASES = {name: base for base, name in enumerate(WORDS)} | {"sixteen": 16}
 BASED = re.compile(
     r"^\(?(-?(?=[A-Fa-f]*\d)[0-9A-Fa-f]+)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
     rf"(\d+|{'|'.join(BASES)})\s*\)?\s*" + r"\}?$"
@@ -138,9 +140,7 @@ def _read(text: str) -> list[Shape]:
         raise Unreadable("nothing")
     if match := CASES.match(text):
         text = ", ".join(part.strip(" ,") for part in split(match[1], ROW)[::2])
-    if (match := BUILDER.match(text)) and re.search(
-        rf"(?<![A-Za-z\\]){match[1]}(?![A-Za-z])", match[2]
-    ):
+    if (match := BUILDER.match(text)) and SIGN.search(match[2]):
         return _read(match[2])
     if match := MATRIX.match(text):
         return [_matrix(match[2])]

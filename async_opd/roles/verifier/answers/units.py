@@ -47,7 +47,6 @@ COUNTS = set(
     """plus minus times over squared cubed factorial choose not half halves third thirds fourths
     fifths sixths eighths tenths dozen hundred hundreds""".split()  # noqa: SIM905
 )
-SHORT = {word for word in CANONICAL if len(word) == 2}
 
 
 def unwrap_text(text: str) -> str:

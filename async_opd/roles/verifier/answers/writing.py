@@ -16,7 +16,7 @@ SIGNS = {
     "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ",
     "∅": r"\emptyset ", "π": r"\pi ", "±": r"\pm ", "∓": r"\mp ", "…": "...", "⋯": "...",
     "°": r"^\circ ", "ℝ": r"\mathbb{R}", "′": "'", "“": '"', "”": '"', "∠": "",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "∖": r"\setminus ", "‰": r"\permille ", "₹": "₹",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "∖": r"\setminus ", "₹": "₹",
     "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ",
 }  # fmt: skip
 GREEK = {
@@ -25,7 +25,11 @@ GREEK = {
 } | {"λ": r"\lambda "}
 NAMED = str.maketrans(SIGNS | GREEK)
 
-WORDS = """zero one two three four five six seven eight nine ten eleven twelve""".split()  # noqa: SIM905
+WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve",
+]  # fmt: skip
+POWERS = {"thousand": 3, "million": 6, "billion": 9}  # of ten
 
 # Each pattern and what stands for it, in this order.
 TIDY = [
@@ -47,11 +51,11 @@ TIDY = [
         (r"\\text\s*\{\s*(\\?\$|\.)\s*\}", r"\1"),
         (r"\\frac\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}"
          r"\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}", r"\1/\2"),
-        (r"(?i)(?:\\text\s*\{\s*)?(?<![A-Za-z])all real(?: number)?s(?:\s*\})?", r"\\mathbb{R}"),
+        (r"(?i)(?:\\text\s*\{\s*)?(?<![A-Za-z])all real(?: number)?s(?:\s*\})?",
+         r"\\mathbb{R}"),
         (r"(?i)^\s*(?:option|choice)\s+(?=\(?[A-J]\)?\s*$)", ""),
-        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*thousand(?![A-Za-z])", r"\\times 10^{3}\1"),
-        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*million(?![A-Za-z])", r"\\times 10^{6}\1"),
-        (r"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{)?\s*billion(?![A-Za-z])", r"\\times 10^{9}\1"),
+        *((rf"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{{)?\s*{word}(?![A-Za-z])",
+           rf"\\times 10^{{{power}}}\1") for word, power in POWERS.items()),
         (r"\\mathbb\s*\{?\s*R\s*\}?\s*-\s*(?=\\\{)", r"\\mathbb{R}\\setminus "),
         (r"\\(?:leqslant|leqq|leq|le)(?![A-Za-z])|<=|=<", r"\\le "),
         (r"\\(?:geqslant|geqq|geq|ge)(?![A-Za-z])|>=", r"\\ge "),
@@ -68,7 +72,6 @@ TIDY = [
         (r"\\(?:varnothing|emptyset|O)(?![A-Za-z])", r"\\emptyset "),
         (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree",
          r"^{\\circ}"),
-        (r"\\permil(?:le)?(?![A-Za-z])", r"\\permille "),
         (r"\\(?:vec|hat|bar|overrightarrow|mathbf|mathit|mathcal|boldsymbol|bm|mathsf)"
          r"\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathbf|mathit|boldsymbol|bm|bf|mathbin|mathord)\s*\{([^{}]*)\}", r"\1"),
