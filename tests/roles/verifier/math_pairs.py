@@ -480,6 +480,7 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         (r"\text{all real numbers}", r"\mathbb{R}", True, "in words"),
         (r"\mathbb{R}-\{1\}", r"(-\infty,1)\cup(1,\infty)", True, "a minus for all but one"),
         (r"\{-x\}", r"\{x\}", False, "a sign"),
+        (r"\{1\pm\sqrt{5},-2\}", r"1\pm\sqrt{5},-2", True, "both signs in a set"),
     ],
     "matrices": [
         (

@@ -210,7 +210,8 @@ def _bracketed(text: str) -> list[Shape]:
         if PAIRS[opening] != closing or (opening == "{" and len(parts) == 1):
             return []
         empty = not inner.strip()
-        return [Group("set", way) for way in ([()] if empty else _each(parts))]
+        ways = [()] if empty else _each(parts)
+        return [Group("set", listed(list(way)).members) for way in ways]
     if len(parts) == 1:
         return [] if opening == "(" else [Group("tuple", way) for way in _each(parts)]
     ways = _each(parts)
