@@ -28,6 +28,7 @@ def tokenizer(*special: str) -> Tokenizer:
         ("[THINK]", "[/THINK]"),
         ("<seed:think>", "</seed:think>"),
         ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
     ],
 )
 def test_marks_of_thoughts_that_are_special_tokens_reach_a_check(opening, closing):

@@ -5,7 +5,9 @@ import time
 import pytest
 
 from async_opd.core.errors import DataError
+from async_opd.roles.verifier.checks import load
 from async_opd.roles.verifier.checks.math import check
+from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.toy import task
 from tests.roles.verifier.math_pairs import LIMITS, PAIRS, RESPONSES
 
@@ -81,6 +83,12 @@ def test_a_problem_of_the_demo_copied_is_wrong_and_its_sum_is_right():
         "a" * 1900 + " cm",
         "\\" * 1999,
         "{" * 1000,
+        r"\frac" * 300,
+        r"\log_" * 300,
+        "√" * 1500,
+        "5" + "%" * 1500 + "5",
+        "5" + "cm/" * 600 + "5",
+        "5" + "1/" * 900 + "5",
     ],
     ids=lambda answer: answer[:12],
 )
@@ -90,6 +98,25 @@ def test_an_answer_that_is_costly_is_wrong_and_soon(answer, reference, monkeypat
     monkeypatch.setattr("async_opd.roles.verifier.checks.math.parsed", lambda text: [])
     begun = time.process_time()
     assert check(f"\\boxed{{{answer}}}", reference)[0] is False
+    assert time.process_time() - begun < 1.0
+
+
+@pytest.mark.parametrize("kind", ["math", "numeric", "choice", "exact"])
+@pytest.mark.parametrize(
+    "response",
+    [
+        r"\boxed{1}" + r"\text{ and }" * 50_000 + r"x\boxed{2}",
+        r"\boxed{1}\text {" + " " * 500_000 + r"\boxed{2}",
+        "the answer is " * 40_000,
+        "the answer is" + " " * 500_000,
+        "<think>" * 100_000,
+    ],
+    ids=lambda response: response[:12],
+)
+def test_a_long_response_is_judged_soon(response, kind):
+    check = load(VerifyConfig(check=kind))
+    begun = time.process_time()
+    assert check(response, "B" if kind == "choice" else "7")[0] is False
     assert time.process_time() - begun < 1.0
 
 

@@ -109,3 +109,9 @@ def test_a_stop_does_not_wait_for_a_reference(own):
     config = VerifyConfig(check=f"{own}:right", timeout_s=50.0)
     References(config).unusable(["hangs"], stop)
     assert time.monotonic() - begun < 20
+
+
+def test_what_they_are_judged_by_is_the_source_of_the_whole_check(own, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "def right(response, answer)" in References(VerifyConfig(check=f"{own}:right")).key
+    assert "def read_expression" in References(VerifyConfig(check="math")).key

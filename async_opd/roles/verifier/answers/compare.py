@@ -19,22 +19,19 @@ from async_opd.roles.verifier.answers.terms import (
     Number,
     Quotient,
     Sum,
-    Unreadable,
-    evaluate,
     names,
-    precise,
 )
 from async_opd.roles.verifier.answers.tokens import CONSTANTS, GREEK
 from async_opd.roles.verifier.answers.units import unwrap_text
 from async_opd.roles.verifier.answers.values import (
     proportional,
+    rounds,
     same_number,
     same_scalar,
     same_term,
 )
 
 EQUAL = {"=", "in", "equiv", "approx"}
-ROUGHLY = 0.02  # how far apart both sides of an approximation may be, relatively
 
 
 def read_wanted(text: str) -> list[Shape]:
@@ -45,7 +42,11 @@ def read_wanted(text: str) -> list[Shape]:
     plain = unwrap_text(text).replace(" ", "")
     for word in words:
         letters = word.words
-        in_order = letters.islower() and (len(letters) < 3 or sorted(letters) == list(letters))
+        in_order = (
+            letters == text.strip()
+            and letters.islower()
+            and (len(letters) < 3 or sorted(letters) == list(letters))
+        )
         named = letters in GREEK or letters in CONSTANTS
         if len(letters) > 1 and letters == plain and not in_order and not named:
             return letters_alone
@@ -142,13 +143,10 @@ def _same_values(one: Shape, other: Shape) -> bool:
 
 
 def _near(one: Shape, other: Shape) -> bool:
+    """Tell whether `one` is rounded to `other`, or cut off there."""
     match one, other:
         case Scalar(first), Scalar(second):
-            try:
-                a, b = precise(evaluate(first, {}, 10)), precise(evaluate(second, {}, 10))
-            except Unreadable:
-                return False
-            return abs(a - b) <= ROUGHLY * max(abs(a), abs(b))
+            return rounds(first, second)
     return False
 
 
@@ -212,11 +210,19 @@ def _same_ratios(wanted: Ratio, answer: Ratio) -> bool:
         return False
     if all(map(same, ours, theirs)):
         return True
-    if wanted.padded:
+    if wanted.padded or (_is_clock(wanted) and _is_clock(answer)):
         return False
     match ours, theirs:
-        case (Scalar(a), Scalar(b)), (Scalar(c), Scalar(d)):
+        case (Scalar(a, ""), Scalar(b, "")), (Scalar(c, ""), Scalar(d, "")):
             return same_term(Quotient(a, b), Quotient(c, d))
+    return False
+
+
+def _is_clock(ratio: Ratio) -> bool:
+    """Tell whether a clock may show it: two digits below 60 behind the colon."""
+    match ratio.members:
+        case (Scalar(Number(hour)), Scalar(Number(minute))):
+            return hour <= 24 and 10 <= minute < 60
     return False
 
 

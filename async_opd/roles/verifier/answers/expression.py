@@ -68,15 +68,11 @@ class _Parser:
 
     def sum(self) -> Term:
         """Read a sum, up to a token that is none of it."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
         terms = [self.product()]
         while self.next_is("+", "-"):
             sign = self.take()
             term = self.product()
             terms.append(Negative(term) if sign == "-" else term)
-        self.depth -= 1
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
     def product(self) -> Term:
@@ -151,17 +147,9 @@ class _Parser:
 
     def exponent(self) -> Term:
         """Read what stands above: one digit or letter without braces in LaTeX, all in plain."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        if self.next_is("-", "+"):
-            negative = self.take() == "-"
-            term = self.power()
-            term = Negative(term) if negative else term
-        else:
-            term = self.power()
-        self.depth -= 1
-        return term
+        negative = self.next_is("-", "+") and self.take() == "-"
+        term = self.power()
+        return Negative(term) if negative else term
 
     def group(self) -> Term:
         r"""Read an argument of a command: in braces, or one digit, as in `\frac12`."""
@@ -182,6 +170,14 @@ class _Parser:
 
     def atom(self) -> Term:
         """Read a numeral, a name, a function with its argument, or what stands in brackets."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise Unreadable("too deep")
+        term = self._atom()
+        self.depth -= 1
+        return term
+
+    def _atom(self) -> Term:
         if self.place >= len(self.tokens):
             raise Unreadable("it ends too soon")
         kind, token = self.tokens[self.place]
@@ -220,6 +216,8 @@ class _Parser:
             self.place -= 1
             name = {"lfloor": "floor", "lceil": "ceil", "lvert": "abs"}[word]
             return Call(name, self.bracketed(f"r{word[1:]}"))
+        if word == "cis":
+            return Power(Constant("e"), Product((Constant("i"), self.argument())))
         if word == "exp":
             return Power(Constant("e"), self.argument())
         if word in FUNCTIONS and not (word == "gamma" and not self.next_is("(")):
@@ -261,21 +259,13 @@ class _Parser:
 
     def argument(self) -> Term:
         """Read what a function is of: in brackets, or factors up to the next sign or function."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
         if self.next_is("(", "{", "["):
-            term = self.bracketed(BRACKETS[self.tokens[self.place][1]])
-        else:
-            negative = self.next_is("-")
-            if negative:
-                self.take()
-            term = self.power()
-            while self.begins() and self.tokens[self.place][1] not in (*FUNCTIONS, "(", "["):
-                term = _times(term, self.power())
-            term = Negative(term) if negative else term
-        self.depth -= 1
-        return term
+            return self.bracketed(BRACKETS[self.tokens[self.place][1]])
+        negative = self.next_is("-") and self.take() == "-"
+        term = self.power()
+        while self.begins() and self.tokens[self.place][1] not in (*FUNCTIONS, "(", "["):
+            term = _times(term, self.power())
+        return Negative(term) if negative else term
 
 
 def _times(term: Term, factor: Term) -> Term:

@@ -30,7 +30,9 @@ from async_opd.roles.verifier.answers.terms import (
 CALCULATION = "a calculation"
 ALIKE = 1e-40
 MOST_TERMS = 16  # of a sum, and factors of a product, that is worked out
+LIKE = 32  # terms of one that is multiplied out
 LARGEST_RATIO = 10**6  # numerator and denominator of what is taken for rational
+IMAGINARY = Constant("i")
 FAMILIES = {
     "log": "a logarithm",
     "ln": "a logarithm",
@@ -49,9 +51,9 @@ def left_over(term: Term) -> frozenset[str]:
         case Negative(Negative()):
             return inside | {CALCULATION}
         case Sum(terms):
-            many = len(terms) > MOST_TERMS
-            alike = many or any(_rational_ratio(one, two) for one, two in combinations(terms, 2))
-            return inside | ({CALCULATION} if alike else set())
+            if len(terms) > MOST_TERMS or _like_terms(term):
+                inside |= {CALCULATION}
+            return inside
         case Product() | Quotient():
             return _of_factors(term)
         case Power():
@@ -73,7 +75,7 @@ def is_numeral(term: Term) -> bool:
         case Negative(inner):
             return not isinstance(inner, Negative) and is_numeral(inner)
         case Quotient(top, bottom, "/"):
-            return _is_signed(top) and _is_signed(bottom)
+            return _is_whole(top) and _is_whole(bottom)
     return False
 
 
@@ -106,8 +108,46 @@ def _rational_ratio(one: Term, two: Term) -> bool:
     return rational(precise(first) / precise(second))
 
 
+def _expanded(term: Term) -> list[Term]:
+    """List the terms of the sum that `term` is once it is multiplied out, but for their signs."""
+    match term:
+        case Negative(inner):
+            return _expanded(inner)
+        case Sum(terms):
+            return [one for each in terms for one in _expanded(each)]
+        case Quotient(top, bottom):
+            return [Quotient(one, bottom) for one in _expanded(top)]
+        case Product(factors):
+            products: list[tuple[Term, ...]] = [()]
+            for factor in factors:
+                products = [(*all, one) for all in products[:LIKE] for one in _expanded(factor)]
+            return [Product(product) for product in products]
+    return [term]
+
+
+def _like_terms(term: Term) -> bool:
+    """Tell whether `term`, multiplied out, has two terms that are multiples of each other, or one
+    whose irrational factors cancel."""
+    terms = _expanded(term)
+    return (
+        len(terms) > LIKE
+        or any(_rational_ratio(a, b) for a, b in combinations(terms, 2))
+        or (len(terms) > 1 and any(_cancels(one) for one in terms))
+    )
+
+
+def _cancels(term: Term) -> bool:
+    return rational(_value(term)) and not all(
+        isinstance(_value(factor), Fraction) for factor in parts(term)
+    )
+
+
 def _is_signed(term: Term) -> bool:
     return isinstance(term.term if isinstance(term, Negative) else term, Number)
+
+
+def _is_whole(term: Term) -> bool:
+    return _is_signed(term) and _value(term).denominator == 1
 
 
 def _flat(term: Term) -> tuple[list[Term], list[Term], bool]:
@@ -144,9 +184,11 @@ def _of_factors(term: Term) -> frozenset[str]:
         return inside | {CALCULATION}
     if not irrational:
         return inside | _of_fraction(above, below)
+    if all(rationals) and any(isinstance(one, Power) for side in rationals for one in side):
+        inside |= _of_fraction(*rationals)
     values = [precise(_value(one)) for one in irrational]
     merged = any(rational(a * b) or rational(a / b) for a, b in combinations(values, 2))
-    if merged or rational(precise(_value(term))):
+    if merged or rational(precise(_value(term))) or IMAGINARY in below or _like_terms(term):
         inside |= {CALCULATION}
     if any(isinstance(one, Sum) for one in below):
         inside |= {"a sum below a fraction's line"}
@@ -176,7 +218,7 @@ def _is_scientific(term: Term) -> bool:
 
 def _of_power(term: Power) -> frozenset[str]:
     base = term.base
-    if isinstance(term.exponent, Power):
+    if isinstance(term.exponent, Power) or base == IMAGINARY:
         return frozenset([CALCULATION])
     if is_numeral(base):
         return frozenset()

@@ -20,6 +20,7 @@ from async_opd.roles.verifier.answers.shapes import (
 )
 from async_opd.roles.verifier.answers.terms import Number, Unreadable
 from async_opd.roles.verifier.answers.units import WRAP, split_unit, unwrap_text
+from async_opd.roles.verifier.answers.writing import WORDS
 
 MOST_READINGS = 16
 MOST_MEMBERS = 64
@@ -36,20 +37,29 @@ MATRIX = re.compile(
     r"^(?:[(\[|⦃]\s*)?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}"
     r"(?:\s*[)\]|⦄])?$"
 )
+# Those x for which it holds that.
+BUILDER = re.compile(
+    r"^⦃\s*([a-z])\s*(?:\\in\s*\(-\\infty\s*,\\infty\s*\)\s*)?[|:]"
+    r"(?=.*(?<![A-Za-z\\])\1(?![A-Za-z]))(.*)⦄$"
+)
 CASES = re.compile(r"^⦃?\s*\\begin\{(?:cases|aligned)\}([^&]*)\\end\{(?:cases|aligned)\}$")
 LETTERS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 CHOICE = re.compile(
     r"^\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?:\s*[.:])?\s*(.*)$"
 )
-LABEL = re.compile(r"^\(?([A-J])[).:]\s+(.+)$")
-NAMED = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-BASES = {name: base for base, name in enumerate(NAMED, 2)} | {"sixteen": 16}
+LABEL = re.compile(r"^\(?([A-J])(?:[).:]\s+|\)$)(.*)$")
+ANOTHER = re.compile(r"(?<![A-Za-z])[A-J][).:]|\{\s*\(?[A-J]\)?[.:]?\s*\}")  # letter of a choice
+BASES = {name: base for base, name in enumerate(WORDS)} | {"sixteen": 16}
 BASED = re.compile(
     r"^\(?(-?(?=[A-Fa-f]*\d)[0-9A-Fa-f]+)\)?\s*(?:_\s*\{?\s*\(?\s*|\s+base\s+|\s+in base\s+)"
     rf"(\d+|{'|'.join(BASES)})\s*\)?\s*" + r"\}?$"
 )
-COMMA_NUMBER = re.compile(r"^-?(?:\\?\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+COMMA_NUMBER = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+BRACKET = re.compile(r"[(\[⦃]")  # where commas separate
 DECIMAL_COMMA = re.compile(r"^-?\d+,\d+$")
+# Inside or around words: a minus, or the prime of a letter, is neither.
+HYPHEN = re.compile(r"(?<=[^\W\d_]{3})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{3})")
+QUOTE = re.compile(r"[\".]|(?<![^\W\d_])'|(?<=[^\W\d_]{2})'|(?<=[^\W\d_])'(?=[^\W\d_]{2})")
 PAIRS = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
 
 
@@ -75,7 +85,8 @@ def read(text: str) -> list[Shape]:
     if whole := WRAP.fullmatch(text):
         text = whole[1].strip()
     readings = _numbers_with_commas(text) + _signs(text)
-    if choice := CHOICE.match(text) or LABEL.match(text):
+    choice = CHOICE.match(text) or LABEL.match(text)
+    if choice and not ANOTHER.search(choice[2]):
         readings += [Text(choice[1]), *(_read_or_none(choice[2]) if choice[2] else [])]
     readings += _read_or_none(text)
     if words := _words(text):
@@ -94,7 +105,7 @@ def _read_or_none(text: str) -> list[Shape]:
 
 def _numbers_with_commas(text: str) -> list[Shape]:
     """Read 3,500 as one number, and 0,5 as a decimal."""
-    if COMMA_NUMBER.match(text):
+    if not BRACKET.search(text) and COMMA_NUMBER.search(text):
         return _read_or_none(COMMA_NUMBER.sub(lambda m: m[0].replace(",", ""), text))
     if DECIMAL_COMMA.match(text):
         return _read_or_none(text.replace(",", "."))
@@ -113,7 +124,7 @@ def _signs(text: str) -> list[Shape]:
 
 def _words(text: str) -> Text | None:
     """Read words, and capital letters whose order counts."""
-    plain = re.sub(r"[\"'.]", "", unwrap_text(text.replace("$", ""))).replace("-", " ")
+    plain = HYPHEN.sub(" ", QUOTE.sub("", unwrap_text(text.replace("$", ""))))
     plain = plain[1:-1] if re.fullmatch(r"\([A-Za-z]+\)", plain) else plain
     if LETTERS.fullmatch(plain):
         return Text(plain.replace(" ", ""))
@@ -129,6 +140,8 @@ def _read(text: str) -> list[Shape]:
         raise Unreadable("nothing")
     if match := CASES.match(text):
         text = ", ".join(part.strip(" ,") for part in split(match[1], ROW)[::2])
+    if (match := BUILDER.match(text)) and SIGN.search(match[2]):
+        return _read(match[2])
     if match := MATRIX.match(text):
         return [_matrix(match[2])]
     parts = [part for part in split(text, SEPARATOR)[::2] if part.strip()]
@@ -197,7 +210,8 @@ def _bracketed(text: str) -> list[Shape]:
         if PAIRS[opening] != closing or (opening == "{" and len(parts) == 1):
             return []
         empty = not inner.strip()
-        return [Group("set", way) for way in ([()] if empty else _each(parts))]
+        ways = [()] if empty else _each(parts)
+        return [Group("set", listed(list(way)).members) for way in ways]
     if len(parts) == 1:
         return [] if opening == "(" else [Group("tuple", way) for way in _each(parts)]
     ways = _each(parts)

@@ -6,22 +6,24 @@ from async_opd.core.errors import DataError
 
 # What opens and closes the thoughts of the families of models.
 OPEN = re.compile(
-    r"<(?:seed:)?think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷|<\|channel\|>analysis"
+    r"<(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)>|\[THINK\]|◁think▷"
+    r"|<\|begin_of_thought\|>|<\|start_thinking\|>|<\|channel\|>analysis",
+    re.IGNORECASE,
 )
 CLOSE = re.compile(
-    r"</(?:seed:)?think(?:ing)?>|</thought>|</reasoning>|\[/THINK\]|◁/think▷|<\|channel\|>final"
+    r"</(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)>|\[/THINK\]|◁/think▷"
+    r"|<\|end_of_thought\|>|<\|end_thinking\|>|<\|channel\|>final",
+    re.IGNORECASE,
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 MOST_BOXES = 32  # that are looked at, from the last
 # Between boxes that make one list.
 BETWEEN = re.compile(
-    r"(?:\s|\$|\\[,;:! ]|\\\(|\\\)|[,;.&*]|\band\b|\bor\b|\\q?quad"
-    r"|\\text\s*\{\s*,?\s*(?:and|or|,)?\s*\})*"
+    r"(?:\s|\$|\\[,;:! ]|\\\(|\\\)|[,;.&*/|—–-]|\d++[.)]|\([a-z]\)|\band\b|\bor\b|\\q?quad"
+    r"|\\text\s*+\{\s*+,?\s*+(?:and|or|,)?\s*+\})*+"
 )
-STATED = re.compile(
-    r"\b(?:final\s+)?answer\s*(?:is|are|:|=|\*\*:?)+\s*(?:\*\*)?\s*([^\n]+)", re.IGNORECASE
-)
+STATED = re.compile(r"\banswer\s*+(?:is|are|:|=|\*\*:?)++\s*+(?:\*\*)?\s*+(?=\S)", re.IGNORECASE)
 
 FINAL = re.compile(r"^#{4}\s*([^\n]+)", re.MULTILINE)  # as GSM8K marks answers
 
@@ -66,10 +68,11 @@ def last_boxed(text: str) -> str | None:
 def stated(text: str) -> str | None:
     """Read what follows the last "answer is" or "answer:" of `text`, to the end of the sentence, or
     the last ####."""
-    lines = STATED.findall(text) or FINAL.findall(text)
+    lines = [text[match.end() :] for match in [*STATED.finditer(text)][-1:]] or FINAL.findall(text)
     if not lines:
         return None
-    return re.split(r"[.!]\s+(?=[A-Z])|[.!]\s*$", lines[-1])[0].strip().strip("*").strip()
+    line = lines[-1].partition("\n")[0]
+    return re.split(r"[.!]\s+(?=[A-Z])|[.!]\s*$", line)[0].strip().strip("*").strip()
 
 
 def reference_text(answer: str) -> str:

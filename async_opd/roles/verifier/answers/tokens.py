@@ -6,6 +6,7 @@ from fractions import Fraction
 from async_opd.roles.verifier.answers.terms import Number, Unreadable
 
 MOST_DIGITS = 4000
+MOST_TOKENS = 300  # of an expression; no tree is deeper
 LARGEST_POWER = 5000  # of ten, in 1e5000
 
 ARCS = {f"{arc}{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh",
@@ -30,7 +31,7 @@ CALCULATIONS = set(
     """int iint oint sum prod lim limsup liminf det gcd lcm max min mod bmod pmod sup deg partial
     nabla arg tr rank""".split()  # noqa: SIM905
 )
-WORDS = (*FUNCTIONS, *CALCULATIONS, "sqrt", "cbrt", "exp", "pi", "infinity", "infty", "oo")
+WORDS = (*FUNCTIONS, *CALCULATIONS, "sqrt", "cbrt", "exp", "cis", "pi", "infinity", "infty", "oo")
 WORD = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "[A-Za-z]"]))
 TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)"
@@ -45,6 +46,8 @@ def tokens(text: str) -> list[tuple[str, str]]:
     """Cut `text` into pairs of kind and token. Raises Unreadable."""
     listed: list[tuple[str, str]] = []
     for match in TOKEN.finditer(text):
+        if len(listed) > MOST_TOKENS:
+            raise Unreadable("too many tokens")
         kind, token = match.lastgroup or "", match[match.lastgroup or 0]
         if kind == "command":
             listed.append(("word", token[1:]))

@@ -24,25 +24,29 @@ SAME = {
     NO_UNIT: "unit integer number point digit way time solution value",
 }  # fmt: skip
 CANONICAL = {word: unit for unit, words in SAME.items() for word in (unit, *words.split())}
-CURRENCY = re.compile(r"^(-?)\s*(?:(\\\$|\$|€|£|¥|₹|\\pounds|\\euro)\s*)(-?)(?=[\d.\\])")
-CURRENCIES = {r"\$": "$", r"\pounds": "£", r"\euro": "€"}
+CURRENCY = re.compile(r"^(-?)\s*(?:(\\\$|\$|€|£|¥|₹|\\pounds|\\euro|USD|Rs\.?)\s*)(-?)(?=[\d.\\])")
+CURRENCIES = {r"\$": "$", "USD": "$", "Rs": "₹", "Rs.": "₹", r"\pounds": "£", r"\euro": "€"}
 WRAP = re.compile(
     r"\\(?:text|mathrm|textrm|mbox|textit|textbf|rm|mathit|hbox|textnormal)\s*\{([^{}]*)\}"
 )
 TRAILING_PERCENT = re.compile(r"^(.*?[\d)}\]])\s*\\?%$")
 TRAILING_DEGREE = re.compile(r"^(.*?[\d)}\]a-z])\s*\^\{\\circ\}\s*([CF]?)$")
-ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # of which an angle is taken
+ANGLED = re.compile(r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")  # of which an angle is taken
 TRAILING_SIGN = re.compile(r"^(.*?\d)\s*(\\\$|\$|€|£|¥|₹|¢)$")
 POWER = r"(?:\s*\^\s*\{?\s*-?[123]\s*\}?)?"
 UNITS = re.compile(
-    r"^(?P<number>.*?[\d)}\]!|]|.*?\\pi|.*?[\d)}\]]\s*[a-z]|pi)\s*"
-    rf"(?P<units>(?<![\\A-Za-z])[A-Za-z]+\.?{POWER}"
+    r"^(?P<number>(?:.*\d)?pi|.*?[\d)}\]!|]|.*?\\pi|.*?[\d)}\]]\s*[a-z])\s*"
+    rf"(?P<units>(?:/\s*)?(?<![\\A-Za-z])[A-Za-z]+\.?{POWER}"
     rf"(?:\s*(?:/|\\cdot|\*|\s|-)\s*[A-Za-z]+\.?{POWER})*)$"
 )
 WORDS = re.compile(rf"/|[A-Za-z]+{POWER}")
 SQUARED = {"square": "^2", "squared": "^2", "sq": "^2", "cubic": "^3", "cubed": "^3", "cu": "^3"}
 LETTERS = set("msghlLNJWVK")  # alone, a unit after a number: 5 m
-SHORT = {word for word in CANONICAL if len(word) == 2}
+# Behind a number, that make another of it.
+COUNTS = set(
+    """plus minus times over squared cubed factorial choose not half halves third thirds fourths
+    fifths sixths eighths tenths dozen hundred hundreds""".split()  # noqa: SIM905
+)
 
 
 def unwrap_text(text: str) -> str:
@@ -66,7 +70,8 @@ def split_unit(text: str) -> list[tuple[str, str]]:
     if percent := TRAILING_PERCENT.match(text):
         return [(percent[1], PERCENT)]
     if degree := TRAILING_DEGREE.match(unwrap_text(text)):
-        return readings if ANGLED.search(text) else [(degree[1], DEGREE + degree[2])]
+        number = degree[1].replace(r"^{\circ}", "")  # of 180° - 45° both are
+        return readings if ANGLED.search(text) else [(number, DEGREE + degree[2])]
     if sign := TRAILING_SIGN.match(text):
         return [(sign[1], CURRENCIES.get(sign[2], sign[2]))]
     unwrapped = unwrap_text(text)
@@ -86,6 +91,10 @@ def _unit(text: str, wrapped: bool) -> str | None:
         name, _, power = re.sub(r"[\s{}]", "", word).partition("^")
         if word == "/":
             written += "/"
+        elif name in ("of", "an"):
+            continue
+        elif not written and name in ("squared", "cubed"):
+            return None
         elif name.lower() in SQUARED:
             power = SQUARED[name.lower()]
             if written and not written.endswith("/"):
@@ -102,6 +111,8 @@ def _unit(text: str, wrapped: bool) -> str | None:
 
 
 def _one(name: str, wrapped: bool) -> str | None:
+    if name.lower() in COUNTS:
+        return None
     if name in FUNCTIONS or name in CALCULATIONS or name in GREEK or name in ("sqrt", "pi", "exp"):
         return CANONICAL.get(name) if wrapped or name == "min" else None
     for form in (name, name.lower(), name.rstrip("."), name.lower().removesuffix("s")):

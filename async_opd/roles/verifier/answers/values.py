@@ -164,6 +164,23 @@ def _rounded(decimal: Term, value: Value, exact: Value) -> bool:
     return difference < precise(written.step) * size / abs(precise(written.value)) * (1 - 1e-12)
 
 
+def rounds(exact: Term, decimal: Term) -> bool:
+    """Tell whether `decimal`, of however few digits, is what `exact` is rounded to or cut off at.
+    Zeros at the end of a whole number may be rounded too."""
+    written = _written(decimal)
+    if written is None:
+        return False
+    try:
+        one, other = precise(evaluate(exact, {}, 10)), precise(evaluate(decimal, {}, 10))
+    except Unreadable:
+        return False
+    step = written.step
+    if not step and written.value.denominator == 1:
+        digits = str(abs(written.value.numerator))
+        step = Fraction(10 ** (len(digits) - len(digits.rstrip("0"))), 2)
+    return abs(one - other) <= precise(step) * abs(other) / abs(precise(written.value))
+
+
 def _written(term: Term) -> Number | None:
     """Find the decimal that `term` is, but for a sign or a power of ten."""
     match term:

@@ -16,7 +16,7 @@ SIGNS = {
     "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ",
     "∅": r"\emptyset ", "π": r"\pi ", "±": r"\pm ", "∓": r"\mp ", "…": "...", "⋯": "...",
     "°": r"^\circ ", "ℝ": r"\mathbb{R}", "′": "'", "“": '"', "”": '"', "∠": "",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "∖": r"\setminus ", "‰": r"\permille ", "₹": "₹",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "∖": r"\setminus ", "₹": "₹",
     "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ",
 }  # fmt: skip
 GREEK = {
@@ -25,6 +25,12 @@ GREEK = {
 } | {"λ": r"\lambda "}
 NAMED = str.maketrans(SIGNS | GREEK)
 
+WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve",
+]  # fmt: skip
+POWERS = {"thousand": 3, "million": 6, "billion": 9}  # of ten
+
 # Each pattern and what stands for it, in this order.
 TIDY = [
     (re.compile(pattern), by)
@@ -32,6 +38,8 @@ TIDY = [
         (r"\\(?:left|right|m?left|big|Big|bigg|Bigg)[lrm]?(?![A-Za-z])\s*\.?", ""),
         (r"\\(?:display|text|script)style(?![A-Za-z])|\\limits|\\nolimits|\\phantom\{[^{}]*\}", ""),
         (r"\\!|\\allowbreak|\\nobreak|\\hfill", ""),
+        (rf"(?i)^\s*(?:\\text\s*\{{)?\s*({'|'.join(WORDS)})\s*\}}?\s*\.?$",
+         lambda match: str(WORDS.index(match[1].lower()))),
         (r"\\(?:label|tag)\*?\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\(?:thin|en|med)space|&nbsp;", " "),
         (r"\{\s*,\s*\}", "{,}"),
@@ -40,6 +48,15 @@ TIDY = [
         (r"\\over(?![A-Za-z])", r"\\over "),
         (r"\{\s*([^{}]+?)\s*\\over\s+([^{}]+?)\s*\}", r"\\frac{\1}{\2}"),
         (r"\{\s*([^{}]+?)\s*\\choose\s+([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"\\text\s*\{\s*(\\?\$|\.)\s*\}", r"\1"),
+        (r"\\frac\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}"
+         r"\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}", r"\1/\2"),
+        (r"(?i)(?:\\text\s*\{\s*)?(?<![A-Za-z])all real(?: number)?s(?:\s*\})?",
+         r"\\mathbb{R}"),
+        (r"(?i)^\s*(?:option|choice)\s+(?=\(?[A-J]\)?\s*$)", ""),
+        *((rf"(?<=[\d.])\s*(\\(?:text|mathrm)\s*\{{)?\s*{word}(?![A-Za-z])",
+           rf"\\times 10^{{{power}}}\1") for word, power in POWERS.items()),
+        (r"\\mathbb\s*\{?\s*R\s*\}?\s*-\s*(?=\\\{)", r"\\mathbb{R}\\setminus "),
         (r"\\(?:leqslant|leqq|leq|le)(?![A-Za-z])|<=|=<", r"\\le "),
         (r"\\(?:geqslant|geqq|geq|ge)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\(?:neq|ne)(?![A-Za-z])|!=|\\not\s*=", r"\\ne "),
@@ -55,7 +72,6 @@ TIDY = [
         (r"\\(?:varnothing|emptyset|O)(?![A-Za-z])", r"\\emptyset "),
         (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree",
          r"^{\\circ}"),
-        (r"\\permil(?:le)?(?![A-Za-z])", r"\\permille "),
         (r"\\(?:vec|hat|bar|overrightarrow|mathbf|mathit|mathcal|boldsymbol|bm|mathsf)"
          r"\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathbf|mathit|boldsymbol|bm|bf|mathbin|mathord)\s*\{([^{}]*)\}", r"\1"),
@@ -75,7 +91,7 @@ TIDY = [
         (r"\\(?:angle|triangle|measuredangle)(?![A-Za-z])", ""),
         (r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", r"\1m"),
         (r"(?<=\d)(?:\^?\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"
-         r"|(?:st|rd|th)(?![A-Za-z]))", ""),
+         r"|\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?|(?:st|rd|th)(?![A-Za-z]))", ""),
         (r"(?<=[\d)])\s*x\s*(?=10\s*\^)", r"\\times "),
         (r"^\s*(?:(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is|:)"
          r"|about|approximately|roughly|exactly)\s*",
@@ -85,7 +101,9 @@ TIDY = [
 WRAPPED = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")]
 MIXED = re.compile(r"(?<![\d.^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 MIXED_DASH = re.compile(r"^\s*(\d+)-(\d+)/(\d+)\s*$")
-GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?: \d{3})+|(?:\{,\}\d{3})+)(?![\d])")
+GROUPED = re.compile(
+    r"(?<![\d.])\d{1,3}(?:(?: \d{3})+|(?:\{,\}\d{3})+|(?:['_]\d{3})+|(?:\.\d{3}){2,})(?![\d'_])"
+)
 SPACED_DECIMALS = re.compile(r"(?<=\.)\d{3}(?: \d{3})+(?: \d{1,2})?(?!\d)")
 
 
@@ -102,7 +120,7 @@ def tidy(text: str) -> str:
         text = pattern.sub(by, text)
     text = re.sub(r"\s+", " ", text).strip()
     text = unwrapped(text)
-    text = GROUPED.sub(lambda m: m[0].replace(" ", "").replace("{,}", ""), text)
+    text = GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = SPACED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text).replace("{,}", ",")
     return MIXED_DASH.sub(r"\1\\frac{\2}{\3}", MIXED.sub(r"\1\\frac{\2}{\3}", text))
 

@@ -33,7 +33,9 @@ from async_opd.roles.verifier.answers.writing import tidy
 from async_opd.roles.verifier.config import VerifyConfig
 
 TOLERANCE = 1e-6  # where `verify.tolerance` is not set
-NUMERAL = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?%?|-?\.\d+")
+NUMERAL = re.compile(
+    r"(?:(?<![\w)])[-−–])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+|/\d+)?%?|\.\d+)"
+)
 
 
 def make(config: VerifyConfig) -> Callable[[str, str], tuple[bool, str]]:
@@ -60,12 +62,14 @@ def check(response: str, answer: str, tolerance: float = TOLERANCE) -> tuple[boo
 
 def final(spoken: str) -> str:
     """Find the text of the number in `spoken`, "" where there is none; several boxes beside each
-    other are none."""
+    other, or several numbers that are stated, are none."""
     if listed := boxes(spoken):
         return listed[0] if len(listed) == 1 else ", ".join(listed)
-    text = stated(spoken)
-    if text is not None and _numbers(text):
+    text = stated(spoken) or ""
+    if _numbers(text):
         return text
+    if numerals := NUMERAL.findall(text):
+        return numerals[0] if len(numerals) == 1 else ""
     numerals = NUMERAL.findall(spoken)
     return numerals[-1] if numerals else ""
 
