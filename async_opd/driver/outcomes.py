@@ -42,6 +42,7 @@ class Outcomes:
     - where more in a row failed than may be outstanding, or a larger share of them than
       run.max_failed_share, in whatever role
     - where all of them came to nothing, though not all failed
+    - where as many steps in a row kept no token, whatever left them out
 
     The first failure in each role is an event, and so are truncated or stale groups above the
     share.
@@ -64,10 +65,16 @@ class Outcomes:
         self._announced: set[str] = set()  # roles, and causes that are above the share
         self._rollouts = 0  # that failed alone, in all
         self._without_tokens = 0  # steps that kept none
+        self._empty = 0  # of them, the last in a row
 
     def scored(self, prompt: Prompt, *, cut: bool) -> None:
         """Note a group that is to be trained, or that only seems so: a `cut` one has no token in
         the loss."""
+        if self._empty >= STEPS:
+            limits = (*self._limits.values(), "rollout.train_stop = false leaves stops out")
+            raise TooManyDropped(
+                f"the last {self._empty} steps kept no token to train: {', or '.join(limits)}"
+            )
         self._in_a_row.clear()
         self._note(prompt, "truncated" if cut else "")
 
@@ -101,7 +108,9 @@ class Outcomes:
 
     def trained(self, result: StepResult) -> None:
         """Note a step."""
-        self._without_tokens += not trained_tokens(result.metrics)
+        empty = not trained_tokens(result.metrics)
+        self._without_tokens += empty
+        self._empty = self._empty + 1 if empty else 0
 
     @property
     def counts(self) -> dict[str, int]:

@@ -151,3 +151,15 @@ def test_who_is_gone_and_what_is_too_old_is_nobody_s_failure(error):
 def test_other_errors_are_blamed_in_one_line(error):
     with pytest.raises(GroupFailed, match=r"^teacher: a$"), blamed("teacher"):
         raise error
+
+
+def test_steps_in_a_row_without_a_token_end_the_run_whatever_left_them_out():
+    game = Game()
+    for tokens in (0, 7, 0):
+        game.outcomes.trained(StepResult(version=1, metrics={"tokens": tokens}))
+    game.play("..")
+    game.outcomes.trained(StepResult(version=2, metrics={"tokens": 0}))
+    with pytest.raises(
+        TooManyDropped, match=r"the last 2 steps kept no token .* rollout.train_stop"
+    ):
+        game.play(".")
