@@ -164,6 +164,6 @@ def test_humaneval_has_164_problems_whose_tests_the_check_reads():
     rows = humaneval.rows()
     assert len(rows) == 164
     for row in rows:
-        tests = code.read_tests(row["answer"])
+        tests = code.read_reference(row["answer"])
         assert f"def {tests.entry_point}(" in row["prompt"][0]["content"]
         compile(tests.test, "test", "exec")
