@@ -184,8 +184,10 @@ class PromptSource:
         meanwhile. Raises DataError naming those on the way that cannot be used."""
         rows, prompts = numbered(self._rows, self._config, self._key), list[Prompt]()
         left_out: list[Flaw] = []
+        names: set[str] = set()
         while wanted := list(islice(rows, None if count is None else count - len(prompts))):
             flaws = self._flaws(wanted, poll)
+            flaws = self._repeated(wanted, names) | flaws
             left_out += [flaws[place] for place in sorted(flaws)]
             fine = [row for row in wanted if row["_position"] not in flaws]
             judged = [self._judge.prompt(row, 0) for row in fine]
@@ -203,6 +205,18 @@ class PromptSource:
                 f" {setting} = {count or 1}"
             )
         return prompts
+
+    def _repeated(self, rows: list[dict], names: set[str]) -> dict[int, Flaw]:
+        """Look for ids that are among `names`, which those of `rows` join."""
+        flaws: dict[int, Flaw] = {}
+        for row in rows:
+            if (name := self._judge.name(row)) in names:
+                what = f"its id {self._config.id!r} is also that of an earlier row"
+                flaws[row["_position"]] = self._judge.flaw(row, what)
+            names.add(name)
+        if refused := [flaw for flaw in flaws.values() if self._judge.refuses(flaw)]:
+            raise refusal(self._key, self._config.path, refused, of=len(rows))
+        return flaws
 
     def _flaws(self, rows: list[dict], poll: Callable[[], None]) -> dict[int, Flaw]:
         """Look at `rows`, which follow each other."""

@@ -322,6 +322,24 @@ def test_problems_of_an_evaluation_are_judged_in_the_same_way(source, streaming)
     assert (skipping.skipped, skipping.left_out) == (1, 3)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_id_that_comes_again_behind_rows_that_are_left_out_is_no_second_problem(
+    source, streaming
+):
+    names = ["a", "b", "a", "c", "b", "d"]
+    rows = [good(n, False) | {"name": name} for n, name in enumerate(names)]
+    rows[1]["answer"] = None
+    settings = dict(id="name", streaming=streaming)
+    prompts = source(rows, **settings, **SKIP)
+    assert [prompt.id for prompt in prompts.first(3)] == ["a@0", "c@0", "d@0"]
+    assert prompts.left_out == 3
+    rows[1]["prompt"] += "1" * 99  # too long, which alone is left out
+    rows[1]["answer"] = "1"
+    long_alone = source(rows, **settings, **SKIP | {"bad_rows": "error"})
+    with pytest.raises(DataError, match="row a: its id 'name' is also that of"):
+        long_alone.first(3)
+
+
 def test_the_second_look_at_the_same_rows_judges_none(source, monkeypatch):
     def judged(self):
         raise RuntimeError("judged again")
