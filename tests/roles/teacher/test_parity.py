@@ -1,6 +1,9 @@
 """Every backend scores as a plain forward of the model does, one rollout at a time: one check that
 all of them pass."""
 
+import time
+from contextlib import suppress
+
 import numpy as np
 import psutil
 import pytest
@@ -153,10 +156,15 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
 
 
 def engine_of(actor: str) -> psutil.Process:
-    """The engine's process under an actor of this test's own cluster."""
-    return next(
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "EngineCore" in process.name() + " ".join(process.cmdline())
-        and actor in " ".join(process.parent().cmdline())
-    )
+    """The engine's process under an actor of this test's own cluster, whose title Ray rewrites with
+    each call: it may be read halfway."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with suppress(psutil.NoSuchProcess, StopIteration):
+            return next(
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "EngineCore" in process.name() + " ".join(process.cmdline())
+                and actor in " ".join(process.parent().cmdline())
+            )
+    raise AssertionError(f"no engine under {actor}")
