@@ -8,6 +8,7 @@ at the top of its file.
 import asyncio
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from transformers import PreTrainedTokenizerFast
@@ -49,15 +50,16 @@ def read(config: Config) -> Inputs:
     tokenizer = _tokenizer(config)
     tokens = read_tokens(config, tokenizer)
     check_models(config)
+    head = _text_config(config).vocab_size
     prompts = PromptSource(
         config.data,
         tokenizer,
         seed=config.run.seed,
         views=views(config),
         references=References(config.verify),
-        head=_head(config),
+        head=head,
     )
-    held_out = _held_out(config, tokenizer)
+    held_out = _held_out(config, tokenizer, head)
     check_epochs(config, prompts)
     with ExitStack() as undo:
         undo.callback(prompts.close)
@@ -73,7 +75,7 @@ def read_problems(config: Config, count: int | None) -> Problems:
     tokenizer = _tokenizer(config)
     args = "student.model", config.student.model, config.run.trust_remote_code
     check_on_vllm(*args[:2], config.rollout.dtype, args[2])
-    model = text_config(*args)
+    model = _text_config(config)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(
         tokenizer=tokenizer,
@@ -84,7 +86,7 @@ def read_problems(config: Config, count: int | None) -> Problems:
             tokenizer,
             seed=0,
             references=References(config.verify),
-            head=_head(config),
+            head=model.vocab_size,
         ).first(count, _go_on),
     )
 
@@ -95,10 +97,9 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     return fast(*args[:2], tokenizer_of(*args))
 
 
-def _head(config: Config) -> int:
-    """Count the rows of the student's head."""
-    args = "student.model", config.student.model, config.run.trust_remote_code
-    return text_config(*args).vocab_size
+def _text_config(config: Config) -> Any:
+    """Read the config of the student's text model."""
+    return text_config("student.model", config.student.model, config.run.trust_remote_code)
 
 
 def views(config: Config) -> dict[str, TeacherView]:
@@ -124,9 +125,9 @@ def check_epochs(config: Config, prompts: PromptSource) -> None:
         )
 
 
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
-    """Read the held-out problems. Columns that are for teachers only are asked for where a teacher
-    is measured."""
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> list[Prompt]:
+    """Read the held-out problems, for a student's head of so many rows. Columns that are for
+    teachers only are asked for where a teacher is measured."""
     if config.eval is None:
         return []
     data = msgspec.structs.replace(
@@ -142,7 +143,7 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Prompt
         seed=0,
         views=shown,
         references=References(config.verify),
-        head=_head(config),
+        head=head,
         key="eval.path",
     )
     return source.first(config.eval.problems, _go_on)

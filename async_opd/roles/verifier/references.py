@@ -7,7 +7,6 @@ Its first frame is KNOWS, "" of a check that says nothing of them, or why it can
 """
 
 import os
-import resource
 import select
 import subprocess
 import sys
@@ -26,8 +25,7 @@ from async_opd.core.errors import AsyncOpdError, ConfigError, DataError, first_l
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier import checks
 from async_opd.roles.verifier.config import VerifyConfig
-from async_opd.roles.verifier.sandbox.namespaces import die_with
-from async_opd.roles.verifier.worker import MAX_REPLY, frame, take_pipes
+from async_opd.roles.verifier.worker import MAX_REPLY, begin, frame
 
 START_S = 60.0  # for a process to import its check
 LOOK_S = 0.2  # between two looks whether to stop
@@ -160,10 +158,7 @@ def _size(data: bytes) -> int | None:
 
 def main(parent: int, config: VerifyConfig) -> None:
     """Say of each reference what is wrong, until stdin ends."""
-    die_with(parent)
-    limit = int(config.memory_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    requests, replies = take_pipes()
+    requests, replies = begin(parent, int(config.memory_gib * 2**30))
     try:
         with foreign(f"verify.check = {config.check!r}", ConfigError):
             reference = checks.reference(config)

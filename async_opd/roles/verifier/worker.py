@@ -32,10 +32,8 @@ class Raised(AsyncOpdError):
 
 def main(parent: int, config: VerifyConfig) -> None:
     """Answer requests until stdin ends."""
-    die_with(parent)
     limit = int(config.memory_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    requests, replies = take_pipes()
+    requests, replies = begin(parent, limit)
     try:
         decide = load(config)
     except ConfigError as error:
@@ -71,6 +69,14 @@ def run_check(check: Check, decide: Decide) -> Verdict:
 def frame(body: bytes) -> bytes:
     """Put its length before `body`."""
     return len(body).to_bytes(4, "big") + body
+
+
+def begin(parent: int, limit: int) -> tuple[BinaryIO, BinaryIO]:
+    """End with the parent, hold this process to an address space of `limit` bytes, and take the
+    pipes of requests and of replies."""
+    die_with(parent)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return take_pipes()
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
