@@ -83,6 +83,11 @@ class CallFailed(AsyncOpdError):
     the call and it."""
 
 
+class Lethal(CallFailed):
+    """A request ends whom it is asked of: it was lost with several members, the last time with
+    nothing else in flight. The message names it, and how the last of them ended."""
+
+
 class TooManyDropped(AsyncOpdError):
     """More groups fail, or are left out, than a run goes on with. The message says how many, by
     whose doing, and why the last one."""

@@ -49,10 +49,11 @@ class Admission:
     def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
         """Issue the prompt of a group that will not be trained again at the front, or drop it for
         good and give its slot to the next prompt. The teacher is asked once, then the student in
-        its place."""
+        its place; nobody again for what ends whom it is asked of."""
         answered = self._teacher is not None and self._teacher.is_done_with(ticket)
         attempt = prompt.attempt + (not answered)
-        if attempt < self._max_attempts:
+        again = answered or prompt.id not in self._student.lethal
+        if again and attempt < self._max_attempts:
             self._ledger.reissued(prompt.id, attempt, cause)
             self._student.start(ticket, msgspec.structs.replace(prompt, attempt=attempt))
         else:

@@ -11,9 +11,9 @@ import asyncio
 from dataclasses import dataclass
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import AsyncOpdError
+from async_opd.core.errors import AsyncOpdError, CallFailed, first_line
 from async_opd.core.events import EventSink
-from async_opd.core.wire import Prompt
+from async_opd.core.wire import Prompt, Verdict
 from async_opd.driver.pools import Pools
 from async_opd.driver.respond import ALL, Accuracy, Responded, of_all, of_teacher, respond
 from async_opd.telemetry.metrics import Row
@@ -135,14 +135,32 @@ class HeldOut:
         clock = asyncio.get_running_loop().time
         began = clock()
 
-        async def one(prompt: Prompt) -> Responded:
-            return await respond(generators, verifier, prompt)
+        failed = 0
+
+        async def one(prompt: Prompt) -> Responded | Verdict:
+            """The response, or that nobody can say what it is worth."""
+            nonlocal failed
+            try:
+                return await respond(generators, verifier, prompt)
+            except CallFailed as e:
+                failed += 1
+                if failed > self._config.run.max_failed_share * len(self._problems):
+                    raise
+                if failed == 1:
+                    why = f"{first_line(e)}; it counts as unknown, and further ones do"
+                    self._emit("failed", f"evaluation of version {version}", why)
+                return Verdict(id=prompt.id, correct=None, cause=first_line(e))
 
         places = self._config.rollout.concurrency * generators.size
-        responded = await of_all(self._problems, one, max(1, int(share * places)))
+        each_one = await of_all(self._problems, one, max(1, int(share * places)))
+        responded = [each for each in each_one if isinstance(each, Responded)]
+        if not responded:
+            raise CallFailed(f"all of the {failed} problems failed")
         spans = [span for each in responded for span in each.meta.spans[0]]
         return Measured(
-            accuracy=Accuracy.of([each.verdicts[0] for each in responded]),
+            accuracy=Accuracy.of(
+                [each if isinstance(each, Verdict) else each.verdicts[0] for each in each_one]
+            ),
             version=version,
             oldest=min(span.version for span in spans),
             newest=max(span.version for span in spans),

@@ -5,22 +5,32 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import ActorLost, AsyncOpdError, OverAge, TooManyDropped, first_line
+from async_opd.core.errors import (
+    ActorLost,
+    AsyncOpdError,
+    Lethal,
+    OverAge,
+    TooManyDropped,
+    first_line,
+)
 from async_opd.core.events import EventSink
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import Prompt, StepResult, trained_tokens
 from async_opd.driver.ledger import Ledger
 
 STEPS = 2  # whose groups are looked at
+STUDENT, TEACHER = "student", "teacher"  # who answers a prompt
 
 
 class GroupFailed(Exception):
     """Why a group cannot be trained, and by whose doing."""
 
-    def __init__(self, role: str, why: str):
+    def __init__(self, role: str, why: str, *, lethal: bool = False):
+        """`lethal`: it ends whom it is asked of, and nobody is asked again."""
         super().__init__(f"{role}: {why}")
         self.role = role
         self.why = why
+        self.lethal = lethal
 
 
 @contextmanager
@@ -32,15 +42,15 @@ def blamed(role: str) -> Generator[None]:
     except (ActorLost, OverAge):
         raise
     except AsyncOpdError as e:
-        raise GroupFailed(role, first_line(e)) from e
+        raise GroupFailed(role, first_line(e), lethal=isinstance(e, Lethal)) from e
 
 
 class Outcomes:
     """Looks at what became of the last STEPS steps' worth of groups, of one that is issued again at
     its last attempt. TooManyDropped is raised
 
-    - where more in a row failed than may be outstanding, or a larger share of them than
-      run.max_failed_share, in whatever role
+    - where more in a row failed than may be outstanding, of the student's groups or of the
+      teacher's answers, or a larger share of all than run.max_failed_share, in whatever role
     - where all of them came to nothing, though not all failed
     - where as many steps in a row kept no token, whatever left them out
 
@@ -61,13 +71,14 @@ class Outcomes:
         self._emit = emit
         # of the last prompts: who failed, or one of the limits; "" for what can be trained
         self._ended: dict[str, str] = {}
-        self._in_a_row: Counter[str] = Counter()  # failed, by role
+        # failed, by who answers and by role
+        self._in_a_row: dict[str, Counter[str]] = {STUDENT: Counter(), TEACHER: Counter()}
         self._announced: set[str] = set()  # roles, and causes that are above the share
         self._rollouts = 0  # that failed alone, in all
         self._without_tokens = 0  # steps that kept none
         self._empty = 0  # of them, the last in a row
 
-    def scored(self, prompt: Prompt, *, cut: bool) -> None:
+    def scored(self, prompt: Prompt, *, cut: bool, by: str = STUDENT) -> None:
         """Note a group that is to be trained, or that only seems so: a `cut` one has no token in
         the loss."""
         if self._empty >= STEPS:
@@ -75,7 +86,7 @@ class Outcomes:
             raise TooManyDropped(
                 f"the last {self._empty} steps kept no token to train: {', or '.join(limits)}"
             )
-        self._in_a_row.clear()
+        self._in_a_row[by].clear()
         self._note(prompt, "truncated" if cut else "")
 
     def dropped(self, prompt: Prompt, cause: str) -> None:
@@ -83,15 +94,20 @@ class Outcomes:
         if cause in self._limits:
             self._note(prompt, cause)
 
-    def failed(self, prompt: Prompt, failure: GroupFailed) -> None:
+    def refused(self) -> None:
+        """Note an answer of the teacher's that came, and is not trained."""
+        self._in_a_row[TEACHER].clear()
+
+    def failed(self, prompt: Prompt, failure: GroupFailed, *, by: str = STUDENT) -> None:
         """Note a group that failed."""
         self._announce(failure.role, f"{failure.why}; the group is dropped")
-        self._in_a_row[failure.role] += 1
+        in_a_row = self._in_a_row[by]
+        in_a_row[failure.role] += 1
         causes = self._note(prompt, failure.role)
-        if self._in_a_row.total() > self._slots:
+        if in_a_row.total() > self._slots:
             raise TooManyDropped(
-                f"{self._in_a_row.total()} groups in a row failed ({_by(self._in_a_row)}), more"
-                f" than the {self._slots} that may be outstanding; the last: {failure}"
+                f"{in_a_row.total()} groups in a row failed ({_by(in_a_row)}), more than the"
+                f" {self._slots} that may be outstanding; the last: {failure}"
             )
         failed = Counter({role: count for role, count in causes.items() if self._is_role(role)})
         if failed.total() > self._share * self._most:

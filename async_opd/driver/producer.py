@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from itertools import count
+from functools import partial
 from typing import NamedTuple
 
-from async_opd.core.errors import CallFailed, OverAge, WireError
+from async_opd.core.errors import OverAge, WireError
 from async_opd.core.ports import Generator, Ref, ScoredGroup, Teacher, Verifier
 from async_opd.core.wire import GroupMeta, Prompt, Verdict
 from async_opd.driver.ledger import Ledger
@@ -14,9 +14,6 @@ from async_opd.driver.pools import Pools
 from async_opd.driver.queue import TrajectoryQueue
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.roles.rollout.config import RolloutConfig
-
-MAX_LOSSES = 5  # members that a group may cost in a row: it may be what kills them
-SCORE_TRIES = 4  # of one group: the first, and three more elsewhere
 
 
 class Scored(NamedTuple):
@@ -49,6 +46,7 @@ class Producer:
         self._outcomes = outcomes
         self._ledger = ledger
         self._count_tokens = count_tokens
+        self.lethal: set[str] = set()  # prompts that end whom they are asked of
 
     def start(self, ticket: int, prompt: Prompt) -> None:
         """Make a group of `prompt`, which holds the slot of `ticket`, beside everything else."""
@@ -61,7 +59,11 @@ class Producer:
         try:
             with blamed(pools.generators.name):
                 meta, group = await pools.generators.ask(
-                    Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
+                    Generator.generate,
+                    prompt,
+                    of=id,
+                    unsound=partial(unsound, id),
+                    lost=partial(self._ledger.returned, id),
                 )
             tokens = sum(meta.lengths)
             self._count_tokens("generators", tokens)
@@ -79,6 +81,8 @@ class Producer:
             return
         except GroupFailed as e:
             self._outcomes.failed(prompt, e)
+            if e.lethal:
+                self.lethal.add(id)
             self._drop(ticket, prompt, "failed")
             return
         policy = self._rollout.truncated
@@ -118,7 +122,7 @@ class Producer:
     async def _verified(self, group: Ref, meta: GroupMeta) -> tuple[Verdict, ...]:
         verifier = self._pools.verifier
         with blamed(verifier.name):
-            return await verifier.ask(Verifier.check, group, of=meta.id, lost=losses(meta.id))
+            return await verifier.ask(Verifier.check, group, of=meta.id)
 
     async def _referred(self, group: Ref, meta: GroupMeta) -> Scored:
         """Scores of the reference, where there is one."""
@@ -126,31 +130,20 @@ class Producer:
         return await self._scored(references, group, meta) if references else Scored(None, {})
 
     async def _scored(self, pool: ReplicaPool[Teacher], group: Ref, meta: GroupMeta) -> Scored:
-        """Scores of `group`. What one replica cannot score, or not in time, another is asked for;
-        what two cannot score of it fails alone. Raises GroupFailed when none scores any."""
-        asked: set[int] = set()
-        answers: list[Scored] = []
-        lost, error = losses(meta.id), None
-        for _ in range(SCORE_TRIES):
-            try:
-                with blamed(pool.name):
-                    causes, scores = await pool.ask(
-                        Teacher.score, group, of=meta.id, load=meta.tokens, asked=asked, lost=lost
-                    )
-                    if len(causes) != len(meta.spans):
-                        raise WireError(f"{meta.id}: {len(causes)} of {len(meta.spans)} scored")
-            except GroupFailed as e:
-                error = e
-                continue
-            failures = _failures(pool.name, causes)
-            answers.append(Scored(scores, failures))
-            others = any(each.index not in asked for each in pool.serving)
-            if not failures or len(answers) == 2 or not others:
-                return min(answers, key=lambda scored: len(scored.failures))
-        if answers:
-            return answers[0]
-        why = f"{meta.id}: {SCORE_TRIES} tries to score it failed, the last: {error and error.why}"
-        raise GroupFailed(pool.name, why) from error
+        """Scores of `group`, less what fails of it alone. Raises GroupFailed when there are
+        none."""
+
+        def unscored(answer: tuple[tuple[str, ...], Ref]) -> list[str]:
+            causes, _ = answer
+            if len(causes) != len(meta.spans):
+                raise WireError(f"{meta.id}: {len(causes)} of {len(meta.spans)} scored")
+            return [why for why in causes if why]
+
+        with blamed(pool.name):
+            causes, scores = await pool.ask(
+                Teacher.score, group, of=meta.id, load=meta.tokens, unsound=unscored
+            )
+        return Scored(scores, _failures(pool.name, causes))
 
 
 def _failures(role: str, causes: Iterable[str]) -> dict[int, GroupFailed]:
@@ -158,16 +151,12 @@ def _failures(role: str, causes: Iterable[str]) -> dict[int, GroupFailed]:
     return {sample: GroupFailed(role, why) for sample, why in enumerate(causes) if why}
 
 
-def losses(
-    id: str, note: Callable[[str, str], None] = lambda id, why: None
-) -> Callable[[str], None]:
-    """Make what is told of each member that is lost with group `id`, and tells `note`. It raises
-    CallFailed at the last."""
-    number = count(1)
-
-    def lost(why: str) -> None:
-        note(id, why)
-        if (so_far := next(number)) == MAX_LOSSES:
-            raise CallFailed(f"{id}: {so_far} were lost with it, the last: {why}")
-
-    return lost
+def unsound(id: str, answer: tuple[GroupMeta, Ref]) -> list[str]:
+    """Say of a generator's answer to prompt `id` why rollouts of it failed. Raises WireError where
+    it answers something else."""
+    meta, _ = answer
+    samples = len(meta.spans)
+    whole = samples and all(meta.spans) and len(meta.truncated) == samples
+    if meta.id != id or not whole or len(meta.failures) not in (0, samples):
+        raise WireError(f"{id}: what answers it is no group of it: {meta}")
+    return [why for why in meta.failures if why]

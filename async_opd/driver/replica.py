@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.errors import ActorLost
+from async_opd.driver.standing import Standing
 from async_opd.telemetry.spans import CUT_OFF, ActorTime, Of
 
 P = TypeVar("P")
@@ -48,6 +49,7 @@ class Replica(Generic[P]):
         self.load = 0  # what it has out, weighed by those who ask
         self.out = 0  # calls without an answer yet
         self.sent = 0  # calls so far that are on their way or answered
+        self.standing = Standing()
         self._time = time
         self._idle = idle
         self._held = ""  # the state that it is held in, whatever it is asked

@@ -1,33 +1,26 @@
-"""The members of one role: who gets the next call, how a lost one is noticed, and what takes its
-place."""
+"""The members of one role: how a lost one is noticed, and what takes its place."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from itertools import count, islice
-from operator import attrgetter
-from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
 from async_opd.core.events import EventSink
-from async_opd.core.ports import Member
+from async_opd.driver.asked import Asked, M
 from async_opd.driver.replica import Replica
-from async_opd.telemetry.spans import ActorTime, Of
+from async_opd.telemetry.spans import ActorTime
 
-MAX_FAILED_STARTS = 3  # in a row, of one member
+MAX_FAILED_STARTS = 3  # in a row, of one member, while nobody else serves
 RETRY_S = 1.0  # after the first of them, then twice as long each
-LOAD = attrgetter("load")
-
-M = TypeVar("M", bound=Member)
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
+MAX_RETRY_S = 300.0
 
 
-class ReplicaPool(Generic[M]):
-    """Sends each call to the member with the least in flight. A member that dies, or gives no sign
-    of life, is retired: what it had is asked of the others, and a new one takes its place."""
+class ReplicaPool(Asked[M]):
+    """Who there should be of one role, who serves, and who is on the way. A member that dies, or
+    gives no sign of life, is retired, and a new one takes its place."""
 
     def __init__(
         self,
@@ -45,16 +38,13 @@ class ReplicaPool(Generic[M]):
         replaced. `welcome` makes it one of the others before it serves. `actor_time(index)` takes
         how the member spends its time, whose state without a call is `idle`. `lost_by`: errors of a
         call that retire the member."""
-        self.name = name
+        super().__init__(name, emit, lost_by)
         self._spawn = spawn
         self._welcome = welcome
         self._actor_time = actor_time
         self._idle = idle
-        self._emit = emit
-        self._lost_by = lost_by
-        self._serving: dict[int, Replica[M]] = {}  # in order
         self._coming: dict[int, asyncio.Task[None]] = {}
-        self._free = asyncio.Event()  # somebody serves
+        self._failing: dict[int, str] = {}  # of them: why MAX_FAILED_STARTS and more have failed
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._wanted = set(range(len(ports)))  # members that there should be
@@ -112,67 +102,31 @@ class ReplicaPool(Generic[M]):
         for index in members[size:]:
             self._wanted.discard(index)
             if index in self._serving:
-                self.retire(self._serving[index], f"the pool shrinks to {size}")
+                self.retire(self._serving[index], f"the pool shrinks to {size}", blameless=True)
         free = (index for index in count() if index not in self._wanted)
         self._wanted |= set(islice(free, max(size - len(members), 0)))
         self._fill()
 
-    async def ask(
-        self,
-        method: Callable[[M, *Ts], Coroutine[Any, Any, T]],
-        *args: *Ts,
-        of: Of = "",
-        load: int = 1,
-        asked: set[int] | None = None,
-        lost: Callable[[str], None] = lambda why: None,
-    ) -> T:
-        """Call `method` of the member with the least in flight, while it counts for `load`. Waits
-        while nobody serves.
-
-        Another is asked again when the member is lost meanwhile, after `lost` was told why. Any
-        other named error is the caller's. The number of who is asked is added to `asked`, and
-        members in there are asked last. Raises ActorLost when nobody is left and none can come."""
-        while True:
-            replica = await self._least(asked or ())
-            if asked is not None:
-                asked.add(replica.index)
-            replica.load += load
-            try:
-                return await replica.call(method, *args, of=of)
-            except self._lost_by as e:
-                self.retire(replica, str(e))
-                lost(replica.lost)
-            finally:
-                replica.load -= load
-
-    def retire(self, replica: Replica[M], why: str) -> None:
-        """Give `replica` up: nothing more is asked of it, and another takes its place. May be
-        called again."""
+    def retire(self, replica: Replica[M], why: str, *, blameless: bool = False) -> None:
+        """See Asked."""
         if replica.lost:
             return
+        replica.standing.blameless = blameless
         replica.leave(why)
         self.lost += 1
         self._last_loss = why
         self._emit("lost", replica.name, why)
         if self._serving.get(replica.index) is replica:
             del self._serving[replica.index]
+            self._changed.set()
             if not self._serving:
                 self._emit("none left", self.name, "what needs one waits")
         self._fill()
 
     def refuse_if_empty(self) -> None:
-        """Raises ActorLost when nobody is left and none can come."""
+        """See Asked."""
         if not self._serving and not self._coming:
             raise ActorLost(self._last_loss)
-
-    async def _least(self, asked: Collection[int]) -> Replica[M]:
-        while not self._serving:
-            self.refuse_if_empty()
-            self._free.clear()
-            await self._free.wait()
-        members = self._serving.values()
-        able = [each for each in members if each.index not in asked] if asked else members
-        return min(able or members, key=LOAD)  # the first of several
 
     def _replica(self, index: int, port: M) -> Replica[M]:
         name, actor_time = f"{self.name} {index}", self._actor_time(index)
@@ -180,7 +134,7 @@ class ReplicaPool(Generic[M]):
 
     def _serve(self, replica: Replica[M]) -> None:
         self._serving = dict(sorted({**self._serving, replica.index: replica}.items()))
-        self._free.set()
+        self._changed.set()
         if self._tasks:
             self._watch(replica)
 
@@ -193,31 +147,43 @@ class ReplicaPool(Generic[M]):
                 )
 
     async def _start(self, index: int) -> None:
-        """Waits for a new member and for its welcome; `_serve` unblocks those who wait for one."""
-        replica, why = None, ""
-        wait_s = RETRY_S
+        """Waits for a new member and for its welcome, as often as it takes while others serve;
+        `_serve` unblocks those who wait for one. Raises ActorLost once nobody serves and whoever
+        was to come has failed MAX_FAILED_STARTS times."""
         try:
-            for _ in range(MAX_FAILED_STARTS):
-                try:
-                    replica = await self._arrived(index)
-                    break
-                except ActorLost as e:
-                    why = f"{MAX_FAILED_STARTS} starts in a row failed, the last: {e}"
-                    self._emit("did not start", f"{self.name} {index}", str(e))
-                await asyncio.sleep(wait_s)
-                wait_s *= 2
+            replica = await self._at_last(index)
         finally:
             del self._coming[index]
-        if replica is None:
-            self._wanted.discard(index)
-            if not self._serving and not self._coming:
-                raise ActorLost(f"{self.name} {index}: {why}")
-            self._emit("given up", f"{self.name} {index}", why)
-        elif index in self._wanted:
+            self._failing.pop(index, None)
+        if replica and index in self._wanted:
             self._serve(replica)
             self._emit("serves", replica.name, "")
-        else:
+        elif replica:
             replica.leave("the pool shrank while it started")
+
+    async def _at_last(self, index: int) -> Replica[M] | None:
+        """A member that may serve; None once it is not wanted any more."""
+        name, announced = f"{self.name} {index}", ""
+        for failed in count(1):
+            try:
+                return await self._arrived(index)
+            except ActorLost as e:
+                why = f"{e}"
+            if why != announced:
+                announced = why
+                self._emit("did not start", name, f"{why}; it is tried again, ever more rarely")
+            if failed >= MAX_FAILED_STARTS:
+                self._failing[index] = why
+                self._refuse_if_none_comes(name, failed)
+            await asyncio.sleep(min(RETRY_S * 2 ** min(failed - 1, 30), MAX_RETRY_S))
+            if index not in self._wanted:
+                break
+        return None
+
+    def _refuse_if_none_comes(self, name: str, failed: int) -> None:
+        if not self._serving and self._coming.keys() == self._failing.keys():
+            why = list(self._failing.values())[-1]
+            raise ActorLost(f"{name}: {failed} starts in a row failed, the last: {why}")
 
     async def _arrived(self, index: int) -> Replica[M]:
         """A member that may serve. Raises ActorLost where it may not; what else its welcome raises

@@ -4,12 +4,13 @@ teacher."""
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from async_opd.core.aio import first_cause
 from async_opd.core.ports import Generator, Ref, Teacher, Verifier
 from async_opd.core.wire import GroupMeta, Ints, Prompt, Sampling, Verdict
-from async_opd.driver.producer import losses
+from async_opd.driver.producer import unsound
 from async_opd.driver.replica_pool import ReplicaPool
 
 T = TypeVar("T")
@@ -52,13 +53,13 @@ async def respond(
     sampling: Sampling = GREEDY,
 ) -> Responded:
     """Have `prompt` responded to and the responses checked, by others where somebody is lost
-    meanwhile."""
+    meanwhile, or refuses. Raises CallFailed where all of them do."""
     # a prompt of training may have the same id: ids are rows of their own data
     of = f"evaluation/{prompt.id}"
     meta, group = await generators.ask(
-        Generator.respond, prompt, sampling, of=of, lost=losses(prompt.id)
+        Generator.respond, prompt, sampling, of=of, unsound=partial(unsound, prompt.id)
     )
-    verdicts = await verifier.ask(Verifier.check, group, of=of, lost=losses(prompt.id))
+    verdicts = await verifier.ask(Verifier.check, group, of=of)
     return Responded(meta, group, verdicts)
 
 

@@ -4,14 +4,15 @@ of its answers are trained."""
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import floor
 
 from async_opd.core.ports import Generator, ScoredGroup, Verifier
 from async_opd.core.wire import Prompt
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.outcomes import GroupFailed, Outcomes, blamed
+from async_opd.driver.outcomes import TEACHER, GroupFailed, Outcomes, blamed
 from async_opd.driver.pools import Pools
-from async_opd.driver.producer import losses
+from async_opd.driver.producer import unsound
 from async_opd.driver.queue import TrajectoryQueue
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 
@@ -83,14 +84,18 @@ class TeacherSampling:
         try:
             with blamed(pools.teacher_generators.name):
                 meta, group = await pools.teacher_generators.ask(
-                    Generator.generate, prompt, of=id, lost=losses(id, self._ledger.returned)
+                    Generator.generate,
+                    prompt,
+                    of=id,
+                    unsound=partial(unsound, id),
+                    lost=partial(self._ledger.returned, id),
                 )
             if why := "".join(meta.failures):  # of its one rollout
                 raise GroupFailed(pools.teacher_generators.name, why)
             with blamed(pools.verifier.name):
-                verdicts = await pools.verifier.ask(Verifier.check, group, of=id, lost=losses(id))
+                verdicts = await pools.verifier.ask(Verifier.check, group, of=id)
         except GroupFailed as e:
-            self._outcomes.failed(prompt, e)
+            self._outcomes.failed(prompt, e, by=TEACHER)
             self._queue.drop(ticket, prompt, 1, "failed")
             return
         answer = ScoredGroup(
@@ -105,9 +110,10 @@ class TeacherSampling:
             from_teacher=True,
         )
         if cause := self._refuses(answer):
+            self._outcomes.refused()
             self._queue.drop(ticket, prompt, 1, cause)
         else:
-            self._outcomes.scored(prompt, cut=False)
+            self._outcomes.scored(prompt, cut=False, by=TEACHER)
             self._queue.put(answer)
 
     def _refuses(self, answer: ScoredGroup) -> str:

@@ -111,8 +111,8 @@ class TrainLoop:
         # The first tokens of an engine may take seconds; the student's have sampled some when
         # training starts.
         warming = (each.call(Generator.probe) for each in self.pools.teacher_generators.serving)
-        await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         self.pools.start(tasks)
+        await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         await self.pools.compare()
         self._admission = self._admits(prompts, tasks)
         self._meter.start(self.version)

@@ -1,0 +1,241 @@
+"""Who of one role gets the next call, and what becomes of it where the member refuses or dies."""
+
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Generic, TypeVar, TypeVarTuple
+
+from async_opd.core.errors import (
+    AsyncOpdError,
+    CallFailed,
+    Lethal,
+    TimedOut,
+    WireError,
+    first_line,
+)
+from async_opd.core.events import EventSink
+from async_opd.core.ports import Member
+from async_opd.driver.replica import Replica
+from async_opd.driver.standing import Request
+from async_opd.telemetry.spans import Of
+
+TRIES = 4  # of one request: the first, and three more, elsewhere if there is somebody
+MAX_FAULTS = 5  # in a row, of a member where others have none
+REFUSALS = (CallFailed, WireError, TimedOut)  # of a request, by a member that lives
+
+M = TypeVar("M", bound=Member)
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Asked(ABC, Generic[M]):
+    """Members that serve. Each call goes to the one with the least in flight, and what one refuses
+    to another.
+
+    A member that refuses is left alone for a while, longer each time, and gets one request at a
+    time until it has answered again: being idle draws no load to it. One that goes on failing what
+    others do not is retired.
+
+    Whatever was in flight at a member that is lost may be what has ended it. A request that was
+    lost with MAX_LOSSES of them is asked for alone, one such at a time, of a member that has
+    nothing else meanwhile: it is lost again, and is what ends them, or it is no suspect any more.
+    """
+
+    def __init__(self, name: str, emit: EventSink, lost_by: tuple[type[AsyncOpdError], ...]):
+        """`lost_by`: errors of a call that retire the member."""
+        self.name = name
+        self._emit = emit
+        self._lost_by = lost_by
+        self._serving: dict[int, Replica[M]] = {}  # in order
+        self._changed = asyncio.Event()  # who serves, or what one of them has in flight
+        self._requests: set[Request[Replica[M]]] = set()
+        self._lethal: dict[Of, str] = {}  # requests that end members, and why that is known
+        self._quarantine = asyncio.Lock()  # held while a request is asked for alone
+        self._reserved: Replica[M] | None = None  # for it
+        self._announced = False
+
+    @abstractmethod
+    def retire(self, replica: Replica[M], why: str, *, blameless: bool = False) -> None:
+        """Give `replica` up: nothing more is asked of it, and another takes its place. `blameless`:
+        nothing that it has in flight may be what has ended it. May be called again."""
+
+    @abstractmethod
+    def refuse_if_empty(self) -> None:
+        """Raises ActorLost when nobody is left and none can come."""
+
+    async def ask(
+        self,
+        method: Callable[[M, *Ts], Coroutine[Any, Any, T]],
+        *args: *Ts,
+        of: Of = "",
+        load: int = 1,
+        unsound: Callable[[T], Sequence[str]] = lambda answer: (),
+        lost: Callable[[str], None] = lambda why: None,
+    ) -> T:
+        """Call `method` of the member with the least in flight, while it counts for `load`. Waits
+        while nobody may be asked.
+
+        Another is asked when the member is lost meanwhile, after `lost` was told why; when it
+        refuses; and, once, where `unsound` says what in its answer failed (it raises WireError for
+        what is no answer): the better of the two is returned. Any other named error is the
+        caller's. Raises ActorLost when nobody is left and none can come, CallFailed for what TRIES
+        of them refuse, Lethal for what ends whom it is asked of."""
+        best: tuple[int, T] | None = None
+        with self._known(of, load) as request:
+            while True:
+                async with self._place(request) as (member, alone):
+                    sent = asyncio.get_running_loop().time()
+                    try:
+                        answer = await member.call(method, *args, of=of)
+                        failed = unsound(answer)
+                    except self._lost_by as e:
+                        self.retire(member, str(e))
+                        lost(member.lost)
+                        self._suspect(request, member, alone)
+                    except REFUSALS as e:
+                        if self._refused(request, member, e, sent) and best is None:
+                            what = f"{method.__name__} {of}: refusal {request.tries}"
+                            raise CallFailed(f"{what}: {first_line(e)}") from e
+                    except AsyncOpdError:
+                        if best is None:
+                            raise
+                    else:
+                        self._answered(request, member, failed)
+                        if best is None or len(failed) < best[0]:
+                            best = len(failed), answer
+                        if failed and len(request.failures) == 1 and self._others(request):
+                            continue
+                if best is not None:
+                    return best[1]
+
+    @contextmanager
+    def _known(self, of: Of, load: int) -> Generator[Request[Replica[M]]]:
+        """A new request, while it is one of those that may be found to end members."""
+        if why := self._lethal.get(of):
+            raise Lethal(why)
+        request = Request[Replica[M]](of, load)
+        self._requests.add(request)
+        try:
+            yield request
+        finally:
+            self._requests.discard(request)
+
+    @asynccontextmanager
+    async def _place(self, request: Request[Replica[M]]) -> AsyncGenerator[tuple[Replica[M], bool]]:
+        """A member for `request`, which counts there, and whether it has that for itself."""
+        while request.is_suspect:
+            async with self._quarantine:
+                if request.is_suspect:  # another may have been found to be what ended them
+                    try:
+                        with self._counted(request, await self._emptied()) as member:
+                            yield member, True
+                    finally:
+                        self._reserved = None
+                        self._changed.set()
+                    return
+        with self._counted(request, await self._least(request)) as member:
+            yield member, False
+
+    @contextmanager
+    def _counted(self, request: Request[Replica[M]], member: Replica[M]) -> Generator[Replica[M]]:
+        request.asked.add(member)
+        member.load += request.load
+        try:
+            yield member
+        finally:
+            member.load -= request.load
+            self._changed.set()
+
+    async def _emptied(self) -> Replica[M]:
+        """The member with the least in flight, reserved, once it has nothing in flight."""
+        while True:
+            member = self._reserved = await self._least(Request("", 0))
+            while member.load and not member.lost:
+                await self._change(None)
+            if not member.lost:
+                return member
+
+    async def _least(self, request: Request[Replica[M]]) -> Replica[M]:
+        """The member that `request` goes to; waits while there is none that may be asked. Asked are
+        first those that have not been asked for it, and last those that have refused and already
+        try something."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.refuse_if_empty()
+            members = [each for each in self._serving.values() if each is not self._reserved]
+            able = [each for each in members if each.standing.not_before <= clock()]
+            fresh = [each for each in able if each not in request.asked]
+            if able:
+                return min(fresh or able, key=_draw)  # the first of several
+            await self._change(min((each.standing.not_before for each in members), default=None))
+
+    async def _change(self, until: float | None) -> None:
+        """Wait until other members may be asked, or it is time to look again."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def _others(self, request: Request[Replica[M]]) -> bool:
+        return any(each not in request.asked for each in self._serving.values())
+
+    def _suspect(self, request: Request[Replica[M]], member: Replica[M], alone: bool) -> None:
+        """Note that `member` was lost with `request`. Raises Lethal where it had nothing else."""
+        if member.standing.blameless:
+            return
+        request.lost_with.add(member)
+        if alone:
+            for other in self._requests - {request}:  # no need to suspect them of these
+                other.lost_with -= request.lost_with
+            count = len(request.lost_with)
+            why = f"it ends whom it is asked of: {count} were lost with it, the last alone"
+            why = f"{request.of}: {why}: {member.lost}"
+            if request.of:
+                self._lethal[request.of] = why
+            raise Lethal(why)
+
+    def _refused(
+        self, request: Request[Replica[M]], member: Replica[M], error: AsyncOpdError, sent: float
+    ) -> bool:
+        """Note that `member` refuses `request`; returns whether nobody is asked any more."""
+        request.tries += 1
+        request.failures[member] = math.inf, first_line(error)
+        if not self._announced:
+            self._announced = True
+            self._emit("refused", member.name, f"{first_line(error)}; another is asked, if any")
+        if isinstance(error, TimedOut):  # it may be slow, and has been left alone
+            return request.tries == TRIES
+        member.standing.refused(sent, asyncio.get_running_loop().time())
+        known = member.standing.refusals >= TRIES and not self._others(request)
+        return known or request.tries == TRIES
+
+    def _answered(
+        self, request: Request[Replica[M]], member: Replica[M], failed: Sequence[str]
+    ) -> None:
+        """Note an answer of `member`, and who failed where it did not."""
+        request.lost_with.clear()
+        if not failed:
+            member.standing.answered()
+            self._changed.set()
+        for other, (count, why) in request.failures.items():
+            if count > len(failed) and not other.lost:
+                self._at_fault(other, why)
+        if failed:
+            request.failures[member] = len(failed), failed[0]
+
+    def _at_fault(self, member: Replica[M], why: str) -> None:
+        standing, now = member.standing, asyncio.get_running_loop().time()
+        standing.refused(now, now)
+        standing.faults += 1
+        if standing.faults >= MAX_FAULTS and len(self._serving) > 1:
+            why = f"{standing.faults} times in a row it failed what others did not, the last: {why}"
+            self.retire(member, f"{member.name}: {why}", blameless=True)
+
+
+def _draw(member: Replica[Any]) -> tuple[bool, int]:
+    """What keeps load from `member`: it has refused and tries something, then what it has."""
+    return bool(member.standing.refusals and member.load), member.load
