@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 from async_opd.telemetry.spans import Of
 
-BACKOFF_S = 0.25  # after a refusal, then twice as long each
+BACKOFF_S = 0.1  # after a refusal, then twice as long each
 MAX_BACKOFF_S = 60.0
 MAX_LOSSES = 2  # members that a request may have been lost with before it is asked for alone
 

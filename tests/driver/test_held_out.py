@@ -168,19 +168,41 @@ def test_what_a_lost_generator_had_is_asked_of_another(tmp_path):
 
 
 def test_an_evaluation_that_fails_costs_training_nothing(tmp_path):
-    class Refuses(Generator):
-        async def respond(self, prompt, sampling):
-            if self.version and prompt.id == "held 7" and self.version < STEPS:
-                raise CallFailed("generator 0, respond: ValueError: no")
-            return await super().respond(prompt, sampling)
-
+    refuses = Refuses(GENERATION_BOUND, 0)
+    refuses.refused = {f"held {index}" for index in range(13)}
     summary, rows, events, learner = run(
-        tmp_path, "eval.every_steps=10", generators=[Refuses(GENERATION_BOUND, 0)]
+        tmp_path, "eval.every_steps=10", problems=24, generators=[refuses]
     )
-    why = "generator 0, respond: ValueError: no"
-    assert events == [("not evaluated", f"version {version}", why) for version in (10, 20)]
+    skipped = [event[:2] for event in events if event[0] == "not evaluated"]
+    assert skipped == [("not evaluated", f"version {version}") for version in (10, 20)]
     assert [row["eval_version"] for row in rows if row["eval_accuracy"] is not None] == [0]
     assert (summary["eval_skipped"], len(set(learner.trained))) == (2, 16 * STEPS)
+
+
+class Refuses(Generator):
+    """Has no response to some held-out problems while the run goes on."""
+
+    refused: frozenset[str] | set[str] = frozenset({"held 7"})
+
+    async def respond(self, prompt, sampling):
+        if self.version and prompt.id in self.refused and self.version < STEPS:
+            raise CallFailed("generator 0, respond: ValueError: no")
+        return await super().respond(prompt, sampling)
+
+
+def test_a_problem_that_nobody_responds_to_is_unknown_and_its_evaluation_goes_on(tmp_path):
+    summary, rows, events, learner = run(
+        tmp_path, "eval.every_steps=10", problems=24, generators=[Refuses(GENERATION_BOUND, 0)]
+    )
+    assert [event[:2] for event in events] == [
+        ("refused", "generator 0"),
+        ("failed", "evaluation of version 10"),
+        ("failed", "evaluation of version 20"),
+    ]
+    assert "generator 0, respond: ValueError: no" in events[1][2]
+    unknown = [row["eval_unknown"] for row in rows if row["eval_accuracy"] is not None]
+    assert (unknown, summary["eval_unknown"]) == ([0, 1, 1], 0)
+    assert (summary["eval_skipped"], len(set(learner.trained))) == (0, 16 * STEPS)
 
 
 def test_without_a_period_rows_say_nothing_of_it(tmp_path):

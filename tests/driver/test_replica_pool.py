@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from async_opd.core.errors import ActorLost, CallFailed, TimedOut
-from async_opd.driver.replica_pool import MAX_FAILED_STARTS, ReplicaPool
+from async_opd.core.errors import ActorLost, TimedOut
+from async_opd.driver.replica_pool import MAX_FAILED_STARTS, MAX_RETRY_S, ReplicaPool
 from tests.simulated.virtual_time import virtual
 
 
@@ -145,21 +145,51 @@ def test_a_new_member_serves_only_after_its_welcome():
     assert seen == [("new 0", [])]
 
 
-def test_a_seat_whose_starts_fail_is_tried_again_and_then_given_up_while_others_serve():
-    workers, spare = [Worker("a"), Worker("b")], Spare(failing=MAX_FAILED_STARTS)
+def test_a_seat_whose_starts_fail_is_tried_again_ever_more_rarely_while_others_serve():
+    workers, spare = [Worker("a"), Worker("b")], Spare(failing=12)
 
     async def play(pool, events):
         workers[0].dead = True
-        await asyncio.sleep(100)
-        return events, [replica.name for replica in pool.serving]
+        while len(pool.serving) < 2 or workers[0].killed is False:
+            await asyncio.sleep(1)
+        return events, [replica.name for replica in pool.serving], now()
 
-    events, serving = scenario(workers, play, spawn=spare)
-    assert [what for what, _ in events] == [
-        "lost",
-        *["did not start"] * MAX_FAILED_STARTS,
-        "given up",
-    ]
-    assert serving == ["worker 1"]
+    events, serving, at = scenario(workers, play, spawn=spare)
+    assert [what for what, _ in events] == ["lost", "did not start", "serves"]  # each said once
+    assert serving == ["worker 0", "worker 1"]
+    # twelve waits of 1, 2, 4, … s and of five minutes at most, and 13 starts of 3 s
+    assert at == pytest.approx(511 + 3 * MAX_RETRY_S + 13 * 3, abs=3)
+
+
+def test_of_a_pool_that_shrinks_meanwhile_no_start_is_tried_again():
+    workers, spare = [Worker("a"), Worker("b")], Spare(failing=100)
+
+    async def play(pool, events):
+        workers[1].dead = True
+        await asyncio.sleep(50)
+        pool.resize(1)
+        await asyncio.sleep(100)
+        tried = spare.failing
+        await asyncio.sleep(1000)
+        return tried - spare.failing, events
+
+    tries, events = scenario(workers, play, spawn=spare)
+    assert (tries, events[-1]) == (0, ("scaled", "worker"))
+
+
+def test_once_nobody_serves_starts_that_go_on_failing_end_the_run_by_name():
+    workers, spare = [Worker("a"), Worker("b")], Spare(failing=1000)
+
+    async def play(pool, events):
+        workers[0].dead = True
+        await asyncio.sleep(400)  # long past the first tries
+        workers[1].dead = True
+        await ask(pool, "x")
+
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(ActorLost, match="worker 1: 3 starts in a row failed, the last: no place")
+    ):
+        scenario(workers, play, spawn=spare)
 
 
 def test_the_last_seat_s_failed_starts_end_the_run_by_name():
@@ -214,32 +244,18 @@ def test_a_pool_that_shrinks_while_a_member_starts_does_not_keep_it():
     assert [worker.killed for worker in spare.started] == [True]
 
 
-def test_a_call_that_fails_by_name_is_the_caller_s_and_its_member_is_asked_last():
-    class Odd(Worker):
-        async def work(self, item):
-            raise CallFailed("not this one")
-
-    async def play(pool, events):
-        asked: set[int] = set()
-        with pytest.raises(CallFailed):
-            await pool.ask(Worker.work, "x", asked=asked)
-        return await pool.ask(Worker.work, "x", asked=asked), asked, events
-
-    assert scenario([Odd("a"), Worker("b")], play) == ("b: x", {0, 1}, [])
-
-
 def test_a_late_member_is_lost_only_where_the_pool_says_so():
     class Late(Worker):
         async def work(self, item):
             raise TimedOut("no answer in 9 s")
 
     async def play(pool, events):
-        return await asyncio.gather(ask(pool, "x"), return_exceptions=True), events
+        return await ask(pool, "x"), events
 
-    ((answer,), events) = scenario([Late("a"), Worker("b")], play)
+    answer, events = scenario([Late("a"), Worker("b")], play)
     assert (answer, events) == ("b: x", [("lost", "worker 0")])
-    ((answer,), events) = scenario([Late("a"), Worker("b")], play, lost_by=(ActorLost,))
-    assert (str(answer), events) == ("no answer in 9 s", [])
+    answer, events = scenario([Late("a"), Worker("b")], play, lost_by=(ActorLost,))
+    assert (answer, events) == ("b: x", [("refused", "worker 0")])
 
 
 def test_a_caller_that_gives_up_ends_its_call_and_frees_the_member():

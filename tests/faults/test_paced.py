@@ -279,7 +279,7 @@ def test_a_replacement_that_comes_while_a_checkpoint_is_saved_waits_for_it_and_s
     assert len(set(learner.trained)) == 80 * 16
 
 
-def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(tmp_path):
+def test_a_replacement_that_takes_no_weights_serves_nobody_and_the_others_run_on(tmp_path):
     run = Run(tmp_path, "run.steps=150")
     killed = []
 
@@ -299,8 +299,8 @@ def test_a_replacement_that_takes_no_weights_is_given_up_and_the_others_run_on(t
         return learner
 
     learner = virtual(main())
-    assert [event[1] for event in run.events] == ["lost", *["did not start"] * 3, "given up"]
-    assert killed == run.spawned and len(killed) == 3
+    assert [event[1] for event in run.events] == ["lost", "did not start"]
+    assert killed == run.spawned and len(killed) >= 3  # tried again, ever more rarely
     waited = max(
         b["elapsed_s"] - a["elapsed_s"] for a, b in zip(run.rows, run.rows[1:], strict=False)
     )
@@ -403,29 +403,6 @@ def test_a_teacher_that_spoils_everything_ends_the_run_with_what_it_said(tmp_pat
     says = "17 of the last 32 groups failed.*17 teacher.*max_failed_share.*is not a finite log-prob"
     with pytest.raises(TooManyDropped, match=says):
         virtual(run.train([SimulatedGenerator(PACE)], [Bad(PACE, NAN, 10**6)], Learner(PACE, 4)))
-
-
-def test_a_prompt_that_every_generator_dies_with_is_dropped_in_the_end(tmp_path):
-    run = Run(tmp_path, "run.steps=20", "run.max_attempts=2")
-
-    class Allergic(SimulatedGenerator):
-        async def generate(self, prompt):
-            if prompt.id == "5":
-                raise ActorLost("it died of 5")
-            return await super().generate(prompt)
-
-    async def main():
-        learner = Learner(PACE, 4)
-        roles = [Allergic(PACE, seed) for seed in range(12)]
-        return await run.train(roles, [SimulatedTeacher(PACE)], learner, start_s=None), learner
-
-    summary, learner = virtual(main())
-    assert summary["generator_lost"] == 10  # two attempts of five generators each
-    assert len(set(learner.trained)) == 20 * 16 and "5" not in learner.trained
-    books = audit(tmp_path)
-    assert books.discrepancies == []
-    # with those beside it
-    assert summary["dropped_failed"] == books.dropped["failed"] + books.reissued["failed"] < 80
 
 
 def test_generation_goes_on_while_a_checkpoint_is_saved(tmp_path):

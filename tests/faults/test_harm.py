@@ -1,0 +1,256 @@
+"""Roles that refuse everything, and prompts that end whom they are asked of, over the real driver and
+simulated roles in virtual time."""
+
+import asyncio
+import json
+from itertools import islice
+
+import pytest
+from msgspec.structs import replace
+
+from async_opd.core.errors import ActorLost, CallFailed, TooManyDropped, WireError
+from async_opd.core.roles import Roles
+from async_opd.driver import checkpoints
+from async_opd.driver.train import train
+from async_opd.telemetry.metrics import Meter
+from async_opd.tools.audit.books import audit
+from tests.faults.test_paced import config_of
+from tests.simulated.roles import (
+    Pace,
+    Prompts,
+    RecordingLearner,
+    SimulatedGenerator,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
+from tests.simulated.virtual_time import virtual
+
+PACE = Pace.of(1, 1)
+STEPS = 20
+# a teacher answers half of the prompts itself
+SAMPLING = (
+    "teacher_sampling.share=0.5",
+    "teacher_sampling.full_until_step=20",
+    "teacher_sampling.until_step=20",
+)
+
+
+class Role(SimulatedGenerator, SimulatedTeacher, SimulatedVerifier):
+    """Refuses its calls by `error` when `refuses` them, and dies of those that are `deadly`, with
+    all that it has in flight."""
+
+    error: Exception = CallFailed("no")
+
+    def __init__(self, deadly=(), refuses=False, error=None):
+        SimulatedGenerator.__init__(self, PACE)
+        SimulatedTeacher.__init__(self, PACE)
+        self.deadly, self.refuses, self.asked = deadly, refuses, []
+        self.error = error or CallFailed("ValueError: no")
+        self.died = asyncio.Event()
+
+    async def _does(self, id, call):
+        self.asked.append((id, asyncio.get_running_loop().time()))
+        if self.refuses:
+            call.close()
+            raise self.error
+        if id in self.deadly:
+            asyncio.get_running_loop().call_later(0.2, self.died.set)
+        answer, death = asyncio.ensure_future(call), asyncio.ensure_future(self.died.wait())
+        try:
+            await asyncio.wait((answer, death), return_when=asyncio.FIRST_COMPLETED)
+            if self.died.is_set():
+                raise ActorLost("its engine died")
+            return answer.result()
+        finally:
+            answer.cancel()
+            death.cancel()
+
+    async def generate(self, prompt):
+        return await self._does(prompt.id, super().generate(prompt))
+
+    async def respond(self, prompt, sampling):
+        return await self._does(prompt.id, super().respond(prompt, sampling))
+
+    async def score(self, group):
+        return await self._does(group.id, super().score(group))
+
+    async def check(self, group):
+        return await self._does(group.id, super().check(group))
+
+    async def check_health(self):
+        if self.died.is_set():
+            raise ActorLost("its engine died")
+
+    def kill(self): ...
+
+
+class Run:
+    """A run over these roles, whose replacements are as the first of each."""
+
+    def __init__(self, folder, *overrides, held_out=0, **roles):
+        self.folder, self.roles = folder, roles
+        self.config = config_of(folder, f"run.steps={STEPS}", *overrides)
+        self.held_out = [
+            replace(prompt, id=f"held {prompt.id}") for prompt in islice(Prompts(), held_out)
+        ]
+        self.events, self.rows, self.learner = [], [], RecordingLearner(PACE, 4)
+
+    def members(self, role: str):
+        members = self.roles.get(role, [Role()])
+        return members if isinstance(members, list) else [members]
+
+    def train(self):
+        async def spawn(name, index):
+            await asyncio.sleep(5)
+            role = {"generator": "generators", "teacher": "teachers"}.get(name, name)
+            return Role(deadly=self.members(role)[0].deadly)
+
+        async def main():
+            roles = Roles(
+                generators=self.members("generators"),
+                teachers={"": self.members("teachers")},
+                references=self.roles.get("reference", []),
+                verifier=self.members("verifier")[0],
+                teacher_generators=self.roles.get("teacher_generators", []),
+                learner=self.learner,
+                spawn=spawn,
+            )
+            meter = Meter([self.rows.append, self._write], asyncio.get_running_loop().time)
+
+            def emit(*event):
+                self.events.append(event)
+
+            async with asyncio.timeout(10**5):
+                return await train(
+                    self.config, roles, Prompts(), self.held_out, self.folder, meter, emit
+                )
+
+        return virtual(main())
+
+    def _write(self, row):
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def said(self, *names):
+        return [event[:2] for event in self.events if event[0] in names]
+
+
+def by_role(role: str, *members: Role) -> dict:
+    """Settings of a `Run` in which these play `role`."""
+    if role == "teacher_generators":
+        return {role: list(members)}
+    return {role: list(members)}
+
+
+ROLES = ["generators", "teachers", "reference", "verifier", "teacher_generators"]
+
+
+def overrides(role: str) -> tuple[str, ...]:
+    return SAMPLING if role == "teacher_generators" else ()
+
+
+@pytest.mark.parametrize("error", [CallFailed("ValueError: no"), WireError("3#0: nan")])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_that_refuses_everything_ends_the_run_by_name_and_is_not_fed_the_data(
+    tmp_path, role, error
+):
+    refuses = Role(refuses=True, error=error)
+    run = Run(tmp_path, *overrides(role), **{role: [refuses]})
+    with pytest.raises(TooManyDropped, match=f"groups.*failed.*{error}"):
+        run.train()
+    slots = 16 * 5
+    books = audit(tmp_path)
+    assert books.discrepancies == []
+    assert sum(books.dropped.values()) <= slots
+    assert len({id for id, _ in refuses.asked}) <= 2 * slots
+    rounds = sorted({when for _, when in refuses.asked})
+    assert len(refuses.asked) / len({id for id, _ in refuses.asked}) <= 6
+    assert len(rounds) < 40 or role == "teacher_generators"
+    name = role.replace("_", "-").removesuffix("s")
+    assert (("refused", f"{name} 0")) in run.said("refused")
+    assert (("failed", name)) in run.said("failed")
+    assert checkpoints.find(tmp_path) is not None
+
+
+@pytest.mark.parametrize("role", ["generators", "teachers", "reference", "teacher_generators"])
+def test_of_two_the_one_that_refuses_costs_no_group_and_is_replaced(tmp_path, role):
+    refuses, answers = Role(refuses=True), Role()
+    run = Run(tmp_path, *overrides(role), "run.steps=60", **{role: [refuses, answers]})
+    summary = run.train()
+    assert summary["scored_dropped"] == 0
+    assert len(set(run.learner.trained)) == len(run.learner.trained) == 60 * 16
+    name = role.replace("_", "-").removesuffix("s")
+    assert run.said("refused", "lost") == [("refused", f"{name} 0"), ("lost", f"{name} 0")]
+    # a burst at the beginning, then one at a time
+    assert len(refuses.asked) <= 16 * 5 + 10
+    assert audit(tmp_path).discrepancies == []
+
+
+@pytest.mark.parametrize("failures", [("0#0: behaviour_logp[0] = nan",), ("a", "b")])
+def test_what_a_generator_spoils_another_is_asked_for(tmp_path, failures):
+    class Spoils(Role):
+        async def generate(self, prompt):
+            meta, group = await super().generate(prompt)
+            if int(prompt.id) % 5 == 0:  # one of its rollouts, or a message that is no group's
+                return replace(meta, failures=failures), group
+            return meta, group
+
+    run = Run(tmp_path, generators=[Spoils(), Role()])
+    summary = run.train()
+    assert (summary["scored_dropped"], summary["rollouts_failed"]) == (0, 0)
+    assert len(set(run.learner.trained)) == STEPS * 16
+    assert run.said("lost") == []
+    assert audit(tmp_path).discrepancies == []
+
+
+DEADLY = ["generators", "teachers", "reference", "verifier", "teacher_generators"]
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("role", DEADLY)
+def test_a_prompt_that_ends_members_costs_three_and_nobody_beside_it(tmp_path, role, members):
+    members = 1 if role == "verifier" else members
+    run = Run(tmp_path, *overrides(role), **{role: [Role(deadly=("37",)) for _ in range(members)]})
+    summary = run.train()
+    lost = [who for _, who in run.said("lost")]
+    assert len(lost) == 3, run.events
+    books = audit(tmp_path)
+    assert (books.discrepancies, books.outstanding) == ([], [])
+    name = role.replace("_", "-").removesuffix("s")
+    if role == "teacher_generators":  # the student responds in its place
+        assert (books.dropped, books.reissued) == ({}, {"failed": 1})
+        assert "37" in run.learner.trained
+    else:
+        assert (books.dropped, books.reissued) == ({"failed": 1}, {})
+        assert "37" not in run.learner.trained
+    assert summary["dropped_failed"] == 1
+    assert len(set(run.learner.trained)) == STEPS * 16
+    ((_, who, why),) = [event for event in run.events if event[0] == "failed"]
+    assert who == name and "37: it ends whom it is asked of" in why
+
+
+def test_two_such_prompts_are_both_found(tmp_path):
+    run = Run(tmp_path, generators=[Role(deadly=("37", "38")) for _ in range(2)])
+    run.train()
+    assert len(run.said("lost")) <= 6
+    books = audit(tmp_path)
+    assert (books.discrepancies, books.dropped, books.reissued) == ([], {"failed": 2}, {})
+    assert not {"37", "38"} & set(run.learner.trained)
+    assert len(set(run.learner.trained)) == STEPS * 16
+
+
+@pytest.mark.parametrize("role", ["generators", "verifier"])
+def test_such_a_problem_of_an_evaluation_is_unknown_and_costs_three_in_all(tmp_path, role):
+    run = Run(
+        tmp_path,
+        "eval.every_steps=5",
+        held_out=8,
+        **{role: [Role(deadly=("held 3",)) for _ in range(1 if role == "verifier" else 2)]},
+    )
+    summary = run.train()
+    assert len(run.said("lost")) == 3
+    measured = [row for row in run.rows if row["eval_accuracy"] is not None]
+    assert measured and {row["eval_unknown"] for row in measured} == {1}
+    assert (summary["eval_unknown"], summary["scored_dropped"]) == (2, 0)
+    assert len(set(run.learner.trained)) == STEPS * 16
+    assert audit(tmp_path).discrepancies == []
