@@ -18,7 +18,7 @@ from async_opd.core.errors import (
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Member
 from async_opd.driver.replica import Replica
-from async_opd.driver.standing import Request
+from async_opd.driver.standing import Failure, Request
 from async_opd.telemetry.spans import Of
 
 TRIES = 4  # of one request: the first, and three more, elsewhere if there is somebody
@@ -203,7 +203,8 @@ class Asked(ABC, Generic[M]):
     ) -> bool:
         """Note that `member` refuses `request`; returns whether nobody is asked any more."""
         request.tries += 1
-        request.failures[member] = math.inf, first_line(error)
+        answers = member.standing.answers
+        request.failures[member] = Failure(math.inf, first_line(error), answers)
         if not self._announced:
             self._announced = True
             self._emit("refused", member.name, f"{first_line(error)}; another is asked, if any")
@@ -221,11 +222,12 @@ class Asked(ABC, Generic[M]):
         if not failed:
             member.standing.answered()
             self._changed.set()
-        for other, (count, why) in request.failures.items():
-            if count > len(failed) and not other.lost:
-                self._at_fault(other, why)
+        for other, failure in request.failures.items():
+            in_a_row = other.standing.answers == failure.answers
+            if failure.parts > len(failed) and in_a_row and not other.lost:
+                self._at_fault(other, failure.why)
         if failed:
-            request.failures[member] = len(failed), failed[0]
+            request.failures[member] = Failure(len(failed), failed[0], member.standing.answers)
 
     def _at_fault(self, member: Replica[M], why: str) -> None:
         standing, now = member.standing, asyncio.get_running_loop().time()

@@ -1,7 +1,7 @@
 """What a pool remembers of a member, and of a request on its way through the members."""
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from async_opd.telemetry.spans import Of
 
@@ -20,6 +20,7 @@ class Standing:
         self.refusals = 0  # in a row
         self.not_before = 0.0  # when it may be asked again, on the loop's clock
         self.faults = 0  # in a row: what it failed, and another did not
+        self.answers = 0  # so far, with nothing wrong in them
         self.blameless = False  # it was retired, and nothing that it had in flight is suspected
 
     def refused(self, sent: float, now: float) -> None:
@@ -32,6 +33,15 @@ class Standing:
         """Note an answer with nothing wrong in it."""
         self.refusals = self.faults = 0
         self.not_before = 0.0
+        self.answers += 1
+
+
+class Failure(NamedTuple):
+    """What a member failed of a request."""
+
+    parts: float  # that failed; infinitely many where it has refused
+    why: str
+    answers: int  # of that member before
 
 
 @dataclass(eq=False)
@@ -42,7 +52,7 @@ class Request(Generic[R]):
     load: int
     asked: set[R] = field(default_factory=set[Any])
     tries: int = 0  # that came to an end while the member lived
-    failures: dict[R, tuple[float, str]] = field(default_factory=dict[Any, Any])  # how many, why
+    failures: dict[R, Failure] = field(default_factory=dict[Any, Any])
     lost_with: set[R] = field(default_factory=set[Any])  # it may be what has ended them
 
     @property
