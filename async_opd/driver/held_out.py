@@ -135,32 +135,16 @@ class HeldOut:
         clock = asyncio.get_running_loop().time
         began = clock()
 
-        failed = 0
-
-        async def one(prompt: Prompt) -> Responded | Verdict:
-            """The response, or that nobody can say what it is worth."""
-            nonlocal failed
-            try:
-                return await respond(generators, verifier, prompt)
-            except CallFailed as e:
-                failed += 1
-                if failed > self._config.run.max_failed_share * len(self._problems):
-                    raise
-                if failed == 1:
-                    why = f"{first_line(e)}; it counts as unknown, and further ones do"
-                    self._emit("failed", f"evaluation of version {version}", why)
-                return Verdict(id=prompt.id, correct=None, cause=first_line(e))
+        async def one(prompt: Prompt) -> Responded:
+            return await respond(generators, verifier, prompt)
 
         places = self._config.rollout.concurrency * generators.size
-        each_one = await of_all(self._problems, one, max(1, int(share * places)))
+        most, at_once = self._config.run.max_failed_share, max(1, int(share * places))
+        each_one = await of_all(self._problems, one, at_once, most)
         responded = [each for each in each_one if isinstance(each, Responded)]
-        if not responded:
-            raise CallFailed(f"all of the {failed} problems failed")
         spans = [span for each in responded for span in each.meta.spans[0]]
         return Measured(
-            accuracy=Accuracy.of(
-                [each if isinstance(each, Verdict) else each.verdicts[0] for each in each_one]
-            ),
+            accuracy=Accuracy.of(self._verdicts(version, each_one)),
             version=version,
             oldest=min(span.version for span in spans),
             newest=max(span.version for span in spans),
@@ -168,3 +152,17 @@ class HeldOut:
             truncated=sum(each.meta.truncated[0] for each in responded) / len(responded),
             seconds=clock() - began,
         )
+
+    def _verdicts(self, version: int, each_one: list[Responded | CallFailed]) -> list[Verdict]:
+        """The verdict on each response; on one that nobody gives, that it is unknown."""
+        failed = [each for each in each_one if isinstance(each, CallFailed)]
+        if failed:
+            why = f"{len(failed)} of {len(each_one)} problems have no response and are unknown"
+            who = f"evaluation of version {version}"
+            self._emit("failed", who, f"{why}; the first: {first_line(failed[0])}")
+        return [
+            Verdict(id=prompt.id, correct=None, cause=first_line(each))
+            if isinstance(each, CallFailed)
+            else each.verdicts[0]
+            for prompt, each in zip(self._problems, each_one, strict=True)
+        ]

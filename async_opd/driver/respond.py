@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from async_opd.core.aio import first_cause
+from async_opd.core.errors import CallFailed
 from async_opd.core.ports import Generator, Ref, Teacher, Verifier
 from async_opd.core.wire import GroupMeta, Ints, Prompt, Sampling, Verdict
 from async_opd.driver.producer import unsound
@@ -64,15 +65,27 @@ async def respond(
 
 
 async def of_all(
-    problems: Sequence[Prompt], one: Callable[[Prompt], Awaitable[T]], at_once: int
-) -> list[T]:
+    problems: Sequence[Prompt],
+    one: Callable[[Prompt], Awaitable[T]],
+    at_once: int,
+    max_failed_share: float,
+) -> list[T | CallFailed]:
     """What `one` gives for each of `problems`, `at_once` of them at a time, so that none waits in
-    an engine for long. The first error ends the others."""
+    an engine for long. What nobody can give costs itself, and above that share of them all; any
+    other error ends the others at once."""
     places = asyncio.Semaphore(at_once)
+    failed = 0
 
-    async def placed(prompt: Prompt) -> T:
+    async def placed(prompt: Prompt) -> T | CallFailed:
+        nonlocal failed
         async with places:
-            return await one(prompt)
+            try:
+                return await one(prompt)
+            except CallFailed as e:
+                failed += 1
+                if failed == len(problems) or failed > max_failed_share * len(problems):
+                    raise
+                return e
 
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -8,10 +8,10 @@ from msgspec.structs import replace
 
 from async_opd.config.evaluation import EvalRun, run_config
 from async_opd.config.schema import Config
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import CallFailed, ConfigError, first_line
 from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
-from async_opd.core.wire import Prompt
+from async_opd.core.wire import Ballot, GroupMeta, Prompt, Span, Verdict
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import ALL, of_all, respond
 from async_opd.evaluation.result import (
@@ -101,7 +101,31 @@ async def _problems(
             )
 
         places = config.rollout.concurrency * generators.size
-        return await of_all(prompts, one, max(1, int(ALL * places / asked.sampling.samples)))
+        at_once = max(1, int(ALL * places / asked.sampling.samples))
+        problems = await of_all(prompts, one, at_once, config.run.max_failed_share)
+        failed = [each for each in problems if isinstance(each, CallFailed)]
+        if failed:
+            say(
+                f"{len(failed)} of {len(problems)} problems have no response and are unknown; the"
+                f" first: {first_line(failed[0])}"
+            )
+        for index, (prompt, each) in enumerate(zip(prompts, problems, strict=True)):
+            if isinstance(each, CallFailed):
+                whole = _unknown(prompt, first_line(each), asked)
+                file.write(msgspec.json.encode(whole) + b"\n")
+                problems[index] = whole
+        return [each for each in problems if isinstance(each, Problem)]
+
+
+def _unknown(prompt: Prompt, cause: str, asked: EvalRun) -> Problem:
+    """Sum up `prompt`, to which nobody responds."""
+    samples = asked.sampling.samples
+    nothing = Span(version=0, start=0, end=0)
+    meta = GroupMeta(
+        id=prompt.id, prompt_len=0, spans=((nothing,),) * samples, truncated=(False,) * samples
+    )
+    verdicts = [Verdict(id=prompt.id, correct=None, cause=cause)] * samples
+    return problem(prompt, meta, verdicts, [Ballot(text="", vote=None)] * samples, asked.k)
 
 
 def _result(
