@@ -46,13 +46,20 @@ async def run_eval(asked: EvalRun) -> Result:
         ) as cluster:
             generators, verifiers = await cluster.evaluators()
             say(f"{len(generators)} generator(s) ready after {time.monotonic() - started:.0f} s")
-            pools = ReplicaPool("generator", generators), ReplicaPool("verifier", verifiers)
+            pools = (
+                ReplicaPool("generator", generators, emit=_said),
+                ReplicaPool("verifier", verifiers, emit=_said),
+            )
             problems = await _problems(
                 config, asked, *pools, read.prompts, folder / "problems.jsonl"
             )
         result = _result(config, asked, read, problems, time.monotonic() - started)
         (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
         return result
+
+
+def _said(what: str, who: str, why: str) -> None:
+    say(f"{who}: {what}: {why}")
 
 
 def _fitted(config: Config, asked: EvalRun, prompts: list[Prompt], context: int | None) -> Config:

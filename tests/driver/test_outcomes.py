@@ -3,9 +3,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from async_opd.core.errors import ActorLost, CallFailed, OverAge, TimedOut, TooManyDropped
+from async_opd.core.errors import (
+    ActorLost,
+    CallFailed,
+    Lethal,
+    OverAge,
+    TimedOut,
+    TooManyDropped,
+)
 from async_opd.core.wire import Prompt, StepResult
-from async_opd.driver.outcomes import GroupFailed, Outcomes, blamed
+from async_opd.driver.outcomes import TEACHER, GroupFailed, Outcomes, blamed
 from tests.simulated.runs import books
 
 PER_STEP = 4  # so that 8 groups are looked at
@@ -34,6 +41,13 @@ class Game:
             match letter:
                 case "f":
                     self.outcomes.failed(prompt, FAILURE)
+                case "o":
+                    failure = GroupFailed("teacher-generator", "no")
+                    self.outcomes.failed(prompt, failure, by=TEACHER)
+                case "a":
+                    self.outcomes.scored(prompt, cut=False, by=TEACHER)
+                case "w":
+                    self.outcomes.refused()
                 case "v":
                     self.outcomes.failed(prompt, GroupFailed("verifier", "late"))
                 case "t":
@@ -70,6 +84,22 @@ def test_more_failed_groups_in_a_row_than_may_be_outstanding_end_the_run_at_any_
     game.play("f" * 12 + "." + "f" * 12)
     with pytest.raises(TooManyDropped, match=r"^13 groups in a row failed .13 teacher., more than"):
         game.play("f")
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "ends", "says"),
+    [
+        ("o." * 6, "o", "7 groups in a row failed .7 teacher-generator."),
+        ("o." * 5 + "oa" + "o." * 6, "o", "7 groups"),  # an answer that can be trained
+        ("o." * 5 + "ow" + "o." * 6, "o", "7 groups"),  # or that came, and was wrong
+        ("a" + "ff" * 3, "f", "7 groups in a row failed .7 teacher."),  # none of the student's
+    ],
+)
+def test_the_student_s_groups_are_no_answers_of_the_teacher_s(goes_on, ends, says):
+    game = Game(share=1.0, slots=6)
+    game.play(goes_on)
+    with pytest.raises(TooManyDropped, match=says):
+        game.play(ends)
 
 
 def test_a_prompt_that_is_issued_again_counts_once_for_the_share():
@@ -147,10 +177,11 @@ def test_who_is_gone_and_what_is_too_old_is_nobody_s_failure(error):
         raise error
 
 
-@pytest.mark.parametrize("error", [CallFailed("a\nb"), TimedOut("a")])
+@pytest.mark.parametrize("error", [CallFailed("a\nb"), TimedOut("a"), Lethal("a")])
 def test_other_errors_are_blamed_in_one_line(error):
-    with pytest.raises(GroupFailed, match=r"^teacher: a$"), blamed("teacher"):
+    with pytest.raises(GroupFailed, match=r"^teacher: a$") as failure, blamed("teacher"):
         raise error
+    assert failure.value.lethal == isinstance(error, Lethal)
 
 
 def test_steps_in_a_row_without_a_token_end_the_run_whatever_left_them_out():

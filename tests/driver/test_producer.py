@@ -8,6 +8,7 @@ from async_opd.core.wire import Span, Verdict
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedTeacher, SimulatedVerifier
 from tests.simulated.runs import admission_over, pools_over
+from tests.simulated.virtual_time import virtual
 
 
 class Generator(SimulatedGenerator):
@@ -385,18 +386,21 @@ async def test_a_group_none_of_whose_rollouts_has_a_score_failed():
     assert [event[:2] for event in events] == [("failed", "teacher")]  # the first is said
 
 
-async def test_of_what_another_number_of_rollouts_was_scored_nothing_is_trained():
+def test_of_what_another_number_of_rollouts_was_scored_nothing_is_trained():
     class Short(SimulatedTeacher):
         async def score(self, group):
             return ("",), None
 
-    with pytest.RaisesGroup(pytest.RaisesExc(TooManyDropped, match="1 of 3 scored")):
+    async def main():
         async with asyncio.TaskGroup() as tasks:
             over(tasks, [Several()], slots=1, teachers={"": [Short()]})[0].fill()
 
+    with pytest.RaisesGroup(pytest.RaisesExc(TooManyDropped, match="1 of 3 scored")):
+        virtual(main())
+
 
 @pytest.mark.parametrize("role", ["generator", "reference", "verifier"])
-async def test_an_error_by_name_costs_a_group_and_never_at_once_the_run(role):
+def test_an_error_by_name_costs_a_group_and_never_at_once_the_run(role):
     class Odd(Several, SimulatedVerifier):
         async def generate(self, prompt):
             if role == "generator" and prompt.id == "0":
@@ -414,19 +418,24 @@ async def test_an_error_by_name_costs_a_group_and_never_at_once_the_run(role):
             return await super().check(group)
 
     odd, events = Odd(), []
-    async with asyncio.TaskGroup() as tasks:
-        admission, queue, _ = over(
-            tasks,
-            [odd],
-            needed=1,
-            attempts=1,
-            teachers={"": [Refuses()]},
-            references=[odd],
-            verifier=odd,
-            emit=lambda *event: events.append(event),
-        )
-        admission.fill()
-        (group,) = await asyncio.wait_for(queue.take(0), 5)
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            admission, queue, _ = over(
+                tasks,
+                [odd],
+                needed=1,
+                attempts=1,
+                teachers={"": [Refuses()]},
+                references=[odd],
+                verifier=odd,
+                emit=lambda *event: events.append(event),
+            )
+            admission.fill()
+            (group,) = await asyncio.wait_for(queue.take(0), 5)
+        return group, queue
+
+    group, queue = virtual(main())
     assert group.prompt.id == "1" and queue.dropped.keys() == {"failed"}
     assert [event[:2] for event in events] == [("failed", role)]
     assert "0: it is odd" in events[0][2]
