@@ -39,8 +39,8 @@ class Asked(ABC, Generic[M]):
     others do not is retired.
 
     Whatever was in flight at a member that is lost may be what has ended it. A request that was
-    lost with MAX_LOSSES of them is asked for alone, one such at a time, of a member that has
-    nothing else meanwhile: it is lost again, and is what ends them, or it is no suspect any more.
+    lost with MAX_LOSSES of them is asked for alone, of a member that has nothing else meanwhile: it
+    is lost again, and is what ends them, or it is no suspect any more.
     """
 
     def __init__(self, name: str, emit: EventSink, lost_by: tuple[type[AsyncOpdError], ...]):
@@ -52,8 +52,8 @@ class Asked(ABC, Generic[M]):
         self._changed = asyncio.Event()  # who serves, or what one of them has in flight
         self._requests: set[Request[Replica[M]]] = set()
         self._lethal: dict[Of, str] = {}  # requests that end members, and why that is known
-        self._quarantine = asyncio.Lock()  # held while a request is asked for alone
-        self._reserved: Replica[M] | None = None  # for it
+        self._alone = 0  # requests that have a member for themselves, or wait for one to be idle
+        self._reserved: set[Replica[M]] = set()  # for them
         self._announced = False
 
     @abstractmethod
@@ -125,16 +125,14 @@ class Asked(ABC, Generic[M]):
     @asynccontextmanager
     async def _place(self, request: Request[Replica[M]]) -> AsyncGenerator[tuple[Replica[M], bool]]:
         """A member for `request`, which counts there, and whether it has that for itself."""
-        while request.is_suspect:
-            async with self._quarantine:
-                if request.is_suspect:  # another may have been found to be what ended them
-                    try:
-                        with self._counted(request, await self._emptied()) as member:
-                            yield member, True
-                    finally:
-                        self._reserved = None
-                        self._changed.set()
-                    return
+        while request.is_suspect:  # another may be found to be what ended them
+            if self._alone >= max(1, len(self._serving) - 1):  # one member is for the others
+                await self._change(None)
+                continue
+            with self._quarantined() as mine:
+                with self._counted(request, await self._emptied(mine)) as member:
+                    yield member, True
+                return
         with self._counted(request, await self._least(request)) as member:
             yield member, False
 
@@ -148,10 +146,25 @@ class Asked(ABC, Generic[M]):
             member.load -= request.load
             self._changed.set()
 
-    async def _emptied(self) -> Replica[M]:
-        """The member with the least in flight, reserved, once it has nothing in flight."""
+    @contextmanager
+    def _quarantined(self) -> Generator[set[Replica[M]]]:
+        """Members reserved for one request, which is counted."""
+        mine: set[Replica[M]] = set()
+        self._alone += 1
+        try:
+            yield mine
+        finally:
+            self._alone -= 1
+            self._reserved -= mine
+            self._changed.set()
+
+    async def _emptied(self, mine: set[Replica[M]]) -> Replica[M]:
+        """The member with the least in flight, reserved as one of `mine`, once it has nothing in
+        flight."""
         while True:
-            member = self._reserved = await self._least(Request("", 0))
+            member = await self._least(Request("", 0))
+            mine.add(member)
+            self._reserved.add(member)
             while member.load and not member.lost:
                 await self._change(None)
             if not member.lost:
@@ -164,7 +177,7 @@ class Asked(ABC, Generic[M]):
         clock = asyncio.get_running_loop().time
         while True:
             self.refuse_if_empty()
-            members = [each for each in self._serving.values() if each is not self._reserved]
+            members = [each for each in self._serving.values() if each not in self._reserved]
             able = [each for each in members if each.standing.not_before <= clock()]
             fresh = [each for each in able if each not in request.asked]
             if able:

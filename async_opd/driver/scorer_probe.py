@@ -128,7 +128,7 @@ class ScorerProbe:
 
     def _retire(self, pool: ReplicaPool[Teacher], replica: Replica[Teacher], why: str) -> None:
         self._differed.add(replica.index)
-        pool.retire(replica, f"{replica.name}: {why}")
+        pool.retire(replica, f"{replica.name}: {why}", blameless=True)
 
     def _agree(self, one: Floats, other: Floats) -> bool:
         return self._difference(one, other) <= self._bound
