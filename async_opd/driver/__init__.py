@@ -13,9 +13,9 @@ Who waits for whom, and what unblocks it:
   drop its own.
 - `Producer`, a task for each prompt, for a generator, then for its scorers and the verifier
   together; `TeacherSampling` likewise for its own generator, then for the verifier.
-- `ReplicaPool.ask` for somebody who may be asked: a new member, or none being left, unblocks it, the
-  end of the while for which one that refuses is left alone, and an answer to what is asked for
-  alone. What is lost or refused is asked of another.
+- `ReplicaPool.ask` for somebody who may be asked. Unblocked by a new member, or by none being left;
+  by the end of the while for which one that refuses is left alone; by an answer to what is asked
+  for alone. What is lost or refused is asked of another.
 - `TrainLoop` for a step's groups (`TrajectoryQueue.put`), for the learner, for self-teachers that
   take its weights over, and for the generators that take them (`WeightPublisher.publish`).
 - A new generator for the weights' lock: it joins between two updates. A new teacher for its
