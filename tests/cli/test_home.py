@@ -40,6 +40,7 @@ def test_settings_of_a_run(home):
         }.items()
     )
     several = DEMO.read_text().replace("[teacher]", "[teachers.sums]")
+    several = several.replace("[data]", '[data]\nteacher = "kind"')
     (home / "b.toml").write_text(several.replace("toy:teacher", "~/teacher"))
     assert load(home / "b.toml").teachers["sums"].model == f"{home}/teacher"
 
