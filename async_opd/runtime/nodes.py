@@ -39,7 +39,7 @@ def start_ray() -> None:
         undo.callback(ray.shutdown)
         try:
             named = os.environ.get("RAY_ADDRESS", "")
-            if named in ("", "local") and canonicalize_bootstrap_address(None) is None:
+            if named in ("", "local") and canonicalize_bootstrap_address(None) is None:  # pyright: ignore[reportArgumentType] its own default
                 undo.enter_context(_on_loopback())
                 _make_token()
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
