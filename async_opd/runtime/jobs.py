@@ -132,7 +132,7 @@ class Jobs:
     def logs(self, id: str) -> str:
         """Fetch the whole log of a job."""
         self.about(id)
-        return self._ask(self._client.get_job_logs, id, within_s=TRANSFER_S)
+        return self._ask(self._client.get_job_logs, id, transfer=True)
 
     def follow(self, id: str) -> int:
         """Print the job's log until it ends; return the exit status. Ctrl-C leaves it alone."""
@@ -163,8 +163,8 @@ class Jobs:
         while not (job := self.about(id)).status.is_terminal():
             if time.monotonic() > until:
                 raise ClusterError(
-                    f"{self.address}: {id} is still {job.status.value} after {within_s:g} s; its log:"
-                    f" `async-opd logs {id} --address {self.address}`"
+                    f"{self.address}: {id} is still {job.status.value} after {within_s:g} s; its"
+                    f" log: `async-opd logs {id} --address {self.address}`"
                 )
             time.sleep(POLL_S)
         return job
@@ -178,10 +178,12 @@ class Jobs:
             runtime_env=environment,
             metadata=metadata,
         )
-        return self._ask(start, within_s=TRANSFER_S)
+        return self._ask(start, transfer=True)
 
-    def _ask(self, request: Callable[..., T], *args: Any, within_s: float = REQUEST_S) -> T:
-        """The answer to a request, at most so many seconds later."""
+    def _ask(self, request: Callable[..., T], *args: Any, transfer: bool = False) -> T:
+        """The answer to a request, at most REQUEST_S later, or TRANSFER_S where files or a log
+        travel."""
+        within_s = TRANSFER_S if transfer else REQUEST_S
         with self._asking():
             return asyncio.run(aside(within_s, self.address, request, *args))
 

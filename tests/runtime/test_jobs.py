@@ -622,12 +622,12 @@ def head(monkeypatch):
                     self.wfile.write(piece)
             answer = answers.get(f"{self.command} {self.path}")
             if self.path.startswith("/api/packages/"):
-                answer = {}
+                answer = {"is": "there"}
             if ended.is_set():
                 return
             self.send_response(404 if answer is None else 200)
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            self.wfile.write(json.dumps(answer or "Job ... does not exist").encode())
 
         do_GET = do_POST = do_PUT = handle_any
 
@@ -724,7 +724,7 @@ def test_a_log_is_followed_without_a_websocket(head, monkeypatch, capsys):
     def about(self, id, of=jobs.JobSubmissionClient.get_job_info):
         job = of(self, id)
         left = len(list(copy.copy(said)))
-        return job.copy(update={"status": JobStatus.SUCCEEDED}) if left < 2 else job
+        return job.model_copy(update={"status": JobStatus.SUCCEEDED}) if left < 2 else job
 
     monkeypatch.setattr(jobs.JobSubmissionClient, "get_job_logs", logs)
     monkeypatch.setattr(jobs.JobSubmissionClient, "get_job_info", about)
