@@ -29,6 +29,7 @@ from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
 from async_opd.core.process_wide import environment, log_level
 from async_opd.runtime.dashboard import HOW_TO_GET_A_TOKEN, dashboard_url, token_for
+from async_opd.runtime.travel import LEFT_OUT, excluded, in_words, left_behind
 
 POLL_S = 1.0
 REQUEST_S = 30.0  # within which a dashboard has answered
@@ -39,8 +40,6 @@ LOST_LOGS = 5  # in a row, with which following it ends
 # from SIGTERM to SIGKILL; Ray's 3 s would cut off driver.train_loop.INTERRUPT_S and the end of the
 # actors
 STOP_S = 60
-# of the working directory, besides what git ignores
-LEFT_OUT = ["/.git", ".venv", "venv", "__pycache__", "/runs", "/wandb"]
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
 RUN_DIR = "async_opd_run_dir"  # in the metadata of a job that trains
 ID = re.compile(r"\w[\w.-]*", re.ASCII)  # of a job; what else a URL may hold leads elsewhere
@@ -235,13 +234,17 @@ def _this_package() -> list[str]:
 
 @contextmanager
 def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
-    """Pack `folder`, less what git ignores, into an archive. Raises ConfigError where a file of
-    what is `needed`, by the settings that name it, is left out, and where it is more than Ray
-    takes."""
+    """Pack `folder`, less what git ignores and what must not travel, into an archive, and tell of
+    that. Raises ConfigError where a file of what is `needed`, by the settings that name it, is left
+    out, and where it is more than Ray takes."""
+    if left := left_behind(folder):
+        say(in_words(left), sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch, "working_dir.zip")
         with _quietly():
-            create_package(str(folder), package, include_gitignore=True, excludes=LEFT_OUT)
+            create_package(
+                str(folder), package, include_gitignore=True, excludes=LEFT_OUT + excluded(left)
+            )
         with zipfile.ZipFile(package) as archive:
             inside = set(archive.namelist())
         for key, path in needed.items():
@@ -250,8 +253,8 @@ def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
                 if file.as_posix() not in inside:
                     raise ConfigError(
                         f"{key}: {file} would be missing: a .gitignore, a .rayignore, or one of"
-                        f" {', '.join(LEFT_OUT)} keeps it out of the job; or name an absolute path"
-                        " of the cluster"
+                        f" {', '.join(LEFT_OUT)} keeps it out of the job, or it is left behind as a"
+                        " secret or a link; or name an absolute path of the cluster"
                     )
         size = package.stat().st_size
         if size >= GCS_STORAGE_MAX_SIZE:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -38,14 +39,21 @@ def start_ray() -> None:
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
         try:
-            named = os.environ.get("RAY_ADDRESS", "")
-            if named in ("", "local") and canonicalize_bootstrap_address(None) is None:  # pyright: ignore[reportArgumentType] its own default
+            if _starts_one():
                 undo.enter_context(_on_loopback())
                 _make_token()
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, AuthenticationError) as e:
             raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
         _started.push(undo.pop_all())
+
+
+def _starts_one() -> bool:
+    """Tell whether ray.init is going to start a cluster, rather than connect to one."""
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return False
+    nowhere: Any = None  # as ray.init has it
+    return canonicalize_bootstrap_address(nowhere) is None
 
 
 @contextmanager
