@@ -7,8 +7,41 @@ import pytest
 from async_opd.runtime.jobs import packed
 from async_opd.runtime.travel import NAMED, left_behind
 
-SECRET = [".env", ".env.local", ".ENV", "deep/er/.env.production", "prod.env", ".envrc", "id_rsa", "id_ed25519.pub", "server.pem", "tls/a.key", ".netrc", ".aws/credentials", ".ssh/config", ".kube/config", "credentials-prod.json", "auth_token", "gcp-credentials.json", ".ray/auth_token", "secrets.toml", ".git-credentials", ".pypirc"]
-OTHERS = ["tokenizer.json", "tokens.py", "keys.py", "environment.toml", "monkey.txt", "key.py", "env.py", "data/train.jsonl", "special_tokens_map.json", "credentials.py"]
+SECRET = [
+    ".env",
+    ".env.local",
+    ".ENV",
+    "deep/er/.env.production",
+    "prod.env",
+    ".envrc",
+    "id_rsa",
+    "id_ed25519.pub",
+    "server.pem",
+    "tls/a.key",
+    ".netrc",
+    ".aws/credentials",
+    ".ssh/config",
+    ".kube/config",
+    "credentials-prod.json",
+    "auth_token",
+    "gcp-credentials.json",
+    ".ray/auth_token",
+    "secrets.toml",
+    ".git-credentials",
+    ".pypirc",
+]
+OTHERS = [
+    "tokenizer.json",
+    "tokens.py",
+    "keys.py",
+    "environment.toml",
+    "monkey.txt",
+    "key.py",
+    "env.py",
+    "data/train.jsonl",
+    "special_tokens_map.json",
+    "credentials.py",
+]
 
 
 @pytest.fixture
