@@ -60,4 +60,4 @@ def _size(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) <= MOST_GIB:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: must be a number > 0 and <= {MOST_GIB:g}")
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0 and <= {MOST_GIB:g}")
