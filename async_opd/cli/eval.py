@@ -24,9 +24,10 @@ Two results of the same problems and settings are compared by paired resamples:
 import argparse
 import asyncio
 import json
-from pathlib import Path
 
+from async_opd.cli.options import path
 from async_opd.core.errors import ConfigError
+from async_opd.core.files import from_home
 
 USAGE = """async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]
        async-opd eval CONFIG.toml [--data PATH] [--k K] [--out FOLDER] [key=value ...]
@@ -60,7 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         **short,
     )
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="FOLDER", help="two results of the same problems"
+        "--compare", nargs=2, type=path, metavar="FOLDER", help="two results of the same problems"
     )
 
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             "eval: needs a model, a directory or hub id: async-opd eval MODEL --data PATH"
         )
     subject, *settings = args.words
-    asked = load_eval(subject, [*settings, *args.settings])
+    asked = load_eval(from_home(subject), [*settings, *args.settings])
     # the heavy imports wait until the settings are known to be right
     from async_opd.evaluation.run import run_eval
 

@@ -12,8 +12,8 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
+from async_opd.cli.options import path
 from async_opd.core.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from async_opd.config.load import load_objective
 
-    files = [word for word in args.words if "=" not in word or Path(word).exists()]
+    files = [word for word in args.words if "=" not in word or path(word).exists()]
     objective = load_objective(args.objective, [word for word in args.words if word not in files])
     if len(files) != 1:
         raise ConfigError(
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.tools.explain.rollouts import read
     from async_opd.tools.explain.table import table
 
-    rollouts = read(files[0])
+    rollouts = read(path(files[0]))
     effects = explain(objective, rollouts, files[0])
     if args.json:
         print(json.dumps({"objective": msgspec.to_builtins(objective), "trajectories": effects}))

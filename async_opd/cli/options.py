@@ -9,12 +9,18 @@ import argparse
 from pathlib import Path
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.files import from_home
 
 OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
 ADDRESS = (
     "of the cluster's dashboard; else Ray's RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or"
     " http://127.0.0.1:8265"
 )
+
+
+def path(text: str) -> Path:
+    """Parse a word of the command line that names a file or a folder. Raises ConfigError."""
+    return Path(from_home(text))
 
 
 def count(text: str) -> int:

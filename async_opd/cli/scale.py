@@ -8,9 +8,8 @@ its cluster.
 """
 
 import argparse
-from pathlib import Path
 
-from async_opd.cli.options import ADDRESS
+from async_opd.cli.options import ADDRESS, path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
         from async_opd.runtime.jobs import Jobs
 
         return Jobs(args.address).scale(args.which, args.sizes)
-    print(resize.ask(Path(args.which), sizes))
+    print(resize.ask(path(args.which), sizes))
     return 0

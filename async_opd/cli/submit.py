@@ -17,7 +17,7 @@ import argparse
 from contextlib import chdir
 from pathlib import Path
 
-from async_opd.cli.options import ADDRESS, OVERRIDES
+from async_opd.cli.options import ADDRESS, OVERRIDES, path
 from async_opd.core.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", metavar="URL", help=ADDRESS)
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
     parser.add_argument(
-        "--working-dir", type=Path, default=".", metavar="FOLDER", help="else this folder is sent"
+        "--working-dir", type=path, default=".", metavar="FOLDER", help="else this folder is sent"
     )
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         words = ["--resume", str(args.resume), *args.words]
         run_dir = _run_to_resume(folder, needed, args.resume, args.words)
     elif args.words:
-        needed["config"] = _inside(folder, "config", Path(args.words[0]).absolute())
+        needed["config"] = _inside(folder, "config", path(args.words[0]).absolute())
         words, run_dir = _checked(folder, needed, args.words[1:])
     else:
         raise ConfigError("submit: needs a config, a TOML file, or --resume RUN")

@@ -16,7 +16,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from async_opd.cli.options import OVERRIDES
+from async_opd.cli.options import OVERRIDES, path
 from async_opd.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints"
+        "--resume", type=path, metavar="RUN", help="a run's directory, or one of its checkpoints"
     )
 
 
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
         if not args.words:
             raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
-        path, *overrides = args.words
-        return train(load(path, overrides))
+        config, *overrides = args.words
+        return train(load(path(config), overrides))
     return train(*to_resume(args.resume, args.words))
 
 

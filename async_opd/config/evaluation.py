@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from async_opd.config.load import apply_override, checked, read_toml
-from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, local
+from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, expand, local
 from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
@@ -70,6 +70,7 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
         apply_override(tree, setting)
     if not file and not any(setting.startswith("data.path=") for setting in settings):
         raise ConfigError("eval: needs problems: --data PATH, a file, a folder or a hub id")
+    expand(tree)
     asked = checked(tree, EvalRun)
     sampling, rollout = asked.sampling, asked.rollout
     samples = f"rollout.samples_per_prompt = {sampling.samples}"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from async_opd.config.paths import check_files, check_run_dir
+from async_opd.config.paths import check_files, check_run_dir, expand
 from async_opd.config.rules import rules
 from async_opd.config.schema import AnyObjective, Config
 from async_opd.config.teacher_rules import refuse_broken
@@ -74,6 +74,8 @@ def _complete(tree: dict, overrides: Sequence[str], new: bool, elsewhere: bool) 
     """Turn a tree and its overrides into a config that has passed every check."""
     for override in overrides:
         apply_override(tree, override)
+    if not elsewhere:  # whose homes are others
+        expand(tree)
     config = checked(tree, Config)
     refuse_broken(rules(config))
     check_files(config, elsewhere)

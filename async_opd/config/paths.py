@@ -10,12 +10,30 @@ from async_opd import toy
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.errors import ConfigError
+from async_opd.core.files import from_home
 from async_opd.core.foreign import foreign
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PATHS = {"dir", "model", "path"}  # settings of sections that are paths, or may be
 MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are shipped
+
+
+def expand(tree: dict) -> None:
+    """Put the user's home in place of the ~ that a path in a tree of settings begins with. Raises
+    ConfigError."""
+    teachers = tree.get("teachers")
+    sections = [*tree.items()]
+    if isinstance(teachers, dict):
+        sections += [(f"teachers.{name}", teacher) for name, teacher in teachers.items()]
+    for name, section in sections:
+        for key in PATHS & section.keys() if isinstance(section, dict) else ():
+            if isinstance(text := section[key], str):
+                try:
+                    section[key] = from_home(text)
+                except ConfigError as e:
+                    raise ConfigError(f"{name}.{key} = {e}") from None
 
 
 def check_data(key: str, path: str, elsewhere: bool = False) -> None:

@@ -45,6 +45,13 @@ class RunMissing(AsyncOpdError):
     exit_status = 2
 
 
+class RunInUse(AsyncOpdError):
+    """A run, a resume or an evaluation works in a directory. The message names it, and who works
+    there since when."""
+
+    exit_status = 2
+
+
 class CheckpointError(AsyncOpdError):
     """A checkpoint cannot be written, or is refused. The message names it, the file and what is
     wrong."""

@@ -10,6 +10,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from async_opd.core.errors import ConfigError
+
+
+def from_home(text: str) -> str:
+    """Put the home of this user, or of another, in place of the ~ that a path begins with. Raises
+    ConfigError where there is no such user."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ConfigError(f"{text}: there is no user {text[1:].split('/')[0]!r} here")
+    return path
+
 
 def partial(path: Path) -> Path:
     """Name what becomes `path` while it is written."""

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import msgspec
 
 CONFIG = "config.json"  # the config as it was asked for
+LOCK = "lock.json"  # who works in it, and its lock: core.run_lock
 ENVIRONMENT = "environment.json"  # commit and versions
 METRICS = "metrics.jsonl"  # a row a step
-SAMPLES = "samples.jsonl"  # recorded trajectories
+SAMPLES = "samples.jsonl"  # the last recorded trajectories
+EARLIER_SAMPLES = "samples.earlier.jsonl"  # and those before them
 EVENTS = "events.jsonl"  # who was lost, who came, what was saved
 LEDGER = "ledger.jsonl"  # what became of every prompt
 SPANS = "spans.jsonl"  # who did what when, in the last steps
@@ -25,6 +27,7 @@ STATE = "run.json"  # what the driver goes on from
 MANIFEST = "manifest.json"  # size and sha256 of every other file
 SELF_TEACHER = "self-teacher"  # the weights that self-teachers take over
 TOY_DATA = "data"  # the demo's problems
+PROBLEMS = "problems.jsonl"  # of an evaluation: a line a problem
 SCALE_REQUEST = "scale-{}.json"  # pool sizes that somebody asks for; {}: an id
 SCALE_ANSWER = ".answer"  # instead of the .json of a request
 
@@ -71,6 +74,16 @@ def decode_row(line: bytes) -> dict[str, Any]:
         return msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.DecodeError:
         return msgspec.convert(json.loads(line), dict[str, Any])
+
+
+def holds_run(folder: Path) -> bool:
+    """Tell whether a folder is one that a run or an evaluation has begun to fill: its CONFIG is an
+    object with the sections run, student and data, as the config of nothing else is."""
+    try:
+        tree = msgspec.json.decode((folder / CONFIG).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return False
+    return all(isinstance(tree.get(section), dict) for section in ("run", "student", "data"))
 
 
 def run_of(path: Path) -> Path:

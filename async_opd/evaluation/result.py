@@ -18,6 +18,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.run_dir import PROBLEMS
 from async_opd.core.wire import Ballot, GroupMeta, Prompt, Verdict
 from async_opd.evaluation.estimates import RESAMPLES, intervals, majority_at_k, means_of, pass_at_k
 
@@ -163,7 +164,7 @@ def read(folder: Path) -> tuple[Result, list[Shares]]:
         result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
         shares = [
             msgspec.json.decode(line, type=Shares)
-            for line in (folder / "problems.jsonl").read_bytes().splitlines()
+            for line in (folder / PROBLEMS).read_bytes().splitlines()
         ]
     except OSError as e:
         raise RunMissing(

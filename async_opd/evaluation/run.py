@@ -11,6 +11,7 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import CallFailed, ConfigError, first_line
 from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
+from async_opd.core.run_dir import PROBLEMS
 from async_opd.core.wire import Ballot, GroupMeta, Prompt, Span, Verdict
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import ALL, of_all, respond
@@ -34,8 +35,9 @@ from async_opd.runtime.cluster import Cluster
 
 async def run_eval(asked: EvalRun) -> Result:
     """Do what is `asked`: read the problems, have them answered, and write the result into the
-    folder; returns what is in it too. Until it ends SIGTERM is as Ctrl-C."""
-    with interrupted_by_signal(), new_dir(Path(asked.run.dir)) as folder:
+    folder; returns what is in it too. Until it ends it holds the lock of the folder, and SIGTERM is
+    as Ctrl-C."""
+    with interrupted_by_signal(), new_dir(Path(asked.run.dir), asked, "eval") as folder:
         started = time.monotonic()
         config = resolve_toy(run_config(asked), folder)
         refuse_unreachable()
@@ -50,9 +52,7 @@ async def run_eval(asked: EvalRun) -> Result:
                 ReplicaPool("generator", generators, emit=_said),
                 ReplicaPool("verifier", verifiers, emit=_said),
             )
-            problems = await _problems(
-                config, asked, *pools, read.prompts, folder / "problems.jsonl"
-            )
+            problems = await _problems(config, asked, *pools, read.prompts, folder / PROBLEMS)
         result = _result(config, asked, read, problems, time.monotonic() - started)
         (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
         return result

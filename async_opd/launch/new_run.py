@@ -4,41 +4,90 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
 from async_opd.core.errors import AsyncOpdError, ConfigError
-from async_opd.core.run_dir import LEDGER
+from async_opd.core.files import write_file
+from async_opd.core.run_dir import CONFIG, LEDGER, LOCK, PROBLEMS, holds_run
+from async_opd.core.run_lock import locked
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
 
 
 @contextmanager
-def new_dir(path: Path) -> Iterator[Path]:
-    """Make the run directory new; one that is there already is kept beside under a number. A
-    mistake that shows before the first prompt is handed out leaves everything as it was."""
+def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
+    """Make the directory of a run, or of an evaluation, new, and hold its lock for the command
+    `work`; `asked` becomes its CONFIG, by which it is known as one of ours.
+
+    One of ours that is there already is kept beside under a number, if nobody works in it; an empty
+    folder is used, and any other refused. A mistake that shows before the first prompt is handed
+    out leaves everything as it was. Raises ConfigError and RunInUse.
+    """
+    parents = [parent for parent in path.parents if not parent.exists()]
+    fresh = not path.exists()
+    with ExitStack() as held:
+        try:
+            earlier = _made(path, work, held)
+            write_file(path / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
+        except OSError as e:
+            raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
+        try:
+            yield path
+        except AsyncOpdError as e:
+            begun = any((path / name).exists() for name in (LEDGER, PROBLEMS))
+            if e.exit_status == 2 and not begun:
+                try:
+                    _undo(path, parents if fresh else [], earlier, keep=not fresh and not earlier)
+                except OSError as left:
+                    kept = f"; the earlier run is in {earlier}" if earlier else ""
+                    e.add_note(f"not removed: {left.filename}: {left.strerror}{kept}")
+            raise
+
+
+def _made(path: Path, work: str, held: ExitStack) -> Path | None:
+    """Make the directory, whose lock is `held` then; return where the one before it is now."""
+    _ours(path)  # before anything is written into it
+    path.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(path, work))
+    if not _ours(path):
+        return None
     others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     earlier = next(other for other in others if not other.exists())
-    parents = [parent for parent in path.parents if not parent.exists()]
-    try:
-        if path.exists():
-            path.rename(earlier)
-        path.mkdir(parents=True)
-    except OSError as e:
-        raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
-    try:
-        yield path
-    except AsyncOpdError as e:
-        if e.exit_status == 2 and not (path / LEDGER).exists():
-            shutil.rmtree(path)
-            for folder in parents:
-                with suppress(OSError):  # of what others have put there since
-                    folder.rmdir()
-            if earlier.exists():
-                earlier.rename(path)
-        raise
+    path.rename(earlier)
+    path.mkdir()
+    held.enter_context(locked(path, work))
+    return earlier
+
+
+def _ours(path: Path) -> bool:
+    """Tell whether there is a directory of ours, rather than none or an empty one. Raises
+    ConfigError for any other, which nobody has asked us to move."""
+    names = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+    if holds_run(path) or not {*names} - {LOCK}:
+        return bool(names) and holds_run(path)
+    inside = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    raise ConfigError(
+        f"run.dir = {str(path)!r}: holds {inside}, and no {CONFIG} of a run: only an earlier run is"
+        f" moved aside; name a new folder, such as {str(path / 'run')!r}"
+    )
+
+
+def _undo(path: Path, parents: list[Path], earlier: Path | None, keep: bool) -> None:
+    """Leave everything as it was; `keep` a folder that was there, and empty."""
+    shutil.rmtree(path)
+    if keep:
+        path.mkdir()
+    for folder in parents:
+        with suppress(OSError):  # of what others have put there since
+            folder.rmdir()
+    if earlier:
+        earlier.rename(path)
 
 
 def environment(**others: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from async_opd.core.run_dir import (
     SPANS,
     SUMMARY,
 )
+from async_opd.core.run_lock import locked
 from async_opd.driver import checkpoints
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment, new_dir
@@ -54,12 +55,12 @@ async def run(config: Config, checkpoint: checkpoints.Checkpoint | None = None) 
     what is written to `summary.json`.
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest
-    checkpoint, at most `run.max_restarts` times. Until it ends SIGTERM is as Ctrl-C."""
+    checkpoint, at most `run.max_restarts` times. Until it ends it holds the lock of its directory,
+    and SIGTERM is as Ctrl-C. Raises RunInUse."""
     with interrupted_by_signal() as task:
-        if checkpoint:
-            return await _run(config, Path(config.run.dir), checkpoint, task)
-        with new_dir(Path(config.run.dir)) as run_dir:
-            return await _run(config, run_dir, None, task)
+        run_dir = Path(config.run.dir)
+        with locked(run_dir, "train --resume") if checkpoint else new_dir(run_dir, config, "train"):
+            return await _run(config, run_dir, checkpoint, task)
 
 
 async def _run(

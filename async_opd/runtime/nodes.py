@@ -4,10 +4,18 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
+from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -23,18 +31,60 @@ _started = ExitStack()  # ends what `start_ray` has begun
 
 def start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or to one that `ray start` has started here, or start
-    a local one, unless that is done: a caller's own connection stays the caller's. From the main
-    thread only."""
+    a local one, which only this machine reaches, unless that is done: a caller's own connection
+    stays the caller's. From the main thread only."""
     if ray.is_initialized():
         return
     with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
         try:
+            if _starts_one():
+                undo.enter_context(_on_loopback())
+                _make_token()
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, AuthenticationError) as e:
             raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
         _started.push(undo.pop_all())
+
+
+def _starts_one() -> bool:
+    """Tell whether ray.init is going to start a cluster, rather than connect to one."""
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return False
+    nowhere: Any = None  # as ray.init has it
+    return canonicalize_bootstrap_address(nowhere) is None
+
+
+@contextmanager
+def _on_loopback() -> Generator[None]:
+    """Let every process of a cluster of our own listen on loopback alone. Ray's word for that is
+    what it does on a system on which it has no clusters of several nodes: `_node_ip_address` does
+    not take 127.0.0.1, nor do all of its processes bind to the address of their node."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _make_token() -> None:
+    """Make the token of a cluster of our own, as ray.init does, which lets every user read it.
+    Raises ConfigError."""
+    path = Path.home() / ".ray" / "auth_token"
+    before = os.umask(0o077)
+    try:
+        enable_token_auth_by_default()
+        ensure_token_if_auth_enabled(create_token_if_missing=True)
+    except OSError as e:
+        raise ConfigError(
+            f"{path}: Ray's token cannot be written: {e.strerror}; RAY_AUTH_TOKEN may hold one"
+        ) from e
+    finally:
+        os.umask(before)
+    with suppress(OSError):  # none, or another's
+        path.chmod(0o600)
 
 
 def taken_over() -> ExitStack:

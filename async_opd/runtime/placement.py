@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, replace
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import shared_with_learner
-from async_opd.core.errors import ClusterTooSmall
+from async_opd.core.errors import ClusterTooSmall, ConfigError
 
 RANK = "learner rank"
+MOST_MEMBERS = 1024  # of a run: beyond, a number is a slip, and placing them takes a while
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ def place(
     requests: Sequence[ResourceRequest], nodes: Sequence[Node], driver_node: str = ""
 ) -> dict[str, Node]:
     """Choose the node of each member, by the member's name. Raises ClusterTooSmall with the
-    numbers."""
+    numbers, and ConfigError for more than MOST_MEMBERS."""
+    _refuse_absurd(requests)
     # in their order, then the largest first: the learner may take the place of an engine that fits
     # nowhere else
     for order in (requests, sorted(requests, key=lambda request: -request.gpus)):
@@ -110,14 +112,28 @@ def place(
 def place_on_alike(
     requests: Sequence[ResourceRequest], gpus: int, count: int | None = None
 ) -> dict[str, list[str]]:
-    """List the members on each of `count` empty nodes of that many GPUs, or of as few as hold them.
-    Raises ClusterTooSmall."""
+    """List the members on each of `count` empty nodes of that many GPUs, or of as few as hold them;
+    of more than MOST_MEMBERS nodes on the first. Raises ClusterTooSmall, and ConfigError for more
+    members."""
+    _refuse_absurd(requests)
+    count = count and min(count, MOST_MEMBERS)  # a member has one, and is on the first that is free
     # a node for each member
     enough = sum(each.count for each in requests) if all(r.gpus <= gpus for r in requests) else 1
-    for size in range(count or 1, count or enough):
+    least = max(int(sum(each.count * each.gpus for each in requests) / gpus), 1)
+    for size in range(count or least, count or enough):
         with suppress(ClusterTooSmall):
             return _placed_on_alike(requests, gpus, size)
     return _placed_on_alike(requests, gpus, count or enough)
+
+
+def _refuse_absurd(requests: Sequence[ResourceRequest]) -> None:
+    """Raise ConfigError for more than MOST_MEMBERS."""
+    if sum(each.count for each in requests) > MOST_MEMBERS:
+        most = max(requests, key=lambda each: each.count)
+        named = most.settings[0] if most.settings else most.role
+        raise ConfigError(
+            f"{named} = {most.count}: a run has at most {MOST_MEMBERS} members, of all roles"
+        )
 
 
 def _placed_on_alike(

@@ -105,6 +105,7 @@ def test_help_loads_nothing_but_the_command_line():
         "async_opd.tools.cluster_files",  # the names of its kinds
         *(f"async_opd.cli.{command}" for command in COMMANDS),
         "async_opd.core.errors",
+        "async_opd.core.files",  # what a ~ stands for
     }
     assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()
 

@@ -423,6 +423,7 @@ def test_only_mistakes_in_what_was_asked_exit_with_two():
         "ClusterTooSmall",
         "DataError",
         "RunMissing",
+        "RunInUse",
         "CheckpointError",
         "ClusterError",
     ]

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +14,18 @@ import pytest
 
 from async_opd import toy
 from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.evaluation import EvalRun
 from async_opd.config.load import load, load_run
-from async_opd.core.errors import ActorLost, AsyncOpdError, DataError
+from async_opd.config.sections import StudentConfig
+from async_opd.core.errors import ActorLost, AsyncOpdError, ConfigError, DataError, RunInUse
 from async_opd.core.roles import Roles
-from async_opd.core.run_dir import SPANS
+from async_opd.core.run_dir import SPANS, holds_run
+from async_opd.core.run_lock import locked
 from async_opd.core.vocabulary import Tokens
 from async_opd.driver.checkpoints import find
 from async_opd.launch import run as runs
+from async_opd.launch.new_run import new_dir
+from async_opd.roles.rollout.config import DataConfig
 from async_opd.tools.trace.read import recorded
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.simulated.roles import (
@@ -32,40 +37,115 @@ from tests.simulated.roles import (
 )
 
 
+def made(path: Path, work: str = "train") -> AbstractContextManager[Path]:
+    return new_dir(path, load(DEMO, [f"run.dir={path}"]), work)
+
+
 def test_an_earlier_run_directory_is_kept_beside_the_new_one(tmp_path):
     for _ in range(3):
-        with runs.new_dir(tmp_path / "run") as made:
-            made.joinpath("mine").touch()
+        with made(tmp_path / "run") as run:
+            assert holds_run(run)  # from its first moment on
+            run.joinpath("mine").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert all((p / "mine").exists() for p in tmp_path.iterdir())
 
 
-def left_by(path, error: AsyncOpdError, *files: str) -> list[str]:
-    """What is under the grandparent of `path` when a run there has written `files` and ended with
-    `error`."""
-    with pytest.raises(type(error)), runs.new_dir(path) as made:
-        for file in ("config.json", *files):
-            made.joinpath(file).touch()
+EVALUATION = EvalRun(student=StudentConfig(model="a"), data=DataConfig(path="b"))
+
+
+@pytest.mark.parametrize("first", ["train", "train --resume", "eval"])
+@pytest.mark.parametrize("second", ["train", "train --resume", "eval"])
+def test_one_at_a_time_works_in_a_directory_and_the_second_moves_nothing(first, second, tmp_path):
+    def at_work(work: str) -> AbstractContextManager:
+        asked = EVALUATION if work == "eval" else load(DEMO)
+        run = tmp_path / "run"
+        return locked(run, work) if work == "train --resume" else new_dir(run, asked, work)
+
+    with made(tmp_path / "run"):
+        pass
+    with at_work(first):
+        (tmp_path / "run" / "mine").touch()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(RunInUse, match=f"^{tmp_path}/run: {first} works in it"):
+            at_work(second).__enter__()
+        assert sorted(tmp_path.rglob("*")) == before
+    with at_work(second):
+        pass
+
+
+HOLDINGS = {
+    "runs": "a/config.json",
+    "a model": "config.json",
+    "no JSON": "config.json",
+    "documents": "thesis.tex",
+    "a hidden file": ".keep",
+    "no object": "config.json",
+}
+
+
+@pytest.mark.parametrize("kind", HOLDINGS)
+def test_what_no_run_of_ours_has_made_is_never_moved(kind, tmp_path):
+    file = tmp_path / "shared" / HOLDINGS[kind]
+    file.parent.mkdir(parents=True)
+    content = {"a model": '{"model_type": "qwen3"}', "no JSON": "{", "no object": "[]"}
+    file.write_text(content.get(kind, "{}"))
+    before = sorted(tmp_path.rglob("*"))
+    inside = HOLDINGS[kind].split("/")[0]
+    with pytest.raises(ConfigError, match=f"shared': holds {inside}, and no config.json of a run"):
+        made(tmp_path / "shared").__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("left", [[], ["lock.json"]])
+def test_an_empty_folder_is_used_and_left_empty_by_a_mistake(left, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).touch()
+    assert left_by(tmp_path / "run", DataError("no such column"), under=tmp_path) == ["run"]
+    with made(tmp_path / "run"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def left_by(path, error: AsyncOpdError, *files: str, under: Path | None = None) -> list[str]:
+    """What is `under` the grandparent of `path`, or a folder, when a run there has written `files`
+    and ended with `error`."""
+    with pytest.raises(type(error)), made(path) as run:
+        for file in files:
+            run.joinpath(file).touch()
         raise error
-    return sorted(str(p.relative_to(path.parent.parent)) for p in path.parent.parent.rglob("*"))
+    under = under or path.parent.parent
+    return sorted(str(p.relative_to(under)) for p in under.rglob("*"))
 
 
 def test_a_mistake_found_before_the_first_prompt_leaves_everything_as_it_was(tmp_path):
-    assert left_by(tmp_path / "runs" / "a", DataError("no such column")) == []
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "mine").touch()
-    assert left_by(tmp_path / "runs" / "a", DataError("no such column")) == [
-        "runs",
-        "runs/a",
-        "runs/a/mine",
+    run = tmp_path / "runs" / "a"
+    assert left_by(run, DataError("no such column")) == []
+    with made(run):
+        (run / "mine").touch()
+    whole = ["runs", "runs/a", "runs/a/config.json", "runs/a/lock.json", "runs/a/mine"]
+    assert left_by(run, DataError("no such column")) == whole
+
+
+def test_a_mistake_says_what_it_could_not_put_back(tmp_path, monkeypatch):
+    run = tmp_path / "a"
+    with made(run):
+        pass
+    with pytest.raises(DataError) as raised, made(run):
+        (tmp_path / "a.1").rename(tmp_path / "a.2")
+        raise DataError("no such column")
+    assert raised.value.__notes__ == [
+        f"not removed: {run}.1: No such file or directory; the earlier run is in {run}.1"
     ]
 
 
 def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
     lost = left_by(tmp_path / "runs" / "a", ActorLost("teacher 0"))
-    assert lost == ["runs", "runs/a", "runs/a/config.json"]
-    begun = left_by(tmp_path / "runs" / "b", DataError("row 7"), "ledger.jsonl")
-    assert begun == [*lost, "runs/b", "runs/b/config.json", "runs/b/ledger.jsonl"]
+    assert lost == ["runs", "runs/a", "runs/a/config.json", "runs/a/lock.json"]
+    for name, begun in (("b", "ledger.jsonl"), ("c", "problems.jsonl")):
+        assert f"runs/{name}/{begun}" in left_by(
+            tmp_path / "runs" / name, DataError("row 7"), begun
+        )
 
 
 class SimulatedCluster:
@@ -186,3 +266,28 @@ async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_s
     events = [(event["what"], event["step"]) for event in map(json.loads, rows)]
     assert events == [("placed", 0), ("saved", 12), ("placed", 12), ("saved", 14)]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["version"] == 14
+
+
+async def test_a_run_and_a_resume_hold_their_directory_through_restarts(
+    tmp_path, over_simulated_roles, monkeypatch
+):
+    place, trains, worked = f"run.dir={tmp_path / 'run'}", runs.train, []
+
+    async def train(*args):
+        for another in ([], ["from its checkpoint"]) if worked else ([],):
+            config = load_run(tmp_path / "run") if another else load(DEMO, [place, *SMALL])
+            with pytest.raises(RunInUse, match=f"{working} works in it"):
+                await runs.run(config, find(tmp_path / "run") if another else None)
+        worked.append(working)
+        summary = await trains(*args)
+        if len(worked) == 2:
+            raise ActorLost("teacher 0")
+        return summary
+
+    monkeypatch.setattr(runs, "train", train)
+    working = "train"
+    await runs.run(load(DEMO, [place, *SMALL]))
+    working = "train --resume"
+    await runs.run(load_run(tmp_path / "run", ["run.steps=14"]), find(tmp_path / "run"))
+    assert worked == ["train", *2 * ["train --resume"]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]

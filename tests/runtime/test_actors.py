@@ -12,6 +12,7 @@ from async_opd.core.errors import ConfigError
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl
+from async_opd.runtime import nodes
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import start_ray, taken_over
 
@@ -88,6 +89,8 @@ class Ray:
 @pytest.fixture
 def connection(monkeypatch):
     """Ray's; what is process-wide is afterwards as it was before."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(nodes, "canonicalize_bootstrap_address", lambda address: address)
     before = signal.getsignal(signal.SIGTERM), logging.getLogger("ray").level
     yield Ray(monkeypatch)
     assert (signal.getsignal(signal.SIGTERM), logging.getLogger("ray").level) == before

@@ -1,13 +1,17 @@
 """What is refused on the way to a cluster, and what is said of a job, without a cluster."""
 
+import contextlib
+import copy
 import io
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -589,3 +593,147 @@ except (KeyboardInterrupt, asyncio.CancelledError):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (completed.stdout.split(), completed.returncode) == (printed, 0), completed.stderr
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """A head's dashboard with one job: its address, what it was asked, and where it hangs: what it
+    sends for a path, piece by piece, for ever."""
+    asked, hangs = [], {}
+    details = {"type": "SUBMISSION", "submission_id": "raysubmit_a", "entrypoint": "x"}
+    details |= {"status": "RUNNING", "metadata": {jobs.RUN_DIR: "/shared/a"}}
+    answers = {
+        "GET /api/authentication_mode": {"authentication_mode": "token"},
+        "GET /api/version": {"ray_version": "2.60.0"},
+        "GET /api/jobs/raysubmit_a": details,
+        "GET /api/jobs/": [details],
+        "GET /api/jobs/raysubmit_a/logs": {"logs": "one\n"},
+        "POST /api/jobs/raysubmit_a/stop": {"stopped": True},
+        "POST /api/jobs/": {"job_id": "raysubmit_a", "submission_id": "raysubmit_a"},
+    }
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_any(self):
+            asked.append((f"{self.command} {self.path}", dict(self.headers)))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            for path, piece in hangs.items():
+                while self.path.startswith(path) and not ended.wait(0.02):
+                    self.wfile.write(piece)
+            answer = answers.get(f"{self.command} {self.path}")
+            if self.path.startswith("/api/packages/"):
+                answer = {"is": "there"}
+            if ended.is_set():
+                return
+            self.send_response(404 if answer is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer or "Job ... does not exist").encode())
+
+        do_GET = do_POST = do_PUT = handle_any
+
+        def log_message(self, *_):
+            pass
+
+        def handle(self):
+            with contextlib.suppress(OSError):  # who asked has left
+                super().handle()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    yield f"http://127.0.0.1:{server.server_port}", asked, hangs
+    ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+DRIBBLE = b"HTTP/1.1 200 OK\r\nX: y\r\n"  # a header at a time
+
+
+@pytest.mark.parametrize("piece", [b"", DRIBBLE], ids=["silent", "dribbles"])
+@pytest.mark.parametrize(
+    ("hangs", "words"),
+    [
+        ("/api/authentication_mode", "status"),
+        ("/api/version", "status"),
+        ("/api/jobs/", "status"),
+        ("/api/jobs/raysubmit_a", "status raysubmit_a"),
+        ("/api/jobs/raysubmit_a", "logs raysubmit_a --follow"),
+        ("/api/jobs/raysubmit_a/logs", "logs raysubmit_a"),
+        ("/api/jobs/raysubmit_a/logs", "logs raysubmit_a --follow"),
+        ("/api/jobs/raysubmit_a/stop", "stop raysubmit_a"),
+        ("/api/jobs/raysubmit_a", "scale raysubmit_a generators=2"),
+        ("/api/packages/", "submit a.toml run.dir=/shared/runs/a"),
+    ],
+)
+def test_every_request_has_a_bound(hangs, words, piece, head, project, monkeypatch, capsys):
+    address, _, hanging = head
+    hanging[hangs] = piece
+    for bound in ("REQUEST_S", "TRANSFER_S"):
+        monkeypatch.setattr(jobs, bound, 0.3)
+    monkeypatch.setattr(jobs, "LOST_LOGS", 1)
+    monkeypatch.setattr("async_opd.runtime.dashboard.ANSWER_S", 0.2)
+    began = time.monotonic()
+    line = refusal(capsys, *words.split(), "--address", address)
+    assert time.monotonic() - began < 5
+    assert re.search(r"no answer in 0\.3 s|no Ray dashboard answers within 0\.2 s|got more", line)
+
+
+def test_what_does_not_end_in_time_is_told_and_a_scale_that_waits_is_called_off(
+    head, monkeypatch, capsys
+):
+    address, asked, _ = head
+    for bound in ("SCALE_S", "STOP_S"):
+        monkeypatch.setattr(jobs, bound, 0.05)
+    monkeypatch.setattr(jobs, "REQUEST_S", 1.0)
+    at = ["--address", address]
+    line = refusal(capsys, "scale", "raysubmit_a", "generators=2", *at)
+    assert "raysubmit_a is still RUNNING after 0.05 s; its log: `async-opd logs ray" in line
+    assert [path for path, _ in asked].count("POST /api/jobs/raysubmit_a/stop") == 1
+    assert "is still RUNNING after 1.05 s" in refusal(capsys, "stop", "raysubmit_a", *at)
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["raysubmit_b", "x/logs/tail", "../jobs/x/logs/tail", "..", "a?b=c", "a#b", "a%2Fb", "a b"],
+)
+@pytest.mark.parametrize("command", ["logs", "logs --follow", "status", "stop", "scale"])
+def test_no_request_can_bring_the_token_into_the_heads_log(command, id, head, capsys):
+    """The head logs the headers of a WebSocket that it cannot open, whoever asks for one."""
+    address, asked, _ = head
+    name, *rest = command.split()
+    sizes = ["generators=2"] if name == "scale" else []
+    which = f"raysubmit_{id}" if name == "scale" else id
+    assert "does not exist" in refusal(capsys, name, which, *sizes, *rest, "--address", address)
+    assert {
+        path for path, headers in asked if headers.get("Authorization") and "tail" in path
+    } == set()
+    assert not [headers for _, headers in asked if "Upgrade" in headers]
+
+
+def test_a_log_is_followed_without_a_websocket(head, monkeypatch, capsys):
+    address, asked, _ = head
+    said = iter(["one\n", "one\ntw", RuntimeError("torn"), "one\ntwo\n", "one\ntwo\nthree\n"])
+
+    def logs(self, id):
+        if isinstance(text := next(said), Exception):
+            raise text
+        return text
+
+    def about(self, id, of=jobs.JobSubmissionClient.get_job_info):
+        job = of(self, id)
+        left = len(list(copy.copy(said)))
+        return job.model_copy(update={"status": JobStatus.SUCCEEDED}) if left < 2 else job
+
+    monkeypatch.setattr(jobs.JobSubmissionClient, "get_job_logs", logs)
+    monkeypatch.setattr(jobs.JobSubmissionClient, "get_job_info", about)
+    assert main(["logs", "raysubmit_a", "--follow", "--address", address]) == 0
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert not [headers for _, headers in asked if "Upgrade" in headers]
+
+
+@pytest.mark.parametrize("more", ["me:secret@127.0.0.1", "127.0.0.1?token=secret", "127.0.0.1#a"])
+def test_an_address_holds_no_secret_that_messages_would_tell(more, capsys):
+    line = refusal(capsys, "status", "--address", f"http://{more}")
+    assert "must be a URL without a user, a ? and a #" in line and "secret" not in line

@@ -349,7 +349,7 @@ def attested(tmp_path):
     """A run of 3 steps, resumed at 1, with its metrics and the checkpoints of step 1 and 3."""
     lines = [*RESUMED[:-1], ["checkpoint", 3], ["finished"]]
     run_dir = write(make(tmp_path / "run", 3), *lines)
-    rows(run_dir, 1, 2, 2, 3)
+    rows(run_dir, 1, 2, 3)
     checkpoint(run_dir, 1, ["c", "d"])
     checkpoint(run_dir, 3, [])
     return run_dir
@@ -428,11 +428,35 @@ def test_a_checkpoint_behind_the_one_that_was_resumed_is_void(tmp_path):
             [f"step {step} was trained, but metrics.jsonl has no row of it" for step in (1, 2, 3)],
         ),
         ((1, 2, 3, 4), ["metrics.jsonl has a row of step 4, the ledger ends with step 3"]),
+        ((1, 1, 2, 3), ["metrics.jsonl has several rows of step 1: two runs wrote into it"]),
+        (
+            (1, 2, 1, 3, 2, 3),
+            ["metrics.jsonl has several rows of 3 steps, 1 to 3: two runs wrote into it"],
+        ),
+        ((2, 1, 3), ["metrics.jsonl: the row of step 1 stands behind that of step 2"]),
     ],
 )
 def test_rows_and_steps_agree(attested, steps, says):
     rows(attested, *steps)
     assert audit(attested).discrepancies == says
+
+
+def samples(run_dir: Path, name: str, *of: tuple[int, str]) -> None:
+    lines = (json.dumps({"step": step, "id": id, "tokens": ["a"]}) + "\n" for step, id in of)
+    (run_dir / name).write_text("".join(lines))
+
+
+def test_samples_that_two_runs_recorded_are_named(attested):
+    samples(attested, "samples.earlier.jsonl", (1, "a/0"), (1, "b/0"))
+    samples(attested, "samples.jsonl", (2, "a/0"), (3, "f/1"))
+    assert audit(attested).discrepancies == []
+    samples(attested, "samples.jsonl", (2, "a/0"), (1, "b/0"), (3, "f/1"))
+    assert audit(attested).discrepancies == ["samples.jsonl has a sample twice of step 1"]
+    samples(attested, "samples.jsonl", (1, "a/0"), (3, "f/1"), (3, "f/1"))
+    assert audit(attested).discrepancies == ["samples.jsonl has a sample twice of 2 steps, 1 to 3"]
+    (attested / "samples.jsonl").write_text('{"step": 1}\n{"step": 2, "id"')
+    (discrepancy,) = audit(attested).discrepancies
+    assert discrepancy.startswith(f"{attested}/samples.jsonl, line 1: not a row: ")
 
 
 def test_a_kill_may_leave_the_last_step_without_its_row_and_torn_ends(tmp_path):
@@ -535,6 +559,11 @@ async def live(run_dir: Path, random: Random, steps: int, dies: float) -> None:
     if resumes:
         ledger.resumed(version, again)
     try:
+        if resumes:
+            alive()
+            await ledger.sync()
+            alive()
+            rows(run_dir, *range(1, version + 1))  # those of later steps are void
         while version < steps:
             fill()
             for _ in range(random.randrange(3)):

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
-from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE, read_lines
+from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE
 from async_opd.driver.checkpoints import RunState, committed
 from async_opd.tools.audit.replay import Replay
+from async_opd.tools.audit.rows import doubled, steps_of
 from async_opd.tools.audit.timeline import Timeline
 
 
@@ -63,8 +63,8 @@ class Books(Struct, kw_only=True):
 
 def audit(run_dir: Path) -> Books:
     """Read the books of a run, which may be at work. Memory is bounded by what is outstanding at
-    once, checkpoints, and 8 bytes a prompt. Raises RunMissing, and LedgerError for a line that is
-    no record."""
+    once, checkpoints, and 8 bytes a prompt and a sample. Raises RunMissing, and LedgerError for a
+    line that is no record."""
     config, path = read_run(run_dir), run_dir / LEDGER
     if not path.exists():
         raise RunMissing(f"{run_dir}: no {LEDGER} in it")
@@ -75,7 +75,7 @@ def audit(run_dir: Path) -> Books:
         for _, folder in sorted(committed(run_dir / CHECKPOINTS).items(), reverse=True)
         if (folder / MANIFEST).exists()
     ]
-    rows = _rows(run_dir / METRICS, discrepancies)
+    rows = steps_of(run_dir / METRICS, discrepancies)
     timeline = Timeline(path, discrepancies)
     newest = timeline.newest(complete)
     replay = Replay(config.groups_per_step, discrepancies)
@@ -87,6 +87,7 @@ def audit(run_dir: Path) -> Books:
     replay.close(config.run.steps, timeline.live())
     if rows is not None:
         discrepancies += _against(rows, replay.step, timeline.highest, replay.finished)
+    discrepancies += doubled(run_dir, rows)
     return Books(
         steps=replay.step,
         steps_asked=config.run.steps,
@@ -104,12 +105,6 @@ def audit(run_dir: Path) -> Books:
     )
 
 
-class _Row(Struct):
-    """Of a row of metrics.jsonl."""
-
-    step: Annotated[int, Meta(ge=1, lt=2**32)]
-
-
 def _state(folder: Path, discrepancies: list[str]) -> RunState | None:
     """Read its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
     try:
@@ -120,19 +115,6 @@ def _state(folder: Path, discrepancies: list[str]) -> RunState | None:
     if state.version != int(folder.name):
         discrepancies.append(f"{folder}: its run.json is of step {state.version}")
     return state
-
-
-def _rows(path: Path, discrepancies: list[str]) -> npt.NDArray[np.uint32] | None:
-    """Read which steps have a row; None without a file. What is no row is a discrepancy, save at a
-    torn end."""
-    if not path.exists():
-        return None
-    rows = read_lines(
-        path,
-        msgspec.json.Decoder(_Row).decode,
-        lambda number, error: discrepancies.append(f"{path}, line {number}: not a row: {error}"),
-    )
-    return np.fromiter((row.step for _, row in rows), np.uint32)
 
 
 def _against(

@@ -30,6 +30,7 @@ SLOWER = {  # settings that rates hang on
     "concurrency",
     "gradient_checkpointing",
 }
+RATES = 1e-6, 1e12  # that are no slip
 WARM = 3  # first steps of a run, which are slow
 
 
@@ -72,8 +73,9 @@ def parse_rates(text: str) -> dict[str, float]:
         }
     except ValueError as e:
         raise ConfigError(allowed) from e
-    if set(rates) != set(ROLES) or not all(0 < rate < float("inf") for rate in rates.values()):
-        raise ConfigError(allowed)
+    least, most = RATES
+    if set(rates) != set(ROLES) or not all(least <= rate <= most for rate in rates.values()):
+        raise ConfigError(f"{allowed}, from {least:g} to {most:g}")
     return rates
 
 

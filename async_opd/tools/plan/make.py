@@ -4,6 +4,7 @@ settings in, a plan out."""
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from async_opd.config.teacher_rules import (
     longest_sequence,
     shared_with_learner,
 )
+from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
@@ -164,6 +166,18 @@ def places(config: Config, gpus_per_node: int, nodes: int | None) -> dict[str, l
     """List the members on each of `nodes`; absent, of as many as are needed. Raises
     ClusterTooSmall."""
     return place_on_alike(resource_requests(config, gpus=True), gpus_per_node, nodes)
+
+
+@cache
+def has_places(
+    requests: tuple[ResourceRequest, ...], gpus_per_node: int, nodes: int | None
+) -> bool:
+    """Tell whether there is a place for each member: once for all the changes that are tried and
+    ask for the same."""
+    try:
+        return bool(place_on_alike(requests, gpus_per_node, nodes))
+    except (ConfigError, ClusterTooSmall):
+        return False
 
 
 def longest_response(

@@ -1,11 +1,15 @@
 """A plan, from a config to what fits and what helps."""
 
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from async_opd.config.load import load
 from async_opd.config.schema import Config
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.maths.lag import slots
+from async_opd.runtime.placement import resource_requests
 from async_opd.tools.plan import advise, balance, make, shape
 from async_opd.tools.plan.report import Plan
 
@@ -24,13 +28,16 @@ def plan(
     """Plan the run of the config at `path` with `overrides` on `cluster`, balanced by `rates`, or
     by those of the run `like`. Raises ConfigError, DataError, RunMissing."""
     config, gpus_per_node = load(path, overrides), cluster.gpus_per_node
+    _refuse_absurd(msgspec.to_builtins(config), "")
     shapes, card = _shapes(config, offline), cluster.gpu_memory_gib * make.GIB
 
     def retry(more: list[str]) -> set[str] | None:
         try:
             changed = load(path, [*overrides, *more])
-            make.places(changed, gpus_per_node, cluster.nodes)
-        except (ConfigError, ClusterTooSmall):
+        except ConfigError:
+            return None
+        requests = tuple(resource_requests(changed, gpus=True))
+        if not make.has_places(requests, gpus_per_node, cluster.nodes):
             return None
         return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
 
@@ -59,6 +66,15 @@ def plan(
         checked=ONLINE[:1] if offline else ONLINE,
         skipped=ONLINE[1:] if offline else [],
     )
+
+
+def _refuse_absurd(settings: dict[str, Any], section: str) -> None:
+    """Raise ConfigError for a number beyond shape.MOST, which is a slip, and no memory."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _refuse_absurd(value, f"{section}{name}.")
+        elif isinstance(value, int | float) and value > shape.MOST:
+            raise ConfigError(f"{section}{name} = {value}: plan counts up to {shape.MOST:g}")
 
 
 def _more_nodes(config: Config, gpus_per_node: int) -> list[str]:

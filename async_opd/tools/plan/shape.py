@@ -16,6 +16,7 @@ from async_opd.core.suggest import nearest
 # config.json of common models, and each one's context by hub id
 SHIPPED = Path(__file__).with_name("shapes.json")
 # families whose queries, keys and values have a bias that config.json does not mention
+MOST = 10**12  # of anything
 BIASED = {"qwen2"}
 NORMED = {"qwen3", "qwen3_moe"}
 FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -82,6 +83,9 @@ def read(tree: dict, setting: str) -> Shape:
         raise ConfigError(
             f"{setting}: plan cannot count a model of type {family!r}, only {', '.join(FAMILIES)}"
         )
+    for name, value in tree.items():
+        if isinstance(value, int | float) and not abs(value) <= MOST:
+            raise ConfigError(f"{setting}: its config has {name} = {value}: at most {MOST:g}")
     with foreign(f"{setting}: its config cannot be read", ConfigError), _missing(setting):
         layers, heads = tree["num_hidden_layers"], tree["num_attention_heads"]
         experts = tree.get("num_experts") or tree.get("num_local_experts") or 0
