@@ -82,8 +82,8 @@ class Checkpoints:
     def commit(self, step: int, state: RunState) -> None:
         """Make what was written since `begin` the newest checkpoint, on the disk when this returns.
 
-        Raises CheckpointError where something cannot be written: what was there before is there
-        still.
+        Raises CheckpointError where something of it cannot be written: what was there before is
+        there still.
         """
         partial = files.partial(self._folder(step))
         try:
@@ -96,7 +96,8 @@ class Checkpoints:
         except CheckpointError:
             with suppress(OSError):  # `begin` tries again
                 self.recover()
-            raise
+            if not self._folder(step).exists():
+                raise
 
     def recover(self) -> None:
         """Clear away what a crash, or a save that failed, left behind."""
@@ -112,7 +113,8 @@ class Checkpoints:
         """
         with _naming(step):
             self.recover()
-            self._point(step)
+            if self._folder(step).exists():  # there is none of the start
+                self._point(step)
             for later in sorted(committed(self._root), reverse=True):
                 if later > step:
                     files.remove_folder(self._folder(later))
@@ -153,6 +155,14 @@ def find(path: Path) -> Checkpoint:
         return _verified(folder)
     except CheckpointError as e:
         raise CheckpointError(f"{e}; {_offer(folder)}") from None
+
+
+def newest(run_dir: Path, start: dict[str, Any]) -> Checkpoint:
+    """Find the newest checkpoint of a run, as `find` does, or its start, where the prompts stand at
+    position `start`, while there is none."""
+    if committed(run_dir / CHECKPOINTS):
+        return find(run_dir)
+    return Checkpoint(run_dir, RunState(version=0, position=start, outstanding=[]))
 
 
 def choose(run_dir: Path, which: str) -> Checkpoint:
