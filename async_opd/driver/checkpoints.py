@@ -75,15 +75,15 @@ class Checkpoints:
         for a step that is there already: to replace it would be to lose it for a moment."""
         with _naming(step):
             self.recover()
-            if self._folder(step).exists():
+            if self.holds(step):
                 raise CheckpointError(f"checkpoint of step {step}: it is saved already")
             return files.begin_folder(self._folder(step))
 
     def commit(self, step: int, state: RunState) -> None:
         """Make what was written since `begin` the newest checkpoint, on the disk when this returns.
 
-        Raises CheckpointError where something of it cannot be written: what was there before is
-        there still.
+        Raises CheckpointError where something cannot be written: what was there before is there
+        still, and `holds` says whether the new one is, too.
         """
         partial = files.partial(self._folder(step))
         try:
@@ -96,8 +96,11 @@ class Checkpoints:
         except CheckpointError:
             with suppress(OSError):  # `begin` tries again
                 self.recover()
-            if not self._folder(step).exists():
-                raise
+            raise
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a whole one of `step`."""
+        return self._folder(step).exists()
 
     def recover(self) -> None:
         """Clear away what a crash, or a save that failed, left behind."""
@@ -113,7 +116,7 @@ class Checkpoints:
         """
         with _naming(step):
             self.recover()
-            if self._folder(step).exists():  # there is none of the start
+            if self.holds(step):  # there is none of the start
                 self._point(step)
             for later in sorted(committed(self._root), reverse=True):
                 if later > step:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from async_opd.core.errors import SystemFailed
+from async_opd.core.errors import CheckpointError, SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.foreign import foreign
@@ -109,10 +109,16 @@ class Progress:
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
-        await asyncio.to_thread(self._checkpoints.commit, version, state)
+        left = ""
+        try:
+            await asyncio.to_thread(self._checkpoints.commit, version, state)
+        except CheckpointError as e:  # it may be whole, and only what comes behind it undone
+            if not await asyncio.to_thread(self._checkpoints.holds, version):
+                raise
+            left = f"; {e}"
         self._right, self._known = 0, 0
         self.saved = version
-        self._emit("saved", "checkpoint", f"step {version}")
+        self._emit("saved", "checkpoint", f"step {version}{left}")
 
 
 def _rewind(run_dir: Path, version: int) -> None:

@@ -1,5 +1,6 @@
 """A new run directory, and the record of what a run is made with."""
 
+import asyncio
 import itertools
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datas
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
     """Make the run directory new; one that is there already is kept beside under a number. A
-    mistake that shows before the first prompt is handed out leaves everything as it was."""
+    mistake that shows before the first prompt is handed out, or a Ctrl-C, leaves everything as it
+    was."""
     others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     earlier = next(other for other in others if not other.exists())
     parents = [parent for parent in path.parents if not parent.exists()]
@@ -28,16 +30,26 @@ def new_dir(path: Path) -> Iterator[Path]:
         path.mkdir(parents=True)
     except OSError as e:
         raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
+
+    def undo() -> None:
+        shutil.rmtree(path)
+        for folder in parents:
+            with suppress(OSError):  # of what others have put there since
+                folder.rmdir()
+        if earlier.exists():
+            earlier.rename(path)
+
     try:
         yield path
     except AsyncOpdError as e:
         if e.exit_status == 2 and not (path / LEDGER).exists():
-            shutil.rmtree(path)
-            for folder in parents:
-                with suppress(OSError):  # of what others have put there since
-                    folder.rmdir()
-            if earlier.exists():
-                earlier.rename(path)
+            undo()
+        raise
+    except asyncio.CancelledError as e:
+        ledger = path / LEDGER
+        if not ledger.exists() or not ledger.stat().st_size:
+            undo()
+            e.add_note(f"{path} is as it was")
         raise
 
 

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import ConfigError, SystemFailed
 from async_opd.core.events import EventSink
+from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.core.vocabulary import Tokens
@@ -66,7 +67,8 @@ class Cluster:
         with ExitStack() as leaving:
             start_ray()
             leaving.enter_context(taken_over())
-            self._gpus = bool(ray.cluster_resources().get("GPU"))
+            with foreign("Ray, its resources", SystemFailed):
+                self._gpus = bool(ray.cluster_resources().get("GPU"))
             self._requests = {
                 request.role: request for request in resource_requests(self._config, self._gpus)
             }
@@ -188,7 +190,8 @@ class Cluster:
         if not far:
             return
         folder, what = Path(config.run.dir).resolve(), "look at the run directory"
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
+        refused = foreign(f"run.dir = {config.run.dir!r}", SystemFailed)
+        with refused, tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
             looks = (
                 actor.ask_host(config.timeout.start_s, "sees", file.name, what=what)
                 for actor in far
