@@ -78,10 +78,6 @@ class ActorLost(AsyncOpdError):
     """An actor, or the engine inside it, died. The message names the role and its index."""
 
 
-class CannotStart(ActorLost):
-    """A role cannot be built: it never lived. The message names it and why."""
-
-
 class SystemFailed(AsyncOpdError):
     """Ray, its object store or a disk refused a call. The message names the call and what was
     said."""

@@ -60,7 +60,8 @@ class Admission:
         teacher: TeacherSampling | None = None,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced, unless there are no more `prompts`. A prompt is issued `max_attempts` times at most."""
+        dropped one is replaced while there are `prompts`. A prompt is issued `max_attempts` times
+        at most."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots

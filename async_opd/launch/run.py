@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import AsyncOpdError, CheckpointError, SystemFailed
+from async_opd.core.errors import SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.foreign import foreign
@@ -85,7 +85,6 @@ async def _run(
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
-    start, restarts = inputs.prompts.position, Restarts(config.run)
     with (
         closing(inputs.prompts),
         observed(_sinks(config, run_dir)) as sinks,
@@ -99,6 +98,7 @@ async def _run(
             if what != "placed":  # of each member, for those who look for it
                 shown(event)
 
+        restarts = Restarts(config.run, run_dir, inputs.prompts.position, emit)
         while True:
             try:
                 meter = Meter(
@@ -109,18 +109,11 @@ async def _run(
                 summary = await _trained(config, inputs, run_dir, meter, emit, checkpoint, restarts)
                 break
             except LOST as e:
-                wait_s = None if task.cancelling() else restarts.wait_s(e, meter.last_step)
-                if wait_s is None:
+                if task.cancelling():
                     raise
-                checkpoint = await _newest(run_dir, start, e)
-                step = checkpoint.state.version
-                behind = f", in {wait_s:g} s" if wait_s else ""
-                emit(
-                    "starts again", "run", f"from step {step}{behind}, for {type(e).__name__}: {e}"
-                )
+                checkpoint = await restarts.goes_on_from(e, meter.last_step)
                 # what they have not written yet would stand behind the rows that are void
                 await asyncio.to_thread(caught_up, [*observers, record])
-                await asyncio.sleep(wait_s)
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         **inputs.prompts.counts,
@@ -132,18 +125,6 @@ async def _run(
     with foreign(f"{run_dir / SUMMARY}: the run is trained and saved", SystemFailed):
         write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
-
-
-async def _newest(
-    run_dir: Path, start: dict[str, Any], error: AsyncOpdError
-) -> checkpoints.Checkpoint:
-    """Find where to go on from. Raises `error`, with a note, where the newest checkpoint is
-    damaged."""
-    try:
-        return await asyncio.to_thread(checkpoints.newest, run_dir, start)
-    except CheckpointError as damaged:
-        error.add_note(f"not started again: {damaged}")
-        raise error from None
 
 
 def _read(config: Config) -> "Inputs":

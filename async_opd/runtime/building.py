@@ -4,7 +4,7 @@ import traceback
 from importlib import import_module
 from typing import Any
 
-from async_opd.core.errors import AsyncOpdError, CannotStart
+from async_opd.core.errors import ActorLost, AsyncOpdError
 from async_opd.core.foreign import foreign
 from async_opd.core.process_wide import no_garbage_collection
 
@@ -21,11 +21,11 @@ class Unbuilt:
 
 def built(called: str, target: str, *args: Any) -> Any:
     """Build `target`, "module:name", with `args`. An error becomes an `Unbuilt`, with its name and
-    one line, a CannotStart where it has no name of ours: Ray would make a trace of it. The trace
+    one line, an ActorLost where it has no name of ours: Ray would make a trace of it. The trace
     goes into this process's own log."""
     module, name = target.split(":")
     try:
-        with no_garbage_collection(), foreign(f"{called} cannot be built", CannotStart):
+        with no_garbage_collection(), foreign(f"{called} cannot be built", ActorLost):
             return getattr(import_module(module), name)(*args)
     except AsyncOpdError as error:
         traceback.print_exc()

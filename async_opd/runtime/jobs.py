@@ -3,6 +3,7 @@ stopped."""
 
 import asyncio
 import logging
+import math
 import shlex
 import sys
 import tempfile
@@ -26,8 +27,8 @@ from async_opd.core.process_wide import environment, log_level
 from async_opd.runtime.dashboard import HOW_TO_GET_A_TOKEN, dashboard_url, token_for
 
 POLL_S = 1.0
-# from SIGTERM to SIGKILL; Ray's 3 s would cut off driver.train_loop.INTERRUPT_S and the end of the
-# actors
+END_S = 42  # for the end of the actors, behind the last save
+# from SIGTERM to SIGKILL, of a run with the default last save; Ray's 3 s would cut that off
 STOP_S = 60
 # of the working directory, besides what git ignores
 LEFT_OUT = ["/.git", ".venv", "venv", "__pycache__", "/runs", "/wandb"]
@@ -49,13 +50,15 @@ class Jobs:
                 headers={"Authorization": f"Bearer {token}"} if token else None
             )
 
-    def submit(self, words: list[str], run_dir: str, package: Path) -> str:
+    def submit(
+        self, words: list[str], run_dir: str, package: Path, last_save_s: float = 0.0
+    ) -> str:
         """Start `async-opd WORDS` with the files of `package` as its working directory; return its
-        id."""
+        id. When it is stopped, it is left the time of its last save."""
         environment = {
             "working_dir": str(package),
             "py_modules": _this_package(),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s(last_save_s))},
         }
         return self._start(words, environment, {RUN_DIR: run_dir})
 
@@ -147,6 +150,11 @@ class Jobs:
             # RuntimeError: what Ray makes of an HTTP status
             last = str(e).strip().rpartition("\n")[2] or type(e).__name__
             raise ClusterError(f"{self.address}: {last}{behind}") from e
+
+
+def stop_s(last_save_s: float) -> int:
+    """Seconds from SIGTERM to SIGKILL of a run whose `timeout.last_save_s` is that."""
+    return max(STOP_S, math.ceil(last_save_s) + END_S)
 
 
 def _quietly() -> AbstractContextManager[None]:

@@ -181,7 +181,8 @@ class LearnerRank:
             raise Diverged(f"step {step}: loss {metrics['loss']} over {tokens:.0f} tokens")
         metrics["lr"] = self._engine.get_lr()[0]
         metrics["grad_norm"] = self._moved(step) if tokens else 0.0
-        self.version, self._running, self._moving = step, running, False
+        self.version, self._running = step, running
+        self._moving = False
         return StepResult(
             version=self.version,
             metrics=metrics,
@@ -234,8 +235,7 @@ class LearnerRank:
         return self._weights.layout()
 
     def send_weights(self) -> None:
-        """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or too
-        slow."""
+        """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or slow."""
         weights = self._weights.tensors()
         try:
             if self._rank == 0:
