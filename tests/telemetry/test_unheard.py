@@ -5,6 +5,7 @@ import os
 import threading
 from itertools import count
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
