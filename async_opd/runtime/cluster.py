@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
-from async_opd.core.errors import ConfigError, SystemFailed
+from async_opd.core.errors import ConfigError, SystemFailed, first_line
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
@@ -67,8 +68,10 @@ class Cluster:
         with ExitStack() as leaving:
             start_ray()
             leaving.enter_context(taken_over())
-            with foreign("Ray, its resources", SystemFailed):
+            try:
                 self._gpus = bool(ray.cluster_resources().get("GPU"))
+            except (RayError, OSError) as e:
+                raise SystemFailed(f"Ray, its resources: {first_line(e)}") from e
             self._requests = {
                 request.role: request for request in resource_requests(self._config, self._gpus)
             }

@@ -31,11 +31,12 @@ def start_ray() -> None:
     with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
-        undo.enter_context(foreign("Ray, its start", SystemFailed))
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, AuthenticationError) as e:
-            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
+        with foreign("Ray, its start", SystemFailed):
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError, AuthenticationError) as e:
+                address = os.environ.get("RAY_ADDRESS", "")
+                raise ConfigError(f"RAY_ADDRESS = {address!r}: {e}") from e
         _started.push(undo.pop_all())
 
 

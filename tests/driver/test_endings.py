@@ -84,11 +84,14 @@ class Run:
 
     async def train(self, learner, source=None, found=None, **roles):
         meter = Meter([Jsonl(self.run_dir / "metrics.jsonl")], asyncio.get_running_loop().time)
-        roles = dict(
-            generators=[SimulatedGenerator()],
-            teachers={"": [SimulatedTeacher()]},
-            verifier=SimulatedVerifier(),
-        ) | roles
+        roles = (
+            dict(
+                generators=[SimulatedGenerator()],
+                teachers={"": [SimulatedTeacher()]},
+                verifier=SimulatedVerifier(),
+            )
+            | roles
+        )
         try:
             return await train(
                 self.config,
@@ -114,7 +117,8 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    "kind", [Diverged, CallFailed, SyncFailed, ParityError, StaleTrajectory, WireError, SystemFailed]
+    "kind",
+    [Diverged, CallFailed, SyncFailed, ParityError, StaleTrajectory, WireError, SystemFailed],
 )
 def test_whatever_named_error_ends_a_run_saves_what_is_trained_first(tmp_path, kind):
     run, error = Run(tmp_path), kind("step 4")

@@ -228,7 +228,7 @@ async def test_ctrl_c_before_the_first_step_leaves_nothing_untrue(stub, when):
     stub.run_dir.mkdir()
     (stub.run_dir / "mine").touch()
     running = asyncio.ensure_future(stub.run())
-    await reached.wait()
+    await asyncio.wait_for(reached.wait(), 60)
     running.cancel()
     with pytest.raises(asyncio.CancelledError) as raised:
         await running
