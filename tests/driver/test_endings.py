@@ -1,4 +1,4 @@
-"""How a run ends over simulated roles: what is trained is saved first, and the first error stays."""
+"""How a run ends over simulated roles: what is trained is saved first; the first error stays."""
 
 import asyncio
 import contextlib

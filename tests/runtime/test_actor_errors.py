@@ -64,7 +64,7 @@ async def test_a_call_that_ray_does_not_take(which):
         refusing.call_keeping(1, 1, "call", "score"),
         refusing.ask_host(1, "start"),
     ):
-        with pytest.raises(SystemFailed, match="^teacher 0, s(core|tart): "):
+        with pytest.raises(SystemFailed, match=r"^teacher 0, s(core|tart): "):
             await call
 
 
@@ -83,5 +83,5 @@ def test_nodes_that_ray_cannot_list_are_named(monkeypatch):
         raise exceptions.RaySystemError("no head")
 
     monkeypatch.setattr(nodes, "available_resources_per_node", refuses)
-    with pytest.raises(SystemFailed, match="^Ray, its nodes: RaySystemError: "):
+    with pytest.raises(SystemFailed, match=r"^Ray, its nodes: RaySystemError: "):
         nodes.alive_nodes()

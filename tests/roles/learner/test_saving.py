@@ -32,14 +32,14 @@ def test_a_rank_whose_disk_is_full_still_comes_to_the_barriers_of_the_others():
         raise OSError(28, "No space left on device", path)
 
     engine, barriers = SimpleNamespace(checkpoint_engine=Full(), _copy_recovery_script=script), []
-    with pytest.raises(CheckpointError, match="^there: cannot be written: .*No space left"):
-        with checkpoint.to_its_end(engine):
-            engine.checkpoint_engine.makedirs("there", exist_ok=True)
-            barriers.append(1)
-            engine.checkpoint_engine.save({}, "there/a")
-            engine.checkpoint_engine.save(state_dict={}, path=Path("there/b"))
-            engine._copy_recovery_script("there")
-            barriers.append(2)
+    says = r"^there: cannot be written: .*No space left"
+    with pytest.raises(CheckpointError, match=says), checkpoint.to_its_end(engine):
+        engine.checkpoint_engine.makedirs("there", exist_ok=True)
+        barriers.append(1)
+        engine.checkpoint_engine.save({}, "there/a")
+        engine.checkpoint_engine.save(state_dict={}, path=Path("there/b"))
+        engine._copy_recovery_script("there")
+        barriers.append(2)
     assert barriers == [1, 2]
     with pytest.raises(RuntimeError):  # and all is as before
         engine.checkpoint_engine.save({}, "there/a")
