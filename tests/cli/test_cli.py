@@ -155,8 +155,7 @@ async def _interrupted(*_):
 def test_an_interrupted_run_says_in_the_same_line_what_is_not_saved(monkeypatch, capsys):
     monkeypatch.setattr("async_opd.launch.run.run", _interrupted)
     assert main(["train", str(DEMO)]) == 130
-    assert capsys.readouterr().err == "async-opd: interrupted; not saved: the disk is full
-"
+    assert capsys.readouterr().err == "async-opd: interrupted; not saved: the disk is full\n"
 
 
 def test_an_interrupt_of_what_trains_nothing_promises_no_checkpoint(monkeypatch, capsys):
