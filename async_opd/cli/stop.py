@@ -1,7 +1,8 @@
 """End a submitted run as Ctrl-C would: with a checkpoint to go on from.
 
-The step at hand is finished and saved, where both take at most 18 s; else the checkpoint before it
-is the last. What has not ended within a minute is killed. `submit --resume` goes on.
+The step at hand is finished and saved, where both take at most timeout.last_save_s, 18 s by
+default; else the checkpoint before it is the last. What has not ended 42 s later is killed.
+`submit --resume` goes on.
 
   async-opd stop raysubmit_4LamXRuQpYdSMg7J
 """

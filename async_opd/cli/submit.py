@@ -49,24 +49,26 @@ def run(args: argparse.Namespace) -> int:
     needed: dict[str, Path] = {}
     if args.resume:
         words = ["--resume", str(args.resume), *args.words]
-        run_dir = _run_to_resume(folder, needed, args.resume, args.words)
+        run_dir, last_save_s = _run_to_resume(folder, needed, args.resume, args.words)
     elif args.words:
         needed["config"] = _inside(folder, "config", path(args.words[0]).absolute())
-        words, run_dir = _checked(folder, needed, args.words[1:])
+        words, run_dir, last_save_s = _checked(folder, needed, args.words[1:])
     else:
         raise ConfigError("submit: needs a config, a TOML file, or --resume RUN")
     from async_opd.runtime.jobs import Jobs, packed
 
     jobs = Jobs(args.address)
     with packed(folder, needed) as package:
-        id = jobs.submit(["train", *words], run_dir, package)
+        id = jobs.submit(["train", *words], run_dir, package, last_save_s)
     print(id, flush=True)
     return 0 if args.no_wait else jobs.follow(id)
 
 
-def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tuple[list[str], str]:
-    """Check the config in `needed`; return the words of `train` for it, and its run directory. What
-    it reads joins `needed`."""
+def _checked(
+    folder: Path, needed: dict[str, Path], overrides: list[str]
+) -> tuple[list[str], str, float]:
+    """Check the config in `needed`; return the words of `train` for it, its run directory and the
+    time of its last save. What it reads joins `needed`."""
     from async_opd.config.load import load
 
     file = needed["config"].relative_to(folder)
@@ -80,7 +82,7 @@ def _checked(folder: Path, needed: dict[str, Path], overrides: list[str]) -> tup
                 f" run.dir=/shared/{run_dir.name}"
             )
         needed |= _files(folder, config.relative_inputs)
-    return [file.as_posix(), *overrides], str(run_dir)
+    return [file.as_posix(), *overrides], str(run_dir), config.timeout.last_save_s
 
 
 def _files(folder: Path, inputs: dict[str, str]) -> dict[str, Path]:
@@ -99,9 +101,11 @@ def _inside(folder: Path, key: str, path: Path) -> Path:
     return path.resolve()
 
 
-def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]) -> str:
-    """Name the run directory to go on with. A run that can be seen from here is checked as a new
-    one is; the job checks it anyway."""
+def _run_to_resume(
+    folder: Path, needed: dict[str, Path], path: Path, overrides: list[str]
+) -> tuple[str, float]:
+    """Name the run directory to go on with, and the time of its last save, 0 where it cannot be
+    seen from here. A run that can be seen is checked as a new one is; the job checks it anyway."""
     from async_opd.cli.train import to_resume
     from async_opd.core.run_dir import run_of
 
@@ -109,8 +113,10 @@ def _run_to_resume(folder: Path, needed: dict[str, Path], path: Path, overrides:
         raise ConfigError(
             f"--resume {path}: must be absolute: the run's directory as the cluster's nodes see it"
         )
+    last_save_s = 0.0
     if path.exists():
         with chdir(folder):
             config, _ = to_resume(path, overrides, elsewhere=True)
             needed |= _files(folder, config.relative_inputs)
-    return str(run_of(path))
+            last_save_s = config.timeout.last_save_s
+    return str(run_of(path)), last_save_s

@@ -72,7 +72,10 @@ def train(config: "Config", checkpoint: "Checkpoint | None" = None) -> int:
     try:
         summary = asyncio.run(run(config, checkpoint))
     except (KeyboardInterrupt, asyncio.CancelledError) as e:
-        e.add_note("what was trained is in the newest checkpoint, unless it says otherwise above")
+        kept = "what was trained is in the newest checkpoint, unless it says otherwise above"
+        # asyncio makes the one of the other, without its notes
+        for note in getattr(e.__context__, "__notes__", () if hasattr(e, "__notes__") else [kept]):
+            e.add_note(note)
         raise
     lines = ["", time_table(summary)]
     if "accuracy_before" in summary:

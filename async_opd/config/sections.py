@@ -20,9 +20,14 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_attempts: Annotated[int, Meta(ge=1)] = 3  # of one prompt, before its final drop
     # of the last two steps' worth of prompts; above it the run ends, behind a checkpoint
     max_failed_share: Annotated[float, Meta(ge=0, le=1)] = 0.5
-    checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100  # 0: only at the end, and on Ctrl-C
-    # from the newest checkpoint, when what a run needs is lost
+    # 0: only by time, at the end, and on Ctrl-C
+    checkpoint_every_steps: Annotated[int, Meta(ge=0)] = 100
+    # since the last one, at the end of a step; 0: not by time
+    checkpoint_minutes: Annotated[float, Meta(ge=0)] = 30.0
+    # from the newest checkpoint, or the start, when what a run needs is lost; so many within
+    # `restart_steps`
     max_restarts: Annotated[int, Meta(ge=0)] = 3
+    restart_steps: Annotated[int, Meta(ge=1)] = 20  # of progress, behind which one counts no more
     keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # the last of them; the best is kept besides
     # between steps of which two responses are kept; 0: none
     samples_every_steps: Annotated[int, Meta(ge=0)] = 10
@@ -70,6 +75,8 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher
     step_s: Annotated[float, Meta(gt=0)] = 600.0  # one optimizer step, or one checkpoint
+    # the step at hand and a checkpoint, on Ctrl-C and SIGTERM; behind an error at least 2 `step_s`
+    last_save_s: Annotated[float, Meta(gt=0)] = 18.0
     health_s: Annotated[float, Meta(gt=0)] = 2.0  # between two looks at an actor and its engine
     # without a sign of life, after which an actor is given up
     stall_s: Annotated[float, Meta(gt=0)] = 30.0

@@ -85,6 +85,11 @@ class ActorLost(AsyncOpdError):
     """An actor, or the engine inside it, died. The message names the role and its index."""
 
 
+class SystemFailed(AsyncOpdError):
+    """Ray, its object store or a disk refused a call. The message names the call and what was
+    said."""
+
+
 class CallFailed(AsyncOpdError):
     """A role that lives raised something that has no name of its own. The message names the role,
     the call and it."""

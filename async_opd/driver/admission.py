@@ -4,11 +4,44 @@ from collections.abc import Iterator
 
 import msgspec
 
+from async_opd.core.errors import DataError
+from async_opd.core.events import EventSink
 from async_opd.core.wire import Prompt
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots
 from async_opd.driver.teacher_sampling import TeacherSampling
+
+
+class Supply:
+    """The prompts of a run, to where no more can be had: the data is used up, or a row cannot be
+    used. What is outstanding then is trained first."""
+
+    def __init__(self, prompts: Iterator[Prompt], slots: Slots, per_step: int, emit: EventSink):
+        """`per_step` groups are a step's."""
+        self.ended: DataError | None = None  # why there are no more
+        self._prompts = prompts
+        self._slots = slots
+        self._per_step = per_step
+        self._emit = emit
+
+    def __iter__(self) -> Iterator[Prompt | None]:
+        return self
+
+    def __next__(self) -> Prompt | None:
+        """The next prompt, or None while what is outstanding still fills a step. Raises DataError
+        when it does not."""
+        if self.ended is None:
+            try:
+                return next(self._prompts)
+            except StopIteration:
+                self.ended = DataError("data.path: its rows are used up")
+            except DataError as e:
+                self.ended = e
+            self._emit("no more prompts", "data", f"{self.ended}; the outstanding are trained")
+        if self._slots.outstanding < self._per_step:
+            raise self.ended
+        return None
 
 
 class Admission:
@@ -17,7 +50,7 @@ class Admission:
 
     def __init__(
         self,
-        prompts: Iterator[Prompt],
+        prompts: Iterator[Prompt | None],
         needed: int,
         *,
         slots: Slots,
@@ -27,7 +60,8 @@ class Admission:
         teacher: TeacherSampling | None = None,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced. A prompt is issued `max_attempts` times at most."""
+        dropped one is replaced while there are `prompts`. A prompt is issued `max_attempts` times
+        at most."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -39,7 +73,8 @@ class Admission:
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
         while self.needed and self._slots.free:
-            prompt = next(self._prompts)
+            if (prompt := next(self._prompts)) is None:
+                return
             self._ledger.handed_out(prompt.id)
             self.needed -= 1
             ticket = self._slots.take()

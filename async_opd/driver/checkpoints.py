@@ -75,7 +75,7 @@ class Checkpoints:
         for a step that is there already: to replace it would be to lose it for a moment."""
         with _naming(step):
             self.recover()
-            if self._folder(step).exists():
+            if self.holds(step):
                 raise CheckpointError(f"checkpoint of step {step}: it is saved already")
             return files.begin_folder(self._folder(step))
 
@@ -83,7 +83,7 @@ class Checkpoints:
         """Make what was written since `begin` the newest checkpoint, on the disk when this returns.
 
         Raises CheckpointError where something cannot be written: what was there before is there
-        still.
+        still, and `holds` says whether the new one is, too.
         """
         partial = files.partial(self._folder(step))
         try:
@@ -97,6 +97,10 @@ class Checkpoints:
             with suppress(OSError):  # `begin` tries again
                 self.recover()
             raise
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a whole one of `step`."""
+        return self._folder(step).exists()
 
     def recover(self) -> None:
         """Clear away what a crash, or a save that failed, left behind."""
@@ -112,7 +116,8 @@ class Checkpoints:
         """
         with _naming(step):
             self.recover()
-            self._point(step)
+            if self.holds(step):  # there is none of the start
+                self._point(step)
             for later in sorted(committed(self._root), reverse=True):
                 if later > step:
                     files.remove_folder(self._folder(later))
@@ -153,6 +158,14 @@ def find(path: Path) -> Checkpoint:
         return _verified(folder)
     except CheckpointError as e:
         raise CheckpointError(f"{e}; {_offer(folder)}") from None
+
+
+def newest(run_dir: Path, start: dict[str, Any]) -> Checkpoint:
+    """Find the newest checkpoint of a run, as `find` does, or its start, where the prompts stand at
+    position `start`, while there is none."""
+    if committed(run_dir / CHECKPOINTS):
+        return find(run_dir)
+    return Checkpoint(run_dir, RunState(version=0, position=start, outstanding=[]))
 
 
 def choose(run_dir: Path, which: str) -> Checkpoint:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from async_opd.core.errors import CheckpointError, SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
+from async_opd.core.foreign import foreign
 from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import (
     LEARNER,
@@ -58,16 +60,18 @@ class Progress:
         self._learner = learner
         self._self_teachers = self_teachers
         self._emit = emit
-        self._saved: int | None = None  # version of the newest checkpoint
+        self.saved: int | None = None  # version of the newest checkpoint
         self._right, self._known = 0, 0  # verdicts since then
 
     async def restore(self, checkpoint: Checkpoint, needed: int) -> Iterator[Prompt]:
-        """Bring learner and self-teachers to where they were; returns the prompts from there on:
+        """Bring learner and self-teachers to where they were, at that checkpoint or at the start of
+        the run; returns the prompts from there on:
         first those that were outstanding, at most the `needed` ones (there may be fewer steps than
         there were to be)."""
         folder, state = checkpoint
-        await self._learner.call(Learner.load_state, str(folder / LEARNER))
-        await self._self_teachers.restore(folder)
+        if state.version:  # at the start they are as they begin
+            await self._learner.call(Learner.load_state, str(folder / LEARNER))
+            await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
         # It can be gone on with: what came later is void.
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
@@ -75,8 +79,9 @@ class Progress:
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
-        await asyncio.to_thread(_rewind, self._run_dir, state.version)
-        self._saved = state.version
+        with foreign(f"{self._run_dir}: its rows behind step {state.version}", SystemFailed):
+            await asyncio.to_thread(_rewind, self._run_dir, state.version)
+        self.saved = state.version
         return prompts
 
     def trained(self, step: int, batch: Sequence[ScoredGroup]) -> None:
@@ -90,7 +95,7 @@ class Progress:
         """Save a checkpoint of `version`, unless there is one. The best is the one with the
         largest share of right rollouts since the one before. Generation goes on meanwhile. Raises
         CheckpointError or LedgerError."""
-        if version == self._saved:
+        if version == self.saved:
             return
         state = RunState(
             version=version,
@@ -99,15 +104,21 @@ class Progress:
             score=self._right / self._known if self._known else None,
             counters=counters,
         )
-        self._right, self._known = 0, 0
         folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
         await self.ledger.sync()
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
-        await asyncio.to_thread(self._checkpoints.commit, version, state)
-        self._saved = version
-        self._emit("saved", "checkpoint", f"step {version}")
+        left = ""
+        try:
+            await asyncio.to_thread(self._checkpoints.commit, version, state)
+        except CheckpointError as e:  # it may be whole, and only what comes behind it undone
+            if not await asyncio.to_thread(self._checkpoints.holds, version):
+                raise
+            left = f"; {e}"
+        self._right, self._known = 0, 0
+        self.saved = version
+        self._emit("saved", "checkpoint", f"step {version}{left}")
 
 
 def _rewind(run_dir: Path, version: int) -> None:

@@ -1,12 +1,14 @@
 """One run of the main loop: how it begins, and how it ends."""
 
 import asyncio
+import sys
 from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.errors import DataError, ScorerDiffers, TooManyDropped
+from async_opd.core.errors import AsyncOpdError, CheckpointError, LedgerError
 from async_opd.core.events import EventSink
+from async_opd.core.foreign import foreign
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
 from async_opd.driver import resize
@@ -14,9 +16,6 @@ from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter, Row
-
-# What ends a run whose learner is sound: what is trained is saved. DataError is of a row.
-IN_ORDER = (DataError, TooManyDropped, ScorerDiffers)
 
 
 async def train(
@@ -30,37 +29,88 @@ async def train(
     checkpoint: Checkpoint | None = None,
 ) -> Row:
     """Run the whole job, or from `checkpoint` on; returns what `summary.json` says of it. `emit` is
-    told who was lost and who came. Raises the named error that ended it.
+    told who was lost and who came. Raises the named error that ended it: the first.
 
-    On cancellation (Ctrl-C), and behind an error of IN_ORDER, a checkpoint is saved before it
-    propagates.
+    On cancellation (Ctrl-C), and behind any named error, what is trained is saved before it
+    propagates, while every learner rank answers; why it is not, where it is not, is a note of the
+    error.
     """
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
-    measured: Row = {}
+    timeout = config.timeout
     try:
         async with asyncio.TaskGroup() as tasks:
-            await loop.begin(tasks, checkpoint)
-            serving = tasks.create_task(resize.serve(run_dir, loop.pools))
-            await loop.run()
-            measured = await loop.held_out.end(loop.version)
-            loop.pools.stop()
-            serving.cancel()
+            # one task of the others, so that errors stand in the order in which they came
+            running = tasks.create_task(_run(loop, tasks, run_dir, checkpoint), name="train")
+            await asyncio.wait([running])
         loop.progress.ledger.finished()
     except BaseExceptionGroup as group:
+        cause = first_cause(group)
         task = asyncio.current_task()
         if task and task.cancelling():  # something else broke at the same moment
-            await loop.interrupted()
-            raise asyncio.CancelledError from None
-        cause = first_cause(group)
-        if isinstance(cause, IN_ORDER):
-            await loop.interrupted(2 * config.timeout.step_s)
-        await loop.settled()
+            interrupted = asyncio.CancelledError()
+            interrupted.add_note(f"{type(cause).__name__}: {cause}")
+            await _save_last(loop, interrupted, timeout.last_save_s, emit)
+            raise interrupted from None
         cause.add_note(f"at version {loop.version}")
+        if isinstance(cause, AsyncOpdError):
+            await _save_last(loop, cause, max(timeout.last_save_s, 2 * timeout.step_s), emit)
+        if not (task and task.cancelling()):
+            await loop.at_work.settled(timeout.step_s)
         raise cause from None
-    except asyncio.CancelledError:
-        await loop.interrupted()
+    except asyncio.CancelledError as interrupted:
+        await _save_last(loop, interrupted, timeout.last_save_s, emit)
         raise
     finally:
         loop.pools.stop()
+        _close(loop)
+    return {**running.result(), **meter.summary(), **loop.summary()}
+
+
+async def _run(
+    loop: TrainLoop, tasks: asyncio.TaskGroup, run_dir: Path, checkpoint: Checkpoint | None
+) -> Row:
+    """Train to the end, among `tasks`; returns the accuracies."""
+    await loop.begin(tasks, checkpoint)
+    serving = tasks.create_task(resize.serve(run_dir, loop.pools), name="serve scale")
+    await loop.run()
+    measured = await loop.held_out.end(loop.version)
+    loop.pools.stop()
+    serving.cancel()
+    return measured
+
+
+async def _save_last(
+    loop: TrainLoop, error: BaseException, within_s: float, emit: EventSink
+) -> None:
+    """Save what is trained, in that time, before `error` is raised; where it cannot be saved, that
+    is a note of it, and whatever comes meanwhile, another Ctrl-C among it, ends only the save."""
+    loop.pools.stop()
+    try:
+        async with asyncio.timeout(within_s):
+            with foreign("the last checkpoint", CheckpointError):
+                await loop.save_last()
+        return
+    except TimeoutError:
+        why = f"the step at hand, or saving, takes more than {within_s:g} s"
+    except AsyncOpdError as e:
+        why = f"{e}"
+    except asyncio.CancelledError:
+        why = "it was interrupted"
+    emit("not saved", "checkpoint", why)
+    if why != f"{error}":
+        error.add_note(f"not saved: {why}")
+    else:
+        error.add_note("not saved")
+
+
+def _close(loop: TrainLoop) -> None:
+    """Close the books. What the disk refuses then is a note of the error that ends the run, where
+    there is one."""
+    first = sys.exception()
+    try:
         loop.progress.ledger.close()
-    return {**measured, **meter.summary(), **loop.summary()}
+    except LedgerError as e:
+        if first is None:
+            raise
+        if f"{e}" != f"{first}":
+            first.add_note(f"{e}")

@@ -2,20 +2,19 @@
 what unblocks it, is drawn in `async_opd.driver`."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 from async_opd.config.schema import Config
-from async_opd.core.aio import bounded, retrieved
-from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
+from async_opd.core.aio import bounded
+from async_opd.core.errors import ActorLost, CheckpointError, ParityError, SyncFailed
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner, ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt, StepResult
-from async_opd.driver.admission import Admission
+from async_opd.driver.admission import Admission, Supply
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
 from async_opd.driver.outcomes import Outcomes, verdicts
@@ -25,13 +24,12 @@ from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.driver.replica import Replica
 from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
+from async_opd.driver.saving import AtWork, CheckpointClock, LearnerReplica
 from async_opd.driver.self_teachers import SelfTeachers
 from async_opd.driver.teacher_sampling import CAUSES, TeacherSampling
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.maths import lag
 from async_opd.telemetry.metrics import Meter, Row
-
-INTERRUPT_S = 18.0  # for the step at hand and a checkpoint, after Ctrl-C
 
 
 class TrainLoop:
@@ -45,15 +43,15 @@ class TrainLoop:
         while self.version < self._config.run.steps:
             batch = await self.queue.take(self.version)
             async with self._weights:
-                await self._finished(self._step(batch))
+                await self.at_work.finish(self._step(batch))
                 await self._self_teachers.follow(self.version)
                 await self.pools.compare_beside(self.version)
                 gap = await self._publish(batch)
             self._report(gap)
             self.held_out.trained(self.version)
-            if self._every and self.version % self._every == 0:
-                await self._finished(self.save())
-        await self._finished(self.save())
+            if self.version < self._config.run.steps and self._clock.due(self.version):
+                await self.at_work.finish(self._try_to_save())
+        await self.at_work.finish(self.save())
 
     def __init__(
         self,
@@ -67,9 +65,9 @@ class TrainLoop:
     ):
         self._config, self._source = config, source
         self._meter, self._emit = meter, emit
-        self._every = config.run.checkpoint_every_steps
+        self._clock = CheckpointClock(config.run)
         self.version = 0
-        self._learner = Replica("learner", 0, roles.learner, meter.actor("learner"))
+        self._learner = LearnerReplica("learner", 0, roles.learner, meter.actor("learner"))
         self.pools = Pools(config, roles, meter, emit, self._welcome)
         self.held_out = HeldOut(config, self.pools, held_out, emit)
         self._publisher = WeightPublisher(
@@ -86,7 +84,7 @@ class TrainLoop:
         self.progress = Progress(
             run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
         )
-        self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
+        self.at_work = AtWork()
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
@@ -100,6 +98,7 @@ class TrainLoop:
             where=self._where,
         )
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
+        self._supply: Supply | None = None
         self._admission: Admission | None = None  # once training has started
         self._teacher_sampling: TeacherSampling | None = None
 
@@ -115,6 +114,7 @@ class TrainLoop:
         await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         await self.pools.compare()
         self._admission = self._admits(prompts, tasks)
+        self._clock.start()
         self._meter.start(self.version)
 
     def _admits(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Admission:
@@ -139,8 +139,9 @@ class TrainLoop:
             ledger=ledger,
             count_tokens=self._meter.count,
         )
+        self._supply = Supply(prompts, self._slots, config.groups_per_step, self._emit)
         return Admission(
-            prompts,
+            self._supply,
             (config.run.steps - self.version) * config.groups_per_step,
             slots=self._slots,
             ledger=ledger,
@@ -169,11 +170,12 @@ class TrainLoop:
         return gap
 
     def _admit(self, trained: list[ScoredGroup]) -> None:
-        assert self._admission
+        assert self._admission and self._supply
         for group in trained:
             self._slots.give_back(group.ticket)
         self._admission.fill()
-        if not self._admission.needed:  # generators without a request have nothing to come
+        # generators without a request have nothing to come
+        if self._supply.ended or not self._admission.needed:
             self.pools.generators.idles("starved")
 
     def _dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
@@ -206,35 +208,18 @@ class TrainLoop:
             **self.held_out.row(),
         )
 
-    async def _finished(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for `work`, which goes on where the caller is cancelled: `interrupted` and `settled`
-        wait for it."""
-        self._at_work = retrieved(asyncio.ensure_future(work))
-        await asyncio.shield(self._at_work)
-
-    async def interrupted(self, within_s: float = INTERRUPT_S) -> None:
-        """Save a checkpoint of what is trained, if that can be had in time. Raises nothing of its
-        own."""
+    async def save_last(self) -> None:
+        """Save what is trained, behind what is at work, while every learner rank answers; nothing,
+        where nothing is trained since the newest checkpoint."""
         if self._admission is None:
-            return  # nothing has been trained, or it is not restored yet
-        try:
-            async with asyncio.timeout(within_s):
-                if self._at_work:
-                    await asyncio.shield(self._at_work)
-                if self._unsaid:
-                    self._report()
-                await self._finished(self.save())
-        except TimeoutError:
-            why = f"the step at hand, or saving, takes more than {within_s:g} s"
-            self._emit("not saved", "checkpoint", why)
-        except AsyncOpdError as e:
-            self._emit("not saved", "checkpoint", f"{e}")
-
-    async def settled(self) -> None:
-        """Wait for what is still at work: a save that goes on behind the next start would be taken
-        for its own."""
-        if self._at_work:
-            await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
+            return
+        await self.at_work.over()
+        if self._unsaid:
+            self._report()
+        if self.version not in (0, self.progress.saved):
+            sign = self._learner.hold(self._learner.port.weight_layout())
+            await bounded(sign, self._config.timeout.stall_s, "learner, sign of life")
+            await self.at_work.finish(self.save())
 
     async def _restore(self, checkpoint: Checkpoint) -> Iterator[Prompt]:
         """Be where the run was at that checkpoint; returns its prompts from there on."""
@@ -242,10 +227,19 @@ class TrainLoop:
         needed = (self._config.run.steps - state.version) * self._config.groups_per_step
         prompts = await self.progress.restore(checkpoint, needed)
         self.version = state.version
-        self.held_out.before = Accuracy(*state.counters["before"])
-        self.queue.dropped.update(state.counters["dropped"])
+        if "before" in state.counters:
+            self.held_out.before = Accuracy(*state.counters["before"])
+        self.queue.dropped.update(state.counters.get("dropped", {}))
         self._outcomes.restore(state.counters.get("outcomes", {}))
         return prompts
+
+    async def _try_to_save(self) -> None:
+        """Save a checkpoint on the way. What the disk refuses, full as it may be, is told; the next
+        is another try."""
+        try:
+            await self.save()
+        except CheckpointError as e:
+            self._emit("not saved", "checkpoint", f"{e}; tried again at the next")
 
     async def save(self) -> None:
         """Save a checkpoint of the live version, which is in the books. The learner can do nothing

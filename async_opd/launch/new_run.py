@@ -1,10 +1,12 @@
 """A new run directory, and the record of what a run is made with."""
 
+import asyncio
 import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
 
     One of ours that is there already is kept beside under a number, if nobody works in it; an empty
     folder is used, and any other refused. A mistake that shows before the first prompt is handed
-    out leaves everything as it was. Raises ConfigError and RunInUse.
+    out, or a Ctrl-C, leaves everything as it was. Raises ConfigError and RunInUse.
     """
     parents = [parent for parent in path.parents if not parent.exists()]
     fresh = not path.exists()
@@ -37,17 +39,25 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
             write_file(path / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
         except OSError as e:
             raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
+        undo = partial(
+            _undo, path, parents if fresh else [], earlier, keep=not fresh and not earlier
+        )
         try:
             yield path
         except AsyncOpdError as e:
-            begun = any((path / name).exists() for name in (LEDGER, PROBLEMS))
-            if e.exit_status == 2 and not begun:
-                try:
-                    _undo(path, parents if fresh else [], earlier, keep=not fresh and not earlier)
-                except OSError as left:
-                    kept = f"; the earlier run is in {earlier}" if earlier else ""
-                    e.add_note(f"not removed: {left.filename}: {left.strerror}{kept}")
+            if e.exit_status == 2 and not _begun(path):
+                undo(e)
             raise
+        except asyncio.CancelledError as e:
+            if not any(file.stat().st_size for file in _begun(path)):
+                undo(e)
+                e.add_note(f"{path} is as it was")
+            raise
+
+
+def _begun(path: Path) -> list[Path]:
+    """List the files that the first prompt, or the first problem, goes into, where they exist."""
+    return [file for file in (path / LEDGER, path / PROBLEMS) if file.exists()]
 
 
 def _made(path: Path, work: str, held: ExitStack) -> Path | None:
@@ -78,16 +88,23 @@ def _ours(path: Path) -> bool:
     )
 
 
-def _undo(path: Path, parents: list[Path], earlier: Path | None, keep: bool) -> None:
-    """Leave everything as it was; `keep` a folder that was there, and empty."""
-    shutil.rmtree(path)
-    if keep:
-        path.mkdir()
-    for folder in parents:
-        with suppress(OSError):  # of what others have put there since
-            folder.rmdir()
-    if earlier:
-        earlier.rename(path)
+def _undo(
+    path: Path, parents: list[Path], earlier: Path | None, error: BaseException, *, keep: bool
+) -> None:
+    """Leave everything as it was; `keep` a folder that was there, and empty. What the disk refuses
+    is a note of `error`."""
+    try:
+        shutil.rmtree(path)
+        if keep:
+            path.mkdir()
+        for folder in parents:
+            with suppress(OSError):  # of what others have put there since
+                folder.rmdir()
+        if earlier:
+            earlier.rename(path)
+    except OSError as left:
+        kept = f"; the earlier run is in {earlier}" if earlier else ""
+        error.add_note(f"not removed: {left.filename}: {left.strerror}{kept}")
 
 
 def environment(**others: Any) -> dict[str, Any]:

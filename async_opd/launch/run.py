@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
+from async_opd.core.errors import SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
+from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
 from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.run_dir import (
+    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     EVENTS,
@@ -32,13 +33,14 @@ from async_opd.core.run_lock import locked
 from async_opd.driver import checkpoints
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment, new_dir
+from async_opd.launch.restarts import LOST, Restarts
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
 from async_opd.telemetry.console import console
-from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, caught_up, observed
 from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
 from async_opd.telemetry.spans import Window, encode
@@ -46,21 +48,24 @@ from async_opd.telemetry.spans import Window, encode
 if TYPE_CHECKING:
     from async_opd.launch.inputs import Inputs
 
-# what a new start from a checkpoint can repair
-LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
-
 
 async def run(config: Config, checkpoint: checkpoints.Checkpoint | None = None) -> Row:
     """Train as `config` says, from the start or from a `checkpoint` of its run directory; returns
     what is written to `summary.json`.
 
     A run that loses what it cannot do without, such as a learner rank, starts again from its newest
-    checkpoint, at most `run.max_restarts` times. Until it ends it holds the lock of its directory,
-    and SIGTERM is as Ctrl-C. Raises RunInUse."""
+    checkpoint, or from the beginning while there is none, at most `run.max_restarts` times within
+    `run.restart_steps` steps. Until it ends it holds the lock of its directory, and SIGTERM is as
+    Ctrl-C. Raises RunInUse."""
     with interrupted_by_signal() as task:
         run_dir = Path(config.run.dir)
         with locked(run_dir, "train --resume") if checkpoint else new_dir(run_dir, config, "train"):
-            return await _run(config, run_dir, checkpoint, task)
+            try:
+                return await _run(config, run_dir, checkpoint, task)
+            except asyncio.CancelledError as e:
+                if not checkpoints.committed(run_dir / CHECKPOINTS):
+                    e.add_note("no checkpoint was saved: there is nothing to go on from")
+                raise
 
 
 async def _run(
@@ -74,9 +79,10 @@ async def _run(
     refuse_unreachable()
     inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
     made_with = environment(ends=inputs.tokens.ends)
-    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    with foreign(f"run.dir = {str(run_dir)!r}: cannot be written", SystemFailed):
+        write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
+        write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -93,34 +99,32 @@ async def _run(
             if what != "placed":  # of each member, for those who look for it
                 shown(event)
 
-        for restarts in itertools.count():
+        restarts = Restarts(config.run, run_dir, inputs.prompts.position, emit)
+        while True:
             try:
                 meter = Meter(
                     observers, spans=spans if config.run.trace_steps else None, record=record
                 )
                 if checkpoint:  # what is told until it goes on belongs behind that step, too
                     meter.start(checkpoint.state.version)
-                summary = await _trained(config, inputs, run_dir, meter, emit, checkpoint)
+                summary = await _trained(config, inputs, run_dir, meter, emit, checkpoint, restarts)
                 break
             except LOST as e:
-                if restarts == config.run.max_restarts or task.cancelling():
+                if task.cancelling():
                     raise
-                try:
-                    checkpoint = await asyncio.to_thread(checkpoints.find, run_dir)
-                except CheckpointError as none:
-                    e.add_note(f"not started again: {none}")
-                    raise e from None
-                step = checkpoint.state.version
-                emit("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
+                checkpoint = await restarts.goes_on_from(e, meter.last_step)
+                # what they have not written yet would stand behind the rows that are void
+                await asyncio.to_thread(caught_up, [*observers, record])
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         **inputs.prompts.counts,
         "observer_rows_lost": sum(lost.values()),
         **lost,
         "version": config.run.steps,
-        "restarts": restarts,
+        "restarts": restarts.count,
     }
-    write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
+    with foreign(f"{run_dir / SUMMARY}: the run is trained and saved", SystemFailed):
+        write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
 
 
@@ -138,8 +142,9 @@ async def _trained(
     meter: Meter,
     emit: EventSink,
     checkpoint: checkpoints.Checkpoint | None,
+    restarts: Restarts,
 ) -> Row:
-    """Start the actors, and train with them to the end."""
+    """Start the actors, and train with them to the end. `restarts` hears that they are ready."""
     inputs.prompts.tell = partial(emit, "left out", "row")
     if checkpoint is None and inputs.prompts.left_out_words:
         emit("left out", "rows", inputs.prompts.left_out_words)
@@ -152,6 +157,7 @@ async def _trained(
     ) as cluster:
         started = time.monotonic()
         roles = await cluster.roles()
+        restarts.ready = True
         say(f"every actor is ready after {time.monotonic() - started:.0f} s")
         gc.collect()
         # each full collection would look through all that was imported: 0.2 s, half of the driver's

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import msgspec
 import numpy as np
 import ray
 from ray import exceptions
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_opd.core.aio import bounded, retrieved
-from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, WireError
+from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, SystemFailed, WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
 from async_opd.objectives.base import Objective
@@ -143,8 +145,9 @@ class RemoteActor:
         # an engine of vLLM's, in a process of its own, is told by its gpu_memory_utilization
         share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
-        role = ray.remote(type(title, (RoleActor,), {})).options(**options)
-        self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
+        with foreign(f"{name}, start", SystemFailed):
+            role = ray.remote(type(title, (RoleActor,), {})).options(**options)
+            self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
 
     async def call(
         self, timeout_s: float, method: str, *args: Any, **columns: Sequence[Ref]
@@ -152,9 +155,9 @@ class RemoteActor:
         """The result of the role's `method`; `columns` are references, each a tuple there."""
         flat = {f"{name}.{i}": ref for name, refs in columns.items() for i, ref in enumerate(refs)}
         refuse_unsendable(method, (*args, *flat.values()))
-        return await self._result(
-            self._handle.call.remote(method, *args, **flat), timeout_s, method
-        )
+        with foreign(f"{self.name}, {method}", SystemFailed):
+            ref = self._handle.call.remote(method, *args, **flat)
+        return await self._result(ref, timeout_s, method)
 
     async def call_keeping(
         self, timeout_s: float, refs: int, how: str, method: str, *args: Any
@@ -163,39 +166,41 @@ class RemoteActor:
         are."""
         refuse_unsendable(method, args)
         remote = getattr(self._handle, how).options(num_returns=1 + refs)
-        first, *rest = remote.remote(method, *args)
+        with foreign(f"{self.name}, {method}", SystemFailed):
+            first, *rest = remote.remote(method, *args)
         return await self._result(first, timeout_s, method), rest
 
     async def ask_host(self, timeout_s: float, method: str, *args: Any, what: str = "") -> Any:
         """The result of a method of `RoleActor` itself; `what` is what errors call it."""
         refuse_unsendable(method, args)
-        ref = getattr(self._handle, method).remote(*args)
+        with foreign(f"{self.name}, {what or method}", SystemFailed):
+            ref = getattr(self._handle, method).remote(*args)
         return await self._result(ref, timeout_s, what or method)
 
     def kill(self) -> None:
-        """End the process."""
+        """End the process; one that Ray cannot reach ends with its connection."""
         self.killed = True
-        ray.kill(self._handle)
+        with suppress(SystemFailed), foreign(f"{self.name}, kill", SystemFailed):
+            ray.kill(self._handle)
 
     async def _result(self, ref: Ref, timeout_s: float, what: str) -> Any:
-        """Await a call's result. Raises the role's own named error, ActorLost, or TimedOut."""
+        """Await a call's result. Raises the role's own named error, or one of ours for it."""
         try:
-            return await bounded(_as_future(ref), timeout_s, f"{self.name}, {what}")
+            return await bounded(ref, timeout_s, f"{self.name}, {what}")
         except GONE as e:
             lines = str(e).partition("Some common causes")[0].strip().splitlines()
             lines = lines or [type(e).__name__]
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))
             raise ActorLost(f"{self.name} died during {what}: {why}") from None
-        except RayTaskError as e:
+        except exceptions.RayTaskError as e:
             if isinstance(e.cause, AsyncOpdError):
                 raise e.cause from None
-            raise CallFailed(f"{self.name}, {what}: {type(e.cause).__name__}: {e.cause}") from e
-        except ObjectLostError as e:  # what it was to work on went with a node
-            raise CallFailed(f"{self.name}, {what}: {e}") from None
-
-
-async def _as_future(ref: Ref) -> Any:
-    return await ref
+            # of a bare one its last line, behind the trace
+            why = f"{type(e.cause).__name__}: {e.cause}" if e.cause else str(e).split("\n")[-1]
+            raise CallFailed(f"{self.name}, {what}: {why}") from e
+        except (exceptions.RayError, OSError):  # such as what it was to work on, gone with a node
+            with foreign(f"{self.name}, {what}", SystemFailed):
+                raise
 
 
 def refuse_unsendable(method: str, args: Sequence[Any]) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import ConfigError, SystemFailed, first_line
 from async_opd.core.events import EventSink
+from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.core.vocabulary import Tokens
@@ -66,7 +68,10 @@ class Cluster:
         with ExitStack() as leaving:
             start_ray()
             leaving.enter_context(taken_over())
-            self._gpus = bool(ray.cluster_resources().get("GPU"))
+            try:
+                self._gpus = bool(ray.cluster_resources().get("GPU"))
+            except (RayError, OSError) as e:
+                raise SystemFailed(f"Ray, its resources: {first_line(e)}") from e
             self._requests = {
                 request.role: request for request in resource_requests(self._config, self._gpus)
             }
@@ -188,7 +193,8 @@ class Cluster:
         if not far:
             return
         folder, what = Path(config.run.dir).resolve(), "look at the run directory"
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
+        refused = foreign(f"run.dir = {config.run.dir!r}", SystemFailed)
+        with refused, tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
             looks = (
                 actor.ask_host(config.timeout.start_s, "sees", file.name, what=what)
                 for actor in far

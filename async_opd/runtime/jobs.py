@@ -37,8 +37,8 @@ TRANSFER_S = 600.0  # or has taken what is sent, or given a log
 SCALE_S = 300.0  # for the short job that scales: it waits for a node, and for its files
 LOG_SHARE = 0.05  # of the time in which a log is followed that goes into fetching it
 LOST_LOGS = 5  # in a row, with which following it ends
-# from SIGTERM to SIGKILL; Ray's 3 s would cut off driver.train_loop.INTERRUPT_S and the end of the
-# actors
+END_S = 42  # for the end of the actors, behind the last save
+# from SIGTERM to SIGKILL, of a run with the default last save; Ray's 3 s would cut that off
 STOP_S = 60
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
 RUN_DIR = "async_opd_run_dir"  # in the metadata of a job that trains
@@ -87,13 +87,15 @@ class Jobs:
         with environment(RAY_API_SERVER_ADDRESS=self.address):
             self._client = self._ask(partial(JobSubmissionClient, headers=headers))
 
-    def submit(self, words: list[str], run_dir: str, package: Path) -> str:
+    def submit(
+        self, words: list[str], run_dir: str, package: Path, last_save_s: float = 0.0
+    ) -> str:
         """Start `async-opd WORDS` with the files of `package` as its working directory; return its
-        id."""
+        id. When it is stopped, it is left the time of its last save."""
         environment = {
             "working_dir": str(package),
             "py_modules": _this_package(),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s(last_save_s))},
         }
         return self._start(words, environment, {RUN_DIR: run_dir})
 
@@ -208,6 +210,11 @@ class Jobs:
                 # RuntimeError: what Ray makes of an HTTP status
                 last = str(e).strip().rpartition("\n")[2] or type(e).__name__
                 raise ClusterError(f"{self.address}: {last}{behind}") from e
+
+
+def stop_s(last_save_s: float) -> int:
+    """Seconds from SIGTERM to SIGKILL of a run whose `timeout.last_save_s` is that."""
+    return max(STOP_S, math.ceil(last_save_s) + END_S)
 
 
 def _quietly() -> AbstractContextManager[None]:

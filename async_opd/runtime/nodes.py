@@ -20,8 +20,9 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from async_opd.core.errors import ClusterTooSmall, ConfigError
+from async_opd.core.errors import ClusterTooSmall, ConfigError, SystemFailed
 from async_opd.core.events import EventSink
+from async_opd.core.foreign import foreign
 from async_opd.core.process_wide import log_level, sigterm_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
@@ -38,13 +39,15 @@ def start_ray() -> None:
     with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
-        try:
-            if _starts_one():
-                undo.enter_context(_on_loopback())
-                _make_token()
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, AuthenticationError) as e:
-            raise ConfigError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {e}") from e
+        with foreign("Ray, its start", SystemFailed):
+            try:
+                if _starts_one():
+                    undo.enter_context(_on_loopback())
+                    _make_token()
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError, AuthenticationError) as e:
+                address = os.environ.get("RAY_ADDRESS", "")
+                raise ConfigError(f"RAY_ADDRESS = {address!r}: {e}") from e
         _started.push(undo.pop_all())
 
 
@@ -93,11 +96,13 @@ def taken_over() -> ExitStack:
     return _started.pop_all()
 
 
+@foreign("Ray, the driver's node", SystemFailed)
 def driver_node() -> str:
     """Name the driver's node."""
     return ray.get_runtime_context().get_node_id()
 
 
+@foreign("Ray, its nodes", SystemFailed)
 def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> list[Node]:
     """List the nodes that live, with what lives there of `members`, by node."""
     available, nodes = available_resources_per_node(), []
@@ -129,7 +134,7 @@ async def wait_for_resources(
     until = time.monotonic() + within_s
     group = None
     had = False
-    with ExitStack() as removing:
+    with foreign("Ray, its placement groups", SystemFailed), ExitStack() as removing:
         while True:
             try:
                 return place(requests, alive_nodes(), driver_node())
@@ -138,9 +143,8 @@ async def wait_for_resources(
                     raise
                 if group is None:
                     emit("waits", "run", f"at most {within_s:g} s for room: {e}")
-                    group = placement_group(
-                        [{"GPU": each.gpus} for each in requests for _ in each.members if each.gpus]
-                    )
+                    bundles = [each for each in requests for _ in each.members if each.gpus]
+                    group = placement_group([{"GPU": each.gpus} for each in bundles])
                     removing.callback(remove_placement_group, group)
             if had:
                 await asyncio.sleep(POLL_S)

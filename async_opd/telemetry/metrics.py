@@ -54,6 +54,7 @@ class Observed:
         """`make` is tried again with each row until it gives a sink; `name` is what messages call
         it."""
         self.name = name
+        # a row, an Event to be set behind those before it, or None at the end
         self._rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._put = 0
         self._taken = 0
@@ -71,6 +72,12 @@ class Observed:
         """Rows that were handed to it and that it has not taken; those still waiting among them."""
         return self._put - self._taken
 
+    def reach(self) -> threading.Event:
+        """What is set once it is through with the rows so far."""
+        reached = threading.Event()
+        self._rows.put(reached)
+        return reached
+
     def end(self) -> None:
         """Announce that no row comes after this."""
         self._rows.put(None)
@@ -82,6 +89,9 @@ class Observed:
     def _run(self, make: Callable[[], Sink]) -> None:
         sink = None
         while (row := self._rows.get()) is not None:
+            if isinstance(row, threading.Event):
+                row.set()
+                continue
             with self._survived():
                 sink = sink or make()
                 sink(row)
@@ -97,6 +107,13 @@ class Observed:
             if not self._complained:
                 self._complained = True
                 say(f"observer {self.name}: {type(error).__name__}: {error}", sys.stderr)
+
+
+def caught_up(observers: Iterable[Observed]) -> None:
+    """Give them CLOSE_S seconds to be through with what was handed to them."""
+    deadline = time.monotonic() + CLOSE_S
+    for reached in [observer.reach() for observer in observers]:
+        reached.wait(max(deadline - time.monotonic(), 0))
 
 
 @contextmanager

@@ -1,7 +1,9 @@
+import asyncio
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -138,6 +140,23 @@ def test_an_interrupt_exits_with_130(runs, capsys):
     assert main(["demo"]) == 130
     kept = "what was trained is in the newest checkpoint, unless it says otherwise above"
     assert capsys.readouterr().err == f"async-opd: interrupted; {kept}\n"
+
+
+async def _interrupted(*_):
+    error = asyncio.CancelledError()
+    error.add_note("not saved: the disk is full")
+    # as a first Ctrl-C does: asyncio makes a KeyboardInterrupt of what the run then ends with
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        await asyncio.sleep(10)
+    except asyncio.CancelledError:
+        raise error from None
+
+
+def test_an_interrupted_run_says_in_the_same_line_what_is_not_saved(monkeypatch, capsys):
+    monkeypatch.setattr("async_opd.launch.run.run", _interrupted)
+    assert main(["train", str(DEMO)]) == 130
+    assert capsys.readouterr().err == "async-opd: interrupted; not saved: the disk is full\n"
 
 
 def test_an_interrupt_of_what_trains_nothing_promises_no_checkpoint(monkeypatch, capsys):

@@ -25,8 +25,8 @@ from async_opd.cli import stop
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
+from async_opd.config.sections import TimeoutConfig
 from async_opd.driver.checkpoints import Checkpoints, RunState
-from async_opd.driver.train_loop import INTERRUPT_S
 from async_opd.runtime import jobs
 from async_opd.runtime.dashboard import _token, dashboard_url, token_for
 from async_opd.telemetry.console import lines
@@ -389,7 +389,14 @@ def test_stop_says_what_was_saved_and_how_to_go_on(cluster, capsys):
         == f"{not_saved}\nraysubmit_a STOPPED: async-opd: interrupted\nasync-opd submit --resume"
         " /shared/a --address http://127.0.0.1:8265\n"
     )
-    assert f"at most {INTERRUPT_S:g} s;" in stop.__doc__ and jobs.STOP_S == 60  # "a minute"
+    last_save_s = TimeoutConfig().last_save_s
+    assert f"timeout.last_save_s, {last_save_s:g} s by\ndefault;" in stop.__doc__
+    assert f"{jobs.END_S} s later is killed" in stop.__doc__
+
+
+@pytest.mark.parametrize("last_save_s", [0.5, 18, 18.5, 600, 10**6])
+def test_a_job_is_left_the_time_of_its_last_save_before_it_is_killed(last_save_s):
+    assert jobs.stop_s(last_save_s) >= max(60, last_save_s + jobs.END_S)
 
 
 def test_scale_asks_by_a_job_beside_the_run_with_its_environment(cluster, capsys):

@@ -5,6 +5,7 @@ import os
 import threading
 from itertools import count
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -98,7 +99,7 @@ async def test_of_a_probe_that_fails_beside_another(unheard):
     assert unheard() == []
 
 
-async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path, monkeypatch):
+async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path):
     class Hangs(SimulatedLearner):
         begun, died = asyncio.Event(), asyncio.Event()
 
@@ -107,14 +108,15 @@ async def test_of_a_step_that_an_interruption_did_not_wait_for(unheard, tmp_path
             await self.died.wait()
             raise ActorLost("learner rank 0 died")
 
-    monkeypatch.setattr("async_opd.driver.train_loop.INTERRUPT_S", 0.01)
+    timeout = msgspec.structs.replace(DEMO.timeout, last_save_s=0.01)
+    config = msgspec.structs.replace(DEMO, timeout=timeout)
     roles = Roles(
         generators=[SimulatedGenerator()],
         teachers={"": [SimulatedTeacher()]},
         verifier=SimulatedVerifier(),
         learner=Hangs(),
     )
-    running = asyncio.ensure_future(train(DEMO, roles, Prompts(), [], tmp_path, Meter([])))
+    running = asyncio.ensure_future(train(config, roles, Prompts(), [], tmp_path, Meter([])))
     await Hangs.begun.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

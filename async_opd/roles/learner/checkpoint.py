@@ -1,7 +1,8 @@
 """What the learner leaves on the disk: Hugging Face checkpoints that appear whole or not at all,
 and of each rank what DeepSpeed does not keep."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from async_opd.core import files
-from async_opd.core.errors import CheckpointError
+from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.foreign import foreign
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
@@ -83,8 +84,11 @@ def save(model: Any, weights: dict[str, Tensor], source: Source, folder: Path) -
 
     `weights` are the parameters of `model` by name: under ZeRO-3 it does not hold them itself. An
     earlier folder stays until this one is whole. `transformers` and `vllm` load it. Raises
-    CheckpointError where it cannot be written.
+    CheckpointError where it cannot be written, and Diverged for weights that are not finite.
     """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise Diverged(f"{folder}: {name} is not finite, and nothing to go on from")
     buffers = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -118,6 +122,34 @@ def writing(folder: Path) -> AbstractContextManager[None]:
     """Give a full disk one name: torch, safetensors and the standard library each have their
     own."""
     return foreign(f"{folder}: cannot be written", CheckpointError)
+
+
+@contextmanager
+def to_its_end(engine: Any) -> Iterator[None]:
+    """Bring a save of DeepSpeed's `engine` to its end on every rank, the one whose disk is full
+    among them: in its barriers the others would wait for that one in vain. Raises then what the
+    disk refused."""
+    refused: list[CheckpointError] = []
+
+    def tried(write: Callable[..., Any]) -> Callable[..., None]:
+        def attempt(*args: Any, **options: Any) -> None:
+            try:
+                with writing(Path(f"{options.get('path') or args[-1]}")):
+                    write(*args, **options)
+            except CheckpointError as e:
+                refused.append(e)
+
+        return attempt
+
+    files_of, script = engine.checkpoint_engine, engine._copy_recovery_script
+    files_of.save, files_of.makedirs = tried(files_of.save), tried(files_of.makedirs)
+    engine._copy_recovery_script = tried(script)
+    try:
+        yield
+    finally:
+        del files_of.save, files_of.makedirs, engine._copy_recovery_script
+    if refused:
+        raise refused[0]
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from async_opd.core.errors import Diverged, SyncFailed
+from async_opd.core.errors import CheckpointError, Diverged, SyncFailed
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -67,11 +67,10 @@ class LearnerRank:
         self._running = {name: Moments() for name in objective.needs().running}
         # Of rank 0; torch's stubs do not export its type.
         self._store: dist.TCPStore | None = None  # pyright: ignore[reportPrivateImportUsage]
-        self.version = 0
+        self.version, self._moving = 0, False
 
     def listen(self, host: str) -> str:
-        """Rank 0: open the store where all ranks meet, at `host`, an address of this machine;
-        returns "tcp://host:port", the port being one that the system has chosen."""
+        """Rank 0: open the store where all ranks meet, at `host`; returns "tcp://host:port"."""
         self._store = open_store(host, self._settings.timeout_s)
         return f"tcp://{host}:{self._store.port}"
 
@@ -183,6 +182,7 @@ class LearnerRank:
         metrics["lr"] = self._engine.get_lr()[0]
         metrics["grad_norm"] = self._moved(step) if tokens else 0.0
         self.version, self._running = step, running
+        self._moving = False
         return StepResult(
             version=self.version,
             metrics=metrics,
@@ -191,8 +191,10 @@ class LearnerRank:
 
     def _moved(self, step: int) -> float:
         """Move the optimizer; returns the gradient's norm. Raises Diverged before."""
+        self._moving = True  # until the step is done, or refused
         self._engine.step()
         if getattr(self._engine.optimizer, "overflow", False):
+            self._moving = False
             raise Diverged(f"step {step}: the gradient is not finite")
         zero = self._config.zero_stage
         return float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
@@ -213,8 +215,7 @@ class LearnerRank:
         return self._engine(micro).sampled_N.cpu().numpy()
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
-        """Rank 0: prepare at `host` a weight group with so many generators of so many `ranks`;
-        returns where each of them joins."""
+        """Rank 0: prepare at `host` a group with so many generators of so many `ranks` each."""
         settings = self._settings
         self._sender = SENDERS[settings.backend](
             host, bucket_bytes=settings.bucket_bytes, timeout_s=settings.sync_s
@@ -223,8 +224,7 @@ class LearnerRank:
         return [self._sender.group(1 + i * ranks, world) for i in range(generators)]
 
     def join_group(self, world: int) -> None:
-        """Rank 0: wait for the members of the opened group. Raises SyncFailed when one stays
-        away."""
+        """Rank 0: wait for the opened group's members. Raises SyncFailed when one stays away."""
         try:
             self._sender.join(world)
         except (RuntimeError, OSError) as e:  # the second: somebody took its port
@@ -235,8 +235,7 @@ class LearnerRank:
         return self._weights.layout()
 
     def send_weights(self) -> None:
-        """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or too
-        slow."""
+        """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or slow."""
         weights = self._weights.tensors()
         try:
             if self._rank == 0:
@@ -248,8 +247,7 @@ class LearnerRank:
                 pass
 
     def save(self, folder: str) -> None:
-        """Rank 0 writes the Hugging Face checkpoint; a whole copy of the weights is in its host
-        memory meanwhile."""
+        """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory."""
         copies = self._weights.copied(keep=self._rank == 0)
         if self._rank == 0:
             checkpoint.save(self._lm, copies, self._source, Path(folder))
@@ -259,10 +257,11 @@ class LearnerRank:
         schedule, random state, version and running moments. All ranks and the driver must see
         `folder`: a shared file system is assumed.
 
-        Raises CheckpointError where it cannot be written; the other ranks then wait for that one in
-        vain.
+        Raises CheckpointError where it cannot be written, or a step broke off while weights moved.
         """
-        with checkpoint.writing(Path(folder)):
+        if self._moving:
+            raise CheckpointError(f"{folder}: the step behind {self.version} is half done")
+        with checkpoint.writing(Path(folder)), checkpoint.to_its_end(self._engine):
             self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
             checkpoint.save_rank(
                 checkpoint.RankState(
@@ -293,6 +292,7 @@ class LearnerRank:
         )
         # gradients are already averaged, so every rank sees the same
         if not torch.isfinite(self._grad_norm):
+            self._moving = False
             raise Diverged(f"step {self.version + 1}: gradient norm {self._grad_norm.item()}")
 
     @staticmethod

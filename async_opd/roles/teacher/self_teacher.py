@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from async_opd.core.errors import DataError
+from async_opd.core.errors import CheckpointError, DataError
 from async_opd.core.foreign import foreign
 
 
@@ -37,12 +37,12 @@ class WeightEma:
             )
 
     def save(self, file: Path) -> None:
-        """Write what the next update goes on from."""
-        save_file(
-            self._average
-            or {n: p.detach().cpu().contiguous() for n, p in self._parameters.items()},
-            file,
-        )
+        """Write what the next update goes on from. Raises CheckpointError where it cannot be
+        written."""
+        parameters = self._parameters.items()
+        weights = self._average or {n: p.detach().cpu().contiguous() for n, p in parameters}
+        with foreign(f"{file}: cannot be written", CheckpointError):
+            save_file(weights, file)
 
     @torch.no_grad()
     def restore(self, file: Path) -> None:

@@ -11,7 +11,7 @@ from textwrap import indent
 
 from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
-from async_opd.runtime.jobs import RUN_DIR, STOP_S
+from async_opd.runtime.jobs import RUN_DIR, stop_s
 from async_opd.tools.cluster_files import KINDS
 from async_opd.tools.cluster_files.shape import shape_of
 
@@ -47,7 +47,8 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         image=image,
         metadata=json.dumps({RUN_DIR: shape.run_dir}),
         ray=version("ray"),
-        stop_s=STOP_S,
+        stop_s=stop_s(config.timeout.last_save_s),
+        ahead_s=max(180, stop_s(config.timeout.last_save_s)),
         vllm=_vllm(),
         workers=shape.nodes - 1,  # besides the head
         worker_ips=json.dumps([f"worker-{number}.example" for number in range(1, shape.nodes)]),

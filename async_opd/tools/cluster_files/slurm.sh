@@ -13,7 +13,7 @@
 #SBATCH --gpus-per-node=@{gpus}
 #SBATCH --cpus-per-task=@{cpus}
 #SBATCH --mem=@{memory_gib}G
-#SBATCH --signal=B:TERM@@180
+#SBATCH --signal=B:TERM@@@{ahead_s}
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 

@@ -162,8 +162,9 @@ def main(
         random=torch.rand(3).tolist(),
         running=[value for moments in learner._running.values() for value in moments],
     )
-    if config.ranks == 1:
-        result["full"] = on_a_full_disk(learner, f"{out}.full")
+    # only the last rank's is full, and the others end with it
+    full = on_a_full_disk if rank == config.ranks - 1 else LearnerRank.save_state
+    result["full"] = full(learner, f"{Path(out).with_suffix('')}.full")
     if config.dtype == "bfloat16":
         optimizer = learner._engine.optimizer
         sums = (

@@ -247,6 +247,10 @@ def test_a_flipped_bit_in_any_file_of_a_state_is_found_before_torch_reads_it(tra
         file.write_bytes(whole)
 
 
-def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train):
-    (one,), _ = train(1, 0)
-    assert ".full: cannot be written: " in one["full"]
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2)])
+def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train, ranks, stage):
+    results, _ = train(ranks, stage)
+    *others, full = [result["full"] for result in results]
+    assert ".full" in full and "cannot be written: " in full
+    # nor do they wait for the one whose disk is full: all of them went on behind it
+    assert others == [None] * (ranks - 1)

@@ -28,7 +28,10 @@ RATES = "--rates generator={},teacher=1,learner={}"
         (f"rollout.concurrency={HUGE}", "rollout.concurrency = 1"),
         ("learner.micro_batch_tokens=1000000000001", "micro_batch_tokens = 1000000000001: plan"),
         ("timeout.step_s=1e300", "timeout.step_s = 1e+300: plan counts up to 1e+12"),
-        ("--gpu-memory-gib 1e308", "--gpu-memory-gib: 1e308: must be a finite number > 0 and <= 1e+06"),
+        (
+            "--gpu-memory-gib 1e308",
+            "--gpu-memory-gib: 1e308: must be a finite number > 0 and <= 1e+06",
+        ),
         (RATES.format("1e-308", "1"), "from 1e-06 to 1e+12"),
         (RATES.format("1", "1e308"), "from 1e-06 to 1e+12"),
     ],
