@@ -1,17 +1,18 @@
 """What a run leaves behind so that another can go on: its ledger, and checkpoints of everything
 that is trained."""
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from async_opd.config.schema import Config
+from async_opd.core.aio import bounded
+from async_opd.core.aside import aside
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import (
     LEARNER,
-    LEDGER,
     METRICS,
     MODEL,
     SAMPLES,
@@ -42,17 +43,18 @@ class Progress:
 
     def __init__(
         self,
+        ledger: Ledger,
         run_dir: Path,
         source: Source,
         learner: Replica[Learner],
         self_teachers: SelfTeachers,
-        keep: int,
+        config: Config,
         emit: EventSink,
     ):
-        """`keep` checkpoints of the last, and the best, stay. `emit` hears of each that is
-        saved."""
-        self.ledger = Ledger(run_dir / LEDGER)
-        self._checkpoints = Checkpoints(run_dir, keep)
+        """`emit` hears of each checkpoint that is saved."""
+        self.ledger = ledger
+        self._checkpoints = Checkpoints(run_dir, config.run.keep_checkpoints)
+        self._disk_s = config.timeout.step_s
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
@@ -69,13 +71,14 @@ class Progress:
         await self._learner.call(Learner.load_state, str(folder / LEARNER))
         await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
+        what = f"what lies behind step {state.version}"
         # It can be gone on with: what came later is void.
-        await asyncio.to_thread(self._checkpoints.rewind, state.version)
+        await aside(self._disk_s, what, self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
-        await self.ledger.sync()
-        await asyncio.to_thread(_rewind, self._run_dir, state.version)
+        await self._synced()
+        await aside(self._disk_s, what, _rewind, self._run_dir, state.version)
         self._saved = state.version
         return prompts
 
@@ -100,14 +103,21 @@ class Progress:
             counters=counters,
         )
         self._right, self._known = 0, 0
-        folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
-        await self.ledger.sync()
+        what = f"checkpoint of step {version}"
+        folder = await aside(self._disk_s, what, self._begun, version)
+        await self._synced()
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
-        await asyncio.to_thread(self._checkpoints.commit, version, state)
+        await aside(self._disk_s, what, self._checkpoints.commit, version, state)
         self._saved = version
         self._emit("saved", "checkpoint", f"step {version}")
+
+    def _begun(self, version: int) -> Path:
+        return self._checkpoints.begin(version).resolve()
+
+    async def _synced(self) -> None:
+        await bounded(self.ledger.sync(), self._disk_s, "ledger, fsync")
 
 
 def _rewind(run_dir: Path, version: int) -> None:

@@ -1,16 +1,26 @@
 """One run of the main loop: how it begins, and how it ends."""
 
 import asyncio
+import sys
 from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.errors import DataError, ScorerDiffers, TooManyDropped
+from async_opd.core.aside import aside
+from async_opd.core.errors import (
+    DataError,
+    LedgerError,
+    ScorerDiffers,
+    TimedOut,
+    TooManyDropped,
+)
 from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import LEDGER
 from async_opd.core.wire import Prompt
 from async_opd.driver import resize
 from async_opd.driver.checkpoints import Checkpoint
+from async_opd.driver.ledger import Ledger
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter, Row
@@ -35,7 +45,9 @@ async def train(
     On cancellation (Ctrl-C), and behind an error of IN_ORDER, a checkpoint is saved before it
     propagates.
     """
-    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
+    disk_s = config.timeout.step_s
+    ledger = await aside(disk_s, "ledger, opened", Ledger, run_dir / LEDGER)
+    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit, ledger)
     measured: Row = {}
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -45,7 +57,7 @@ async def train(
             measured = await loop.held_out.end(loop.version)
             loop.pools.stop()
             serving.cancel()
-        loop.progress.ledger.finished()
+        ledger.finished()
     except BaseExceptionGroup as group:
         task = asyncio.current_task()
         if task and task.cancelling():  # something else broke at the same moment
@@ -62,5 +74,17 @@ async def train(
         raise
     finally:
         loop.pools.stop()
-        loop.progress.ledger.close()
+        ended_by = sys.exception()
+        await _close(ledger, config.timeout.stall_s if ended_by else disk_s, ended_by)
     return {**measured, **meter.summary(), **loop.summary()}
+
+
+async def _close(ledger: Ledger, within_s: float, ended_by: BaseException | None) -> None:
+    """Put the rest of the books on disk. Raises LedgerError or TimedOut, or notes it with the error
+    that has `ended_by` now."""
+    try:
+        await aside(within_s, "ledger, closed", ledger.close)
+    except (LedgerError, TimedOut) as e:
+        if ended_by is None:
+            raise
+        ended_by.add_note(f"{type(e).__name__}: {e}")
