@@ -13,6 +13,7 @@ from async_opd.core.errors import AsyncOpdError, ConfigError
 from async_opd.core.run_dir import LEDGER
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
+GIT_S = 10.0  # to name the commit
 
 
 @contextmanager
@@ -44,9 +45,12 @@ def new_dir(path: Path) -> Iterator[Path]:
 def environment(**others: Any) -> dict[str, Any]:
     """Look up the git commit and the versions of PACKAGES, and put `others` beside them."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIT_S)
+        commit = git.stdout.strip() or None
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "versions": {name: version(name) for name in PACKAGES},
         **others,
     }

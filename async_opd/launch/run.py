@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from async_opd.config.schema import Config
+from async_opd.core.aside import aside
 from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
@@ -73,9 +74,9 @@ async def _run(
     refuse_unreachable()
     inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
+    await _write(config, run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
     made_with = environment(ends=inputs.tokens.ends)
-    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    await _write(config, run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -105,7 +106,9 @@ async def _run(
                 if restarts == config.run.max_restarts or task.cancelling():
                     raise
                 try:
-                    checkpoint = await asyncio.to_thread(checkpoints.find, run_dir)
+                    checkpoint = await aside(
+                        config.timeout.step_s, "newest checkpoint", checkpoints.find, run_dir
+                    )
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
@@ -119,8 +122,12 @@ async def _run(
         "version": config.run.steps,
         "restarts": restarts,
     }
-    write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
+    await _write(config, run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+async def _write(config: Config, path: Path, content: bytes) -> None:
+    await aside(config.timeout.step_s, f"{path}, written", write_file, path, content)
 
 
 def _read(config: Config) -> "Inputs":

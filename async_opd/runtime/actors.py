@@ -5,6 +5,7 @@ import asyncio
 import gc
 import inspect
 import itertools
+import os
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, WireErro
 from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
 from async_opd.objectives.base import Objective
+from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.runtime.actor_specs import ActorSpec
 from async_opd.runtime.building import built
 from async_opd.runtime.placement import ResourceRequest
@@ -111,6 +113,16 @@ class RoleActor:
         return Path(file).exists()
 
 
+class _Process(RoleActor):
+    """A role's actor where Ray has started it: in a process that ends with its raylet, even inside
+    a C call, as Ray's own watch does not see to."""
+
+    def __init__(self, *args: Any, called: str = ""):
+        """Build the role."""
+        die_with(os.getppid())
+        super().__init__(*args, called=called)
+
+
 def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
     """The result of a call that is done, or its error, under a name of ours and with its place."""
     error = call.exception()
@@ -143,7 +155,7 @@ class RemoteActor:
         # an engine of vLLM's, in a process of its own, is told by its gpu_memory_utilization
         share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
-        role = ray.remote(type(title, (RoleActor,), {})).options(**options)
+        role = ray.remote(type(title, (_Process,), {})).options(**options)
         self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
 
     async def call(
