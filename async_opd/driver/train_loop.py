@@ -83,7 +83,7 @@ class TrainLoop:
         )
         self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
         self._self_teachers = SelfTeachers(
-            self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
+            self._learner, self.pools.moving, run_dir.absolute() / SELF_TEACHER
         )
         self.progress = Progress(
             ledger, run_dir, source, self._learner, self._self_teachers, config, emit

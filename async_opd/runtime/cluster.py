@@ -217,7 +217,7 @@ class Cluster:
         ]
         if not far:
             return
-        folder, what = Path(config.run.dir).resolve(), "look at the run directory"
+        folder, what = Path(config.run.dir).absolute(), "look at the run directory"
         start_s = config.timeout.start_s
         file = await aside(start_s, what, _mark, folder)
         try:
