@@ -1,9 +1,9 @@
 """What a run leaves behind so that another can go on: its ledger, and checkpoints of everything
 that is trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import bounded
@@ -21,10 +21,12 @@ from async_opd.core.run_dir import (
     read_lines,
 )
 from async_opd.core.wire import Prompt
-from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState
+from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState, thread_of
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica import Replica
 from async_opd.driver.self_teachers import SelfTeachers
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -73,12 +75,12 @@ class Progress:
         prompts = self._source.continued(state.position, state.outstanding[:needed])
         what = f"what lies behind step {state.version}"
         # It can be gone on with: what came later is void.
-        await aside(self._disk_s, what, self._checkpoints.rewind, state.version)
+        await self._on_disk(what, self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
         await self._synced()
-        await aside(self._disk_s, what, _rewind, self._run_dir, state.version)
+        await self._on_disk(what, _rewind, self._run_dir, state.version)
         self._saved = state.version
         return prompts
 
@@ -104,14 +106,17 @@ class Progress:
         )
         self._right, self._known = 0, 0
         what = f"checkpoint of step {version}"
-        folder = await aside(self._disk_s, what, self._begun, version)
+        folder = await self._on_disk(what, self._begun, version)
         await self._synced()
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
-        await aside(self._disk_s, what, self._checkpoints.commit, version, state)
+        await self._on_disk(what, self._checkpoints.commit, version, state)
         self._saved = version
         self._emit("saved", "checkpoint", f"step {version}")
+
+    async def _on_disk(self, what: str, call: Callable[..., T], *args: Any) -> T:
+        return await aside(self._disk_s, what, call, *args, thread=thread_of(self._run_dir))
 
     def _begun(self, version: int) -> Path:
         return self._checkpoints.begin(version).resolve()

@@ -106,8 +106,9 @@ async def _run(
                 if restarts == config.run.max_restarts or task.cancelling():
                     raise
                 try:
+                    thread, step_s = checkpoints.thread_of(run_dir), config.timeout.step_s
                     checkpoint = await aside(
-                        config.timeout.step_s, "newest checkpoint", checkpoints.find, run_dir
+                        step_s, "newest checkpoint", checkpoints.find, run_dir, thread=thread
                     )
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")

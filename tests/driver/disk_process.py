@@ -1,6 +1,6 @@
-"""A run over simulated roles in a process of its own, whose disk is watched, or hangs: `python -m
-tests.driver.disk_process RUN_DIR watch`, or the name of a call of `os` that hangs and the files with
-which it does so."""
+"""A run over simulated roles in a process of its own, whose disk is watched, or hangs. Not a test:
+`test_disk.py` starts it, with a run directory and `watch`, or a call of `os` that is to hang and
+the files with which it does."""
 
 import asyncio
 import os
