@@ -106,10 +106,7 @@ async def _run(
                 if restarts == config.run.max_restarts or task.cancelling():
                     raise
                 try:
-                    thread, step_s = checkpoints.thread_of(run_dir), config.timeout.step_s
-                    checkpoint = await aside(
-                        step_s, "newest checkpoint", checkpoints.find, run_dir, thread=thread
-                    )
+                    checkpoint = await _newest(config, run_dir)
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
@@ -125,6 +122,11 @@ async def _run(
     }
     await _write(config, run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+async def _newest(config: Config, run_dir: Path) -> checkpoints.Checkpoint:
+    thread, step_s = checkpoints.thread_of(run_dir), config.timeout.step_s
+    return await aside(step_s, "newest checkpoint", checkpoints.find, run_dir, thread=thread)
 
 
 async def _write(config: Config, path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ from async_opd.core.ports import Ref, Remote, declared
 from async_opd.objectives.base import Objective
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.building import built
+from async_opd.runtime.building import built, take_of_card
 from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
@@ -42,11 +42,7 @@ class RoleActor:
     def __init__(self, target: str, memory_share: float, *args: Any, called: str = ""):
         """Build `target`, "module:name", with `args`; errors name it by `called`. `memory_share`
         below 1 is that of the card's memory that PyTorch may take here."""
-        if 0 < memory_share < 1:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(memory_share)
+        take_of_card(memory_share)
         self._role = built(called or target, target, *args)
         self._late: dict[str, asyncio.Task[Any]] = {}  # calls that were slow, by their ticket
         self._tickets = itertools.count()
@@ -114,11 +110,9 @@ class RoleActor:
 
 
 class _Process(RoleActor):
-    """A role's actor where Ray has started it: in a process that ends with its raylet, even inside
-    a C call, as Ray's own watch does not see to."""
+    """The actor in a process that Ray has started: it ends with its raylet, even in a C call."""
 
     def __init__(self, *args: Any, called: str = ""):
-        """Build the role."""
         die_with(os.getppid())
         super().__init__(*args, called=called)
 

@@ -28,6 +28,7 @@ from async_opd.runtime.nodes import (
     driver_node,
     head_lost,
     kill_own_head,
+    refuse_silent,
     start_ray,
     taken_over,
     wait_for_resources,
@@ -65,12 +66,15 @@ class Cluster:
         self._specs = ActorSpecs(config, tokens=tokens, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[RemoteActor] = []
         self._lost = ""  # what is wrong with Ray's head
+        self._inside: asyncio.Task[Any] | None = None  # the task that works with its actors …
+        self._watching: asyncio.Task[None] | None = None  # … and the one that cancels it then
         # On a card that is shared one starts after the other: vLLM measures what is free while it
         # starts.
         self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
 
     def __enter__(self) -> "Cluster":
         with ExitStack() as leaving:
+            refuse_silent()
             start_ray()
             leaving.enter_context(taken_over())
             self._gpus = bool(ray.cluster_resources().get("GPU"))
@@ -78,12 +82,11 @@ class Cluster:
                 request.role: request for request in resource_requests(self._config, self._gpus)
             }
             self._leaving = leaving.pop_all()
-        self._inside = asyncio.current_task()
-        self._watching = asyncio.ensure_future(self._watch())
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._watching.cancel()
+        if self._watching:
+            self._watching.cancel()
         for actor in self._actors:
             self._leaving.callback(actor.kill)
         if lost := self._lost or dead_head():
@@ -91,8 +94,7 @@ class Cluster:
         self._leaving.close()
         if not lost:
             return
-        assert self._inside
-        if self._lost and self._inside.uncancel():
+        if self._lost and self._inside and self._inside.uncancel():
             return  # interrupted by others, too
         if error and (isinstance(error, AsyncOpdError) or self._lost):
             head = HeadLost(
@@ -105,8 +107,8 @@ class Cluster:
     async def _watch(self) -> None:
         timeout = self._config.timeout
         self._lost = await head_lost(timeout.health_s, timeout.stall_s)
-        assert self._inside
-        self._inside.cancel()
+        if self._inside:
+            self._inside.cancel()
 
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`, once there is room for
@@ -140,6 +142,9 @@ class Cluster:
         return await together(generators, verifiers)
 
     async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
+        """The node of each member, once there is room; from now on Ray's head is watched."""
+        self._inside = asyncio.current_task()
+        self._watching = asyncio.create_task(self._watch())
         return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,11 @@ from typing import Any
 import ray
 from ray._private import ray_constants, worker
 from ray._private.state import available_resources_per_node
-from ray.exceptions import AuthenticationError, RayError
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError, RayError, RpcError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from async_opd.core.aside import aside
+from async_opd.core.aside import DaemonThread, aside
 from async_opd.core.errors import ClusterTooSmall, ConfigError, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.process_wide import log_level, sigterm_as_before
@@ -53,6 +55,19 @@ def taken_over() -> ExitStack:
     """Hand over what `start_ray` has begun, to be ended by the one who takes it and by nobody else;
     nothing, where it has begun nothing."""
     return _started.pop_all()
+
+
+def refuse_silent() -> None:
+    """Raise ConfigError where what listens at RAY_ADDRESS does not answer as Ray's head: ray.init
+    would ask for ever."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if re.fullmatch(r"[^/]+:\d+", address) and not ray.is_initialized():
+        try:
+            DaemonThread("Ray's head").submit(GcsClient, address=address).result(ASK_S)
+        except (TimeoutError, RpcError) as e:
+            raise ConfigError(
+                f"RAY_ADDRESS = {address!r}: no answer of a Ray head in {ASK_S:g} s"
+            ) from e
 
 
 def _shut_down() -> None:
