@@ -18,7 +18,6 @@ NOTICED_S = 2 + 20  # timeout.health_s, and at most nodes.GIVE_UP_S
         # every actor, which dies with its raylet, and every engine with its actor
         ("raylet", signal.SIGKILL, "raylet died"),
         # the actors live on: what is trained is saved
-        ("gcs_server", signal.SIGKILL, "gcs_server died"),
         ("gcs_server", signal.SIGSTOP, "no answer for"),
     ],
 )
