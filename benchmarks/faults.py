@@ -3,7 +3,8 @@ again.
 
 A small demo (16 trajectories a step, 2 generators, 2 teachers, a checkpoint every 5 steps, an actor
 given up after 6 s without a sign of life) is hurt in one way after another. `noticed`: until the
-driver told of it; for a killed driver, until its processes were gone. `next step`: until a step
+driver told of it; for a killed driver, or head of Ray's, until
+all processes were gone. `next step`: until a step
 more had been trained. `whole`: until the replacement served, or the run trained again. In the end
 the books are audited.
 
@@ -64,6 +65,19 @@ def driver(hurt: Hurt) -> dict[str, float]:
     at = time.time()
     hurt.job.process.kill()
     hurt.job.wait(5)
+    return resumed(hurt, at)
+
+
+def head(hurt: Hurt, part: str) -> dict[str, float]:
+    """A part of Ray's head is killed: the run ends by name, and `train --resume` goes on."""
+    at = hurt.hurt_head(part)
+    assert hurt.job.wait(90) == 1, hurt.job.text()
+    assert "HeadLost" in hurt.job.text()
+    return resumed(hurt, at)
+
+
+def resumed(hurt: Hurt, at: float) -> dict[str, float]:
+    """Go on with a run whose processes go."""
     assert hurt.job.gone_within(60) == []
     noticed = time.time() - at
     hurt.resume(hurt.run_dir.parent)
@@ -87,6 +101,8 @@ INJECTIONS = {
     "verifier killed": lambda hurt: replaced(hurt, "verifier"),
     "learner rank killed": learner,
     "driver killed, resumed": driver,
+    "Ray's gcs_server killed, resumed": lambda hurt: head(hurt, "gcs_server"),
+    "Ray's raylet killed, resumed": lambda hurt: head(hurt, "raylet"),
 }
 
 

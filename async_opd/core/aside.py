@@ -47,12 +47,20 @@ class DaemonThread(Executor):
             call()
 
 
-async def aside(seconds: float, what: str, call: Callable[..., T], *args: Any) -> T:
-    """The result of `call`, which blocks, in a thread of its own. Raises TimedOut naming `what`
-    after so many seconds; the thread is then left behind."""
-    thread = DaemonThread(what)
+async def aside(
+    seconds: float,
+    what: str,
+    call: Callable[..., T],
+    *args: Any,
+    thread: DaemonThread | None = None,
+) -> T:
+    """The result of `call`, which blocks, in a `thread`, by default one of its own. Raises TimedOut
+    naming `what` after so many seconds; the call is then left behind, or left out where it has not
+    begun."""
+    used = thread or DaemonThread(what)
     try:
-        working = asyncio.get_running_loop().run_in_executor(thread, call, *args)
+        working = asyncio.get_running_loop().run_in_executor(used, call, *args)
         return await bounded(retrieved(working), seconds, what)
     finally:
-        thread.shutdown()
+        if thread is None:
+            used.shutdown()

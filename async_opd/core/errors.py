@@ -90,6 +90,11 @@ class SystemFailed(AsyncOpdError):
     said."""
 
 
+class HeadLost(AsyncOpdError):
+    """Ray's head, or its part on the driver's node, died or gives no sign of life: no actor can be
+    started or given up any more. The message says which, and how long it was silent."""
+
+
 class CallFailed(AsyncOpdError):
     """A role that lives raised something that has no name of its own. The message names the role,
     the call and it."""

@@ -18,6 +18,7 @@ import shlex
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.core import files
+from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import CheckpointError
 from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
 
@@ -59,6 +61,13 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
         with (folder / name).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(name, os.fstat(file.fileno()).st_size, sha256)
+
+
+@cache
+def thread_of(run_dir: Path) -> DaemonThread:
+    """Make the one thread of this process that reads and writes the checkpoints of a run directory.
+    A save that was given up, and still goes on, is over before the next start looks at them."""
+    return DaemonThread(f"checkpoints of {run_dir}")
 
 
 class Checkpoints:

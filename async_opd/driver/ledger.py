@@ -4,7 +4,6 @@ it."""
 import asyncio
 import os
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from msgspec import Struct
 
 from async_opd.core import files
 from async_opd.core.aio import retrieved
+from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import DataError, LedgerError
 from async_opd.core.run_dir import read_lines
 
@@ -107,7 +107,7 @@ class Ledger:
         self._lines = bytearray()
         self._encode = msgspec.json.Encoder().encode_into
         self._broken: OSError | None = None
-        self._writer = ThreadPoolExecutor(1, "ledger")  # one thread: batches keep their order
+        self._writer = DaemonThread("ledger")  # one thread: batches keep their order
         end = 0
         with _naming(path):
             if path.exists():
@@ -182,12 +182,13 @@ class Ledger:
         )
 
     def close(self) -> None:
-        """Put the rest on disk and close the file. Raises as `sync` does."""
-        try:
-            self._writer.submit(self._write, self._taken()).result()
-        finally:
-            self._writer.shutdown()
-            os.close(self._file)
+        """Put the rest on disk and close the file, for as long as that takes. Raises as `sync`
+        does."""
+        rest = self._writer.submit(self._write, self._taken())
+        closing = self._writer.submit(os.close, self._file)  # behind a write that hangs, too
+        self._writer.shutdown()
+        rest.result()
+        closing.result()
 
     def _next(self) -> int:
         self._n += 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from async_opd.config.load import read_run
+from async_opd.core.aside import aside
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.files import write_file
 from async_opd.core.run_dir import SCALE_ANSWER, SCALE_REQUEST
@@ -23,6 +24,7 @@ from async_opd.core.suggest import wrong
 from async_opd.driver.pools import Pools
 
 POLL_S = 0.5
+DISK_S = 30.0  # for each thing that the disk does for a request
 
 
 def parse(words: list[str]) -> dict[str, int]:
@@ -62,21 +64,34 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
 async def serve(run_dir: Path, pools: Pools) -> None:
     """Answer requests for ever; waits `POLL_S` between two looks."""
     while True:
-        for request in run_dir.glob(SCALE_REQUEST.format("*")):
-            with suppress(OSError):  # who asked may have gone, or may not be allowed to
+        requests: list[Path] = []
+        with suppress(OSError, TimedOut):
+            requests = await aside(DISK_S, "scale", _requests, run_dir)
+        for request in requests:
+            # who asked may have gone, or may not be allowed to
+            with suppress(OSError, TimedOut):
                 await _answer(request, pools)
         await asyncio.sleep(POLL_S)
 
 
 async def _answer(request: Path, pools: Pools) -> None:
-    content = request.read_bytes()
-    request.unlink()
+    content = await aside(DISK_S, "scale", _taken, request)
     try:
         answer = False, _resize(pools, msgspec.json.decode(content, type=dict[str, int]))
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
     content = msgspec.json.encode(answer)
-    await asyncio.to_thread(write_file, request.with_suffix(SCALE_ANSWER), content)
+    await aside(DISK_S, "scale", write_file, request.with_suffix(SCALE_ANSWER), content)
+
+
+def _requests(run_dir: Path) -> list[Path]:
+    return [*run_dir.glob(SCALE_REQUEST.format("*"))]
+
+
+def _taken(request: Path) -> bytes:
+    content = request.read_bytes()
+    request.unlink()
+    return content
 
 
 def _resize(pools: Pools, sizes: dict[str, int]) -> str:

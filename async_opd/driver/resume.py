@@ -1,11 +1,13 @@
 """What a run leaves behind so that another can go on: its ledger, and checkpoints of everything
 that is trained."""
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from async_opd.config.schema import Config
+from async_opd.core.aio import bounded
+from async_opd.core.aside import aside
 from async_opd.core.errors import CheckpointError, SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
@@ -13,7 +15,6 @@ from async_opd.core.foreign import foreign
 from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import (
     LEARNER,
-    LEDGER,
     METRICS,
     MODEL,
     SAMPLES,
@@ -22,10 +23,12 @@ from async_opd.core.run_dir import (
     read_lines,
 )
 from async_opd.core.wire import Prompt
-from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState
+from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState, thread_of
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica import Replica
 from async_opd.driver.self_teachers import SelfTeachers
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -44,17 +47,18 @@ class Progress:
 
     def __init__(
         self,
+        ledger: Ledger,
         run_dir: Path,
         source: Source,
         learner: Replica[Learner],
         self_teachers: SelfTeachers,
-        keep: int,
+        config: Config,
         emit: EventSink,
     ):
-        """`keep` checkpoints of the last, and the best, stay. `emit` hears of each that is
-        saved."""
-        self.ledger = Ledger(run_dir / LEDGER)
-        self._checkpoints = Checkpoints(run_dir, keep)
+        """`emit` hears of each checkpoint that is saved."""
+        self.ledger = ledger
+        self._checkpoints = Checkpoints(run_dir, config.run.keep_checkpoints)
+        self._disk_s = config.timeout.step_s
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
@@ -73,14 +77,15 @@ class Progress:
             await self._learner.call(Learner.load_state, str(folder / LEARNER))
             await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
+        what = f"what lies behind step {state.version}"
         # It can be gone on with: what came later is void.
-        await asyncio.to_thread(self._checkpoints.rewind, state.version)
+        await self._on_disk(what, self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
-        await self.ledger.sync()
+        await self._synced()
         with foreign(f"{self._run_dir}: its rows behind step {state.version}", SystemFailed):
-            await asyncio.to_thread(_rewind, self._run_dir, state.version)
+            await self._on_disk(what, _rewind, self._run_dir, state.version)
         self.saved = state.version
         return prompts
 
@@ -104,21 +109,31 @@ class Progress:
             score=self._right / self._known if self._known else None,
             counters=counters,
         )
-        folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()
-        await self.ledger.sync()
+        what = f"checkpoint of step {version}"
+        folder = await self._on_disk(what, self._begun, version)
+        await self._synced()
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
         left = ""
         try:
-            await asyncio.to_thread(self._checkpoints.commit, version, state)
+            await self._on_disk(what, self._checkpoints.commit, version, state)
         except CheckpointError as e:  # it may be whole, and only what comes behind it undone
-            if not await asyncio.to_thread(self._checkpoints.holds, version):
+            if not await self._on_disk(what, self._checkpoints.holds, version):
                 raise
             left = f"; {e}"
         self._right, self._known = 0, 0
         self.saved = version
         self._emit("saved", "checkpoint", f"step {version}{left}")
+
+    async def _on_disk(self, what: str, call: Callable[..., T], *args: Any) -> T:
+        return await aside(self._disk_s, what, call, *args, thread=thread_of(self._run_dir))
+
+    def _begun(self, version: int) -> Path:
+        return self._checkpoints.begin(version).resolve()
+
+    async def _synced(self) -> None:
+        await bounded(self.ledger.sync(), self._disk_s, "ledger, fsync")
 
 
 def _rewind(run_dir: Path, version: int) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.errors import AsyncOpdError, CheckpointError, LedgerError
+from async_opd.core.aside import aside
+from async_opd.core.errors import AsyncOpdError, CheckpointError, LedgerError, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import LEDGER
 from async_opd.core.wire import Prompt
 from async_opd.driver import resize
 from async_opd.driver.checkpoints import Checkpoint
+from async_opd.driver.ledger import Ledger
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
 from async_opd.telemetry.metrics import Meter, Row
@@ -35,14 +38,15 @@ async def train(
     propagates, while every learner rank answers; why it is not, where it is not, is a note of the
     error.
     """
-    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
     timeout = config.timeout
+    ledger = await aside(timeout.step_s, "ledger, opened", Ledger, run_dir / LEDGER)
+    loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit, ledger)
     try:
         async with asyncio.TaskGroup() as tasks:
             # one task of the others, so that errors stand in the order in which they came
             running = tasks.create_task(_run(loop, tasks, run_dir, checkpoint), name="train")
             await asyncio.wait([running])
-        loop.progress.ledger.finished()
+        ledger.finished()
     except BaseExceptionGroup as group:
         cause = first_cause(group)
         task = asyncio.current_task()
@@ -62,7 +66,8 @@ async def train(
         raise
     finally:
         loop.pools.stop()
-        _close(loop)
+        first = sys.exception()
+        await _close(ledger, timeout.stall_s if first else timeout.step_s, first)
     return {**running.result(), **meter.summary(), **loop.summary()}
 
 
@@ -103,14 +108,13 @@ async def _save_last(
         error.add_note("not saved")
 
 
-def _close(loop: TrainLoop) -> None:
-    """Close the books. What the disk refuses then is a note of the error that ends the run, where
-    there is one."""
-    first = sys.exception()
+async def _close(ledger: Ledger, within_s: float, first: BaseException | None) -> None:
+    """Put the rest of the books on disk. What the disk refuses then, or does not do in time, is a
+    note of the error that ends the run, where there is one."""
     try:
-        loop.progress.ledger.close()
-    except LedgerError as e:
+        await aside(within_s, "ledger, closed", ledger.close)
+    except (LedgerError, TimedOut) as e:
         if first is None:
             raise
         if f"{e}" != f"{first}":
-            first.add_note(f"{e}")
+            first.add_note(f"{type(e).__name__}: {e}")

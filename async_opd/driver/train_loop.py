@@ -17,6 +17,7 @@ from async_opd.core.wire import Prompt, StepResult
 from async_opd.driver.admission import Admission, Supply
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
+from async_opd.driver.ledger import Ledger
 from async_opd.driver.outcomes import Outcomes, verdicts
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
@@ -62,6 +63,7 @@ class TrainLoop:
         run_dir: Path,
         meter: Meter,
         emit: EventSink,
+        ledger: Ledger,
     ):
         self._config, self._source = config, source
         self._meter, self._emit = meter, emit
@@ -79,10 +81,10 @@ class TrainLoop:
         )
         self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
         self._self_teachers = SelfTeachers(
-            self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
+            self._learner, self.pools.moving, run_dir.absolute() / SELF_TEACHER
         )
         self.progress = Progress(
-            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
+            ledger, run_dir, source, self._learner, self._self_teachers, config, emit
         )
         self.at_work = AtWork()
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from async_opd.config.evaluation import EvalRun, run_config
 from async_opd.config.schema import Config
+from async_opd.core.aside import aside
 from async_opd.core.errors import CallFailed, ConfigError, first_line
 from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
@@ -31,6 +32,7 @@ from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
+from async_opd.telemetry.metrics import Jsonl
 
 
 async def run_eval(asked: EvalRun) -> Result:
@@ -54,7 +56,8 @@ async def run_eval(asked: EvalRun) -> Result:
             )
             problems = await _problems(config, asked, *pools, read.prompts, folder / PROBLEMS)
         result = _result(config, asked, read, problems, time.monotonic() - started)
-        (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        content, file = msgspec.json.format(msgspec.json.encode(result)), folder / "result.json"
+        await aside(config.timeout.step_s, f"{file}, written", file.write_bytes, content)
         return result
 
 
@@ -91,37 +94,34 @@ async def _problems(
 ) -> list[Problem]:
     """Have each of `prompts` responded to, a line of the file at `path`; what is returned lacks the
     texts."""
-    ended = 0
-    with path.open("wb") as file:
+    ended, write = 0, Jsonl(path, msgspec.json.encode)
 
-        async def one(prompt: Prompt) -> Problem:
-            nonlocal ended
-            group = await respond(generators, verifier, prompt, asked.sampling)
-            texts = await verifier.ask(Verifier.ballots, group.group, *group.verdicts)
-            whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
-            file.write(msgspec.json.encode(whole) + b"\n")
-            ended += 1
-            if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
-                say(f"{ended} of {len(prompts)} problems")
-            return replace(
-                whole, responses=[replace(response, text="") for response in whole.responses]
-            )
+    async def one(prompt: Prompt) -> Problem:
+        nonlocal ended
+        group = await respond(generators, verifier, prompt, asked.sampling)
+        texts = await verifier.ask(Verifier.ballots, group.group, *group.verdicts)
+        whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
+        await aside(config.timeout.step_s, f"{path}, written", write, whole)
+        ended += 1
+        if 10 * ended // len(prompts) > 10 * (ended - 1) // len(prompts):
+            say(f"{ended} of {len(prompts)} problems")
+        return replace(whole, responses=[replace(each, text="") for each in whole.responses])
 
-        places = config.rollout.concurrency * generators.size
-        at_once = max(1, int(ALL * places / asked.sampling.samples))
-        problems = await of_all(prompts, one, at_once, config.run.max_failed_share)
-        failed = [each for each in problems if isinstance(each, CallFailed)]
-        if failed:
-            say(
-                f"{len(failed)} of {len(problems)} problems have no response and are unknown; the"
-                f" first: {first_line(failed[0])}"
-            )
-        for index, (prompt, each) in enumerate(zip(prompts, problems, strict=True)):
-            if isinstance(each, CallFailed):
-                whole = _unknown(prompt, first_line(each), asked)
-                file.write(msgspec.json.encode(whole) + b"\n")
-                problems[index] = whole
-        return [each for each in problems if isinstance(each, Problem)]
+    places = config.rollout.concurrency * generators.size
+    at_once = max(1, int(ALL * places / asked.sampling.samples))
+    problems = await of_all(prompts, one, at_once, config.run.max_failed_share)
+    failed = [each for each in problems if isinstance(each, CallFailed)]
+    if failed:
+        say(
+            f"{len(failed)} of {len(problems)} problems have no response and are unknown; the"
+            f" first: {first_line(failed[0])}"
+        )
+    for index, (prompt, each) in enumerate(zip(prompts, problems, strict=True)):
+        if isinstance(each, CallFailed):
+            whole = _unknown(prompt, first_line(each), asked)
+            await aside(config.timeout.step_s, f"{path}, written", write, whole)
+            problems[index] = whole
+    return [each for each in problems if isinstance(each, Problem)]
 
 
 def _unknown(prompt: Prompt, cause: str, asked: EvalRun) -> Problem:

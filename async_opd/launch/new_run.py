@@ -20,6 +20,7 @@ from async_opd.core.run_dir import CONFIG, LEDGER, LOCK, PROBLEMS, holds_run
 from async_opd.core.run_lock import locked
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
+GIT_S = 10.0  # to name the commit
 
 
 @contextmanager
@@ -110,9 +111,12 @@ def _undo(
 def environment(**others: Any) -> dict[str, Any]:
     """Look up the git commit and the versions of PACKAGES, and put `others` beside them."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIT_S)
+        commit = git.stdout.strip() or None
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "versions": {name: version(name) for name in PACKAGES},
         **others,
     }

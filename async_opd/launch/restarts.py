@@ -4,7 +4,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from async_opd.config.sections import RunConfig
+from async_opd.config.schema import Config
+from async_opd.core.aside import aside
 from async_opd.core.errors import (
     ActorLost,
     AsyncOpdError,
@@ -15,7 +16,7 @@ from async_opd.core.errors import (
     TimedOut,
 )
 from async_opd.core.events import EventSink
-from async_opd.driver.checkpoints import Checkpoint, newest
+from async_opd.driver.checkpoints import Checkpoint, newest, thread_of
 
 # what a new start, from a checkpoint or from the beginning, can repair
 LOST = (ActorLost, CallFailed, SyncFailed, SystemFailed, TimedOut)
@@ -27,7 +28,7 @@ class Restarts:
     """The restarts of one run: at most `run.max_restarts` within `run.restart_steps` of progress.
     What is trained again is no progress."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, start: dict[str, Any], emit: EventSink):
+    def __init__(self, config: Config, run_dir: Path, start: dict[str, Any], emit: EventSink):
         """`start` is where the prompts stand at the beginning."""
         self.count = 0
         self.ready = False  # every actor was, once: what could not start will not start now
@@ -47,7 +48,10 @@ class Restarts:
         if wait_s is None:
             raise error
         try:
-            checkpoint = await asyncio.to_thread(newest, self._run_dir, self._start)
+            thread, within_s = thread_of(self._run_dir), self._config.timeout.step_s
+            checkpoint = await aside(
+                within_s, "newest checkpoint", newest, self._run_dir, self._start, thread=thread
+            )
         except CheckpointError as damaged:
             error.add_note(f"not started again: {damaged}")
             raise error from None
@@ -61,9 +65,9 @@ class Restarts:
         """How long to wait before one more; None where they are used up."""
         progress = step > self._reached
         self._reached = max(self._reached, step)
-        within = self._config.restart_steps
+        within = self._config.run.restart_steps
         self._behind = [earlier for earlier in self._behind if self._reached - earlier < within]
-        if len(self._behind) >= self._config.max_restarts:
+        if len(self._behind) >= self._config.run.max_restarts:
             return None
         self._in_a_row = 0 if progress or not self.count else self._in_a_row + 1
         self._behind.append(self._reached)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from async_opd.config.schema import Config
+from async_opd.core.aside import aside
 from async_opd.core.errors import SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
@@ -79,10 +80,9 @@ async def _run(
     refuse_unreachable()
     inputs = _read(config)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
+    await _write(config, run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
     made_with = environment(ends=inputs.tokens.ends)
-    with foreign(f"run.dir = {str(run_dir)!r}: cannot be written", SystemFailed):
-        write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-        write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    await _write(config, run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -99,7 +99,7 @@ async def _run(
             if what != "placed":  # of each member, for those who look for it
                 shown(event)
 
-        restarts = Restarts(config.run, run_dir, inputs.prompts.position, emit)
+        restarts = Restarts(config, run_dir, inputs.prompts.position, emit)
         while True:
             try:
                 meter = Meter(
@@ -114,7 +114,8 @@ async def _run(
                     raise
                 checkpoint = await restarts.goes_on_from(e, meter.last_step)
                 # what they have not written yet would stand behind the rows that are void
-                await asyncio.to_thread(caught_up, [*observers, record])
+                within_s = config.timeout.step_s
+                await aside(within_s, "observers", caught_up, [*observers, record])
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         **inputs.prompts.counts,
@@ -123,9 +124,13 @@ async def _run(
         "version": config.run.steps,
         "restarts": restarts.count,
     }
-    with foreign(f"{run_dir / SUMMARY}: the run is trained and saved", SystemFailed):
-        write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
+    await _write(config, run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+async def _write(config: Config, path: Path, content: bytes) -> None:
+    with foreign(f"{path}: cannot be written", SystemFailed):
+        await aside(config.timeout.step_s, f"{path}, written", write_file, path, content)
 
 
 def _read(config: Config) -> "Inputs":

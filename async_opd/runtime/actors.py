@@ -5,6 +5,7 @@ import asyncio
 import gc
 import inspect
 import itertools
+import os
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,8 +26,9 @@ from async_opd.core.foreign import foreign
 from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
 from async_opd.objectives.base import Objective
+from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.building import built
+from async_opd.runtime.building import built, take_of_card
 from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
@@ -42,11 +44,7 @@ class RoleActor:
     def __init__(self, target: str, memory_share: float, *args: Any, called: str = ""):
         """Build `target`, "module:name", with `args`; errors name it by `called`. `memory_share`
         below 1 is that of the card's memory that PyTorch may take here."""
-        if 0 < memory_share < 1:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(memory_share)
+        take_of_card(memory_share)
         self._role = built(called or target, target, *args)
         self._late: dict[str, asyncio.Task[Any]] = {}  # calls that were slow, by their ticket
         self._tickets = itertools.count()
@@ -113,6 +111,14 @@ class RoleActor:
         return Path(file).exists()
 
 
+class _Process(RoleActor):
+    """The actor in a process that Ray has started: it ends with its raylet, even in a C call."""
+
+    def __init__(self, *args: Any, called: str = ""):
+        die_with(os.getppid())
+        super().__init__(*args, called=called)
+
+
 def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
     """The result of a call that is done, or its error, under a name of ours and with its place."""
     error = call.exception()
@@ -146,7 +152,7 @@ class RemoteActor:
         share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
         with foreign(f"{name}, start", SystemFailed):
-            role = ray.remote(type(title, (RoleActor,), {})).options(**options)
+            role = ray.remote(type(title, (_Process,), {})).options(**options)
             self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
 
     async def call(

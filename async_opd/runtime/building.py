@@ -19,6 +19,15 @@ class Unbuilt:
         raise self._why
 
 
+def take_of_card(memory_share: float) -> None:
+    """Let PyTorch take no more than this share of the card's memory; all of it for 0 and 1."""
+    if 0 < memory_share < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(memory_share)
+
+
 def built(called: str, target: str, *args: Any) -> Any:
     """Build `target`, "module:name", with `args`. An error becomes an `Unbuilt`, with its name and
     one line, an ActorLost where it has no name of ours: Ray would make a trace of it. The trace

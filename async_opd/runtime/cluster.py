@@ -1,6 +1,7 @@
 """Every actor of one run, started side by side on a cluster."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -14,7 +15,8 @@ from tokenizers import Tokenizer
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
-from async_opd.core.errors import ConfigError, SystemFailed, first_line
+from async_opd.core.aside import aside
+from async_opd.core.errors import AsyncOpdError, ConfigError, HeadLost, SystemFailed, first_line
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
@@ -24,7 +26,11 @@ from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.actors import RemoteActor, RemoteRole
 from async_opd.runtime.nodes import (
     alive_nodes,
+    dead_head,
     driver_node,
+    head_lost,
+    kill_own_head,
+    refuse_silent,
     start_ray,
     taken_over,
     wait_for_resources,
@@ -40,7 +46,8 @@ class Cluster:
     for this run.
 
     A context manager: on leaving, however that comes about, its actors are killed, and what
-    `start_ray` has begun is ended.
+    `start_ray` has begun is ended. Where Ray's head is lost meanwhile, the task that works inside
+    is cancelled, and leaving raises HeadLost.
     """
 
     def __init__(
@@ -60,12 +67,16 @@ class Cluster:
         self._timeouts = _timeouts(config)
         self._specs = ActorSpecs(config, tokens=tokens, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[RemoteActor] = []
+        self._lost = ""  # what is wrong with Ray's head
+        self._inside: asyncio.Task[Any] | None = None  # the task that works with its actors …
+        self._watching: asyncio.Task[None] | None = None  # … and the one that cancels it then
         # On a card that is shared one starts after the other: vLLM measures what is free while it
         # starts.
         self._turn = asyncio.Lock() if config.run.share_gpu else nullcontext()
 
     def __enter__(self) -> "Cluster":
         with ExitStack() as leaving:
+            refuse_silent()
             start_ray()
             leaving.enter_context(taken_over())
             try:
@@ -78,10 +89,31 @@ class Cluster:
             self._leaving = leaving.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._watching:
+            self._watching.cancel()
         for actor in self._actors:
             self._leaving.callback(actor.kill)
+        if lost := self._lost or dead_head():
+            kill_own_head()  # nothing of it can be asked to end
         self._leaving.close()
+        if not lost:
+            return
+        if self._lost and self._inside and self._inside.uncancel():
+            return  # interrupted by others, too
+        if error and (isinstance(error, AsyncOpdError) or self._lost):
+            head = HeadLost(
+                f"Ray's head: {lost}; `async-opd train --resume` goes on from what is saved"
+            )
+            for note in getattr(error, "__notes__", ()):
+                head.add_note(note)
+            raise head from error
+
+    async def _watch(self) -> None:
+        timeout = self._config.timeout
+        self._lost = await head_lost(timeout.health_s, timeout.stall_s)
+        if self._inside:
+            self._inside.cancel()
 
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`, once there is room for
@@ -115,6 +147,9 @@ class Cluster:
         return await together(generators, verifiers)
 
     async def _room(self, requests: Iterable[ResourceRequest]) -> Mapping[str, Node]:
+        """The node of each member, once there is room; from now on Ray's head is watched."""
+        self._inside = asyncio.current_task()
+        self._watching = asyncio.create_task(self._watch())
         return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
@@ -151,7 +186,7 @@ class Cluster:
             node = (
                 nodes[name]
                 if nodes
-                else choose(request, alive_nodes(self._members()), driver_node(), lost=lost)
+                else choose(request, await alive_nodes(self._members()), driver_node(), lost=lost)
             )
             actor = self._make(name, self._specs.member(pool, index), node)
             with ExitStack() as unless:
@@ -192,20 +227,28 @@ class Cluster:
         ]
         if not far:
             return
-        folder, what = Path(config.run.dir).resolve(), "look at the run directory"
-        refused = foreign(f"run.dir = {config.run.dir!r}", SystemFailed)
-        with refused, tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
-            looks = (
-                actor.ask_host(config.timeout.start_s, "sees", file.name, what=what)
-                for actor in far
-            )
+        folder, what = Path(config.run.dir).absolute(), "look at the run directory"
+        start_s = config.timeout.start_s
+        with foreign(f"run.dir = {config.run.dir!r}", SystemFailed):
+            file = await aside(start_s, what, _mark, folder)
+        try:
+            looks = (actor.ask_host(start_s, "sees", str(file), what=what) for actor in far)
             seen = await asyncio.gather(*looks)
+        finally:
+            await aside(start_s, what, file.unlink)
         blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
         if blind:
             raise ConfigError(
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
+
+
+def _mark(folder: Path) -> Path:
+    """Make an empty file that nobody else has."""
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".seen-")
+    os.close(descriptor)
+    return Path(name)
 
 
 def _timeouts(config: Config) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """The connection to a cluster, its nodes as Ray has them, and the wait for room on them."""
 
 import asyncio
+import atexit
 import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,23 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.authentication.authentication_token_setup import (
     enable_token_auth_by_default,
     ensure_token_if_auth_enabled,
 )
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
-from ray.exceptions import AuthenticationError
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError, RayError, RpcError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from async_opd.core.errors import ClusterTooSmall, ConfigError, SystemFailed
+from async_opd.core.aside import DaemonThread, aside
+from async_opd.core.errors import ClusterTooSmall, ConfigError, SystemFailed, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.process_wide import log_level, sigterm_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
 POLL_S = 1.0  # between two looks for room
+ANSWER_S = 2.5  # within which a head that is well answers
+ASK_S = 30.0  # within which it says who is there, and who has what
+# Without a head Ray ends this process after 60 s, and those of the actors: the rest of that is for
+# a last save.
+GIVE_UP_S = 20.0
+SHUTDOWN_S = 10.0  # to leave the cluster, or to end one of our own: 2 s where nothing hangs
+HEAD = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
 _started = ExitStack()  # ends what `start_ray` has begun
 
 
@@ -38,7 +50,7 @@ def start_ray() -> None:
         return
     with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
-        undo.callback(ray.shutdown)
+        undo.callback(_shut_down)
         with foreign("Ray, its start", SystemFailed):
             try:
                 if _starts_one():
@@ -96,15 +108,90 @@ def taken_over() -> ExitStack:
     return _started.pop_all()
 
 
+def refuse_silent() -> None:
+    """Raise ConfigError where what listens at RAY_ADDRESS does not answer as Ray's head: ray.init
+    would ask for ever."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if re.fullmatch(r"[^/]+:\d+", address) and not ray.is_initialized():
+        try:
+            DaemonThread("Ray's head").submit(GcsClient, address=address).result(ASK_S)
+        except (TimeoutError, RpcError) as e:
+            raise ConfigError(
+                f"RAY_ADDRESS = {address!r}: no answer of a Ray head in {ASK_S:g} s"
+            ) from e
+
+
+def _shut_down() -> None:
+    """Leave the cluster, and end one of our own. Where the head hangs, that does too: what we have
+    started is then killed, and the rest is not waited for."""
+    node = worker._global_node
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(SHUTDOWN_S)
+    if leaving.is_alive():
+        atexit.unregister(ray.shutdown)  # it would wait behind this one
+        _kill(node)
+
+
+def kill_own_head() -> None:
+    """Kill what Ray has started for this process, and with it the actors, which die with their
+    raylet; of a cluster that was there before, nothing."""
+    _kill(worker._global_node)
+
+
+def _kill(node: Any) -> None:
+    if node:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def dead_head() -> str:
+    """Name the part of the head that died, of a cluster of our own; empty where none did, or the
+    cluster is another's."""
+    node: Any = worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} if node else set()
+    return " and ".join(f"{kind} died" for kind in HEAD if kind in dead)
+
+
+async def head_lost(every_s: float, patience_s: float) -> str:
+    """Look at Ray's head every so many seconds; returns, in words, what is wrong with it once that
+    is certain: it died, or was silent for `patience_s`, and GIVE_UP_S at most."""
+    node, patience_s = ray.NodeID.from_hex(driver_node()), min(patience_s, GIVE_UP_S)
+    silent_s = 0.0
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(every_s)
+        if dead := dead_head():
+            return dead
+        answer_s = min(ANSWER_S, patience_s)
+        worker_here: Any = worker.global_worker
+        client = worker_here.gcs_client
+        try:
+            alive = await aside(2 * answer_s, "Ray's head", client.check_alive, [node], answer_s)
+        except (RayError, TimedOut):
+            # no longer than a look takes: this process may have stood still itself
+            silent_s += min(time.monotonic() - began, every_s + 2 * answer_s)
+            if silent_s >= patience_s:
+                return f"no answer for {silent_s:.0f} s"
+        else:
+            silent_s = 0.0
+            if not all(alive):
+                return "it counts the driver's node among the dead"
+
+
 @foreign("Ray, the driver's node", SystemFailed)
 def driver_node() -> str:
     """Name the driver's node."""
     return ray.get_runtime_context().get_node_id()
 
 
+async def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> list[Node]:
+    """List the nodes that live, with what lives there of `members`, by node. Raises TimedOut where
+    the head does not say."""
+    return await aside(ASK_S, "Ray's head, asked for the nodes", _alive_nodes, members)
+
+
 @foreign("Ray, its nodes", SystemFailed)
-def alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]] = ()) -> list[Node]:
-    """List the nodes that live, with what lives there of `members`, by node."""
+def _alive_nodes(members: Sequence[tuple[str | None, ResourceRequest]]) -> list[Node]:
     available, nodes = available_resources_per_node(), []
     for node in (node for node in ray.nodes() if node["Alive"]):
         id, resources = node["NodeID"], node["Resources"]
@@ -137,7 +224,7 @@ async def wait_for_resources(
     with foreign("Ray, its placement groups", SystemFailed), ExitStack() as removing:
         while True:
             try:
-                return place(requests, alive_nodes(), driver_node())
+                return place(requests, await alive_nodes(), driver_node())
             except ClusterTooSmall as e:
                 if time.monotonic() > until:
                     raise
@@ -148,6 +235,6 @@ async def wait_for_resources(
                     removing.callback(remove_placement_group, group)
             if had:
                 await asyncio.sleep(POLL_S)
-            elif had := await asyncio.to_thread(group.wait, POLL_S):
+            elif had := await aside(ASK_S, "Ray's head, asked for room", group.wait, POLL_S):
                 # there is room: it is free as soon as Ray's books say so
                 removing.close()

@@ -11,7 +11,9 @@ import pytest
 from async_opd.config.load import load
 from async_opd.core.errors import ScorerDiffers, TooManyDropped
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import LEDGER
 from async_opd.driver import checkpoints
+from async_opd.driver.ledger import Ledger
 from async_opd.driver.outcomes import GroupFailed
 from async_opd.driver.train import train
 from async_opd.driver.train_loop import TrainLoop
@@ -126,7 +128,16 @@ async def test_a_checkpoint_counts_what_fails_while_it_waits_for_the_weights(tmp
         learner=run.learner,
     )
     meter = Meter([], asyncio.get_running_loop().time)
-    loop = TrainLoop(run.config, roles, Prompts(), [], tmp_path, meter, lambda *event: None)
+    loop = TrainLoop(
+        run.config,
+        roles,
+        Prompts(),
+        [],
+        tmp_path,
+        meter,
+        lambda *event: None,
+        Ledger(tmp_path / LEDGER),
+    )
     prompt = next(iter(Prompts()))
     loop.progress.ledger.handed_out(prompt.id)
     async with loop._weights:  # a newcomer takes them over

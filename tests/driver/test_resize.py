@@ -110,7 +110,7 @@ def test_with_no_job_there_is_no_answer_and_nothing_is_left(tmp_path):
 async def test_a_request_that_is_no_request_is_refused_and_taken_away(tmp_path):
     async def play(learner):
         (tmp_path / "scale-x.json").write_text('{"generators": "many"}')
-        while (tmp_path / "scale-x.json").exists():
+        while not (tmp_path / "scale-x.answer").exists():
             await asyncio.sleep(0.01)
         return (tmp_path / "scale-x.answer").read_text()
 

@@ -34,6 +34,13 @@ class Hurt:
         """Processes of a role, the oldest first."""
         return self.job.titled(TITLES[role])
 
+    def hurt_head(self, part: str, how: signal.Signals = signal.SIGKILL) -> float:
+        """Signal the part of Ray's head of that name, "gcs_server" or "raylet"; returns when."""
+        (process,) = (p for p in self.job.processes() if p.name() == part)
+        now = time.time()
+        process.send_signal(how)
+        return now
+
     def hurt(self, role: str, how: signal.Signals = signal.SIGKILL, which: int = 0) -> float:
         """Signal one process of `role`; returns when."""
         process, now = self.pids(role)[which], time.time()

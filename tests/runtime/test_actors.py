@@ -1,3 +1,4 @@
+import asyncio
 import logging
 import signal
 
@@ -8,11 +9,11 @@ from tokenizers.models import WordLevel
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import ActorLost, ConfigError, HeadLost
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Needs
 from async_opd.objectives.topk_kl import TopkKl
-from async_opd.runtime import nodes
+from async_opd.runtime import cluster, nodes
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import start_ray, taken_over
 
@@ -50,15 +51,15 @@ async def test_what_needs_gpus_is_refused_before_any_actor_starts(
     overrides, needs, message, monkeypatch
 ):
     monkeypatch.setattr(TopkKl, "needs", lambda self: needs)
-    cluster = Cluster(
+    refused = Cluster(
         load(DEMO, overrides),
         tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
         tokenizer=Tokenizer(WordLevel()),
     )
-    cluster._gpus = 0  # as Ray says of a cluster without
+    refused._gpus = 0  # as Ray says of a cluster without
     with pytest.raises(ConfigError, match=f"^{message}"):
-        await cluster.roles()
-    assert cluster._actors == []
+        await refused.roles()
+    assert refused._actors == []
 
 
 class Ray:
@@ -154,9 +155,34 @@ def test_every_actor_is_killed_whatever_becomes_of_the_others(connection):
             connection.said.append("killed")
             raise RuntimeError("it is gone")
 
-    with pytest.raises(RuntimeError, match="it is gone"), a_cluster() as cluster:
-        cluster._actors += [Member(), Member()]
+    with pytest.raises(RuntimeError, match="it is gone"), a_cluster() as entered:
+        entered._actors += [Member(), Member()]
     assert connection.said == ["connected", "killed", "killed", "ended"]
+
+
+@pytest.mark.parametrize("shows", ["by itself", "by an actor", "to one who is interrupted"])
+async def test_where_rays_head_is_lost_that_ends_the_work_and_is_told(
+    connection, monkeypatch, shows
+):
+    async def lost(every_s, patience_s):
+        return "raylet died"
+
+    async def works(*args):
+        if shows != "by itself":
+            monkeypatch.setattr(cluster, "dead_head", lambda: "raylet died")
+            raise ActorLost("learner 0 died") if shows == "by an actor" else asyncio.CancelledError
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(cluster, "wait_for_resources", works)
+    monkeypatch.setattr(cluster, "kill_own_head", lambda: None)
+    if shows == "by itself":
+        monkeypatch.setattr(cluster, "head_lost", lost)
+    ends = asyncio.CancelledError if "interrupted" in shows else HeadLost
+    says = "^$" if "interrupted" in shows else "raylet died; .*--resume"
+    with pytest.raises(ends, match=says), a_cluster() as entered:
+        await entered.evaluators()
+    assert connection.said == ["connected", "ended"]
+    assert asyncio.current_task().cancelling() == 0  # the task goes on
 
 
 def test_a_cluster_that_refuses_the_token_is_a_mistake_in_words(connection, monkeypatch):

@@ -2,6 +2,7 @@
 entry point."""
 
 import math
+import multiprocessing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
 
 
@@ -122,6 +124,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: vLLM calls it in every process of an engine, perhaps more
-    than once."""
+    than once. One that has a parent, the engine's core or a worker of its, ends with that: the core
+    outlives its actor otherwise, deaf to SIGTERM. The kernel sees to it, for the thread that starts
+    them is the parent's main one."""
+    if (parent := multiprocessing.parent_process()) and parent.pid:
+        die_with(parent.pid)
     if "gloo" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
