@@ -14,11 +14,31 @@ BEHIND_S = 0.001  # that the first in a line is late before the others
 AGAIN_S = 1.0  # between two looks at a call that is held up
 
 
-class _Call:
-    """A call without an answer yet."""
+class Place:
+    """A call without an answer yet, in its line."""
 
-    def __init__(self, since: float):
-        self.since = since  # its time counts from then, or later
+    def __init__(self, line: "Line", kind: str, seconds: float):
+        self._all, self._kind, self._seconds = line, kind, seconds
+        self.since = _now()  # its time counts from then, or later
+        self.late = False
+
+    def due(self) -> float:
+        """When its time is up, in seconds of the running loop; which may move."""
+        line, others = self._all, self._all.lines[self._kind]
+        if line.beside_it:
+            return _now() + AGAIN_S
+        if self not in others:  # overtaken
+            return self.since + self._seconds
+        behind = next(iter(others)) is not self
+        return max(self.since, line.moved) + self._seconds + (BEHIND_S if behind else 0.0)
+
+    def expire(self) -> None:
+        """Its time is up: those behind it have theirs again, where the actor has got on since the
+        last."""
+        self.late = True
+        self._all.lines[self._kind].pop(self, None)
+        if self._all.gets_on:
+            self._all.gets_on, self._all.moved = False, _now()
 
 
 class Line:
@@ -37,60 +57,56 @@ class Line:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, dict[_Call, None]] = {}  # by kind, those not overtaken, in order
-        self._moved = 0.0  # when the actor last answered, or was rid of a call
-        self._gets_on = True  # it has answered since the last call that was late
-        self._beside = 0  # calls that wait in no line and hold up those that do
+        self.lines: dict[str, dict[Place, None]] = {}  # by kind, those not overtaken, in order
+        self.moved = 0.0  # when the actor last answered, or was rid of a call
+        self.gets_on = True  # it has answered since the last call that was late
+        self.beside_it = 0  # calls that wait in no line and hold up those that do
 
     async def bounded(self, call: Awaitable[T], seconds: float, kind: str, who: str) -> T:
         """Await `call`, one of `kind`. Raises TimedOut, which names `who`."""
-        line = self._lines.setdefault(kind, {})
-        me = _Call(self._now())
+        why = f"{who}: no answer in {seconds:g} s"
+        with self.place(seconds, kind) as place:
+            return await bounded_until(call, place.due, why, place.expire)
+
+    @contextmanager
+    def place(self, seconds: float, kind: str) -> Generator[Place]:
+        """A call of `kind` waits in its line, and is answered behind it, unless it is cancelled or
+        was late."""
+        line, me = self.lines.setdefault(kind, {}), Place(self, kind, seconds)
         line[me] = None
-        answered = True
-
-        def due() -> float:
-            if self._beside:
-                return self._now() + AGAIN_S
-            if me not in line:  # overtaken
-                return me.since + seconds
-            behind = next(iter(line)) is not me
-            return max(me.since, self._moved) + seconds + (BEHIND_S if behind else 0.0)
-
-        def late() -> None:
-            nonlocal answered
-            answered = False
-            line.pop(me, None)
-            if self._gets_on:
-                self._gets_on, self._moved = False, self._now()
-
         try:
-            return await bounded_until(call, due, f"{who}: no answer in {seconds:g} s", late)
+            yield me
         except asyncio.CancelledError:
-            answered, self._moved = False, self._now()
+            self.moved = _now()
             raise
+        except Exception:
+            self._answered(line, me)
+            raise
+        else:
+            self._answered(line, me)
         finally:
-            if answered:
-                self._answered(line, me)
             line.pop(me, None)
 
     @contextmanager
     def beside(self) -> Generator[None]:
         """A call that waits in no line: those that do may wait for it, for as long as it may
         take."""
-        self._beside += 1
+        self.beside_it += 1
         try:
             yield
         finally:
-            self._beside -= 1
-            self._moved = self._now()
+            self.beside_it -= 1
+            self.moved = _now()
 
-    def _answered(self, line: dict[_Call, None], me: _Call) -> None:
-        self._gets_on, self._moved = True, self._now()
+    def _answered(self, line: dict[Place, None], me: Place) -> None:
+        if me.late:
+            return
+        self.gets_on, self.moved = True, _now()
         if me in line:
             for other in [*takewhile(lambda other: other is not me, line)]:
-                other.since = self._moved
+                other.since = self.moved
                 del line[other]
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

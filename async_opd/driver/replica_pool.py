@@ -60,6 +60,7 @@ class ReplicaPool(Generic[M]):
         self._wanted = set(range(len(ports)))  # members that there should be
         self._last_loss = ""
         self.lost = 0  # members so far
+        self.answered = 0.0  # when a member last did
         for index, port in enumerate(ports):
             self._serve(self._replica(index, port))
 
@@ -138,7 +139,9 @@ class ReplicaPool(Generic[M]):
                 asked.add(replica.index)
             replica.load += load
             try:
-                return await replica.call(method, *args, of=of)
+                answer = await replica.call(method, *args, of=of)
+                self.answered = asyncio.get_running_loop().time()
+                return answer
             except self._lost_by as e:
                 self.retire(replica, str(e))
                 lost(replica.lost)

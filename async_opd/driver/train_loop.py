@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from async_opd.config.schema import Config
-from async_opd.core.aio import bounded, retrieved
+from async_opd.core.aio import bounded, retrieved, within
 from async_opd.core.errors import ActorLost, AsyncOpdError, ParityError, SyncFailed
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner, ScoredGroup
@@ -98,6 +98,7 @@ class TrainLoop:
             wait_s=config.timeout.group_s,
             teacher=config.teacher_sampling,
             where=self._where,
+            answered=lambda: max(pool.answered for pool in self.pools),
         )
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
         self._admission: Admission | None = None  # once training has started
@@ -218,7 +219,7 @@ class TrainLoop:
         if self._admission is None:
             return  # nothing has been trained, or it is not restored yet
         try:
-            async with asyncio.timeout(within_s):
+            async with within(within_s):
                 if self._at_work:
                     await asyncio.shield(self._at_work)
                 if self._unsaid:
