@@ -1,6 +1,6 @@
 """Which prompt is handed out next, and what becomes of one whose group is not trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -25,9 +25,11 @@ class Admission:
         max_attempts: int,
         student: Producer,
         teacher: TeacherSampling | None = None,
+        ready: Callable[[], bool] = lambda: True,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced. A prompt is issued `max_attempts` times at most."""
+        dropped one is replaced. A prompt is issued `max_attempts` times at most. `ready()`: the
+        next one can be had now; `fill` is called again when it can."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -35,10 +37,11 @@ class Admission:
         self._max_attempts = max_attempts
         self._student = student
         self._teacher = teacher
+        self._ready = ready
 
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
-        while self.needed and self._slots.free:
+        while self.needed and self._slots.free and self._ready():
             prompt = next(self._prompts)
             self._ledger.handed_out(prompt.id)
             self.needed -= 1

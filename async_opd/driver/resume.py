@@ -68,7 +68,8 @@ class Progress:
         folder, state = checkpoint
         await self._learner.call(Learner.load_state, str(folder / LEARNER))
         await self._self_teachers.restore(folder)
-        prompts = self._source.continued(state.position, state.outstanding[:needed])
+        outstanding = state.outstanding[:needed]
+        prompts = await asyncio.to_thread(self._source.continued, state.position, outstanding)
         # It can be gone on with: what came later is void.
         await asyncio.to_thread(self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)

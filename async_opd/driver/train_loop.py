@@ -2,7 +2,7 @@
 what unblocks it, is drawn in `async_opd.driver`."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from async_opd.driver.outcomes import Outcomes, verdicts
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
+from async_opd.driver.read_ahead import ReadAhead
 from async_opd.driver.replica import Replica
 from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
@@ -65,7 +66,7 @@ class TrainLoop:
         meter: Meter,
         emit: EventSink,
     ):
-        self._config, self._source = config, source
+        self._config, self._prompts = config, ReadAhead(source)
         self._meter, self._emit = meter, emit
         self._every = config.run.checkpoint_every_steps
         self.version = 0
@@ -84,7 +85,12 @@ class TrainLoop:
             self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
         )
         self.progress = Progress(
-            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
+            run_dir,
+            self._prompts,
+            self._learner,
+            self._self_teachers,
+            config.run.keep_checkpoints,
+            emit,
         )
         self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
@@ -107,7 +113,8 @@ class TrainLoop:
     async def begin(self, tasks: asyncio.TaskGroup, checkpoint: Checkpoint | None) -> None:
         """Give every generator the student's weights, from `checkpoint` on where there is one, and
         measure what is to be trained."""
-        prompts = await self._restore(checkpoint) if checkpoint else iter(self._source)
+        if checkpoint:
+            await self._restore(checkpoint)
         await self._publisher.publish(self.version, admit=lambda: None)
         # The first tokens of an engine may take seconds; the student's have sampled some when
         # training starts.
@@ -115,10 +122,11 @@ class TrainLoop:
         await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         self.pools.start(tasks)
         await self.pools.compare()
-        self._admission = self._admits(prompts, tasks)
+        self._tasks = tasks
+        self._admission = self._admits(tasks)
         self._meter.start(self.version)
 
-    def _admits(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Admission:
+    def _admits(self, tasks: asyncio.TaskGroup) -> Admission:
         config, ledger = self._config, self.progress.ledger
         if config.teacher_sampling:
             self._teacher_sampling = TeacherSampling(
@@ -141,13 +149,14 @@ class TrainLoop:
             count_tokens=self._meter.count,
         )
         return Admission(
-            prompts,
+            self._prompts,
             (config.run.steps - self.version) * config.groups_per_step,
             slots=self._slots,
             ledger=ledger,
             max_attempts=config.run.max_attempts,
             student=student,
             teacher=self._teacher_sampling,
+            ready=lambda: self._prompts.ready,
         )
 
     async def _step(self, batch: list[ScoredGroup]) -> None:
@@ -162,6 +171,8 @@ class TrainLoop:
         """Bring the generators to the live version and give the slots of the groups that were
         `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
         was measured."""
+        assert self._admission
+        await self._prompts.read(min(self._admission.needed, self._slots.free + len(trained)))
         publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
         step_s = self._config.timeout.step_s
         writing = bounded(self.progress.ledger.sync(), step_s, "ledger, fsync")
@@ -174,6 +185,7 @@ class TrainLoop:
         for group in trained:
             self._slots.give_back(group.ticket)
         self._admission.fill()
+        self._read_ahead(self._admission)
         if not self._admission.needed:  # generators without a request have nothing to come
             self.pools.generators.idles("starved")
 
@@ -181,6 +193,12 @@ class TrainLoop:
         assert self._admission
         self._outcomes.dropped(prompt, cause)
         self._admission.dropped(ticket, prompt, cause)
+        self._read_ahead(self._admission)
+
+    def _read_ahead(self, admission: Admission) -> None:
+        """Have the next step's prompts be read beside everything else."""
+        count = min(admission.needed, self._config.groups_per_step)
+        self._prompts.begin(count, self._tasks, admission.fill)
 
     def _report(self, gap: float | None = None) -> None:
         """Write the row of the last step."""
@@ -237,16 +255,15 @@ class TrainLoop:
         if self._at_work:
             await asyncio.wait([self._at_work], timeout=self._config.timeout.step_s)
 
-    async def _restore(self, checkpoint: Checkpoint) -> Iterator[Prompt]:
-        """Be where the run was at that checkpoint; returns its prompts from there on."""
+    async def _restore(self, checkpoint: Checkpoint) -> None:
+        """Be where the run was at that checkpoint, with its prompts from there on."""
         state = checkpoint.state
         needed = (self._config.run.steps - state.version) * self._config.groups_per_step
-        prompts = await self.progress.restore(checkpoint, needed)
+        await self.progress.restore(checkpoint, needed)
         self.version = state.version
         self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters["dropped"])
         self._outcomes.restore(state.counters.get("outcomes", {}))
-        return prompts
 
     async def save(self) -> None:
         """Save a checkpoint of the live version, which is in the books. The learner can do nothing

@@ -147,7 +147,7 @@ class TransformersTeacher:
         )
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
-        """Take the oldest requests that fit one batch, at least one, unless nobody waits for any."""
+        """Take the oldest requests that fit one batch, at least one where anybody waits."""
         self._waiting = [each for each in self._waiting if not each[1].done()]
         count = max(1, sum(t <= self._config.batch_tokens for t in self._tokens_waiting()))
         batch, self._waiting = self._waiting[:count], self._waiting[count:]

@@ -1,0 +1,75 @@
+"""Prompts rendered and tokenized beside the event loop, before they are wanted."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from async_opd.core.aio import in_thread
+from async_opd.core.errors import AsyncOpdError
+from async_opd.core.wire import Prompt
+from async_opd.driver.resume import Source
+
+Failure = AsyncOpdError | StopIteration
+Read = tuple[Prompt | Failure, dict[str, Any]]  # with the source's position behind it
+
+
+class ReadAhead:
+    """A `Source` over another, of which a thread reads what comes next. What is read and not handed
+    out does not count: `position` is behind the last prompt that was, and a row's error is raised
+    where its prompt would have been handed out."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._rows = iter(source)
+        self._ready: deque[Read] = deque()
+        self._turn = asyncio.Lock()  # to read
+        self.position = source.position
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return self
+
+    def __next__(self) -> Prompt:
+        """The next prompt, which is read now where it is not yet. Raises DataError."""
+        prompt, self.position = self._ready.popleft() if self._ready else self._read()
+        if isinstance(prompt, Exception):
+            raise prompt
+        return prompt
+
+    def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
+        """As the source's."""
+        self._rows = self._source.continued(position, outstanding)
+        self.position = self._source.position
+        return self
+
+    @property
+    def ready(self) -> bool:
+        """Whether nobody needs to wait for the next prompt while the thread reads it."""
+        return bool(self._ready) or not self._turn.locked()
+
+    async def read(self, count: int) -> None:
+        """Wait until the next `count` prompts are read, or the first of them that cannot be."""
+        async with self._turn:
+            while len(self._ready) < count and not (self._ready and _failed(self._ready[-1])):
+                self._ready.append(await in_thread(self._read))
+
+    def begin(self, count: int, tasks: asyncio.TaskGroup, then: Callable[[], None]) -> None:
+        """Read the next `count` prompts beside everything else, unless some are being read; call
+        `then` behind it."""
+        if len(self._ready) < count and not self._turn.locked():
+            tasks.create_task(self._beside(count, then), name="read ahead")
+
+    async def _beside(self, count: int, then: Callable[[], None]) -> None:
+        await self.read(count)
+        then()
+
+    def _read(self) -> Read:
+        try:
+            prompt: Prompt | Failure = next(self._rows)
+        except (AsyncOpdError, StopIteration) as e:
+            prompt = e
+        return prompt, self._source.position
+
+
+def _failed(read: Read) -> bool:
+    return isinstance(read[0], Exception)
