@@ -26,10 +26,12 @@ class Admission:
         student: Producer,
         teacher: TeacherSampling | None = None,
         ready: Callable[[], bool] = lambda: True,
+        ahead: Callable[[int, Callable[[], None]], None] = lambda needed, then: None,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced. A prompt is issued `max_attempts` times at most. `ready()`: the
-        next one can be had now; `fill` is called again when it can."""
+        dropped one is replaced. A prompt is issued `max_attempts` times at most. `ready()`:
+        the next one can be had now. `ahead(needed, then)` has those to come be read beside
+        everything else, and `then` be called."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -37,7 +39,7 @@ class Admission:
         self._max_attempts = max_attempts
         self._student = student
         self._teacher = teacher
-        self._ready = ready
+        self._ready, self._ahead = ready, ahead
 
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
@@ -48,6 +50,7 @@ class Admission:
             ticket = self._slots.take()
             if not (self._teacher and self._teacher.answers(ticket, prompt)):
                 self._student.start(ticket, prompt)
+        self._ahead(self.needed, self.fill)
 
     def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
         """Issue the prompt of a group that will not be trained again at the front, or drop it for

@@ -1,6 +1,7 @@
 """Prompts rendered and tokenized beside the event loop, before they are wanted."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from async_opd.core.errors import AsyncOpdError
 from async_opd.core.wire import Prompt
 from async_opd.driver.resume import Source
 
+PART_S = 0.1
 Failure = AsyncOpdError | StopIteration
 Read = tuple[Prompt | Failure, dict[str, Any]]  # with the source's position behind it
 
@@ -19,8 +21,9 @@ class ReadAhead:
     out does not count: `position` is behind the last prompt that was, and a row's error is raised
     where its prompt would have been handed out."""
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, most: int):
+        """`most` are read beside everything else."""
+        self._source, self._most = source, most
         self._rows = iter(source)
         self._ready: deque[Read] = deque()
         self._turn = asyncio.Lock()  # to read
@@ -51,17 +54,25 @@ class ReadAhead:
         """Wait until the next `count` prompts are read, or the first of them that cannot be."""
         async with self._turn:
             while len(self._ready) < count and not (self._ready and _failed(self._ready[-1])):
-                self._ready.append(await in_thread(self._read))
+                self._ready += await in_thread(self._read_some, count - len(self._ready))
 
-    def begin(self, count: int, tasks: asyncio.TaskGroup, then: Callable[[], None]) -> None:
-        """Read the next `count` prompts beside everything else, unless some are being read; call
-        `then` behind it."""
+    def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> None:
+        """Read what comes next, of so many that are `needed`, beside everything else, unless some
+        are being read; call `then` behind it."""
+        count = min(needed, self._most)
         if len(self._ready) < count and not self._turn.locked():
             tasks.create_task(self._beside(count, then), name="read ahead")
 
     async def _beside(self, count: int, then: Callable[[], None]) -> None:
         await self.read(count)
         then()
+
+    def _read_some(self, count: int) -> list[Read]:
+        """At most `count`, for PART_S at most, so that nobody who is cancelled waits for long."""
+        some, until = [self._read()], time.monotonic() + PART_S
+        while len(some) < count and not _failed(some[-1]) and time.monotonic() < until:
+            some.append(self._read())
+        return some
 
     def _read(self) -> Read:
         try:

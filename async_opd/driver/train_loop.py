@@ -4,6 +4,7 @@ what unblocks it, is drawn in `async_opd.driver`."""
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class TrainLoop:
         meter: Meter,
         emit: EventSink,
     ):
-        self._config, self._prompts = config, ReadAhead(source)
+        self._config, self._prompts = config, ReadAhead(source, config.groups_per_step)
         self._meter, self._emit = meter, emit
         self._every = config.run.checkpoint_every_steps
         self.version = 0
@@ -84,14 +85,8 @@ class TrainLoop:
         self._self_teachers = SelfTeachers(
             self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
         )
-        self.progress = Progress(
-            run_dir,
-            self._prompts,
-            self._learner,
-            self._self_teachers,
-            config.run.keep_checkpoints,
-            emit,
-        )
+        saving = self._learner, self._self_teachers, config.run.keep_checkpoints, emit
+        self.progress = Progress(run_dir, self._prompts, *saving)
         self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
@@ -122,7 +117,6 @@ class TrainLoop:
         await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         self.pools.start(tasks)
         await self.pools.compare()
-        self._tasks = tasks
         self._admission = self._admits(tasks)
         self._meter.start(self.version)
 
@@ -157,6 +151,7 @@ class TrainLoop:
             student=student,
             teacher=self._teacher_sampling,
             ready=lambda: self._prompts.ready,
+            ahead=partial(self._prompts.begin, tasks),
         )
 
     async def _step(self, batch: list[ScoredGroup]) -> None:
@@ -185,7 +180,6 @@ class TrainLoop:
         for group in trained:
             self._slots.give_back(group.ticket)
         self._admission.fill()
-        self._read_ahead(self._admission)
         if not self._admission.needed:  # generators without a request have nothing to come
             self.pools.generators.idles("starved")
 
@@ -193,12 +187,6 @@ class TrainLoop:
         assert self._admission
         self._outcomes.dropped(prompt, cause)
         self._admission.dropped(ticket, prompt, cause)
-        self._read_ahead(self._admission)
-
-    def _read_ahead(self, admission: Admission) -> None:
-        """Have the next step's prompts be read beside everything else."""
-        count = min(admission.needed, self._config.groups_per_step)
-        self._prompts.begin(count, self._tasks, admission.fill)
 
     def _report(self, gap: float | None = None) -> None:
         """Write the row of the last step."""
