@@ -19,7 +19,7 @@ P = ParamSpec("P")
 TICK_S = 0.125  # between two looks at how late the event loop is
 LATE_S = 0.02  # lateness that is none
 GRACE_S = 1.0  # to read what came while the event loop stood still
-MAX_GRACES = 5  # of one wait: a loop may be late all the time
+MAX_GRACES = 2  # of one wait: a loop may be late all the time
 
 
 class Lag:
