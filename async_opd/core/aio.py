@@ -125,25 +125,14 @@ async def bounded(awaitable: Awaitable[T], seconds: float | None, who: str) -> T
     long."""
     if seconds is None:
         return await awaitable
-    end = asyncio.get_running_loop().time() + seconds
-    return await bounded_until(awaitable, lambda: end, f"{who}: no answer in {seconds:g} s")
-
-
-async def bounded_until(
-    awaitable: Awaitable[T],
-    due: Callable[[], float],
-    why: str,
-    at_expiry: Callable[[], None] = lambda: None,
-) -> T:
-    """Await as `until` does; raises TimedOut, which says `why`."""
     limit = None
     try:
-        async with until(due, at_expiry) as limit:
+        async with within(seconds) as limit:
             return await awaitable
     except TimeoutError:
         if limit is None or not limit.expired():
             raise
-        raise TimedOut(why) from None
+        raise TimedOut(f"{who}: no answer in {seconds:g} s") from None
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,12 +1,13 @@
 """How long a call may take of an actor that has others before it."""
 
 import asyncio
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import TypeVar
 
-from async_opd.core.aio import bounded_until
+from async_opd.core.aio import until
+from async_opd.core.errors import TimedOut
 
 T = TypeVar("T")
 
@@ -18,7 +19,8 @@ class Place:
     """A call without an answer yet, in its line."""
 
     def __init__(self, line: "Line", kind: str, seconds: float):
-        self._all, self._kind, self._seconds = line, kind, seconds
+        self._all = line
+        self._kind, self._seconds = kind, seconds
         self.since = _now()  # its time counts from then, or later
         self.late = False
 
@@ -62,11 +64,18 @@ class Line:
         self.gets_on = True  # it has answered since the last call that was late
         self.beside_it = 0  # calls that wait in no line and hold up those that do
 
-    async def bounded(self, call: Awaitable[T], seconds: float, kind: str, who: str) -> T:
-        """Await `call`, one of `kind`. Raises TimedOut, which names `who`."""
-        why = f"{who}: no answer in {seconds:g} s"
+    async def bounded(
+        self, call: Awaitable[T], seconds: float, kind: str, who: Callable[[], str]
+    ) -> T:
+        """Await `call`, one of `kind`. Raises TimedOut, which names `who()`."""
         with self.place(seconds, kind) as place:
-            return await bounded_until(call, place.due, why, place.expire)
+            try:
+                async with until(place.due, place.expire):
+                    return await call
+            except TimeoutError:
+                if not place.late:
+                    raise
+                raise TimedOut(f"{who()}: no answer in {seconds:g} s") from None
 
     @contextmanager
     def place(self, seconds: float, kind: str) -> Generator[Place]:

@@ -25,13 +25,12 @@ class Admission:
         max_attempts: int,
         student: Producer,
         teacher: TeacherSampling | None = None,
-        ready: Callable[[], bool] = lambda: True,
-        ahead: Callable[[int, Callable[[], None]], None] = lambda needed, then: None,
+        ahead: Callable[[int, Callable[[], None]], bool] = lambda needed, then: True,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
-        dropped one is replaced. A prompt is issued `max_attempts` times at most. `ready()`:
-        the next one can be had now. `ahead(needed, then)` has those to come be read beside
-        everything else, and `then` be called."""
+        dropped one is replaced. A prompt is issued `max_attempts` times at most. `ahead(needed,
+        then)` has those to come be read beside everything else; where it says that the next one
+        cannot be had yet, it calls `then` when it can."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -39,18 +38,17 @@ class Admission:
         self._max_attempts = max_attempts
         self._student = student
         self._teacher = teacher
-        self._ready, self._ahead = ready, ahead
+        self._ahead = ahead
 
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
-        while self.needed and self._slots.free and self._ready():
+        while self._ahead(self.needed, self.fill) and self.needed and self._slots.free:
             prompt = next(self._prompts)
             self._ledger.handed_out(prompt.id)
             self.needed -= 1
             ticket = self._slots.take()
             if not (self._teacher and self._teacher.answers(ticket, prompt)):
                 self._student.start(ticket, prompt)
-        self._ahead(self.needed, self.fill)
 
     def dropped(self, ticket: int, prompt: Prompt, cause: str) -> None:
         """Issue the prompt of a group that will not be trained again at the front, or drop it for

@@ -68,10 +68,9 @@ class TrajectoryQueue:
         wait_s: float,
         teacher: TeacherSamplingConfig | None = None,
         where: Callable[[], str] = lambda: "unknown",
-        answered: Callable[[], float] = lambda: 0.0,
     ):
         """`wait_s` bounds the time in which not one group more is ready, and no role has answered;
-        `where()` says where the outstanding ones are, `answered()` when a role last did."""
+        `where()` says where the outstanding ones are."""
         self._per_step = groups_per_step
         self._bound, self._stale = max_lag_steps, stale
         self._on_drop, self._slots = on_drop, slots
@@ -81,7 +80,9 @@ class TrajectoryQueue:
         self._students = 0  # of them
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
-        self._wait_s, self._where, self._answered = wait_s, where, answered
+        self._wait_s = wait_s
+        self._where = where
+        self.answered: Callable[[], float] = lambda: 0.0  # when a role last did
         self._last_came = 0.0  # when the last group came
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
 
@@ -140,7 +141,7 @@ class TrajectoryQueue:
             ) from None
 
     def _due(self) -> float:
-        return max(self._last_came, self._answered()) + self._wait_s
+        return max(self._last_came, self.answered()) + self._wait_s
 
     def _fills_a_step(self) -> bool:
         if len(self._ready) < self._per_step:

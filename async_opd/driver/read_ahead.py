@@ -27,6 +27,7 @@ class ReadAhead:
         self._rows = iter(source)
         self._ready: deque[Read] = deque()
         self._turn = asyncio.Lock()  # to read
+        self._beside = False  # somebody reads, or is about to
         self.position = source.position
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -45,26 +46,24 @@ class ReadAhead:
         self.position = self._source.position
         return self
 
-    @property
-    def ready(self) -> bool:
-        """Whether nobody needs to wait for the next prompt while the thread reads it."""
-        return bool(self._ready) or not self._turn.locked()
-
     async def read(self, count: int) -> None:
         """Wait until the next `count` prompts are read, or the first of them that cannot be."""
         async with self._turn:
             while len(self._ready) < count and not (self._ready and _failed(self._ready[-1])):
                 self._ready += await in_thread(self._read_some, count - len(self._ready))
 
-    def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> None:
-        """Read what comes next, of so many that are `needed`, beside everything else, unless some
-        are being read; call `then` behind it."""
+    def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> bool:
+        """Have the first of so many that are `needed` be read beside everything else. Returns
+        whether the next one can be had; where it cannot yet, `then` is called when it can."""
         count = min(needed, self._most)
-        if len(self._ready) < count and not self._turn.locked():
-            tasks.create_task(self._beside(count, then), name="read ahead")
+        if len(self._ready) < count and not self._beside:
+            self._beside = True
+            tasks.create_task(self._read_beside(count, then), name="read ahead")
+        return bool(self._ready) or not self._beside
 
-    async def _beside(self, count: int, then: Callable[[], None]) -> None:
+    async def _read_beside(self, count: int, then: Callable[[], None]) -> None:
         await self.read(count)
+        self._beside = False
         then()
 
     def _read_some(self, count: int) -> list[Read]:

@@ -99,8 +99,8 @@ class TrainLoop:
             wait_s=config.timeout.group_s,
             teacher=config.teacher_sampling,
             where=self._where,
-            answered=lambda: max(pool.answered for pool in self.pools),
         )
+        self.queue.answered = lambda: max(pool.answered for pool in self.pools)
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
         self._admission: Admission | None = None  # once training has started
         self._teacher_sampling: TeacherSampling | None = None
@@ -150,7 +150,6 @@ class TrainLoop:
             max_attempts=config.run.max_attempts,
             student=student,
             teacher=self._teacher_sampling,
-            ready=lambda: self._prompts.ready,
             ahead=partial(self._prompts.begin, tasks),
         )
 

@@ -7,27 +7,30 @@ import inspect
 import itertools
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import ray
 from ray import exceptions
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_opd.core.aio import bounded, retrieved
-from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, TimedOut
+from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, TimedOut, WireError
 from async_opd.core.line import Line
+from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
+from async_opd.objectives.base import Objective
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.batcher import LINGER_S, CallBatcher
+from async_opd.runtime.batcher import LINGER_S, transport
 from async_opd.runtime.building import built
 from async_opd.runtime.placement import ResourceRequest
-from async_opd.runtime.sendable import refuse_unsendable
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
+PLAIN = (bool, int, float, str, bytes, np.ndarray, type(None))
 PATIENCE_S = 100 * LINGER_S  # the longest a quick call waits for a slow one that travels with it
 
 
@@ -217,6 +220,24 @@ async def _as_future(ref: Ref) -> Any:
     return await ref
 
 
+def refuse_unsendable(method: str, args: Sequence[Any]) -> None:
+    """Raise WireError unless each of `args` may be given to a remote call: a message, an objective,
+    a role's own section of the config, a plain number, text, bytes or array, or a reference."""
+    for arg in args:
+        if isinstance(arg, (*PLAIN, ray.ObjectRef, Struct, Objective)) or _is_role_section(arg):
+            continue
+        raise WireError(
+            f"{method}: {type(arg).__name__} is given to a remote call; allowed are messages, an"
+            " objective, a role's own section, numbers, text, bytes, arrays and references"
+        )
+
+
+def _is_role_section(arg: Any) -> bool:
+    place = type(arg).__module__
+    ours = place.startswith("async_opd.roles.") and place.endswith(".config")
+    return isinstance(arg, msgspec.Struct) and ours
+
+
 class RemoteRole:
     """A port over one actor: each method that the port declares to be remote is a call of the
     actor's."""
@@ -242,7 +263,7 @@ def _caller(
 ) -> Callable[..., Awaitable[Any]]:
     """What makes the call of an actor as it is declared, and bounds it."""
     timeout_s = None if how.queued else within_s
-    call = _transport(actor, method, how, timeout_s)
+    call = transport(actor, method, how, timeout_s)
     if not how.queued:
 
         async def beside(*args: Any) -> Any:
@@ -252,49 +273,6 @@ def _caller(
         return beside
 
     async def queued(*args: Any) -> Any:
-        return await line.bounded(call(*args), within_s, method, f"{actor.name}, {method}")
+        return await line.bounded(call(*args), within_s, method, lambda: f"{actor.name}, {method}")
 
     return queued
-
-
-def _transport(
-    actor: RemoteActor, method: str, how: Remote, timeout_s: float | None
-) -> Callable[..., Awaitable[Any]]:
-    """How a call travels to an actor, and its result back."""
-
-    async def keeping(*args: Any) -> tuple[Any, ...]:
-        first, refs = await actor.call_keeping(timeout_s, how.refs, "call", method, *args)
-        return first, *refs
-
-    async def each_kept(args: list[Ref]) -> list[Any]:
-        firsts, refs = await actor.call_keeping(None, len(args), "each_kept", method, *args)
-        pairs = zip(firsts, refs, strict=True)
-        return [pair if isinstance(pair[0], tuple) else pair[0] for pair in pairs]
-
-    async def each(args: list[Ref]) -> list[Any]:
-        return await actor.ask_host(None, "each", method, *args, what=method)
-
-    async def late(ticket: str) -> Any:
-        if not how.refs:
-            return await actor.ask_host(None, "late", ticket, what=method)
-        first, refs = await actor.call_keeping(None, how.refs, "late", ticket, what=method)
-        return first, *refs
-
-    def unwanted(result: Any) -> None:
-        if isinstance(result, str):
-            actor.forget(result)
-
-    async def batched(arg: Ref) -> Any:
-        result = await together(arg)
-        if not isinstance(result, str):
-            return result
-        try:
-            return await late(result)
-        except asyncio.CancelledError:
-            unwanted(result)
-            raise
-
-    if not how.batched:
-        return keeping if how.refs else partial(actor.call, timeout_s, method)
-    together = CallBatcher(each_kept if how.refs else each, unwanted)
-    return batched

@@ -1,11 +1,12 @@
-"""Calls that travel together."""
+"""How calls travel to an actor: those of one moment together."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from async_opd.core.aio import retrieved
-from async_opd.core.ports import Ref
+from async_opd.core.ports import Ref, Remote
 
 LINGER_S = 0.005  # how long a call waits for company
 
@@ -69,3 +70,46 @@ class CallBatcher:
         for place in batch.given_up:
             self._unwanted(results[place])
         return results
+
+
+def transport(
+    actor: Any, method: str, how: Remote, timeout_s: float | None
+) -> Callable[..., Awaitable[Any]]:
+    """How a call travels to a `runtime.actors.RemoteActor`, and its result back."""
+
+    async def keeping(*args: Any) -> tuple[Any, ...]:
+        first, refs = await actor.call_keeping(timeout_s, how.refs, "call", method, *args)
+        return first, *refs
+
+    async def each_kept(args: list[Ref]) -> list[Any]:
+        firsts, refs = await actor.call_keeping(None, len(args), "each_kept", method, *args)
+        pairs = zip(firsts, refs, strict=True)
+        return [pair if isinstance(pair[0], tuple) else pair[0] for pair in pairs]
+
+    async def each(args: list[Ref]) -> list[Any]:
+        return await actor.ask_host(None, "each", method, *args, what=method)
+
+    async def late(ticket: str) -> Any:
+        if not how.refs:
+            return await actor.ask_host(None, "late", ticket, what=method)
+        first, refs = await actor.call_keeping(None, how.refs, "late", ticket, what=method)
+        return first, *refs
+
+    def unwanted(result: Any) -> None:
+        if isinstance(result, str):
+            actor.forget(result)
+
+    async def batched(arg: Ref) -> Any:
+        result = await together(arg)
+        if not isinstance(result, str):
+            return result
+        try:
+            return await late(result)
+        except asyncio.CancelledError:
+            unwanted(result)
+            raise
+
+    if not how.batched:
+        return keeping if how.refs else partial(actor.call, timeout_s, method)
+    together = CallBatcher(each_kept if how.refs else each, unwanted)
+    return batched

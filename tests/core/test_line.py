@@ -31,7 +31,9 @@ class Actor:
                 self.cancelled.append(name)
                 raise
 
-        return asyncio.ensure_future(self.line.bounded(made(), WITHIN_S, kind, f"actor, {name}"))
+        return asyncio.ensure_future(
+            self.line.bounded(made(), WITHIN_S, kind, lambda: f"actor, {name}")
+        )
 
     @property
     def now(self):

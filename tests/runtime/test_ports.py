@@ -13,11 +13,10 @@ from async_opd.core.ports import Generator, Learner, Teacher, Verifier, declared
 from async_opd.core.wire import Prompt, Sampling
 from async_opd.objectives.opd import Opd
 from async_opd.runtime.actors import (
-    LINGER_S,
-    CallBatcher,
     RemoteRole,
     refuse_unsendable,
 )
+from async_opd.runtime.batcher import LINGER_S, CallBatcher
 from tests.simulated.runs import acted
 
 TIMEOUTS = {
