@@ -117,8 +117,12 @@ async def main():
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
+
+    async def answer():  # as a call's is: through tasks of tasks
+        return await asyncio.create_task(reader.readline())
+
     print("waits", flush=True)
-    print(await bounded(reader.readline(), 0.3, "stdin"), flush=True)
+    print(await bounded(asyncio.create_task(answer()), 0.3, "stdin"), flush=True)
 
 asyncio.run(main())
 """
