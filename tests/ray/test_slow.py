@@ -41,7 +41,7 @@ async def test_twenty_calls_of_a_healthy_role_are_answered_though_they_wait_for_
 ):
     call = getattr(RemoteRole(actor, PORTS[method], TIMEOUTS), method)
     await asyncio.gather(*map(call, GROUPS))
-    assert await actor.call(5, "ended") == GROUPS
+    assert {*await actor.call(5, "ended")} == {*GROUPS}  # Ray keeps their order but roughly
 
 
 @pytest.mark.parametrize("method", PORTS)
