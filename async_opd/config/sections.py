@@ -72,8 +72,9 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     # for GPUs to be there, and free; an autoscaler takes minutes
     nodes_s: Annotated[float, Meta(ge=0)] = 30.0
     start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
-    generate_s: Annotated[float, Meta(gt=0)] = 600.0  # one group
-    score_s: Annotated[float, Meta(gt=0)] = 120.0  # one group by the teacher
+    # one group, from when a generator takes it up: what waits for others has no bound of its own
+    generate_s: Annotated[float, Meta(gt=0)] = 600.0
+    score_s: Annotated[float, Meta(gt=0)] = 120.0  # likewise, by a teacher or the verifier
     step_s: Annotated[float, Meta(gt=0)] = 600.0  # one optimizer step, or one checkpoint
     # the step at hand and a checkpoint, on Ctrl-C and SIGTERM; behind an error at least 2 `step_s`
     last_save_s: Annotated[float, Meta(gt=0)] = 18.0
@@ -83,6 +84,7 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def group_s(self) -> float:
-        """The longest that one group takes: its generator is lost at the last moment, and it is
+        """The longest that one group takes with nobody before it, and in which no role answers
+        anything only where all are stuck: its generator is lost at the last moment, and it is
         scored at the fourth try."""
         return 2 * self.generate_s + self.start_s + 4 * self.score_s

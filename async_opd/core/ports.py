@@ -37,13 +37,16 @@ class Remote:
     within: Timeout  # which of the config's bounds it
     refs: int = 0  # the last results that stay where they are made
     batched: bool = False  # calls of one moment travel together, each with one argument
+    queued: bool = False  # the role takes such calls up in their order: `core.line` bounds them
 
 
-def remote(within: Timeout, refs: int = 0, batched: bool = False) -> Callable[[F], F]:
+def remote(
+    within: Timeout, refs: int = 0, batched: bool = False, queued: bool = False
+) -> Callable[[F], F]:
     """Declare a method of a port to be a call of an actor's."""
 
     def declare(method: F) -> F:
-        method.__dict__["remote"] = Remote(within, refs, batched)
+        method.__dict__["remote"] = Remote(within, refs, batched, queued)
         return method
 
     return declare
@@ -65,9 +68,9 @@ class Member(Protocol):
 class Generator(Member, Protocol):
     """Samples groups under weights that are replaced in flight."""
 
-    @remote("generate", refs=1)
+    @remote("generate", refs=1, queued=True)
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Ref]: ...
-    @remote("generate", refs=1)
+    @remote("generate", refs=1, queued=True)
     async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Ref]: ...
     @remote("generate")
     async def probe(self) -> tuple[Ints, Rollout]: ...
@@ -83,11 +86,11 @@ class Teacher(Member, Protocol):
     """Scores a group; the scores stay where they are made, and of each rollout comes why it has
     none, "" where it has. The reference is one too, which is only asked for them."""
 
-    @remote("score", refs=1, batched=True)
+    @remote("score", refs=1, batched=True, queued=True)
     async def score(self, group: Ref) -> tuple[tuple[str, ...], Ref]: ...
-    @remote("score")
+    @remote("score", queued=True)
     async def probe(self) -> Floats: ...
-    @remote("generate")
+    @remote("generate", queued=True)
     async def greedy(self, *prompts: Ints) -> list[Ints]: ...
     @remote("step")
     async def load(self, folder: str) -> None: ...
@@ -100,11 +103,11 @@ class Teacher(Member, Protocol):
 class Verifier(Member, Protocol):
     """Decides each response of a group; for an evaluation it tells what they say."""
 
-    @remote("score", batched=True)
+    @remote("score", batched=True, queued=True)
     async def check(self, group: Ref) -> tuple[Verdict, ...]: ...
-    @remote("score")
+    @remote("score", queued=True)
     async def check_response(self, id: str, ids: Ints, answer: str) -> Verdict: ...
-    @remote("score")
+    @remote("score", queued=True)
     async def ballots(self, group: Ref, *verdicts: Verdict) -> tuple[Ballot, ...]: ...
 
 

@@ -1,6 +1,6 @@
 """Which prompt is handed out next, and what becomes of one whose group is not trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -58,10 +58,12 @@ class Admission:
         max_attempts: int,
         student: Producer,
         teacher: TeacherSampling | None = None,
+        ahead: Callable[[int, Callable[[], None]], bool] = lambda needed, then: True,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
         dropped one is replaced while there are `prompts`. A prompt is issued `max_attempts` times
-        at most."""
+        at most. `ahead(needed, then)` has those to come be read beside everything else; where it
+        says that the next one cannot be had yet, it calls `then` when it can."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -69,10 +71,11 @@ class Admission:
         self._max_attempts = max_attempts
         self._student = student
         self._teacher = teacher
+        self._ahead = ahead
 
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
-        while self.needed and self._slots.free:
+        while self._ahead(self.needed, self.fill) and self.needed and self._slots.free:
             if (prompt := next(self._prompts)) is None:
                 return
             self._ledger.handed_out(prompt.id)

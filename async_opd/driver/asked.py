@@ -48,6 +48,7 @@ class Asked(ABC, Generic[M]):
         self.name = name
         self._emit = emit
         self._lost_by = lost_by
+        self.answered = 0.0  # when a member last did
         self._serving: dict[int, Replica[M]] = {}  # in order
         self._changed = asyncio.Event()  # who serves, or what one of them has in flight
         self._requests: set[Request[Replica[M]]] = set()
@@ -89,6 +90,7 @@ class Asked(ABC, Generic[M]):
                     sent = asyncio.get_running_loop().time()
                     try:
                         answer = await member.call(method, *args, of=of)
+                        self.answered = asyncio.get_running_loop().time()
                         failed = unsound(answer)
                     except self._lost_by as e:
                         self.retire(member, str(e))

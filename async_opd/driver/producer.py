@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+from async_opd.core.aio import ended
 from async_opd.core.errors import OverAge, WireError
 from async_opd.core.ports import Generator, Ref, ScoredGroup, Teacher, Verifier
 from async_opd.core.wire import GroupMeta, Prompt, Verdict
@@ -67,11 +68,11 @@ class Producer:
                 )
             tokens = sum(meta.lengths)
             self._count_tokens("generators", tokens)
-            scored, referred, verdicts = await asyncio.gather(
-                self._scored(pools.teachers[prompt.teacher], group, meta),
-                self._referred(group, meta),
-                self._verified(group, meta),
-            )
+            scoring = asyncio.create_task(self._scored(pools.teachers[prompt.teacher], group, meta))
+            referring = asyncio.create_task(self._referred(group, meta))
+            verifying = asyncio.create_task(self._verified(group, meta))
+            async with ended(scoring, referring, verifying):
+                scored, referred, verdicts = await asyncio.gather(scoring, referring, verifying)
             self._count_tokens("teachers", tokens)
             unsampled = _failures(pools.generators.name, meta.failures)
             failures = scored.failures | referred.failures | unsampled

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
+from async_opd.core.aio import until
 from async_opd.core.errors import TimedOut
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import Prompt
@@ -68,8 +69,8 @@ class TrajectoryQueue:
         teacher: TeacherSamplingConfig | None = None,
         where: Callable[[], str] = lambda: "unknown",
     ):
-        """`wait_s` bounds the time in which not one group more is ready; `where()` says where the
-        outstanding ones are."""
+        """`wait_s` bounds the time in which not one group more is ready, and no role has answered;
+        `where()` says where the outstanding ones are."""
         self._per_step = groups_per_step
         self._bound, self._stale = max_lag_steps, stale
         self._on_drop, self._slots = on_drop, slots
@@ -79,7 +80,9 @@ class TrajectoryQueue:
         self._students = 0  # of them
         self._live = 0  # version of the last `take`
         self._enough = asyncio.Event()
-        self._wait_s, self._where = wait_s, where
+        self._wait_s = wait_s
+        self._where = where
+        self.answered: Callable[[], float] = lambda: 0.0  # when a role last did
         self._last_came = 0.0  # when the last group came
         self.dropped: Counter[str] = Counter()  # trajectories, by cause
 
@@ -100,8 +103,8 @@ class TrajectoryQueue:
     async def take(self, live: int) -> list[ScoredGroup]:
         """The next step's groups under live version `live`. Waits until enough of them are within
         the bound; producers unblock it with `put`. Each waiting group is looked at once a step,
-        however many arrive. Raises TimedOut once the last came too long ago; what is dropped did
-        not come."""
+        however many arrive. Raises TimedOut once the last came, and a role answered, too long
+        ago; what is dropped did not come."""
         self._live = live
         self._expel()
         self._last_came = asyncio.get_running_loop().time()
@@ -126,19 +129,19 @@ class TrajectoryQueue:
             self._enough.set()
 
     async def _wait(self) -> None:
-        """Until there is enough, or it is time to look again."""
-        until = self._last_came + self._wait_s
+        """Until there is enough."""
         try:
-            async with asyncio.timeout_at(until):
+            async with until(self._due):
                 await self._enough.wait()
         except TimeoutError:
-            if until < self._last_came + self._wait_s:  # a group came meanwhile
-                return
             dropped = ", ".join(f"{count} {cause}" for cause, count in self.dropped.items())
             raise TimedOut(
                 f"queue: no group came in {self._wait_s:g} s, {len(self)} of {self._per_step} are"
                 f" ready; outstanding: {self._where()}; dropped: {dropped or 'none'}"
             ) from None
+
+    def _due(self) -> float:
+        return max(self._last_came, self.answered()) + self._wait_s
 
     def _fills_a_step(self) -> bool:
         if len(self._ready) < self._per_step:

@@ -76,8 +76,10 @@ class Progress:
         if state.version:  # at the start they are as they begin
             await self._learner.call(Learner.load_state, str(folder / LEARNER))
             await self._self_teachers.restore(folder)
-        prompts = self._source.continued(state.position, state.outstanding[:needed])
         what = f"what lies behind step {state.version}"
+        prompts = await self._on_disk(
+            "prompts", self._source.continued, state.position, state.outstanding[:needed]
+        )
         # It can be gone on with: what came later is void.
         await self._on_disk(what, self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)

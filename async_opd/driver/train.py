@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from async_opd.config.schema import Config
-from async_opd.core.aio import first_cause
+from async_opd.core.aio import first_cause, within
 from async_opd.core.aside import aside
 from async_opd.core.errors import AsyncOpdError, CheckpointError, LedgerError, TimedOut
 from async_opd.core.events import EventSink
@@ -91,7 +91,7 @@ async def _save_last(
     is a note of it, and whatever comes meanwhile, another Ctrl-C among it, ends only the save."""
     loop.pools.stop()
     try:
-        async with asyncio.timeout(within_s):
+        async with within(within_s):
             with foreign("the last checkpoint", CheckpointError):
                 await loop.save_last()
         return

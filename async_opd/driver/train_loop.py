@@ -2,8 +2,9 @@
 what unblocks it, is drawn in `async_opd.driver`."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 from async_opd.config.schema import Config
@@ -22,6 +23,7 @@ from async_opd.driver.outcomes import Outcomes, verdicts
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
+from async_opd.driver.read_ahead import ReadAhead
 from async_opd.driver.replica import Replica
 from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
@@ -65,7 +67,7 @@ class TrainLoop:
         emit: EventSink,
         ledger: Ledger,
     ):
-        self._config, self._source = config, source
+        self._config, self._prompts = config, ReadAhead(source, config.groups_per_step)
         self._meter, self._emit = meter, emit
         self._clock = CheckpointClock(config.run)
         self.version = 0
@@ -84,7 +86,7 @@ class TrainLoop:
             self._learner, self.pools.moving, run_dir.absolute() / SELF_TEACHER
         )
         self.progress = Progress(
-            ledger, run_dir, source, self._learner, self._self_teachers, config, emit
+            ledger, run_dir, self._prompts, self._learner, self._self_teachers, config, emit
         )
         self.at_work = AtWork()
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
@@ -99,6 +101,7 @@ class TrainLoop:
             teacher=config.teacher_sampling,
             where=self._where,
         )
+        self.queue.answered = lambda: max(pool.answered for pool in self.pools)
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
         self._supply: Supply | None = None
         self._admission: Admission | None = None  # once training has started
@@ -107,7 +110,8 @@ class TrainLoop:
     async def begin(self, tasks: asyncio.TaskGroup, checkpoint: Checkpoint | None) -> None:
         """Give every generator the student's weights, from `checkpoint` on where there is one, and
         measure what is to be trained."""
-        prompts = await self._restore(checkpoint) if checkpoint else iter(self._source)
+        if checkpoint:
+            await self._restore(checkpoint)
         await self._publisher.publish(self.version, admit=lambda: None)
         # The first tokens of an engine may take seconds; the student's have sampled some when
         # training starts.
@@ -115,11 +119,11 @@ class TrainLoop:
         self.pools.start(tasks)
         await asyncio.gather(self.held_out.begin(self.version, tasks), *warming)
         await self.pools.compare()
-        self._admission = self._admits(prompts, tasks)
+        self._admission = self._admits(tasks)
         self._clock.start()
         self._meter.start(self.version)
 
-    def _admits(self, prompts: Iterator[Prompt], tasks: asyncio.TaskGroup) -> Admission:
+    def _admits(self, tasks: asyncio.TaskGroup) -> Admission:
         config, ledger = self._config, self.progress.ledger
         if config.teacher_sampling:
             self._teacher_sampling = TeacherSampling(
@@ -141,7 +145,7 @@ class TrainLoop:
             ledger=ledger,
             count_tokens=self._meter.count,
         )
-        self._supply = Supply(prompts, self._slots, config.groups_per_step, self._emit)
+        self._supply = Supply(self._prompts, self._slots, config.groups_per_step, self._emit)
         return Admission(
             self._supply,
             (config.run.steps - self.version) * config.groups_per_step,
@@ -150,6 +154,7 @@ class TrainLoop:
             max_attempts=config.run.max_attempts,
             student=student,
             teacher=self._teacher_sampling,
+            ahead=partial(self._prompts.begin, tasks),
         )
 
     async def _step(self, batch: list[ScoredGroup]) -> None:
@@ -164,6 +169,8 @@ class TrainLoop:
         """Bring the generators to the live version and give the slots of the groups that were
         `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
         was measured."""
+        assert self._admission
+        await self._prompts.read(min(self._admission.needed, self._slots.free + len(trained)))
         publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
         step_s = self._config.timeout.step_s
         writing = bounded(self.progress.ledger.sync(), step_s, "ledger, fsync")
@@ -223,17 +230,16 @@ class TrainLoop:
             await bounded(sign, self._config.timeout.stall_s, "learner, sign of life")
             await self.at_work.finish(self.save())
 
-    async def _restore(self, checkpoint: Checkpoint) -> Iterator[Prompt]:
-        """Be where the run was at that checkpoint; returns its prompts from there on."""
+    async def _restore(self, checkpoint: Checkpoint) -> None:
+        """Be where the run was at that checkpoint, with its prompts from there on."""
         state = checkpoint.state
         needed = (self._config.run.steps - state.version) * self._config.groups_per_step
-        prompts = await self.progress.restore(checkpoint, needed)
+        await self.progress.restore(checkpoint, needed)
         self.version = state.version
         if "before" in state.counters:
             self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters.get("dropped", {}))
         self._outcomes.restore(state.counters.get("outcomes", {}))
-        return prompts
 
     async def _try_to_save(self) -> None:
         """Save a checkpoint on the way. What the disk refuses, full as it may be, is told; the next

@@ -9,7 +9,6 @@ import os
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,29 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_opd.core.aio import bounded, retrieved
-from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, SystemFailed, WireError
+from async_opd.core.errors import (
+    ActorLost,
+    AsyncOpdError,
+    CallFailed,
+    SystemFailed,
+    TimedOut,
+    WireError,
+)
 from async_opd.core.foreign import foreign
+from async_opd.core.line import Line
 from async_opd.core.message import Struct
 from async_opd.core.ports import Ref, Remote, declared
 from async_opd.objectives.base import Objective
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.runtime.actor_specs import ActorSpec
+from async_opd.runtime.batcher import LINGER_S, transport
 from async_opd.runtime.building import built, take_of_card
 from async_opd.runtime.placement import ResourceRequest
 
 GONE = (RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError, OutOfMemoryError)
 CALLS_AT_ONCE = 10_000  # an async actor refuses nothing below this; the slots bound what there is
-LINGER_S = 0.005  # how long a call waits for company
-PATIENCE_S = 0.5  # the longest a quick call waits for a slow one that travels with it
 PLAIN = (bool, int, float, str, bytes, np.ndarray, type(None))
+PATIENCE_S = 100 * LINGER_S  # the longest a quick call waits for a slow one that travels with it
 
 
 class RoleActor:
@@ -65,21 +72,29 @@ class RoleActor:
         """`call` for each of `args`: its result, its error, or, where it takes longer than
         PATIENCE_S, a ticket for `late`."""
         calls = [retrieved(asyncio.create_task(self.call(method, arg))) for arg in args]
-        await asyncio.wait(calls, timeout=PATIENCE_S)
+        try:
+            await asyncio.wait(calls, timeout=PATIENCE_S)
+        except asyncio.CancelledError:  # nobody waits for any of them
+            for call in calls:
+                call.cancel()
+            raise
         return [_outcome(method, call) if call.done() else self._later(call) for call in calls]
 
     async def each_kept(self, method: str, *args: Any) -> tuple[Any, ...]:
-        """`call` for each of `args`, whose second results stay references: the caller awaits what
-        comes before them, the first result or the error of each."""
-        calls = [asyncio.create_task(self.call(method, arg)) for arg in args]
-        await asyncio.wait(calls)
-        outcomes = [_outcome(method, call) for call in calls]
-        pairs = [(o, None) if isinstance(o, Exception) else o for o in outcomes]
+        """`each` for calls whose second results stay references: the caller awaits what comes
+        before them, for each of `args` its first result, its error or a ticket."""
+        outcomes = await self.each(method, *args)
+        pairs = [o if isinstance(o, tuple) else (o, None) for o in outcomes]
         return [first for first, _ in pairs], *(kept for _, kept in pairs)
 
     async def late(self, ticket: str) -> Any:
         """The result of a call of `each` that was slow."""
         return await self._late.pop(ticket)
+
+    async def forget(self, ticket: str) -> None:
+        """Cancel a call of `each` that was slow: nobody waits for it."""
+        if call := self._late.pop(ticket, None):
+            call.cancel()
 
     def _later(self, call: asyncio.Task[Any]) -> str:
         ticket = f"{next(self._tickets)}"
@@ -156,9 +171,10 @@ class RemoteActor:
             self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
 
     async def call(
-        self, timeout_s: float, method: str, *args: Any, **columns: Sequence[Ref]
+        self, timeout_s: float | None, method: str, *args: Any, **columns: Sequence[Ref]
     ) -> Any:
-        """The result of the role's `method`; `columns` are references, each a tuple there."""
+        """The result of the role's `method`; `columns` are references, each a tuple there. No
+        `timeout_s`, here and below: the caller bounds it."""
         flat = {f"{name}.{i}": ref for name, refs in columns.items() for i, ref in enumerate(refs)}
         refuse_unsendable(method, (*args, *flat.values()))
         with foreign(f"{self.name}, {method}", SystemFailed):
@@ -166,17 +182,20 @@ class RemoteActor:
         return await self._result(ref, timeout_s, method)
 
     async def call_keeping(
-        self, timeout_s: float, refs: int, how: str, method: str, *args: Any
+        self, timeout_s: float | None, refs: int, how: str, *args: Any, what: str = ""
     ) -> tuple[Any, list[Ref]]:
         """A call by `how` with 1 + `refs` results: the first awaited, the others left where they
-        are."""
-        refuse_unsendable(method, args)
+        are. `what` is what errors call it, or else the first of `args`, the role's method."""
+        what = what or args[0]
+        refuse_unsendable(what, args)
         remote = getattr(self._handle, how).options(num_returns=1 + refs)
-        with foreign(f"{self.name}, {method}", SystemFailed):
-            first, *rest = remote.remote(method, *args)
-        return await self._result(first, timeout_s, method), rest
+        with foreign(f"{self.name}, {what}", SystemFailed):
+            first, *rest = remote.remote(*args)
+        return await self._result(first, timeout_s, what), rest
 
-    async def ask_host(self, timeout_s: float, method: str, *args: Any, what: str = "") -> Any:
+    async def ask_host(
+        self, timeout_s: float | None, method: str, *args: Any, what: str = ""
+    ) -> Any:
         """The result of a method of `RoleActor` itself; `what` is what errors call it."""
         refuse_unsendable(method, args)
         with foreign(f"{self.name}, {what or method}", SystemFailed):
@@ -189,10 +208,24 @@ class RemoteActor:
         with suppress(SystemFailed), foreign(f"{self.name}, kill", SystemFailed):
             ray.kill(self._handle)
 
-    async def _result(self, ref: Ref, timeout_s: float, what: str) -> Any:
-        """Await a call's result. Raises the role's own named error, or one of ours for it."""
+    def forget(self, ticket: str) -> None:
+        """Have a call of `RoleActor.each` that was slow be cancelled, without waiting for it."""
+        self._unwanted(lambda: self._handle.forget.remote(ticket))
+
+    def _unwanted(self, cancel: Callable[[], Any]) -> None:
+        """Have the actor `cancel` a call, where Ray still reaches it."""
+        if not self.killed:
+            with suppress(SystemFailed), foreign(f"{self.name}, cancel", SystemFailed):
+                cancel()
+
+    async def _result(self, ref: Ref, timeout_s: float | None, what: str) -> Any:
+        """Await a call's result. Raises the role's own named error, or one of ours for it. Where
+        nobody waits for it any more it is cancelled in the actor."""
         try:
             return await bounded(ref, timeout_s, f"{self.name}, {what}")
+        except (asyncio.CancelledError, TimedOut):
+            self._unwanted(lambda: ray.cancel(ref))
+            raise
         except GONE as e:
             lines = str(e).partition("Some common causes")[0].strip().splitlines()
             lines = lines or [type(e).__name__]
@@ -234,8 +267,9 @@ class RemoteRole:
     def __init__(self, actor: RemoteActor, port: type, timeouts: Mapping[str, float]):
         """`timeouts` in seconds, by what `ports.remote` calls them, and "stall"."""
         self._actor, self._stall_s = actor, timeouts["stall"]
+        line = Line()
         for method, how in declared(port).items():
-            setattr(self, method, _caller(actor, method, how, timeouts[how.within]))
+            setattr(self, method, _caller(actor, line, method, how, timeouts[how.within]))
 
     async def check_health(self) -> None:
         """Raise ActorLost or TimedOut where the actor gives no sign of life."""
@@ -247,58 +281,20 @@ class RemoteRole:
 
 
 def _caller(
-    actor: RemoteActor, method: str, how: Remote, timeout_s: float
+    actor: RemoteActor, line: Line, method: str, how: Remote, within_s: float
 ) -> Callable[..., Awaitable[Any]]:
-    """What makes the call of an actor as it is declared."""
+    """What makes the call of an actor as it is declared, and bounds it."""
+    timeout_s = None if how.queued else within_s
+    call = transport(actor, method, how, timeout_s)
+    if not how.queued:
 
-    async def keeping(*args: Any) -> tuple[Any, ...]:
-        first, refs = await actor.call_keeping(timeout_s, how.refs, "call", method, *args)
-        return first, *refs
+        async def beside(*args: Any) -> Any:
+            with line.beside():
+                return await call(*args)
 
-    async def each_kept(args: list[Ref]) -> list[Any]:
-        kept = actor.call_keeping(timeout_s, len(args), "each_kept", method, *args)
-        firsts, refs = await kept
-        pairs = zip(firsts, refs, strict=True)
-        return [first if isinstance(first, Exception) else (first, ref) for first, ref in pairs]
+        return beside
 
-    async def each(args: list[Ref]) -> list[Any]:
-        return await actor.ask_host(timeout_s, "each", method, *args, what=method)
+    async def queued(*args: Any) -> Any:
+        return await line.bounded(call(*args), within_s, method, lambda: f"{actor.name}, {method}")
 
-    async def checked(arg: Ref) -> Any:
-        result = await together(arg)
-        late = isinstance(result, str)
-        return await actor.ask_host(timeout_s, "late", result, what=method) if late else result
-
-    if not how.batched:
-        return keeping if how.refs else partial(actor.call, timeout_s, method)
-    if how.refs:
-        return CallBatcher(each_kept)
-    together = CallBatcher(each)
-    return checked
-
-
-class CallBatcher:
-    """Calls of the same few milliseconds travel in one remote call, which costs the driver the same
-    for one group as for many: prompts that were handed out together tend to finish together."""
-
-    def __init__(self, send: Callable[[list[Ref]], Awaitable[list[Any]]]):
-        self._send = send
-        self._batch: list[Ref] = []
-        self._sending: asyncio.Task[list[Any]] | None = None
-
-    async def __call__(self, arg: Ref) -> Any:
-        """The result for `arg`, raised where it is an error; an error of the call is every
-        caller's."""
-        if not self._batch or self._sending is None:
-            self._sending = retrieved(asyncio.create_task(self._flush()))
-        self._batch.append(arg)
-        place, sending = len(self._batch) - 1, self._sending
-        result = (await asyncio.shield(sending))[place]
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    async def _flush(self) -> list[Any]:
-        await asyncio.sleep(LINGER_S)
-        batch, self._batch = self._batch, []
-        return await self._send(batch)
+    return queued

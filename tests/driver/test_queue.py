@@ -160,6 +160,17 @@ def test_a_wait_in_which_no_group_comes_ends_by_name_with_what_is_outstanding():
     virtual(main())
 
 
+def test_a_wait_goes_on_while_roles_answer():
+    async def main():
+        queue, _ = queue_of(per_step=1, wait_s=10)
+        queue.answered = lambda: 25.0
+        with pytest.raises(TimedOut, match="no group came in 10 s"):
+            await queue.take(5)
+        assert asyncio.get_running_loop().time() == 35
+
+    virtual(main())
+
+
 async def test_a_group_leaves_the_queue_once():
     queue, _ = queue_of(ready(1, (0, 1)), ready(2, (0, 1)))
     await queue.take(0)

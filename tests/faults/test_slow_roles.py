@@ -42,3 +42,22 @@ def test_a_generator_ten_times_slower_starves_the_learner_and_nothing_is_dropped
     found = virtual(measure(pace, bound=BOUND, steps=STEPS))
     assert found["steps"] == STEPS and found["scored_dropped"] == 0
     assert found["learner_starved"] > 0.8 and found["generators_busy"] > 0.9
+
+
+@pytest.mark.parametrize("score_s", [3.0, 5.0])
+def test_a_healthy_teacher_that_has_minutes_of_groups_before_it_drops_none(score_s):
+    steps = 20
+    pace = Pace(token_s=0.01, step_s=1.0, score_s=score_s, score_batch=1)
+    found = virtual(measure(pace, bound=BOUND, steps=steps, in_actors=True))
+    assert found["steps"] == steps and found["scored_dropped"] == 0
+    assert "teacher_lost" not in found and found["of_longest"] > 0.97
+    assert found["wall_s"] == pytest.approx(score_s * steps * PER_STEP, rel=0.03)
+
+
+def test_a_healthy_generator_that_has_minutes_of_requests_before_it_is_not_given_up():
+    steps = 12
+    pace = Pace(token_s=0.1, concurrency=1, step_s=1.0)  # 13 s a request, 80 of them in line
+    found = virtual(measure(pace, bound=BOUND, steps=steps, in_actors=True))
+    assert found["steps"] == steps and found["scored_dropped"] == 0
+    assert "generator_lost" not in found and "dropped_failed" not in found
+    assert found["wall_s"] == pytest.approx(12.8 * steps * PER_STEP, rel=0.03)

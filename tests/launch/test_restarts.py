@@ -11,7 +11,6 @@ import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
-from async_opd.config.sections import RunConfig
 from async_opd.core.errors import ActorLost, SyncFailed, SystemFailed
 from async_opd.core.roles import Roles
 from async_opd.core.vocabulary import Tokens
@@ -167,9 +166,8 @@ async def test_restarts_without_progress_are_used_up_and_the_error_names_the_ver
 
 
 def test_what_is_trained_again_is_no_progress():
-    budget = restarts.Restarts(
-        RunConfig(dir="run", steps=9, max_restarts=3, restart_steps=10), Path("run"), {}, print
-    )
+    config = load(DEMO, ["run.max_restarts=3", "run.restart_steps=10"])
+    budget = restarts.Restarts(config, Path("run"), {}, print)
     lost = 7, 3, 6, 7  # behind these steps, each time from the start
     assert [budget._wait_s(step) for step in lost] == [0, 1, 2, None]
     assert budget._wait_s(17) == 0  # ten steps further all three are forgotten

@@ -13,7 +13,10 @@ import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
+from async_opd.config.schema import Config
+from async_opd.core.aio import bounded
 from async_opd.core.events import EventSink
+from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
 from async_opd.driver.admission import Admission
@@ -27,7 +30,8 @@ from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.train import train
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import TeacherSamplingConfig
-from async_opd.runtime.actors import RoleActor
+from async_opd.runtime.actors import RemoteRole, RoleActor
+from async_opd.runtime.cluster import _timeouts
 from async_opd.telemetry.metrics import Meter, Row, Sink
 from async_opd.telemetry.spans import ActorTime
 from tests.simulated.roles import (
@@ -53,13 +57,15 @@ async def measure(
     seed: int = 0,
     sinks: Sequence[Sink] = (),
     spans: Sink | None = None,
+    in_actors: bool = False,
 ) -> Row:
     """One run of the real driver over one role of each kind; its rows go to `sinks`, what each
     actor did to `spans`.
 
     A role's own time for the work done between two moments is what it takes alone, never waiting:
     tokens made, groups scored or steps taken, times their set time. `of_longest` is the longest of
-    the own times over the time that passed, without the steps at either edge.
+    the own times over the time that passed, without the steps at either edge. `in_actors` has the
+    roles called as those of a real run are, with the bounds of the config.
     """
     settings = [
         f"run.steps={steps}",
@@ -72,10 +78,15 @@ async def measure(
     generator = SimulatedGenerator(pace, seed)
     teacher = SimulatedTeacher(pace)
     learner = SimulatedLearner(pace, bound)
+    verifier = SimulatedVerifier(pace)
+
+    def called(role: Any, name: str, port: type) -> Any:
+        return port_over(role, name, port, config) if in_actors else role
+
     roles = Roles(
-        generators=[generator],
-        teachers={"": [teacher]},
-        verifier=SimulatedVerifier(pace),
+        generators=[called(generator, "generator 0", Generator)],
+        teachers={"": [called(teacher, "teacher 0", Teacher)]},
+        verifier=called(verifier, "verifier 0", Verifier),
         learner=learner,
     )
     clock = asyncio.get_running_loop().time
@@ -118,6 +129,46 @@ def acted(role: Any) -> RoleActor:
     gc.unfreeze()
     actor._role = role
     return actor
+
+
+class LocalActor:
+    """`RemoteActor` without Ray: the actor is in this process. What is cancelled here is cancelled
+    there."""
+
+    def __init__(self, role: Any, name: str):
+        self.name = name
+        self._actor = acted(role)
+        self._forgetting: set[asyncio.Task[None]] = set()
+
+    async def call(self, timeout_s: float | None, method: str, *args: Any) -> Any:
+        return await self.ask_host(timeout_s, "call", method, *args, what=method)
+
+    async def call_keeping(
+        self, timeout_s: float | None, refs: int, how: str, *args: Any, what: str = ""
+    ) -> tuple[Any, list[Any]]:
+        what = what or args[0]
+        first, *rest = await self.ask_host(timeout_s, how, *args, what=what)
+        return first, rest
+
+    async def ask_host(
+        self, timeout_s: float | None, method: str, *args: Any, what: str = ""
+    ) -> Any:
+        call = getattr(self._actor, method)(*args)
+        who = f"{self.name}, {what or method}"
+        return await (call if timeout_s is None else bounded(call, timeout_s, who))
+
+    def forget(self, ticket: str) -> None:
+        forgetting = asyncio.ensure_future(self._actor.forget(ticket))
+        self._forgetting.add(forgetting)
+        forgetting.add_done_callback(self._forgetting.discard)
+
+    def kill(self) -> None:
+        self._actor._role.kill()
+
+
+def port_over(role: Any, name: str, port: type, config: Config) -> RemoteRole:
+    """The port that a run has over the actor of `role`, bounded as `config` says."""
+    return RemoteRole(LocalActor(role, name), port, _timeouts(config))
 
 
 def books() -> Ledger:

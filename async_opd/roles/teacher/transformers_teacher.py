@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from async_opd.core.aio import in_thread, within
 from async_opd.core.errors import AsyncOpdError, CallFailed, WireError
 from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
@@ -82,7 +83,7 @@ class TransformersTeacher:
         its replicas say. They go through the model by themselves, as it is now."""
         group = probe_group(self._settings, self._logits, self._needs)
         async with self._weights:
-            outcomes = await asyncio.to_thread(_each, self.score_rollouts, self._items(group))
+            outcomes = await in_thread(_each, self.score_rollouts, self._items(group))
         return probe_answer(group, outcomes)
 
     def _items(self, group: Group) -> list[Item]:
@@ -106,19 +107,19 @@ class TransformersTeacher:
     async def load(self, folder: str) -> None:
         """Follow the student to its checkpoint in `folder`, between two forwards. Raises
         DataError."""
-        student = await asyncio.to_thread(read_parameters, folder, type(self._model))
+        student = await in_thread(read_parameters, folder, type(self._model))
         async with self._weights:
-            await asyncio.to_thread(self._ema.update, student)
+            await in_thread(self._ema.update, student)
 
     async def save(self, file: str) -> None:
         """Write a self-teacher's own weights, for a checkpoint."""
         async with self._weights:
-            await asyncio.to_thread(self._ema.save, Path(file))
+            await in_thread(self._ema.save, Path(file))
 
     async def restore(self, file: str) -> None:
         """Be the self-teacher of that checkpoint."""
         async with self._weights:
-            await asyncio.to_thread(self._ema.restore, Path(file))
+            await in_thread(self._ema.restore, Path(file))
 
     async def _serve(self) -> None:
         """Wait for a request, then at most `flush_s` for a full batch; end only with the
@@ -127,15 +128,14 @@ class TransformersTeacher:
             async with self._arrived:
                 await self._arrived.wait_for(lambda: self._waiting)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._config.flush_s):
+                    async with within(self._config.flush_s):
                         await self._arrived.wait_for(
                             lambda: self._tokens_waiting()[-1] >= self._config.batch_tokens
                         )
-            batch = self._take()
+            if not (batch := self._take()):
+                continue
             async with self._weights:
-                outcomes = await asyncio.to_thread(
-                    _each, self.score_rollouts, [item for item, _ in batch]
-                )
+                outcomes = await in_thread(_each, self.score_rollouts, [item for item, _ in batch])
             for (_, future), outcome in zip(batch, outcomes, strict=True):
                 if not future.done():  # its caller gave up
                     future.set_result(outcome)
@@ -147,7 +147,8 @@ class TransformersTeacher:
         )
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
-        """Take the oldest requests that fit one batch, at least one."""
+        """Take the oldest requests that fit one batch, at least one where anybody waits."""
+        self._waiting = [each for each in self._waiting if not each[1].done()]
         count = max(1, sum(t <= self._config.batch_tokens for t in self._tokens_waiting()))
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
@@ -186,7 +187,7 @@ class TransformersTeacher:
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy."""
         async with self._weights:
-            return await asyncio.to_thread(self._greedy, prompts)
+            return await in_thread(self._greedy, prompts)
 
     def _greedy(self, prompts: tuple[Ints, ...]) -> list[Ints]:
         eos_ids = list(self._settings.eos_ids)

@@ -9,6 +9,7 @@ from typing import Self
 
 import msgspec
 
+from async_opd.core.aio import within
 from async_opd.core.errors import ActorLost, ConfigError, WireError
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.config import VerifyConfig
@@ -48,7 +49,7 @@ class WorkerProcess:
             raise ActorLost(f"verifier worker: {error}") from error
         worker = cls(process)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with within(timeout_s):
                 refusal = await worker._receive()
         except (TimeoutError, WireError, EOFError) as error:
             cause = await worker._kill_after(error, timeout_s)
@@ -69,7 +70,7 @@ class WorkerProcess:
         """Ask for a verdict; unknown, and the worker killed, if it is late, dies or sends anything
         else."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with within(timeout_s):
                 self._requests.write(frame(msgspec.msgpack.encode(check)))
                 await self._requests.drain()
                 verdict = msgspec.msgpack.decode(await self._receive(), type=Verdict)
@@ -93,7 +94,7 @@ class WorkerProcess:
         if self.alive:
             self._kill_group()
         with suppress(TimeoutError):
-            async with asyncio.timeout(REAP_S):
+            async with within(REAP_S):
                 await self._process.communicate()
 
     async def _receive(self) -> bytes:
@@ -106,7 +107,7 @@ class WorkerProcess:
         """Kill the worker; say what was wrong with it."""
         if isinstance(error, EOFError | ConnectionError):
             with suppress(TimeoutError):
-                async with asyncio.timeout(REAP_S):
+                async with within(REAP_S):
                     await self._process.wait()
         code = self._process.returncode
         self._kill_group()  # also what a worker that died by itself left running

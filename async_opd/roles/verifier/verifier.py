@@ -6,8 +6,10 @@ from contextlib import suppress
 
 import numpy as np
 
+from async_opd.core.aio import until
 from async_opd.core.errors import WireError
 from async_opd.core.foreign import foreign
+from async_opd.core.line import Line
 from async_opd.core.wire import Ballot, Check, Group, Verdict
 from async_opd.roles.verifier.pool import VerifierPool
 
@@ -30,6 +32,7 @@ class GroupVerifier:
         self._pool = pool
         self._decode = decode
         self._within_s = SHARE * within_s
+        self._line = Line()  # as its caller counts
 
     async def start(self) -> None:
         """Start the workers and wait until they are ready."""
@@ -37,14 +40,12 @@ class GroupVerifier:
 
     async def check(self, group: Group) -> tuple[Verdict, ...]:
         """Check each rollout of `group`, side by side; one that has failed is unknown."""
-        return tuple(
-            await asyncio.gather(
-                *(
-                    self.check_response(r.id, r.ids, group.prompt.answer, r.failure)
-                    for r in group.rollouts
-                )
+        with self._line.place(self._within_s, "check") as place:
+            checks = (
+                self._verdict(r.id, r.ids, group.prompt.answer, r.failure, place.due)
+                for r in group.rollouts
             )
-        )
+            return tuple(await asyncio.gather(*checks))
 
     async def ballots(self, group: Group, *verdicts: Verdict) -> tuple[Ballot, ...]:
         """Read what each rollout of `group` says and votes for. Right ones vote alike; wrong ones
@@ -56,8 +57,8 @@ class GroupVerifier:
             if verdict.answer or (verdict.correct and verdict.answer is not None):
                 votes[index] = firsts.setdefault("" if verdict.correct else verdict.answer, index)
         same: dict[int, int] = {}
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._within_s):
+        with suppress(TimeoutError), self._line.place(self._within_s, "ballots") as place:
+            async with until(place.due):
                 await self._compare(
                     group.prompt.id, {first: text for text, first in firsts.items() if text}, same
                 )
@@ -88,17 +89,22 @@ class GroupVerifier:
         places = [text.index(stop) for stop in self._stops if stop in text]
         return text[: min(places)] if places else text
 
-    async def check_response(
-        self, id: str, ids: np.ndarray, answer: str, failure: str = ""
+    async def check_response(self, id: str, ids: np.ndarray, answer: str) -> Verdict:
+        """Check one response, as `check` does."""
+        with self._line.place(self._within_s, "check_response") as place:
+            return await self._verdict(id, ids, answer, "", place.due)
+
+    async def _verdict(
+        self, id: str, ids: np.ndarray, answer: str, failure: str, due: Callable[[], float]
     ) -> Verdict:
         """Check one response; unknown, where there was a `failure` before, where it cannot be
-        decoded, or where the workers are too busy with others to decide in time."""
+        decoded, or where the workers are too busy with others to decide until `due`."""
         if failure:
             return Verdict(id=id, correct=None, cause=failure)
         try:
             with foreign(f"{id}: decoded", WireError):
                 response = self._said(ids)
-            async with asyncio.timeout(self._within_s):
+            async with until(due):
                 return await self._pool.check(Check(id=id, response=response, answer=answer))
         except WireError as e:
             return Verdict(id=id, correct=None, cause=f"{e}")

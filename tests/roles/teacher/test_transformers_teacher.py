@@ -459,6 +459,16 @@ async def test_a_caller_that_gives_up_does_not_stop_the_others(teacher, group):
     assert [scores.id for scores in await patient] == ["1@0#0", "1@0#1"]
 
 
+async def test_what_nobody_waits_for_any_more_goes_through_no_forward(teacher, group, forwards):
+    scorer = teacher(flush_s=0.3, batch_tokens=100)
+    given_up = [asyncio.create_task(scorer.score(group(seed))) for seed in (0, 1)]
+    await asyncio.sleep(0.01)
+    for each in given_up:
+        each.cancel()
+    await scorer.score(group(2))
+    assert [len(lengths) for lengths in forwards] == [2]
+
+
 @torch.no_grad()
 def test_greedy_is_the_likeliest_token_step_by_step(model, teacher):
     prompts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13])]

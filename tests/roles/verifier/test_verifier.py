@@ -176,3 +176,22 @@ def test_a_response_that_has_failed_or_cannot_be_decoded_is_unknown_and_the_othe
         "0@0#1: no log-prob",
         "0@0#2: decoded: IndexError: tuple index out of range",
     ]
+
+
+def test_groups_that_wait_for_minutes_behind_others_are_all_decided():
+    class Serial(Pool):
+        def __init__(self):
+            super().__init__()
+            self.turn = asyncio.Lock()
+
+        async def check(self, check):
+            async with self.turn:
+                await asyncio.sleep(20.0)
+            return await super().check(check)
+
+    async def main():
+        verifier = verifier_of(Serial(), within_s=60.0)
+        found = await asyncio.gather(*(verifier.check(group(f"{n}", "x")) for n in range(20)))
+        assert [verdict.correct for (verdict,) in found] == [True] * 20
+
+    virtual(main())

@@ -1,0 +1,88 @@
+"""Prompts rendered and tokenized beside the event loop, before they are wanted."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from async_opd.core.aio import in_thread
+from async_opd.core.errors import AsyncOpdError
+from async_opd.core.wire import Prompt
+from async_opd.driver.resume import Source
+
+PART_S = 0.1
+Failure = AsyncOpdError | StopIteration
+Read = tuple[Prompt | Failure, dict[str, Any]]  # with the source's position behind it
+
+
+class ReadAhead:
+    """A `Source` over another, of which a thread reads what comes next. What is read and not handed
+    out does not count: `position` is behind the last prompt that was, and a row's error is raised
+    where its prompt would have been handed out."""
+
+    def __init__(self, source: Source, most: int):
+        """`most` are read beside everything else."""
+        self._source, self._most = source, most
+        self._rows = iter(source)
+        self._ready: deque[Read] = deque()
+        self._turn = asyncio.Lock()  # to read
+        self._beside = False  # somebody reads, or is about to
+        self.position = source.position
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return self
+
+    def __next__(self) -> Prompt:
+        """The next prompt, which is read now where it is not yet. Raises DataError."""
+        prompt, self.position = self._ready.popleft() if self._ready else self._read()
+        if isinstance(prompt, Exception):
+            raise prompt
+        return prompt
+
+    def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
+        """As the source's."""
+        self._rows = self._source.continued(position, outstanding)
+        self.position = self._source.position
+        return self
+
+    async def read(self, count: int) -> None:
+        """Wait until the next `count` prompts are read, or the first of them that cannot be."""
+        async with self._turn:
+            while not self._is_read(count):
+                self._ready += await in_thread(self._read_some, count - len(self._ready))
+
+    def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> bool:
+        """Have the first of so many that are `needed` be read beside everything else. Returns
+        whether the next one can be had; where it cannot yet, `then` is called when it can."""
+        count = min(needed, self._most)
+        if not (self._beside or self._is_read(count)):
+            self._beside = True
+            tasks.create_task(self._read_beside(count, then), name="read ahead")
+        return bool(self._ready) or not self._beside
+
+    def _is_read(self, count: int) -> bool:
+        return len(self._ready) >= count or bool(self._ready and _failed(self._ready[-1]))
+
+    async def _read_beside(self, count: int, then: Callable[[], None]) -> None:
+        await self.read(count)
+        self._beside = False
+        then()
+
+    def _read_some(self, count: int) -> list[Read]:
+        """At most `count`, for PART_S at most, so that nobody who is cancelled waits for long."""
+        some, until = [self._read()], time.monotonic() + PART_S
+        while len(some) < count and not _failed(some[-1]) and time.monotonic() < until:
+            some.append(self._read())
+        return some
+
+    def _read(self) -> Read:
+        try:
+            prompt: Prompt | Failure = next(self._rows)
+        except (AsyncOpdError, StopIteration) as e:
+            prompt = e
+        return prompt, self._source.position
+
+
+def _failed(read: Read) -> bool:
+    return isinstance(read[0], Exception)
