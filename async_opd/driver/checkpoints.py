@@ -27,6 +27,7 @@ from msgspec import Struct
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError
 from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
+from async_opd.driver import set_aside
 
 
 class RunState(Struct, frozen=True, kw_only=True):
@@ -105,17 +106,25 @@ class Checkpoints:
         for left in self._root.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def rewind(self, step: int) -> None:
-        """Go on from the checkpoint of `step`: what was saved later is void, and is removed.
+    def rewind(self, step: int) -> Path | None:
+        """Go on from the checkpoint of `step`: what was saved later is void, and is set aside with
+        a copy of the books; returns the folder, None where nothing was.
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
         with _naming(step):
             self.recover()
             self._point(step)
-            for later in sorted(committed(self._root), reverse=True):
-                if later > step:
-                    files.remove_folder(self._folder(later))
+            void = sorted((later for later in committed(self._root) if later > step), reverse=True)
+            if not void:
+                return None
+            aside = set_aside.begin(self._root.parent)
+            for later in void:
+                folder = self._folder(later)
+                files.rename(folder, aside / CHECKPOINTS / folder.name)
+            files.sync(self._root)  # none is found here any more
+            Checkpoints(aside, self._keep).recover()  # its link
+            return aside
 
     def _prune(self) -> None:
         steps, best = sorted(committed(self._root)), _best(self._root)

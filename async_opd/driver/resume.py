@@ -7,19 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from async_opd.core.events import EventSink
-from async_opd.core.files import write_file
 from async_opd.core.ports import Learner, ScoredGroup
-from async_opd.core.run_dir import (
-    LEARNER,
-    LEDGER,
-    METRICS,
-    MODEL,
-    SAMPLES,
-    SUMMARY,
-    decode_row,
-    read_lines,
-)
+from async_opd.core.run_dir import LEARNER, LEDGER, MODEL
 from async_opd.core.wire import Prompt
+from async_opd.driver import set_aside
 from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica import Replica
@@ -70,12 +61,19 @@ class Progress:
         await self._self_teachers.restore(folder)
         prompts = self._source.continued(state.position, state.outstanding[:needed])
         # It can be gone on with: what came later is void.
-        await asyncio.to_thread(self._checkpoints.rewind, state.version)
+        aside = await asyncio.to_thread(self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
         await self.ledger.sync()
-        await asyncio.to_thread(_rewind, self._run_dir, state.version)
+        rows = await asyncio.to_thread(
+            set_aside.cut, self._run_dir, state.version, copied=aside is not None
+        )
+        if aside:
+            self._emit("set aside", "run", f"all that lay behind step {state.version}: {aside}")
+        elif rows:
+            what = f"rows behind step {state.version}, or the summary of the run that had ended"
+            self._emit("set aside", "run", f"{what}: {rows}")
         self._saved = state.version
         return prompts
 
@@ -108,13 +106,3 @@ class Progress:
         await asyncio.to_thread(self._checkpoints.commit, version, state)
         self._saved = version
         self._emit("saved", "checkpoint", f"step {version}")
-
-
-def _rewind(run_dir: Path, version: int) -> None:
-    """Cut off the rows of steps that are void, and the summary of a run that had ended: training
-    goes on behind `version`. Not before the books say so: they would miss the rows."""
-    for path in (run_dir / METRICS, run_dir / SAMPLES):
-        if path.exists():
-            rows = read_lines(path, lambda line: (decode_row(line)["step"], line))
-            write_file(path, b"".join(line for _, (step, line) in rows if step <= version))
-    (run_dir / SUMMARY).unlink(missing_ok=True)
