@@ -26,7 +26,15 @@ from msgspec import Struct
 
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError
-from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
+from async_opd.core.run_dir import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    LEARNER,
+    MANIFEST,
+    MODEL,
+    STATE,
+    checkpoint_at,
+)
 from async_opd.driver import set_aside
 
 
@@ -38,6 +46,14 @@ class RunState(Struct, frozen=True, kw_only=True):
     outstanding: list[str]  # ids of the prompts handed out and not trained, in their order
     score: float | None = None  # by which one checkpoint is the best: the higher, the better
     counters: dict[str, Any] = {}
+    # settings that a run goes on with as they were, by name; none: an earlier version saved it
+    fixed: dict[str, Any] = {}
+
+
+class _Files(Struct, frozen=True):
+    """What STATE says, besides, of the checkpoint that it is part of."""
+
+    files: list[str] | None = None  # all others but the manifest; absent: an earlier version's
 
 
 class Checkpoint(NamedTuple):
@@ -89,8 +105,10 @@ class Checkpoints:
         partial = files.partial(self._folder(step))
         try:
             with _naming(step):
-                files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(state)))
-                files.write(partial / MANIFEST, msgspec.json.encode(_manifest(partial)))
+                content = msgspec.to_builtins(state) | {"files": _names(partial)}
+                files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(content)))
+                manifest = [_File.of(partial, name) for name in _names(partial)]
+                files.write(partial / MANIFEST, msgspec.json.encode(manifest))
                 files.commit_folder(self._folder(step))
                 self._point(step)
                 self._prune()
@@ -193,16 +211,22 @@ def _verified(folder: Path) -> Checkpoint:
     if folder.suffix in (".partial", ".old"):  # earlier versions replaced by way of .000100.old
         raise CheckpointError(f"checkpoint {folder}: its writing was never finished")
     name = MANIFEST
+    listed: set[str] = set()
     try:
         for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
             name = expected.name
+            listed.add(name)
             file = _File.of(folder, name)
             if file.size != expected.size:
                 raise refused(name, f"has {file.size} bytes instead of {expected.size}")
             if file.sha256 != expected.sha256:
                 raise refused(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
-        return Checkpoint(folder, msgspec.json.decode((folder / STATE).read_bytes(), type=RunState))
+        content = (folder / STATE).read_bytes()
+        state = msgspec.json.decode(content, type=RunState)
+        if missing := _unlisted(listed, msgspec.json.decode(content, type=_Files).files):
+            raise refused(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
+        return Checkpoint(folder, state)
     except FileNotFoundError:
         raise refused(name, "is missing") from None
     except OSError as e:
@@ -225,10 +249,20 @@ def _offer(refused: Path) -> str:
     return "no intact one lies before it"
 
 
-def _manifest(folder: Path) -> list[_File]:
-    """Describe every file of `folder`."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [_File.of(folder, path.as_posix()) for path in paths]
+def _names(folder: Path) -> list[str]:
+    """Name every file of `folder`."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths]
+
+
+def _unlisted(listed: set[str], files: list[str] | None) -> str:
+    """Name what a manifest lacks of `files`, or of any run's where they are not known."""
+    if STATE not in listed:
+        return STATE
+    if files is not None:
+        return next((name for name in files if name not in listed), "")
+    folders = {name.partition("/")[0] for name in listed}
+    return next((f"{part}/" for part in (MODEL, LEARNER) if part not in folders), "")
 
 
 def _best(root: Path) -> int | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from async_opd.config.schema import Config
+from async_opd.core.errors import ConfigError
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Learner, ScoredGroup
 from async_opd.core.run_dir import LEARNER, LEDGER, MODEL
@@ -28,6 +30,30 @@ class Source(Protocol):
     ) -> Iterator[Prompt]: ...
 
 
+def fixed(config: Config) -> dict[str, Any]:
+    """List the settings that a run goes on with as they were, by name: on them depend which prompts
+    come in which order, and how many make a step, in the books as in the schedule."""
+    data = config.data
+    return {
+        "learner.trajectories_per_step": config.learner.trajectories_per_step,
+        "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
+        "run.seed": config.run.seed,
+        "data.id": data.id,
+        "data.streaming": data.streaming,
+        **({"data.shuffle_buffer": data.shuffle_buffer} if data.streaming else {}),
+    }
+
+
+def refuse_changed(config: Config, was: dict[str, Any]) -> None:
+    """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`."""
+    for name, value in fixed(config).items():
+        if value != was.get(name, value):
+            raise ConfigError(
+                f"{name} = {value!r}: must be {was[name]!r}, as the run has it: its books, and the"
+                " order of its prompts, go by it"
+            )
+
+
 class Progress:
     """The books of one run, and its checkpoints."""
 
@@ -37,13 +63,13 @@ class Progress:
         source: Source,
         learner: Replica[Learner],
         self_teachers: SelfTeachers,
-        keep: int,
+        config: Config,
         emit: EventSink,
     ):
-        """`keep` checkpoints of the last, and the best, stay. `emit` hears of each that is
-        saved."""
+        """`emit` hears of each checkpoint that is saved, and of what is set aside."""
         self.ledger = Ledger(run_dir / LEDGER)
-        self._checkpoints = Checkpoints(run_dir, keep)
+        self._checkpoints = Checkpoints(run_dir, config.run.keep_checkpoints)
+        self._fixed = fixed(config)
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
@@ -96,6 +122,7 @@ class Progress:
             outstanding=self.ledger.checkpoint(version),
             score=self._right / self._known if self._known else None,
             counters=counters,
+            fixed=self._fixed,
         )
         self._right, self._known = 0, 0
         folder = (await asyncio.to_thread(self._checkpoints.begin, version)).resolve()

@@ -1,8 +1,8 @@
 """What a resume makes void, and keeps: RUN/set-aside/1, /2, ...
 
-A run that goes back to an older checkpoint leaves a whole run there, with its later checkpoints and a
-copy of its books as they were: it can be evaluated, exported, audited and gone on with. One that goes
-on from its newest checkpoint leaves the rows behind that, and the summary, where there are any.
+A run that goes back to an older checkpoint leaves a whole run there, with its later checkpoints and
+a copy of its books as they were: it can be evaluated, exported, audited and gone on with. One that
+goes on from its newest checkpoint leaves the rows behind that, and the summary, where there are any.
 """
 
 from collections.abc import Mapping
@@ -54,8 +54,8 @@ def cut(run_dir: Path, version: int, copied: bool) -> Path | None:
     """Cut off the rows of steps behind `version`, and the summary of a run that had ended: training
     goes on behind it. Not before the ledger says so: it would miss the rows.
 
-    Unless they are `copied` already, they are kept in a new folder, which is returned. Reads no more
-    than what is cut off.
+    Unless they are `copied` already, they are kept in a new folder, which is returned. Reads no
+    more than what is cut off.
     """
     cuts = {
         name: end

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause
-from async_opd.core.errors import DataError, ScorerDiffers, TooManyDropped
+from async_opd.core.errors import AsyncOpdError, DataError, ScorerDiffers, TooManyDropped
 from async_opd.core.events import EventSink
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt
@@ -37,11 +37,13 @@ async def train(
     """
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit)
     measured: Row = {}
+    trained = False  # all of it, and saved
     try:
         async with asyncio.TaskGroup() as tasks:
             await loop.begin(tasks, checkpoint)
             serving = tasks.create_task(resize.serve(run_dir, loop.pools))
             await loop.run()
+            trained = True
             measured = await loop.held_out.end(loop.version)
             loop.pools.stop()
             serving.cancel()
@@ -52,11 +54,14 @@ async def train(
             await loop.interrupted()
             raise asyncio.CancelledError from None
         cause = first_cause(group)
-        if isinstance(cause, IN_ORDER):
-            await loop.interrupted(2 * config.timeout.step_s)
-        await loop.settled()
-        cause.add_note(f"at version {loop.version}")
-        raise cause from None
+        if not (trained and isinstance(cause, AsyncOpdError)):
+            if isinstance(cause, IN_ORDER):
+                await loop.interrupted(2 * config.timeout.step_s)
+            await loop.settled()
+            cause.add_note(f"at version {loop.version}")
+            raise cause from None
+        measured = loop.held_out.unmeasured(loop.version, cause)
+        loop.progress.ledger.finished()
     except asyncio.CancelledError:
         await loop.interrupted()
         raise

@@ -83,9 +83,7 @@ class TrainLoop:
         self._self_teachers = SelfTeachers(
             self._learner, self.pools.moving, run_dir.resolve() / SELF_TEACHER
         )
-        self.progress = Progress(
-            run_dir, source, self._learner, self._self_teachers, config.run.keep_checkpoints, emit
-        )
+        self.progress = Progress(run_dir, source, self._learner, self._self_teachers, config, emit)
         self._at_work: asyncio.Future[None] | None = None  # what an interruption lets finish
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))

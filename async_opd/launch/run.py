@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from async_opd.config.load import read_run
 from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, CallFailed, CheckpointError, SyncFailed, TimedOut
 from async_opd.core.events import EventSink
@@ -21,6 +22,7 @@ from async_opd.core.printing import say
 from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.run_dir import (
     CONFIG,
+    EARLIER_CONFIG,
     ENVIRONMENT,
     EVENTS,
     METRICS,
@@ -72,8 +74,13 @@ async def _run(
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     inputs = _read(config)
+    if checkpoint:
+        inputs.prompts.refuse_changed(checkpoint.state.position)
+        earlier, path = (run_dir / CONFIG).read_bytes(), run_dir / EARLIER_CONFIG
+        if not path.exists() and earlier != _encoded(asked):
+            write_file(path, earlier)
     # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
+    write_file(run_dir / CONFIG, _encoded(asked))
     made_with = environment(ends=inputs.tokens.ends)
     write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -109,6 +116,8 @@ async def _run(
                 except CheckpointError as none:
                     e.add_note(f"not started again: {none}")
                     raise e from None
+                # with the pool sizes that were asked for meanwhile
+                config = resolve_toy(read_run(run_dir), run_dir)
                 step = checkpoint.state.version
                 emit("starts again", "run", f"from step {step}, for {type(e).__name__}: {e}")
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
@@ -121,6 +130,10 @@ async def _run(
     }
     write_file(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _encoded(config: Config) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(config))
 
 
 def _read(config: Config) -> "Inputs":
