@@ -2,7 +2,7 @@
 
 A run that goes back to an older checkpoint leaves a whole run there, with its later checkpoints and
 a copy of its books as they were: it can be evaluated, exported, audited and gone on with. One that
-goes on from its newest checkpoint leaves the rows behind that, and the summary, where there are any.
+goes on from its newest checkpoint leaves the rows behind that, and a summary, where there are any.
 """
 
 from collections.abc import Mapping

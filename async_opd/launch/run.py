@@ -23,6 +23,7 @@ from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.run_dir import (
     CONFIG,
     EARLIER_CONFIG,
+    EARLIER_EVENTS,
     ENVIRONMENT,
     EVENTS,
     METRICS,
@@ -39,7 +40,7 @@ from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
 from async_opd.telemetry.console import console
-from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, observed
+from async_opd.telemetry.metrics import Jsonl, Meter, Rotating, Row, Sink, observed
 from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
 from async_opd.telemetry.spans import Window, encode
@@ -47,6 +48,7 @@ from async_opd.telemetry.spans import Window, encode
 if TYPE_CHECKING:
     from async_opd.launch.inputs import Inputs
 
+EVENTS_BYTES = 16 * 2**20  # of the file, before it becomes the earlier one
 # what a new start from a checkpoint can repair
 LOST = (ActorLost, CallFailed, SyncFailed, TimedOut)
 
@@ -195,9 +197,9 @@ def _roster(config: Config) -> str:
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """Name what makes the observers of events and of spans, and the console, which has the rows of
     steps besides."""
-    write = Jsonl(run_dir / SPANS, encode)
+    write, events = Jsonl(run_dir / SPANS, encode), run_dir / EVENTS
     return {
-        "events": lambda: Jsonl(run_dir / EVENTS),
+        "events": lambda: Rotating(events, EARLIER_EVENTS, EVENTS_BYTES, Jsonl(events)),
         "spans": lambda: Window(run_dir, config.run.trace_steps, write),
         "console": lambda: console(config.run.steps),
     }
