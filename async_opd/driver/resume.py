@@ -48,9 +48,10 @@ def refuse_changed(config: Config, was: dict[str, Any]) -> None:
     """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`."""
     for name, value in fixed(config).items():
         if value != was.get(name, value):
+            allowed = "absent" if was[name] is None else repr(was[name])
             raise ConfigError(
-                f"{name} = {value!r}: must be {was[name]!r}, as the run has it: its books, and the"
-                " order of its prompts, go by it"
+                f"{name} = {value!r}: must be {allowed}, as the run has it: its books, or the order"
+                " of its prompts, go by it"
             )
 
 
@@ -98,8 +99,7 @@ class Progress:
         if aside:
             self._emit("set aside", "run", f"all that lay behind step {state.version}: {aside}")
         elif rows:
-            what = f"rows behind step {state.version}, or the summary of the run that had ended"
-            self._emit("set aside", "run", f"{what}: {rows}")
+            self._emit("set aside", "run", f"the rows behind step {state.version}: {rows}")
         self._saved = state.version
         return prompts
 

@@ -54,8 +54,8 @@ def cut(run_dir: Path, version: int, copied: bool) -> Path | None:
     """Cut off the rows of steps behind `version`, and the summary of a run that had ended: training
     goes on behind it. Not before the ledger says so: it would miss the rows.
 
-    Unless they are `copied` already, they are kept in a new folder, which is returned. Reads no
-    more than what is cut off.
+    Unless they are `copied` already, they are kept in a new folder, which is returned where it
+    holds rows. Reads no more than what is cut off.
     """
     cuts = {
         name: end
@@ -71,7 +71,7 @@ def cut(run_dir: Path, version: int, copied: bool) -> Path | None:
         files.sync(run_dir / name)
     (run_dir / SUMMARY).unlink(missing_ok=True)
     (run_dir / EARLIER_CONFIG).unlink(missing_ok=True)
-    return folder
+    return folder if cuts else None
 
 
 def _kept(path: Path, version: int) -> int:

@@ -77,7 +77,8 @@ async def _run(
     refuse_unreachable()
     inputs = _read(config)
     if checkpoint:
-        inputs.prompts.refuse_changed(checkpoint.state.position)
+        if not config.data.streaming:  # refuse another set before anything starts
+            inputs.prompts.continued(checkpoint.state.position, [])
         earlier, path = (run_dir / CONFIG).read_bytes(), run_dir / EARLIER_CONFIG
         if not path.exists() and earlier != _encoded(asked):
             write_file(path, earlier)

@@ -143,18 +143,13 @@ class PromptSource:
         """Give the prompts `outstanding`, which were handed out before, then those that follow
         `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
         has changed since."""
-        self.refuse_changed(position)
+        if not self._config.streaming:
+            refuse_other(self._name, position, self._content, len(self))
         self._epoch, self._drawn = position["epoch"], position["drawn"]
         again = self._again(outstanding)
         self._rest = self._drawn_again(position) if self._config.streaming else None
         self.skipped, self.left_out = position["skipped"], position.get("left_out", 0)
         return chain(again, self)
-
-    def refuse_changed(self, position: dict[str, Any]) -> None:
-        """Raise DataError where the rows are not those that there were at `position`. A stream is
-        not looked at before it is read."""
-        if not self._config.streaming:
-            refuse_other(self._name, position, self._content, len(self))
 
     @cached_property
     def _content(self) -> str:
