@@ -76,16 +76,9 @@ async def _run(
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     inputs = _read(config)
-    if checkpoint:
-        if not config.data.streaming:  # refuse another set before anything starts
-            inputs.prompts.continued(checkpoint.state.position, [])
-        earlier, path = (run_dir / CONFIG).read_bytes(), run_dir / EARLIER_CONFIG
-        if not path.exists() and earlier != _encoded(asked):
-            write_file(path, earlier)
-    # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    write_file(run_dir / CONFIG, _encoded(asked))
-    made_with = environment(ends=inputs.tokens.ends)
-    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    if checkpoint and not config.data.streaming:  # refuse another set before anything starts
+        inputs.prompts.continued(checkpoint.state.position, [])
+    _write_beginning(run_dir, asked, inputs, resumed=checkpoint is not None)
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -135,8 +128,16 @@ async def _run(
     return summary
 
 
-def _encoded(config: Config) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(config))
+def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
+    """Write what the run is made with, and the config as asked: where a job unpacks what is shipped
+    is gone when the run is gone on with. The config of before is there until it has gone on."""
+    path, earlier = run_dir / CONFIG, run_dir / EARLIER_CONFIG
+    config = msgspec.json.format(msgspec.json.encode(asked))
+    if resumed and not earlier.exists() and path.read_bytes() != config:
+        write_file(earlier, path.read_bytes())
+    write_file(path, config)
+    made_with = environment(ends=inputs.tokens.ends)
+    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
 
 
 def _read(config: Config) -> "Inputs":

@@ -60,7 +60,9 @@ class Rotating:
 
     def __init__(self, path: Path, earlier: str, most_bytes: int, write: Sink):
         """`write` adds a row to the file at `path`."""
-        self._path, self._most_bytes, self._write = path, most_bytes, write
+        self._path = path
+        self._most_bytes = most_bytes
+        self._write = write
         self._earlier = path.with_name(earlier)
 
     def __call__(self, row: Any) -> None:
