@@ -4,7 +4,8 @@ Checks the whole config, then starts generators, teachers, verifier and learner 
 that of RAY_ADDRESS, one that runs here, or one of its own. Everything goes into run.dir; an earlier
 run there is kept beside it. One Ctrl-C lets the step at hand finish, saves a checkpoint and ends;
 --resume goes on from the newest checkpoint, or from the one that is named, with other settings
-where they are given.
+where they are given; what lies behind that checkpoint is kept in RUN/set-aside/. A run that was
+killed in its last evaluation does just that.
 
   async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
   async-opd train --resume runs/slow run.steps=200
@@ -49,16 +50,24 @@ def to_resume(
     path: Path, overrides: list[str], *, elsewhere: bool = False
 ) -> "tuple[Config, Checkpoint]":
     """Read the config of the run at `path`, as `load` does, and the checkpoint to go on from.
-    Raises ConfigError where nothing is left."""
-    from async_opd.config.load import load_run
-    from async_opd.core.run_dir import run_of
+    Raises ConfigError where nothing is left, not even the last evaluation, or where a setting is
+    changed that a run has for good."""
+    from async_opd.config.load import load_run, read_run
+    from async_opd.core.run_dir import LEDGER, SUMMARY, run_of
     from async_opd.driver.checkpoints import find
+    from async_opd.driver.resume import fixed, refuse_changed
 
-    config, checkpoint = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
-    if (step := checkpoint.state.version) >= config.run.steps:
+    run = run_of(path)
+    config, checkpoint = load_run(run, overrides, elsewhere=elsewhere), find(path)
+    refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)))
+    step, steps = checkpoint.state.version, config.run.steps
+    summed_up = (run / SUMMARY).exists()
+    to_sum_up = step == steps and (run / LEDGER).exists() and not summed_up
+    if step >= steps and not to_sum_up:
+        why = f"{run / SUMMARY} says how it ended" if summed_up else "nothing is left to train"
         raise ConfigError(
-            f"run.steps = {config.run.steps}: must be larger to go on: {checkpoint.folder} is of"
-            f" step {step}, so nothing is left to train"
+            f"run.steps = {steps}: must be larger to go on: {checkpoint.folder} is of step {step},"
+            f" so the run is finished: {why}"
         )
     return config, checkpoint
 
@@ -91,7 +100,10 @@ def train(config: "Config", checkpoint: "Checkpoint | None" = None) -> int:
                 for name, share in teachers.items()
             ),
             f"  student, before  {summary['accuracy_before']:8.1%}",
-            f"  student, after   {summary['accuracy_after']:8.1%}",
+            "  student, after   "
+            + (
+                " not measured" if (after := summary["accuracy_after"]) is None else f"{after:8.1%}"
+            ),
         ]
     lines.append(
         f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "

@@ -109,7 +109,7 @@ def checked(tree: dict, kind: type[Struct]) -> Any:
         raise ConfigError(f"{place[2]}.{place[1]}" if place else str(e)) from e
 
 
-def apply_override(tree: dict, override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put the setting that `key.path=value` names into the tree. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -1,6 +1,7 @@
 """What a run directory holds, by name; how its lines are read; what may be named instead of it."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-CONFIG = "config.json"  # the config as it was asked for
+CONFIG = "config.json"  # the config as it was asked for, with the pool sizes asked for since
+EARLIER_CONFIG = "config.earlier.json"  # that of before a resume which has not gone on yet
 LOCK = "lock.json"  # who works in it, and its lock: core.run_lock
 ENVIRONMENT = "environment.json"  # commit and versions
 METRICS = "metrics.jsonl"  # a row a step
 SAMPLES = "samples.jsonl"  # the last recorded trajectories
 EARLIER_SAMPLES = "samples.earlier.jsonl"  # and those before them
 EVENTS = "events.jsonl"  # who was lost, who came, what was saved
+EARLIER_EVENTS = "events.earlier.jsonl"  # and what was before that
 LEDGER = "ledger.jsonl"  # what became of every prompt
 SPANS = "spans.jsonl"  # who did what when, in the last steps
 EARLIER_SPANS = "spans.earlier.jsonl"  # and in those before them
@@ -25,12 +28,14 @@ MODEL = "model"
 LEARNER = "learner"  # what each rank goes on from
 STATE = "run.json"  # what the driver goes on from
 MANIFEST = "manifest.json"  # size and sha256 of every other file
+SET_ASIDE = "set-aside"  # folders 1, 2, ... of what resumes have made void
 SELF_TEACHER = "self-teacher"  # the weights that self-teachers take over
 TOY_DATA = "data"  # the demo's problems
 PROBLEMS = "problems.jsonl"  # of an evaluation: a line a problem
 SCALE_REQUEST = "scale-{}.json"  # pool sizes that somebody asks for; {}: an id
 SCALE_ANSWER = ".answer"  # instead of the .json of a request
 
+BLOCK = 2**16  # bytes that are read at once from the end of a file
 STEP = r"\d{6,}|\.\d{6,}\.partial"  # a folder in CHECKPOINTS
 
 T = TypeVar("T")
@@ -66,6 +71,26 @@ def read_lines(
                 damaged(number, e)
             else:
                 yield end, record
+
+
+def read_back(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Read the lines of a file from its last on, each without its end, with the offset behind it; a
+    torn last line is none. Memory is that of a line and of BLOCK."""
+    with path.open("rb") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        torn, head = True, b""  # `head`: the end of a line that begins before `start`
+        while start:
+            size = min(BLOCK, start)
+            start = file.seek(start - size)
+            head, *lines = (file.read(size) + head).split(b"\n")
+            if torn and lines:
+                end -= len(lines.pop())
+                torn = False
+            for line in reversed(lines):
+                yield end, line
+                end -= len(line) + 1
+        if not torn:
+            yield end, head
 
 
 def decode_row(line: bytes) -> dict[str, Any]:

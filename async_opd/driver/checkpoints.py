@@ -28,7 +28,16 @@ from msgspec import Struct
 from async_opd.core import files
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import CheckpointError
-from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
+from async_opd.core.run_dir import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    LEARNER,
+    MANIFEST,
+    MODEL,
+    STATE,
+    checkpoint_at,
+)
+from async_opd.driver import set_aside
 
 
 class RunState(Struct, frozen=True, kw_only=True):
@@ -39,6 +48,14 @@ class RunState(Struct, frozen=True, kw_only=True):
     outstanding: list[str]  # ids of the prompts handed out and not trained, in their order
     score: float | None = None  # by which one checkpoint is the best: the higher, the better
     counters: dict[str, Any] = {}
+    # settings that a run goes on with as they were, by name; none: an earlier version saved it
+    fixed: dict[str, Any] = {}
+
+
+class _Files(Struct, frozen=True):
+    """What STATE says, besides, of the checkpoint that it is part of."""
+
+    files: list[str] | None = None  # all others but the manifest; absent: an earlier version's
 
 
 class Checkpoint(NamedTuple):
@@ -97,8 +114,10 @@ class Checkpoints:
         partial = files.partial(self._folder(step))
         try:
             with _naming(step):
-                files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(state)))
-                files.write(partial / MANIFEST, msgspec.json.encode(_manifest(partial)))
+                content = msgspec.to_builtins(state) | {"files": _names(partial)}
+                files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(content)))
+                manifest = [_File.of(partial, name) for name in _names(partial)]
+                files.write(partial / MANIFEST, msgspec.json.encode(manifest))
                 files.commit_folder(self._folder(step))
                 self._point(step)
                 self._prune()
@@ -118,8 +137,9 @@ class Checkpoints:
         for left in self._root.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def rewind(self, step: int) -> None:
-        """Go on from the checkpoint of `step`: what was saved later is void, and is removed.
+    def rewind(self, step: int) -> Path | None:
+        """Go on from the checkpoint of `step`: what was saved later is void, and is set aside with
+        a copy of the books; returns the folder, None where nothing was.
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
@@ -127,9 +147,16 @@ class Checkpoints:
             self.recover()
             if self.holds(step):  # there is none of the start
                 self._point(step)
-            for later in sorted(committed(self._root), reverse=True):
-                if later > step:
-                    files.remove_folder(self._folder(later))
+            void = sorted((later for later in committed(self._root) if later > step), reverse=True)
+            if not void:
+                return None
+            aside = set_aside.begin(self._root.parent)
+            for later in void:
+                folder = self._folder(later)
+                files.rename(folder, aside / CHECKPOINTS / folder.name)
+            files.sync(self._root)  # none is found here any more
+            Checkpoints(aside, self._keep).recover()  # its link
+            return aside
 
     def _prune(self) -> None:
         steps, best = sorted(committed(self._root)), _best(self._root)
@@ -206,16 +233,22 @@ def _verified(folder: Path) -> Checkpoint:
     if folder.suffix in (".partial", ".old"):  # earlier versions replaced by way of .000100.old
         raise CheckpointError(f"checkpoint {folder}: its writing was never finished")
     name = MANIFEST
+    listed: set[str] = set()
     try:
         for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
             name = expected.name
+            listed.add(name)
             file = _File.of(folder, name)
             if file.size != expected.size:
                 raise refused(name, f"has {file.size} bytes instead of {expected.size}")
             if file.sha256 != expected.sha256:
                 raise refused(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
-        return Checkpoint(folder, msgspec.json.decode((folder / STATE).read_bytes(), type=RunState))
+        content = (folder / STATE).read_bytes()
+        state = msgspec.json.decode(content, type=RunState)
+        if missing := _unlisted(listed, msgspec.json.decode(content, type=_Files).files):
+            raise refused(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
+        return Checkpoint(folder, state)
     except FileNotFoundError:
         raise refused(name, "is missing") from None
     except OSError as e:
@@ -238,10 +271,20 @@ def _offer(refused: Path) -> str:
     return "no intact one lies before it"
 
 
-def _manifest(folder: Path) -> list[_File]:
-    """Describe every file of `folder`."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [_File.of(folder, path.as_posix()) for path in paths]
+def _names(folder: Path) -> list[str]:
+    """Name every file of `folder`."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths]
+
+
+def _unlisted(listed: set[str], files: list[str] | None) -> str:
+    """Name what a manifest lacks of `files`, or of any run's where they are not known."""
+    if STATE not in listed:
+        return STATE
+    if files is not None:
+        return next((name for name in files if name not in listed), "")
+    folders = {name.partition("/")[0] for name in listed}
+    return next((f"{part}/" for part in (MODEL, LEARNER) if part not in folders), "")
 
 
 def _best(root: Path) -> int | None:

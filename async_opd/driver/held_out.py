@@ -94,14 +94,18 @@ class HeldOut:
         return (ready.row() if ready else NONE) | {"eval_skipped": self._skipped}
 
     async def end(self, version: int) -> Row:
-        """Accuracies for the summary. The teachers' come last: nobody waits for them, and they are
-        idle now."""
+        """Accuracies for the summary; None of what cannot be measured, which costs nothing that was
+        trained. The teachers' come last: nobody waits for them, and they are idle now."""
         if self._running and not self._running.done():
             self._running.cancel()
             self._skipped += 1
         if not self._problems:
             return {}
-        after = (await self._measure(version, ALL)).accuracy
+        after: Accuracy | None = None
+        try:
+            after = (await self._measure(version, ALL)).accuracy
+        except AsyncOpdError as e:
+            self._failed(version, e)
         teachers: Row = {}
         for name, teacher in self._config.named_teachers.items():
             key = f"teacher_accuracy_{name}" if name else "teacher_accuracy"
@@ -109,15 +113,34 @@ class HeldOut:
             teachers[key] = None
             if teacher.evaluate and problems:
                 pool, verifier = self._pools.teachers[name], self._pools.verifier
-                teachers[key] = (await of_teacher(pool, verifier, problems)).share
+                try:
+                    teachers[key] = (await of_teacher(pool, verifier, problems)).share
+                except AsyncOpdError as e:
+                    self._emit("not evaluated", pool.name, f"{e}")
+        return teachers | self._results(after)
+
+    def unmeasured(self, version: int, why: AsyncOpdError) -> Row:
+        """What the summary says where `end` was cut off by the loss of what it needs."""
+        if not self._problems:
+            return {}
+        self._failed(version, why)
+        names = self._config.named_teachers
+        teachers = dict.fromkeys(
+            f"teacher_accuracy_{n}" if n else "teacher_accuracy" for n in names
+        )
+        return teachers | self._results(None)
+
+    def _results(self, after: Accuracy | None) -> Row:
         return {
-            **teachers,
             "accuracy_before": self.before.share,
-            "accuracy_after": after.share,
+            "accuracy_after": after and after.share,
             "eval_problems": self.before.problems,
-            "eval_unknown": self.before.unknown + after.unknown,
+            "eval_unknown": self.before.unknown + (after.unknown if after else 0),
             **({"eval_skipped": self._skipped} if self._every else {}),
         }
+
+    def _failed(self, version: int, why: AsyncOpdError) -> None:
+        self._emit("not evaluated", f"version {version}, the last", f"{why}")
 
     async def _beside(self, version: int) -> None:
         """An evaluation that fails costs training nothing."""

@@ -5,6 +5,7 @@ import asyncio
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,9 @@ from async_opd.core import files
 from async_opd.core.aio import retrieved
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import DataError, LedgerError
-from async_opd.core.run_dir import read_lines
+from async_opd.core.run_dir import BLOCK, read_back, read_lines
+
+CHECKED = 10_000  # of the last records of a file that is continued
 
 
 class Record(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=str.lower):
@@ -98,7 +101,8 @@ class Ledger:
 
     def __init__(self, path: Path):
         """Continue a file that is there already, less the torn line that a kill may have left; say
-        then where from with `resumed`. Raises LedgerError for one that cannot be read."""
+        then where from with `resumed`. Only its end is read: `audit` reads all of it. Raises
+        LedgerError for one that cannot be read."""
         self._path = path
         self._n = 0
         # The ids without an end, in the order they were first handed out
@@ -111,8 +115,7 @@ class Ledger:
         end = 0
         with _naming(path):
             if path.exists():
-                for end, record in records(path):  # noqa: B007
-                    self._n = record.n
+                end, self._n = _last(path)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.ftruncate(self._file, end)
             files.sync(path.parent)  # the file's name
@@ -225,6 +228,34 @@ def records(path: Path) -> Iterator[tuple[int, Record]]:
         raise LedgerError(f"{path}, line {number}: not a record: {error}") from error
 
     return read_lines(path, msgspec.json.Decoder(AnyRecord).decode, refuse)
+
+
+def _last(path: Path) -> tuple[int, int]:
+    """Find the offset behind the last record, and its `n`; 0 and 0 where there is none. Raises
+    LedgerError where one of the last CHECKED is no record, or not the one before the next."""
+    last, expected = (0, 0), None
+    for end, line in islice(read_back(path), CHECKED):
+        try:
+            n = msgspec.json.decode(line, type=AnyRecord).n
+        except ValueError as error:
+            raise LedgerError(
+                f"{path}, line {_number(path, end)}: not a record: {error}"
+            ) from error
+        if expected is None:
+            last = end, n
+        elif n != expected:
+            raise LedgerError(
+                f"{path}, line {_number(path, end)}: record {n} stands before record {expected + 1}"
+            )
+        expected = n - 1
+    return last
+
+
+def _number(path: Path, end: int) -> int:
+    """Count the lines of the file up to that offset."""
+    with path.open("rb") as file:
+        blocks = (file.read(min(BLOCK, end - start)) for start in range(0, end, BLOCK))
+        return sum(block.count(b"\n") for block in blocks)
 
 
 @contextmanager

@@ -3,7 +3,8 @@ directory.
 
 A request is RUN/scale-ID.json, {"generators": 3, "teachers.math": 2}; the driver takes it away and
 leaves its answer in RUN/scale-ID.answer. A file, not a socket: it needs no port, no secret, and no
-rights but those to the directory.
+rights but those to the directory. What was asked for becomes part of RUN/config.json, with which a
+restart, or a resume, begins.
 """
 
 import asyncio
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import msgspec
 
-from async_opd.config.load import read_run
+from async_opd.config.load import apply_override, read_run
 from async_opd.core.aside import aside
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.files import write_file
-from async_opd.core.run_dir import SCALE_ANSWER, SCALE_REQUEST
+from async_opd.core.run_dir import CONFIG, SCALE_ANSWER, SCALE_REQUEST
 from async_opd.core.suggest import wrong
 from async_opd.driver.pools import Pools
 
@@ -70,14 +71,16 @@ async def serve(run_dir: Path, pools: Pools) -> None:
         for request in requests:
             # who asked may have gone, or may not be allowed to
             with suppress(OSError, TimedOut):
-                await _answer(request, pools)
+                await _answer(run_dir, request, pools)
         await asyncio.sleep(POLL_S)
 
 
-async def _answer(request: Path, pools: Pools) -> None:
+async def _answer(run_dir: Path, request: Path, pools: Pools) -> None:
     content = await aside(DISK_S, "scale", _taken, request)
     try:
-        answer = False, _resize(pools, msgspec.json.decode(content, type=dict[str, int]))
+        sizes = msgspec.json.decode(content, type=dict[str, int])
+        answer = False, _resize(pools, sizes)
+        await aside(DISK_S, "scale", _keep, run_dir, sizes)
     except (ConfigError, msgspec.DecodeError) as e:
         answer = True, str(e)
     content = msgspec.json.encode(answer)
@@ -92,6 +95,15 @@ def _taken(request: Path) -> bytes:
     content = request.read_bytes()
     request.unlink()
     return content
+
+
+def _keep(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Write the sizes into the config of the run."""
+    tree = {key: value for key, value in read_run(run_dir, dict).items() if value is not None}
+    for name, size in sizes.items():
+        section = "rollout.generators" if name == "generators" else f"{name}.replicas"
+        apply_override(tree, f"{section}={size}")
+    write_file(run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(tree)))
 
 
 def _resize(pools: Pools, sizes: dict[str, int]) -> str:

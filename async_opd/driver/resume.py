@@ -2,27 +2,20 @@
 that is trained."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import bounded
 from async_opd.core.aside import aside
-from async_opd.core.errors import CheckpointError, SystemFailed
+from async_opd.core.errors import CheckpointError, ConfigError, SystemFailed
 from async_opd.core.events import EventSink
-from async_opd.core.files import write_file
 from async_opd.core.foreign import foreign
 from async_opd.core.ports import Learner, ScoredGroup
-from async_opd.core.run_dir import (
-    LEARNER,
-    METRICS,
-    MODEL,
-    SAMPLES,
-    SUMMARY,
-    decode_row,
-    read_lines,
-)
+from async_opd.core.run_dir import LEARNER, MODEL
 from async_opd.core.wire import Prompt
+from async_opd.driver import set_aside
 from async_opd.driver.checkpoints import Checkpoint, Checkpoints, RunState, thread_of
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.replica import Replica
@@ -42,6 +35,31 @@ class Source(Protocol):
     ) -> Iterator[Prompt]: ...
 
 
+def fixed(config: Config) -> dict[str, Any]:
+    """List the settings that a run goes on with as they were, by name: on them depend which prompts
+    come in which order, and how many make a step, in the books as in the schedule."""
+    data = config.data
+    return {
+        "learner.trajectories_per_step": config.learner.trajectories_per_step,
+        "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
+        "run.seed": config.run.seed,
+        "data.id": data.id,
+        "data.streaming": data.streaming,
+        **({"data.shuffle_buffer": data.shuffle_buffer} if data.streaming else {}),
+    }
+
+
+def refuse_changed(config: Config, was: dict[str, Any]) -> None:
+    """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`."""
+    for name, value in fixed(config).items():
+        if value != was.get(name, value):
+            allowed = "absent" if was[name] is None else repr(was[name])
+            raise ConfigError(
+                f"{name} = {value!r}: must be {allowed}, as the run has it: its books, or the order"
+                " of its prompts, go by it"
+            )
+
+
 class Progress:
     """The books of one run, and its checkpoints."""
 
@@ -55,10 +73,11 @@ class Progress:
         config: Config,
         emit: EventSink,
     ):
-        """`emit` hears of each checkpoint that is saved."""
+        """`emit` hears of each checkpoint that is saved, and of what is set aside."""
         self.ledger = ledger
         self._checkpoints = Checkpoints(run_dir, config.run.keep_checkpoints)
         self._disk_s = config.timeout.step_s
+        self._fixed = fixed(config)
         self._run_dir = run_dir
         self._source = source
         self._learner = learner
@@ -81,13 +100,18 @@ class Progress:
             "prompts", self._source.continued, state.position, state.outstanding[:needed]
         )
         # It can be gone on with: what came later is void.
-        await self._on_disk(what, self._checkpoints.rewind, state.version)
+        void = await self._on_disk(what, self._checkpoints.rewind, state.version)
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
         await self._synced()
+        cut = partial(set_aside.cut, self._run_dir, state.version, copied=void is not None)
         with foreign(f"{self._run_dir}: its rows behind step {state.version}", SystemFailed):
-            await self._on_disk(what, _rewind, self._run_dir, state.version)
+            rows = await self._on_disk(what, cut)
+        if void:
+            self._emit("set aside", "run", f"all that lay behind step {state.version}: {void}")
+        elif rows:
+            self._emit("set aside", "run", f"the rows behind step {state.version}: {rows}")
         self.saved = state.version
         return prompts
 
@@ -110,6 +134,7 @@ class Progress:
             outstanding=self.ledger.checkpoint(version),
             score=self._right / self._known if self._known else None,
             counters=counters,
+            fixed=self._fixed,
         )
         what = f"checkpoint of step {version}"
         folder = await self._on_disk(what, self._begun, version)
@@ -136,13 +161,3 @@ class Progress:
 
     async def _synced(self) -> None:
         await bounded(self.ledger.sync(), self._disk_s, "ledger, fsync")
-
-
-def _rewind(run_dir: Path, version: int) -> None:
-    """Cut off the rows of steps that are void, and the summary of a run that had ended: training
-    goes on behind `version`. Not before the books say so: they would miss the rows."""
-    for path in (run_dir / METRICS, run_dir / SAMPLES):
-        if path.exists():
-            rows = read_lines(path, lambda line: (decode_row(line)["step"], line))
-            write_file(path, b"".join(line for _, (step, line) in rows if step <= version))
-    (run_dir / SUMMARY).unlink(missing_ok=True)

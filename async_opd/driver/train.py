@@ -46,6 +46,7 @@ async def train(
             # one task of the others, so that errors stand in the order in which they came
             running = tasks.create_task(_run(loop, tasks, run_dir, checkpoint), name="train")
             await asyncio.wait([running])
+        measured = running.result()
         ledger.finished()
     except BaseExceptionGroup as group:
         cause = first_cause(group)
@@ -55,12 +56,15 @@ async def train(
             interrupted.add_note(f"{type(cause).__name__}: {cause}")
             await _save_last(loop, interrupted, timeout.last_save_s, emit)
             raise interrupted from None
-        cause.add_note(f"at version {loop.version}")
-        if isinstance(cause, AsyncOpdError):
-            await _save_last(loop, cause, max(timeout.last_save_s, 2 * timeout.step_s), emit)
-        if not (task and task.cancelling()):
-            await loop.at_work.settled(timeout.step_s)
-        raise cause from None
+        if not (loop.is_over and isinstance(cause, AsyncOpdError)):
+            cause.add_note(f"at version {loop.version}")
+            if isinstance(cause, AsyncOpdError):
+                await _save_last(loop, cause, max(timeout.last_save_s, 2 * timeout.step_s), emit)
+            if not (task and task.cancelling()):
+                await loop.at_work.settled(timeout.step_s)
+            raise cause from None
+        measured = loop.held_out.unmeasured(loop.version, cause)
+        ledger.finished()
     except asyncio.CancelledError as interrupted:
         await _save_last(loop, interrupted, timeout.last_save_s, emit)
         raise
@@ -68,7 +72,7 @@ async def train(
         loop.pools.stop()
         first = sys.exception()
         await _close(ledger, timeout.stall_s if first else timeout.step_s, first)
-    return {**running.result(), **meter.summary(), **loop.summary()}
+    return {**measured, **meter.summary(), **loop.summary()}
 
 
 async def _run(

@@ -277,6 +277,11 @@ class TrainLoop:
         if newcomer.lost:
             raise ActorLost(newcomer.lost)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every step is trained, and saved."""
+        return self.version == self._config.run.steps == self.progress.saved
+
     def summary(self) -> Row:
         """Counts of the whole run, for `summary.json`."""
         dropped = self.queue.dropped

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from async_opd.config.load import read_run
 from async_opd.config.schema import Config
 from async_opd.core.aside import aside
 from async_opd.core.errors import SystemFailed
@@ -23,6 +24,8 @@ from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.run_dir import (
     CHECKPOINTS,
     CONFIG,
+    EARLIER_CONFIG,
+    EARLIER_EVENTS,
     ENVIRONMENT,
     EVENTS,
     METRICS,
@@ -41,13 +44,17 @@ from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
 from async_opd.telemetry.console import console
-from async_opd.telemetry.metrics import Jsonl, Meter, Row, Sink, caught_up, observed
+from async_opd.telemetry.metrics import Jsonl, Meter, Rotating, Row, Sink, caught_up, observed
 from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
 from async_opd.telemetry.spans import Window, encode
 
 if TYPE_CHECKING:
     from async_opd.launch.inputs import Inputs
+
+T = TypeVar("T")
+
+EVENTS_BYTES = 16 * 2**20  # of the file, before it becomes the earlier one
 
 
 async def run(config: Config, checkpoint: checkpoints.Checkpoint | None = None) -> Row:
@@ -79,10 +86,10 @@ async def _run(
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     inputs = _read(config)
-    # as asked: where a job unpacks what is shipped is gone when the run is gone on with
-    await _write(config, run_dir / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
-    made_with = environment(ends=inputs.tokens.ends)
-    await _write(config, run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    if checkpoint and not config.data.streaming:  # refuse another set before anything starts
+        inputs.prompts.continued(checkpoint.state.position, [])
+    begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
+    await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")
     pieces = decoder(inputs.tokenizer.backend_tokenizer)
     samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
@@ -113,9 +120,11 @@ async def _run(
                 if task.cancelling():
                     raise
                 checkpoint = await restarts.goes_on_from(e, meter.last_step)
-                # what they have not written yet would stand behind the rows that are void
                 within_s = config.timeout.step_s
+                # what they have not written yet would stand behind the rows that are void
                 await aside(within_s, "observers", caught_up, [*observers, record])
+                # with the pool sizes that were asked for meanwhile
+                config = resolve_toy(await _on_disk(config, run_dir, read_run, run_dir), run_dir)
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         **inputs.prompts.counts,
@@ -124,13 +133,26 @@ async def _run(
         "version": config.run.steps,
         "restarts": restarts.count,
     }
-    await _write(config, run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
+    content = json.dumps(summary, indent=2).encode()
+    await _on_disk(config, run_dir / SUMMARY, write_file, run_dir / SUMMARY, content)
     return summary
 
 
-async def _write(config: Config, path: Path, content: bytes) -> None:
-    with foreign(f"{path}: cannot be written", SystemFailed):
-        await aside(config.timeout.step_s, f"{path}, written", write_file, path, content)
+def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
+    """Write what the run is made with, and the config as asked: where a job unpacks what is shipped
+    is gone when the run is gone on with. The config of before is there until it has gone on."""
+    path, earlier = run_dir / CONFIG, run_dir / EARLIER_CONFIG
+    config = msgspec.json.format(msgspec.json.encode(asked))
+    if resumed and not earlier.exists() and path.read_bytes() != config:
+        write_file(earlier, path.read_bytes())
+    write_file(path, config)
+    made_with = environment(ends=inputs.tokens.ends)
+    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+
+
+async def _on_disk(config: Config, path: Path, call: Callable[..., T], *args: Any) -> T:
+    with foreign(f"{path}: cannot be read or written", SystemFailed):
+        return await aside(config.timeout.step_s, f"{path}", call, *args)
 
 
 def _read(config: Config) -> "Inputs":
@@ -194,9 +216,9 @@ def _roster(config: Config) -> str:
 def _records(config: Config, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """Name what makes the observers of events and of spans, and the console, which has the rows of
     steps besides."""
-    write = Jsonl(run_dir / SPANS, encode)
+    write, events = Jsonl(run_dir / SPANS, encode), run_dir / EVENTS
     return {
-        "events": lambda: Jsonl(run_dir / EVENTS),
+        "events": lambda: Rotating(events, EARLIER_EVENTS, EVENTS_BYTES, Jsonl(events)),
         "spans": lambda: Window(run_dir, config.run.trace_steps, write),
         "console": lambda: console(config.run.steps),
     }

@@ -4,6 +4,7 @@ which can never slow or stop training. What a key means: `async_opd.telemetry.me
 import errno
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
@@ -35,16 +36,39 @@ class Jsonl:
         self, path: Path, encode: Callable[[Any], bytes] = lambda row: json.dumps(row).encode()
     ):
         self._path, self._encode = path, encode
+        self._begun = False
 
     def __call__(self, row: Any) -> None:
         line = self._encode(row) + b"\n"
-        with self._path.open("ab", buffering=0) as file:
+        with self._path.open("a+b", buffering=0) as file:
+            if not self._begun and file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill left half a row: none is glued to it
+                    line = b"\n" + line
+            self._begun = True
             written = file.write(line)
             if written < len(line):  # the disk filled up within the line
                 file.truncate(file.tell() - written)
                 raise OSError(
                     errno.ENOSPC, f"{written} of {len(line)} bytes of a row fit", str(self._path)
                 )
+
+
+class Rotating:
+    """A file that becomes the `earlier` one when it holds so many bytes, so that between them they
+    hold at least as many of the last, and never much more than twice as many."""
+
+    def __init__(self, path: Path, earlier: str, most_bytes: int, write: Sink):
+        """`write` adds a row to the file at `path`."""
+        self._path = path
+        self._most_bytes = most_bytes
+        self._write = write
+        self._earlier = path.with_name(earlier)
+
+    def __call__(self, row: Any) -> None:
+        if self._path.exists() and self._path.stat().st_size >= self._most_bytes:
+            self._path.replace(self._earlier)
+        self._write(row)
 
 
 class Observed:

@@ -1,22 +1,31 @@
 """The file of recorded trajectories, `samples.jsonl`: tokens as text, numbers beside them."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from async_opd.core.run_dir import EARLIER_SAMPLES
 from async_opd.core.wire import RecordedTrajectory
-from async_opd.telemetry.metrics import Jsonl
+from async_opd.telemetry.metrics import Jsonl, Rotating
+
+TOKENS = 500  # of a response whose numbers are kept, as many as a report shows
+DIGITS = 3  # of a number, and of the largest in its column: what is beside it is not told finer
+MOST_BYTES = 32 * 2**20  # of the file, before it becomes the earlier one
 
 
 def sample_file(
-    path: Path, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
+    path: Path,
+    pieces: Callable[[npt.NDArray[np.int32]], list[str]],
+    most_bytes: int = MOST_BYTES,
 ) -> Callable[[tuple[RecordedTrajectory, ...]], None]:
-    """Make an observer that adds a line for each trajectory to the file at `path`; `pieces` turns
-    ids into text."""
-    write = Jsonl(path)
+    """Make an observer that adds a line for each trajectory to the file at `path`, which becomes
+    the earlier one where it holds `most_bytes`; `pieces` turns ids into text."""
+    write = Rotating(path, EARLIER_SAMPLES, most_bytes, Jsonl(path, msgspec.json.encode))
 
     def take(recorded: tuple[RecordedTrajectory, ...]) -> None:
         for trajectory in recorded:
@@ -28,8 +37,8 @@ def sample_file(
 def line(
     recorded: RecordedTrajectory, pieces: Callable[[npt.NDArray[np.int32]], list[str]]
 ) -> dict[str, Any]:
-    """Put a trajectory into a line: per-token lists by name, as long as `tokens`, numbers to 5
-    digits."""
+    """Put a trajectory into a line: numbers by name, a list of those of the first TOKENS tokens, or
+    one number where they are all alike."""
     return {
         "step": recorded.step,
         "id": recorded.id,
@@ -40,11 +49,21 @@ def line(
         "cut": recorded.tokens - len(recorded.ids),  # tokens left out behind them
         "truncated": recorded.truncated,
         "correct": recorded.correct,
-        **{
-            name: [float(f"{x:.5g}") for x in value.tolist()]
-            for name, value in recorded.numbers.items()
-        },
+        **{name: _column(value[:TOKENS]) for name, value in recorded.numbers.items()},
     }
+
+
+def _column(values: npt.NDArray[np.float32]) -> list[float | None] | float | None:
+    """Shorten numbers to DIGITS; None is what is not finite."""
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+    decimals = DIGITS - math.floor(math.log10(largest)) if largest else 0
+
+    def short(x: float) -> float | None:
+        rounded = round(float(f"{x:.{DIGITS}g}"), decimals) if math.isfinite(x) else None
+        return int(rounded) if rounded is not None and rounded.is_integer() else rounded
+
+    column = [short(x) for x in values.tolist()]
+    return column[0] if column and len(set(column)) == 1 else column
 
 
 def decoder(tokenizer: Any) -> Callable[[npt.NDArray[np.int32]], list[str]]:

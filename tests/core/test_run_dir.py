@@ -1,6 +1,7 @@
 """Every way to name a run or one of its checkpoints leads to that run, or is refused by name; a
 file of lines can be read while it is written."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.train import to_resume
 from async_opd.config.load import load
+from async_opd.core import run_dir
 from async_opd.core.errors import CheckpointError, RunMissing
-from async_opd.core.run_dir import decode_row, read_lines, run_of
+from async_opd.core.run_dir import decode_row, read_back, read_lines, run_of
 from async_opd.driver.checkpoints import Checkpoints, RunState
 
 
@@ -104,6 +106,19 @@ def test_lines_are_read_with_the_offsets_behind_them_and_a_torn_end_is_none(tmp_
     with path.open("ab") as file:  # the writer completes it
         file.write(b"\n")
     assert list(read_lines(path, decode_row))[2:] == [(33, {"step": 3})]
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 2**16])
+@pytest.mark.parametrize("end", ["", "\n", "torn", "\ntorn", "\n\n"])
+def test_lines_are_read_back_from_the_last_with_the_offsets_behind_them(
+    tmp_path, monkeypatch, block, end
+):
+    monkeypatch.setattr(run_dir, "BLOCK", block)
+    path, draw = tmp_path / "rows.jsonl", random.Random(0)
+    lines = [b"x" * draw.choice([0, 1, 5, 63, 64, 200]) for _ in range(20)]
+    path.write_bytes(b"\n".join(lines) + end.encode())
+    forwards = [(end, line.rstrip(b"\n")) for end, line in read_lines(path, bytes)]
+    assert list(read_back(path)) == forwards[::-1]
 
 
 def test_a_damaged_line_is_raised_or_named_and_the_others_are_read(tmp_path):

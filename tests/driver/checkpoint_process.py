@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from async_opd.core.errors import CheckpointError
+from async_opd.driver import set_aside
 from async_opd.driver.checkpoints import Checkpoints, RunState
 
 # Audited just before they happen.
@@ -41,11 +42,25 @@ def save(
     )
 
 
+BOOKS = {
+    name: "".join(f'{{"step": {n}}}\n' for n in range(1, 4)).encode()
+    for name in ("metrics.jsonl", "samples.jsonl", "samples.earlier.jsonl")
+}
+BOOKS["summary.json"] = b'{"steps": 3}'
+
+
+def go_back(run: Path) -> None:
+    """What a resume from step 1 does to the files, but for the ledger."""
+    aside = Checkpoints(run, 1).rewind(1)
+    set_aside.cut(run, 1, copied=aside is not None)
+
+
 WHAT = dict(
     save_1=lambda run: save(run, 1),
     save_2=lambda run: save(run, 2),
     save_3=lambda run: save(run, 3),
     rewind=lambda run: Checkpoints(run, 1).rewind(1),
+    go_back=go_back,
     recover=lambda run: Checkpoints(run, 1).recover(),
 )
 

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import resource
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from async_opd.core.errors import CheckpointError
 from async_opd.driver.checkpoints import Checkpoints, RunState, find
-from tests.driver.checkpoint_process import save
+from tests.driver.checkpoint_process import BOOKS, go_back, save
 
 PROCESS = [sys.executable, "-m", "tests.driver.checkpoint_process"]
 
@@ -115,12 +116,53 @@ def test_a_step_is_saved_once(tmp_path):
     assert committed(tmp_path) == ["000001", "000002"] and newest_of(tmp_path) == "2 new"
 
 
-def test_what_lies_after_the_step_that_training_goes_on_from_is_void(tmp_path):
-    for step in (1, 2, 3):
-        save(tmp_path, step, keep=3)
-    Checkpoints(tmp_path, keep=3).rewind(1)
-    assert committed(tmp_path) == ["000001"] and newest_of(tmp_path) == "1 new"
-    assert (tmp_path / "checkpoint" / "weights").read_text() == "model/weights of 1 new"
+def test_what_lies_after_the_step_that_training_goes_on_from_is_set_aside(tmp_path):
+    for number, tag in ((1, "first"), (2, "second")):
+        for step in (1, 2, 3)[number - 1 :]:
+            save(tmp_path, step, tag, keep=3)
+        aside = Checkpoints(tmp_path, keep=3).rewind(1)
+        assert aside == tmp_path / "set-aside" / f"{number}"
+        assert committed(tmp_path) == ["000001"] and newest_of(tmp_path) == "1 first"
+        assert (tmp_path / "checkpoint" / "weights").read_text() == "model/weights of 1 first"
+        assert committed(aside) == ["000002", "000003"] and newest_of(aside) == f"3 {tag}"
+        assert (aside / "checkpoint" / "weights").read_text() == f"model/weights of 3 {tag}"
+    assert Checkpoints(tmp_path, keep=3).rewind(1) is None  # nothing lies there
+    assert newest_of(tmp_path / "set-aside" / "1") == "3 first"
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("run.json", "run.json"),
+        ("model", "model/weights"),
+        ("learner", "learner/rank-0"),
+        ("learner/rank-1", "learner/rank-1"),
+        ("teacher.safetensors", "teacher.safetensors"),
+    ],
+)
+def test_a_manifest_that_does_not_list_all_of_a_checkpoint_is_refused(tmp_path, lost, named):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    folder = checkpoints.begin(1)
+    for name in ("model/weights", "learner/rank-0", "learner/rank-1", "teacher.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    checkpoints.commit(1, RunState(version=1, position={}, outstanding=[]))
+    manifest = tmp_path / "checkpoints" / "000001" / "manifest.json"
+    files = msgspec.json.decode(manifest.read_bytes())
+    kept = [file for file in files if not file["name"].startswith(lost)]
+    manifest.write_bytes(msgspec.json.encode(kept))
+    with pytest.raises(CheckpointError, match=f"manifest.json does not list {named}, which is"):
+        find(tmp_path)
+    # of an earlier version, which does not say what there is
+    state = manifest.with_name("run.json")
+    if lost in ("model", "learner"):
+        state.write_text('{"version": 1, "position": {}, "outstanding": []}')
+        (entry,) = (file for file in kept if file["name"] == "run.json")
+        entry["size"] = state.stat().st_size
+        entry["sha256"] = hashlib.sha256(state.read_bytes()).hexdigest()
+        manifest.write_bytes(msgspec.json.encode(kept))
+        with pytest.raises(CheckpointError, match=f"manifest.json does not list {lost}/, which"):
+            find(tmp_path)
 
 
 def test_begin_clears_what_a_crash_left(tmp_path):
@@ -196,6 +238,31 @@ def test_killed_again_while_clearing_up_after_a_kill_a_whole_checkpoint_is_left(
         assert newest_of(run) == newest
         assert set(committed(run)) <= {"000001", "000002", "000003"}
         assert (run / "checkpoint" / "weights").read_text() == f"model/weights of {newest_of(run)}"
+
+
+def test_killed_at_any_moment_of_going_back_nothing_is_lost_and_it_can_be_tried_again(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    run = template(tmp_path / "run", ["1 old", "2 old", "3 old"])
+    for name, content in BOOKS.items():
+        (run / name).write_bytes(content)
+    runs = killed(run, "go_back")
+    assert len(runs) > 30
+    for run in runs:
+        go_back(run)  # again
+        assert committed(run) == ["000001"] and newest_of(run) == "1 old"
+        asides = list((run / "set-aside").iterdir())
+        assert asides and all(aside.name.isdecimal() for aside in asides)
+        kept = [newest_of(folder) for folder in run.glob("set-aside/*/checkpoints/*")]
+        assert sorted(kept) == ["2 old", "3 old"]
+        for name, content in BOOKS.items():
+            copies = [aside / name for aside in asides if (aside / name).exists()]
+            assert content in [copy.read_bytes() for copy in copies]
+            left = (run / name).read_bytes() if (run / name).exists() else b""
+            assert left == (b"" if name == "summary.json" else b'{"step": 1}\n')
+        save(run, 9)
+        assert committed(run) == ["000009"] and list((run / "set-aside").iterdir()) == asides
 
 
 DAMAGES = {

@@ -214,6 +214,12 @@ def test_a_torn_line_elsewhere_is_refused_by_its_number(path, line, says):
     assert path.read_bytes() == before
 
 
+def test_a_record_that_is_missing_before_the_end_is_refused_by_its_line(path):
+    path.write_text('["out",1,"a"]\n["out",2,"b"]\n["out",4,"c"]\n')
+    with pytest.raises(LedgerError, match=r"line 2: record 2 stands before record 4$"):
+        Ledger(path)
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(LedgerError, match=r"no/ledger.jsonl: No such file or directory"):
         Ledger(tmp_path / "no" / "ledger.jsonl")

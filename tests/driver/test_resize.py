@@ -1,6 +1,7 @@
 """A running job's pools are resized through its run directory."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,9 @@ async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_tr
     assert sorted(started) == ["generator 1", "generator 2", "teacher 1"]
     assert len(learner.trained) == len(set(learner.trained)) == 32
     assert not list(tmp_path.glob("scale-*"))
+    # what a resume begins with
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"rollout": {"generators": 1}, "teacher": {"replicas": 2}}
 
 
 async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp_path):

@@ -1,3 +1,4 @@
+import asyncio
 import atexit
 import gc
 import json
@@ -14,6 +15,7 @@ import pytest
 
 from async_opd import toy
 from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.train import to_resume
 from async_opd.config.evaluation import EvalRun
 from async_opd.config.load import load, load_run
 from async_opd.config.sections import StudentConfig
@@ -22,10 +24,12 @@ from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SPANS, holds_run
 from async_opd.core.run_lock import locked
 from async_opd.core.vocabulary import Tokens
+from async_opd.driver import resize
 from async_opd.driver.checkpoints import find
 from async_opd.launch import run as runs
 from async_opd.launch.new_run import new_dir
 from async_opd.roles.rollout.config import DataConfig
+from async_opd.tools.audit.books import audit
 from async_opd.tools.trace.read import recorded
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.simulated.roles import (
@@ -256,6 +260,89 @@ async def test_a_run_can_be_gone_on_with_where_another_copy_of_the_package_is(
     assert config.student.model == str(toy.STUDENT)
     assert config.data.path == str(tmp_path / "moved" / "data" / "train.jsonl")
     assert all(Path(file).exists() for file in config.inputs.values())
+
+
+async def test_a_restart_and_a_resume_begin_with_the_sizes_that_scale_asked_for(
+    tmp_path, over_simulated_roles, monkeypatch
+):
+    run_dir, begun = tmp_path / "run", []
+    monkeypatch.setattr(resize, "POLL_S", 0.02)
+
+    class Learner(SimulatedLearner):
+        """Is lost at step 6 of its first life, and waits at step 4 until the pools have grown."""
+
+        async def step(self, groups):
+            if self.version == 3 and len(begun) == 1:
+                words = resize.parse(["generators=3", "teacher=2"])
+                await asyncio.to_thread(resize.ask, run_dir, words, 60.0)
+            if self.version == 5 and len(begun) == 1:
+                raise ActorLost("learner rank 0 died")
+            return await super().step(groups)
+
+    class Cluster(SimulatedCluster):
+        async def roles(self):
+            config = self._config
+            begun.append((config.rollout.generators, config.teacher.replicas))
+            return Roles(
+                generators=[SimulatedGenerator() for _ in range(config.rollout.generators)],
+                teachers={"": [SimulatedTeacher() for _ in range(config.teacher.replicas)]},
+                verifier=SimulatedVerifier(),
+                learner=Learner(max_lag_steps=config.run.max_lag_steps),
+                spawn=self._spawn,
+            )
+
+        async def _spawn(self, name, index):
+            return SimulatedGenerator() if name == "generator" else SimulatedTeacher()
+
+    monkeypatch.setattr(runs, "Cluster", Cluster)
+    settings = [f"run.dir={run_dir}", "run.checkpoint_every_steps=2", *SMALL]
+    summary = await runs.run(load(DEMO, settings))
+    assert summary["restarts"] == 1 and begun == [(1, 1), (3, 2)]
+    await runs.run(load_run(run_dir, ["run.steps=14"]), find(run_dir))
+    await runs.run(load_run(run_dir, ["run.steps=16", "rollout.generators=2"]), find(run_dir))
+    assert begun[2:] == [(3, 2), (2, 2)]  # what is asked for last holds
+    assert audit(run_dir).discrepancies == []
+
+
+async def test_going_back_leaves_a_whole_run_aside_that_can_itself_be_gone_on_with(
+    tmp_path, over_simulated_roles
+):
+    run_dir = tmp_path / "run"
+    asked = [f"run.dir={run_dir}", "run.checkpoint_every_steps=4", *SMALL]
+    await runs.run(load(DEMO, asked))
+    before = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "summary.json")}
+    for number, lr in ((1, "1e-4"), (2, "1e-5")):
+        config = load_run(run_dir, [f"learner.lr={lr}"])
+        await runs.run(config, find(run_dir / "checkpoints" / "000004"))
+        aside = run_dir / "set-aside" / f"{number}"
+        assert [path.name for path in sorted((aside / "checkpoints").iterdir())] == [
+            "000008",
+            "000012",
+        ]
+        assert audit(aside).discrepancies == [] and audit(aside).finished
+        assert audit(run_dir).discrepancies == [] and audit(run_dir).finished
+        events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+        said = [event["why"] for event in events if event["what"] == "set aside"]
+        assert said[-1] == f"all that lay behind step 4: {aside}" and len(said) == number
+    first, second = (run_dir / "set-aside" / n for n in "12")
+    assert {name: (first / name).read_bytes() for name in before} == before
+    lr = [load_run(folder).learner.lr for folder in (first, second, run_dir)]
+    assert lr == [load(DEMO, asked).learner.lr, 1e-4, 1e-5]  # as each of them was trained
+    config, checkpoint = to_resume(first, ["run.steps=14"])
+    await runs.run(config, checkpoint)
+    assert audit(first).discrepancies == [] and audit(first).steps == 14
+
+
+async def test_rows_behind_the_newest_checkpoint_are_set_aside_once(tmp_path, over_simulated_roles):
+    run_dir = tmp_path / "run"
+    await runs.run(load(DEMO, [f"run.dir={run_dir}", *SMALL]))
+    with (run_dir / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 13, "loss": NaN}\n{"step": 14}\n{"st')
+    await runs.run(load_run(run_dir, ["run.steps=14"]), find(run_dir))
+    (aside,) = (run_dir / "set-aside").iterdir()
+    assert (aside / "metrics.jsonl").read_text() == '{"step": 13, "loss": NaN}\n{"step": 14}\n{"st'
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "summary.json"]
+    assert audit(run_dir).discrepancies == []
 
 
 async def test_events_are_of_the_step_that_a_run_goes_on_behind(tmp_path, over_simulated_roles):

@@ -123,6 +123,15 @@ def test_a_jsonl_row_is_on_disk_before_the_call_returns(tmp_path):
         }
 
 
+def test_half_a_row_that_a_kill_left_costs_no_other(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    sink = Jsonl(path)
+    for step in (2, 3):
+        sink({"step": step})
+    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows_and_takes_the_next_once_there_is_room(
     tmp_path,
 ):

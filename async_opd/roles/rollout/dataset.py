@@ -1,7 +1,7 @@
 """Any set that `datasets` loads: read without bars and logs, its errors named."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,18 @@ def named_columns(config: DataConfig) -> dict[str, str]:
     """List the columns that `config` names, by the setting."""
     names = {setting: getattr(config, setting) for setting in COLUMNS}
     return {setting: name for setting, name in names.items() if name is not None}
+
+
+def places_of(rows: datasets.Dataset, column: str | None, names: Collection[str]) -> list[int]:
+    """Find the first row of each of `names` in `column`; absent: names are places."""
+    if column is None:
+        numbers = (int(name) for name in names if name.isdecimal())
+        return [place for place in numbers if place < len(rows)]
+    places: dict[str, int] = {}
+    for place, name in enumerate(rows[column]):
+        if str(name) in names:
+            places.setdefault(str(name), place)
+    return list(places.values())
 
 
 def numbered(rows: Iterable[Any], config: DataConfig, key: str) -> Iterator[dict]:

@@ -6,10 +6,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import datasets.config
 import msgspec
-import pyarrow as pa
 from msgspec import Struct
 from transformers import PreTrainedTokenizerFast
 
@@ -52,39 +50,17 @@ def refusal(key: str, path: str, flaws: Sequence[Flaw], of: int | None = None) -
     return DataError(f"{key} = {path!r}: {named}")
 
 
-def key_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, judged_by: str) -> str:
-    """Hash the contents of `rows`, the tokenizer with its template, the settings `judged_by`, and
+def key_of(content: str, tokenizer: PreTrainedTokenizerFast, judged_by: str) -> str:
+    """Hash the `content` of rows, the tokenizer with its template, the settings `judged_by`, and
     the code that judges."""
     digest = hashlib.blake2b(digest_size=20)
     code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     backend, template = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
-    words = [judged_by, backend, f"{template} {tokenizer.special_tokens_map}"]
+    words = [content, judged_by, backend, f"{template} {tokenizer.special_tokens_map}"]
     words += [version(library) for library in LIBRARIES]
     for part in (*code, *map(str.encode, words)):
         digest.update(hashlib.blake2b(part).digest())
-    with pa.PythonFile(_Hashing(digest), mode="w") as sink:
-        table: pa.Table = rows.with_format("arrow")[:]
-        pa.ipc.new_stream(sink, table.schema).write_table(table)
     return digest.hexdigest()
-
-
-class _Hashing:
-    """A file that keeps nothing."""
-
-    closed = False
-
-    def __init__(self, digest: "hashlib.blake2b"):
-        self._digest = digest
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def keep(key: str, flaws: Mapping[int, Flaw]) -> Path | None:

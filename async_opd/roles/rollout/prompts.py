@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from threading import Event
 from typing import Any
@@ -14,7 +15,8 @@ from async_opd.core.errors import DataError
 from async_opd.core.printing import say
 from async_opd.core.wire import Prompt
 from async_opd.roles.rollout.config import DataConfig
-from async_opd.roles.rollout.dataset import load, numbered
+from async_opd.roles.rollout.content import Content, content_of, refuse_other
+from async_opd.roles.rollout.dataset import load, numbered, places_of
 from async_opd.roles.rollout.flaws import Flaw, refusal
 from async_opd.roles.rollout.judge import Judge, References
 from async_opd.roles.rollout.survey import Survey
@@ -52,6 +54,7 @@ class PromptSource:
         self._config = config
         self._seed = seed
         self._key = key
+        self._name = f"{key} = {config.path!r}"
         views = {"": TeacherView()} if views is None else views
         self._judge = Judge(config, tokenizer, views, references, head=head)
         self._rows = load(config, key)
@@ -60,6 +63,8 @@ class PromptSource:
         self.left_out = 0  # rows that cannot be used
         self.tell: Callable[[str], None] = lambda why: None  # of each that no survey knew
         self._epoch, self._drawn = 0, 0  # how far it was read
+        self._drawn_rows = Content(config)  # of this epoch of a stream
+        self._rest: Iterator[dict] | None = None  # of an epoch that is continued
 
     def __len__(self) -> int:
         """Count the rows of one epoch; a streaming set has no length and raises TypeError."""
@@ -78,7 +83,7 @@ class PromptSource:
             self._survey = Survey(self._table, self._judge, self._key)
             self._survey.look(SURVEY_S, poll)
             if self._survey.ended and not self.usable:
-                raise DataError(f"{self._key} = {self._config.path!r}: no usable row")
+                raise DataError(f"{self._name}: no usable row")
 
     @property
     def left_out_words(self) -> str:
@@ -107,19 +112,20 @@ class PromptSource:
         while self._config.epochs is None or self._epoch < self._config.epochs:
             # Of an epoch that is continued the rows so far have been seen.
             served = bool(self._drawn)
-            for row in self._shuffled(self._epoch, self._drawn):
+            rows, self._rest = self._rest or self._shuffled(self._epoch, self._drawn), None
+            for row in rows:
                 prompt = self.prompt(row, self._epoch)
                 self._drawn += 1  # not of one that is refused: it comes again
+                if self._config.streaming:
+                    self._drawn_rows.add(row)
                 if prompt is not None:
                     served = True
                     yield prompt
             if not served:
-                raise DataError(f"{self._key} = {self._config.path!r}: no usable row")
+                raise DataError(f"{self._name}: no usable row")
             self._epoch, self._drawn = self._epoch + 1, 0
-        raise DataError(
-            f"{self._key} = {self._config.path!r}: {self._epoch} epochs are used up;"
-            " raise data.epochs"
-        )
+            self._drawn_rows = Content(self._config)
+        raise DataError(f"{self._name}: {self._epoch} epochs are used up; raise data.epochs")
 
     @property
     def position(self) -> dict[str, Any]:
@@ -130,21 +136,34 @@ class PromptSource:
             "skipped": self.skipped,
             "left_out": self.left_out,
             "rows": None if self._config.streaming else len(self),
+            "content": self._drawn_rows.hash if self._config.streaming else self._content,
         }
 
     def continued(self, position: dict[str, Any], outstanding: Sequence[str]) -> Iterator[Prompt]:
         """Give the prompts `outstanding`, which were handed out before, then those that follow
         `position`: the ones that an unbroken iteration would give. Raises DataError for a set that
         has changed since."""
-        if not self._config.streaming and position["rows"] != len(self):
-            raise DataError(
-                f"{self._key} = {self._config.path!r}: {len(self)} rows,"
-                f" it had {position['rows']} before"
-            )
+        if not self._config.streaming:
+            refuse_other(self._name, position, self._content, len(self))
         self._epoch, self._drawn = position["epoch"], position["drawn"]
         again = self._again(outstanding)
+        self._rest = self._drawn_again(position) if self._config.streaming else None
         self.skipped, self.left_out = position["skipped"], position.get("left_out", 0)
         return chain(again, self)
+
+    @cached_property
+    def _content(self) -> str:
+        """The hash of all rows."""
+        return self._survey.content if self._survey else content_of(self._table, self._config)
+
+    def _drawn_again(self, position: dict[str, Any]) -> Iterator[dict]:
+        """Read a stream up to `position`; returns the rest of that epoch."""
+        rows = self._shuffled(position["epoch"])
+        self._drawn_rows = Content(self._config)
+        for row in islice(rows, position["drawn"]):
+            self._drawn_rows.add(row)
+        refuse_other(self._name, position, self._drawn_rows.hash)
+        return rows
 
     def _again(self, ids: Sequence[str]) -> list[Prompt]:
         """Make the prompts of these ids again, in their order."""
@@ -168,15 +187,8 @@ class PromptSource:
         epoch until all are there."""
         if self._config.streaming:
             named = (row for row in self._shuffled(epoch) if self._judge.name(row) in names)
-        elif self._config.id:
-            places: dict[str, int] = {}
-            for place, name in enumerate(self._table[self._config.id]):
-                if str(name) in names:
-                    places.setdefault(str(name), place)
-            named = map(self._row, places.values())
         else:
-            numbers = (int(name) for name in names if name.isdecimal())
-            named = (self._row(place) for place in numbers if place < len(self))
+            named = map(self._row, places_of(self._table, self._config.id, names))
         return islice(named, len(names))
 
     def first(self, count: int | None, poll: Callable[[], None] = lambda: None) -> list[Prompt]:
@@ -194,16 +206,13 @@ class PromptSource:
             prompts += [each for each in judged if isinstance(each, Prompt)]
         if left_out:
             say(
-                f"{self._key} = {self._config.path!r}: {len(left_out)} rows left out, the first:"
+                f"{self._name}: {len(left_out)} rows left out, the first:"
                 f" row {left_out[0].row}: {left_out[0].what}"
             )
             self._leave_out(*left_out)
         if len(prompts) < (count or 1):
             setting = "eval.problems" if self._key == "eval.path" else "problems"
-            raise DataError(
-                f"{self._key} = {self._config.path!r}: {len(prompts)} usable rows,"
-                f" {setting} = {count or 1}"
-            )
+            raise DataError(f"{self._name}: {len(prompts)} usable rows, {setting} = {count or 1}")
         return prompts
 
     def _repeated(self, rows: list[dict], names: set[str]) -> dict[int, Flaw]:
@@ -262,7 +271,7 @@ class PromptSource:
     def _table(self) -> datasets.Dataset:
         """The rows, which can be counted and picked. Raises TypeError for those of a stream."""
         if isinstance(self._rows, datasets.IterableDataset):
-            raise TypeError(f"{self._key} = {self._config.path!r}: a streaming set has no length")
+            raise TypeError(f"{self._name}: a streaming set has no length")
         return self._rows
 
     def _shuffled(self, epoch: int, start: int = 0) -> Iterator[dict]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 from async_opd.core.errors import AsyncOpdError, DataError
 from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
+from async_opd.roles.rollout.content import columns_of, content_of
 from async_opd.roles.rollout.dataset import named_columns
 from async_opd.roles.rollout.encode import encoded
 from async_opd.roles.rollout.flaws import Flaw, keep, kept, key_of, refusal
@@ -35,7 +37,7 @@ class Survey:
         `base` on, to be judged by `judge`."""
         self._base = base
         self._judge, self._config = judge, judge.config
-        self._rows = rows.select_columns(list(dict.fromkeys(named_columns(judge.config).values())))
+        self._rows = rows.select_columns(columns_of(judge.config))
         self._key = key
         self.flaws: dict[int, Flaw] = {}  # by the place of the row in its set
         self.file: Path | None = None  # that holds all flaws
@@ -45,6 +47,11 @@ class Survey:
         self._error: AsyncOpdError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="survey of rows", daemon=True)
+
+    @cached_property
+    def content(self) -> str:
+        """The hash of the rows, of all columns that the config names."""
+        return content_of(self._rows, self._config)
 
     def look(self, seconds: float, poll: Callable[[], None]) -> None:
         """Look at all rows, for at most so many seconds: the rest goes on by itself. Prints how far
@@ -95,7 +102,7 @@ class Survey:
 
     def _judge_all(self) -> None:
         judged_by = f"{self._base} {self._judge.key}"
-        key = key_of(self._rows, self._judge.tokenizer, judged_by)
+        key = key_of(self.content, self._judge.tokenizer, judged_by)
         if before := kept(key):
             self.file, self.flaws = before
         else:

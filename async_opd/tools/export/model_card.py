@@ -124,7 +124,8 @@ def _accuracies(config: Config, checkpoint: Checkpoint, summary: dict[str, Any])
         "before": f"{right / max(problems - unknown, 1):.1%}",
     }
     if summary.get("version") == checkpoint.state.version:
-        accuracies["after"] = f"{summary['accuracy_after']:.1%}"
+        after = summary["accuracy_after"]
+        accuracies["after"] = "not measured" if after is None else f"{after:.1%}"
         accuracies |= {
             key.replace("_accuracy", "").replace("_", " ", 1): f"{share:.1%}"
             for key, share in summary.items()

@@ -14,6 +14,8 @@ import numpy as np
 from async_opd.core.errors import RunMissing
 from async_opd.core.run_dir import (
     CONFIG,
+    EARLIER_EVENTS,
+    EARLIER_SAMPLES,
     ENVIRONMENT,
     EVENTS,
     LEDGER,
@@ -43,7 +45,7 @@ class Run:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     events: list[dict] = field(default_factory=list)  # but those of ROUTINE
     checkpoints: list[int] = field(default_factory=list)  # steps
-    rollouts: list[dict] = field(default_factory=list)  # some of samples.jsonl
+    rollouts: list[dict] = field(default_factory=list)  # some of those in SAMPLES
     remarks: list[str] = field(default_factory=list)
 
     def times(self, steps: np.ndarray) -> np.ndarray:
@@ -70,8 +72,10 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: {METRICS} holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
-    events = _records(run, EVENTS) if (folder / EVENTS).is_file() else ()
-    run.events = [event for event in events if event.get("what") not in ROUTINE]
+    files = [file for file in (EARLIER_EVENTS, EVENTS) if (folder / file).is_file()]
+    run.events = [
+        event for file in files for event in _records(run, file) if event.get("what") not in ROUTINE
+    ]
     run.checkpoints = _checkpoints(folder / LEDGER)
     _read_rollouts(run, rollouts)
     return run
@@ -169,15 +173,19 @@ class _Step(msgspec.Struct):
 def _read_rollouts(run: Run, most: int) -> None:
     """Choose evenly over the recorded steps, the first and the last among them. Of the others only
     the step is decoded."""
-    path = run.folder / SAMPLES
-    if not path.is_file():
+    files = [file for file in (EARLIER_SAMPLES, SAMPLES) if (run.folder / file).is_file()]
+    if not files:
         run.remarks.append(
-            f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
+            f"{SAMPLES} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    ends = [end for end, _ in _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)]
+    decode = msgspec.json.Decoder(_Step).decode
+    ends = [(file, end) for file in files for end, _ in _lines(run, file, decode)]
     places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
     chosen = {ends[place] for place in places}
     run.rollouts = [
-        msgspec.json.decode(line) for end, line in read_lines(path, bytes) if end in chosen
+        msgspec.json.decode(line)
+        for file in files
+        for end, line in read_lines(run.folder / file, bytes)
+        if (file, end) in chosen
     ]

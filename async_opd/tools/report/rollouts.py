@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from async_opd.telemetry.rollout_log import TOKENS  # of one rollout, on the page
 from async_opd.tools.report.read import Run
 
-TOKENS = 500  # of one rollout, on the page
 LEVELS = 4  # of a colour
 NUMBERS = {  # what is shown of a token, where it was recorded
     "student": "log π student",
@@ -71,8 +71,10 @@ def _numbers(line: dict[str, Any]) -> dict[str, np.ndarray]:
     count = min(len(line["tokens"]), TOKENS)
     numbers = {
         name: np.array(column[:count], float)
+        if isinstance(column, list)
+        else np.full(count, column, float)  # they are all alike
         for name, column in line.items()
-        if name not in TEXTS and isinstance(column, list)
+        if name not in TEXTS and isinstance(column, list | int | float | None)
     }
     if wrong := [name for name, column in numbers.items() if column.shape != (count,)]:
         raise ValueError(f"{', '.join(wrong)}: not a number a token")

@@ -8,7 +8,14 @@ import msgspec
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
-from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, decode_row, read_lines
+from async_opd.core.run_dir import (
+    EARLIER_EVENTS,
+    EARLIER_SPANS,
+    EVENTS,
+    SPANS,
+    decode_row,
+    read_lines,
+)
 from async_opd.telemetry.spans import Line, Of
 
 
@@ -56,7 +63,11 @@ def recorded(run_dir: Path) -> Recording:
         )
         raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
-    events = _records(run_dir / EVENTS, decode_row, damaged)
+    events = (
+        event
+        for name in (EARLIER_EVENTS, EVENTS)
+        for event in _records(run_dir / name, decode_row, damaged)
+    )
     return Recording(lines, [event for event in events if first <= event["time"] <= last], damaged)
 
 

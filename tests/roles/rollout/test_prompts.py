@@ -419,7 +419,9 @@ def test_a_continuation_is_what_an_unbroken_reading_gives(source, streaming, set
 
 def test_a_position_counts_the_rows_that_were_read_and_those_skipped(source):
     prompts = source([*LONG, *ROWS], seed=1, **SKIPPING)
-    assert prompts.position == {"epoch": 0, "drawn": 0, "skipped": 0, "left_out": 0, "rows": 11}
+    start = {"epoch": 0, "drawn": 0, "skipped": 0, "left_out": 0, "rows": 11}
+    content = prompts.position["content"]
+    assert prompts.position == start | {"content": content}
     reading = iter(prompts)
     (*_, last) = islice(reading, 8)
     order = np.random.default_rng(1).permutation(11).tolist()
@@ -430,6 +432,7 @@ def test_a_position_counts_the_rows_that_were_read_and_those_skipped(source):
         "skipped": drawn - 8,
         "left_out": 0,
         "rows": 11,
+        "content": content,
     }
     next(reading)
     assert prompts.position["epoch"] == 1
@@ -466,6 +469,22 @@ def test_an_outstanding_row_that_became_too_long_is_named(source):
     prompts = source(LONG + ROWS, id="name", **SKIPPING)
     with pytest.raises(DataError, match="row long-1@0: handed out before, but cannot be used now"):
         prompts.continued(prompts.position, ["row-1@0", "long-1@0"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"id": "name"}, {"streaming": True, "shuffle_buffer": 3}])
+@pytest.mark.parametrize("surveyed", [False, True])
+def test_a_set_with_another_content_cannot_be_continued(source, settings, surveyed):
+    first = source(**settings)
+    list(islice(first, len(ROWS)))
+    position = json.loads(json.dumps(first.position))
+    for change in ({"answer": "another"}, {"prompt": "another?"}):
+        after = source([*ROWS[:2], ROWS[2] | change, *ROWS[3:]], **settings)
+        if surveyed:
+            after.survey()
+        with pytest.raises(DataError, match=r"rows.jsonl': its rows are not those that the run"):
+            after.continued(position, [])
+    again = source([row | {"more": n} for n, row in enumerate(ROWS)], **settings)
+    again.continued(position, [])  # a column that is not read is no change
 
 
 def test_a_set_of_another_length_cannot_be_continued(source):

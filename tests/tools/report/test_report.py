@@ -132,6 +132,27 @@ def test_a_rollout_line_without_its_numbers_is_named(make_run):
     assert "step 10," in text and "step 20, ✓" not in text
 
 
+def test_numbers_that_are_all_alike_are_those_of_every_token(make_run):
+    whole = rollout(10, ["a", "b"])
+    short = whole | {"student": -0.5, "behaviour": -0.5, "ratio": 1, "version": 9}
+    run = read(make_run(rollouts=[whole, short | {"reference": None}, short]), "run", 3)
+    first, unmeasured, last = rollouts(run)
+    assert first == last and run.remarks == []
+    assert unmeasured.numbers["log π reference"] == [None, None]
+
+
+def test_what_has_rotated_is_read_with_what_came_later(make_run):
+    run = make_run(rollouts=[rollout(20, ["b"])])
+    (run / "samples.earlier.jsonl").write_text(json.dumps(rollout(10, ["a"])) + "\n")
+    lost = {"time": 0.5, "step": 2, "who": "teacher 0", "what": "lost", "why": "earlier"}
+    (run / "events.earlier.jsonl").write_text(json.dumps(lost) + "\n")
+    text = words(page([run]))
+    assert text.index("step 10, ✓ right") < text.index("step 20, ✓ right")
+    assert text.index("teacher 0 lost earlier") < text.index("generator 0 lost it died")
+    (run / "samples.jsonl").unlink()
+    assert "step 10, ✓ right" in words(page([run]))
+
+
 def test_seconds_go_on_over_a_restart(make_run):
     run = make_run()
     rows = [
