@@ -11,8 +11,6 @@ whatever instruction is the last before a kill or a power cut, `find` sees the s
 state after, and the link leads to a whole model.
 """
 
-import hashlib
-import os
 import re
 import shlex
 import shutil
@@ -31,13 +29,13 @@ from async_opd.core.errors import CheckpointError
 from async_opd.core.run_dir import (
     CHECKPOINT,
     CHECKPOINTS,
-    LEARNER,
     MANIFEST,
     MODEL,
     STATE,
     checkpoint_at,
 )
 from async_opd.driver import set_aside
+from async_opd.driver.manifest import File, names, unlisted
 
 
 class RunState(Struct, frozen=True, kw_only=True):
@@ -63,21 +61,6 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     state: RunState
-
-
-class _File(Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of the manifest."""
-
-    name: str
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, folder: Path, name: str) -> "_File":
-        """Describe the file of that name in `folder`."""
-        with (folder / name).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(name, os.fstat(file.fileno()).st_size, sha256)
 
 
 @cache
@@ -114,9 +97,9 @@ class Checkpoints:
         partial = files.partial(self._folder(step))
         try:
             with _naming(step):
-                content = msgspec.to_builtins(state) | {"files": _names(partial)}
+                content = msgspec.to_builtins(state) | {"files": names(partial)}
                 files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(content)))
-                manifest = [_File.of(partial, name) for name in _names(partial)]
+                manifest = [File.of(partial, name) for name in names(partial)]
                 files.write(partial / MANIFEST, msgspec.json.encode(manifest))
                 files.commit_folder(self._folder(step))
                 self._point(step)
@@ -235,10 +218,10 @@ def _verified(folder: Path) -> Checkpoint:
     name = MANIFEST
     listed: set[str] = set()
     try:
-        for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
+        for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[File]):
             name = expected.name
             listed.add(name)
-            file = _File.of(folder, name)
+            file = File.of(folder, name)
             if file.size != expected.size:
                 raise refused(name, f"has {file.size} bytes instead of {expected.size}")
             if file.sha256 != expected.sha256:
@@ -246,7 +229,7 @@ def _verified(folder: Path) -> Checkpoint:
         name = STATE
         content = (folder / STATE).read_bytes()
         state = msgspec.json.decode(content, type=RunState)
-        if missing := _unlisted(listed, msgspec.json.decode(content, type=_Files).files):
+        if missing := unlisted(listed, msgspec.json.decode(content, type=_Files).files):
             raise refused(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
         return Checkpoint(folder, state)
     except FileNotFoundError:
@@ -269,22 +252,6 @@ def _offer(refused: Path) -> str:
                     f" {shlex.quote(str(_verified(folder).folder))}"
                 )
     return "no intact one lies before it"
-
-
-def _names(folder: Path) -> list[str]:
-    """Name every file of `folder`."""
-    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path.as_posix() for path in paths]
-
-
-def _unlisted(listed: set[str], files: list[str] | None) -> str:
-    """Name what a manifest lacks of `files`, or of any run's where they are not known."""
-    if STATE not in listed:
-        return STATE
-    if files is not None:
-        return next((name for name in files if name not in listed), "")
-    folders = {name.partition("/")[0] for name in listed}
-    return next((f"{part}/" for part in (MODEL, LEARNER) if part not in folders), "")
 
 
 def _best(root: Path) -> int | None:

@@ -103,7 +103,7 @@ class TrainLoop:
         )
         self.queue.answered = lambda: max(pool.answered for pool in self.pools)
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
-        self._supply: Supply | None = None
+        self._supply = Supply(self._prompts, self._slots, config.groups_per_step, emit)
         self._admission: Admission | None = None  # once training has started
         self._teacher_sampling: TeacherSampling | None = None
 
@@ -145,7 +145,6 @@ class TrainLoop:
             ledger=ledger,
             count_tokens=self._meter.count,
         )
-        self._supply = Supply(self._prompts, self._slots, config.groups_per_step, self._emit)
         return Admission(
             self._supply,
             (config.run.steps - self.version) * config.groups_per_step,
@@ -179,7 +178,7 @@ class TrainLoop:
         return gap
 
     def _admit(self, trained: list[ScoredGroup]) -> None:
-        assert self._admission and self._supply
+        assert self._admission
         for group in trained:
             self._slots.give_back(group.ticket)
         self._admission.fill()
