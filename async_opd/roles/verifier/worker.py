@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from async_opd.core.errors import AsyncOpdError, ConfigError
+from async_opd.core.errors import AsyncOpdError, ConfigError, first_line
 from async_opd.core.foreign import foreign
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.checks import Decide, load
@@ -23,7 +23,7 @@ from async_opd.roles.verifier.sandbox.namespaces import die_with
 
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
-LONGEST = 500  # characters of an answer that is passed on
+LONGEST = 500  # characters of an answer, or of a cause, that is passed on
 
 
 class Raised(AsyncOpdError):
@@ -57,13 +57,20 @@ def run_check(check: Check, decide: Decide) -> Verdict:
             decision = decide(check.response, check.answer)
     except AsyncOpdError as error:
         kind = type(error.__cause__ if isinstance(error, Raised) else error).__name__
-        return Verdict(id=check.id, correct=None, cause=f"check raised {kind}")
+        why = "" if isinstance(error, Raised) else f": {first_line(error)}"
+        cause = sound(f"check raised {kind}{why}"[:LONGEST])
+        return Verdict(id=check.id, correct=None, cause=cause)
     correct, answer = decision if isinstance(decision, tuple) else (decision, None)
     return Verdict(
         id=check.id,
         correct=correct,
         answer=answer if answer is None or len(answer) <= LONGEST else "",
     )
+
+
+def sound(text: str) -> str:
+    """Put "?" for what no encoding has, halves of surrogate pairs."""
+    return text.encode(errors="replace").decode()
 
 
 def frame(body: bytes) -> bytes:
