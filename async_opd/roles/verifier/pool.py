@@ -5,8 +5,8 @@ worker's start counts. Late or crashed, it costs its worker, which is killed and
 
 Each check first gets a short deadline. One that is late is asked again, behind all that nobody was
 asked yet, in a worker that was asked nothing before, and with the whole deadline. Late there too it
-is wrong, if that worker decided a known answer in the short deadline before, the reference itself,
-and was not kept from its work. All else that is late, and what crashes, is unknown.
+is wrong, if that worker decided a known answer well in time before, the reference itself, and was not
+kept from its work. All else that is late, and what crashes, is unknown.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ FIRST_SHARE = 0.1
 FIRST_S = 0.25
 TIMES_USUAL = 10
 LAST = 100
+WELL_IN_TIME = 0.5  # of a deadline, for a known answer
 
 
 @dataclass
@@ -118,7 +119,7 @@ class VerifierPool:
         whole_s = self._config.timeout_s
         itself = msgspec.structs.replace(check, response=check.answer)
         known = await self._ask(seat.worker, itself, whole_s)
-        in_time = known.correct is not None and seat.worker.took_s <= self._short_s
+        in_time = known.correct is not None and seat.worker.took_s <= WELL_IN_TIME * whole_s
         if not seat.worker.alive:
             seat.worker = await self._spawn()
         answer = await self._ask(seat.worker, check, whole_s)
