@@ -3,9 +3,9 @@ few of them.
 
 User, pid, network, mount, ipc and uts namespaces are made by an ordinary user where the host allows
 it, and by root in the same way: root's program runs as `NOBODY`, everyone else's as themselves, and
-either is `NOBODY` inside. Nothing of the host is seen but the interpreter and the system's
-libraries, read-only; there is no /proc, /dev or /etc. Linux 5.14 or newer, which counts the
-processes of a user in each namespace.
+either is `NOBODY` inside. Nothing of the host is seen but what `interpreter` lists, read-only; there
+is no /proc, /dev or /etc. Linux 5.14 or newer, which counts the processes of a user in each
+namespace.
 """
 
 import ctypes
@@ -13,10 +13,12 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 NOBODY = 65534
 PROGRAM = "/program.py"
+PACKAGES = ("site-packages", "dist-packages")  # in the standard library's folder
 CLONE_NEW = {
     "mount": 0x20000,
     "uts": 0x4000000,
@@ -85,19 +87,18 @@ def die_with(parent: int) -> None:
         sys.exit("the parent of this process is gone")
 
 
-def furnish(program: str, megabytes: int) -> None:
-    """Makes a root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one
-    place to write."""
+def furnish(program: str, megabytes: int, shown: Iterable[Path]) -> None:
+    """Makes a root of its own: the files, folders and links of `shown`, the file PROGRAM, and /tmp,
+    of that size, the one place to write."""
     size = f"size={megabytes}m,nr_inodes=1024".encode()
-    shown = _needed()
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     _call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=755")
     os.mkdir("/tmp/host")
     os.mkdir("/tmp/box")
     _call("pivot_root", b"/tmp", b"/tmp/host")
     os.chdir("/")
-    for folder in shown:
-        _show(folder)
+    for path in shown:
+        _show(path)
     Path(f"/box{PROGRAM}").write_text(program, encoding="utf-8", errors="surrogatepass")
     os.mkdir("/box/tmp")
     _call("umount2", b"/host", MNT_DETACH)
@@ -116,22 +117,21 @@ def furnish(program: str, megabytes: int) -> None:
     os.chdir("/tmp")
 
 
-def _needed() -> list[Path]:
-    """Lists folders of the interpreter and its libraries; of two, one in the other, the outer."""
-    roots = {
-        Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")
-    }
-    return [root for root in sorted(roots) if root.exists() and roots.isdisjoint(root.parents)]
-
-
-def _show(folder: Path) -> None:
-    source, target = Path(f"/host{folder}"), Path(f"/box{folder}")
+def _show(path: Path) -> None:
+    """Shows a file, a link or a folder where it lies; of a folder, not the packages in it."""
+    source, target = Path(f"/host{path}"), Path(f"/box{path}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
-    else:
+        return
+    if source.is_dir():
         target.mkdir()
-        _call("mount", bytes(source), bytes(target), None, MS_BIND | MS_REC, None)
+    else:
+        target.touch()
+    _call("mount", bytes(source), bytes(target), None, MS_BIND | MS_REC, None)
+    for packages in PACKAGES:
+        if (target / packages).is_dir():
+            _call("mount", b"none", bytes(target / packages), b"tmpfs", 0, b"size=0,nr_inodes=1")
 
 
 def become_nobody() -> None:
