@@ -5,8 +5,8 @@ worker's start counts. Late or crashed, it costs its worker, which is killed and
 
 Each check first gets a short deadline. One that is late is asked again, behind all that nobody was
 asked yet, in a worker that was asked nothing before, and with the whole deadline. Late there too it
-is wrong, if that worker decided a known answer well in time before, the reference itself, and was not
-kept from its work. All else that is late, and what crashes, is unknown.
+is wrong, if that worker decided a known answer well in time before, the reference itself, and was
+not kept from its work. All else that is late, and what crashes, is unknown.
 """
 
 import asyncio

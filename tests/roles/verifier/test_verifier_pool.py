@@ -59,9 +59,7 @@ async def test_hanging_answers_are_wrong_and_as_many_good_ones_beside_them_right
     start_pool, check, own_check
 ):
     """They burn a core; only a check that can be interrupted would ever hear of its deadline."""
-    own_check(
-        "def deaf(response, answer):\n    if response == 'hang':\n        9**9**9**9\n    return True"
-    )
+    own_check("def deaf(response, answer):\n    return bool(response != 'hang' or 9**9**9**9)")
     pool = await start_pool(timeout_s=0.6, check="mine:deaf", workers=2)
     asked = ["hang", "2"] * 6
     verdicts = await asyncio.gather(*(pool.check(check(response)) for response in asked))

@@ -155,6 +155,9 @@ def read_reference(answer: str) -> InOut | HumanEval | Mbpp:
     for text in (*texts, *getattr(tests, "test_list", [])):
         with foreign(f"reference answer: tests {text[:200]!r} are no Python"):
             ast.parse(text)
+    if isinstance(tests, Mbpp):
+        with foreign("reference answer"):
+            test_driver.tested("\n".join([tests.test_setup_code, *tests.test_list]), "")
     return tests
 
 
@@ -221,6 +224,7 @@ def _answers(
             status = running.wait()
     if status == test_driver.UNUSABLE:
         raise DataError(
-            f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"
+            f"reference answer: tests {tests[:200]!r} do not compile, call with what is no data, or"
+            " use names that they neither define nor import"
         )
     return status == 0

@@ -26,6 +26,7 @@ from async_opd.roles.verifier.sandbox import interpreter, namespaces
 PROCESSES = 4  # of a program, threads included
 FILE_MIB, FOLDER_MIB = 8, 16
 OPEN_FILES = 32
+SIGNALS = 128  # that wait to be taken
 # Without site-packages.
 PYTHON = (interpreter.PYTHON, "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")
 # Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names.
@@ -170,6 +171,8 @@ class Program:
             (resource.RLIMIT_NOFILE, OPEN_FILES),
             (resource.RLIMIT_NPROC, PROCESSES + self._ours),
             (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_SIGPENDING, SIGNALS),
+            (resource.RLIMIT_MSGQUEUE, 0),
         ):
             resource.setrlimit(limit, (value, value))
         os.execve(PYTHON[0], [*PYTHON, "-c", LAUNCH, path], {})
