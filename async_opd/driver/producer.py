@@ -71,6 +71,7 @@ class Producer:
                 self._verified(group, meta),
             )
             self._count_tokens("teachers", tokens)
+            self._outcomes.undecided.hear(verdicts)
             unsampled = _failures(pools.generators.name, meta.failures)
             failures = scored.failures | referred.failures | unsampled
             left = self._left(prompt, failures, len(meta.spans))

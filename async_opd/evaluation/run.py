@@ -12,6 +12,7 @@ from async_opd.core.errors import ConfigError
 from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
 from async_opd.core.wire import Prompt
+from async_opd.driver.outcomes import Undecided
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import ALL, of_all, respond
 from async_opd.evaluation.result import (
@@ -85,11 +86,13 @@ async def _problems(
     """Have each of `prompts` responded to, a line of the file at `path`; what is returned lacks the
     texts."""
     ended = 0
+    undecided = Undecided(lambda *words: say(": ".join(words)))
     with path.open("wb") as file:
 
         async def one(prompt: Prompt) -> Problem:
             nonlocal ended
             group = await respond(generators, verifier, prompt, asked.sampling)
+            undecided.hear(group.verdicts)
             texts = await verifier.ask(Verifier.ballots, group.group, *group.verdicts)
             whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
             file.write(msgspec.json.encode(whole) + b"\n")

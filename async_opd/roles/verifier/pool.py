@@ -19,6 +19,7 @@ import msgspec
 
 from async_opd.core.errors import ActorLost, ConfigError
 from async_opd.core.wire import Check, Verdict
+from async_opd.roles.verifier.checks import bounded
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.process import WorkerProcess
 
@@ -50,6 +51,7 @@ class VerifierPool:
         self._queue: asyncio.PriorityQueue[tuple[bool, int, Check, asyncio.Future[Verdict]]] = (
             asyncio.PriorityQueue()
         )
+        self._bounded = bounded(config.check)
         self._places = count()
         self._took: deque[float] = deque(maxlen=LAST)  # s, by the checks that were decided
         self._waiting: set[asyncio.Future] = set()
@@ -112,11 +114,14 @@ class VerifierPool:
             await seat.worker.kill()
 
     async def _again(self, seat: "_Seat", check: Check) -> Verdict:
-        """Ask once more for what was late, in a worker that was asked nothing."""
+        """Ask once more for what was late, in a worker that was asked nothing, but of a check that
+        starts anew by itself."""
+        whole_s = self._config.timeout_s
+        if self._bounded:
+            return await self._ask(seat.worker, check, whole_s)
         if seat.worker.used:
             await seat.worker.kill()
             seat.worker = await self._spawn()
-        whole_s = self._config.timeout_s
         itself = msgspec.structs.replace(check, response=check.answer)
         known = await self._ask(seat.worker, itself, whole_s)
         in_time = known.correct is not None and seat.worker.took_s <= WELL_IN_TIME * whole_s
@@ -133,7 +138,10 @@ class VerifierPool:
         )
 
     async def _ask(self, worker: WorkerProcess, check: Check, within_s: float) -> Verdict:
-        verdict = await worker.ask(check, within_s)
+        if self._bounded:
+            verdict = await worker.ask(check, self._config.timeout_s, within_s)
+        else:
+            verdict = await worker.ask(check, within_s)
         if verdict.correct is not None:
             self._took.append(worker.took_s)
         return verdict

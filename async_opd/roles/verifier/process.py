@@ -15,7 +15,7 @@ import msgspec
 from async_opd.core.errors import ActorLost, ConfigError, WireError
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.config import VerifyConfig
-from async_opd.roles.verifier.worker import MAX_REPLY, frame, sound
+from async_opd.roles.verifier.worker import LATE, MAX_REPLY, frame, sound
 
 REAP_S = 5.0  # a killed process that takes longer to go is left to the kernel
 PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
@@ -30,6 +30,13 @@ def environment(config: VerifyConfig) -> dict[str, str]:
     return {**passed, "OPENBLAS_NUM_THREADS": "1"}
 
 
+def command(module: str, config: VerifyConfig) -> list[str]:
+    """Return the command of a process of `module`. It writes bytecode where this one may."""
+    quiet = ["-B"] if "PYTHONDONTWRITEBYTECODE" in os.environ else []
+    settings = msgspec.json.encode(config).decode()
+    return [sys.executable, *quiet, "-m", module, str(os.getpid()), settings]
+
+
 class WorkerProcess:
     """A worker that said it is ready. Made by `spawn`; of no more use once not `alive`."""
 
@@ -40,8 +47,8 @@ class WorkerProcess:
         self._killed = False
         self._numbers = count()
         self.used = False  # whether it was asked anything
-        self.late = False  # whether it is gone for having missed a deadline,
-        self.hung = False  # and nothing but the check kept it from meeting that
+        self.late = False  # whether the last check missed its deadline,
+        self.hung = False  # and nothing but the check itself was the cause
         self.took_s = 0.0  # by the last check that was decided
 
     @classmethod
@@ -50,11 +57,7 @@ class WorkerProcess:
         ready in time, ConfigError if its check cannot be used."""
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "async_opd.roles.verifier.worker",
-                str(os.getpid()),
-                msgspec.json.encode(config).decode(),
+                *command("async_opd.roles.verifier.worker", config),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # A process group to kill, and no Ctrl-C meant for the parent.
@@ -82,15 +85,16 @@ class WorkerProcess:
     def alive(self) -> bool:
         return not self._killed and self._process.returncode is None
 
-    async def ask(self, check: Check, timeout_s: float) -> Verdict:
+    async def ask(self, check: Check, timeout_s: float, within_s: float | None = None) -> Verdict:
         """Ask for a verdict; unknown, and the worker killed, if it is late, dies or sends anything
         else. What it sent is taken, also where the deadline passed while this process stood
-        still."""
+        still. A check that ends itself is told to do so `within_s`."""
         self.used = True
         began, cpu_s = time.monotonic(), self._state()[1]
         try:
-            verdict = await self._exchange_within(check, timeout_s)
+            verdict = await self._exchange_within(check, within_s or timeout_s, timeout_s)
             self.took_s = time.monotonic() - began
+            self.late = verdict is not None and verdict.cause == LATE
             if verdict is None:
                 self.late = True
                 in_time = self.took_s < (1 + SERVED) * timeout_s  # this process, at its deadline
@@ -108,9 +112,11 @@ class WorkerProcess:
                 id=check.id, correct=None, cause=await self._kill_after(error, timeout_s)
             )
 
-    async def _exchange_within(self, check: Check, timeout_s: float) -> Verdict | None:
+    async def _exchange_within(
+        self, check: Check, within_s: float, timeout_s: float
+    ) -> Verdict | None:
         """Return its verdict, or None where none came; the pipes are then free again."""
-        exchange = asyncio.ensure_future(self._exchange(check))
+        exchange = asyncio.ensure_future(self._exchange(check, within_s))
         try:
             await asyncio.wait([exchange], timeout=timeout_s)
             return exchange.result() if exchange.done() else None
@@ -119,11 +125,11 @@ class WorkerProcess:
                 exchange.cancel()
                 await asyncio.wait([exchange])
 
-    async def _exchange(self, check: Check) -> Verdict:
+    async def _exchange(self, check: Check, within_s: float) -> Verdict:
         """Send the check and receive its verdict. Between them goes a number, and no id."""
         number = f"{next(self._numbers)}"
         sent = Check(id=number, response=sound(check.response), answer=sound(check.answer))
-        self._requests.write(frame(msgspec.msgpack.encode(sent)))
+        self._requests.write(frame(msgspec.msgpack.encode((sent, within_s))))
         await self._requests.drain()
         verdict = msgspec.msgpack.decode(await self._receive(), type=Verdict)
         if verdict.id != number:

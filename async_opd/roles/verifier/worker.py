@@ -3,7 +3,8 @@ in JSON>`.
 
 Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty
 frame once its check is imported, or one with the text that says why it cannot be used, then one
-`Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
+`Verdict` for each `Check` and the seconds that it has. It ends when stdin ends, or with its parent,
+even inside a C loop.
 """
 
 import os
@@ -17,12 +18,14 @@ import msgspec
 from async_opd.core.errors import AsyncOpdError, ConfigError, first_line
 from async_opd.core.foreign import foreign
 from async_opd.core.wire import Check, Verdict
-from async_opd.roles.verifier.checks import Decide, load
+from async_opd.roles.verifier.checks import Decide, Late, load
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
+RAISED = "check raised "  # how a cause begins
+LATE = "late"  # the cause of a check that ended itself
 LONGEST = 500  # characters of an answer, or of a cause, that is passed on
 
 
@@ -45,20 +48,23 @@ def main(parent: int, config: VerifyConfig) -> None:
         size = int.from_bytes(header, "big")
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
-        verdict = run_check(msgspec.msgpack.decode(requests.read(size), type=Check), decide)
+        check, within_s = msgspec.msgpack.decode(requests.read(size), type=tuple[Check, float])
+        verdict = run_check(check, decide, within_s)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
 
-def run_check(check: Check, decide: Decide) -> Verdict:
+def run_check(check: Check, decide: Decide, within_s: float) -> Verdict:
     """Decide `check`: unknown where that raises, whatever it is that foreign code raises."""
     try:
         with foreign("check", Raised):
-            decision = decide(check.response, check.answer)
+            decision = decide(check.response, check.answer, within_s)
     except AsyncOpdError as error:
+        if isinstance(error.__cause__, Late):
+            return Verdict(id=check.id, correct=None, cause=LATE)
         kind = type(error.__cause__ if isinstance(error, Raised) else error).__name__
         why = "" if isinstance(error, Raised) else f": {first_line(error)}"
-        cause = sound(f"check raised {kind}{why}"[:LONGEST])
+        cause = sound(f"{RAISED}{kind}{why}"[:LONGEST])
         return Verdict(id=check.id, correct=None, cause=cause)
     correct, answer = decision if isinstance(decision, tuple) else (decision, None)
     return Verdict(

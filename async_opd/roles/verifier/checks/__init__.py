@@ -8,20 +8,26 @@ attribute. It is asked of every row before anything is sampled, in a process of 
 A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
-process.
+process. A module that has BOUNDED takes a third argument, the seconds that it has, and ends by then
+itself: it raises Late where it was not given the whole deadline.
 """
 
 import importlib
 import pkgutil
 import re
 from collections.abc import Callable
+from typing import Any
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.config import VerifyConfig
 
-Decide = Callable[[str, str], bool | tuple[bool, str]]
+Decide = Callable[[str, str, float], bool | tuple[bool, str]]  # within so many seconds
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+class Late(Exception):
+    """A check that ended itself before it was decided."""
 
 
 def kinds() -> tuple[str, ...]:
@@ -37,8 +43,15 @@ def known(check: str) -> bool:
 def load(config: VerifyConfig) -> Decide:
     """Load the check that `config` names. Raises ConfigError if it cannot be."""
     if users := USERS.fullmatch(config.check):
-        return _load_users(config.check, *users.groups())
-    return importlib.import_module(f"{__name__}.{config.check}").make(config)
+        decide: Callable[..., Any] = _load_users(config.check, *users.groups())
+    else:
+        decide = importlib.import_module(f"{__name__}.{config.check}").make(config)
+    return decide if bounded(config.check) else lambda response, answer, _: decide(response, answer)
+
+
+def bounded(check: str) -> bool:
+    """Tell whether `check` ends by its deadline itself, in a worker that goes on."""
+    return check in kinds() and hasattr(importlib.import_module(f"{__name__}.{check}"), "BOUNDED")
 
 
 def reference(config: VerifyConfig) -> Callable[[str], object] | None:
@@ -59,7 +72,7 @@ def _users(check: str, module: str, function: str) -> Callable[..., object]:
     return decide
 
 
-def _load_users(check: str, module: str, function: str) -> Decide:
+def _load_users(check: str, module: str, function: str) -> Callable[[str, str], bool]:
     decide = _users(check, module, function)
 
     def decided(response: str, answer: str) -> bool:

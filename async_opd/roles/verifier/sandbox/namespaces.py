@@ -46,8 +46,8 @@ SECCOMP_FILTER = 2
 # hold memory of the kernel, or memory that is mapped nowhere, as much as one likes, reach what is
 # not in a namespace, or leave something behind. Of each machine its number for an audit, and in one
 # order those of shmget, msgget, semget, mq_open; memfd_create; inotify_init1, fanotify_init;
-# userfaultfd; bpf, perf_event_open; socket (a vsock leaves a machine); add_key, request_key, keyctl;
-# io_setup; vmsplice, splice, tee; timer_create; and inotify_init, which aarch64 has not.
+# userfaultfd; bpf, perf_event_open; socket (a vsock leaves a machine); add_key, request_key,
+# keyctl; io_setup; vmsplice, splice, tee; timer_create; and inotify_init, which aarch64 has not.
 UNCOVERED = {
     "x86_64": (
         0xC000003E,
@@ -79,8 +79,14 @@ COMMANDS = (6, 7, 37, 38, 1031)  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW,
 
 # Where a filter reads: the call, the machine, the low half of an argument.
 NUMBER, MACHINE = 0, 4
-LOAD, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x50000
+LOAD = 0x20
+EQUAL = 0x15
+AT_LEAST = 0x35
+AND = 0x54
+RETURN = 0x06
+ALLOW = 0x7FFF0000
+KILL = 0x80000000
+REFUSE = 0x50000  # and an error's number
 EPERM, ENOSYS = 1, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
