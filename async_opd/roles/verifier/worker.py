@@ -10,6 +10,7 @@ even inside a C loop.
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ import msgspec
 from async_opd.core.errors import AsyncOpdError, ConfigError, first_line
 from async_opd.core.foreign import foreign
 from async_opd.core.wire import Check, Verdict
-from async_opd.roles.verifier.checks import Decide, Late, load
+from async_opd.roles.verifier.checks import Decide, Late, bounded, load
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 
@@ -38,7 +39,7 @@ def main(parent: int, config: VerifyConfig) -> None:
     limit = int(config.memory_gib * 2**30)
     requests, replies = begin(parent, limit)
     try:
-        decide = load(config)
+        decide, ends_itself = load(config), bounded(config.check)
     except ConfigError as error:
         replies.write(frame(f"{error}".encode(errors="replace")[:MAX_REPLY]))
         return
@@ -49,16 +50,16 @@ def main(parent: int, config: VerifyConfig) -> None:
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
         check, within_s = msgspec.msgpack.decode(requests.read(size), type=tuple[Check, float])
-        verdict = run_check(check, decide, within_s)
+        verdict = run_check(check, partial(decide, within_s=within_s) if ends_itself else decide)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
 
-def run_check(check: Check, decide: Decide, within_s: float) -> Verdict:
+def run_check(check: Check, decide: Decide) -> Verdict:
     """Decide `check`: unknown where that raises, whatever it is that foreign code raises."""
     try:
         with foreign("check", Raised):
-            decision = decide(check.response, check.answer, within_s)
+            decision = decide(check.response, check.answer)
     except AsyncOpdError as error:
         if isinstance(error.__cause__, Late):
             return Verdict(id=check.id, correct=None, cause=LATE)

@@ -8,21 +8,20 @@ attribute. It is asked of every row before anything is sampled, in a process of 
 A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
-process. A module that has BOUNDED takes a third argument, the seconds that it has, and ends by then
-itself: it raises Late where it was not given the whole deadline.
+process. One of a module that has BOUNDED takes `within_s` too, and ends by then itself: it raises
+Late where that is not the whole deadline.
 """
 
 import importlib
 import pkgutil
 import re
 from collections.abc import Callable
-from typing import Any
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.config import VerifyConfig
 
-Decide = Callable[[str, str, float], bool | tuple[bool, str]]  # within so many seconds
+Decide = Callable[..., bool | tuple[bool, str]]
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -43,10 +42,8 @@ def known(check: str) -> bool:
 def load(config: VerifyConfig) -> Decide:
     """Load the check that `config` names. Raises ConfigError if it cannot be."""
     if users := USERS.fullmatch(config.check):
-        decide: Callable[..., Any] = _load_users(config.check, *users.groups())
-    else:
-        decide = importlib.import_module(f"{__name__}.{config.check}").make(config)
-    return decide if bounded(config.check) else lambda response, answer, _: decide(response, answer)
+        return _load_users(config.check, *users.groups())
+    return importlib.import_module(f"{__name__}.{config.check}").make(config)
 
 
 def bounded(check: str) -> bool:
@@ -72,7 +69,7 @@ def _users(check: str, module: str, function: str) -> Callable[..., object]:
     return decide
 
 
-def _load_users(check: str, module: str, function: str) -> Callable[[str, str], bool]:
+def _load_users(check: str, module: str, function: str) -> Decide:
     decide = _users(check, module, function)
 
     def decided(response: str, answer: str) -> bool:

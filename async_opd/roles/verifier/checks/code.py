@@ -90,7 +90,7 @@ class Mbpp(msgspec.Struct):
 STYLES = {"inputs": InOut, "entry_point": HumanEval, "test_list": Mbpp}
 
 
-def make(config: VerifyConfig) -> Callable[[str, str, float], bool]:
+def make(config: VerifyConfig) -> Callable[..., bool]:
     """Return the check, once a sandbox was tried. Raises ConfigError where there is none to be
     had."""
     limits = {
@@ -99,7 +99,7 @@ def make(config: VerifyConfig) -> Callable[[str, str, float], bool]:
     }
     probe(**limits)
 
-    def decide(response: str, answer: str, within_s: float) -> bool:
+    def decide(response: str, answer: str, within_s: float = config.timeout_s) -> bool:
         deadline = time.monotonic() + SHARE * within_s
         right = check(response, answer, partial(Program, **limits, deadline=deadline))
         if not right and within_s < config.timeout_s and time.monotonic() >= deadline:
