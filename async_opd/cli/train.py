@@ -104,6 +104,11 @@ def train(config: "Config", checkpoint: "Checkpoint | None" = None) -> int:
             + (
                 " not measured" if (after := summary["accuracy_after"]) is None else f"{after:8.1%}"
             ),
+            *(
+                [f"  verdicts known   {known:8.1%}"]
+                if (known := summary.get("eval_known")) is not None
+                else []
+            ),
         ]
     lines.append(
         f"{summary['steps']} steps, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "

@@ -14,6 +14,7 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import AsyncOpdError, CallFailed, first_line
 from async_opd.core.events import EventSink
 from async_opd.core.wire import Prompt, Verdict
+from async_opd.driver.outcomes import Undecided
 from async_opd.driver.pools import Pools
 from async_opd.driver.respond import ALL, Accuracy, Responded, of_all, of_teacher, respond
 from async_opd.telemetry.metrics import Row
@@ -38,6 +39,7 @@ class Measured:
         return {
             "eval_accuracy": self.accuracy.share,
             "eval_unknown": self.accuracy.unknown,
+            "eval_known": self.accuracy.known,
             "eval_version": self.version,
             "eval_version_min": self.oldest,
             "eval_version_max": self.newest,
@@ -60,6 +62,7 @@ class HeldOut:
         self._problems = problems
         self._emit = emit
         self._every = config.eval.every_steps if config.eval and problems else 0
+        self._undecided = Undecided(emit)
         self.before = Accuracy(0, 0, 0)
         self._running: asyncio.Task[None] | None = None
         self._ready: Measured | None = None  # for the next row
@@ -136,6 +139,7 @@ class HeldOut:
             "accuracy_after": after and after.share,
             "eval_problems": self.before.problems,
             "eval_unknown": self.before.unknown + (after.unknown if after else 0),
+            "eval_known": (self.before.known + after.known) / 2 if after else self.before.known,
             **({"eval_skipped": self._skipped} if self._every else {}),
         }
 
@@ -165,6 +169,7 @@ class HeldOut:
         most, at_once = self._config.run.max_failed_share, max(1, int(share * places))
         each_one = await of_all(self._problems, one, at_once, most)
         responded = [each for each in each_one if isinstance(each, Responded)]
+        self._undecided.hear(each.verdicts[0] for each in responded)
         spans = [span for each in responded for span in each.meta.spans[0]]
         return Measured(
             accuracy=Accuracy.of(self._verdicts(version, each_one)),

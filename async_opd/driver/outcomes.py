@@ -1,7 +1,7 @@
 """What becomes of groups, and when so many come to nothing that a run ends."""
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 from async_opd.config.schema import Config
@@ -15,11 +15,13 @@ from async_opd.core.errors import (
 )
 from async_opd.core.events import EventSink
 from async_opd.core.ports import ScoredGroup
-from async_opd.core.wire import Prompt, StepResult, trained_tokens
+from async_opd.core.wire import Prompt, StepResult, Verdict, trained_tokens
 from async_opd.driver.ledger import Ledger
+from async_opd.roles.verifier.worker import RAISED
 
 STEPS = 2  # whose groups are looked at
 STUDENT, TEACHER = "student", "teacher"  # who answers a prompt
+LONGEST = 100  # characters of an id, in a message
 
 
 class GroupFailed(Exception):
@@ -45,6 +47,24 @@ def blamed(role: str) -> Generator[None]:
         raise GroupFailed(role, first_line(e), lethal=isinstance(e, Lethal)) from e
 
 
+class Undecided:
+    """Tells of the first response on which the check raised an error, as for a reference that it
+    cannot read, and of the first by each other kind of error."""
+
+    def __init__(self, emit: EventSink):
+        self._emit = emit
+        self._kinds: set[str] = set()
+
+    def hear(self, verdicts: Iterable[Verdict]) -> None:
+        """Note verdicts."""
+        for verdict in verdicts:
+            kind = verdict.cause.removeprefix(RAISED).partition(":")[0]
+            if verdict.cause.startswith(RAISED) and kind not in self._kinds:
+                self._kinds.add(kind)
+                why = f"{verdict.id[:LONGEST]}: {verdict.cause}; further ones are counted"
+                self._emit("not decided", "verifier", why)
+
+
 class Outcomes:
     """Looks at what became of the last STEPS steps' worth of groups, of one that is issued again at
     its last attempt. TooManyDropped is raised
@@ -63,6 +83,7 @@ class Outcomes:
         self._most = STEPS * config.groups_per_step
         self._slots = slots
         self._share = config.run.max_failed_share
+        self.undecided = Undecided(emit)
         self._limits = {  # by a cause that is nobody's failure, the setting that makes it one
             "truncated": f"rollout.max_new_tokens = {config.rollout.max_new_tokens} cuts them",
             "stale": f"older than run.max_lag_steps = {config.run.max_lag_steps} allows",
@@ -174,9 +195,12 @@ class Outcomes:
 def verdicts(batch: Sequence[ScoredGroup]) -> dict[str, float | int | None]:
     """What a row says of the verdicts on the student's own rollouts."""
     correct = [verdict.correct for group in batch for verdict in group.student_verdicts]
-    known = [one for one in correct if one is not None]
-    accuracy = sum(known) / len(known) if known else None
-    return {"accuracy": accuracy, "verdicts_unknown": len(correct) - len(known)}
+    count, unknown = len(correct), correct.count(None)
+    return {
+        "accuracy": correct.count(True) / count if count else None,
+        "verdicts_unknown": unknown,
+        "verdicts_known": 1 - unknown / count if count else None,
+    }
 
 
 def _by(counts: Counter[str]) -> str:

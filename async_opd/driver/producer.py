@@ -74,6 +74,7 @@ class Producer:
             async with ended(scoring, referring, verifying):
                 scored, referred, verdicts = await asyncio.gather(scoring, referring, verifying)
             self._count_tokens("teachers", tokens)
+            self._outcomes.undecided.hear(verdicts)
             unsampled = _failures(pools.generators.name, meta.failures)
             failures = scored.failures | referred.failures | unsampled
             left = self._left(prompt, failures, len(meta.spans))

@@ -24,7 +24,7 @@ class Accuracy:
     """Verdicts on `problems` held-out problems, one response each."""
 
     right: int
-    unknown: int  # timed out or crashed: neither right nor wrong
+    unknown: int  # of the others: timed out or crashed
     problems: int
 
     @classmethod
@@ -34,8 +34,13 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """Right ones among the decided."""
-        return self.right / max(self.problems - self.unknown, 1)
+        """Right ones among all; none whose verdict is unknown is one."""
+        return self.right / max(self.problems, 1)
+
+    @property
+    def known(self) -> float:
+        """Share of the problems whose verdict is known."""
+        return 1 - self.unknown / max(self.problems, 1)
 
 
 @dataclass(frozen=True)

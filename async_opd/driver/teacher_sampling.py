@@ -98,6 +98,7 @@ class TeacherSampling:
             self._outcomes.failed(prompt, e, by=TEACHER)
             self._queue.drop(ticket, prompt, 1, "failed")
             return
+        self._outcomes.undecided.hear(verdicts)
         answer = ScoredGroup(
             ticket=ticket,
             prompt=prompt,

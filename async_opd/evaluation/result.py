@@ -2,8 +2,8 @@
 two of them compare.
 
 A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and
-`result.json`. Unknown verdicts are left out: a problem counts for avg@k where one response was
-decided, and for pass@k and maj@k where k were.
+`result.json`. A response whose verdict is unknown is not right, and votes for nothing; the share of
+known verdicts is a figure of its own.
 """
 
 import hashlib
@@ -107,21 +107,19 @@ def problem(
     prompt: Prompt, meta: GroupMeta, verdicts: Sequence[Verdict], texts: Sequence[Ballot], k: int
 ) -> Problem:
     """Sum up the responses to `prompt`."""
-    known = [
-        (verdict, text.vote)
-        for verdict, text in zip(verdicts, texts, strict=True)
-        if verdict.correct is not None
-    ]
-    n, right = len(known), sum(bool(verdict.correct) for verdict, _ in known)
-    enough, votes = n >= k, all(verdict.answer is not None for verdict, _ in known)
-    wrong = Counter(vote for verdict, vote in known if not verdict.correct and vote is not None)
+    n, right = len(verdicts), sum(verdict.correct is True for verdict in verdicts)
+    read = any(verdict.answer is not None for verdict in verdicts)
+    pairs = zip(verdicts, texts, strict=True)
+    wrong = Counter(
+        text.vote for verdict, text in pairs if verdict.correct is False and text.vote is not None
+    )
     silent = n - right - wrong.total()
     return Problem(
         id=prompt.id,
         answer=prompt.answer,
-        avg=right / n if n else None,
-        pass_=pass_at_k(n, right, k) if enough else None,
-        maj=majority_at_k(right, list(wrong.values()), silent, k) if enough and votes else None,
+        avg=right / n,
+        pass_=pass_at_k(n, right, k),
+        maj=majority_at_k(right, list(wrong.values()), silent, k) if read else None,
         responses=[
             Response(
                 text=text.text,
@@ -140,8 +138,10 @@ def problem(
 
 
 def table(shares: Iterable[Shares]) -> npt.NDArray[np.float64]:
-    """Arrange shares by FIGURES, [P, 3]; NaN where there is none."""
-    return np.array([(one.avg, one.pass_, one.maj) for one in shares], np.float64)
+    """Arrange shares by FIGURES, [P, 3]; NaN where there is none, and 0 where the check reads
+    answers and decided on none of this problem's."""
+    all_PM = np.array([(one.avg, one.pass_, one.maj) for one in shares], np.float64)
+    return np.where(np.isnan(all_PM) & ~np.isnan(all_PM).all(0), 0.0, all_PM)
 
 
 def figures(shares_PM: npt.NDArray[np.float64]) -> dict[str, Figure]:

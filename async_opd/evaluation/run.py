@@ -14,6 +14,7 @@ from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
 from async_opd.core.run_dir import PROBLEMS
 from async_opd.core.wire import Ballot, GroupMeta, Prompt, Span, Verdict
+from async_opd.driver.outcomes import Undecided
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.respond import ALL, of_all, respond
 from async_opd.evaluation.result import (
@@ -95,10 +96,12 @@ async def _problems(
     """Have each of `prompts` responded to, a line of the file at `path`; what is returned lacks the
     texts."""
     ended, write = 0, Jsonl(path, msgspec.json.encode)
+    undecided = Undecided(_said)
 
     async def one(prompt: Prompt) -> Problem:
         nonlocal ended
         group = await respond(generators, verifier, prompt, asked.sampling)
+        undecided.hear(group.verdicts)
         texts = await verifier.ask(Verifier.ballots, group.group, *group.verdicts)
         whole = problem(prompt, group.meta, group.verdicts, texts, asked.k)
         await aside(config.timeout.step_s, f"{path}, written", write, whole)

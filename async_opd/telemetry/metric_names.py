@@ -65,9 +65,10 @@ TABLE = {  # by who makes them
         Metric(
             "accuracy",
             "share",
-            "right ones among the step's rollouts whose verdict is known; none known: null",
+            "right ones among the step's rollouts, those of unknown verdict too; no rollout: null",
         ),
         Metric("verdicts_unknown", "rollouts", "of the step, whose verdict timed out or crashed"),
+        Metric("verdicts_known", "share", "of the step's rollouts, whose verdict is known"),
         Metric(
             "parity_gap",
             "nats",
@@ -116,9 +117,10 @@ TABLE = {  # by who makes them
         Metric(
             "eval_accuracy",
             "share",
-            "right ones among the held-out problems whose verdict is known, greedy",
+            "right ones among the held-out problems, those of unknown verdict too, greedy",
         ),
         Metric("eval_unknown", "problems", "whose verdict timed out or crashed"),
+        Metric("eval_known", "share", "of the problems, whose verdict is known"),
         Metric("eval_version", "steps", "the version that was live when the evaluation began"),
         Metric("eval_version_min", "steps", "the oldest version that sampled a token of it"),
         Metric("eval_version_max", "steps", "the newest version that sampled a token of it"),

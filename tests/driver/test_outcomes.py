@@ -11,8 +11,9 @@ from async_opd.core.errors import (
     TimedOut,
     TooManyDropped,
 )
-from async_opd.core.wire import Prompt, StepResult
-from async_opd.driver.outcomes import TEACHER, GroupFailed, Outcomes, blamed
+from async_opd.core.wire import Prompt, StepResult, Verdict
+from async_opd.driver.outcomes import TEACHER, GroupFailed, Outcomes, blamed, verdicts
+from async_opd.driver.respond import Accuracy
 from tests.simulated.runs import books
 
 PER_STEP = 4  # so that 8 groups are looked at
@@ -194,3 +195,28 @@ def test_steps_in_a_row_without_a_token_end_the_run_whatever_left_them_out():
         TooManyDropped, match=r"the last 2 steps kept no token .* rollout.train_stop"
     ):
         game.play(".")
+
+
+def test_references_that_a_check_cannot_read_are_told_once():
+    game = Game()
+    causes = ["", "check raised DataError: reference '' holds no answer", "timed out after 5.0 s"]
+    for id in ("1" * 1000, "2"):
+        game.outcomes.undecided.hear([Verdict(id=id, correct=None, cause=one) for one in causes])
+    game.outcomes.undecided.hear([Verdict(id="3", correct=None, cause="check raised KeyError")])
+    assert game.events == [
+        ("not decided", "verifier", f"{'1' * 100}: {causes[1]}; further ones are counted"),
+        ("not decided", "verifier", "3: check raised KeyError; further ones are counted"),
+    ]
+
+
+def test_an_accuracy_counts_unknown_as_wrong_and_says_how_much_is_known():
+    correct = [True, False, None, None]
+    group = SimpleNamespace(student_verdicts=[Verdict(id="", correct=one) for one in correct])
+    assert verdicts([group]) == {
+        "accuracy": 0.25,
+        "verdicts_unknown": 2,
+        "verdicts_known": 0.5,
+    }
+    assert verdicts([]) == {"accuracy": None, "verdicts_unknown": 0, "verdicts_known": None}
+    measured = Accuracy.of([Verdict(id="", correct=one) for one in [True, *[None] * 99]])
+    assert (measured.share, measured.known) == (0.01, pytest.approx(0.01))

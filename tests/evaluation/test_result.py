@@ -78,17 +78,27 @@ def test_a_problem_has_its_share_in_each_figure():
     ]
 
 
-def test_an_unknown_verdict_is_neither_right_nor_wrong():
+def test_an_unknown_verdict_counts_as_wrong_and_votes_for_nothing():
     problem_shares = responded((True, 0), (None, None), (False, 2), k=2)
-    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (0.5, 1.0, 0.5)
+    # of three pairs two hold the right one; it wins against silence, and shares with the other
+    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (
+        pytest.approx(1 / 3),
+        pytest.approx(2 / 3),
+        pytest.approx((1 + 0.5) / 3),
+    )
     assert problem_shares.responses[1].cause == "timed out after 5.0 s"
 
 
-def test_a_problem_with_fewer_than_k_decided_counts_for_its_average_alone():
-    problem_shares = responded((True, 0), (None, None), k=2)
-    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (1.0, None, None)
-    problem_shares = responded((None, None), (None, None), k=2)
-    assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (None, None, None)
+def test_one_right_and_99_unknown_are_one_percent():
+    measured = responded((True, 0), *[(None, None)] * 99, k=1)
+    assert (measured.avg, measured.pass_, measured.maj) == (0.01, pytest.approx(0.01), 0.01)
+
+
+def test_a_problem_of_which_nothing_is_known_counts_like_the_others():
+    nothing = responded((None, None), (None, None), k=2)
+    right = responded((True, 0), (True, 0), k=2)
+    assert table([nothing, right]).tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert set(figures(table([nothing]))) == {"avg", "pass"}  # does its check read answers?
 
 
 def test_there_is_no_vote_where_the_check_reads_no_answers():

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 from contextlib import suppress
 
 import psutil
@@ -253,6 +254,99 @@ if any(attempt() != -1 for attempt in tries): print('ok')
     if with_ctypes.returncode:
         climb = climb.replace("import ctypes, os\nlibc = ctypes.CDLL(None)", "raise SystemExit")
     assert await run(climb) == [False]
+
+
+CALLS = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+x86 = os.uname().machine == 'x86_64'
+def call(x86_64, aarch64, *args):
+    return libc.syscall(x86_64 if x86 else aarch64, *args)
+"""
+HOLDS_MEMORY = {
+    "semaphores": "ok = call(64, 190, 0, 32000, 0o1777) >= 0",
+    "messages": "ok = call(68, 186, 0, 0o1777) >= 0",
+    "shared memory": "ok = call(29, 194, 0, 1 << 20, 0o1777) >= 0",
+    "POSIX messages": "ok = call(240, 180, b'q', os.O_CREAT | os.O_RDWR, 0o600, None) >= 0",
+    "userfaultfd": "ok = call(323, 282, 1) >= 0",
+    "inotify": "ok = call(294, 26, 0) >= 0 or (x86 and call(253, 0) >= 0)",
+    "fanotify": "ok = call(300, 262, 0x200, 0) >= 0",
+    "memfd": "ok = call(319, 279, b'x', 0) >= 0",
+    "bpf": "ok = call(321, 280, 0, 0, 0) == 0 or ctypes.get_errno() != 1",
+    "perf": "ok = call(298, 241, 0, 0, 0, 0, 0) == 0 or ctypes.get_errno() != 1",
+    "io_setup": "context = ctypes.c_ulong()\nok = call(206, 0, 1, ctypes.byref(context)) == 0",
+    "landlock": "ok = call(444, 444, None, 0, 1) >= 0",
+    "keys": "ok = call(248, 217, b'user', b'x', b'y', 1, -3) >= 0",
+    "timers": ("id = ctypes.c_int()\nok = call(222, 107, 1, None, ctypes.byref(id)) == 0"),
+    "calls that are not known yet": "ok = call(463, 463) >= 0 or ctypes.get_errno() != 38",
+    "pages that stay behind what is mapped": (
+        "import mmap\ntry: mmap.mmap(-1, 1 << 20)\nexcept OSError: ok = False\nelse: ok = True"
+    ),
+    "pages in pipes": "ok = call(278, 75, 1, None, 0, 0) != -1 or ctypes.get_errno() != 1",
+    "pipes": (
+        "import fcntl\ntry: fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)\nexcept OSError: ok ="
+        " False\nelse: ok = True"
+    ),
+    "locks": (
+        "import fcntl\ntry: fcntl.lockf(open('x', 'w'), fcntl.LOCK_EX)\nexcept OSError: ok ="
+        " False\nelse: ok = True"
+    ),
+}
+
+
+@needs_namespaces
+async def test_no_call_holds_memory_past_the_limit(start_pool, check):
+    pool = await start_pool(check="code")
+    programs = [f"{CALLS}\n{attack}\nif ok: print('ok')" for attack in HOLDS_MEMORY.values()]
+    verdicts = [await pool.check(check(program, TESTS)) for program in programs]
+    right = [verdict.correct for verdict in verdicts]
+    assert [name for name, correct in zip(HOLDS_MEMORY, right, strict=True) if correct] == []
+
+
+IMPORTS = """
+import importlib, sys
+left = {'antigravity', 'this', 'idlelib', 'test'}
+def found(name):
+    try: return bool(importlib.import_module(name))
+    except BaseException: return False
+print(*[name for name in sorted(sys.stdlib_module_names - left) if found(name)])
+"""
+WORKS = """
+import asyncio, locale, os, shutil, sqlite3, subprocess, tempfile, threading, zoneinfo
+asyncio.run(asyncio.sleep(0.01))
+thread = threading.Thread(target=print)
+thread.start(); thread.join()
+open('a', 'w').write('x'); shutil.copy('a', 'b')
+with tempfile.TemporaryFile() as file: file.write(b'x')
+sqlite3.connect(':memory:').execute('create table t (x)')
+zoneinfo.ZoneInfo('UTC')
+print('ok')
+"""
+
+
+@needs_namespaces
+async def test_of_usr_it_sees_what_python_needs(start_pool, check):
+    plain = [sys.executable, "-I", "-S", "-c", IMPORTS]
+    wanted = subprocess.check_output(plain, text=True, stderr=subprocess.DEVNULL)
+    hidden = "import os\nshown = [p for p in {} if os.path.exists(p)]\nif not shown: print('ok')"
+    paths = [
+        "/usr/src",
+        "/usr/local/src",
+        "/usr/share/doc",
+        "/usr/bin/env",
+        "/usr/include",
+        __file__,
+    ]
+    packages = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
+    empty = f"""
+import os
+if not os.path.isdir({packages!r}) or not os.listdir({packages!r}): print('ok')
+"""
+    pool = await start_pool(check="code")
+    for program in (hidden.format(paths), empty, WORKS):
+        assert (await pool.check(check(program, TESTS))).correct is True, program
+    imports = json.dumps({"inputs": [""], "outputs": [wanted]})
+    assert (await pool.check(check(IMPORTS, imports))).correct is True
 
 
 @needs_namespaces

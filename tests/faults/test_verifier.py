@@ -179,8 +179,8 @@ def _table(found: dict, took: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-async def test_hostile_answers_of_twenty_families_are_decided_in_time_and_none_is_right(attack):
-    await attack(20, timeout_s=0.6, lanes=4)
+async def test_hostile_answers_of_eight_families_are_decided_in_time_and_none_is_right(attack):
+    await attack(8, timeout_s=0.6, lanes=2)
 
 
 @pytest.mark.soak
@@ -202,9 +202,9 @@ async def test_good_answers_among_hanging_ones_are_all_right(
     )
     tmp_path.joinpath("patience.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
-    pool = await start_pool(workers=4, timeout_s=1.0, check="patience:patient")
+    pool = await start_pool(workers=4, timeout_s=0.6, check="patience:patient")
     responses = ["2"] * good + ["hang"] * hanging
     random.Random(0).shuffle(responses)
     verdicts = await asyncio.gather(*(pool.check(check(response)) for response in responses))
     outcomes = Counter(zip(responses, (verdict.correct for verdict in verdicts), strict=True))
-    assert outcomes == {("2", True): good, ("hang", None): hanging}
+    assert outcomes == {("2", True): good, ("hang", False): hanging}

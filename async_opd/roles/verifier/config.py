@@ -21,3 +21,6 @@ class VerifyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     memory_gib: Annotated[float, Meta(gt=0)] = 2.0
     # Of `code`; none: a program may do what this user may.
     sandbox: Literal["namespaces", "none"] = "namespaces"
+    # Variables of the driver's environment that workers have besides PATH, HOME, LANG, TMPDIR,
+    # LD_LIBRARY_PATH and PYTHONPATH; nothing where one is not set.
+    env: tuple[Annotated[str, Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()

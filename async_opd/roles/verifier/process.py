@@ -4,7 +4,10 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
+from itertools import count
+from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -13,9 +16,26 @@ from async_opd.core.aio import within
 from async_opd.core.errors import ActorLost, ConfigError, WireError
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.config import VerifyConfig
-from async_opd.roles.verifier.worker import MAX_REPLY, frame
+from async_opd.roles.verifier.worker import LATE, MAX_REPLY, frame, sound
 
 REAP_S = 5.0  # a killed process that takes longer to go is left to the kernel
+PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+SERVED = 0.1  # of a deadline that a worker at work must have had of a core, to have been late
+
+
+def environment(config: VerifyConfig) -> dict[str, str]:
+    """Return what a process that runs a check has of this one's environment, where it is set. The
+    stacks of more threads would count as its memory."""
+    passed = {name: os.environ[name] for name in (*PASSED_ON, *config.env) if name in os.environ}
+    return {**passed, "OPENBLAS_NUM_THREADS": "1"}
+
+
+def command(module: str, config: VerifyConfig) -> list[str]:
+    """Return the command of a process of `module`. It writes bytecode where this one may."""
+    quiet = ["-B"] if "PYTHONDONTWRITEBYTECODE" in os.environ else []
+    settings = msgspec.json.encode(config).decode()
+    return [sys.executable, *quiet, "-m", module, str(os.getpid()), settings]
 
 
 class WorkerProcess:
@@ -26,6 +46,11 @@ class WorkerProcess:
         self._process = process
         self._requests, self._replies = process.stdin, process.stdout
         self._killed = False
+        self._numbers = count()
+        self.used = False  # whether it was asked anything
+        self.late = False  # whether the last check missed its deadline,
+        self.hung = False  # and nothing but the check itself was the cause
+        self.took_s = 0.0  # by the last check that was decided
 
     @classmethod
     async def spawn(cls, config: VerifyConfig, timeout_s: float) -> Self:
@@ -33,17 +58,12 @@ class WorkerProcess:
         ready in time, ConfigError if its check cannot be used."""
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "async_opd.roles.verifier.worker",
-                str(os.getpid()),
-                msgspec.json.encode(config).decode(),
+                *command("async_opd.roles.verifier.worker", config),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # A process group to kill, and no Ctrl-C meant for the parent.
                 start_new_session=True,
-                # Its threads' stacks would count as memory.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                env=environment(config),
             )
         except OSError as error:
             raise ActorLost(f"verifier worker: {error}") from error
@@ -66,28 +86,71 @@ class WorkerProcess:
     def alive(self) -> bool:
         return not self._killed and self._process.returncode is None
 
-    async def ask(self, check: Check, timeout_s: float) -> Verdict:
+    async def ask(self, check: Check, timeout_s: float, within_s: float | None = None) -> Verdict:
         """Ask for a verdict; unknown, and the worker killed, if it is late, dies or sends anything
-        else."""
+        else. What it sent is taken, also where the deadline passed while this process stood
+        still. A check that ends itself is told to do so `within_s`."""
+        self.used = True
+        began, cpu_s = time.monotonic(), self._state()[1]
         try:
-            async with within(timeout_s):
-                self._requests.write(frame(msgspec.msgpack.encode(check)))
-                await self._requests.drain()
-                verdict = msgspec.msgpack.decode(await self._receive(), type=Verdict)
-            if verdict.id != check.id:
-                raise WireError(f"{check.id}: the reply is for {verdict.id}")
+            verdict = await self._exchange_within(check, within_s or timeout_s, timeout_s)
+            self.took_s = time.monotonic() - began
+            self.late = verdict is not None and verdict.cause == LATE
+            if verdict is None:
+                self.late = True
+                in_time = self.took_s < (1 + SERVED) * timeout_s  # this process, at its deadline
+                self.hung = in_time and self._worked(cpu_s + SERVED * timeout_s)
+                raise TimeoutError
             return verdict
         except (
             TimeoutError,
             WireError,
             msgspec.MsgspecError,
-            UnicodeError,
             EOFError,
             ConnectionError,
         ) as error:
             return Verdict(
                 id=check.id, correct=None, cause=await self._kill_after(error, timeout_s)
             )
+
+    async def _exchange_within(
+        self, check: Check, within_s: float, timeout_s: float
+    ) -> Verdict | None:
+        """Return its verdict, or None where none came; the pipes are then free again."""
+        exchange = asyncio.ensure_future(self._exchange(check, within_s))
+        try:
+            await asyncio.wait([exchange], timeout=timeout_s)
+            return exchange.result() if exchange.done() else None
+        finally:
+            if not exchange.done():
+                exchange.cancel()
+                await asyncio.wait([exchange])
+
+    async def _exchange(self, check: Check, within_s: float) -> Verdict:
+        """Send the check and receive its verdict. Between them goes a number, and no id."""
+        number = f"{next(self._numbers)}"
+        sent = Check(id=number, response=sound(check.response), answer=sound(check.answer))
+        self._requests.write(frame(msgspec.msgpack.encode((sent, within_s))))
+        await self._requests.drain()
+        verdict = msgspec.msgpack.decode(await self._receive(), type=Verdict)
+        if verdict.id != number:
+            raise WireError(f"{check.id}: the reply is for another")
+        return msgspec.structs.replace(verdict, id=check.id)
+
+    def _worked(self, until_cpu_s: float) -> bool:
+        """Tell whether the worker is neither stopped nor still waiting for a core to run on, having
+        had one for less than `until_cpu_s` in all."""
+        state, cpu_s = self._state()
+        return state == "S" or (state in ("R", "D") and cpu_s >= until_cpu_s)
+
+    def _state(self) -> tuple[str, float]:
+        """Return the worker's state as /proc has it, and the time that it had on cores, in s."""
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text("utf-8", "replace")
+        except OSError:  # it is gone
+            return "", 0.0
+        fields = stat.rpartition(")")[2].split()
+        return fields[0], sum(map(int, fields[11:15])) / CLOCK_TICKS
 
     async def kill(self) -> None:
         """Kill the worker with its process group, and reap it. May be called again."""

@@ -25,6 +25,7 @@ from async_opd.core.errors import AsyncOpdError, ConfigError, DataError, first_l
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier import checks
 from async_opd.roles.verifier.config import VerifyConfig
+from async_opd.roles.verifier.process import command, environment
 from async_opd.roles.verifier.worker import MAX_REPLY, begin, frame
 
 START_S = 60.0  # for a process to import its check
@@ -89,14 +90,13 @@ class _Asker:
         self._timeout_s = config.timeout_s
         self.cause = ""  # why it did not answer
         self._pending = b""
-        settings = msgspec.json.encode(config).decode()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(os.getpid()), settings],
+            command(__name__, config),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # no Ctrl-C meant for the parent
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            env=environment(config),
         )
         reply = self._read(START_S)
         self.knows = reply == KNOWS  # False: the check has nothing to say of a reference

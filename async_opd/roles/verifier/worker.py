@@ -3,27 +3,31 @@ in JSON>`.
 
 Frames on its stdin and stdout are a 4-byte big-endian length, then msgpack. It sends one empty
 frame once its check is imported, or one with the text that says why it cannot be used, then one
-`Verdict` for each `Check`. It ends when stdin ends, or with its parent, even inside a C loop.
+`Verdict` for each `Check` and the seconds that it has. It ends when stdin ends, or with its parent,
+even inside a C loop.
 """
 
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from async_opd.core.errors import AsyncOpdError, ConfigError
+from async_opd.core.errors import AsyncOpdError, ConfigError, first_line
 from async_opd.core.foreign import foreign
 from async_opd.core.wire import Check, Verdict
-from async_opd.roles.verifier.checks import Decide, load
+from async_opd.roles.verifier.checks import Decide, Late, bounded, load
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 
 MAX_REPLY = 4096  # bytes
 MAX_REQUEST = 64 << 20
-LONGEST = 500  # characters of an answer that is passed on
+RAISED = "check raised "  # how a cause begins
+LATE = "late"  # the cause of a check that ended itself
+LONGEST = 500  # characters of an answer, or of a cause, that is passed on
 
 
 class Raised(AsyncOpdError):
@@ -35,7 +39,7 @@ def main(parent: int, config: VerifyConfig) -> None:
     limit = int(config.memory_gib * 2**30)
     requests, replies = begin(parent, limit)
     try:
-        decide = load(config)
+        decide, ends_itself = load(config), bounded(config.check)
     except ConfigError as error:
         replies.write(frame(f"{error}".encode(errors="replace")[:MAX_REPLY]))
         return
@@ -45,7 +49,8 @@ def main(parent: int, config: VerifyConfig) -> None:
         size = int.from_bytes(header, "big")
         if size > MAX_REQUEST:
             sys.exit(f"a request of {size} bytes, more than {MAX_REQUEST}")
-        verdict = run_check(msgspec.msgpack.decode(requests.read(size), type=Check), decide)
+        check, within_s = msgspec.msgpack.decode(requests.read(size), type=tuple[Check, float])
+        verdict = run_check(check, partial(decide, within_s=within_s) if ends_itself else decide)
         enforce_memory_limit(limit)
         replies.write(frame(msgspec.msgpack.encode(verdict)))
 
@@ -56,14 +61,23 @@ def run_check(check: Check, decide: Decide) -> Verdict:
         with foreign("check", Raised):
             decision = decide(check.response, check.answer)
     except AsyncOpdError as error:
+        if isinstance(error.__cause__, Late):
+            return Verdict(id=check.id, correct=None, cause=LATE)
         kind = type(error.__cause__ if isinstance(error, Raised) else error).__name__
-        return Verdict(id=check.id, correct=None, cause=f"check raised {kind}")
+        why = "" if isinstance(error, Raised) else f": {first_line(error)}"
+        cause = sound(f"{RAISED}{kind}{why}"[:LONGEST])
+        return Verdict(id=check.id, correct=None, cause=cause)
     correct, answer = decision if isinstance(decision, tuple) else (decision, None)
     return Verdict(
         id=check.id,
         correct=correct,
         answer=answer if answer is None or len(answer) <= LONGEST else "",
     )
+
+
+def sound(text: str) -> str:
+    """Put "?" for what no encoding has, halves of surrogate pairs."""
+    return text.encode(errors="replace").decode()
 
 
 def frame(body: bytes) -> bytes:

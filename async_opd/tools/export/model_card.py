@@ -116,16 +116,18 @@ def _method(objective: Objective) -> list[str]:
 
 def _accuracies(config: Config, checkpoint: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
     """List the greedy ones. That after training belongs to the last version."""
-    right, unknown, problems = checkpoint.state.counters.get("before", (0, 0, 0))
+    right, _, problems = checkpoint.state.counters.get("before", (0, 0, 0))
     if not problems or not config.eval:
         return {}
     accuracies = {
         "held-out problems": f"{problems} of `{_named(config.eval.path)}`",
-        "before": f"{right / max(problems - unknown, 1):.1%}",
+        "before": f"{right / problems:.1%}",
     }
     if summary.get("version") == checkpoint.state.version:
         after = summary["accuracy_after"]
         accuracies["after"] = "not measured" if after is None else f"{after:.1%}"
+        if (known := summary.get("eval_known")) is not None:
+            accuracies["verdicts known"] = f"{known:.1%}"
         accuracies |= {
             key.replace("_accuracy", "").replace("_", " ", 1): f"{share:.1%}"
             for key, share in summary.items()

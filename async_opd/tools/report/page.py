@@ -126,7 +126,8 @@ def _merits(run: Run) -> Iterator[tuple[str, str, str]]:
     summary = run.summary
     if isinstance(after := summary.get("accuracy_after"), float):
         value = f"{_share(summary.get('accuracy_before'))} → {_share(after)}"
-        yield value, "held-out accuracy", f"{summary.get('eval_problems')} problems"
+        known = f"{_share(summary.get('eval_known'))} of the verdicts known"
+        yield value, "held-out accuracy", f"{summary.get('eval_problems')} problems, {known}"
     if (kl := run.rows.get("kl")) is not None:
         value = f"{number(kl[0])} → {number(kl[-1])}"
         yield value, "KL to the teacher", "nats a token, first and last step"
@@ -155,6 +156,7 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("steps done", [number(run.rows["step"][-1]) for run in runs]),
         ("accuracy before", result("accuracy_before", _share)),
         ("accuracy after", result("accuracy_after", _share)),
+        ("verdicts known", result("eval_known", _share)),
         *((key.replace("_", " "), result(key, _share)) for key in _keys(runs, "teacher_accuracy")),
         (
             "final KL, nats",

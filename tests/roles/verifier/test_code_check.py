@@ -90,6 +90,10 @@ def decide(program: str, tests: dict) -> bool:
             {"test_list": ["assert f((1, 'a'), str) == [1]"]},
         ),
         ("def queue(x): return x", {"test_list": ["assert queue(1) == 1"]}),  # a module too
+        (f"{PAIR}def search(p): return p.a", {"test_list": ["assert search(Pair(1, 2)) == 1"]}),
+        ("def Extract(x): return x", {"test_list": ["assert Extract([1]) == [1]"]}),
+        ("def f(x): return x ** .5", {"test_list": ["assert isclose(f(2), sqrt(2))"]}),
+        ("def f(x): return [x, x]", {"test_list": ["assert Counter(f(1)) == Counter([1, 1])"]}),
     ],
 )
 def test_a_program_that_passes_all_tests_is_right(program, tests):
@@ -165,6 +169,57 @@ FORGERIES = {
 @pytest.mark.parametrize("program", FORGERIES.values(), ids=FORGERIES)
 def test_no_program_can_say_that_it_is_right(program):
     assert decide(program, ADD) is False
+
+
+ITERATED = {
+    "test_list": [
+        "assert all(map(lambda x: f(x) == x + 1, [1, 2]))",
+        "assert [*map(f, [])] == [] and not any(map(f, [1]))",
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "def f(x): raise StopIteration",
+        "def f(x): raise StopAsyncIteration",
+        "def f(x): raise GeneratorExit",
+        "class E(StopIteration): pass\ndef f(x): raise E",
+        'import os\ndef f(x):\n    os.write(4, b\'{"raised": "StopIteration"}\\n\')',
+        'import os\ndef f(x):\n    os.write(4, b\'{"raised": "SystemExit"}\\n\')',
+    ],
+)
+def test_what_ends_a_loop_does_not_pass_the_tests_of_it(program):
+    assert decide(program, ITERATED) is False
+
+
+@pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        ("def isclose(*a): return True", "assert isclose(f(2), 1.41)"),
+        ("def Counter(x): return 0", "assert Counter(f(1)) == Counter([1, 1])"),
+        ("def Near(x): return 0", "assert f(2) == Near(1.41)"),
+        ("class math:\n    isclose = lambda *a: True", "assert math.isclose(f(2), 1.41)"),
+    ],
+)
+def test_no_program_compares_its_own_answers(program, test):
+    assert decide(f"def f(x): return 0\n{program}", {"test_list": [test]}) is False
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert np.isclose(f(2), 1.41)",
+        "assert f(2) == pytest.approx(1.41)",
+        "assert almost_equal(f(2), 1.41)",
+        "assert f(2) == approx(1.41)",
+        "assert f(2) == EXPECTED",
+    ],
+)
+def test_tests_that_use_what_they_never_imported_are_refused_by_its_name(test):
+    with pytest.raises(DataError, match=r"np|pytest|almost_equal|approx|EXPECTED"):
+        code.read_reference(json.dumps({"test_list": [test]}))
 
 
 def test_a_builtin_of_the_programs_own_does_not_reach_the_tests():

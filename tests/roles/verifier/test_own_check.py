@@ -1,5 +1,7 @@
 """A function of the user's as the check."""
 
+import os
+
 import pytest
 
 from async_opd.core.errors import ConfigError
@@ -39,3 +41,27 @@ async def test_one_that_cannot_be_used_is_refused_at_start(start_pool, own_check
     own_check("LIMIT = 3")
     with pytest.raises(ConfigError, match=why):
         await start_pool(check=name)
+
+
+async def test_a_check_has_of_the_environment_what_it_needs_and_what_is_named(
+    start_pool, check, own_check, monkeypatch
+):
+    own_check("""
+import os
+def seen(response, answer):
+    return sorted({*os.environ} - {"LC_CTYPE"}) == response.split()
+""")
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "NAMED", "LD_PRELOAD_"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    passed = {"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH"} & {*os.environ}
+    for env in ((), ("NAMED", "NEVER_SET")):
+        pool = await start_pool(check="mine:seen", env=env)
+        names = sorted({"OPENBLAS_NUM_THREADS", *passed, *env} - {"NEVER_SET"})
+        assert (await pool.check(check(" ".join(names)))).correct is True
+
+
+async def test_a_check_lies_where_the_job_works(start_pool, check, monkeypatch, tmp_path):
+    (tmp_path / "beside.py").write_text("def right(response, answer):\n    return True")
+    monkeypatch.chdir(tmp_path)
+    assert (await (await start_pool(check="beside:right")).check(check())).correct is True

@@ -8,7 +8,8 @@ attribute. It is asked of every row before anything is sampled, in a process of 
 A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
 answer out of a response returns a pair of that and the answer: a text that checks as the response
 does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
-process.
+process. One of a module that has BOUNDED takes `within_s` too, and ends by then itself: it raises
+Late where that is not the whole deadline.
 """
 
 import importlib
@@ -20,8 +21,12 @@ from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.config import VerifyConfig
 
-Decide = Callable[[str, str], bool | tuple[bool, str]]
+Decide = Callable[..., bool | tuple[bool, str]]
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+class Late(Exception):
+    """A check that ended itself before it was decided."""
 
 
 def kinds() -> tuple[str, ...]:
@@ -39,6 +44,11 @@ def load(config: VerifyConfig) -> Decide:
     if users := USERS.fullmatch(config.check):
         return _load_users(config.check, *users.groups())
     return importlib.import_module(f"{__name__}.{config.check}").make(config)
+
+
+def bounded(check: str) -> bool:
+    """Tell whether `check` ends by its deadline itself, in a worker that goes on."""
+    return check in kinds() and hasattr(importlib.import_module(f"{__name__}.{check}"), "BOUNDED")
 
 
 def reference(config: VerifyConfig) -> Callable[[str], object] | None:

@@ -29,6 +29,7 @@ import msgspec
 from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
 from async_opd.roles.verifier.answers.response import after_thoughts
+from async_opd.roles.verifier.checks import Late
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.sandbox import test_driver
 from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, pipe, probe
@@ -36,6 +37,7 @@ from async_opd.roles.verifier.sandbox.program import PROCESSES, Program, pipe, p
 # Of the deadline of a check, for all tests of one response: a limit hit is wrong, a late verdict
 # unknown.
 SHARE = 0.8
+BOUNDED = True
 SPARE_BYTES = 65536  # output beyond twice what is expected
 BLOCK = re.compile(
     r"^[ \t]*+```[ \t]*+(\S*+)[^\n]*+\n(.*?)^[ \t]*+```[ \t]*+$", re.MULTILINE | re.DOTALL
@@ -88,7 +90,7 @@ class Mbpp(msgspec.Struct):
 STYLES = {"inputs": InOut, "entry_point": HumanEval, "test_list": Mbpp}
 
 
-def make(config: VerifyConfig) -> Callable[[str, str], bool]:
+def make(config: VerifyConfig) -> Callable[..., bool]:
     """Return the check, once a sandbox was tried. Raises ConfigError where there is none to be
     had."""
     limits = {
@@ -96,11 +98,15 @@ def make(config: VerifyConfig) -> Callable[[str, str], bool]:
         "memory": int(config.memory_gib * 2**30 / PROCESSES),
     }
     probe(**limits)
-    return lambda response, answer: check(
-        response,
-        answer,
-        partial(Program, **limits, deadline=time.monotonic() + SHARE * config.timeout_s),
-    )
+
+    def decide(response: str, answer: str, within_s: float = config.timeout_s) -> bool:
+        deadline = time.monotonic() + SHARE * within_s
+        right = check(response, answer, partial(Program, **limits, deadline=deadline))
+        if not right and within_s < config.timeout_s and time.monotonic() >= deadline:
+            raise Late
+        return right
+
+    return decide
 
 
 def check(response: str, answer: str, start: Callable[..., Program]) -> bool:
@@ -155,6 +161,9 @@ def read_reference(answer: str) -> InOut | HumanEval | Mbpp:
     for text in (*texts, *getattr(tests, "test_list", [])):
         with foreign(f"reference answer: tests {text[:200]!r} are no Python"):
             ast.parse(text)
+    if isinstance(tests, Mbpp):
+        with foreign("reference answer"):
+            test_driver.tested("\n".join([tests.test_setup_code, *tests.test_list]), "")
     return tests
 
 
@@ -221,6 +230,7 @@ def _answers(
             status = running.wait()
     if status == test_driver.UNUSABLE:
         raise DataError(
-            f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data"
+            f"reference answer: tests {tests[:200]!r} do not compile, or call with what is no data,"
+            " or use what they neither define nor import"
         )
     return status == 0

@@ -3,9 +3,8 @@ few of them.
 
 User, pid, network, mount, ipc and uts namespaces are made by an ordinary user where the host allows
 it, and by root in the same way: root's program runs as `NOBODY`, everyone else's as themselves, and
-either is `NOBODY` inside. Nothing of the host is seen but the interpreter and the system's
-libraries, read-only; there is no /proc, /dev or /etc. Linux 5.14 or newer, which counts the
-processes of a user in each namespace.
+either is `NOBODY` inside. Nothing of the host is seen but what Python needs, read-only; there is no
+/proc, /dev or /etc. Linux 5.14 or newer, which counts the processes of a user in each namespace.
 """
 
 import ctypes
@@ -13,10 +12,12 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 NOBODY = 65534
 PROGRAM = "/program.py"
+PACKAGES = ("site-packages", "dist-packages")  # in the standard library's folder
 CLONE_NEW = {
     "mount": 0x20000,
     "uts": 0x4000000,
@@ -37,16 +38,56 @@ AT_RECURSIVE = 0x8000
 READ_ONLY = 1 | 2 | 4  # without setuid files and devices too
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
-PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
+PR_SET_SECCOMP = 22
 SECCOMP_FILTER = 2
-# What no namespace or limit of a process covers: shmget, msgget, memfd_create, memfd_secret; socket
-# (a vsock leaves a virtual machine), io_uring_setup (it makes sockets too), add_key, request_key,
-# keyctl. Machine: (audit number, calls).
+
+# Calls that a program is refused, because no namespace and no limit of a process covers them: they
+# hold memory of the kernel, or memory that is mapped nowhere, as much as one likes, reach what is
+# not in a namespace, or leave something behind. Of each machine its number for an audit, and in one
+# order those of shmget, msgget, semget, mq_open; memfd_create; inotify_init1, fanotify_init;
+# userfaultfd; bpf, perf_event_open; socket (a vsock leaves a machine); add_key, request_key,
+# keyctl; io_setup; vmsplice, splice, tee; timer_create; and inotify_init, which aarch64 has not.
 UNCOVERED = {
-    "x86_64": (0xC000003E, (29, 68, 319, 447, 41, 425, 248, 249, 250)),
-    "aarch64": (0xC00000B7, (194, 186, 279, 447, 198, 425, 217, 218, 219)),
+    "x86_64": (
+        0xC000003E,
+        (
+            *(29, 68, 64, 240, 319, 294, 300, 323, 321, 298),
+            *(41, 248, 249, 250, 206, 278, 275, 276, 222, 253),
+        ),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (
+            *(194, 186, 190, 180, 279, 26, 262, 282, 280, 241),
+            *(198, 217, 218, 219, 0, 75, 76, 77, 107),
+        ),
+    ),
 }
+# io_uring_setup, io_uring_enter, io_uring_register (it makes sockets too); landlock_create_ruleset,
+# landlock_add_rule, landlock_restrict_self; memfd_secret. All machines number them alike.
+ALIKE = (425, 426, 427, 444, 445, 446, 447)
+NEWEST = 462  # mseal, of Linux 6.10: what newer ones do is not known here
+X32 = 0x40000000
+# By an argument. mmap of what is shared and has no file: it stays as a whole for as long as a page
+# of it is mapped. fcntl: locks of ranges of a file, of which there may be any number, and the size
+# of a pipe.
+MMAP = {"x86_64": 9, "aarch64": 222}
+SHARED_ANONYMOUS = 0x21
+FCNTL = {"x86_64": 72, "aarch64": 25}
+COMMANDS = (6, 7, 37, 38, 1031)  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETPIPE_SZ
+
+# Where a filter reads: the call, the machine, the low half of an argument.
+NUMBER, MACHINE = 0, 4
+LOAD = 0x20
+EQUAL = 0x15
+AT_LEAST = 0x35
+AND = 0x54
+RETURN = 0x06
+ALLOW = 0x7FFF0000
+KILL = 0x80000000
+REFUSE = 0x50000  # and an error's number
+EPERM, ENOSYS = 1, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,19 +126,18 @@ def die_with(parent: int) -> None:
         sys.exit("the parent of this process is gone")
 
 
-def furnish(program: str, megabytes: int) -> None:
-    """Makes a root of its own: what Python needs, the file PROGRAM, and /tmp, of that size, the one
-    place to write."""
+def furnish(program: str, megabytes: int, shown: Iterable[Path]) -> None:
+    """Makes a root of its own: the files, folders and links of `shown`, the file PROGRAM, and /tmp,
+    of that size, the one place to write."""
     size = f"size={megabytes}m,nr_inodes=1024".encode()
-    shown = _needed()
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     _call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size + b",mode=755")
     os.mkdir("/tmp/host")
     os.mkdir("/tmp/box")
     _call("pivot_root", b"/tmp", b"/tmp/host")
     os.chdir("/")
-    for folder in shown:
-        _show(folder)
+    for path in shown:
+        _show(path)
     Path(f"/box{PROGRAM}").write_text(program, encoding="utf-8", errors="surrogatepass")
     os.mkdir("/box/tmp")
     _call("umount2", b"/host", MNT_DETACH)
@@ -116,22 +156,21 @@ def furnish(program: str, megabytes: int) -> None:
     os.chdir("/tmp")
 
 
-def _needed() -> list[Path]:
-    """Lists folders of the interpreter and its libraries; of two, one in the other, the outer."""
-    roots = {
-        Path(root) for root in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64")
-    }
-    return [root for root in sorted(roots) if root.exists() and roots.isdisjoint(root.parents)]
-
-
-def _show(folder: Path) -> None:
-    source, target = Path(f"/host{folder}"), Path(f"/box{folder}")
+def _show(path: Path) -> None:
+    """Shows a file, a link or a folder where it lies; of a folder, not the packages in it."""
+    source, target = Path(f"/host{path}"), Path(f"/box{path}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
-    else:
+        return
+    if source.is_dir():
         target.mkdir()
-        _call("mount", bytes(source), bytes(target), None, MS_BIND | MS_REC, None)
+    else:
+        target.touch()
+    _call("mount", bytes(source), bytes(target), None, MS_BIND | MS_REC, None)
+    for packages in PACKAGES:
+        if (target / packages).is_dir():
+            _call("mount", b"none", bytes(target / packages), b"tmpfs", 0, b"size=0,nr_inodes=1")
 
 
 def become_nobody() -> None:
@@ -148,29 +187,44 @@ def gain_nothing() -> None:
 
 
 def refuse_uncovered_calls() -> None:
-    """Answers the calls of UNCOVERED with EPERM from here on, and kills for those of another
-    machine's numbering."""
+    """Answers the calls of UNCOVERED and their like with EPERM from here on, newer ones with
+    ENOSYS, and kills for those of another machine's numbering."""
     name = os.uname().machine
     if name not in UNCOVERED:
         raise OSError(0, f"its machine is {name}, and must be {' or '.join(UNCOVERED)}")
+    lines = [struct.pack("HBBI", *line) for line in _filter(name)]
+    code = ctypes.create_string_buffer(b"".join(lines))
+    filter_ = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code))
+    _call("prctl", PR_SET_SECCOMP, SECCOMP_FILTER, filter_, 0, 0)
+
+
+def _filter(name: str) -> Iterator[tuple[int, int, int, int]]:
+    """Writes the filter: operation, lines to pass over if so, if not so, and its operand."""
     machine, calls = UNCOVERED[name]
-    refused = [(0x15, i, 0, call) for i, call in zip(range(len(calls), 0, -1), calls, strict=True)]
-    program = [
-        (0x20, 0, 0, 4),  # load the machine
-        (0x15, 1, 0, machine),
-        (0x06, 0, 0, 0x80000000),  # kill
-        (0x20, 0, 0, 0),  # load the call
-        (0x35, len(calls) + 1, 0, 0x40000000),  # those of x32
-        *refused,
-        (0x06, 0, 0, 0x7FFF0000),  # allow
-        (0x06, 0, 0, 0x50001),  # refuse, with EPERM
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    _call(
-        "prctl",
-        PR_SET_SECCOMP,
-        SECCOMP_FILTER,
-        struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)),
-        0,
-        0,
-    )
+    yield LOAD, 0, 0, MACHINE
+    yield EQUAL, 1, 0, machine
+    yield RETURN, 0, 0, KILL
+    yield LOAD, 0, 0, NUMBER
+    yield AT_LEAST, 0, 1, X32
+    yield RETURN, 0, 0, REFUSE + EPERM
+    yield AT_LEAST, 0, 1, NEWEST + 1
+    yield RETURN, 0, 0, REFUSE + ENOSYS
+    for number in (*calls, *ALIKE):
+        yield EQUAL, 0, 1, number
+        yield RETURN, 0, 0, REFUSE + EPERM
+    yield EQUAL, 0, 5, MMAP[name]
+    yield LOAD, 0, 0, _argument(3)
+    yield AND, 0, 0, SHARED_ANONYMOUS
+    yield EQUAL, 0, 1, SHARED_ANONYMOUS
+    yield RETURN, 0, 0, REFUSE + EPERM
+    yield RETURN, 0, 0, ALLOW
+    yield EQUAL, 0, 2 * len(COMMANDS) + 1, FCNTL[name]
+    yield LOAD, 0, 0, _argument(1)
+    for command in COMMANDS:
+        yield EQUAL, 0, 1, command
+        yield RETURN, 0, 0, REFUSE + EPERM
+    yield RETURN, 0, 0, ALLOW
+
+
+def _argument(index: int) -> int:
+    return 16 + 8 * index

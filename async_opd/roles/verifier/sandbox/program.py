@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from async_opd.core.errors import ConfigError
-from async_opd.roles.verifier.sandbox import namespaces
+from async_opd.roles.verifier.sandbox import interpreter, namespaces
 
 PROCESSES = 4  # of a program, threads included
 FILE_MIB, FOLDER_MIB = 8, 16
 OPEN_FILES = 32
+SIGNALS = 128  # that wait to be taken
 # Without site-packages.
-PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")
+PYTHON = (interpreter.PYTHON, "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0")
 # Runs argv[1] as python does, with `exit` and `quit`, which -S takes away; it leaves no names.
 LAUNCH = (
     "__import__('site').setquit(); __import__('sys').argv.pop(0); "
@@ -56,6 +57,7 @@ class Program:
         self._isolated = isolated
         self._memory = memory
         self._deadline = deadline
+        self._shown = interpreter.needed() if isolated else ()
         self._folder = None if isolated else tempfile.mkdtemp()
         self._ours = 1 if os.geteuid() == 0 else 2  # of our processes count as the program's user
 
@@ -144,7 +146,7 @@ class Program:
 
     def _first(self, tell: int, lives: int) -> None:
         """Becomes the first process of the pid namespace, which with it comes to its end."""
-        namespaces.furnish(self._source, FOLDER_MIB)
+        namespaces.furnish(self._source, FOLDER_MIB, self._shown)
         namespaces.become_nobody()
         namespaces.die_with(0)  # what an outsider is called
         if select.select([lives], [], [], 0)[0]:
@@ -169,6 +171,8 @@ class Program:
             (resource.RLIMIT_NOFILE, OPEN_FILES),
             (resource.RLIMIT_NPROC, PROCESSES + self._ours),
             (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_SIGPENDING, SIGNALS),
+            (resource.RLIMIT_MSGQUEUE, 0),
         ):
             resource.setrlimit(limit, (value, value))
         os.execve(PYTHON[0], [*PYTHON, "-c", LAUNCH, path], {})

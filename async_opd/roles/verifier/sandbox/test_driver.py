@@ -5,7 +5,9 @@ Standard library only.
 to call with which values, and the value that came of it. The program meets neither the tests nor
 what they expect, and the verdict is the exit status of the tests' process. So there is nothing that
 a program could say to be right: it may print, exit, patch and redefine as it likes in a process
-that decides nothing, and what it answers are values, never objects with an `==` of their own.
+that decides nothing, and what it answers are values, never objects with an `==` of their own. Of
+what the tests call it defines one function, and classes whose instances are no values: it has no
+part in how an answer is compared.
 """
 
 import ast
@@ -29,10 +31,15 @@ DATA: dict[str, type] = {
 # By the program, and again where its tests run, which may wait for it; any other ends the program.
 RAISED = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
-    *(RuntimeError, StopIteration, TypeError, ValueError),
+    *(RuntimeError, TypeError, ValueError),
 )
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 UNUSABLE = 3  # exit status of tests that do not compile, or hand the program what cannot be sent
+# Who offers what tests may call without an import, as they were written behind one.
+OFFERS = (
+    *("math", "collections", "itertools", "functools", "heapq", "bisect", "re", "copy", "string"),
+    *("operator", "random", "statistics", "fractions", "decimal", "datetime", "cmath", "typing"),
+)
 
 
 def serve(program: str, requests: int, replies: int, prelude: str) -> None:
@@ -64,11 +71,11 @@ def serve(program: str, requests: int, replies: int, prelude: str) -> None:
 
 
 def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -> None:
-    """Run `setup`, then `tests`, and fail with them. The function `entry` is the program's, and
-    so is each name that nothing else defines."""
+    """Run `setup`, then `tests`, and fail with them. The function `entry` is the program's, or what
+    `tested` says."""
     try:
         code = [compile(source, "tests", "exec") for source in (setup, tests)]
-        foreign, called = _foreign(f"{setup}\n{tests}")
+        names, wanted = tested(f"{setup}\n{tests}", entry)
     except (SyntaxError, ValueError):
         os._exit(UNUSABLE)
     asked, answered = os.fdopen(requests, "w"), os.fdopen(replies)
@@ -82,26 +89,19 @@ def run_tests(setup: str, tests: str, entry: str, requests: int, replies: int) -
             os._exit(1)
         if "raised" in reply:
             kind = getattr(builtins, reply["raised"], None)
+            # None that means something to a loop, as StopIteration does, or that ends this process.
             raise (
                 kind
-                if isinstance(kind, type) and issubclass(kind, Exception)
+                if isinstance(kind, type) and issubclass(kind, RAISED)
                 else RuntimeError(reply["raised"])
             )
         return _unpack(reply["value"], lambda id: _Theirs(ask, id))
 
-    names: dict[str, object] = {"__name__": "tests"}
-    for name in foreign:
-        try:
-            names[name] = (
-                importlib.import_module(name)
-                if name in sys.stdlib_module_names and name not in called
-                else ask("get", name)
-            )
-        except KeyError:
-            continue
+    names["__name__"] = "tests"
+    function, *classes = [(name, ask("get", name)) for name in wanted] or [("", None)]
+    names |= dict([function, *((name, _class(kind)) for name, kind in classes)])
     exec(code[0], names)
-    if entry:
-        names[entry] = ask("get", entry)
+    names |= dict([function])  # which `setup` may define, for the program to go on with
     exec(code[1], names)
 
 
@@ -124,10 +124,56 @@ class _Theirs:
         self._ask("setattr", self, name, value)
 
 
+def _class(kind: object) -> Callable[..., object]:
+    """Let the program's `kind` make objects of its own, and nothing that equals a value."""
+
+    def made(*args: object, **named: object) -> object:
+        instance = kind(*args, **named)  # type: ignore[operator]
+        if not isinstance(instance, _Theirs):
+            os._exit(1)
+        return instance
+
+    return made
+
+
 def _id(value: object) -> int:
     if not isinstance(value, _Theirs):
         os._exit(UNUSABLE)
     return value._id
+
+
+def tested(source: str, entry: str) -> tuple[dict[str, object], list[str]]:
+    """What tests use and do not define: names of the standard library, with their values, and those
+    of the program: what is tested, `entry` or the one function or class that they call, then
+    classes of its arguments. Raises ValueError where others are left: whatever the program took for
+    them, it would have a say in its verdict."""
+    foreign, called = _foreign(source)
+    ours = [] if entry else [name for name in foreign if name in called]
+    if len(ours) > 1:
+        functions = [name for name in ours if not name[0].isupper()]
+        if len(functions) > 1:
+            functions = [name for name in functions if _offered(name) is None]
+        if len(functions) != 1:
+            raise ValueError(f"tests call {' and '.join(ours)}, and define and import none of them")
+        classes = (name for name in ours if name[0].isupper() and _offered(name) is None)
+        ours = [*functions, *classes]
+    names: dict[str, object] = {}
+    for name in foreign:
+        if name in ours or name == entry or hasattr(builtins, name):
+            continue
+        if name in sys.stdlib_module_names and name not in called:
+            names[name] = importlib.import_module(name)
+        else:
+            names[name] = _offered(name)
+            if names[name] is None:
+                raise ValueError(f"tests use {name}, and neither define nor import it")
+    return names, [entry] if entry else ours
+
+
+def _offered(name: str) -> object:
+    """What a module of OFFERS has by that name, or None."""
+    modules = map(importlib.import_module, OFFERS)
+    return next((vars(module)[name] for module in modules if name in vars(module)), None)
 
 
 def _foreign(source: str) -> tuple[list[str], set[str]]:
@@ -140,6 +186,7 @@ def _foreign(source: str) -> tuple[list[str], set[str]]:
         | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         | {n.arg for n in nodes if isinstance(n, ast.arg)}
         | {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+        | {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
     )
     foreign = sorted(used - defined)
     called = {
