@@ -9,11 +9,12 @@ is 1.
 """
 
 import argparse
-from pathlib import Path
+
+from async_opd.cli.options import path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
+    parser.add_argument("run_dir", type=path, metavar="RUN", help="its directory")
     parser.add_argument("--json", action="store_true", help="the books as one object")
 
 

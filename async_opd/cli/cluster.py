@@ -8,16 +8,15 @@ the disk that all nodes share.
 """
 
 import argparse
-from pathlib import Path
 
-from async_opd.cli.options import OVERRIDES, count, write
+from async_opd.cli.options import OVERRIDES, count, path, write
 from async_opd.tools.cluster_files import KINDS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd cluster render --kind KIND CONFIG [key=value ...] [-o FILE] [options]"
     parser.add_argument("render", choices=["render"], metavar="render", help="what is to be done")
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    parser.add_argument("config", type=path, metavar="CONFIG", help="a TOML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     parser.add_argument("--kind", required=True, choices=KINDS, help="of file")
     parser.add_argument(
@@ -29,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the container, as the nodes pull it",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="else it is printed")
+    parser.add_argument("-o", "--output", type=path, metavar="FILE", help="else it is printed")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,8 +24,8 @@ Two results of the same problems and settings are compared by paired resamples:
 import argparse
 import asyncio
 import json
-from pathlib import Path
 
+from async_opd.cli.options import path
 from async_opd.core.errors import ConfigError
 
 USAGE = """async-opd eval MODEL --data PATH [--k K] [--out FOLDER] [key=value ...]
@@ -40,7 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     short = {"dest": "settings", "action": "append", "default": []}
     data, out = (
-        lambda text, key=key: f"{key}={json.dumps(text)}" for key in ("data.path", "run.dir")
+        lambda text, key=key: f"{key}={json.dumps(text, ensure_ascii=False)}"
+        for key in ("data.path", "run.dir")
     )
     parser.add_argument(
         "--data",
@@ -60,7 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         **short,
     )
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="FOLDER", help="two results of the same problems"
+        "--compare", nargs=2, type=path, metavar="FOLDER", help="two results of the same problems"
     )
 
 

@@ -10,15 +10,16 @@ you publish it.
 """
 
 import argparse
-from pathlib import Path
+
+from async_opd.cli.options import path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN", help="its directory, or one of its checkpoints"
+        "run_dir", type=path, metavar="RUN", help="its directory, or one of its checkpoints"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="a new folder; RUN/export where absent"
+        "-o", "--output", type=path, metavar="DIR", help="a new folder; RUN/export where absent"
     )
     parser.add_argument(
         "--checkpoint", metavar="N|best", help="that of step N, or the one with the best score"

@@ -6,9 +6,12 @@ wait for torch.
 """
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.reading import looked_up
 
 OVERRIDES = "settings of the config to replace, such as learner.lr=1e-4"
 ADDRESS = (
@@ -24,9 +27,27 @@ def count(text: str) -> int:
     return int(text)
 
 
+def path(text: str) -> Path:
+    """Parse a word of the command line that names a file or folder, which need not be there."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': a path must not be empty")
+    looked_up(repr(text), text)
+    return Path(text)
+
+
 def write(path: Path, text: str) -> None:
-    """Leave at `path` what a command was asked for. Raises ConfigError."""
+    """Leave at `path` what a command was asked for: whole, or what was there before. Raises
+    ConfigError."""
+    from async_opd.core.files import partial, write_file
+
+    content = text.encode(errors="backslashreplace")
+    place = Path(os.path.realpath(path))  # a link stays one
     try:
-        path.write_text(text, encoding="utf-8")
+        if not place.exists() or place.is_file():
+            write_file(place, content)
+        else:
+            path.write_bytes(content)  # a pipe or a terminal, such as /dev/stdout
     except OSError as e:
+        with suppress(OSError):
+            partial(place).unlink()
         raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e

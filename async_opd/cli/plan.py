@@ -14,14 +14,13 @@ hub nor data is asked: shapes of common models are shipped.
 import argparse
 import math
 from contextlib import suppress
-from pathlib import Path
 
-from async_opd.cli.options import OVERRIDES, count
+from async_opd.cli.options import OVERRIDES, count, path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "async-opd plan CONFIG [key=value ...] [--offline] [--json] [options]"
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    parser.add_argument("config", type=path, metavar="CONFIG", help="a TOML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     parser.add_argument("--offline", action="store_true", help="ask neither hub nor data")
     parser.add_argument("--json", action="store_true", help="the plan as one object")
@@ -34,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument(
-        "--like", type=Path, metavar="RUN", help="a short run's directory, to take rates from"
+        "--like", type=path, metavar="RUN", help="a short run's directory, to take rates from"
     )
     rates.add_argument(
         "--rates", metavar="ROLE=RATE,…", help="tokens/s of one generator, teacher and learner rank"

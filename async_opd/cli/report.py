@@ -10,17 +10,16 @@ another, with the settings in which they differ.
 """
 
 import argparse
-from pathlib import Path
 
-from async_opd.cli.options import write
+from async_opd.cli.options import path, write
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="its directory")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="its directory")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE.html",
         help="absent: report.html of the first run",
     )

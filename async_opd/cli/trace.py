@@ -11,15 +11,14 @@ how many steps are kept, at least.
 """
 
 import argparse
-from pathlib import Path
 
-from async_opd.cli.options import write
+from async_opd.cli.options import path, write
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="its directory")
+    parser.add_argument("run_dir", type=path, metavar="RUN", help="its directory")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="where to; RUN/trace.json where absent"
+        "-o", "--output", type=path, metavar="FILE", help="where to; RUN/trace.json where absent"
     )
 
 

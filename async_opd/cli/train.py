@@ -16,8 +16,9 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from async_opd.cli.options import OVERRIDES
+from async_opd.cli.options import OVERRIDES, path
 from async_opd.core.errors import ConfigError
+from async_opd.core.reading import refused
 
 if TYPE_CHECKING:
     from async_opd.config.schema import Config
@@ -30,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", metavar="CONFIG", help="the config, a TOML file; then " + OVERRIDES
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="a run's directory, or one of its checkpoints"
+        "--resume", type=path, metavar="RUN", help="a run's directory, or one of its checkpoints"
     )
 
 
@@ -54,7 +55,9 @@ def to_resume(
     from async_opd.core.run_dir import run_of
     from async_opd.driver.checkpoints import find
 
-    config, checkpoint = load_run(run_of(path), overrides, elsewhere=elsewhere), find(path)
+    with refused(f"--resume {path}"):
+        config = load_run(run_of(path), overrides, elsewhere=elsewhere)
+        checkpoint = find(path)
     if (step := checkpoint.state.version) >= config.run.steps:
         raise ConfigError(
             f"run.steps = {config.run.steps}: must be larger to go on: {checkpoint.folder} is of"

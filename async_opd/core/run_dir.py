@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from async_opd.core.reading import opened
+
 CONFIG = "config.json"  # the config as it was asked for
 ENVIRONMENT = "environment.json"  # commit and versions
 METRICS = "metrics.jsonl"  # a row a step
@@ -51,7 +53,7 @@ def read_lines(
     complete: it counts as not there.
     """
     end = 0
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 torn(number)
@@ -59,6 +61,8 @@ def read_lines(
             end += len(line)
             try:
                 record = decode(line)
+            except RecursionError as e:  # JSON that is nested too deep
+                damaged(number, ValueError(f"{e}"))
             except ValueError as e:  # msgspec's own among them
                 damaged(number, e)
             else:

@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError
+from async_opd.core.reading import content_of, opened
 from async_opd.core.run_dir import CHECKPOINT, CHECKPOINTS, MANIFEST, MODEL, STATE, checkpoint_at
 
 
@@ -56,7 +57,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, folder: Path, name: str) -> "_File":
         """Describe the file of that name in `folder`."""
-        with (folder / name).open("rb") as file:
+        with opened(folder / name) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(name, os.fstat(file.fileno()).st_size, sha256)
 
@@ -185,7 +186,7 @@ def _verified(folder: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder}: its writing was never finished")
     name = MANIFEST
     try:
-        for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[_File]):
+        for expected in msgspec.json.decode(content_of(folder / MANIFEST), type=list[_File]):
             name = expected.name
             file = _File.of(folder, name)
             if file.size != expected.size:
@@ -193,12 +194,13 @@ def _verified(folder: Path) -> Checkpoint:
             if file.sha256 != expected.sha256:
                 raise refused(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
-        return Checkpoint(folder, msgspec.json.decode((folder / STATE).read_bytes(), type=RunState))
+        state = msgspec.json.decode(content_of(folder / STATE), type=RunState)
+        return Checkpoint(folder, state)
     except FileNotFoundError:
         raise refused(name, "is missing") from None
     except OSError as e:
         raise refused(name, f"cannot be read: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise refused(name, f"is damaged: {e}") from e
 
 
@@ -233,8 +235,12 @@ def _best(root: Path) -> int | None:
 
 def _score(folder: Path) -> float | None:
     try:
-        return msgspec.json.decode((folder / STATE).read_bytes(), type=RunState).score
-    except (OSError, ValueError):  # damaged: no reason to stop training, nor to keep it
+        return msgspec.json.decode(content_of(folder / STATE), type=RunState).score
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # damaged: no reason to stop training, nor to keep it
         return None
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.core.events import EventSink
-from async_opd.core.process_wide import log_level, sigterm_as_before
+from async_opd.core.process_wide import log_level, signals_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
 POLL_S = 1.0  # between two looks for room
@@ -27,7 +28,8 @@ def start_ray() -> None:
     thread only."""
     if ray.is_initialized():
         return
-    with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
+    # ray.init takes SIGTERM for an exit at once
+    with ExitStack() as undo, signals_as_before(signal.SIGTERM):
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(ray.shutdown)
         try:

@@ -13,6 +13,8 @@ from msgspec import Struct
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.foreign import foreign
+from async_opd.core.reading import content_of
 from async_opd.core.run_dir import CONFIG, METRICS, decode_row, read_lines
 
 # its name in a row, that of its tokens, and the states in which it waits for no other role
@@ -80,13 +82,18 @@ def parse_rates(text: str) -> dict[str, float]:
 def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]]:
     """Measure the rates of a run's members at work; return them, and the settings that they hang on
     and `config` has otherwise. Raises RunMissing where `run_dir` holds no rows."""
-    try:
-        then = json.loads((run_dir / CONFIG).read_bytes())
+    needs = f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl"
+    with foreign(needs, RunMissing):
+        then = json.loads(content_of(run_dir / CONFIG))
         rows = [row for _, row in read_lines(run_dir / METRICS, decode_row)]
-    except (OSError, ValueError) as e:
-        raise RunMissing(
-            f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl: {e}"
-        ) from e
+        # whose keys may be those of another version, or of somebody else
+        return _measured(run_dir, then, rows, config)
+
+
+def _measured(
+    run_dir: Path, then: dict[str, Any], rows: list[dict[str, Any]], config: Config
+) -> tuple[dict[str, float], list[str]]:
+    """Measure by the `rows` of the run whose config was `then`."""
     if len(rows) <= WARM:
         raise RunMissing(
             f"{run_dir}: --like needs more than {WARM} steps, the first are slow; it has"

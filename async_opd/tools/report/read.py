@@ -2,16 +2,19 @@
 never an error."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from async_opd.core.errors import RunMissing
+from async_opd.core.reading import content_of, refused
 from async_opd.core.run_dir import (
     CONFIG,
     ENVIRONMENT,
@@ -54,10 +57,15 @@ class Run:
 def read(folder: Path, name: str, rollouts: int) -> Run:
     """Read the run in `folder` with at most so many `rollouts`. Raises RunMissing where there is
     none, or not a step yet."""
-    if not folder.is_dir():
-        raise RunMissing(
-            f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
-        )
+    with refused(f"{folder}", RunMissing):
+        if not folder.is_dir():
+            raise RunMissing(
+                f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
+            )
+        return _run(folder, name, rollouts)
+
+
+def _run(folder: Path, name: str, rollouts: int) -> Run:
     run = Run(folder, name)
     if not (folder / METRICS).is_file():
         raise RunMissing(
@@ -79,13 +87,15 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
 
 def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
     try:
-        tree = json.loads((run.folder / file).read_text(encoding="utf-8"))
+        tree = json.loads(content_of(run.folder / file).decode())
         if isinstance(tree, dict):
             return tree
         run.remarks.append(f"{file} is no JSON object: left out")
     except FileNotFoundError:
         run.remarks.append(f"{file} is not there: {absent}")
-    except ValueError as e:
+    except OSError as e:
+        run.remarks.append(f"{file} cannot be read: left out ({e.strerror})")
+    except (ValueError, RecursionError) as e:
         run.remarks.append(f"{file} is not JSON: left out ({e})")
     return {}
 
@@ -138,10 +148,13 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
 def _numbers(rows: list[list[Any]]) -> np.ndarray:
     try:
         return np.array(rows, float)  # None becomes NaN
-    except (TypeError, ValueError):
-        return np.array(
-            [[x if isinstance(x, int | float) else np.nan for x in row] for row in rows], float
-        )
+    except (TypeError, ValueError, OverflowError):
+        return np.array([[as_number(x) for x in row] for row in rows], float)
+
+
+def as_number(x: Any) -> float:
+    """Return what is a number; NaN for anything else, and for what is larger than a float."""
+    return float(x) if isinstance(x, int | float) and abs(x) <= float_info.max else math.nan
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
@@ -159,7 +172,8 @@ def _checkpoints(ledger: Path) -> list[int]:
         for _, line in read_lines(ledger, bytes)
         if line.startswith(b'["checkpoint"')
     )
-    return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
+    steps = (parts[2] for parts in entries if len(parts) == 3)
+    return sorted({int(step) for step in steps if step.isdigit() and len(step) < 16})
 
 
 class _Step(msgspec.Struct):

@@ -8,8 +8,11 @@ import msgspec
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
+from async_opd.core.reading import refused
 from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, decode_row, read_lines
 from async_opd.telemetry.spans import Line, Of
+
+LATEST = 1e11  # seconds of Unix time: the year 5138
 
 
 class State(NamedTuple):
@@ -43,11 +46,14 @@ class Recording(NamedTuple):
 def recorded(run_dir: Path) -> Recording:
     """Read what there is of the run, which may be at work. Raises RunMissing."""
     read_run(run_dir, dict)
+    with refused(f"{run_dir}", RunMissing):
+        return _recorded(run_dir)
+
+
+def _recorded(run_dir: Path) -> Recording:
     damaged: list[str] = []
     lines = [
-        line
-        for name in (EARLIER_SPANS, SPANS)
-        for line in _records(run_dir / name, msgspec.json.Decoder(Line).decode, damaged)
+        line for name in (EARLIER_SPANS, SPANS) for line in _records(run_dir / name, _line, damaged)
     ]
     if not lines:
         why = (
@@ -56,8 +62,26 @@ def recorded(run_dir: Path) -> Recording:
         )
         raise RunMissing(f"{run_dir / SPANS}: no spans: {why}")
     first, last = lines[0].since + lines[0].epoch, lines[-1].until + lines[-1].epoch
-    events = _records(run_dir / EVENTS, decode_row, damaged)
+    events = _records(run_dir / EVENTS, _event, damaged)
     return Recording(lines, [event for event in events if first <= event["time"] <= last], damaged)
+
+
+def _line(text: bytes) -> Line:
+    """Decode a line. Raises ValueError, also for a time that is none."""
+    line = msgspec.json.decode(text, type=Line)
+    moments = [line.epoch, line.since, line.until, *(start for _, _, start in line.states)]
+    moments += [moment for _, _, _, *ends in line.calls for moment in ends]
+    if wrong := next((moment for moment in moments if abs(moment) > LATEST), None):
+        raise ValueError(f"{wrong:g}: no time in seconds")
+    return line
+
+
+def _event(text: bytes) -> dict[str, Any]:
+    """Decode an event. Raises ValueError, also for one without its time."""
+    event = decode_row(text)
+    if type(event.get("time")) not in (int, float):
+        raise ValueError("an event without its time")
+    return event
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
