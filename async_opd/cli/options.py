@@ -35,9 +35,9 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def write(path: Path, text: str) -> None:
-    """Leave at `path` what a command was asked for: whole, or what was there before. Raises
-    ConfigError."""
+def write(path: Path, text: str) -> int:
+    """Leave at `path` what a command was asked for: whole, or what was there before. Return its
+    bytes. Raises ConfigError."""
     from async_opd.core.files import partial, write_file
 
     content = text.encode(errors="backslashreplace")
@@ -51,3 +51,4 @@ def write(path: Path, text: str) -> None:
         with suppress(OSError):
             partial(place).unlink()
         raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+    return len(content)

@@ -12,10 +12,11 @@ hub nor data is asked: shapes of common models are shipped.
 """
 
 import argparse
-import math
 from contextlib import suppress
 
 from async_opd.cli.options import OVERRIDES, count, path
+
+MOST_GIB = 1_000_000  # of a GPU
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _size(text: str) -> float:
     with suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= MOST_GIB:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0")
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0 and <= {MOST_GIB}")

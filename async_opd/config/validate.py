@@ -4,6 +4,7 @@ spelling."""
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,12 +61,10 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
 
 
 def _check_value(path: str, value: Any, type_: Any) -> None:
-    try:
-        msgspec.convert(value, type_)
-        if value != "" and _sound(value):
+    if value != "" and _sound(value):
+        with suppress(msgspec.ValidationError):
+            msgspec.convert(value, type_)
             return
-    except msgspec.ValidationError:
-        pass
     info = inspect.type_info(type_)
     if isinstance(info, inspect.LiteralType):
         raise ConfigError(wrong(path, value, info.values))

@@ -160,7 +160,7 @@ def choose(run_dir: Path, which: str) -> Checkpoint:
     """Find the checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as
     `find` does."""
     folders, best = committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
-    step = best if which == "best" else int(which) if which.isdecimal() else None
+    step = best if which == "best" else int(which) if re.fullmatch(r"\d{1,18}", which) else None
     if step not in folders:
         there = ", ".join(
             f"{step} (best)" if step == best else f"{step}" for step in sorted(folders)

@@ -32,6 +32,7 @@ SLOWER = {  # settings that rates hang on
     "concurrency",
     "gradient_checkpointing",
 }
+RATES = (1e-3, 1e12)  # tokens a second that are believed
 WARM = 3  # first steps of a run, which are slow
 
 
@@ -67,14 +68,18 @@ def balance(config: Config, rates: dict[str, float], source: str, differs: list[
 
 def parse_rates(text: str) -> dict[str, float]:
     """Parse rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
-    allowed = f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}"
+    low, high = RATES
+    allowed = (
+        f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}, each from"
+        f" {low:g} to {high:g}"
+    )
     try:
         rates = {
             role: float(rate) for role, _, rate in (part.partition("=") for part in text.split(","))
         }
     except ValueError as e:
         raise ConfigError(allowed) from e
-    if set(rates) != set(ROLES) or not all(0 < rate < float("inf") for rate in rates.values()):
+    if set(rates) != set(ROLES) or not all(low <= rate <= high for rate in rates.values()):
         raise ConfigError(allowed)
     return rates
 

@@ -2,12 +2,10 @@
 never an error."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from sys import float_info
 from typing import Any
 
 import msgspec
@@ -31,6 +29,8 @@ from async_opd.core.suggest import beside
 
 ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
 CHUNK = 1000  # rows that become numbers at once
+LARGEST = 1e30  # number that is drawn
+DEEPEST = 20  # sections of a config in one another that are told apart
 
 
 @dataclass
@@ -72,14 +72,19 @@ def _run(folder: Path, name: str, rollouts: int) -> Run:
             f"{folder}: no {METRICS} in it: it is no run directory, or no step is done yet"
         )
     run.config = dict(_flat(_json(run, CONFIG)))
-    run.environment = _json(run, ENVIRONMENT)
-    run.summary = _json(run, SUMMARY, "the run has not ended")
-    run.rows = _columns(_records(run, METRICS))
+    run.environment = _made_with(_json(run, ENVIRONMENT))
+    summary = _json(run, SUMMARY, "the run has not ended")
+    run.summary = {key: value for key, value in summary.items() if _is_number(value)}
+    run.rows = _columns(row for row in _records(run, METRICS) if _is_number(row.get("step")))
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: {METRICS} holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
     events = _records(run, EVENTS) if (folder / EVENTS).is_file() else ()
-    run.events = [event for event in events if event.get("what") not in ROUTINE]
+    run.events = [
+        event if _is_number(event.get("step")) else event | {"step": None}
+        for event in events
+        if event.get("what") not in ROUTINE
+    ]
     run.checkpoints = _checkpoints(folder / LEDGER)
     _read_rollouts(run, rollouts)
     return run
@@ -100,8 +105,19 @@ def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
     return {}
 
 
+def _made_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """Take commit and versions of a run's environment, as far as they are what they should be."""
+    commit, versions = tree.get("commit"), tree.get("versions")
+    return {
+        "commit": commit if isinstance(commit, str) else None,
+        "versions": {name: f"{version}" for name, version in versions.items()}
+        if isinstance(versions, dict)
+        else {},
+    }
+
+
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict) and tree:
+    if isinstance(tree, dict) and tree and path.count(".") < DEEPEST:
         for key, value in tree.items():
             yield from _flat(value, f"{path}.{key}" if path else key)
     else:
@@ -127,8 +143,8 @@ def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Collect the numbers of all `records` by key; whatever else there is, and what is infinite,
-    counts as absent."""
+    """Collect the numbers of all `records` by key; whatever else there is, and what is too large to
+    be drawn, counts as absent."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     count = 0
     for keys, alike in groupby(records, tuple):
@@ -140,7 +156,7 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
     for key, chunks in parts.items():
         for start, values in chunks:
             columns[key][start : start + len(values)] = np.where(
-                np.isfinite(values), values, np.nan
+                np.abs(values) < LARGEST, values, np.nan
             )
     return columns
 
@@ -149,12 +165,11 @@ def _numbers(rows: list[list[Any]]) -> np.ndarray:
     try:
         return np.array(rows, float)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        return np.array([[as_number(x) for x in row] for row in rows], float)
+        return np.array([[x if _is_number(x) else np.nan for x in row] for row in rows], float)
 
 
-def as_number(x: Any) -> float:
-    """Return what is a number; NaN for anything else, and for what is larger than a float."""
-    return float(x) if isinstance(x, int | float) and abs(x) <= float_info.max else math.nan
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and abs(x) < LARGEST
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
@@ -176,20 +191,29 @@ def _checkpoints(ledger: Path) -> list[int]:
     return sorted({int(step) for step in steps if step.isdigit() and len(step) < 16})
 
 
-class _Step(msgspec.Struct):
+class _Sample(msgspec.Struct):
+    """Of a line of samples.jsonl: what every rollout on the page has."""
+
     step: int
+    id: str
+    prompt: str
+    tokens: list[str]
+    prompt_cut: int = 0
+    cut: int = 0
+    truncated: bool = False
+    correct: bool | None = None
 
 
 def _read_rollouts(run: Run, most: int) -> None:
     """Choose evenly over the recorded steps, the first and the last among them. Of the others only
-    the step is decoded."""
+    what the page needs is decoded."""
     path = run.folder / SAMPLES
     if not path.is_file():
         run.remarks.append(
             f"{path.name} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    ends = [end for end, _ in _lines(run, SAMPLES, msgspec.json.Decoder(_Step).decode)]
+    ends = [end for end, _ in _lines(run, SAMPLES, msgspec.json.Decoder(_Sample).decode)]
     places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
     chosen = {ends[place] for place in places}
     run.rollouts = [

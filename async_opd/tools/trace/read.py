@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
 from async_opd.core.reading import refused
-from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, decode_row, read_lines
+from async_opd.core.run_dir import EARLIER_SPANS, EVENTS, SPANS, read_lines
 from async_opd.telemetry.spans import Line, Of
 
 LATEST = 1e11  # seconds of Unix time: the year 5138
@@ -76,12 +77,18 @@ def _line(text: bytes) -> Line:
     return line
 
 
+class _Event(Struct):
+    """Of a line of events.jsonl: what is drawn."""
+
+    time: float
+    who: str
+    what: str
+    why: str = ""
+
+
 def _event(text: bytes) -> dict[str, Any]:
-    """Decode an event. Raises ValueError, also for one without its time."""
-    event = decode_row(text)
-    if type(event.get("time")) not in (int, float):
-        raise ValueError("an event without its time")
-    return event
+    """Decode an event. Raises ValueError."""
+    return msgspec.to_builtins(msgspec.json.decode(text, type=_Event))
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
