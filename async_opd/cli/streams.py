@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 MOST = 2000  # characters of the line of a mistake
 
@@ -33,6 +34,8 @@ def drop_output() -> str:
     nothing where all has left."""
     try:
         sys.stdout.flush()
+        with suppress(io.UnsupportedOperation):  # no file
+            os.write(sys.stdout.fileno(), b"")  # what is not buffered is lost by now
         return ""
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

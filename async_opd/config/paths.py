@@ -13,7 +13,7 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
-from async_opd.core.reading import content_of, looked_up
+from async_opd.core.reading import content_of, looked_up, refused
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
 
@@ -25,6 +25,8 @@ def check_data(key: str, path: str, elsewhere: bool = False) -> None:
     """Refuse data that is not there in a known format, and can be no hub id and lie nowhere
     else."""
     file = local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
+    if file and not file.is_file() and not file.is_dir():
+        raise ConfigError(f"{key} = {path!r}: is neither a file nor a folder")
     if file and file.is_file() and file.suffix not in FILE_READERS:
         raise ConfigError(
             f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(FILE_READERS)}"
@@ -57,6 +59,10 @@ def check_model(
     """Refuse what is no model, or has no context for `sequence`; vLLM samples one token behind what
     it scores."""
     setting = f"{section}.model = {name!r}"
+    with refused(setting):
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.exists() and not file.is_file() and not file.is_dir():  # read, it may never end
+                raise ConfigError(f"{setting}: {file.name} is neither a file nor a folder")
     try:
         content = content_of(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError) as e:
