@@ -6,8 +6,8 @@ import os
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
 
@@ -44,7 +44,7 @@ def looked_up(called: str, name: str | Path) -> os.stat_result | None:
         raise ConfigError(f"{called}: {e}") from e
 
 
-def opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> BufferedReader:
     """Open a file that is to be read to its end: a regular one, or a pipe, which is empty where
     nobody writes it. Raises OSError for anything else."""
     try:

@@ -74,7 +74,7 @@ def put(tree: dict, key: str, value: object) -> None:
     tree[leaf] = value
 
 
-@bounded(400)
+@bounded(120)
 @given(data=st.data())
 def test_a_tree_of_settings_is_a_config_or_a_line(data):
     kind = data.draw(st.sampled_from([Config, EvalRun]))
@@ -95,7 +95,7 @@ def test_settings_that_are_too_deep_are_refused():
             refuse_mistakes({**read_toml(DEMO), "rollout": value}, Config)
 
 
-@bounded(300)
+@bounded(120)
 @given(
     key=st.sampled_from(sorted(set(keys(Config)))) | st.text(max_size=8),
     value=VALUES.map(lambda value: json.dumps(value, ensure_ascii=False))
@@ -234,7 +234,7 @@ def contents(draw: st.DrawFn, file: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("file", "readers"), READ, ids=[file for file, _ in READ])
-@bounded(int(os.environ.get("N", "15")))
+@bounded(8)
 @given(data=st.data())
 def test_a_file_of_a_run_is_read_or_named(whole, ends, file, readers, data):
     path = whole / file
@@ -246,6 +246,17 @@ def test_a_file_of_a_run_is_read_or_named(whole, ends, file, readers, data):
             forget()
     finally:
         path.write_bytes(good)
+
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "explain_example.json"
+
+
+@pytest.mark.parametrize("objective", ["opd", "dear"])
+@bounded(15)
+@given(data=st.data())
+def test_rollouts_to_explain_are_read_or_named(objective, whole, ends, data):
+    Path("rollouts.json").write_bytes(data.draw(contents(EXAMPLE)))
+    ends("explain", "--objective", objective, "rollouts.json")
 
 
 ODD = {
@@ -281,7 +292,7 @@ WORDS = [
 ]
 
 
-@bounded(300)
+@bounded(120)
 @given(
     command=st.sampled_from([*COMMANDS, "", "tarin", "-h", "\udcff"]),
     words=st.lists(st.sampled_from(WORDS) | st.text(max_size=6), max_size=4),
@@ -293,6 +304,10 @@ def test_words_of_a_command_are_done_or_named(whole, ends, command, words):
         words = [*words, "--nonesuch"]
     elif command in trains:
         words = [*words, "run.steps=0"]
+    elif command == "explain":  # its files: below
+        words = [*words, "a.json", "b.json"]
+    elif command == "plan":
+        words = [*words, "--offline"]
     elif command in ("report", "trace", "export", "cluster"):
         words = [*words, "-o", "out"]
     before = sorted(whole.parent.rglob("*"))
