@@ -70,6 +70,8 @@ def _printed(words: list[str]) -> int:
             args = parsed(words)
             refuse_no_folder()
             status = args.run(args)
+            if status == 130:  # of one that says itself how it was left, by whichever signal
+                status = 128 + last_signal()
         except SystemExit as e:  # of a help that is printed; or of Ray, which starts, by SIGTERM
             if e.code == signal.SIGTERM:
                 return 128 + signal.SIGTERM

@@ -180,7 +180,10 @@ class BatchReader:
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor(
                 # of the prompt and the place in its group
-                [zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode()) for i, p in enumerate(prompts)]
+                [
+                    zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode(errors="replace"))
+                    for i, p in enumerate(prompts)
+                ]
             ),
             reward_S=self._each("reward"),
             group_reward_SG=self._group_rewards(),
