@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -190,7 +191,7 @@ def places(tree: object, path: tuple = ()) -> Iterator[tuple]:
         yield from places(value, (*path, key))
 
 
-def replaced(tree: object, path: tuple, value: object) -> object:
+def replaced(tree: Any, path: tuple, value: object) -> Any:
     """`tree` with another `value` at that place; without the key where the value is MISSING."""
     if not path:
         return value

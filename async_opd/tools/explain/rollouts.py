@@ -116,6 +116,7 @@ def read(path: str | Path) -> Rollouts:
     content = read_named(f"{path}", path, DataError)
     with foreign(f"{path} is not JSON"):
         tree = json.loads(content.decode("utf-8-sig"))
+        json.dumps(tree, ensure_ascii=False).encode()  # halves of characters are no text
     try:
         return msgspec.convert(tree, Rollouts)
     except msgspec.ValidationError as e:
@@ -180,10 +181,7 @@ class BatchReader:
             segment_N=torch.repeat_interleave(lengths),
             key_S=torch.tensor(
                 # of the prompt and the place in its group
-                [
-                    zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode(errors="replace"))
-                    for i, p in enumerate(prompts)
-                ]
+                [zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode()) for i, p in enumerate(prompts)]
             ),
             reward_S=self._each("reward"),
             group_reward_SG=self._group_rewards(),
