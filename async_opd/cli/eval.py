@@ -41,7 +41,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     short = {"dest": "settings", "action": "append", "default": []}
     data, out = (
-        lambda text, key=key: f"{key}={json.dumps(text)}" for key in ("data.path", "run.dir")
+        lambda text, key=key: f"{key}={json.dumps(text, ensure_ascii=False)}"
+        for key in ("data.path", "run.dir")
     )
     parser.add_argument(
         "--data",

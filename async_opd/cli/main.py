@@ -7,13 +7,17 @@ that stand among options, and mistakes as one line of a ConfigError.
 
 import argparse
 import os
+import signal
 import sys
 from asyncio import CancelledError
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 
+from async_opd.cli.streams import complain, drop_output, one_line, repair_streams
 from async_opd.core.errors import AsyncOpdError, CallFailed, ConfigError
+from async_opd.core.reading import in_words
+from async_opd.launch.signals import ended_by_signal, last_signal
 
 COMMANDS = (  # files of this folder, in the order help gives them
     "train",
@@ -36,31 +40,61 @@ COMMANDS = (  # files of this folder, in the order help gives them
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that failed, 2 for a mistake in what
-    was asked."""
+    was asked, 128 more than the number of a signal that ended it."""
+    repair_streams()
+    with ended_by_signal():
+        try:
+            return _printed(sys.argv[1:] if argv is None else argv)
+        except AsyncOpdError as e:
+            if isinstance(e, CallFailed) and e.__cause__:
+                complain(f"{e.__cause__}")  # with the trace of where it was raised
+            notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
+            complain(one_line(f"{type(e).__name__}: {e}{notes}"))
+            return e.exit_status
+        except OSError as e:  # what the system refuses and no command has a name for
+            complain(one_line(f"{type(e).__name__}: {in_words(e)}"))
+            return 1
+        except MemoryError:
+            complain("MemoryError: this machine has not enough memory")
+            return 1
+        except (KeyboardInterrupt, CancelledError) as e:
+            by = "" if last_signal() == signal.SIGINT else f" by {last_signal().name}"
+            complain("; ".join([f"interrupted{by}", *getattr(e, "__notes__", ())]))
+            return 128 + last_signal()
+
+
+def _printed(words: list[str]) -> int:
+    """Run one command, and have what it prints leave; return the exit status."""
     try:
-        args = parsed(sys.argv[1:] if argv is None else argv)
-        status = args.run(args)
+        try:
+            args = parsed(words)
+            refuse_no_folder()
+            status = args.run(args)
+            if status == 130:  # of one that says itself how it was left, by whichever signal
+                status = 128 + last_signal()
+        except SystemExit as e:  # of a help that is printed; or of Ray, which starts, by SIGTERM
+            if e.code == signal.SIGTERM:
+                return 128 + signal.SIGTERM
+            print(end="", flush=True)
+            raise
         print(end="", flush=True)
         return status
-    except AsyncOpdError as e:
-        if isinstance(e, CallFailed) and e.__cause__:
-            _complain(f"{e.__cause__}")  # with the trace of where it was raised
-        notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
-        _complain(" ".join(f"{type(e).__name__}: {e}{notes}".splitlines()))
-        return e.exit_status
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
-        # for what would be written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
-    except (KeyboardInterrupt, CancelledError) as e:
-        _complain("; ".join(["interrupted", *getattr(e, "__notes__", ())]))
-        return 130
+    except OSError:
+        if why := drop_output():
+            complain(f"standard output cannot be written: {why}")
+            return 1
+        raise
 
 
-def _complain(text: str) -> None:
-    from async_opd.core.printing import say
-
-    say(f"async-opd: {text}", sys.stderr)
+def refuse_no_folder() -> None:
+    """Refuse a working directory that is gone, to which every relative path would lead."""
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise ConfigError(f"the working directory: {e.strerror}: it may be deleted") from e
 
 
 class _Parser(argparse.ArgumentParser):

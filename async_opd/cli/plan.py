@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from async_opd.cli.options import OVERRIDES, count, path
 
-MOST_GIB = 1e6  # of a card
+MOST_GIB = 1_000_000  # of a card
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,4 +60,4 @@ def _size(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) <= MOST_GIB:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0 and <= {MOST_GIB:g}")
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number > 0 and <= {MOST_GIB}")

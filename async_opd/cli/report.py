@@ -29,6 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from async_opd.tools.report.page import page
 
     html, file = page(args.runs), args.output or args.runs[0] / "report.html"
-    write(file, html)
-    print(f"{file}: {len(html.encode()) / 1e6:.1f} MB")
+    print(f"{file}: {write(file, html) / 1e6:.1f} MB")
     return 0

@@ -14,11 +14,13 @@ image (async-opd cluster render).
 """
 
 import argparse
+import os
 from contextlib import chdir
 from pathlib import Path
 
 from async_opd.cli.options import ADDRESS, OVERRIDES, path
 from async_opd.core.errors import ConfigError
+from async_opd.core.reading import looked_up
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="a run's directory on the cluster, or a checkpoint",
     )
@@ -43,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = args.working_dir.resolve()
+    folder = Path(os.path.realpath(args.working_dir))
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {args.working_dir}: no such folder")
     needed: dict[str, Path] = {}
@@ -93,12 +95,14 @@ def _files(folder: Path, inputs: dict[str, str]) -> dict[str, Path]:
 
 def _inside(folder: Path, key: str, path: Path) -> Path:
     """Refuse a file outside of the working directory."""
-    if not path.resolve().is_relative_to(folder):
+    looked_up(key, path)
+    path = Path(os.path.realpath(path))
+    if not path.is_relative_to(folder):
         raise ConfigError(
             f"{key}: {path} is outside of the working directory {folder}, which is all that a job"
             " gets: move it there, or name an absolute path that every node of the cluster sees"
         )
-    return path.resolve()
+    return path
 
 
 def _run_to_resume(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from async_opd.cli.options import OVERRIDES, path
 from async_opd.core.errors import ConfigError
+from async_opd.core.reading import refused
 
 if TYPE_CHECKING:
     from async_opd.config.schema import Config
@@ -58,11 +59,12 @@ def to_resume(
     from async_opd.driver.resume import fixed, refuse_changed
 
     run = run_of(path)
-    config, checkpoint = load_run(run, overrides, elsewhere=elsewhere), find(path)
-    refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)))
+    with refused(f"--resume {path}"):
+        config, checkpoint = load_run(run, overrides, elsewhere=elsewhere), find(path)
+        refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)))
+        summed_up, begun = (run / SUMMARY).exists(), (run / LEDGER).exists()
     step, steps = checkpoint.state.version, config.run.steps
-    summed_up = (run / SUMMARY).exists()
-    to_sum_up = step == steps and (run / LEDGER).exists() and not summed_up
+    to_sum_up = step == steps and begun and not summed_up
     if step >= steps and not to_sum_up:
         why = f"{run / SUMMARY} says how it ended" if summed_up else "nothing is left to train"
         raise ConfigError(

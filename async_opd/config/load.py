@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from async_opd.config.schema import AnyObjective, Config
 from async_opd.config.teacher_rules import refuse_broken
 from async_opd.config.validate import refuse_mistakes
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.foreign import foreign
+from async_opd.core.reading import content_of, read_named
 from async_opd.core.run_dir import CONFIG
-from async_opd.core.suggest import beside
 from async_opd.objectives import Objective
 
 
@@ -34,21 +36,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read the settings of a TOML file. Raises ConfigError."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ConfigError(f"config {path}: no such file{beside(path)}") from e
-    except OSError as e:
-        raise ConfigError(f"config {path}: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config {path} is not valid TOML: {e}") from e
+    content = read_named(f"config {path}", path)
+    with foreign(f"config {path} is not valid TOML", ConfigError):
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors put a mark before it
 
 
 def load_run(run_dir: Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Config:
     """Read the config of the run in `run_dir`, to go on with, as `load` does. Raises ConfigError or
     RunMissing."""
     tree = _without_none(read_run(run_dir, dict))
-    here = f"run.dir={json.dumps(str(run_dir))}"
+    here = f"run.dir={json.dumps(str(run_dir), ensure_ascii=False)}"
     return _complete(tree, [*overrides, here], new=False, elsewhere=elsewhere)
 
 
@@ -56,11 +53,11 @@ def read_run(run_dir: Path, kind: type = Config) -> Any:
     """Read the config of the run in `run_dir` as it was, whatever has become of the files it names.
     Raises RunMissing."""
     try:
-        return msgspec.json.decode((run_dir / CONFIG).read_bytes(), type=kind)
+        content = content_of(run_dir / CONFIG)
     except OSError as e:
         raise RunMissing(f"{run_dir}: no {CONFIG} in it: {e.strerror}") from e
-    except msgspec.DecodeError as e:
-        raise RunMissing(f"{run_dir}: its {CONFIG} is damaged: {e}") from e
+    with foreign(f"{run_dir}: its {CONFIG} is damaged", RunMissing):
+        return msgspec.json.decode(content, type=kind)
 
 
 def _without_none(tree: Any) -> Any:
@@ -114,10 +111,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write key.path=value, such as learner.lr=1e-4")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value: Any = text
+    with suppress(ValueError, RecursionError):  # no value of TOML: a bare word
+        tables = tomllib.loads(f"value = {text}")
+        value = tables["value"] if len(tables) == 1 else text
     *parents, leaf = key.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})

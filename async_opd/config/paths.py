@@ -2,7 +2,9 @@
 a known format, a run directory that can be made."""
 
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from async_opd.config.teacher_rules import longest_sequence
 from async_opd.core.errors import ConfigError
 from async_opd.core.files import from_home
 from async_opd.core.foreign import foreign
+from async_opd.core.reading import content_of, looked_up, refused
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
 
@@ -40,6 +43,8 @@ def check_data(key: str, path: str, elsewhere: bool = False) -> None:
     """Refuse data that is not there in a known format, and can be no hub id and lie nowhere
     else."""
     file = local(key, path, {"toy:train": None, "toy:heldout": None}, elsewhere)
+    if file and not file.is_file() and not file.is_dir():
+        raise ConfigError(f"{key} = {path!r}: is neither a file nor a folder")
     if file and file.is_file() and file.suffix not in FILE_READERS:
         raise ConfigError(
             f"{key} = {path!r}: must be a folder, or a file ending in {', '.join(FILE_READERS)}"
@@ -56,7 +61,7 @@ def local(
             raise ConfigError(wrong(key, name, shipped))
         return shipped[name]
     path = Path(name)
-    if path.exists():
+    if looked_up(f"{key} = {name!r}", path):
         return path
     if elsewhere and path.is_absolute():
         return None
@@ -72,10 +77,16 @@ def check_model(
     """Refuse what is no model, or has no context for `sequence`; vLLM samples one token behind what
     it scores."""
     setting = f"{section}.model = {name!r}"
+    with refused(setting):
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.exists() and not file.is_file() and not file.is_dir():  # read, it may never end
+                raise ConfigError(f"{setting}: {file.name} is neither a file nor a folder")
     try:
-        content = (folder / "config.json").read_bytes()
-    except OSError as e:
+        content = content_of(folder / "config.json")
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
+    except OSError as e:
+        raise ConfigError(f"{setting}: its config.json: {e.strerror}") from e
     with foreign(f"{setting}: its config.json is not JSON", ConfigError):
         model = json.loads(content)
     with foreign(f"{setting}: its config.json is not a model's", ConfigError):
@@ -118,12 +129,13 @@ def check_files(c: Config, elsewhere: bool) -> None:
 def check_run_dir(c: Config, new: bool = True) -> None:
     """Refuse a run directory that cannot be made, and a new one that would move what the run needs
     aside with an earlier one."""
-    place = Path(c.run.dir).resolve()
+    setting = f"run.dir = {c.run.dir!r}"
+    looked_up(setting, c.run.dir)
+    place = Path(os.path.realpath(c.run.dir))
     for folder in (place, *place.parents):
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"run.dir = {c.run.dir!r}: {folder} is a file")
+        if (there := looked_up(setting, folder)) and not stat.S_ISDIR(there.st_mode):
+            raise ConfigError(f"{setting}: {folder} is a file")
     for key, name in {**c.inputs, "the working directory": "."}.items():
-        if new and Path(name).exists() and Path(name).resolve().is_relative_to(place):
-            raise ConfigError(
-                f"run.dir = {c.run.dir!r}: holds {key} = {name!r}, and a new run moves it aside"
-            )
+        there = new and looked_up(f"{key} = {name!r}", name)
+        if there and Path(os.path.realpath(name)).is_relative_to(place):
+            raise ConfigError(f"{setting}: holds {key} = {name!r}, and a new run moves it aside")

@@ -4,6 +4,7 @@ spelling."""
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,8 +12,9 @@ import msgspec
 from msgspec import Struct, inspect
 
 from async_opd.core.errors import ConfigError
-from async_opd.core.suggest import did_you_mean, either, wrong
+from async_opd.core.suggest import did_you_mean, either, shown, wrong
 
+DEEPEST = 50  # levels of tables and lists; none of ours has more than 4
 OUT_OF_SCOPE = {  # by the words of a setting's name
     "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
     "(sequence|context)_parallel|ulysses": (
@@ -27,13 +29,15 @@ OUT_OF_SCOPE = {  # by the words of a setting's name
 def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
     """Raise ConfigError for the first unknown key, missing key, wrong type or value out of bounds,
     in any section."""
+    if _depth(tree) > DEEPEST:
+        raise ConfigError(f"settings lie in one another {_depth(tree)} deep: must be <= {DEEPEST}")
     fields = msgspec.structs.fields(kind)
     _check(tree, kind, "", {f.name: _sections(f.type) for f in fields if not _named(f.type)})
 
 
 def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} = {tree!r}: must be {_a_section(path, [kind])}")
+        raise ConfigError(f"{path} = {shown(tree)}: must be {_a_section(path, [kind])}")
     fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
     for name, value in tree.items():
         if name not in fields and name != kind.__struct_config__.tag_field:
@@ -43,7 +47,7 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
         if name in tree:
             if sections and _named(field.type):
                 if not isinstance(tree[name], dict):
-                    raise ConfigError(f"{key} = {tree[name]!r}: must be sections [{key}.NAME]")
+                    raise ConfigError(f"{key} = {shown(tree[name])}: must be sections [{key}.NAME]")
                 for section, settings in tree[name].items():
                     _check(settings, sections[0], _joined(key, section), root)
             elif sections:
@@ -57,17 +61,44 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
 
 
 def _check_value(path: str, value: Any, type_: Any) -> None:
-    try:
-        msgspec.convert(value, type_)
-        numbers = value if isinstance(value, list) else [value]
-        if value != "" and all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+    if value != "" and _sound(value):
+        with suppress(msgspec.ValidationError):
+            msgspec.convert(value, type_)
             return
-    except msgspec.ValidationError:
-        pass
     info = inspect.type_info(type_)
     if isinstance(info, inspect.LiteralType):
         raise ConfigError(wrong(path, value, info.values))
-    raise ConfigError(f"{path} = {value!r}: must be {_allowed(info)}")
+    raise ConfigError(f"{path} = {shown(value)}: must be {_allowed(info)}")
+
+
+def _sound(value: Any) -> bool:
+    """Tell whether every number within is finite and of 64 bits, and no text is what Unicode has
+    no place for: what goes on the wire, and into config.json."""
+    match value:
+        case float():
+            return math.isfinite(value)
+        case int():
+            return -(2**63) <= value < 2**63
+        case str():
+            return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+        case dict():
+            return all(_sound(each) for pair in value.items() for each in pair)
+        case list():
+            return all(map(_sound, value))
+    return True
+
+
+def _depth(value: Any) -> int:
+    """Count the levels of tables and lists in one another."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+    return depth
 
 
 def _sections(type_: Any) -> list[type[Struct]]:
@@ -116,7 +147,7 @@ def _unknown(
     )
     if isinstance(value, dict):
         return f"{key}: no such section{hint}"
-    return f"{key} = {value!r}: no such setting{hint}"
+    return f"{key} = {shown(value)}: no such setting{hint}"
 
 
 def _a_section(path: str, sections: list[type[Struct]]) -> str:

@@ -15,9 +15,13 @@ def say(text: str, to: TextIO | None = None) -> None:
     """Print `text` to `to`, stdout by default. One that is full, gone or read by nobody loses it,
     and holds the caller up for SAY_S seconds at most."""
 
+    stream: TextIO | None = to or sys.stdout
+    if stream is None:  # a process without that one
+        return
+
     def out() -> None:
         with suppress(OSError):
-            write(to or sys.stdout, f"{text}\n")
+            write(stream, f"{text}\n")
 
     thread = threading.Thread(target=out, daemon=True)
     thread.start()
@@ -33,6 +37,6 @@ def write(to: TextIO, text: str) -> None:
         # no file: a notebook's, or what has taken its place while a screen is up
         to.write(text)
         return
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")
     while data:
         data = data[os.write(descriptor, data) :]

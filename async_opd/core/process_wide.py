@@ -35,15 +35,16 @@ def environment(**values: str) -> Generator[None]:
 
 
 @contextmanager
-def sigterm_as_before() -> Generator[None]:
-    """Have SIGTERM do afterwards what it did before, whoever has set a handler meanwhile. In the
-    main thread only."""
-    before = signal.getsignal(signal.SIGTERM)
+def signals_as_before(*numbers: signal.Signals) -> Generator[None]:
+    """Have these signals do afterwards what they did before, whoever has set a handler meanwhile.
+    In the main thread only."""
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
-        # None: it was not Python's
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            # None: it was not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

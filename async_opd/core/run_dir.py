@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from async_opd.core.reading import opened
+
 CONFIG = "config.json"  # the config as it was asked for, with the pool sizes asked for since
 EARLIER_CONFIG = "config.earlier.json"  # that of before a resume which has not gone on yet
 LOCK = "lock.json"  # who works in it, and its lock: core.run_lock
@@ -59,7 +61,7 @@ def read_lines(
     complete: it counts as not there.
     """
     end = 0
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 torn(number)
@@ -67,6 +69,8 @@ def read_lines(
             end += len(line)
             try:
                 record = decode(line)
+            except RecursionError as e:  # JSON that is nested too deep
+                damaged(number, ValueError(f"{e}"))
             except ValueError as e:  # msgspec's own among them
                 damaged(number, e)
             else:

@@ -26,6 +26,7 @@ from msgspec import Struct
 from async_opd.core import files
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import CheckpointError
+from async_opd.core.reading import content_of
 from async_opd.core.run_dir import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -191,7 +192,7 @@ def choose(run_dir: Path, which: str) -> Checkpoint:
     """Find the checkpoint of step `which`, or the "best" one. Raises CheckpointError, also as
     `find` does."""
     folders, best = committed(run_dir / CHECKPOINTS), _best(run_dir / CHECKPOINTS)
-    step = best if which == "best" else int(which) if which.isdecimal() else None
+    step = best if which == "best" else int(which) if re.fullmatch(r"\d{1,18}", which) else None
     if step not in folders:
         there = ", ".join(
             f"{step} (best)" if step == best else f"{step}" for step in sorted(folders)
@@ -218,7 +219,7 @@ def _verified(folder: Path) -> Checkpoint:
     name = MANIFEST
     listed: set[str] = set()
     try:
-        for expected in msgspec.json.decode((folder / MANIFEST).read_bytes(), type=list[File]):
+        for expected in msgspec.json.decode(content_of(folder / MANIFEST), type=list[File]):
             name = expected.name
             listed.add(name)
             file = File.of(folder, name)
@@ -227,7 +228,7 @@ def _verified(folder: Path) -> Checkpoint:
             if file.sha256 != expected.sha256:
                 raise refused(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
-        content = (folder / STATE).read_bytes()
+        content = content_of(folder / STATE)
         state = msgspec.json.decode(content, type=RunState)
         if missing := unlisted(listed, msgspec.json.decode(content, type=_Files).files):
             raise refused(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
@@ -236,7 +237,7 @@ def _verified(folder: Path) -> Checkpoint:
         raise refused(name, "is missing") from None
     except OSError as e:
         raise refused(name, f"cannot be read: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise refused(name, f"is damaged: {e}") from e
 
 
@@ -265,8 +266,12 @@ def _best(root: Path) -> int | None:
 
 def _score(folder: Path) -> float | None:
     try:
-        return msgspec.json.decode((folder / STATE).read_bytes(), type=RunState).score
-    except (OSError, ValueError):  # damaged: no reason to stop training, nor to keep it
+        return msgspec.json.decode(content_of(folder / STATE), type=RunState).score
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # damaged: no reason to stop training, nor to keep it
         return None
 
 

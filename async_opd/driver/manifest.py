@@ -6,6 +6,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from async_opd.core.reading import opened
 from async_opd.core.run_dir import LEARNER, MODEL, STATE
 
 
@@ -19,7 +20,7 @@ class File(Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, folder: Path, name: str) -> "File":
         """Describe the file of that name in `folder`."""
-        with (folder / name).open("rb") as file:
+        with opened(folder / name) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(name, os.fstat(file.fileno()).st_size, sha256)
 

@@ -19,7 +19,8 @@ import msgspec
 from async_opd.config.load import apply_override, read_run
 from async_opd.core.aside import aside
 from async_opd.core.errors import ConfigError, TimedOut
-from async_opd.core.files import write_file
+from async_opd.core.files import partial, write_file
+from async_opd.core.reading import refused
 from async_opd.core.run_dir import CONFIG, SCALE_ANSWER, SCALE_REQUEST
 from async_opd.core.suggest import wrong
 from async_opd.driver.pools import Pools
@@ -48,16 +49,22 @@ def ask(run_dir: Path, sizes: dict[str, int], timeout_s: float = 30.0) -> str:
     read_run(run_dir, dict)
     request = run_dir / SCALE_REQUEST.format(uuid.uuid4().hex)
     reply = request.with_suffix(SCALE_ANSWER)
-    write_file(request, msgspec.json.encode(sizes))
     deadline = time.monotonic() + timeout_s
-    while not reply.exists():
-        if time.monotonic() > deadline:
-            request.unlink(missing_ok=True)
-            raise TimedOut(f"scale: no answer in {timeout_s:g} s: no job is training in {run_dir}")
-        time.sleep(POLL_S / 5)
-    refused, answer = msgspec.json.decode(reply.read_bytes(), type=tuple[bool, str])
-    reply.unlink()
-    if refused:
+    with refused(f"scale: {run_dir}"):
+        try:
+            write_file(request, msgspec.json.encode(sizes))
+            while not reply.exists():
+                if time.monotonic() > deadline:
+                    raise TimedOut(
+                        f"scale: no answer in {timeout_s:g} s: no job is training in {run_dir}"
+                    )
+                time.sleep(POLL_S / 5)
+            no, answer = msgspec.json.decode(reply.read_bytes(), type=tuple[bool, str])
+        finally:  # whoever asked may have had enough of waiting
+            for left in (request, partial(request), reply):
+                with suppress(OSError):
+                    left.unlink()
+    if no:
         raise ConfigError(answer)
     return answer
 

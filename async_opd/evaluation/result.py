@@ -18,6 +18,8 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.foreign import foreign
+from async_opd.core.reading import content_of, opened
 from async_opd.core.run_dir import PROBLEMS
 from async_opd.core.wire import Ballot, GroupMeta, Prompt, Verdict
 from async_opd.evaluation.estimates import RESAMPLES, intervals, majority_at_k, means_of, pass_at_k
@@ -161,17 +163,16 @@ def figures(shares_PM: npt.NDArray[np.float64]) -> dict[str, Figure]:
 def read(folder: Path) -> tuple[Result, list[Shares]]:
     """Read the result in `folder`. Raises RunMissing."""
     try:
-        result = msgspec.json.decode((folder / "result.json").read_bytes(), type=Result)
-        shares = [
-            msgspec.json.decode(line, type=Shares)
-            for line in (folder / PROBLEMS).read_bytes().splitlines()
-        ]
+        content = content_of(folder / "result.json")
+        with opened(folder / PROBLEMS) as file:
+            lines = file.read().splitlines()
     except OSError as e:
         raise RunMissing(
             f"{folder}: holds no result of `async-opd eval`: {Path(e.filename).name}: {e.strerror}"
         ) from e
-    except msgspec.DecodeError as e:
-        raise RunMissing(f"{folder}: its result is damaged: {e}") from e
+    with foreign(f"{folder}: its result is damaged", RunMissing):
+        result = msgspec.json.decode(content, type=Result)
+        shares = [msgspec.json.decode(line, type=Shares) for line in lines]
     if len(shares) != result.settings.problems:
         raise RunMissing(
             f"{folder}: its result is damaged: {len(shares)} problems of {result.settings.problems}"

@@ -5,6 +5,7 @@ import atexit
 import logging
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -28,7 +29,7 @@ from async_opd.core.aside import DaemonThread, aside
 from async_opd.core.errors import ClusterTooSmall, ConfigError, SystemFailed, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
-from async_opd.core.process_wide import log_level, sigterm_as_before
+from async_opd.core.process_wide import log_level, signals_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
 POLL_S = 1.0  # between two looks for room
@@ -48,7 +49,8 @@ def start_ray() -> None:
     stays the caller's. From the main thread only."""
     if ray.is_initialized():
         return
-    with ExitStack() as undo, sigterm_as_before():  # ray.init takes that for an exit at once
+    # ray.init takes SIGTERM for an exit at once
+    with ExitStack() as undo, signals_as_before(signal.SIGTERM):
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(_shut_down)
         with foreign("Ray, its start", SystemFailed):

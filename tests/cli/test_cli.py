@@ -107,7 +107,12 @@ def test_help_loads_nothing_but_the_command_line():
         "async_opd.tools.cluster_files",  # the names of its kinds
         *(f"async_opd.cli.{command}" for command in COMMANDS),
         "async_opd.core.errors",
+        "async_opd.cli.streams",
         "async_opd.core.files",  # what a ~ stands for
+        "async_opd.core.process_wide",  # how a signal ends it
+        "async_opd.core.reading",
+        "async_opd.launch",
+        "async_opd.launch.signals",
     }
     assert {"torch", "ray", "msgspec", "numpy"} & loaded == set()
 

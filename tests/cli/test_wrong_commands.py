@@ -34,6 +34,24 @@ COMMAND_LINES = {
     "train": ["train: needs a config, a TOML file, or --resume RUN"],
     "train demo.tml": ["config demo.tml: no such file; did you mean 'demo.toml'?"],
     "train models": ["config models: Is a directory"],
+    "train wide.toml": ["config wide.toml is not valid TOML", "can't decode"],
+    "train deep.toml": ["config deep.toml is not valid TOML: RecursionError"],
+    "train huge.toml": ["config huge.toml is not valid TOML", "integer string conversion"],
+    "train /dev/zero": ["config /dev/zero: Is a device, not a file"],
+    "train pipe.toml": ["run: missing"],  # that nobody writes
+    f"train {'a' * 300}.toml": ["File name too long"],
+    "train loop.toml": ["config loop.toml: Too many levels of symbolic links"],
+    "plan demo.toml run.steps=0x" + "f" * 5000: ["run.steps = a value that cannot be shown"],
+    f"plan demo.toml run.steps={2**63}": [f"run.steps = {2**63}: must be an integer"],
+    "plan demo.toml student.model=models/pipe": ["tokenizer.json is neither a file nor a folder"],
+    "demo data.path=pipe.toml": ["data.path = 'pipe.toml': is neither a file nor a folder"],
+    "demo run.dir=loop.toml/a": ["run.dir = 'loop.toml/a': Too many levels of symbolic links"],
+    "plan demo.toml --offline --rates generator=1e-300,teacher=1,learner=1": [
+        "from 0.001 to 1e+12"
+    ],
+    f"export finished --checkpoint {'9' * 5000}": ["no checkpoint '999"],
+    "audit finished/config.json": ["finished/config.json: no config.json in it: Not a directory"],
+    "report finished": ["finished: no metrics.jsonl in it"],
     "train latin.toml": ["config latin.toml is not valid TOML", "can't decode"],
     "train rows.jsonl": ["config rows.jsonl is not valid TOML", "line 1"],
     "train demo.toml --resum": ["--resume: expected one argument", "usage: async-opd train CONFIG"],
@@ -283,6 +301,13 @@ def folder(tmp_path_factory):
         for name, text in texts.items():
             Path(name).write_text(text)
         Path("latin.toml").write_bytes(b"# caf\xe9\n")
+        Path("wide.toml").write_bytes(DEMO.read_text().encode("utf-16"))
+        Path("deep.toml").write_text("a = " + "[" * 20_000 + "]" * 20_000)
+        Path("huge.toml").write_text("a = " + "9" * 6000)
+        Path("loop.toml").symlink_to("loop.toml")
+        os.mkfifo("pipe.toml")
+        (tokenizer := model("pipe") / "tokenizer.json").unlink()
+        os.mkfifo(tokenizer)
         for file in model("no_tokenizer").glob("*token*"):
             file.unlink()
         (model("no_weights") / "model.safetensors").unlink()
@@ -380,3 +405,18 @@ def test_from_the_shell_it_is_the_same(line, tmp_path):
     assert (
         completed.stderr.startswith("async-opd: ConfigError: ") and list(tmp_path.iterdir()) == []
     )
+
+
+def test_a_mark_of_byte_order_before_a_config_is_no_part_of_it(tmp_path):
+    marked = tmp_path / "demo.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
+    assert load(marked) == load(DEMO)
+
+
+@pytest.mark.parametrize("place", ["nothing/a.sh", "full", "demo.toml/a.sh", "loop.toml", "models"])
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(place, refused):
+    if place == "full":
+        place = "/dev/full"
+    words = ["cluster", "render", "--kind", "slurm", "demo.toml", "run.dir=/shared/a", "-o", place]
+    message = refused(*words)
+    assert f"{place}: " in message or repr(place) in message

@@ -9,7 +9,9 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from async_opd.config.load import read_run
+from async_opd.config.schema import Config
 from async_opd.core.errors import RunMissing
+from async_opd.core.reading import content_of, refused
 from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE
 from async_opd.driver.checkpoints import RunState, committed
 from async_opd.tools.audit.replay import Replay
@@ -65,9 +67,15 @@ def audit(run_dir: Path) -> Books:
     """Read the books of a run, which may be at work. Memory is bounded by what is outstanding at
     once, checkpoints, and 8 bytes a prompt and a sample. Raises RunMissing, and LedgerError for a
     line that is no record."""
-    config, path = read_run(run_dir), run_dir / LEDGER
-    if not path.exists():
-        raise RunMissing(f"{run_dir}: no {LEDGER} in it")
+    config = read_run(run_dir)
+    with refused(f"{run_dir}", RunMissing):
+        if not (run_dir / LEDGER).exists():
+            raise RunMissing(f"{run_dir}: no {LEDGER} in it")
+        return _books(run_dir, config)
+
+
+def _books(run_dir: Path, config: Config) -> Books:
+    """Read the books of the run in `run_dir`, whose config is known."""
     discrepancies: list[str] = []
     # Both are written after what they attest is in the ledger, so they are read before it.
     complete = [
@@ -76,7 +84,7 @@ def audit(run_dir: Path) -> Books:
         if (folder / MANIFEST).exists()
     ]
     rows = steps_of(run_dir / METRICS, discrepancies)
-    timeline = Timeline(path, discrepancies)
+    timeline = Timeline(run_dir / LEDGER, discrepancies)
     newest = timeline.newest(complete)
     replay = Replay(config.groups_per_step, discrepancies)
     for line, record in timeline.live():
@@ -108,8 +116,8 @@ def audit(run_dir: Path) -> Books:
 def _state(folder: Path, discrepancies: list[str]) -> RunState | None:
     """Read its run.json; None, and a discrepancy, for one that cannot be read or is another's."""
     try:
-        state = msgspec.json.decode((folder / STATE).read_bytes(), type=RunState)
-    except (OSError, msgspec.DecodeError) as e:
+        state = msgspec.json.decode(content_of(folder / STATE), type=RunState)
+    except (OSError, ValueError, RecursionError) as e:
         discrepancies.append(f"{folder}: its run.json cannot be read: {e}")
         return None
     if state.version != int(folder.name):

@@ -18,7 +18,9 @@ from msgspec import UNSET, Meta, UnsetType
 from torch import Tensor
 
 from async_opd.core.errors import DataError
-from async_opd.core.suggest import beside, wrong
+from async_opd.core.foreign import foreign
+from async_opd.core.reading import read_named
+from async_opd.core.suggest import wrong
 from async_opd.core.wire import LOGP_TOLERANCE
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
@@ -111,16 +113,14 @@ KINDS = {
 def read(path: str | Path) -> Rollouts:
     """Read the rollouts in a JSON file. Raises DataError naming the file, the place and what is
     wrong."""
+    content = read_named(f"{path}", path, DataError)
+    with foreign(f"{path} is not JSON"):
+        tree = json.loads(content.decode("utf-8-sig"))
+        json.dumps(tree, ensure_ascii=False).encode()  # halves of characters are no text
     try:
-        return msgspec.convert(json.loads(Path(path).read_text(encoding="utf-8")), Rollouts)
-    except FileNotFoundError as e:
-        raise DataError(f"{path}: no such file{beside(path)}") from e
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from e
+        return msgspec.convert(tree, Rollouts)
     except msgspec.ValidationError as e:
         raise DataError(f"{path}: {_in_words(str(e))}") from e
-    except ValueError as e:
-        raise DataError(f"{path} is not JSON: {e}") from e
 
 
 def _in_words(message: str) -> str:

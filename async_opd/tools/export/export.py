@@ -1,11 +1,13 @@
 """A checkpoint's model as a folder to give away."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from async_opd.config.load import read_run
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError, DataError
+from async_opd.core.reading import in_words, refused
 from async_opd.core.run_dir import MODEL, run_of
 from async_opd.driver.checkpoints import Checkpoint, choose, find
 from async_opd.tools.export.model_card import card
@@ -22,18 +24,35 @@ def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoi
     run_dir = run_of(path)
     config = read_run(run_dir)
     output = output or run_dir / "export"
-    if output.exists() or output.is_symlink():
-        raise DataError(f"{output}: is there already; name another folder with -o, or remove it")
-    checkpoint = choose(run_dir, which) if which else find(path)
+    with refused(f"{path}", CheckpointError):
+        if output.exists() or output.is_symlink():
+            raise DataError(
+                f"{output}: is there already; name another folder with -o, or remove it"
+            )
+        checkpoint = choose(run_dir, which) if which else find(path)
     model = checkpoint.folder / MODEL
+    parents = [parent for parent in output.parents if not parent.exists()]
     try:
         partial = files.begin_folder(output)
         shutil.copytree(model, partial, dirs_exist_ok=True)
         (partial / "README.md").write_text(
-            card(run_dir, config, checkpoint, output.resolve().name), encoding="utf-8"
+            card(run_dir, config, checkpoint, output.resolve().name),
+            encoding="utf-8",
+            errors="backslashreplace",
         )
         files.commit_folder(output)
     except OSError as e:
         shutil.rmtree(files.partial(output), ignore_errors=True)
-        raise CheckpointError(f"{model}: cannot be copied to {output}: {e}") from e
+        for parent in parents:
+            with suppress(OSError):  # of what others have put there since
+                parent.rmdir()
+        raise CheckpointError(f"{model}: cannot be copied to {output}: {_why(e)}") from e
     return checkpoint, output
+
+
+def _why(error: OSError) -> str:
+    """Say why files cannot be copied: the first of them, where several cannot."""
+    if isinstance(error, shutil.Error):
+        source, _, why = error.args[0][0]
+        return f"{source}: {why}"
+    return in_words(error)

@@ -3,15 +3,18 @@ left out."""
 
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import msgspec
 
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
+from async_opd.core.reading import content_of
 from async_opd.core.run_dir import ENVIRONMENT, METRICS, SUMMARY, decode_row, read_lines
 from async_opd.core.wire import trained_tokens
 from async_opd.driver.checkpoints import Checkpoint
@@ -87,7 +90,9 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
     if stops := [f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in rollout.stop]:
         facts["ends besides its own"] = ", ".join(stops).replace("|", r"\|")
     rows = _rows(run_dir / METRICS, version)
-    if len(rows) == version:  # else the file is not whole
+    needed = {"lag_max", "tokens"}
+    if rows and len(rows) == version and all(needed <= row.keys() for row in rows):
+        # else the file is not whole
         facts |= {
             "largest lag seen": f"{int(max(row['lag_max'] for row in rows))} steps",
             "trained tokens": int(sum(map(trained_tokens, rows))),
@@ -116,7 +121,11 @@ def _method(objective: Objective) -> list[str]:
 
 def _accuracies(config: Config, checkpoint: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
     """List the greedy ones. That after training belongs to the last version."""
-    right, _, problems = checkpoint.state.counters.get("before", (0, 0, 0))
+    try:
+        before = msgspec.convert(checkpoint.state.counters.get("before"), tuple[int, int, int])
+    except msgspec.ValidationError:
+        return {}
+    right, _, problems = before
     if not problems or not config.eval:
         return {}
     accuracies = {
@@ -124,21 +133,23 @@ def _accuracies(config: Config, checkpoint: Checkpoint, summary: dict[str, Any])
         "before": f"{right / problems:.1%}",
     }
     if summary.get("version") == checkpoint.state.version:
-        after = summary["accuracy_after"]
-        accuracies["after"] = "not measured" if after is None else f"{after:.1%}"
-        if (known := summary.get("eval_known")) is not None:
-            accuracies["verdicts known"] = f"{known:.1%}"
+        shares = _shares(summary)
+        if "accuracy_after" in summary:
+            after = shares.get("accuracy_after")
+            accuracies["after"] = "not measured" if after is None else f"{after:.1%}"
+        if "eval_known" in shares:
+            accuracies["verdicts known"] = f"{shares['eval_known']:.1%}"
         accuracies |= {
             key.replace("_accuracy", "").replace("_", " ", 1): f"{share:.1%}"
-            for key, share in summary.items()
-            if key.startswith("teacher_accuracy") and share is not None
+            for key, share in shares.items()
+            if key.startswith("teacher_accuracy")
         }
     return accuracies
 
 
 def _versions(environment: dict[str, Any]) -> dict[str, Any]:
-    commit = environment.get("commit")
-    return ({"commit": commit} if commit else {}) | environment.get("versions", {})
+    commit, versions = environment.get("commit"), environment.get("versions")
+    return ({"commit": commit} if commit else {}) | (versions if isinstance(versions, dict) else {})
 
 
 def _section(title: str, rows: dict[str, Any]) -> list[str]:
@@ -154,17 +165,27 @@ def _table(rows: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Read an object; an empty one where there is none: a run that was killed has no summary."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(content_of(path), type=dict[str, Any])
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _shares(tree: dict[str, Any]) -> dict[str, float]:
+    """Pick what is a finite number."""
+    return {
+        key: share
+        for key, share in tree.items()
+        if type(share) in (int, float) and abs(share) < float_info.max
+    }
 
 
 def _rows(path: Path, version: int) -> list[dict[str, Any]]:
     """Read those of the steps up to `version`; none where one cannot be read."""
     try:
-        return [row for _, row in read_lines(path, decode_row) if row["step"] <= version]
+        rows = [_shares(row) for _, row in read_lines(path, decode_row)]
     except (OSError, ValueError):
         return []
+    return [row for row in rows if row.get("step", math.inf) <= version]
 
 
 def _named(name: str) -> str:

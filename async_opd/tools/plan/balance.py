@@ -13,6 +13,8 @@ from msgspec import Struct
 
 from async_opd.config.schema import Config
 from async_opd.core.errors import ConfigError, RunMissing
+from async_opd.core.foreign import foreign
+from async_opd.core.reading import content_of
 from async_opd.core.run_dir import CONFIG, METRICS, decode_row, read_lines
 
 # its name in a row, that of its tokens, and the states in which it waits for no other role
@@ -30,7 +32,7 @@ SLOWER = {  # settings that rates hang on
     "concurrency",
     "gradient_checkpointing",
 }
-RATES = 1e-6, 1e12  # that are no slip
+RATES = 1e-6, 1e12  # tokens a second that are believed
 WARM = 3  # first steps of a run, which are slow
 
 
@@ -66,29 +68,37 @@ def balance(config: Config, rates: dict[str, float], source: str, differs: list[
 
 def parse_rates(text: str) -> dict[str, float]:
     """Parse rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
-    allowed = f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}"
+    low, high = RATES
+    allowed = (
+        f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}, each from"
+        f" {low:g} to {high:g}"
+    )
     try:
         rates = {
             role: float(rate) for role, _, rate in (part.partition("=") for part in text.split(","))
         }
     except ValueError as e:
         raise ConfigError(allowed) from e
-    least, most = RATES
-    if set(rates) != set(ROLES) or not all(least <= rate <= most for rate in rates.values()):
-        raise ConfigError(f"{allowed}, from {least:g} to {most:g}")
+    if set(rates) != set(ROLES) or not all(low <= rate <= high for rate in rates.values()):
+        raise ConfigError(allowed)
     return rates
 
 
 def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]]:
     """Measure the rates of a run's members at work; return them, and the settings that they hang on
     and `config` has otherwise. Raises RunMissing where `run_dir` holds no rows."""
-    try:
-        then = json.loads((run_dir / CONFIG).read_bytes())
+    needs = f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl"
+    with foreign(needs, RunMissing):
+        then = json.loads(content_of(run_dir / CONFIG))
         rows = [row for _, row in read_lines(run_dir / METRICS, decode_row)]
-    except (OSError, ValueError) as e:
-        raise RunMissing(
-            f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl: {e}"
-        ) from e
+        # whose keys may be those of another version, or of somebody else
+        return _measured(run_dir, then, rows, config)
+
+
+def _measured(
+    run_dir: Path, then: dict[str, Any], rows: list[dict[str, Any]], config: Config
+) -> tuple[dict[str, float], list[str]]:
+    """Measure by the `rows` of the run whose config was `then`."""
     if len(rows) <= WARM:
         raise RunMissing(
             f"{run_dir}: --like needs more than {WARM} steps, the first are slow; it has"

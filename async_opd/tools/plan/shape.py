@@ -127,7 +127,7 @@ def _missing(setting: str) -> Iterator[None]:
 def local(setting: str, model: str) -> Shape | None:
     """Read the shape of a model that lies on this machine, or is the demo's; None for a hub id."""
     file = MODELS.get(model, Path(model)) / "config.json"
-    return read(json.loads(file.read_text(encoding="utf-8")), setting) if file.is_file() else None
+    return read(json.loads(file.read_bytes()), setting) if file.is_file() else None
 
 
 def shipped(setting: str, model: str) -> Shape:

@@ -237,7 +237,7 @@ def constant(figure: Figure) -> float | None:
 
 def marks_of(run: Run) -> Iterator[tuple[str, float, float]]:
     """Place at most 60 of a kind, evenly."""
-    happened = {event["step"] for event in run.events if isinstance(event.get("step"), int)}
+    happened = {event["step"] for event in run.events if event["step"] is not None}
     for kind, steps in (("checkpoint", run.checkpoints), ("event", sorted(happened))):
         places = np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int)
         shown = np.array(steps, float)[places]

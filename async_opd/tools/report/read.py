@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from async_opd.core.errors import RunMissing
+from async_opd.core.reading import content_of, refused
 from async_opd.core.run_dir import (
     CONFIG,
     EARLIER_EVENTS,
@@ -30,6 +31,8 @@ from async_opd.core.suggest import beside
 
 ROUTINE = ("placed", "saved")  # events of every run; checkpoints are in the ledger too
 CHUNK = 1000  # rows that become numbers at once
+LARGEST = 1e30  # number that is drawn
+DEEPEST = 20  # sections of a config in one another that are told apart
 
 
 @dataclass
@@ -56,25 +59,34 @@ class Run:
 def read(folder: Path, name: str, rollouts: int) -> Run:
     """Read the run in `folder` with at most so many `rollouts`. Raises RunMissing where there is
     none, or not a step yet."""
-    if not folder.is_dir():
-        raise RunMissing(
-            f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
-        )
+    with refused(f"{folder}", RunMissing):
+        if not folder.is_dir():
+            raise RunMissing(
+                f"{folder}: no such folder{beside(folder)}; a report needs the directory of a run"
+            )
+        return _run(folder, name, rollouts)
+
+
+def _run(folder: Path, name: str, rollouts: int) -> Run:
     run = Run(folder, name)
     if not (folder / METRICS).is_file():
         raise RunMissing(
             f"{folder}: no {METRICS} in it: it is no run directory, or no step is done yet"
         )
     run.config = dict(_flat(_json(run, CONFIG)))
-    run.environment = _json(run, ENVIRONMENT)
-    run.summary = _json(run, SUMMARY, "the run has not ended")
-    run.rows = _columns(_records(run, METRICS))
+    run.environment = _made_with(_json(run, ENVIRONMENT))
+    summary = _json(run, SUMMARY, "the run has not ended")
+    run.summary = {key: value for key, value in summary.items() if _is_number(value)}
+    run.rows = _columns(row for row in _records(run, METRICS) if _is_number(row.get("step")))
     if not len(run.rows.get("step", ())):
         raise RunMissing(f"{folder}: {METRICS} holds no row with a step")
     run.rows["seconds"] = _since_the_start(run.rows.get("elapsed_s", run.rows["step"] * np.nan))
     files = [file for file in (EARLIER_EVENTS, EVENTS) if (folder / file).is_file()]
     run.events = [
-        event for file in files for event in _records(run, file) if event.get("what") not in ROUTINE
+        event if _is_number(event.get("step")) else event | {"step": None}
+        for file in files
+        for event in _records(run, file)
+        if event.get("what") not in ROUTINE
     ]
     run.checkpoints = _checkpoints(folder / LEDGER)
     _read_rollouts(run, rollouts)
@@ -83,19 +95,32 @@ def read(folder: Path, name: str, rollouts: int) -> Run:
 
 def _json(run: Run, file: str, absent: str = "left out") -> dict[str, Any]:
     try:
-        tree = json.loads((run.folder / file).read_text(encoding="utf-8"))
+        tree = json.loads(content_of(run.folder / file).decode())
         if isinstance(tree, dict):
             return tree
         run.remarks.append(f"{file} is no JSON object: left out")
     except FileNotFoundError:
         run.remarks.append(f"{file} is not there: {absent}")
-    except ValueError as e:
+    except OSError as e:
+        run.remarks.append(f"{file} cannot be read: left out ({e.strerror})")
+    except (ValueError, RecursionError) as e:
         run.remarks.append(f"{file} is not JSON: left out ({e})")
     return {}
 
 
+def _made_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """Take commit and versions of a run's environment, as far as they are what they should be."""
+    commit, versions = tree.get("commit"), tree.get("versions")
+    return {
+        "commit": commit if isinstance(commit, str) else None,
+        "versions": {name: f"{version}" for name, version in versions.items()}
+        if isinstance(versions, dict)
+        else {},
+    }
+
+
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict) and tree:
+    if isinstance(tree, dict) and tree and path.count(".") < DEEPEST:
         for key, value in tree.items():
             yield from _flat(value, f"{path}.{key}" if path else key)
     else:
@@ -121,8 +146,8 @@ def _records(run: Run, file: str) -> Iterator[dict[str, Any]]:
 
 
 def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Collect the numbers of all `records` by key; whatever else there is, and what is infinite,
-    counts as absent."""
+    """Collect the numbers of all `records` by key; whatever else there is, and what is too large to
+    be drawn, counts as absent."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     count = 0
     for keys, alike in groupby(records, tuple):
@@ -134,7 +159,7 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
     for key, chunks in parts.items():
         for start, values in chunks:
             columns[key][start : start + len(values)] = np.where(
-                np.isfinite(values), values, np.nan
+                np.abs(values) < LARGEST, values, np.nan
             )
     return columns
 
@@ -142,10 +167,12 @@ def _columns(records: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
 def _numbers(rows: list[list[Any]]) -> np.ndarray:
     try:
         return np.array(rows, float)  # None becomes NaN
-    except (TypeError, ValueError):
-        return np.array(
-            [[x if isinstance(x, int | float) else np.nan for x in row] for row in rows], float
-        )
+    except (TypeError, ValueError, OverflowError):
+        return np.array([[x if _is_number(x) else np.nan for x in row] for row in rows], float)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and abs(x) < LARGEST
 
 
 def _since_the_start(elapsed: np.ndarray) -> np.ndarray:
@@ -163,23 +190,33 @@ def _checkpoints(ledger: Path) -> list[int]:
         for _, line in read_lines(ledger, bytes)
         if line.startswith(b'["checkpoint"')
     )
-    return sorted({int(parts[2]) for parts in entries if len(parts) == 3 and parts[2].isdigit()})
+    steps = (parts[2] for parts in entries if len(parts) == 3)
+    return sorted({int(step) for step in steps if step.isdigit() and len(step) < 16})
 
 
-class _Step(msgspec.Struct):
+class _Sample(msgspec.Struct):
+    """Of a line of samples.jsonl: what every rollout on the page has."""
+
     step: int
+    id: str
+    prompt: str
+    tokens: list[str]
+    prompt_cut: int = 0
+    cut: int = 0
+    truncated: bool = False
+    correct: bool | None = None
 
 
 def _read_rollouts(run: Run, most: int) -> None:
     """Choose evenly over the recorded steps, the first and the last among them. Of the others only
-    the step is decoded."""
+    what the page needs is decoded."""
     files = [file for file in (EARLIER_SAMPLES, SAMPLES) if (run.folder / file).is_file()]
     if not files:
         run.remarks.append(
             f"{SAMPLES} is not there: no rollouts to show (run.samples_every_steps records them)"
         )
         return
-    decode = msgspec.json.Decoder(_Step).decode
+    decode = msgspec.json.Decoder(_Sample).decode
     ends = [(file, end) for file in files for end, _ in _lines(run, file, decode)]
     places = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
     chosen = {ends[place] for place in places}

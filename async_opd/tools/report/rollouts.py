@@ -54,7 +54,7 @@ def rollouts(run: Run) -> list[Rollout]:
     for line in run.rollouts:
         try:
             recorded.append((line, _numbers(line)))
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             run.remarks.append(
                 f"samples.jsonl: a line without what it needs: left out ({type(e).__name__}: {e})"
             )

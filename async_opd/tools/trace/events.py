@@ -203,4 +203,4 @@ def _in_order(thread: tuple[str, int]) -> tuple:
     """Order by number: generator 10 comes behind generator 9."""
     lane, row = thread
     role, _, index = lane.partition(" ")
-    return role, int(index or 0), row
+    return role, int(index) if index.isdecimal() else 0, row

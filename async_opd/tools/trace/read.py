@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from async_opd.config.load import read_run
 from async_opd.core.errors import RunMissing
-from async_opd.core.run_dir import (
-    EARLIER_EVENTS,
-    EARLIER_SPANS,
-    EVENTS,
-    SPANS,
-    decode_row,
-    read_lines,
-)
+from async_opd.core.reading import refused
+from async_opd.core.run_dir import EARLIER_EVENTS, EARLIER_SPANS, EVENTS, SPANS, read_lines
 from async_opd.telemetry.spans import Line, Of
+
+LATEST = 1e11  # seconds of Unix time: the year 5138
 
 
 class State(NamedTuple):
@@ -50,11 +47,14 @@ class Recording(NamedTuple):
 def recorded(run_dir: Path) -> Recording:
     """Read what there is of the run, which may be at work. Raises RunMissing."""
     read_run(run_dir, dict)
+    with refused(f"{run_dir}", RunMissing):
+        return _recorded(run_dir)
+
+
+def _recorded(run_dir: Path) -> Recording:
     damaged: list[str] = []
     lines = [
-        line
-        for name in (EARLIER_SPANS, SPANS)
-        for line in _records(run_dir / name, msgspec.json.Decoder(Line).decode, damaged)
+        line for name in (EARLIER_SPANS, SPANS) for line in _records(run_dir / name, _line, damaged)
     ]
     if not lines:
         why = (
@@ -66,9 +66,33 @@ def recorded(run_dir: Path) -> Recording:
     events = (
         event
         for name in (EARLIER_EVENTS, EVENTS)
-        for event in _records(run_dir / name, decode_row, damaged)
+        for event in _records(run_dir / name, _event, damaged)
     )
     return Recording(lines, [event for event in events if first <= event["time"] <= last], damaged)
+
+
+def _line(text: bytes) -> Line:
+    """Decode a line. Raises ValueError, also for a time that is none."""
+    line = msgspec.json.decode(text, type=Line)
+    moments = [line.epoch, line.since, line.until, *(start for _, _, start in line.states)]
+    moments += [moment for _, _, _, *ends in line.calls for moment in ends]
+    if wrong := next((moment for moment in moments if abs(moment) > LATEST), None):
+        raise ValueError(f"{wrong:g}: no time in seconds")
+    return line
+
+
+class _Event(Struct):
+    """Of a line of events.jsonl: what is drawn."""
+
+    time: float
+    who: str
+    what: str
+    why: str = ""
+
+
+def _event(text: bytes) -> dict[str, Any]:
+    """Decode an event. Raises ValueError."""
+    return msgspec.to_builtins(msgspec.json.decode(text, type=_Event))
 
 
 def _records(path: Path, decode: Callable[[bytes], Any], damaged: list[str]) -> Iterator[Any]:
