@@ -32,7 +32,7 @@ def path(text: str) -> Path:
     """Parse a word of the command line that names a file or folder, which need not be there; a
     leading ~ stands for the home. Raises ConfigError."""
     if not text:
-        raise argparse.ArgumentTypeError("'': a path must not be empty")
+        raise ConfigError("'': a path must not be empty")
     there = from_home(text)
     looked_up(repr(text), there)
     return Path(there)

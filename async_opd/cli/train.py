@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from async_opd.cli.options import OVERRIDES, path
 from async_opd.core.errors import ConfigError
+from async_opd.core.files import from_home
 from async_opd.core.reading import refused
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.words:
             raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
         config, *overrides = args.words
-        return train(load(path(config), overrides))
+        return train(load(Path(from_home(config)), overrides))
     return train(*to_resume(args.resume, args.words))
 
 

@@ -83,17 +83,16 @@ class Line:
         was late."""
         line, me = self.lines.setdefault(kind, {}), Place(self, kind, seconds)
         line[me] = None
+        answered = True
         try:
             yield me
         except asyncio.CancelledError:
             self.moved = _now()
+            answered = False
             raise
-        except Exception:
-            self._answered(line, me)
-            raise
-        else:
-            self._answered(line, me)
         finally:
+            if answered:
+                self._answered(line, me)
             line.pop(me, None)
 
     @contextmanager

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -73,15 +73,14 @@ def _lock(folder: Path) -> int:
             # for writing, without which NFS locks nothing
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(folder / LOCK, flags, 0o666)
-        try:
+        with ExitStack() as unless:
+            unless.callback(os.close, descriptor)
             _take(descriptor, folder)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+                    unless.pop_all()
                     return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # somebody has moved the folder, or the file, in between
+            # somebody has moved the folder, or the file, in between
     raise RunInUse(f"{folder}: others keep moving it")
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import shutil
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -374,8 +373,9 @@ def gone_on_with(run_dir: Path, learner: RecordingLearner) -> None:
             config, Roles(learner=RecordingLearner(), **roles), Prompts(), [], run_dir, meter
         )
         (run_dir / "summary.json").write_text(json.dumps(summary))
-        # each line has its step, too
-        shutil.copy(run_dir / "metrics.jsonl", run_dir / "samples.jsonl")
+        with (run_dir / "samples.jsonl").open("w") as file:
+            for step in range(1, 6):
+                file.write(json.dumps({"step": step, "id": f"{step}@0#0"}) + "\n")
         found = checkpoints.find(run_dir / "checkpoints" / "000002")
         again = train(
             config,

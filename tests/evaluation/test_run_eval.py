@@ -13,7 +13,9 @@ from tests.simulated.roles import Prompts, SimulatedGenerator, SimulatedVerifier
 from tests.simulated.virtual_time import virtual
 
 CONFIG = SimpleNamespace(
-    rollout=SimpleNamespace(concurrency=4), run=SimpleNamespace(max_failed_share=0.5)
+    rollout=SimpleNamespace(concurrency=4),
+    run=SimpleNamespace(max_failed_share=0.5),
+    timeout=SimpleNamespace(step_s=60.0),
 )
 ASKED = SimpleNamespace(sampling=Sampling(), k=1)
 

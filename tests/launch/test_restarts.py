@@ -225,6 +225,8 @@ async def test_ctrl_c_before_the_first_step_leaves_nothing_untrue(stub, when):
         stub._roles = hangs
     stub.run_dir.mkdir()
     (stub.run_dir / "mine").touch()
+    earlier = {"run": {}, "student": {}, "data": {}}  # a run's
+    (stub.run_dir / "config.json").write_text(json.dumps(earlier))
     running = asyncio.ensure_future(stub.run())
     await asyncio.wait_for(reached.wait(), 60)
     running.cancel()

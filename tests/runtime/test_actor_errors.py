@@ -78,10 +78,10 @@ def test_a_member_that_cannot_be_killed_ends_nothing_else(monkeypatch):
     assert member.killed
 
 
-def test_nodes_that_ray_cannot_list_are_named(monkeypatch):
+async def test_nodes_that_ray_cannot_list_are_named(monkeypatch):
     def refuses():
         raise exceptions.RaySystemError("no head")
 
     monkeypatch.setattr(nodes, "available_resources_per_node", refuses)
     with pytest.raises(SystemFailed, match=r"^Ray, its nodes: RaySystemError: "):
-        nodes.alive_nodes()
+        await nodes.alive_nodes()

@@ -32,7 +32,7 @@ SLOWER = {  # settings that rates hang on
     "concurrency",
     "gradient_checkpointing",
 }
-RATES = 1e-6, 1e12  # tokens a second that are believed
+RATES = 1e-3, 1e12  # tokens a second that are believed
 WARM = 3  # first steps of a run, which are slow
 
 

@@ -30,10 +30,10 @@ RATES = "--rates generator={},teacher=1,learner={}"
         ("timeout.step_s=1e300", "timeout.step_s = 1e+300: plan counts up to 1e+12"),
         (
             "--gpu-memory-gib 1e308",
-            "--gpu-memory-gib: 1e308: must be a finite number > 0 and <= 1e+06",
+            "--gpu-memory-gib: 1e308: must be a finite number > 0 and <= 1000000",
         ),
-        (RATES.format("1e-308", "1"), "from 1e-06 to 1e+12"),
-        (RATES.format("1", "1e308"), "from 1e-06 to 1e+12"),
+        (RATES.format("1e-308", "1"), "from 0.001 to 1e+12"),
+        (RATES.format("1", "1e308"), "from 0.001 to 1e+12"),
     ],
 )
 def test_what_is_a_slip_is_refused(words, says, capsys):
