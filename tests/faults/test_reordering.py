@@ -59,7 +59,7 @@ class Shuffled:
 
 async def settle() -> None:
     """Until whoever can run has run."""
-    for _ in range(10):
+    for _ in range(100):
         await asyncio.sleep(0)
 
 
