@@ -94,10 +94,11 @@ class Job:
         return sorted(named, key=psutil.Process.create_time)
 
 
-def demo(folder: Path, *overrides: str, steps: int = 4, env: Mapping[str, str] = {}) -> Job:
+def demo(folder: Path, *overrides: str, steps: int = 4) -> Job:
     """The demo, small, with its run directory in `folder`."""
-    words = f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides
-    return Job("demo", *words, folder=folder, env=env)
+    return Job(
+        "demo", f"run.dir={folder}/run", f"run.steps={steps}", *SMALL, *overrides, folder=folder
+    )
 
 
 def rows(run: Path) -> list[dict]:

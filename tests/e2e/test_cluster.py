@@ -64,7 +64,7 @@ def test_a_submitted_run_is_left_followed_and_scaled_survives_a_node_and_is_stop
 
     assert f"async-opd submit --resume {run} --address {cluster.api}" in says("stop", id)
     assert following.wait(60) == 130
-    assert "interrupted; what was trained is in the newest checkpoint" in following.text()
+    assert "SIGTERM; what was trained is in the newest checkpoint" in following.text()
     assert "1/100000 " in following.text()
     steps = [row["step"] for row in rows(run)]
     assert steps == list(range(1, len(steps) + 1))

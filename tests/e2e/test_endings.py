@@ -15,8 +15,7 @@ from tests.e2e.conftest import Job, demo, rows, wait_for_steps
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 LONG = "run.steps=100000"
-STEPS = 8  # that are compared
-ALONE = "teacher.batch_tokens=80"  # a rollout a forward, data.max_prompt_tokens included
+STEPS = 4  # that are compared
 
 
 class Ended(NamedTuple):
@@ -31,8 +30,7 @@ class Ended(NamedTuple):
 def ended(folder: Path, end: Callable[[Job], None]) -> Ended:
     """Of a job that trained, step after step on policy, until `end`."""
     never = "run.checkpoint_every_steps=0", "run.checkpoint_minutes=0", "run.max_restarts=0"
-    synchronous = "run.max_lag_steps=0", "sync.parity_every_steps=1", ALONE
-    job = demo(folder, LONG, *never, *synchronous, env={"OMP_NUM_THREADS": "1"})
+    job = demo(folder, LONG, *never, "run.max_lag_steps=0", "sync.parity_every_steps=1")
     wait_for_steps(job, folder / "run", STEPS)
     end(job)
     status = job.wait(60)
@@ -70,15 +68,17 @@ def test_control_c_twice_ends_the_run_at_once(interrupted_twice):
 
 
 def test_a_synchronous_run_is_on_policy_and_repeats_itself(learner_killed, interrupted_twice):
-    curves = []
+    curves, sampled = [], []
     for found in (learner_killed.rows[:STEPS], interrupted_twice.rows[:STEPS]):
         assert [row["lag_max"] for row in found] == [0] * STEPS
         assert max(row["log_ratio_fresh_max"] for row in found) < 1e-3  # engine mismatch alone
         assert max(row["parity_gap"] for row in found) < 1e-4
         assert {row["tokens_excluded"] for row in found} == {0}
-        curves.append([(row["loss"], row["kl"], row["grad_norm"]) for row in found])
-    assert curves[0] == curves[1]  # bit by bit
+        curves.append([row["loss"] for row in found])
+        sampled.append([(row["tokens"], row["accuracy"]) for row in found])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
     assert len(set(curves[0])) == STEPS  # it did learn something
+    assert sampled[0] == sampled[1]  # token for token
 
 
 def test_weights_that_blow_up_end_the_run_by_name(tmp_path):

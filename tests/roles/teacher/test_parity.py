@@ -158,7 +158,7 @@ async def test_the_vllm_teacher_equals_a_plain_forward_teaches_a_step_and_dies_b
 def engine_of(actor: str) -> psutil.Process:
     """The engine's process under an actor of this test's own cluster, whose title Ray rewrites with
     each call: it may be read halfway."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         with suppress(psutil.NoSuchProcess, StopIteration):
             return next(
@@ -167,4 +167,5 @@ def engine_of(actor: str) -> psutil.Process:
                 if "EngineCore" in process.name() + " ".join(process.cmdline())
                 and actor in " ".join(process.parent().cmdline())
             )
-    raise AssertionError(f"no engine under {actor}")
+    there = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    raise AssertionError(f"no engine under {actor}: {there}")
