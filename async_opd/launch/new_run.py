@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
     folder is used, and any other refused. A mistake that shows before the first prompt is handed
     out, or a Ctrl-C, leaves everything as it was. Raises ConfigError and RunInUse.
     """
+    if path.is_symlink():  # the run is where it leads to, then as before
+        path = Path(os.path.realpath(path))
     parents = [parent for parent in path.parents if not parent.exists()]
     fresh = not path.exists()
     with ExitStack() as held:
@@ -70,7 +73,11 @@ def _made(path: Path, work: str, held: ExitStack) -> Path | None:
         return None
     others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     earlier = next(other for other in others if not other.exists())
-    path.rename(earlier)
+    with ExitStack() as inside:  # what was set aside may be gone on with there
+        for lock in sorted(path.rglob(LOCK)):
+            if lock.parent != path and holds_run(lock.parent):
+                inside.enter_context(locked(lock.parent, work))
+        path.rename(earlier)
     path.mkdir()
     held.enter_context(locked(path, work))
     return earlier

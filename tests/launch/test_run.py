@@ -111,6 +111,35 @@ def test_an_empty_folder_is_used_and_left_empty_by_a_mistake(left, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_the_runs_are_where_it_leads_to(there, tmp_path):
+    large, link = tmp_path / "large" / "run", tmp_path / "run"
+    if there:
+        large.mkdir(parents=True)
+    link.symlink_to(large)
+    assert left_by(link, DataError("no such column"), under=tmp_path / "large") == ["run"] * there
+    for _ in range(2):
+        with made(link) as run:
+            run.joinpath("mine").touch()
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["large", "run"]
+    assert sorted(p.name for p in large.parent.iterdir()) == ["run", "run.1"]
+
+
+def test_a_run_is_not_moved_while_another_inside_it_is_gone_on_with(tmp_path):
+    inner = tmp_path / "run" / "set-aside" / "1"
+    with made(tmp_path / "run"):
+        pass
+    shutil.copytree(tmp_path / "run", inner)
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "lock.json").write_text("another's")
+    with locked(inner, "train --resume"):
+        with pytest.raises(RunInUse, match=f"^{inner}: train --resume works in it"):
+            made(tmp_path / "run").__enter__()
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    with made(tmp_path / "run"), locked(tmp_path / "run.1" / "set-aside" / "1", "train --resume"):
+        assert (tmp_path / "run.1" / "data" / "lock.json").read_text() == "another's"
+
+
 def left_by(path, error: AsyncOpdError, *files: str, under: Path | None = None) -> list[str]:
     """What is `under` the grandparent of `path`, or a folder, when a run there has written `files`
     and ended with `error`."""
