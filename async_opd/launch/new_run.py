@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
-from async_opd.core.files import write_file
+from async_opd.core.files import partial, write_file
 from async_opd.core.run_dir import CONFIG, LEDGER, LOCK, PROBLEMS, holds_run
 from async_opd.core.run_lock import locked
 
@@ -43,9 +42,11 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
             write_file(path / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
         except OSError as e:
             raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
-        undo = partial(
-            _undo, path, parents if fresh else [], earlier, keep=not fresh and not earlier
-        )
+        beside = parents if fresh else []
+
+        def undo(error: BaseException) -> None:
+            _undo(path, beside, earlier, error, keep=not fresh and not earlier)
+
         try:
             yield path
         except AsyncOpdError as e:
@@ -87,7 +88,7 @@ def _ours(path: Path) -> bool:
     """Tell whether there is a directory of ours, rather than none or an empty one. Raises
     ConfigError for any other, which nobody has asked us to move."""
     names = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
-    if holds_run(path) or not {*names} - {LOCK}:
+    if holds_run(path) or not {*names} - {LOCK, partial(path / CONFIG).name}:  # begun just now
         return bool(names) and holds_run(path)
     inside = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     raise ConfigError(

@@ -100,7 +100,7 @@ def test_what_no_run_of_ours_has_made_is_never_moved(kind, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("left", [[], ["lock.json"]])
+@pytest.mark.parametrize("left", [[], ["lock.json"], ["lock.json", ".config.json.partial"]])
 def test_an_empty_folder_is_used_and_left_empty_by_a_mistake(left, tmp_path):
     (tmp_path / "run").mkdir()
     for name in left:
@@ -138,6 +138,16 @@ def test_a_run_is_not_moved_while_another_inside_it_is_gone_on_with(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["run"]
     with made(tmp_path / "run"), locked(tmp_path / "run.1" / "set-aside" / "1", "train --resume"):
         assert (tmp_path / "run.1" / "data" / "lock.json").read_text() == "another's"
+
+
+@pytest.mark.parametrize("written", [[], [".config.json.partial"]])
+def test_a_run_that_begins_at_the_same_moment_is_at_work(written, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", "train"):
+        for name in written:
+            (tmp_path / "run" / name).touch()
+        with pytest.raises(RunInUse, match="train works in it"):
+            made(tmp_path / "run").__enter__()
 
 
 def left_by(path, error: AsyncOpdError, *files: str, under: Path | None = None) -> list[str]:
