@@ -16,7 +16,15 @@ from msgspec import Struct
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
 from async_opd.core.files import partial, write_file
-from async_opd.core.run_dir import CONFIG, LEDGER, LOCK, PROBLEMS, holds_run
+from async_opd.core.run_dir import (
+    CHECKPOINTS,
+    CONFIG,
+    LEDGER,
+    LOCK,
+    PROBLEMS,
+    SET_ASIDE,
+    holds_run,
+)
 from async_opd.core.run_lock import locked
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
@@ -67,6 +75,7 @@ def _begun(path: Path) -> list[Path]:
 
 def _made(path: Path, work: str, held: ExitStack) -> Path | None:
     """Make the directory, whose lock is `held` then; return where the one before it is now."""
+    _refuse_kept(path)
     _ours(path)  # before anything is written into it
     path.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(path, work))
@@ -82,6 +91,17 @@ def _made(path: Path, work: str, held: ExitStack) -> Path | None:
     path.mkdir()
     held.enter_context(locked(path, work))
     return earlier
+
+
+def _refuse_kept(path: Path) -> None:
+    """Raise ConfigError for a place among what another run has saved, or set aside."""
+    place = Path(os.path.realpath(path))
+    for folder in (place, *place.parents):
+        if folder.name in (CHECKPOINTS, SET_ASIDE) and holds_run(folder.parent):
+            raise ConfigError(
+                f"run.dir = {str(path)!r}: lies in {folder}, where the run of {folder.parent} keeps"
+                " what is its own; name a folder elsewhere"
+            )
 
 
 def _ours(path: Path) -> bool:

@@ -125,6 +125,19 @@ def test_a_link_stays_one_and_the_runs_are_where_it_leads_to(there, tmp_path):
     assert sorted(p.name for p in large.parent.iterdir()) == ["run", "run.1"]
 
 
+@pytest.mark.parametrize("name", ["checkpoints/000007", "checkpoints", "set-aside/1", "link/new"])
+def test_nothing_is_made_among_what_another_run_keeps(name, tmp_path):
+    with made(tmp_path / "run") as run:
+        (run / "set-aside" / "1").mkdir(parents=True)
+        (run / "link").symlink_to("set-aside")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"run.dir = '{run}/{name}': lies in {run}/"):
+        made(run / name).__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
+    with made(run / "eval", "eval"):  # beside it there is room
+        pass
+
+
 def test_a_run_is_not_moved_while_another_inside_it_is_gone_on_with(tmp_path):
     inner = tmp_path / "run" / "set-aside" / "1"
     with made(tmp_path / "run"):
