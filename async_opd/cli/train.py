@@ -4,8 +4,9 @@ Checks the whole config, then starts generators, teachers, verifier and learner 
 that of RAY_ADDRESS, one that runs here, or one of its own. Everything goes into run.dir; an earlier
 run there is kept beside it. One Ctrl-C lets the step at hand finish, saves a checkpoint and ends;
 --resume goes on from the newest checkpoint, or from the one that is named, with other settings
-where they are given; what lies behind that checkpoint is kept in RUN/set-aside/. A run that was
-killed in its last evaluation does just that.
+where they are given, which are the run's once it goes on; what lies behind that checkpoint is kept
+in RUN/set-aside/. A run that was killed in its last evaluation does just that. One at a time works
+in a run's directory.
 
   async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
   async-opd train --resume runs/slow run.steps=200
