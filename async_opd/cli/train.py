@@ -4,8 +4,9 @@ Checks the whole config, then starts generators, teachers, verifier and learner 
 that of RAY_ADDRESS, one that runs here, or one of its own. Everything goes into run.dir; an earlier
 run there is kept beside it. One Ctrl-C lets the step at hand finish, saves a checkpoint and ends;
 --resume goes on from the newest checkpoint, or from the one that is named, with other settings
-where they are given; what lies behind that checkpoint is kept in RUN/set-aside/. A run that was
-killed in its last evaluation does just that.
+where they are given, which are the run's once it goes on; what lies behind that checkpoint is kept
+in RUN/set-aside/. A run that was killed in its last evaluation does just that. One at a time works
+in a run's directory.
 
   async-opd train configs/demo.toml run.dir=runs/slow learner.lr=2e-4
   async-opd train --resume runs/slow run.steps=200
@@ -14,11 +15,12 @@ killed in its last evaluation does just that.
 
 import argparse
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from async_opd.cli.options import OVERRIDES, path
-from async_opd.core.errors import ConfigError
+from async_opd.core.errors import CheckpointError, ConfigError
 from async_opd.core.files import from_home
 from async_opd.core.reading import refused
 
@@ -45,7 +47,21 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("train: needs a config, a TOML file, or --resume RUN")
         config, *overrides = args.words
         return train(load(Path(from_home(config)), overrides))
-    return train(*to_resume(args.resume, args.words))
+    return train(*read_alone(args.resume, args.words))
+
+
+def read_alone(path: Path, overrides: list[str]) -> "tuple[Config, Checkpoint]":
+    """Read what `to_resume` does while nobody works there. Raises RunInUse, and as that does."""
+    from async_opd.config.load import read_run
+    from async_opd.core.run_dir import LOCK, run_of
+    from async_opd.core.run_lock import locked
+
+    run = run_of(path)
+    with refused(f"--resume {path}"):
+        read_run(run, dict)  # what is no run's is not locked
+        worked_in = (run / LOCK).exists()
+    with locked(run, "train --resume") if worked_in else nullcontext():
+        return to_resume(path, overrides)
 
 
 def to_resume(
@@ -55,13 +71,22 @@ def to_resume(
     Raises ConfigError where nothing is left, not even the last evaluation, or where a setting is
     changed that a run has for good."""
     from async_opd.config.load import load_run, read_run
-    from async_opd.core.run_dir import LEDGER, SUMMARY, run_of
-    from async_opd.driver.checkpoints import find
+    from async_opd.core.run_dir import CHECKPOINTS, LEDGER, SUMMARY, run_of
+    from async_opd.driver.checkpoints import committed, find
     from async_opd.driver.resume import fixed, refuse_changed
 
     run = run_of(path)
+    for override in overrides:
+        if override.partition("=")[0] == "run.dir":
+            raise ConfigError(f"{override}: a run goes on where it is, in {run}")
     with refused(f"--resume {path}"):
-        config, checkpoint = load_run(run, overrides, elsewhere=elsewhere), find(path)
+        config = load_run(run, overrides, elsewhere=elsewhere)
+        try:
+            checkpoint = find(path)
+        except CheckpointError as e:
+            if not committed(run / CHECKPOINTS):
+                e.add_note("it has saved none yet: start it as before, and this is kept beside it")
+            raise
         refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)))
         summed_up, begun = (run / SUMMARY).exists(), (run / LEDGER).exists()
     step, steps = checkpoint.state.version, config.run.steps

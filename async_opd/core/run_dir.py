@@ -12,9 +12,10 @@ import msgspec
 from async_opd.core.reading import opened
 
 CONFIG = "config.json"  # the config as it was asked for, with the pool sizes asked for since
-EARLIER_CONFIG = "config.earlier.json"  # that of before a resume which has not gone on yet
 LOCK = "lock.json"  # who works in it, and its lock: core.run_lock
 ENVIRONMENT = "environment.json"  # commit and versions
+# those of a resume which has not gone on yet
+NEXT = {CONFIG: "config.next.json", ENVIRONMENT: "environment.next.json"}
 METRICS = "metrics.jsonl"  # a row a step
 SAMPLES = "samples.jsonl"  # the last recorded trajectories
 EARLIER_SAMPLES = "samples.earlier.jsonl"  # and those before them

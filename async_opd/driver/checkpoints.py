@@ -26,7 +26,7 @@ from msgspec import Struct
 from async_opd.core import files
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import CheckpointError
-from async_opd.core.reading import content_of
+from async_opd.core.reading import content_of, in_words
 from async_opd.core.run_dir import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -83,7 +83,7 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """Make a fresh folder to write the checkpoint of `step` into. Raises CheckpointError, also
         for a step that is there already: to replace it would be to lose it for a moment."""
-        with _naming(step):
+        with _naming(f"checkpoint of step {step}"):
             self.recover()
             if self.holds(step):
                 raise CheckpointError(f"checkpoint of step {step}: it is saved already")
@@ -97,7 +97,7 @@ class Checkpoints:
         """
         partial = files.partial(self._folder(step))
         try:
-            with _naming(step):
+            with _naming(f"checkpoint of step {step}"):
                 content = msgspec.to_builtins(state) | {"files": names(partial)}
                 files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(content)))
                 manifest = [File.of(partial, name) for name in names(partial)]
@@ -127,7 +127,7 @@ class Checkpoints:
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
-        with _naming(step):
+        with _naming(f"what lies behind step {step}"):
             self.recover()
             if self.holds(step):  # there is none of the start
                 self._point(step)
@@ -276,9 +276,9 @@ def _score(folder: Path) -> float | None:
 
 
 @contextmanager
-def _naming(step: int) -> Generator[None]:
-    """Name the step in what the disk raises."""
+def _naming(what: str) -> Generator[None]:
+    """Name `what` is written, or moved, in what the disk raises."""
     try:
         yield
     except OSError as e:
-        raise CheckpointError(f"checkpoint of step {step}: {e.filename}: {e.strerror}") from e
+        raise CheckpointError(f"{what}: {in_words(e)}") from e

@@ -17,13 +17,13 @@ from async_opd.core import files
 from async_opd.core.run_dir import (
     CHECKPOINTS,
     CONFIG,
-    EARLIER_CONFIG,
     EARLIER_EVENTS,
     EARLIER_SAMPLES,
     ENVIRONMENT,
     EVENTS,
     LEDGER,
     METRICS,
+    NEXT,
     SAMPLES,
     SET_ASIDE,
     SUMMARY,
@@ -52,7 +52,8 @@ def begin(run_dir: Path) -> Path:
 
 def cut(run_dir: Path, version: int, copied: bool) -> Path | None:
     """Cut off the rows of steps behind `version`, and the summary of a run that had ended: training
-    goes on behind it. Not before the ledger says so: it would miss the rows.
+    goes on behind it, with the config of the resume. Not before the ledger says so: it would miss
+    the rows.
 
     Unless they are `copied` already, they are kept in a new folder, which is returned where it
     holds rows. Reads no more than what is cut off.
@@ -70,7 +71,9 @@ def cut(run_dir: Path, version: int, copied: bool) -> Path | None:
             file.truncate(end)
         files.sync(run_dir / name)
     (run_dir / SUMMARY).unlink(missing_ok=True)
-    (run_dir / EARLIER_CONFIG).unlink(missing_ok=True)
+    for name, coming in NEXT.items():
+        if (run_dir / coming).exists():
+            files.rename(run_dir / coming, run_dir / name)
     return folder if cuts else None
 
 
@@ -95,8 +98,6 @@ def _copies(run_dir: Path, starts: Mapping[str, int]) -> Path:
     beside = files.begin_folder(folder)
     for name, start in starts.items():
         source = run_dir / name
-        if name == CONFIG and (run_dir / EARLIER_CONFIG).exists():
-            source = run_dir / EARLIER_CONFIG
         if source.exists():
             with source.open("rb") as old, (beside / name).open("wb") as new:
                 old.seek(start)

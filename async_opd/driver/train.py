@@ -14,7 +14,7 @@ from async_opd.core.roles import Roles
 from async_opd.core.run_dir import LEDGER
 from async_opd.core.wire import Prompt
 from async_opd.driver import resize
-from async_opd.driver.checkpoints import Checkpoint
+from async_opd.driver.checkpoints import Checkpoint, thread_of
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.resume import Source
 from async_opd.driver.train_loop import TrainLoop
@@ -39,7 +39,8 @@ async def train(
     error.
     """
     timeout = config.timeout
-    ledger = await aside(timeout.step_s, "ledger, opened", Ledger, run_dir / LEDGER)
+    thread = thread_of(run_dir)  # behind one that was given up, which cuts the file
+    ledger = await aside(timeout.step_s, "ledger, opened", Ledger, run_dir / LEDGER, thread=thread)
     loop = TrainLoop(config, roles, source, held_out, run_dir, meter, emit, ledger)
     try:
         async with asyncio.TaskGroup() as tasks:

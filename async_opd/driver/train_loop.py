@@ -233,8 +233,8 @@ class TrainLoop:
         """Be where the run was at that checkpoint, with its prompts from there on."""
         state = checkpoint.state
         needed = (self._config.run.steps - state.version) * self._config.groups_per_step
-        await self.progress.restore(checkpoint, needed)
         self.version = state.version
+        await self.progress.restore(checkpoint, needed)
         if "before" in state.counters:
             self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters.get("dropped", {}))

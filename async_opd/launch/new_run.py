@@ -2,11 +2,11 @@
 
 import asyncio
 import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,16 @@ import msgspec
 from msgspec import Struct
 
 from async_opd.core.errors import AsyncOpdError, ConfigError
-from async_opd.core.files import write_file
-from async_opd.core.run_dir import CONFIG, LEDGER, LOCK, PROBLEMS, holds_run
+from async_opd.core.files import partial, write_file
+from async_opd.core.run_dir import (
+    CHECKPOINTS,
+    CONFIG,
+    LEDGER,
+    LOCK,
+    PROBLEMS,
+    SET_ASIDE,
+    holds_run,
+)
 from async_opd.core.run_lock import locked
 
 PACKAGES = ("async-opd-ray", "ray", "torch", "transformers", "deepspeed", "datasets", "math-verify")
@@ -32,6 +40,8 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
     folder is used, and any other refused. A mistake that shows before the first prompt is handed
     out, or a Ctrl-C, leaves everything as it was. Raises ConfigError and RunInUse.
     """
+    if path.is_symlink():  # the run is where it leads to, then as before
+        path = Path(os.path.realpath(path))
     parents = [parent for parent in path.parents if not parent.exists()]
     fresh = not path.exists()
     with ExitStack() as held:
@@ -40,9 +50,11 @@ def new_dir(path: Path, asked: Struct, work: str) -> Iterator[Path]:
             write_file(path / CONFIG, msgspec.json.format(msgspec.json.encode(asked)))
         except OSError as e:
             raise ConfigError(f"run.dir = {str(path)!r}: cannot be made: {e.strerror}") from e
-        undo = partial(
-            _undo, path, parents if fresh else [], earlier, keep=not fresh and not earlier
-        )
+        beside = parents if fresh else []
+
+        def undo(error: BaseException) -> None:
+            _undo(path, beside, earlier, error, keep=not fresh and not earlier)
+
         try:
             yield path
         except AsyncOpdError as e:
@@ -63,6 +75,7 @@ def _begun(path: Path) -> list[Path]:
 
 def _made(path: Path, work: str, held: ExitStack) -> Path | None:
     """Make the directory, whose lock is `held` then; return where the one before it is now."""
+    _refuse_kept(path)
     _ours(path)  # before anything is written into it
     path.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(path, work))
@@ -70,17 +83,32 @@ def _made(path: Path, work: str, held: ExitStack) -> Path | None:
         return None
     others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     earlier = next(other for other in others if not other.exists())
-    path.rename(earlier)
+    with ExitStack() as inside:  # what was set aside may be gone on with there
+        for lock in sorted(path.rglob(LOCK)):
+            if lock.parent != path and holds_run(lock.parent):
+                inside.enter_context(locked(lock.parent, work))
+        path.rename(earlier)
     path.mkdir()
     held.enter_context(locked(path, work))
     return earlier
+
+
+def _refuse_kept(path: Path) -> None:
+    """Raise ConfigError for a place among what another run has saved, or set aside."""
+    place = Path(os.path.realpath(path))
+    for folder in (place, *place.parents):
+        if folder.name in (CHECKPOINTS, SET_ASIDE) and holds_run(folder.parent):
+            raise ConfigError(
+                f"run.dir = {str(path)!r}: lies in {folder}, where the run of {folder.parent} keeps"
+                " what is its own; name a folder elsewhere"
+            )
 
 
 def _ours(path: Path) -> bool:
     """Tell whether there is a directory of ours, rather than none or an empty one. Raises
     ConfigError for any other, which nobody has asked us to move."""
     names = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
-    if holds_run(path) or not {*names} - {LOCK}:
+    if holds_run(path) or not {*names} - {LOCK, partial(path / CONFIG).name}:  # begun just now
         return bool(names) and holds_run(path)
     inside = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     raise ConfigError(

@@ -24,11 +24,11 @@ from async_opd.core.process_wide import no_garbage_collection
 from async_opd.core.run_dir import (
     CHECKPOINTS,
     CONFIG,
-    EARLIER_CONFIG,
     EARLIER_EVENTS,
     ENVIRONMENT,
     EVENTS,
     METRICS,
+    NEXT,
     SAMPLES,
     SPANS,
     SUMMARY,
@@ -37,14 +37,23 @@ from async_opd.core.run_lock import locked
 from async_opd.driver import checkpoints
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment, new_dir
-from async_opd.launch.restarts import LOST, Restarts
+from async_opd.launch.restarts import LOST, Restarts, not_again
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
 from async_opd.telemetry.console import console
-from async_opd.telemetry.metrics import Jsonl, Meter, Rotating, Row, Sink, caught_up, observed
+from async_opd.telemetry.metrics import (
+    CLOSE_S,
+    Jsonl,
+    Meter,
+    Rotating,
+    Row,
+    Sink,
+    caught_up,
+    observed,
+)
 from async_opd.telemetry.rollout_log import decoder, sample_file
 from async_opd.telemetry.sinks import Prometheus, TensorBoard, Wandb
 from async_opd.telemetry.spans import Window, encode
@@ -119,12 +128,12 @@ async def _run(
             except LOST as e:
                 if task.cancelling():
                     raise
-                checkpoint = await restarts.goes_on_from(e, meter.last_step)
-                within_s = config.timeout.step_s
-                # what they have not written yet would stand behind the rows that are void
-                await aside(within_s, "observers", caught_up, [*observers, record])
-                # with the pool sizes that were asked for meanwhile
-                config = resolve_toy(await _on_disk(config, run_dir, read_run, run_dir), run_dir)
+                with not_again(e):
+                    checkpoint = await restarts.goes_on_from(e, meter.last_step, checkpoint)
+                    # what they have not written yet would stand behind the rows that are void
+                    await aside(2 * CLOSE_S, "observers", caught_up, [*observers, record])
+                    asked = await _on_disk(config, run_dir, _asked_since, run_dir, asked)
+                config = resolve_toy(asked, run_dir)
     lost = {f"observer_rows_lost_{observer.name}": observer.lost for observer in observers}
     summary |= {
         **inputs.prompts.counts,
@@ -140,14 +149,20 @@ async def _run(
 
 def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
     """Write what the run is made with, and the config as asked: where a job unpacks what is shipped
-    is gone when the run is gone on with. The config of before is there until it has gone on."""
-    path, earlier = run_dir / CONFIG, run_dir / EARLIER_CONFIG
-    config = msgspec.json.format(msgspec.json.encode(asked))
-    if resumed and not earlier.exists() and path.read_bytes() != config:
-        write_file(earlier, path.read_bytes())
-    write_file(path, config)
+    is gone when the run is gone on with. Those of a resume are the run's once it has gone on."""
     made_with = environment(ends=inputs.tokens.ends)
-    write_file(run_dir / ENVIRONMENT, json.dumps(made_with, indent=2).encode())
+    written = {
+        CONFIG: msgspec.json.format(msgspec.json.encode(asked)),
+        ENVIRONMENT: json.dumps(made_with, indent=2).encode(),
+    }
+    for name, content in written.items():
+        write_file(run_dir / (NEXT[name] if resumed else name), content)
+
+
+def _asked_since(run_dir: Path, asked: Config) -> Config:
+    """Read the config as `asked`, with the pool sizes that were asked for meanwhile; nobody can ask
+    for any before a resume has gone on."""
+    return asked if (run_dir / NEXT[CONFIG]).exists() else read_run(run_dir)
 
 
 async def _on_disk(config: Config, path: Path, call: Callable[..., T], *args: Any) -> T:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import errno
 import os
+import threading
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -27,6 +29,7 @@ from async_opd.core.errors import (
 )
 from async_opd.core.roles import Roles
 from async_opd.driver import checkpoints
+from async_opd.driver.ledger import Ledger
 from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Jsonl, Meter
 from async_opd.tools.audit.books import audit
@@ -38,6 +41,8 @@ from tests.simulated.roles import (
     SimulatedVerifier,
 )
 from tests.simulated.virtual_time import virtual
+
+trains = import_module("async_opd.driver.train")
 
 SMALL = (
     "run.steps=5",
@@ -289,3 +294,24 @@ def test_a_run_that_has_trained_nothing_saves_nothing(tmp_path):
     run = Run(tmp_path)
     virtual(main())
     assert (run.saved, [event[0] for event in run.events]) == ([], ["not saved"])
+
+
+async def test_a_ledger_whose_opening_was_given_up_is_not_cut_under_the_next(tmp_path, monkeypatch):
+    opened, hangs = [], threading.Event()
+
+    class Slow(Ledger):
+        def __init__(self, path):
+            opened.append(path)
+            hangs.wait(60)
+            super().__init__(path)
+
+    monkeypatch.setattr(trains, "Ledger", Slow)
+    late = Run(tmp_path, "timeout.step_s=0.2")
+    for _ in range(2):
+        with pytest.raises(TimedOut, match=r"ledger, opened: no answer in 0\.2 s"):
+            await late.train(Learner(step_s=0))
+        assert len(opened) == 1  # the second waits for the first
+    hangs.set()
+    await Run(tmp_path).train(Learner(step_s=0))
+    books = audit(tmp_path)
+    assert len(opened) == 2 and (books.discrepancies, books.finished) == ([], True)

@@ -7,10 +7,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from async_opd.cli.train import to_resume
+from async_opd.cli.train import read_alone, to_resume
 from async_opd.config.load import load
-from async_opd.core.errors import ActorLost, ConfigError, TimedOut
+from async_opd.core.errors import ActorLost, CheckpointError, ConfigError, RunInUse, TimedOut
 from async_opd.core.roles import Roles
+from async_opd.core.run_lock import locked
 from async_opd.driver.checkpoints import find
 from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Jsonl, Meter
@@ -186,3 +187,31 @@ def test_a_teacher_that_cannot_be_measured_leaves_the_students_accuracy(tmp_path
     assert told[1] == "teacher" and told[2].endswith("teacher 0: late")
     summary, *_ = run(tmp_path / "again", "teacher.evaluate=true")
     assert summary["teacher_accuracy"] == 1
+
+
+def test_a_run_at_work_is_read_by_no_resume(tmp_path):
+    run(tmp_path)
+    with locked(tmp_path, "train"):
+        for path in (tmp_path, tmp_path / "checkpoints" / "000009"):  # it may be there by and by
+            with pytest.raises(RunInUse, match=f"^{tmp_path}: train works in it"):
+                read_alone(path, [])
+    with pytest.raises(ConfigError, match=r"nothing|finished"):
+        read_alone(tmp_path, [])
+
+
+def test_another_run_directory_is_refused_and_not_passed_over(tmp_path):
+    run(tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"^run.dir=new: a run goes on where it is, in {tmp_path}"
+    ):
+        to_resume(tmp_path, ["run.steps=9", "run.dir=new"])
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_to_be_started_as_before(tmp_path):
+    run(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match="no complete checkpoint in ") as raised:
+        to_resume(tmp_path, [])
+    assert raised.value.__notes__ == [
+        "it has saved none yet: start it as before, and this is kept beside it"
+    ]

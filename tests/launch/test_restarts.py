@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.cli.train import to_resume
 from async_opd.config.load import load
-from async_opd.core.errors import ActorLost, SyncFailed, SystemFailed
+from async_opd.core.errors import ActorLost, CheckpointError, SyncFailed, SystemFailed, TimedOut
 from async_opd.core.roles import Roles
 from async_opd.core.vocabulary import Tokens
+from async_opd.driver import set_aside
 from async_opd.driver.checkpoints import committed
 from async_opd.launch import restarts
 from async_opd.launch import run as runs
@@ -238,3 +243,97 @@ async def test_ctrl_c_before_the_first_step_leaves_nothing_untrue(stub, when):
     assert (stub.run_dir / "ledger.jsonl").exists() == begun
     assert (f"{stub.run_dir} is as it was" in raised.value.__notes__) != begun
     assert committed(stub.run_dir / "checkpoints") == {}
+
+
+@pytest.fixture
+async def resumed(stub):
+    """Goes on from step 2 of a run of 6 steps, to step 8; learners are lost as `stub.deaths` and
+    `stub.loads`, what their loads raise, say."""
+    await stub.run("run.checkpoint_every_steps=2", "run.keep_checkpoints=9")
+    stub.as_it_was = {
+        name: (stub.run_dir / name).read_bytes() for name in ("config.json", "environment.json")
+    }
+    return lambda: runs.run(*to_resume(stub.run_dir / "checkpoints" / "000002", ["run.steps=8"]))
+
+
+async def test_a_resume_that_is_lost_before_it_goes_on_starts_again_from_what_was_named(
+    stub, resumed, monkeypatch
+):
+    load_state, loads = Learner.load_state, [ActorLost("learner rank 0 died"), None]
+
+    async def dies(self, folder):
+        if error := loads.pop(0):
+            raise error
+        await load_state(self, folder)
+
+    dies.__name__ = "load_state"
+    monkeypatch.setattr(Learner, "load_state", dies)
+    summary = await resumed()
+    assert stub.told("starts again") == ["from step 2, for ActorLost: learner rank 0 died"]
+    assert (summary["version"], summary["steps"], len(stub.learners[-1].trained)) == (8, 6, 24)
+    books = audit(stub.run_dir)
+    assert (books.discrepancies, books.steps_asked, books.resumed_at) == ([], 8, [2])
+    assert committed(stub.run_dir / "set-aside" / "1" / "checkpoints").keys() == {4, 6}
+
+
+async def test_a_resume_and_a_restart_in_it_go_on_from_what_was_saved_last(stub, resumed):
+    going_on = resumed()
+    stub.deaths = [5]
+    summary = await going_on
+    assert (summary["version"], audit(stub.run_dir).resumed_at) == (8, [2, 4])
+    assert audit(stub.run_dir).discrepancies == [] and rows_of(stub.run_dir) == [*range(1, 9)]
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "no actors", "full disk"])
+async def test_a_resume_that_ends_before_it_goes_on_leaves_the_run_as_it_was(
+    stub, resumed, end, monkeypatch
+):
+    reached = asyncio.Event()
+
+    async def hangs():
+        reached.set()
+        await asyncio.Event().wait()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if end == "Ctrl-C":
+        stub._roles = hangs
+    elif end == "no actors":
+        stub.starts = [ActorLost("teacher 0 cannot be built")]
+    else:
+        monkeypatch.setattr(set_aside, "copyfileobj", full)
+    going_on = asyncio.ensure_future(resumed())
+    if end == "Ctrl-C":
+        await asyncio.wait_for(reached.wait(), 60)
+        going_on.cancel()
+    with pytest.raises((asyncio.CancelledError, ActorLost, CheckpointError)) as raised:
+        await going_on
+    if end == "full disk":
+        assert f"{raised.value}" == "what lies behind step 2: No space left on device"
+        assert raised.value.__notes__ == ["at version 2"]
+    assert stub.as_it_was == {name: (stub.run_dir / name).read_bytes() for name in stub.as_it_was}
+    books = audit(stub.run_dir)
+    assert (books.discrepancies, books.finished, books.steps_asked) == ([], True, 6)
+    monkeypatch.setattr(set_aside, "copyfileobj", shutil.copyfileobj)
+    stub._roles = Stub._roles.__get__(stub)
+    assert (await resumed())["version"] == 8
+    assert audit(stub.run_dir).discrepancies == [] and audit(stub.run_dir).steps_asked == 8
+    assert list(stub.run_dir.glob("*.next.json")) == []
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "config"])
+async def test_the_first_error_stays_where_no_other_start_can_be_had(stub, what, monkeypatch):
+    stub.deaths = [3]
+    if what == "checkpoints":
+
+        def late(*_):
+            raise TimedOut("newest checkpoint: no answer in 600 s")
+
+        monkeypatch.setattr(restarts, "newest", late)
+    else:
+        monkeypatch.setattr(runs, "read_run", lambda _: 1 / 0)
+    with pytest.raises(ActorLost, match="learner rank 0 died") as raised:
+        await stub.run()
+    *_, note = raised.value.__notes__
+    assert note.startswith("not started again: ") and ("no answer" in note or "division" in note)

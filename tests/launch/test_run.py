@@ -100,7 +100,7 @@ def test_what_no_run_of_ours_has_made_is_never_moved(kind, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("left", [[], ["lock.json"]])
+@pytest.mark.parametrize("left", [[], ["lock.json"], ["lock.json", ".config.json.partial"]])
 def test_an_empty_folder_is_used_and_left_empty_by_a_mistake(left, tmp_path):
     (tmp_path / "run").mkdir()
     for name in left:
@@ -109,6 +109,58 @@ def test_an_empty_folder_is_used_and_left_empty_by_a_mistake(left, tmp_path):
     with made(tmp_path / "run"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_the_runs_are_where_it_leads_to(there, tmp_path):
+    large, link = tmp_path / "large" / "run", tmp_path / "run"
+    if there:
+        large.mkdir(parents=True)
+    link.symlink_to(large)
+    assert left_by(link, DataError("no such column"), under=tmp_path / "large") == ["run"] * there
+    for _ in range(2):
+        with made(link) as run:
+            run.joinpath("mine").touch()
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["large", "run"]
+    assert sorted(p.name for p in large.parent.iterdir()) == ["run", "run.1"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/000007", "checkpoints", "set-aside/1", "link/new"])
+def test_nothing_is_made_among_what_another_run_keeps(name, tmp_path):
+    with made(tmp_path / "run") as run:
+        (run / "set-aside" / "1").mkdir(parents=True)
+        (run / "link").symlink_to("set-aside")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"run.dir = '{run}/{name}': lies in {run}/"):
+        made(run / name).__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
+    with made(run / "eval", "eval"):  # beside it there is room
+        pass
+
+
+def test_a_run_is_not_moved_while_another_inside_it_is_gone_on_with(tmp_path):
+    inner = tmp_path / "run" / "set-aside" / "1"
+    with made(tmp_path / "run"):
+        pass
+    shutil.copytree(tmp_path / "run", inner)
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "lock.json").write_text("another's")
+    with locked(inner, "train --resume"):
+        with pytest.raises(RunInUse, match=f"^{inner}: train --resume works in it"):
+            made(tmp_path / "run").__enter__()
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    with made(tmp_path / "run"), locked(tmp_path / "run.1" / "set-aside" / "1", "train --resume"):
+        assert (tmp_path / "run.1" / "data" / "lock.json").read_text() == "another's"
+
+
+@pytest.mark.parametrize("written", [[], [".config.json.partial"]])
+def test_a_run_that_begins_at_the_same_moment_is_at_work(written, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", "train"):
+        for name in written:
+            (tmp_path / "run" / name).touch()
+        with pytest.raises(RunInUse, match="train works in it"):
+            made(tmp_path / "run").__enter__()
 
 
 def left_by(path, error: AsyncOpdError, *files: str, under: Path | None = None) -> list[str]:
