@@ -67,7 +67,8 @@ class TrainLoop:
         emit: EventSink,
         ledger: Ledger,
     ):
-        self._config, self._prompts = config, ReadAhead(source, config.groups_per_step)
+        self._config = config
+        self._prompts = ReadAhead(source, config.groups_per_step, config.timeout.step_s)
         self._meter, self._emit = meter, emit
         self._clock = CheckpointClock(config.run)
         self.version = 0
