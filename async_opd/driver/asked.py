@@ -84,7 +84,7 @@ class Asked(ABC, Generic[M]):
         of them refuse, Lethal for what ends whom it is asked of."""
         if why := self._lethal.get(_row(of)):
             raise Lethal(why)
-        request = Request[Replica[M]](of, load)
+        request: Request[Replica[M]] = Request(of, load)
         self._requests.add(request)
         best: tuple[int, T] | None = None
         again = False

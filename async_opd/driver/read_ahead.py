@@ -25,7 +25,9 @@ class ReadAhead:
 
     def __init__(self, source: Source, most: int, row_s: float):
         """`most` are read beside everything else. A row takes at most `row_s`."""
-        self._source, self._most, self._row_s = source, most, row_s
+        self._source, self._most = source, most
+        self._row_s = row_s
+        self._thread = DaemonThread("read ahead")
         self._rows = iter(source)
         self._ready: deque[Read] = deque()
         self._turn = asyncio.Lock()  # to read
@@ -64,6 +66,10 @@ class ReadAhead:
             tasks.create_task(self._read_beside(count, then), name="read ahead")
         return bool(self._ready) or not self._beside
 
+    def close(self) -> None:
+        """Read no more."""
+        self._thread.shutdown()
+
     def _is_read(self, count: int) -> bool:
         return len(self._ready) >= count or bool(self._ready and _failed(self._ready[-1]))
 
@@ -75,10 +81,8 @@ class ReadAhead:
     async def _part(self, count: int) -> list[Read]:
         """At most `count`, read by a thread. It has ended, too, where the caller is cancelled, for
         somebody may go on with the source; one that hangs is left behind."""
-        thread, what = DaemonThread("read ahead"), "data.path: the next row"
-        loop = asyncio.get_running_loop()
-        reading = retrieved(loop.run_in_executor(thread, self._read_some, count))
-        thread.shutdown()
+        loop, what = asyncio.get_running_loop(), "data.path: the next row"
+        reading = retrieved(loop.run_in_executor(self._thread, self._read_some, count))
         try:
             return await bounded(asyncio.shield(reading), self._row_s, what)
         except TimedOut as e:  # a new start would ask the same source
