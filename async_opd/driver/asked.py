@@ -88,13 +88,14 @@ class Asked(ABC, Generic[M]):
         self._requests.add(request)
         best: tuple[int, T] | None = None
         again = False
+        clock = asyncio.get_running_loop().time
         try:
             while best is None or again:
                 member, again = await self._placed(request), False
-                sent = asyncio.get_running_loop().time()
+                sent = clock()
                 try:
                     answer = await member.call(method, *args, of=of)
-                    self.answered = asyncio.get_running_loop().time()
+                    self.answered = clock()
                     failed = unsound(answer)
                 except self._lost_by as e:
                     self.retire(member, str(e))
@@ -139,6 +140,8 @@ class Asked(ABC, Generic[M]):
         if request.member:
             request.member.load -= request.load
             request.member = None
+        elif not request.alone:
+            return
         if request.alone:
             request.alone = False
             self._alone -= 1
@@ -166,7 +169,8 @@ class Asked(ABC, Generic[M]):
         while True:
             self.refuse_if_empty()
             members = [each for each in self._serving.values() if each not in self._reserved]
-            able = [each for each in members if each.standing.not_before <= clock()]
+            now = clock()
+            able = [each for each in members if each.standing.not_before <= now]
             fresh = [each for each in able if each not in request.asked]
             if able:
                 return min(fresh or able, key=_draw)  # the first of several
@@ -227,7 +231,6 @@ class Asked(ABC, Generic[M]):
         member.standing.heard(self.answered)
         if not failed:
             member.standing.answered()
-            self._changed.set()
         for other, failure in request.failures.items():
             in_a_row = other.standing.answers == failure.answers
             if failure.parts > len(failed) and in_a_row and not other.lost:
