@@ -155,7 +155,6 @@ def test_who_fails_parts_of_all_that_others_answer_whole_is_replaced():
 
 def test_while_the_others_are_left_alone_an_answer_in_part_is_asked_for_once_more_at_most():
     workers = [Partly("a", 1), Refuses("b", until=1e9)]
-    workers[1].failed = 0
 
     async def play(pool, events):
         pool.serving[1].standing.not_before = now() + 60
