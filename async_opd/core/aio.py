@@ -168,9 +168,10 @@ async def ended(*tasks: "asyncio.Future[Any]") -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if left := [retrieved(task) for task in tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left)
 
 
 async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:

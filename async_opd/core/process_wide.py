@@ -48,6 +48,17 @@ def signals_as_before(*numbers: signal.Signals) -> Generator[None]:
 
 
 @contextmanager
+def held_back(*numbers: signal.Signals) -> Generator[None]:
+    """Have these signals come to this thread afterwards, and never to the threads and processes
+    that it starts meanwhile, nor to those that these start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def no_garbage_collection() -> Generator[None]:
     """Leave garbage alone meanwhile, as while vLLM, torch or transformers are imported: of the
     thousands of modules that stay for good each full collection looks through all that are there, a

@@ -3,8 +3,7 @@
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.errors import (
@@ -52,7 +51,7 @@ class Asked(ABC, Generic[M]):
         self._serving: dict[int, Replica[M]] = {}  # in order
         self._changed = asyncio.Event()  # who serves, or what one of them has in flight
         self._requests: set[Request[Replica[M]]] = set()
-        self._lethal: dict[Of, str] = {}  # requests that end members, and why that is known
+        self._lethal: dict[Of, str] = {}  # what ends members, in any epoch, and why that is known
         self._alone = 0  # requests that have a member for themselves, or wait for one to be idle
         self._reserved: set[Replica[M]] = set()  # for them
         self._announced = False
@@ -83,89 +82,79 @@ class Asked(ABC, Generic[M]):
         what is no answer): the better of the two is returned. Any other named error is the
         caller's. Raises ActorLost when nobody is left and none can come, CallFailed for what TRIES
         of them refuse, Lethal for what ends whom it is asked of."""
-        best: tuple[int, T] | None = None
-        with self._known(of, load) as request:
-            while True:
-                async with self._place(request) as (member, alone):
-                    sent = asyncio.get_running_loop().time()
-                    try:
-                        answer = await member.call(method, *args, of=of)
-                        self.answered = asyncio.get_running_loop().time()
-                        failed = unsound(answer)
-                    except self._lost_by as e:
-                        self.retire(member, str(e))
-                        lost(member.lost)
-                        self._suspect(request, member, alone)
-                    except REFUSALS as e:
-                        if self._refused(request, member, e, sent) and best is None:
-                            what = f"{method.__name__} {of}: refusal {request.tries}"
-                            raise CallFailed(f"{what}: {first_line(e)}") from e
-                    except AsyncOpdError:
-                        if best is None:
-                            raise
-                    else:
-                        self._answered(request, member, failed)
-                        if best is None or len(failed) < best[0]:
-                            best = len(failed), answer
-                        if failed and len(request.failures) == 1 and self._others(request):
-                            continue
-                if best is not None:
-                    return best[1]
-
-    @contextmanager
-    def _known(self, of: Of, load: int) -> Generator[Request[Replica[M]]]:
-        """A new request, while it is one of those that may be found to end members."""
-        if why := self._lethal.get(of):
+        if why := self._lethal.get(_row(of)):
             raise Lethal(why)
-        request = Request[Replica[M]](of, load)
+        request: Request[Replica[M]] = Request(of, load)
         self._requests.add(request)
+        best: tuple[int, T] | None = None
+        again = False
+        clock = asyncio.get_running_loop().time
         try:
-            yield request
+            while best is None or again:
+                member, again = await self._placed(request), False
+                sent = clock()
+                try:
+                    answer = await member.call(method, *args, of=of)
+                    self.answered = clock()
+                    failed = unsound(answer)
+                except self._lost_by as e:
+                    self.retire(member, str(e))
+                    lost(member.lost)
+                    self._suspect(request, member)
+                except REFUSALS as e:
+                    if self._refused(request, member, e, sent) and best is None:
+                        what = f"{method.__name__} {of}: refusal {request.tries}"
+                        raise CallFailed(f"{what}: {first_line(e)}") from e
+                except AsyncOpdError:
+                    if best is None:
+                        raise
+                else:
+                    self._answered(request, member, failed)
+                    is_first = best is None and len(request.failures) == 1
+                    again = bool(failed) and is_first and self._others(request)
+                    if best is None or len(failed) < best[0]:
+                        best = len(failed), answer
+                self._leave(request)
+            return best[1]
         finally:
+            self._leave(request)
             self._requests.discard(request)
 
-    @asynccontextmanager
-    async def _place(self, request: Request[Replica[M]]) -> AsyncGenerator[tuple[Replica[M], bool]]:
-        """A member for `request`, which counts there, and whether it has that for itself."""
-        while request.is_suspect:  # another may be found to be what ended them
-            if self._alone >= max(1, len(self._serving) - 1):  # one member is for the others
+    async def _placed(self, request: Request[Replica[M]]) -> Replica[M]:
+        """A member for `request`, which counts there, and has it for itself where it is a suspect,
+        until `_leave`."""
+        while request.is_suspect and not request.alone:  # another may be what ended them
+            if self._alone < max(1, len(self._serving) - 1):  # one member is for the others
+                request.alone = True
+                self._alone += 1
+            else:
                 await self._change(None)
-                continue
-            with self._quarantined() as mine:
-                with self._counted(request, await self._emptied(mine)) as member:
-                    yield member, True
-                return
-        with self._counted(request, await self._least(request)) as member:
-            yield member, False
-
-    @contextmanager
-    def _counted(self, request: Request[Replica[M]], member: Replica[M]) -> Generator[Replica[M]]:
+        member = await (self._emptied(request) if request.alone else self._least(request))
         request.asked.add(member)
+        request.member = member
         member.load += request.load
-        try:
-            yield member
-        finally:
-            member.load -= request.load
-            self._changed.set()
+        return member
 
-    @contextmanager
-    def _quarantined(self) -> Generator[set[Replica[M]]]:
-        """Members reserved for one request, which is counted."""
-        mine: set[Replica[M]] = set()
-        self._alone += 1
-        try:
-            yield mine
-        finally:
+    def _leave(self, request: Request[Replica[M]]) -> None:
+        """`request` counts nowhere any more."""
+        if request.member:
+            request.member.load -= request.load
+            request.member = None
+        elif not request.alone:
+            return
+        if request.alone:
+            request.alone = False
             self._alone -= 1
-            self._reserved -= mine
-            self._changed.set()
+            self._reserved -= request.reserved
+            request.reserved.clear()
+        self._changed.set()
 
-    async def _emptied(self, mine: set[Replica[M]]) -> Replica[M]:
-        """The member with the least in flight, reserved as one of `mine`, once it has nothing in
+    async def _emptied(self, request: Request[Replica[M]]) -> Replica[M]:
+        """The member with the least in flight, reserved for `request`, once it has nothing in
         flight."""
         while True:
             member = await self._least(Request("", 0))
-            mine.add(member)
+            request.reserved.add(member)
             self._reserved.add(member)
             while member.load and not member.lost:
                 await self._change(None)
@@ -180,7 +169,8 @@ class Asked(ABC, Generic[M]):
         while True:
             self.refuse_if_empty()
             members = [each for each in self._serving.values() if each not in self._reserved]
-            able = [each for each in members if each.standing.not_before <= clock()]
+            now = clock()
+            able = [each for each in members if each.standing.not_before <= now]
             fresh = [each for each in able if each not in request.asked]
             if able:
                 return min(fresh or able, key=_draw)  # the first of several
@@ -198,19 +188,19 @@ class Asked(ABC, Generic[M]):
     def _others(self, request: Request[Replica[M]]) -> bool:
         return any(each not in request.asked for each in self._serving.values())
 
-    def _suspect(self, request: Request[Replica[M]], member: Replica[M], alone: bool) -> None:
+    def _suspect(self, request: Request[Replica[M]], member: Replica[M]) -> None:
         """Note that `member` was lost with `request`. Raises Lethal where it had nothing else."""
         if member.standing.blameless:
             return
         request.lost_with.add(member)
-        if alone:
+        if request.alone:
             for other in self._requests - {request}:  # no need to suspect them of these
                 other.lost_with -= request.lost_with
             count = len(request.lost_with)
             why = f"it ends whom it is asked of: {count} were lost with it, the last alone"
             why = f"{request.of}: {why}: {member.lost}"
             if request.of:
-                self._lethal[request.of] = why
+                self._lethal[_row(request.of)] = why
             raise Lethal(why)
 
     def _refused(
@@ -224,7 +214,11 @@ class Asked(ABC, Generic[M]):
             self._announced = True
             self._emit("refused", member.name, f"{first_line(error)}; another is asked, if any")
         if isinstance(error, TimedOut):  # it may be slow, and has been left alone
+            if member.standing.unheard(sent) >= TRIES:
+                why = f"{first_line(error)}, nor to {TRIES - 1} others before"
+                self.retire(member, why, blameless=True)
             return request.tries == TRIES
+        member.standing.heard(asyncio.get_running_loop().time())
         member.standing.refused(sent, asyncio.get_running_loop().time())
         known = member.standing.refusals >= TRIES and not self._others(request)
         return known or request.tries == TRIES
@@ -234,9 +228,9 @@ class Asked(ABC, Generic[M]):
     ) -> None:
         """Note an answer of `member`, and who failed where it did not."""
         request.lost_with.clear()
+        member.standing.heard(self.answered)
         if not failed:
             member.standing.answered()
-            self._changed.set()
         for other, failure in request.failures.items():
             in_a_row = other.standing.answers == failure.answers
             if failure.parts > len(failed) and in_a_row and not other.lost:
@@ -256,3 +250,8 @@ class Asked(ABC, Generic[M]):
 def _draw(member: Replica[Any]) -> tuple[bool, int]:
     """What keeps load from `member`: it has refused and tries something, then what it has."""
     return bool(member.standing.refusals and member.load), member.load
+
+
+def _row(of: Of) -> Of:
+    """The row of the data that a prompt's id names, in whatever epoch."""
+    return of.rpartition("@")[0] or of if isinstance(of, str) else of

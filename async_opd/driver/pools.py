@@ -124,7 +124,8 @@ class Pools:
         scorer: ScorerConfig,
         replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
-        """A late teacher is not given up: it may have been sent more than it can score."""
+        """One that is late with a group is not given up for that: others may have it scored, or
+        later."""
         probe = ScorerProbe(scorer.dtype, moving=not replaced)
         pool = self._pool(
             name, role, replicas, replaced=replaced, welcome=probe.welcome, lost_by=(ActorLost,)

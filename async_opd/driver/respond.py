@@ -109,7 +109,7 @@ async def of_teacher(
 
     async def one(prompt: Prompt, ids: Ints) -> Verdict:
         return await verifier.ask(
-            Verifier.check_response, prompt.id, ids, prompt.answer, of=prompt.id
+            Verifier.check_response, prompt.id, ids, prompt.answer, of=f"evaluation/{prompt.id}"
         )
 
     return Accuracy.of(await asyncio.gather(*map(one, held_out, responses)))

@@ -104,7 +104,7 @@ class Progress:
         self.ledger.resumed(state.version, state.outstanding)
         for id in state.outstanding[needed:]:
             self.ledger.dropped(id, "no step left")
-        await self._synced()
+        await self.synced()
         cut = partial(set_aside.cut, self._run_dir, state.version, copied=void is not None)
         with foreign(f"{self._run_dir}: its rows behind step {state.version}", SystemFailed):
             rows = await self._on_disk(what, cut)
@@ -138,7 +138,7 @@ class Progress:
         )
         what = f"checkpoint of step {version}"
         folder = await self._on_disk(what, self._begun, version)
-        await self._synced()
+        await self.synced()
         await self._learner.call(Learner.save, str(folder / MODEL), of=version)
         await self._learner.call(Learner.save_state, str(folder / LEARNER), of=version)
         await self._self_teachers.save(folder)
@@ -159,5 +159,6 @@ class Progress:
     def _begun(self, version: int) -> Path:
         return self._checkpoints.begin(version).resolve()
 
-    async def _synced(self) -> None:
+    async def synced(self) -> None:
+        """Wait until the ledger is on disk."""
         await bounded(self.ledger.sync(), self._disk_s, "ledger, fsync")

@@ -20,6 +20,8 @@ class Standing:
         self.refusals = 0  # in a row
         self.not_before = 0.0  # when it may be asked again, on the loop's clock
         self.faults = 0  # in a row: what it failed, and another did not
+        self._late = 0  # calls, since it last said anything …
+        self._heard = 0.0  # … which was then
         self.answers = 0  # so far, with nothing wrong in them
         self.blameless = False  # it was retired, and nothing that it had in flight is suspected
 
@@ -28,6 +30,16 @@ class Standing:
         if sent >= self.not_before:
             self.not_before = now + min(BACKOFF_S * 2 ** min(self.refusals, 30), MAX_BACKOFF_S)
             self.refusals += 1
+
+    def heard(self, now: float) -> None:
+        """Note an answer of any kind."""
+        self._late, self._heard = 0, now
+
+    def unheard(self, sent: float) -> int:
+        """Note that what was `sent` then is late; returns how many are so far, while there was no
+        answer to anything."""
+        self._late += sent >= self._heard
+        return self._late
 
     def answered(self) -> None:
         """Note an answer with nothing wrong in it."""
@@ -51,6 +63,9 @@ class Request(Generic[R]):
     of: Of
     load: int
     asked: set[R] = field(default_factory=set[Any])
+    member: R | None = None  # where it counts
+    alone: bool = False  # it has one for itself, or waits for it to be idle …
+    reserved: set[R] = field(default_factory=set[Any])  # … and for that nobody else is asked there
     tries: int = 0  # that came to an end while the member lived
     failures: dict[R, Failure] = field(default_factory=dict[Any, Any])
     lost_with: set[R] = field(default_factory=set[Any])  # it may be what has ended them

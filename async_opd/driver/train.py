@@ -71,6 +71,7 @@ async def train(
         raise
     finally:
         loop.pools.stop()
+        loop.prompts.close()
         first = sys.exception()
         await _close(ledger, timeout.stall_s if first else timeout.step_s, first)
     return {**measured, **meter.summary(), **loop.summary()}

@@ -67,8 +67,9 @@ class TrainLoop:
         emit: EventSink,
         ledger: Ledger,
     ):
-        self._config, self._prompts = config, ReadAhead(source, config.groups_per_step)
-        self._meter, self._emit = meter, emit
+        self._config, self._emit = config, emit
+        self._meter = meter
+        self.prompts = ReadAhead(source, config.groups_per_step, config.timeout.step_s)
         self._clock = CheckpointClock(config.run)
         self.version = 0
         self._learner = LearnerReplica("learner", 0, roles.learner, meter.actor("learner"))
@@ -86,7 +87,7 @@ class TrainLoop:
             self._learner, self.pools.moving, run_dir.absolute() / SELF_TEACHER
         )
         self.progress = Progress(
-            ledger, run_dir, self._prompts, self._learner, self._self_teachers, config, emit
+            ledger, run_dir, self.prompts, self._learner, self._self_teachers, config, emit
         )
         self.at_work = AtWork()
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
@@ -103,7 +104,7 @@ class TrainLoop:
         )
         self.queue.answered = lambda: max(pool.answered for pool in self.pools)
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
-        self._supply = Supply(self._prompts, self._slots, config.groups_per_step, emit)
+        self._supply = Supply(self.prompts, self._slots, config.groups_per_step, emit)
         self._admission: Admission | None = None  # once training has started
         self._teacher_sampling: TeacherSampling | None = None
 
@@ -153,7 +154,7 @@ class TrainLoop:
             max_attempts=config.run.max_attempts,
             student=student,
             teacher=self._teacher_sampling,
-            ahead=partial(self._prompts.begin, tasks),
+            ahead=partial(self.prompts.begin, tasks),
         )
 
     async def _step(self, batch: list[ScoredGroup]) -> None:
@@ -169,12 +170,10 @@ class TrainLoop:
         `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
         was measured."""
         assert self._admission
-        await self._prompts.read(min(self._admission.needed, self._slots.free + len(trained)))
+        await self.prompts.read(min(self._admission.needed, self._slots.free + len(trained)))
         publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
-        step_s = self._config.timeout.step_s
-        writing = bounded(self.progress.ledger.sync(), step_s, "ledger, fsync")
         with self._learner.held("syncing"):
-            gap, _ = await asyncio.gather(publishing, writing)
+            gap, _ = await asyncio.gather(publishing, self.progress.synced())
         return gap
 
     def _admit(self, trained: list[ScoredGroup]) -> None:

@@ -29,7 +29,7 @@ from async_opd.core.aside import DaemonThread, aside
 from async_opd.core.errors import ClusterTooSmall, ConfigError, SystemFailed, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
-from async_opd.core.process_wide import log_level, signals_as_before
+from async_opd.core.process_wide import held_back, log_level, signals_as_before
 from async_opd.runtime.placement import Node, ResourceRequest, place
 
 POLL_S = 1.0  # between two looks for room
@@ -49,8 +49,13 @@ def start_ray() -> None:
     stays the caller's. From the main thread only."""
     if ray.is_initialized():
         return
-    # ray.init takes SIGTERM for an exit at once
-    with ExitStack() as undo, signals_as_before(signal.SIGTERM):
+    # ray.init takes SIGTERM for an exit at once, and what it starts would end by the SIGHUP of the
+    # terminal that they all have, before this process has saved
+    with (
+        ExitStack() as undo,
+        signals_as_before(signal.SIGTERM),
+        held_back(signal.SIGHUP),
+    ):
         undo.enter_context(log_level(logging.ERROR, logging.getLogger("ray")))
         undo.callback(_shut_down)
         with foreign("Ray, its start", SystemFailed):

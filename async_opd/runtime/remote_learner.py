@@ -106,14 +106,16 @@ class RemoteLearner:
 
 async def _of_all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Results of what all ranks do with one another. Where one is lost, that is the error, whatever
-    the others say."""
+    the others say. What nobody waits for any more is cancelled."""
     tasks = [retrieved(asyncio.ensure_future(call)) for call in calls]
-    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    if others:  # a dead rank is noticed later than what its death did to them
-        done |= (await asyncio.wait(others, timeout=LAST_WORDS_S))[0]
+    try:
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if others:  # a dead rank is noticed later than what its death did to them
+            done |= (await asyncio.wait(others, timeout=LAST_WORDS_S))[0]
+    finally:
+        for task in tasks:
+            task.cancel()
     errors = [error for task in done if (error := task.exception())]
-    for task in tasks:
-        task.cancel()
     if errors:
         raise next((error for error in errors if isinstance(error, ActorLost)), errors[0])
     return [task.result() for task in tasks]

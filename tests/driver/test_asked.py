@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from async_opd.core.errors import ActorLost, CallFailed, Lethal, WireError
+from async_opd.core.errors import ActorLost, CallFailed, Lethal, TimedOut, WireError
 from async_opd.driver.replica_pool import ReplicaPool
 from tests.driver.test_replica_pool import Worker, ask, now, scenario
 from tests.simulated.virtual_time import virtual
@@ -153,6 +153,61 @@ def test_who_fails_parts_of_all_that_others_answer_whole_is_replaced():
     assert scenario(workers, play) == [("lost", "worker 0")]
 
 
+def test_while_the_others_are_left_alone_an_answer_in_part_is_asked_for_once_more_at_most():
+    workers = [Partly("a", 1), Refuses("b", until=1e9)]
+
+    async def play(pool, events):
+        pool.serving[1].standing.not_before = now() + 60
+        return await ask(pool, "x", unsound=parts), workers[0].served
+
+    assert scenario(workers, play) == (("a", 1), ["x", "x"])
+
+
+class Late(Worker):
+    """Lives, and answers nothing of what takes ten seconds; or all but some items."""
+
+    def __init__(self, name: str, items: str = ""):
+        super().__init__(name)
+        self.items = items
+
+    async def work(self, item):
+        if self.items and item not in self.items:
+            return await super().work(item)
+        await asyncio.sleep(10)
+        raise TimedOut(f"{self.name}: no answer in 10 s")
+
+
+@pytest.mark.parametrize("asked", [1, 2, 40])
+def test_one_that_lives_and_answers_nothing_is_replaced_though_late_ones_are_not(asked):
+    async def spawn(index):
+        await asyncio.sleep(3)
+        return Worker("new")
+
+    async def play(pool, events):
+        answers = [ask(pool, f"{item}", of=f"{item}") for item in range(asked)]
+        answers = await asyncio.gather(*answers, return_exceptions=True)
+        return answers, events, await ask(pool, "later")
+
+    settings = dict(spawn=spawn, lost_by=(ActorLost,))
+    answers, events, later = scenario([Late("a")], play, **settings)
+    assert (events.count(("lost", "worker 0")), later) == (1, "new: later")
+    failed = [each for each in answers if isinstance(each, Exception)]
+    assert len(failed) == (asked == 1)  # which has had its four tries
+
+
+def test_one_that_is_late_with_some_calls_and_answers_others_stays():
+    async def play(pool, events):
+        late = [ask(pool, "x", of=f"{item}") for item in range(40)]
+        for item in range(60):
+            await ask(pool, f"{item}", of=f"y{item}")
+        errors = await asyncio.gather(*late, return_exceptions=True)
+        assert {type(error) for error in errors} == {CallFailed}
+        return events
+
+    events = scenario([Late("a", items="x")], play, lost_by=(ActorLost,))
+    assert events == [("refused", "worker 0")]
+
+
 class Mortal(Worker):
     """Dies of some items, after half of what they take, and of what it has in flight then."""
 
@@ -203,17 +258,18 @@ def test_what_ends_members_costs_three_the_last_alone_and_nobody_beside_it(membe
     items = [*map(str, range(20)), "x", *map(str, range(20, 40))]
 
     async def play(pool, events):
-        asked = [ask(pool, item, of=item) for item in items]
+        asked = [ask(pool, item, of=f"{item}@0") for item in items]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        with pytest.raises(Lethal):  # known from now on
-            await ask(pool, "x", of="x")
+        for known in ("x@0", "x@1"):  # from now on, in another epoch, too
+            with pytest.raises(Lethal):
+                await ask(pool, "x", of=known)
         return answers, pool.lost, await ask(pool, "later", of="later")
 
     (answers, lost, later), everybody = mortals(members, play)
     failed = [answer for answer in answers if isinstance(answer, Exception)]
     assert lost <= 3 and later.endswith("later")
     (error,) = failed
-    assert isinstance(error, Lethal) and "x: it ends whom it is asked of: 3 were" in str(error)
+    assert isinstance(error, Lethal) and "x@0: it ends whom it is asked of: 3 were" in str(error)
     assert sorted(answer.split()[1] for answer in answers if answer is not error) == sorted(
         set(items) - {"x"}
     )

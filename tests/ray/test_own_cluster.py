@@ -51,3 +51,30 @@ def test_only_this_machine_reaches_it_and_only_we_read_its_token(left, tmp_path,
         assert ip_address(ip.removeprefix("::ffff:")).is_loopback, (name, ip)
     assert token.stat().st_mode & 0o777 == 0o600
     assert token.read_text() == left or len(token.read_text()) == 64
+
+
+HANGUP = """
+import os, signal, time, ray
+from async_opd.runtime.nodes import dead_head, start_ray, taken_over
+
+@ray.remote
+class Member:
+    def answer(self):
+        return "here"
+
+signal.signal(signal.SIGHUP, lambda number, frame: print("came"))
+start_ray()
+member = Member.remote()
+ray.get(member.answer.remote())
+os.killpg(0, signal.SIGHUP)
+time.sleep(1)
+print(ray.get(member.answer.remote(), timeout=10), dead_head() or "nobody died")
+taken_over().close()
+"""
+
+
+def test_a_terminal_that_is_closed_is_for_us_alone_to_hear_of():
+    ran = subprocess.run(
+        [sys.executable, "-c", HANGUP], capture_output=True, text=True, start_new_session=True
+    )
+    assert ran.stdout.splitlines() == ["came", "here nobody died"], ran.stderr

@@ -1,5 +1,7 @@
 """What each rank of the learner is given of a step."""
 
+import asyncio
+
 import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
@@ -106,3 +108,24 @@ async def test_a_step_without_them_has_no_micro_batch_more():
 async def test_a_step_of_nothing_else_is_planned_too():
     ranks = await stepped(group(0, 30, from_teacher=True))
     assert [rank.share.micro_batches for rank in ranks] == [(((0, 0),),), ((),)]
+
+
+async def test_what_nobody_waits_for_any_more_is_cancelled_on_every_rank():
+    class Hangs(Rank):
+        cancelled = False
+
+        async def call(self, timeout_s, method, *args):
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                self.cancelled = True
+                raise
+
+    ranks = [Hangs(), Hangs()]
+    learner = RemoteLearner(ranks, "", 64, load(DEMO), TIMEOUTS)
+    saving = asyncio.ensure_future(learner.save("folder"))
+    await asyncio.sleep(0.01)
+    saving.cancel()
+    await asyncio.wait([saving])
+    await asyncio.sleep(0)
+    assert [rank.cancelled for rank in ranks] == [True, True]
