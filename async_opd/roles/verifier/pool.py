@@ -6,7 +6,8 @@ worker's start counts. Late or crashed, it costs its worker, which is killed and
 Each check first gets a short deadline. One that is late is asked again, behind all that nobody was
 asked yet, in a worker that was asked nothing before, and with the whole deadline. Late there too it
 is wrong, if that worker decided a known answer well in time before, the reference itself, and was
-not kept from its work. All else that is late, and what crashes, is unknown.
+not kept from its work. All else that is late, and what crashes, is unknown. The first that any
+worker decides is a reference: what libraries do once a process is no check's time.
 """
 
 import asyncio
@@ -103,6 +104,8 @@ class VerifierPool:
                 if was_late:
                     answer = await self._again(seat, check)
                 else:
+                    if not (self._bounded or seat.worker.used):
+                        await self._known(seat, check)
                     answer = await self._ask(seat.worker, check, self._short_s)
                 if seat.worker.late and not was_late:
                     self._queue.put_nowait((True, next(self._places), check, verdict))
@@ -122,11 +125,7 @@ class VerifierPool:
         if seat.worker.used:
             await seat.worker.kill()
             seat.worker = await self._spawn()
-        itself = msgspec.structs.replace(check, response=check.answer)
-        known = await self._ask(seat.worker, itself, whole_s)
-        in_time = known.correct is not None and seat.worker.took_s <= WELL_IN_TIME * whole_s
-        if not seat.worker.alive:
-            seat.worker = await self._spawn()
+        known, in_time = await self._known(seat, check)
         answer = await self._ask(seat.worker, check, whole_s)
         if not (in_time and seat.worker.hung):
             return answer
@@ -136,6 +135,16 @@ class VerifierPool:
             cause=f"{answer.cause}, a second time, alone",
             answer=None if known.answer is None else "",
         )
+
+    async def _known(self, seat: "_Seat", check: Check) -> tuple[Verdict, bool]:
+        """Ask for the verdict on the reference itself, and tell whether it came well in time."""
+        whole_s = self._config.timeout_s
+        itself = msgspec.structs.replace(check, response=check.answer)
+        known = await seat.worker.ask(itself, whole_s)
+        in_time = known.correct is not None and seat.worker.took_s <= WELL_IN_TIME * whole_s
+        if not seat.worker.alive:
+            seat.worker = await self._spawn()
+        return known, in_time
 
     async def _ask(self, worker: WorkerProcess, check: Check, within_s: float) -> Verdict:
         if self._bounded:
