@@ -84,7 +84,7 @@ class Progress:
         self._self_teachers = self_teachers
         self._emit = emit
         self.saved: int | None = None  # version of the newest checkpoint
-        self._right, self._known = 0, 0  # verdicts since then
+        self._right, self._verdicts = 0, 0  # since then
 
     async def restore(self, checkpoint: Checkpoint, needed: int) -> Iterator[Prompt]:
         """Bring learner and self-teachers to where they were, at that checkpoint or at the start of
@@ -120,7 +120,7 @@ class Progress:
         self.ledger.trained(step, [group.prompt.id for group in batch])
         verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
         self._right += verdicts.count(True)
-        self._known += len(verdicts) - verdicts.count(None)
+        self._verdicts += len(verdicts)
 
     async def save(self, version: int, counters: dict[str, Any]) -> None:
         """Save a checkpoint of `version`, unless there is one. The best is the one with the
@@ -132,7 +132,7 @@ class Progress:
             version=version,
             position=self._source.position,
             outstanding=self.ledger.checkpoint(version),
-            score=self._right / self._known if self._known else None,
+            score=self._right / self._verdicts if self._verdicts else None,
             counters=counters,
             fixed=self._fixed,
         )
@@ -149,7 +149,7 @@ class Progress:
             if not await self._on_disk(what, self._checkpoints.holds, version):
                 raise
             left = f"; {e}"
-        self._right, self._known = 0, 0
+        self._right, self._verdicts = 0, 0
         self.saved = version
         self._emit("saved", "checkpoint", f"step {version}{left}")
 

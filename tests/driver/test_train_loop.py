@@ -53,9 +53,8 @@ async def run(
     learner, rows = learner or RecordingLearner(), []
     roles = Roles(
         generators=generators or [generator or SimulatedGenerator(), SimulatedGenerator()],
-        verifier=SimulatedVerifier(),
         learner=learner,
-        **{"teachers": {"": [SimulatedTeacher()]}} | scorers,
+        **{"teachers": {"": [SimulatedTeacher()]}, "verifier": SimulatedVerifier()} | scorers,
     )
     meter = meter or Meter([rows.append], asyncio.get_running_loop().time)
     summary = await train(
@@ -86,6 +85,19 @@ async def test_what_the_learner_records_reaches_the_recorder(tmp_path):
     taken = []
     await run(tmp_path, learner=Recording(), meter=Meter([], record=taken.append))
     assert taken == [(f"of step {step}",) for step in (1, 2, 3, 4, 5)]
+
+
+async def test_unknown_verdicts_make_no_checkpoint_the_best(tmp_path):
+    class Hung(SimulatedVerifier):
+        async def check(self, group):
+            (verdict,) = await super().check(group)
+            first = not checked
+            checked.append(verdict)
+            return (verdict if first else msgspec.structs.replace(verdict, correct=None),)
+
+    checked = []
+    await run(tmp_path, verifier=Hung())
+    assert checkpoints.find(tmp_path).state.score == 1 / 20
 
 
 async def test_accuracy_is_measured_before_and_after(tmp_path):

@@ -275,6 +275,11 @@ HOLDS_MEMORY = {
     "bpf": "ok = call(321, 280, 0, 0, 0) == 0 or ctypes.get_errno() != 1",
     "perf": "ok = call(298, 241, 0, 0, 0, 0, 0) == 0 or ctypes.get_errno() != 1",
     "io_setup": "context = ctypes.c_ulong()\nok = call(206, 0, 1, ctypes.byref(context)) == 0",
+    "buffers of sockets": (
+        "import socket\ntry: socket.socketpair()[0].setsockopt(1, 7, 1 << 30)\nexcept OSError: ok ="
+        " False\nelse: ok = True"
+    ),
+    "the host's log": "ok = call(103, 116, 10, 0, 0) >= 0 or ctypes.get_errno() != 1",
     "landlock": "ok = call(444, 444, None, 0, 1) >= 0",
     "keys": "ok = call(248, 217, b'user', b'x', b'y', 1, -3) >= 0",
     "timers": ("id = ctypes.c_int()\nok = call(222, 107, 1, None, ctypes.byref(id)) == 0"),

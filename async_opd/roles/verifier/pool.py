@@ -6,7 +6,8 @@ worker's start counts. Late or crashed, it costs its worker, which is killed and
 Each check first gets a short deadline. One that is late is asked again, behind all that nobody was
 asked yet, in a worker that was asked nothing before, and with the whole deadline. Late there too it
 is wrong, if that worker decided a known answer well in time before, the reference itself, and was
-not kept from its work. All else that is late, and what crashes, is unknown.
+not kept from its work. All else that is late, and what crashes, is unknown. The first that any
+worker decides is a reference: what libraries do once a process is no check's time.
 """
 
 import asyncio
@@ -103,7 +104,7 @@ class VerifierPool:
                 if was_late:
                     answer = await self._again(seat, check)
                 else:
-                    answer = await self._ask(seat.worker, check, self._short_s)
+                    answer = await self._first(seat, check)
                 if seat.worker.late and not was_late:
                     self._queue.put_nowait((True, next(self._places), check, verdict))
                 elif not verdict.done():
@@ -112,6 +113,16 @@ class VerifierPool:
                     seat.worker = await self._spawn()
         finally:
             await seat.worker.kill()
+
+    async def _first(self, seat: "_Seat", check: Check) -> Verdict:
+        """Ask within the short deadline; unknown where a new worker dies of the reference."""
+        if not (self._bounded or seat.worker.used):
+            known, _ = await self._known(seat.worker, check)
+            if not seat.worker.alive:
+                if not seat.worker.late:
+                    return known
+                seat.worker = await self._spawn()
+        return await self._ask(seat.worker, check, self._short_s)
 
     async def _again(self, seat: "_Seat", check: Check) -> Verdict:
         """Ask once more for what was late, in a worker that was asked nothing, but of a check that
@@ -122,9 +133,7 @@ class VerifierPool:
         if seat.worker.used:
             await seat.worker.kill()
             seat.worker = await self._spawn()
-        itself = msgspec.structs.replace(check, response=check.answer)
-        known = await self._ask(seat.worker, itself, whole_s)
-        in_time = known.correct is not None and seat.worker.took_s <= WELL_IN_TIME * whole_s
+        known, in_time = await self._known(seat.worker, check)
         if not seat.worker.alive:
             seat.worker = await self._spawn()
         answer = await self._ask(seat.worker, check, whole_s)
@@ -136,6 +145,13 @@ class VerifierPool:
             cause=f"{answer.cause}, a second time, alone",
             answer=None if known.answer is None else "",
         )
+
+    async def _known(self, worker: WorkerProcess, check: Check) -> tuple[Verdict, bool]:
+        """Ask for the verdict on the reference itself, and tell whether it came well in time."""
+        whole_s = self._config.timeout_s
+        itself = msgspec.structs.replace(check, response=check.answer)
+        known = await worker.ask(itself, whole_s)
+        return known, known.correct is not None and worker.took_s <= WELL_IN_TIME * whole_s
 
     async def _ask(self, worker: WorkerProcess, check: Check, within_s: float) -> Verdict:
         if self._bounded:

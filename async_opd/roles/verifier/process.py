@@ -91,6 +91,7 @@ class WorkerProcess:
         else. What it sent is taken, also where the deadline passed while this process stood
         still. A check that ends itself is told to do so `within_s`."""
         self.used = True
+        self.late = self.hung = False
         began, cpu_s = time.monotonic(), self._state()[1]
         try:
             verdict = await self._exchange_within(check, within_s or timeout_s, timeout_s)

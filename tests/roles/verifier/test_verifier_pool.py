@@ -10,6 +10,7 @@ from async_opd.core.errors import ActorLost
 from async_opd.core.wire import Check, Verdict
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.pool import VerifierPool
+from async_opd.roles.verifier.process import WorkerProcess
 from tests.roles.verifier.conftest import WITHIN_S, runs, until
 
 PARENT = """
@@ -203,7 +204,8 @@ def patient(response, answer):
 """)
     pool = await start_pool(timeout_s=0.8, check="mine:patient")
     verdict = await pool.check(check("hang"))
-    assert (verdict.correct, verdict.cause) == (None, "timed out after 0.8 s")
+    cause = "worker died (exit 1)" if why == "crashed" else "timed out after 0.8 s"
+    assert (verdict.correct, verdict.cause) == (None, cause)
 
 
 async def test_a_check_that_is_late_and_then_crashes_is_unknown(
@@ -244,8 +246,46 @@ def slow(response, answer):
     pool = await start_pool(check="mine:slow", timeout_s=1.5)
     for _ in range(3):
         assert (await pool.check(check())).correct is True
-    # the first was asked twice, after its reference: no more than 0.25 s were allowed
-    assert (tmp_path / "asked").read_text() == "x" * 5
+    # the first was asked twice, each time after its reference: no more than 0.25 s were allowed
+    assert (tmp_path / "asked").read_text() == "x" * 6
+
+
+async def test_what_a_library_does_once_a_process_makes_no_check_late(
+    start_pool, check, workers, own_check
+):
+    own_check("""
+import time
+loaded = []
+def lazy(response, answer):
+    if response == "hang":
+        time.sleep(3600)
+    if not loaded:
+        time.sleep(0.6)
+        loaded.append(1)
+    return True
+""")
+    pool = await start_pool(check="mine:lazy", timeout_s=3.0)
+    before = workers()
+    assert (await pool.check(check())).correct is True
+    assert workers() == before
+    asked = [asyncio.create_task(pool.check(check(text))) for text in ["hang", "2"] * 3]
+    began = time.monotonic()
+    assert [(await task).correct for task in asked[1::2]] == [True] * 3
+    assert time.monotonic() - began < 3 * 3.0  # no hanging one had its whole deadline before
+    await pool.close()
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_a_worker_that_dies_is_not_late_because_the_check_before_was(workers):
+    worker = await WorkerProcess.spawn(VerifyConfig(check="code", sandbox="none"), WITHIN_S)
+    late = Check(id="0", response="while 1: pass", answer='{"inputs": [""], "outputs": ["2"]}')
+    await worker.ask(late, WITHIN_S, 0.3)
+    assert worker.late and worker.alive
+    asked = asyncio.create_task(worker.ask(late, WITHIN_S, WITHIN_S))
+    await asyncio.sleep(0.1)
+    workers()[0].kill()
+    assert (await asked).cause == "worker died (signal 9)"
+    assert not worker.late
 
 
 @pytest.mark.parametrize("id", ["i" * 100_000, "\ud800", "\0", "", "ü" * 3000])
