@@ -39,13 +39,13 @@ def dashboard_url(address: str | None) -> str:
         right = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:  # a port that is no number, or half an IPv6 address
         url, right = urlsplit(""), False
+    if any(mark in chosen for mark in "@?#"):
+        # what may be secret, and messages name the address
+        raise ClusterError(f"{name}: must be a URL without a user, a ? and a #, as {DEFAULT} is")
     if not right:
         raise ClusterError(
             f"{name} = {chosen!r}: must be the URL of a Ray dashboard, such as --address {DEFAULT}"
         )
-    if url.username or url.password or url.query or url.fragment:
-        # which may be secret, and messages name the address
-        raise ClusterError(f"{name}: must be a URL without a user, a ? and a #, as {DEFAULT} is")
     return chosen.rstrip("/")
 
 
