@@ -15,7 +15,7 @@ import msgspec
 from async_opd.config.load import read_run
 from async_opd.config.schema import Config
 from async_opd.core.aside import aside
-from async_opd.core.errors import SystemFailed
+from async_opd.core.errors import CheckpointError, SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.foreign import foreign
@@ -87,7 +87,8 @@ async def _run(
     refuse_unreachable()
     inputs = _read(config)
     if checkpoint and not config.data.streaming:  # refuse another set before anything starts
-        inputs.prompts.continued(checkpoint.state.position, [])
+        with foreign(f"{checkpoint.folder}: the position of its prompts", CheckpointError):
+            inputs.prompts.continued(checkpoint.state.position, [])
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
     await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")

@@ -16,6 +16,7 @@ from async_opd.core.printing import say
 
 DEFAULT = "http://127.0.0.1:8265"
 ANSWER_S = 10.0  # within which a dashboard answers
+LONGEST = 4096  # bytes of how it says who its users are
 HOW_TO_GET_A_TOKEN = (
     "`ray get-auth-token` on its head node prints the one it asks for: put it into RAY_AUTH_TOKEN,"
     " or ~/.ray/auth_token"
@@ -95,7 +96,7 @@ def _authentication(address: str) -> str:
     """Ask how the cluster knows its users: "token" or "disabled"."""
     try:
         with urlopen(f"{address}/api/authentication_mode", timeout=ANSWER_S) as answer:
-            return json.load(answer)["authentication_mode"]
+            return json.loads(answer.read(LONGEST))["authentication_mode"]
     except HTTPError as e:
         e.close()
         raise ClusterError(
