@@ -15,7 +15,7 @@ import msgspec
 from async_opd.config.load import read_run
 from async_opd.config.schema import Config
 from async_opd.core.aside import aside
-from async_opd.core.errors import SystemFailed
+from async_opd.core.errors import CheckpointError, SystemFailed
 from async_opd.core.events import EventSink
 from async_opd.core.files import write_file
 from async_opd.core.foreign import foreign
@@ -95,8 +95,8 @@ async def _run(
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
     inputs = _read(config)
-    if checkpoint and not config.data.streaming:  # refuse another set before anything starts
-        inputs.prompts.continued(checkpoint.state.position, [])
+    if checkpoint and not config.data.streaming:  # before anything starts
+        _refuse_other_set(checkpoint, inputs)
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
     await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -145,6 +145,13 @@ async def _run(
     content = json.dumps(summary, indent=2).encode()
     await _on_disk(config, run_dir / SUMMARY, write_file, run_dir / SUMMARY, content)
     return summary
+
+
+def _refuse_other_set(checkpoint: checkpoints.Checkpoint, inputs: "Inputs") -> None:
+    """Raise DataError where the data set is not the one that the checkpoint was made with, and
+    CheckpointError where that does not say how far it was read."""
+    with foreign(f"{checkpoint.folder}: the position of its prompts", CheckpointError):
+        inputs.prompts.continued(checkpoint.state.position, [])
 
 
 def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:

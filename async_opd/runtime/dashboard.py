@@ -16,6 +16,7 @@ from async_opd.core.printing import say
 
 DEFAULT = "http://127.0.0.1:8265"
 ANSWER_S = 10.0  # within which a dashboard answers
+LONGEST = 4096  # bytes of how it says who its users are
 HOW_TO_GET_A_TOKEN = (
     "`ray get-auth-token` on its head node prints the one it asks for: put it into RAY_AUTH_TOKEN,"
     " or ~/.ray/auth_token"
@@ -39,13 +40,13 @@ def dashboard_url(address: str | None) -> str:
         right = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:  # a port that is no number, or half an IPv6 address
         url, right = urlsplit(""), False
+    if any(mark in chosen for mark in "@?#"):
+        # what may be secret, and messages name the address
+        raise ClusterError(f"{name}: must be a URL without a user, a ? and a #, as {DEFAULT} is")
     if not right:
         raise ClusterError(
             f"{name} = {chosen!r}: must be the URL of a Ray dashboard, such as --address {DEFAULT}"
         )
-    if url.username or url.password or url.query or url.fragment:
-        # which may be secret, and messages name the address
-        raise ClusterError(f"{name}: must be a URL without a user, a ? and a #, as {DEFAULT} is")
     return chosen.rstrip("/")
 
 
@@ -95,7 +96,7 @@ def _authentication(address: str) -> str:
     """Ask how the cluster knows its users: "token" or "disabled"."""
     try:
         with urlopen(f"{address}/api/authentication_mode", timeout=ANSWER_S) as answer:
-            return json.load(answer)["authentication_mode"]
+            return json.loads(answer.read(LONGEST))["authentication_mode"]
     except HTTPError as e:
         e.close()
         raise ClusterError(

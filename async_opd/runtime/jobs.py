@@ -28,6 +28,7 @@ from async_opd.core.errors import ClusterError, ConfigError, TimedOut
 from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
 from async_opd.core.process_wide import environment, log_level
+from async_opd.core.reading import refused
 from async_opd.runtime.dashboard import HOW_TO_GET_A_TOKEN, dashboard_url, token_for
 from async_opd.runtime.travel import LEFT_OUT, excluded, in_words, left_behind
 
@@ -244,11 +245,13 @@ def packed(folder: Path, needed: Mapping[str, Path]) -> Iterator[Path]:
     """Pack `folder`, less what git ignores and what must not travel, into an archive, and tell of
     that. Raises ConfigError where a file of what is `needed`, by the settings that name it, is left
     out, and where it is more than Ray takes."""
-    if left := left_behind(folder):
+    with refused(f"--working-dir {folder}"):
+        left = left_behind(folder)
+    if left:
         say(in_words(left), sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch, "working_dir.zip")
-        with _quietly():
+        with _quietly(), foreign(f"--working-dir {folder}", ConfigError):
             create_package(
                 str(folder), package, include_gitignore=True, excludes=LEFT_OUT + excluded(left)
             )

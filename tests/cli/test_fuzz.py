@@ -75,7 +75,7 @@ def put(tree: dict, key: str, value: object) -> None:
     tree[leaf] = value
 
 
-@bounded(120)
+@bounded(50)
 @given(data=st.data())
 def test_a_tree_of_settings_is_a_config_or_a_line(data):
     kind = data.draw(st.sampled_from([Config, EvalRun]))
@@ -96,7 +96,7 @@ def test_settings_that_are_too_deep_are_refused():
             refuse_mistakes({**read_toml(DEMO), "rollout": value}, Config)
 
 
-@bounded(120)
+@bounded(50)
 @given(
     key=st.sampled_from(sorted(set(keys(Config)))) | st.text(max_size=8),
     value=VALUES.map(lambda value: json.dumps(value, ensure_ascii=False))
@@ -235,7 +235,7 @@ def contents(draw: st.DrawFn, file: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("file", "readers"), READ, ids=[file for file, _ in READ])
-@bounded(8)
+@bounded(4)
 @given(data=st.data())
 def test_a_file_of_a_run_is_read_or_named(whole, ends, file, readers, data):
     path = whole / file
@@ -253,7 +253,7 @@ EXAMPLE = Path(__file__).parents[2] / "configs" / "explain_example.json"
 
 
 @pytest.mark.parametrize("objective", ["opd", "dear"])
-@bounded(15)
+@bounded(6)
 @given(data=st.data())
 def test_rollouts_to_explain_are_read_or_named(objective, whole, ends, data):
     Path("rollouts.json").write_bytes(data.draw(contents(EXAMPLE)))
@@ -293,7 +293,7 @@ WORDS = [
 ]
 
 
-@bounded(120)
+@bounded(50)
 @given(
     command=st.sampled_from([*COMMANDS, "", "tarin", "-h", "\udcff"]),
     words=st.lists(st.sampled_from(WORDS) | st.text(max_size=6), max_size=4),

@@ -54,6 +54,31 @@ def test_a_signal_ends_any_command_by_one_line_and_its_own_status(number, status
     assert ended(number) == (status, f"async-opd: interrupted{by}\n")
 
 
+EARLY = """
+import os, signal, sys
+from async_opd.__main__ import main
+
+class Meets:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Meets())
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["async_opd.cli.main", "async_opd.cli.audit"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(module):
+    completed = subprocess.run(
+        [sys.executable, "-c", EARLY.format(module=module), "audit", "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (completed.returncode, completed.stderr) == (130, "async-opd: interrupted\n")
+
+
 def test_under_nohup_a_terminal_that_closes_ends_nothing():
     assert ended(signal.SIGHUP, hup="SIG_IGN", seconds=0.3) == (0, "")
 

@@ -19,13 +19,20 @@ from async_opd.cli.train import to_resume
 from async_opd.config.evaluation import EvalRun
 from async_opd.config.load import load, load_run
 from async_opd.config.sections import StudentConfig
-from async_opd.core.errors import ActorLost, AsyncOpdError, ConfigError, DataError, RunInUse
+from async_opd.core.errors import (
+    ActorLost,
+    AsyncOpdError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RunInUse,
+)
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SPANS, holds_run
 from async_opd.core.run_lock import locked
 from async_opd.core.vocabulary import Tokens
 from async_opd.driver import resize
-from async_opd.driver.checkpoints import find
+from async_opd.driver.checkpoints import Checkpoint, RunState, find
 from async_opd.launch import run as runs
 from async_opd.launch.new_run import new_dir
 from async_opd.roles.rollout.config import DataConfig
@@ -430,3 +437,14 @@ async def test_a_run_and_a_resume_hold_their_directory_through_restarts(
     await runs.run(load_run(tmp_path / "run", ["run.steps=14"]), find(tmp_path / "run"))
     assert worked == ["train", *2 * ["train --resume"]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+async def test_a_checkpoint_that_says_nothing_of_its_prompts_is_named_before_anything_starts(
+    tmp_path,
+):
+    with made(tmp_path / "run") as run:
+        pass
+    config = load_run(run, ["run.steps=9", "learner.warmup_steps=0"])
+    state = RunState(version=6, position={}, outstanding=[])
+    with pytest.raises(CheckpointError, match=f"^{run}/6: the position of its prompts: KeyError"):
+        await runs.run(config, Checkpoint(run / "6", state))

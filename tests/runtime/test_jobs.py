@@ -740,7 +740,13 @@ def test_a_log_is_followed_without_a_websocket(head, monkeypatch, capsys):
     assert not [headers for _, headers in asked if "Upgrade" in headers]
 
 
-@pytest.mark.parametrize("more", ["me:secret@127.0.0.1", "127.0.0.1?token=secret", "127.0.0.1#a"])
-def test_an_address_holds_no_secret_that_messages_would_tell(more, capsys):
-    line = refusal(capsys, "status", "--address", f"http://{more}")
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://me:secret@127.0.0.1", "http://127.0.0.1?token=secret", "http://127.0.0.1#a"),
+        *("ray://me:secret@127.0.0.1:10001", "me:secret@127.0.0.1", "http://me:secret@[::1"),
+    ],
+)
+def test_an_address_holds_no_secret_that_messages_would_tell(address, capsys):
+    line = refusal(capsys, "status", "--address", address)
     assert "must be a URL without a user, a ? and a #" in line and "secret" not in line

@@ -1,9 +1,12 @@
 """Of a working directory no secret and nothing from outside of it travels with a job."""
 
+import os
+import re
 import zipfile
 
 import pytest
 
+from async_opd.core.errors import ConfigError
 from async_opd.runtime.jobs import packed
 from async_opd.runtime.travel import NAMED, left_behind
 
@@ -29,6 +32,15 @@ SECRET = [
     "secrets.toml",
     ".git-credentials",
     ".pypirc",
+    ".npmrc",
+    "id_ecdsa",
+    "a.p12",
+    "vault.kdbx",
+    "infra/terraform.tfstate",
+    ".docker/config.json",
+    ".huggingface/token",
+    "kubeconfig.yaml",
+    "hf_token.txt",
 ]
 OTHERS = [
     "tokenizer.json",
@@ -41,6 +53,9 @@ OTHERS = [
     "data/train.jsonl",
     "special_tokens_map.json",
     "credentials.py",
+    "key.jsonl",
+    "hf_tokenizer/tokenizer.json",
+    "auth_tokens.py",
 ]
 
 
@@ -69,10 +84,10 @@ def test_secrets_stay_and_are_named_in_one_line(folder, capsys):
     assert travels(folder(*SECRET)) == set(OTHERS)
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert line.startswith("left behind, as secrets or links that lead out: .ENV, .aws, .env, ")
+    assert line.startswith("left behind, as secrets or links that lead out: .ENV, .aws, .docker, ")
     assert left_behind(folder()) == sorted(
         {
-            name.replace("/credentials", "").replace("/config", "").replace("/auth_token", "")
+            re.sub(r"^(\.\w+)/.*", r"\1", name)  # a folder as a whole
             for name in SECRET
         }
     )
@@ -102,3 +117,24 @@ def test_links_that_lead_out_stay_and_those_that_do_not_are_followed(folder, tmp
     line = capsys.readouterr().err
     stay = {*links, "data/.env", "same/.env", "same/up"} - {"same"}
     assert set(line.removesuffix("\n").partition("out: ")[2].split(", ")) == stay
+
+
+def test_links_that_lead_in_circles_or_into_a_secret_folder_stay(folder, capsys):
+    inside = folder("a/a.jsonl", "b/b.jsonl", ".aws/config", "lib/.git/config", "notes")
+    links = {"a/b": "../b", "b/a": "../a", "profile": ".aws/config", "hard/link": "../notes"}
+    (inside / "hard").mkdir()
+    for name, target in links.items():
+        (inside / name).symlink_to(target)
+    assert travels(inside) == {
+        *("a/a.jsonl", "a/b/b.jsonl", "b/b.jsonl", "b/a/a.jsonl", "notes", "hard/link")
+    }
+    assert ": .aws, a/b/a, b/a/b, profile\n" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_packed_is_named_in_one_line(folder):
+    inside = folder("a.jsonl")
+    os.mkfifo(inside / "pipe")
+    assert travels(inside) == {"a.jsonl"}
+    (inside / ".gitignore").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=f"^--working-dir {inside}: "):
+        travels(inside)
