@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.errors import (
+    ActorLost,
     AsyncOpdError,
     CallFailed,
     Lethal,
@@ -35,18 +36,17 @@ class Asked(ABC, Generic[M]):
 
     A member that refuses is left alone for a while, longer each time, and gets one request at a
     time until it has answered again: being idle draws no load to it. One that goes on failing what
-    others do not is retired.
+    others do not is retired, and one that is late with TRIES of them and answers nothing meanwhile.
+    Late with one and sound otherwise is none of that.
 
     Whatever was in flight at a member that is lost may be what has ended it. A request that was
     lost with MAX_LOSSES of them is asked for alone, of a member that has nothing else meanwhile: it
     is lost again, and is what ends them, or it is no suspect any more.
     """
 
-    def __init__(self, name: str, emit: EventSink, lost_by: tuple[type[AsyncOpdError], ...]):
-        """`lost_by`: errors of a call that retire the member."""
+    def __init__(self, name: str, emit: EventSink):
         self.name = name
         self._emit = emit
-        self._lost_by = lost_by
         self.answered = 0.0  # when a member last did
         self._serving: dict[int, Replica[M]] = {}  # in order
         self._changed = asyncio.Event()  # who serves, or what one of them has in flight
@@ -97,7 +97,7 @@ class Asked(ABC, Generic[M]):
                     answer = await member.call(method, *args, of=of)
                     self.answered = clock()
                     failed = unsound(answer)
-                except self._lost_by as e:
+                except ActorLost as e:
                     self.retire(member, str(e))
                     lost(member.lost)
                     self._suspect(request, member)

@@ -6,7 +6,6 @@ from typing import Any
 
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import teacher_section
-from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
@@ -124,12 +123,8 @@ class Pools:
         scorer: ScorerConfig,
         replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
-        """One that is late with a group is not given up for that: others may have it scored, or
-        later."""
         probe = ScorerProbe(scorer.dtype, moving=not replaced)
-        pool = self._pool(
-            name, role, replicas, replaced=replaced, welcome=probe.welcome, lost_by=(ActorLost,)
-        )
+        pool = self._pool(name, role, replicas, replaced=replaced, welcome=probe.welcome)
         self._probes.append((probe, pool))
         return pool
 
@@ -142,7 +137,6 @@ class Pools:
         idle: str = "starved",
         replaced: bool = True,
         welcome: Callable[[Replica[M]], Awaitable[None]] | None = None,
-        lost_by: tuple[type[AsyncOpdError], ...] = (ActorLost, TimedOut),
     ) -> ReplicaPool[M]:
         times: dict[int, ActorTime] = {}  # of each place, whoever holds it
 
@@ -160,5 +154,4 @@ class Pools:
             actor_time=actor_time,
             idle=idle,
             emit=self._emit,
-            lost_by=lost_by,
         )

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from itertools import count, islice
 
 from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
+from async_opd.core.errors import ActorLost, AsyncOpdError
 from async_opd.core.events import EventSink
 from async_opd.driver.asked import Asked, M
 from async_opd.driver.replica import Replica
@@ -32,13 +32,11 @@ class ReplicaPool(Asked[M]):
         actor_time: Callable[[int], ActorTime] = lambda index: ActorTime(time.monotonic),
         idle: str = "starved",
         emit: EventSink = lambda what, who, why: None,
-        lost_by: tuple[type[AsyncOpdError], ...] = (ActorLost, TimedOut),
     ):
         """`ports` are members 0, 1, … . `spawn(index)` starts a new one; without it, nobody is
         replaced. `welcome` makes it one of the others before it serves. `actor_time(index)` takes
-        how the member spends its time, whose state without a call is `idle`. `lost_by`: errors of a
-        call that retire the member."""
-        super().__init__(name, emit, lost_by)
+        how the member spends its time, whose state without a call is `idle`."""
+        super().__init__(name, emit)
         self._spawn = spawn
         self._welcome = welcome
         self._actor_time = actor_time

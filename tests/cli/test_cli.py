@@ -90,8 +90,8 @@ def test_the_module_is_the_command():
 
 def test_help_loads_nothing_but_the_command_line():
     code = (
-        "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import"
-        " async_opd.__main__"
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from"
+        " async_opd.__main__ import main; main()"
     )
     completed = subprocess.run(
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
@@ -99,6 +99,7 @@ def test_help_loads_nothing_but_the_command_line():
     loaded = set(completed.stdout.split("\n")[-2].split())
     assert {name for name in loaded if name.startswith("async_opd")} == {
         "async_opd",
+        "async_opd.__main__",
         "async_opd.cli",
         "async_opd.cli.main",
         "async_opd.cli.options",

@@ -188,7 +188,7 @@ def test_one_that_lives_and_answers_nothing_is_replaced_though_late_ones_are_not
         answers = await asyncio.gather(*answers, return_exceptions=True)
         return answers, events, await ask(pool, "later")
 
-    settings = dict(spawn=spawn, lost_by=(ActorLost,))
+    settings = dict(spawn=spawn)
     answers, events, later = scenario([Late("a")], play, **settings)
     assert (events.count(("lost", "worker 0")), later) == (1, "new: later")
     failed = [each for each in answers if isinstance(each, Exception)]
@@ -204,7 +204,7 @@ def test_one_that_is_late_with_some_calls_and_answers_others_stays():
         assert {type(error) for error in errors} == {CallFailed}
         return events
 
-    events = scenario([Late("a", items="x")], play, lost_by=(ActorLost,))
+    events = scenario([Late("a", items="x")], play)
     assert events == [("refused", "worker 0")]
 
 

@@ -63,7 +63,6 @@ def play(teachers, spares=None, *, dtype="float32", moving=False, times=1):
             spawn=None if spares is None else spawn,
             welcome=probe.welcome,
             emit=lambda *event: events.append(event),
-            lost_by=(ActorLost,),
         )
         async with asyncio.TaskGroup() as tasks:
             pool.start(tasks, every_s=100.0, stall_s=100.0)
