@@ -4,6 +4,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
+from operator import attrgetter
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from async_opd.core.errors import (
@@ -23,6 +24,7 @@ from async_opd.telemetry.spans import Of
 
 TRIES = 4  # of one request: the first, and three more, elsewhere if there is somebody
 MAX_FAULTS = 5  # in a row, of a member where others have none
+LOAD = attrgetter("load")
 REFUSALS = (CallFailed, WireError, TimedOut)  # of a request, by a member that lives
 
 M = TypeVar("M", bound=Member)
@@ -54,6 +56,7 @@ class Asked(ABC, Generic[M]):
         self._lethal: dict[Of, str] = {}  # what ends members, in any epoch, and why that is known
         self._alone = 0  # requests that have a member for themselves, or wait for one to be idle
         self._reserved: set[Replica[M]] = set()  # for them
+        self._wary: set[Replica[M]] = set()  # of members that have refused of late
         self._announced = False
 
     @abstractmethod
@@ -165,9 +168,12 @@ class Asked(ABC, Generic[M]):
         """The member that `request` goes to; waits while there is none that may be asked. Asked are
         first those that have not been asked for it, and last those that have refused and already
         try something."""
+        if self._serving and not (request.asked or self._reserved or self._wary):
+            return min(self._serving.values(), key=LOAD)
         clock = asyncio.get_running_loop().time
         while True:
             self.refuse_if_empty()
+            self._wary.intersection_update(self._serving.values())
             members = [each for each in self._serving.values() if each not in self._reserved]
             now = clock()
             able = [each for each in members if each.standing.not_before <= now]
@@ -220,6 +226,7 @@ class Asked(ABC, Generic[M]):
             return request.tries == TRIES
         member.standing.heard(asyncio.get_running_loop().time())
         member.standing.refused(sent, asyncio.get_running_loop().time())
+        self._wary.add(member)
         known = member.standing.refusals >= TRIES and not self._others(request)
         return known or request.tries == TRIES
 
@@ -231,6 +238,7 @@ class Asked(ABC, Generic[M]):
         member.standing.heard(self.answered)
         if not failed:
             member.standing.answered()
+            self._wary.discard(member)
         for other, failure in request.failures.items():
             in_a_row = other.standing.answers == failure.answers
             if failure.parts > len(failed) and in_a_row and not other.lost:
@@ -241,6 +249,7 @@ class Asked(ABC, Generic[M]):
     def _at_fault(self, member: Replica[M], why: str) -> None:
         standing, now = member.standing, asyncio.get_running_loop().time()
         standing.refused(now, now)
+        self._wary.add(member)
         standing.faults += 1
         if standing.faults >= MAX_FAULTS and len(self._serving) > 1:
             why = f"{standing.faults} times in a row it failed what others did not, the last: {why}"
