@@ -53,10 +53,15 @@ class RunInUse(AsyncOpdError):
 
 
 class CheckpointError(AsyncOpdError):
-    """A checkpoint cannot be written, or is refused. The message names it, the file and what is
-    wrong."""
+    """A checkpoint is refused. The message names it, the file and what is wrong."""
 
     exit_status = 2
+
+
+class CheckpointNotSaved(CheckpointError):
+    """A checkpoint cannot be written. The message names it, the file and what the disk says."""
+
+    exit_status = 1
 
 
 class ClusterError(AsyncOpdError):

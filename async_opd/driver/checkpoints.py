@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from async_opd.core import files
 from async_opd.core.aside import DaemonThread
-from async_opd.core.errors import CheckpointError
+from async_opd.core.errors import CheckpointError, CheckpointNotSaved
 from async_opd.core.reading import content_of, in_words
 from async_opd.core.run_dir import (
     CHECKPOINT,
@@ -281,4 +281,4 @@ def _naming(what: str) -> Generator[None]:
     try:
         yield
     except OSError as e:
-        raise CheckpointError(f"{what}: {in_words(e)}") from e
+        raise CheckpointNotSaved(f"{what}: {in_words(e)}") from e

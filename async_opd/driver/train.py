@@ -7,7 +7,12 @@ from pathlib import Path
 from async_opd.config.schema import Config
 from async_opd.core.aio import first_cause, within
 from async_opd.core.aside import aside
-from async_opd.core.errors import AsyncOpdError, CheckpointError, LedgerError, TimedOut
+from async_opd.core.errors import (
+    AsyncOpdError,
+    CheckpointNotSaved,
+    LedgerError,
+    TimedOut,
+)
 from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.roles import Roles
@@ -98,7 +103,7 @@ async def _save_last(
     loop.pools.stop()
     try:
         async with within(within_s):
-            with foreign("the last checkpoint", CheckpointError):
+            with foreign("the last checkpoint", CheckpointNotSaved):
                 await loop.save_last()
         return
     except TimeoutError:

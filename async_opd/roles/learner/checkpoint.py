@@ -19,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from async_opd.core import files
-from async_opd.core.errors import CheckpointError, Diverged
+from async_opd.core.errors import CheckpointError, CheckpointNotSaved, Diverged
 from async_opd.core.foreign import foreign
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
@@ -121,7 +121,7 @@ def write_beside(loaded: GenerationConfig | None, source: Source, folder: Path) 
 def writing(folder: Path) -> AbstractContextManager[None]:
     """Give a full disk one name: torch, safetensors and the standard library each have their
     own."""
-    return foreign(f"{folder}: cannot be written", CheckpointError)
+    return foreign(f"{folder}: cannot be written", CheckpointNotSaved)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from async_opd.core.errors import CheckpointError, Diverged, SyncFailed
+from async_opd.core.errors import CheckpointNotSaved, Diverged, SyncFailed
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -260,7 +260,7 @@ class LearnerRank:
         Raises CheckpointError where it cannot be written, or a step broke off while weights moved.
         """
         if self._moving:
-            raise CheckpointError(f"{folder}: the step behind {self.version} is half done")
+            raise CheckpointNotSaved(f"{folder}: the step behind {self.version} is half done")
         with checkpoint.writing(Path(folder)), checkpoint.to_its_end(self._engine):
             self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
             checkpoint.save_rank(

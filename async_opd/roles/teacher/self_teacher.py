@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from async_opd.core.errors import CheckpointError, DataError
+from async_opd.core.errors import CheckpointNotSaved, DataError
 from async_opd.core.foreign import foreign
 
 
@@ -41,7 +41,7 @@ class WeightEma:
         written."""
         parameters = self._parameters.items()
         weights = self._average or {n: p.detach().cpu().contiguous() for n, p in parameters}
-        with foreign(f"{file}: cannot be written", CheckpointError):
+        with foreign(f"{file}: cannot be written", CheckpointNotSaved):
             save_file(weights, file)
 
     @torch.no_grad()
