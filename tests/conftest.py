@@ -1,6 +1,7 @@
 import atexit
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,8 @@ import pytest
 # read when torch is first imported; child processes inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a shell has what it starts in the background ignore it, and their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = dict(
     vocab_size=40,
