@@ -207,4 +207,6 @@ async def test_good_answers_among_hanging_ones_are_all_right(
     random.Random(0).shuffle(responses)
     verdicts = await asyncio.gather(*(pool.check(check(response)) for response in responses))
     outcomes = Counter(zip(responses, (verdict.correct for verdict in verdicts), strict=True))
-    assert outcomes == {("2", True): good, ("hang", False): hanging}
+    undecided = outcomes.pop(("hang", None), 0)  # whose worker had too little of a core
+    assert undecided < hanging
+    assert outcomes == {("2", True): good, ("hang", False): hanging - undecided}
