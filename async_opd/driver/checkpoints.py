@@ -14,8 +14,7 @@ state after, and the link leads to a whole model.
 import re
 import shlex
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from msgspec import Struct
 from async_opd.core import files
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import CheckpointError, CheckpointNotSaved
-from async_opd.core.reading import content_of, in_words
+from async_opd.core.reading import content_of, refused
 from async_opd.core.run_dir import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -83,7 +82,7 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """Make a fresh folder to write the checkpoint of `step` into. Raises CheckpointError, also
         for a step that is there already: to replace it would be to lose it for a moment."""
-        with _naming(f"checkpoint of step {step}"):
+        with refused(f"checkpoint of step {step}", CheckpointNotSaved):
             self.recover()
             if self.holds(step):
                 raise CheckpointError(f"checkpoint of step {step}: it is saved already")
@@ -97,7 +96,7 @@ class Checkpoints:
         """
         partial = files.partial(self._folder(step))
         try:
-            with _naming(f"checkpoint of step {step}"):
+            with refused(f"checkpoint of step {step}", CheckpointNotSaved):
                 content = msgspec.to_builtins(state) | {"files": names(partial)}
                 files.write(partial / STATE, msgspec.json.format(msgspec.json.encode(content)))
                 manifest = [File.of(partial, name) for name in names(partial)]
@@ -127,7 +126,7 @@ class Checkpoints:
 
         The last goes first, so that a kill on the way leaves one unbroken line.
         """
-        with _naming(f"what lies behind step {step}"):
+        with refused(f"what lies behind step {step}", CheckpointNotSaved):
             self.recover()
             if self.holds(step):  # there is none of the start
                 self._point(step)
@@ -211,7 +210,7 @@ def committed(root: Path) -> dict[int, Path]:
 
 
 def _verified(folder: Path) -> Checkpoint:
-    def refused(file: str, what: str) -> CheckpointError:
+    def flaw(file: str, what: str) -> CheckpointError:
         return CheckpointError(f"checkpoint {folder}: {file} {what}")
 
     if folder.suffix in (".partial", ".old"):  # earlier versions replaced by way of .000100.old
@@ -224,27 +223,27 @@ def _verified(folder: Path) -> Checkpoint:
             listed.add(name)
             file = File.of(folder, name)
             if file.size != expected.size:
-                raise refused(name, f"has {file.size} bytes instead of {expected.size}")
+                raise flaw(name, f"has {file.size} bytes instead of {expected.size}")
             if file.sha256 != expected.sha256:
-                raise refused(name, "is damaged: its sha256 is not that of the manifest")
+                raise flaw(name, "is damaged: its sha256 is not that of the manifest")
         name = STATE
         content = content_of(folder / STATE)
         state = msgspec.json.decode(content, type=RunState)
         if missing := unlisted(listed, msgspec.json.decode(content, type=_Files).files):
-            raise refused(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
+            raise flaw(MANIFEST, f"does not list {missing}, which is part of a checkpoint")
         return Checkpoint(folder, state)
     except FileNotFoundError:
-        raise refused(name, "is missing") from None
+        raise flaw(name, "is missing") from None
     except OSError as e:
-        raise refused(name, f"cannot be read: {e.strerror}") from e
+        raise flaw(name, f"cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
-        raise refused(name, f"is damaged: {e}") from e
+        raise flaw(name, f"is damaged: {e}") from e
 
 
-def _offer(refused: Path) -> str:
-    """Say what to type instead of the refused one."""
-    named = re.search(r"\d{6,}", refused.name)
-    folders = committed(refused.parent) if named else {}
+def _offer(damaged: Path) -> str:
+    """Say what to type instead of the damaged one."""
+    named = re.search(r"\d{6,}", damaged.name)
+    folders = committed(damaged.parent) if named else {}
     for step, folder in sorted(folders.items(), reverse=True):
         if named and step < int(named[0]):
             with suppress(CheckpointError):
@@ -273,12 +272,3 @@ def _score(folder: Path) -> float | None:
         RecursionError,
     ):  # damaged: no reason to stop training, nor to keep it
         return None
-
-
-@contextmanager
-def _naming(what: str) -> Generator[None]:
-    """Name `what` is written, or moved, in what the disk raises."""
-    try:
-        yield
-    except OSError as e:
-        raise CheckpointNotSaved(f"{what}: {in_words(e)}") from e

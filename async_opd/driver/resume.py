@@ -86,17 +86,16 @@ class Progress:
         self.saved: int | None = None  # version of the newest checkpoint
         self._right, self._verdicts = 0, 0  # since then
 
-    async def restore(self, checkpoint: Checkpoint, needed: int) -> Iterator[Prompt]:
-        """Bring learner and self-teachers to where they were, at that checkpoint or at the start of
-        the run; returns the prompts from there on:
-        first those that were outstanding, at most the `needed` ones (there may be fewer steps than
-        there were to be)."""
+    async def restore(self, checkpoint: Checkpoint, needed: int) -> None:
+        """Bring learner, self-teachers and the source of prompts to where they were, at that
+        checkpoint or at the start of the run. First come the prompts that were outstanding, at most
+        the `needed` ones: there may be fewer steps than there were to be."""
         folder, state = checkpoint
         if state.version:  # at the start they are as they begin
             await self._learner.call(Learner.load_state, str(folder / LEARNER))
             await self._self_teachers.restore(folder)
         what = f"what lies behind step {state.version}"
-        prompts = await self._on_disk(
+        await self._on_disk(
             "prompts", self._source.continued, state.position, state.outstanding[:needed]
         )
         # It can be gone on with: what came later is void.
@@ -113,7 +112,6 @@ class Progress:
         elif rows:
             self._emit("set aside", "run", f"the rows behind step {state.version}: {rows}")
         self.saved = state.version
-        return prompts
 
     def trained(self, step: int, batch: Sequence[ScoredGroup]) -> None:
         """Note that step `step` trained `batch`."""

@@ -155,15 +155,12 @@ def _refuse_other_set(checkpoint: checkpoints.Checkpoint, inputs: "Inputs") -> N
 
 
 def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
-    """Write what the run is made with, and the config as asked: where a job unpacks what is shipped
-    is gone when the run is gone on with. Those of a resume are the run's once it has gone on."""
-    made_with = environment(ends=inputs.tokens.ends)
-    written = {
-        CONFIG: msgspec.json.format(msgspec.json.encode(asked)),
-        ENVIRONMENT: json.dumps(made_with, indent=2).encode(),
-    }
-    for name, content in written.items():
-        write_file(run_dir / (NEXT[name] if resumed else name), content)
+    """Write what the run is made with. That of a resume, its config as asked besides, is the run's
+    once it has gone on; the config of a new run is there, by `new_dir`."""
+    made_with = json.dumps(environment(ends=inputs.tokens.ends), indent=2).encode()
+    write_file(run_dir / (NEXT[ENVIRONMENT] if resumed else ENVIRONMENT), made_with)
+    if resumed:  # as asked: where a job unpacks what is shipped is gone when it is gone on with
+        write_file(run_dir / NEXT[CONFIG], msgspec.json.format(msgspec.json.encode(asked)))
 
 
 def _asked_since(run_dir: Path, asked: Config) -> Config:
