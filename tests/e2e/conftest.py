@@ -141,4 +141,5 @@ def no_job_outlives_its_module() -> Iterator[None]:
     for job in Job.started:
         for process in job.processes():
             process.kill()
+        job.process.wait(10)
     Job.started.clear()

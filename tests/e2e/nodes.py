@@ -1,5 +1,7 @@
 """A Ray cluster of several nodes on this machine, as an operator starts it: a raylet each, on
-127.0.0.2, 127.0.0.3 …"""
+127.0.0.2, 127.0.0.3 …, and a folder each for its files, as on machines of their own: each node
+unpacks a job's working directory there, and in a common one the second would take it from under the
+first one's processes."""
 
 import re
 import shutil
@@ -47,7 +49,7 @@ class Nodes:
             "--block",
             *args,
             f"--node-ip-address={address}",
-            f"--temp-dir={self._sockets}",
+            f"--temp-dir={self._sockets}/{address.rpartition('.')[2]}",
             "--min-worker-port=0",  # any: nodes share them
             "--max-worker-port=0",
             "--dashboard-agent-listen-port=0",
