@@ -15,9 +15,9 @@ from async_opd.runtime.jobs import RUN_DIR, stop_s
 from async_opd.tools.cluster_files import KINDS
 from async_opd.tools.cluster_files.shape import shape_of
 
-# The raylet ends what a dead actor has left, within 10 s: workers of an engine that hang in NCCL
-# keep their card.
-REAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
+# The raylet kills what a dead actor leaves behind, as workers of its engine that hang in NCCL and
+# keep their cards. Ray's default since 2.60, here for a site that has set it otherwise.
+REAPER = "RAY_process_group_cleanup_enabled=true"
 ROLES = ("Generator", "Learner", "Reference", "Teacher", "Verifier")  # titles of their processes
 RDMA = " # --rdma"  # ends the lines of a template that are for RDMA alone
 GRACE_S = 30  # of a pod, behind its run's last save
@@ -66,6 +66,7 @@ def render(
         ray=version("ray"),
         rdma=rdma,
         reaper=REAPER,
+        reaper_name=REAPER.partition("=")[0],
         roles="|".join(ROLES),
         stop_s=stop,
         grace_s=stop + GRACE_S,

@@ -33,7 +33,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="@{runs}/.ray-token-$SLURM_JOB_ID
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
 steps=()
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"; kill "${steps[@@]}" 2>/dev/null || true' EXIT
-export @{reaper}=true
+export @{reaper}
 export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET # --rdma
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first of them
