@@ -54,6 +54,18 @@ def test_there_are_as_few_nodes_as_hold_every_role(settings, per_node, nodes, gp
     assert (shape.nodes, shape.gpus, shape.cpus, shape.memory_gib) == (nodes, gpus, cpus, memory)
 
 
+FOR_CARDS = [path for path in (ROOT / "configs").glob("*.toml") if "\n# GPUs: " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", FOR_CARDS, ids=lambda path: path.stem)
+def test_a_recipe_is_placed_on_as_many_gpus_as_it_says_and_says_how_it_was_tested(path):
+    top, _, _ = path.read_text().partition("\n\n")
+    shape = shape_of(load(path, ["run.dir=/shared/runs/a"], elsewhere=True), 8)
+    (gpus,) = re.findall(r"^# GPUs: (\d+) of 80 GB", top, re.MULTILINE)
+    assert shape.nodes * shape.gpus == int(gpus)
+    assert "# Tested without a card: " in top and "Never run on a card: " in top
+
+
 def test_an_engine_wider_than_a_node_is_refused_with_its_setting():
     config = load(RECIPE, [*SETTINGS, "rollout.tensor_parallel_size=8"])
     with pytest.raises(
@@ -176,5 +188,5 @@ def test_the_container_file_has_the_vllm_and_the_ray_of_the_package():
     assert f'gpu = ["vllm=={lines[0].partition(":v")[2]}"]' in project
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert all((ROOT / word).exists() for word in copied)
-    assert f'"ray[default]=={ray.__version__}"' in lines[4]
+    assert lines[4].endswith(f'"/opt/async-opd[gpu]" "ray[default]=={ray.__version__}"')
     assert [json.loads(line.partition(" ")[2]) for line in lines[5:]] == [[], ["bash"]]
