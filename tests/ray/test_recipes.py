@@ -11,6 +11,7 @@ from async_opd.config.load import load
 from async_opd.core.vocabulary import Tokens
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.cluster import Cluster
+from async_opd.tools.cluster_files.render import ROLES
 
 pytestmark = pytest.mark.ray
 
@@ -41,6 +42,8 @@ async def test_every_member_sees_as_many_cards_as_it_asks_for_and_nobody_elses(
         shown = {}
         for actor in cluster._actors:
             node, cards = await actor.call(120, "where")
+            # by which a pod tells whether a role still lives in it
+            assert (await actor.call(120, "title")).startswith(tuple(f"ray::{r}" for r in ROLES))
             shown[actor.name] = {(node, card) for card in (cards or "").split(",") if card}
     asked = {name: each for each in cluster._requests.values() for name in each.members}
     assert set(shown) == set(asked)

@@ -57,7 +57,8 @@ def test_kuberay_knows_every_field_of_the_manifest(more, rdma):
 def test_the_schema_refuses_a_field_that_kuberay_would_drop_without_a_word():
     job = json.loads(json.dumps(manifest(rdma=RDMA)[1]))  # nothing shared
     paths = [path for path in objects(job) if path and path[-1] not in MAPS]
-    assert len(paths) > 40
+    paths = [path for path in paths if not {"workerGroupSpecs", "template"} < set(path)]
+    assert len(paths) > 20
     for path in paths:
         changed = copy.deepcopy(job)
         inner = changed
@@ -166,7 +167,9 @@ def test_a_worker_pod_stays_while_there_is_a_role_in_it(tmp_path, title):
     for pid, cmdline in enumerate(["python\0-m\0x\0", f"ray::{title}\0\0", "ray::IDLE\0"], 1):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "cmdline").write_text(cmdline)
-    process = subprocess.Popen([*bash, script.replace("/proc", str(tmp_path))])
+    process = subprocess.Popen(
+        [*bash, script.replace("/proc", f"{tmp_path}").replace("sleep 1", "sleep 0.05")]
+    )
     threading.Timer(0.3, (tmp_path / "2" / "cmdline").write_text, [""]).start()
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.25)
