@@ -31,7 +31,7 @@ def two_nodes_of_eight():
 IDLE = ActorSpec("tests.ray.idle:Idle", ())
 
 
-@pytest.mark.parametrize("recipe", ["one_gpu", "node8_deepmath_30b_a3b", "multi_node_deepmath"])
+@pytest.mark.parametrize("recipe", ["one_gpu", "multi_node_deepmath"])
 async def test_every_member_sees_as_many_cards_as_it_asks_for_and_nobody_elses(
     two_nodes_of_eight, recipe, tmp_path
 ):
