@@ -2,15 +2,18 @@
 
 Kinds: kuberay (a RayJob with token authentication), slurm (a script for sbatch), launcher (YAML for
 `ray up`), and container (the image of either). run.dir must be absolute; the first folder of it is
-the disk that all nodes share.
+the disk that all nodes share. With --rdma the nodes use InfiniBand or RoCE between them.
 
   async-opd cluster render --kind slurm configs/dear.toml run.dir=/shared/runs/dear -o dear.sh
 """
 
 import argparse
+import re
 
 from async_opd.cli.options import OVERRIDES, count, path, write
 from async_opd.tools.cluster_files import KINDS
+
+HCAS = "rdma/hca_shared_devices_a"  # as the plugin for shared RDMA devices names them by default
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +31,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the container, as the nodes pull it",
     )
+    parser.add_argument(
+        "--rdma",
+        type=resource,
+        nargs="?",
+        const=HCAS,
+        metavar="RESOURCE",
+        help=f"of the nodes, for NCCL between them; the name is Kubernetes's, absent {HCAS}",
+    )
     parser.add_argument("-o", "--output", type=path, metavar="FILE", help="else it is printed")
+
+
+def resource(text: str) -> str:
+    """Read the name of an extended resource of Kubernetes: argparse takes the word behind --rdma
+    for it."""
+    if not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+", text) or text.endswith(".toml"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: is no resource such as {HCAS}; without one, --rdma comes last"
+        )
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
     from async_opd.tools.cluster_files.render import render
 
-    text = render(args.kind, args.config, args.overrides, args.gpus_per_node, args.image)
+    text = render(args.kind, args.config, args.overrides, args.gpus_per_node, args.image, args.rdma)
     if args.output is None:
         print(text, end="")
     else:

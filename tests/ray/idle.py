@@ -25,3 +25,7 @@ class Idle:
     def where(self) -> tuple[str, str | None]:
         """The node, and the cards that CUDA would show."""
         return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def title(self) -> str:
+        """This process, as others see it."""
+        return Path("/proc/self/cmdline").read_text().split("\0")[0]

@@ -15,6 +15,13 @@ from async_opd.runtime.jobs import RUN_DIR, stop_s
 from async_opd.tools.cluster_files import KINDS
 from async_opd.tools.cluster_files.shape import shape_of
 
+# The raylet kills what a dead actor leaves behind, as workers of its engine that hang in NCCL and
+# keep their cards. Ray's default since 2.60, here for a site that has set it otherwise.
+REAPER = "RAY_process_group_cleanup_enabled=true"
+ROLES = ("Generator", "Learner", "Reference", "Teacher", "Verifier")  # titles of their processes
+RDMA = " # --rdma"  # ends the lines of a template that are for RDMA alone
+GRACE_S = 30  # of a pod, behind its run's last save
+
 
 class _Filled(Template):
     """A template with fields `@{name}`: `$` is the shell's."""
@@ -22,9 +29,16 @@ class _Filled(Template):
     delimiter = "@"
 
 
-def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, image: str) -> str:
-    """Render the file of that kind for the config at `path` with `overrides`. Raises
-    ConfigError."""
+def render(
+    kind: str,
+    path: Path,
+    overrides: list[str],
+    gpus_per_node: int,
+    image: str,
+    rdma: str | None = None,
+) -> str:
+    """Render the file of that kind for the config at `path` with `overrides`; with `rdma`, the name
+    of a Kubernetes resource, for nodes that have RDMA between them. Raises ConfigError."""
     config = load(path, overrides, elsewhere=True)
     here = [f"{key} = {name!r}" for key, name in config.relative_inputs.items()]
     if kind == "kuberay" and here:
@@ -34,8 +48,11 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         )
     shape = shape_of(config, gpus_per_node)
     asked = [str(path), *overrides, "--gpus-per-node", str(gpus_per_node), "--image", image]
+    if rdma:
+        asked.append(f"--rdma={rdma}")
+    stop = stop_s(config.timeout.last_save_s)
     text = files("async_opd.tools.cluster_files").joinpath(KINDS[kind]).read_text(encoding="utf-8")
-    return _Filled(text).substitute(
+    return _Filled(_lines(text, rdma is not None)).substitute(
         asdict(shape),
         command=f"async-opd cluster render --kind {kind} {shlex.join(asked)}",
         config=indent(path.read_text(encoding="utf-8"), " " * 4),
@@ -47,12 +64,24 @@ def render(kind: str, path: Path, overrides: list[str], gpus_per_node: int, imag
         image=image,
         metadata=json.dumps({RUN_DIR: shape.run_dir}),
         ray=version("ray"),
-        stop_s=stop_s(config.timeout.last_save_s),
-        ahead_s=max(180, stop_s(config.timeout.last_save_s)),
+        rdma=rdma,
+        reaper=REAPER,
+        reaper_name=REAPER.partition("=")[0],
+        roles="|".join(ROLES),
+        stop_s=stop,
+        grace_s=stop + GRACE_S,
+        ahead_s=max(180, stop),
         vllm=_vllm(),
         workers=shape.nodes - 1,  # besides the head
         worker_ips=json.dumps([f"worker-{number}.example" for number in range(1, shape.nodes)]),
     )
+
+
+def _lines(text: str, rdma: bool) -> str:
+    """Take from a template the lines that are for RDMA alone, or the mark from them."""
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if rdma or not line.endswith(f"{RDMA}\n")]
+    return "".join(kept).replace(RDMA, "")
 
 
 def _vllm() -> str:
