@@ -1,0 +1,123 @@
+"""Updates of weights under a running engine, and how far its log-probs are from the learner's."""
+
+import asyncio
+import time
+
+import numpy as np
+
+from async_opd.core.wire import Group
+from tests.gpu import pair
+from tests.gpu.pair import Pair
+from tests.gpu.place import Place, Record
+
+VERSIONS = 20
+MEAN_GAP = 0.1  # nats, of bfloat16 at version 0; a few of the tokens are off by more
+GAP_TOKENS = 1000
+
+
+def in_flight(place: Place, record: Record, backend: str, ranks: int = 1) -> None:
+    """Responses run through many updates; each token has a version, and those sampled under the
+    live weights have the learner's log-probs."""
+    asyncio.run(_in_flight(place, record, backend, ranks))
+
+
+async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> None:
+    tokens = 128 if place.tiny else 2048
+    both = pair.start(place, backend=backend, tokens=tokens, concurrency=8, ranks=ranks)
+    generator = both.generator
+    await generator.start()
+    await both.join()
+    _, data = await generator.generate(both.prompt(0))
+    pauses, seen = [], 0
+    last: Group | None = None
+    for version in range(1, (3 if place.tiny else VERSIONS) + 1):
+        running = [
+            asyncio.ensure_future(generator.generate(both.prompt(100 * version + i)))
+            for i in range(4)
+        ]
+        await both.step(data)
+        pauses.append(await both.publish())
+        done = [await each for each in running]
+        seen += sum(len(spans) > 1 for meta, _ in done for spans in meta.spans)
+        last = done[-1][1]
+        gap, _ = live_gap(both, last)
+        record(f"version {version}", pause_s=pauses[-1], gap_mean=gap.mean(), gap_max=gap.max())
+        assert gap.mean() <= MEAN_GAP, f"version {version}: {gap.mean():.3f} nats a token"
+    both.stop()
+    record("all", versions=len(pauses), interrupted=seen, pause_s=float(np.median(pauses)))
+    assert seen, "no response was running while weights changed"
+
+
+def live_gap(both: Pair, group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """The gap of every token that the live weights have sampled, and what the learner says."""
+    (rollout,) = group.rollouts
+    assert rollout.spans[-1].version == both.learner.version
+    logp = both.learner.logprobs(group.prompt.ids, rollout.ids)
+    start = rollout.spans[-1].start
+    return np.abs(logp - rollout.behaviour_logp)[start:], logp[start:]
+
+
+def parity(place: Place, record: Record) -> None:
+    """How far engine and learner are from one another in bfloat16, token by token: what the bounds
+    of the parity probe are set by."""
+    asyncio.run(_parity(place, record))
+
+
+async def _parity(place: Place, record: Record) -> None:
+    tokens = 64 if place.tiny else 250
+    both = pair.start(place, backend="gloo", tokens=tokens, concurrency=8)
+    await both.generator.start()
+    wanted = 2 if place.tiny else GAP_TOKENS // tokens
+    answers = await asyncio.gather(
+        *(both.generator.generate(both.prompt(i, tokens=tokens)) for i in range(wanted))
+    )
+    gaps, logps = zip(*(live_gap(both, group) for _, group in answers), strict=True)
+    both.stop()
+    gap = np.concatenate(gaps)
+    record(
+        place.model or "random weights",
+        tokens=len(gap),
+        mean=gap.mean(),
+        rms=float(np.sqrt((gap**2).mean())),
+        median=float(np.median(gap)),
+        p99=float(np.quantile(gap, 0.99)),
+        largest=gap.max(),
+        nats_a_token=-np.concatenate(logps).mean(),
+    )
+    assert gap.mean() <= MEAN_GAP, f"{gap.mean():.3f} nats a token"
+
+
+def throughput(place: Place, record: Record) -> None:
+    """Tokens a second of an engine that is updated all the time, against one that is left alone."""
+    asyncio.run(_throughput(place, record))
+
+
+async def _throughput(place: Place, record: Record) -> None:
+    requests, tokens = (4, 64) if place.tiny else (64, 1024)
+    both = pair.start(place, backend="gloo", tokens=tokens, concurrency=requests)
+    await both.generator.start()
+    await both.join()
+
+    async def rate(updates: bool) -> tuple[float, list[float]]:
+        began, pauses = time.perf_counter(), []
+        running = asyncio.gather(
+            *(both.generator.generate(both.prompt(i)) for i in range(requests))
+        )
+        while updates and not running.done():
+            await asyncio.sleep(0.1 if place.tiny else 1.0)
+            pauses.append(await both.publish())
+        await running
+        return requests * tokens / (time.perf_counter() - began), pauses
+
+    await rate(updates=False)
+    alone, _ = await rate(updates=False)
+    record("no update", tokens_per_s=alone)
+    updated, pauses = await rate(updates=True)
+    record(
+        "an update a second",
+        tokens_per_s=updated,
+        updates=len(pauses),
+        pause_s=float(np.median(pauses)),
+        share=updated / alone,
+    )
+    both.stop()
