@@ -17,7 +17,9 @@ def settings(place: Place, record: Record) -> None:
     vocabulary, width = place.large["vocab_size"], place.large["hidden_size"]
     tokens, device = place.tokens, place.device
     bf16 = torch.bfloat16
-    weight = (torch.randn(vocabulary, width, device=device, dtype=bf16) / width**0.5).requires_grad_()
+    weight = (
+        torch.randn(vocabulary, width, device=device, dtype=bf16) / width**0.5
+    ).requires_grad_()
     hidden = torch.randn(tokens, width, device=device, dtype=bf16).requires_grad_()
     ids = torch.randint(vocabulary, (tokens,), device=device)
     candidates = torch.randint(vocabulary, (tokens, CANDIDATES), device=device)

@@ -80,13 +80,13 @@ def start(
     tokens: int,
     concurrency: int,
     ranks: int = 1,
-    lr: float = 1e-4,
+    **settings,
 ) -> Pair:
     """Start both on the same random weights, or those of `place.model`: over nccl the generator on
     cards of its own, behind the learner's; over gloo from the learner's card on. Responses have
-    `tokens` tokens."""
+    `tokens` tokens, and `settings` are the generator's."""
     model = place.model or saved(place.folder / "student", place.small, place.device)
-    learner = learner_rank(place, model, backend, lr=lr, micro_batch_tokens=2 * tokens)
+    learner = learner_rank(place, model, backend, lr=1e-3, micro_batch_tokens=2 * tokens)
     vocabulary = learner._lm.config.get_text_config().vocab_size
     if place.device == "cuda":  # read by the engine's process, which is a new one
         first = 1 if backend == "nccl" else 0
@@ -101,6 +101,7 @@ def start(
             vocabulary=((0, vocabulary),),
             backend=backend,
             seed=0,
+            **settings,
         ),
         RolloutConfig(
             max_new_tokens=tokens,

@@ -131,7 +131,9 @@ def layout(place: Place) -> list[TensorMeta]:
 def killed_peer(place: Place, record: Record, backend: str) -> None:
     """A send whose other end is killed comes back: over nccl within seconds of the abort, over gloo
     within the timeout. Ends of two cards."""
-    described = [TensorMeta(f"{i}", "bfloat16", (4096, 8192)) for i in range(1 if place.tiny else 8)]
+    described = [
+        TensorMeta(f"{i}", "bfloat16", (4096, 8192)) for i in range(1 if place.tiny else 8)
+    ]
     sender = SENDERS[backend](HOST, bucket_bytes=BUCKET, timeout_s=TIMEOUT_S)
     group = sender.group(1, 2)
     with subprocess.Popen(
