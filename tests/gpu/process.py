@@ -19,6 +19,7 @@ import torch
 from tests.gpu.checks import CHECKS, Check
 from tests.gpu.place import Place, Unfit
 
+FOLDER = Path(__file__).parent
 LIMIT_S = 120.0  # of one check
 GRACE_S = 15.0  # to end what it has started
 Status = Literal["pass", "fail", "skip"]
@@ -72,12 +73,17 @@ def run(
             ended = f"more than {limit_s:g} s, see {log}"
         finally:
             end(child)
+    return outcome(check.name, results, ended)
+
+
+def outcome(name: str, results: Path, ended: str) -> Outcome:
+    """Read what a check has left in `results`; `ended` is the reason of one that broke off."""
     lines = [json.loads(x) for x in results.read_text().splitlines()] if results.exists() else []
     rows = [(line["what"], line["figures"]) for line in lines if "what" in line]
     last = next((line for line in lines if "status" in line), None)
     if last is None:
-        return Outcome(check.name, "fail", ended, rows)
-    return Outcome(check.name, last["status"], last["reason"], rows)
+        return Outcome(name, "fail", ended, rows)
+    return Outcome(name, last["status"], last["reason"], rows)
 
 
 def end(child: subprocess.Popen) -> None:
@@ -91,8 +97,32 @@ def end(child: subprocess.Popen) -> None:
     child.wait()
 
 
+def attempt(check: Check, results: Path, place: Place) -> None:
+    """Run `check` here, and write its figures as they come and then how it ended."""
+
+    def write(row: dict[str, Any]) -> None:
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def record(what: str, **figures: Any) -> None:
+        plain = {
+            key: value if isinstance(value, int) else float(value) for key, value in figures.items()
+        }
+        write({"what": what, "figures": plain})
+
+    try:
+        check.run(place, record)
+        write({"status": "pass", "reason": ""})
+    except Unfit as e:
+        write({"status": "skip", "reason": f"{e}"})
+    except Exception as e:
+        traceback.print_exc()
+        first = f"{e}".strip().splitlines()[:1]
+        write({"status": "fail", "reason": ": ".join([type(e).__name__, *first])[:300]})
+
+
 def main() -> None:
-    """Run the check of that name, and write its figures as they come."""
+    """Run the check of that name in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[check.name for check in CHECKS])
     parser.add_argument("results", type=Path)
@@ -101,29 +131,9 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     (check,) = (check for check in CHECKS if check.name == args.name)
-
-    def write(row: dict[str, Any]) -> None:
-        with args.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def record(what: str, **figures: Any) -> None:
-        plain = {
-            key: value if isinstance(value, str | int) else float(value)
-            for key, value in figures.items()
-        }
-        write({"what": what, "figures": plain})
-
+    device = "cpu" if args.tiny else "cuda"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        place = Place("cpu" if args.tiny else "cuda", args.tiny, Path(folder), args.model)
-        try:
-            check.run(place, record)
-            write({"status": "pass", "reason": ""})
-        except Unfit as e:
-            write({"status": "skip", "reason": f"{e}"})
-        except Exception as e:
-            traceback.print_exc()
-            first = f"{e}".strip().splitlines()[:1]
-            write({"status": "fail", "reason": ": ".join([type(e).__name__, *first])[:300]})
+        attempt(check, args.results, Place(device, args.tiny, Path(folder), args.model))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # what libraries leave of threads and communicators is nothing to wait for

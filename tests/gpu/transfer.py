@@ -7,6 +7,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,9 +42,30 @@ class Loopback:
         tensor.copy_(chunk)
 
 
+@contextmanager
+def streams(place: Place) -> Iterator[None]:
+    """On a CPU, which has none, put streams that do nothing where vLLM asks for its own."""
+    with ExitStack() as patches:
+        if place.device == "cpu":
+            packing = "vllm.distributed.weight_transfer.packed_tensor"
+            none = [SimpleNamespace(synchronize=lambda: None)] * 2
+            for name, stand_in in {
+                f"{packing}._get_streams": lambda *_: none,
+                "torch.accelerator.current_device_index": lambda: 0,
+                "torch.cuda.stream": nullcontext,
+            }.items():
+                patches.enter_context(mock.patch(name, stand_in))
+        yield
+
+
 def packed(place: Place, record: Record) -> None:
     """What the learner's sender packs, vLLM's consumer unpacks to equal bytes, also where a write
     of a weight was still in flight on the stream that has computed it."""
+    with streams(place):
+        _packed(place, record)
+
+
+def _packed(place: Place, record: Record) -> None:
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
 
     described = layout(place)
