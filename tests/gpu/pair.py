@@ -13,7 +13,7 @@ from async_opd.core.wire import Group, LearnerShare, Needs, Prompt, Scores, Verd
 from async_opd.roles.learner.engine import LearnerRank
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.generator import RolloutGenerator
-from tests.gpu.place import Place
+from tests.gpu.place import Place, visible
 from tests.gpu.ranks import learner_rank, saved
 from tests.gpu.student import PROMPT
 
@@ -38,13 +38,13 @@ class Pair:
             self.generator.join_group(group),
         )
 
-    async def publish(self) -> float:
-        """Give the generator the learner's weights under whatever runs there; returns how many
-        seconds it stood still."""
+    async def publish(self, version: int) -> float:
+        """Give the generator the learner's weights, as that version, under whatever runs there;
+        returns how many seconds it stood still."""
         began = time.perf_counter()
         await asyncio.gather(
             asyncio.to_thread(self.learner.send_weights),
-            self.generator.update(self.learner.version, self.learner.weight_layout(), 0),
+            self.generator.update(version, self.learner.weight_layout(), 0),
         )
         await self.generator.resume(0)
         return time.perf_counter() - began
@@ -61,10 +61,10 @@ class Pair:
         share = LearnerShare((samples,), (verdicts,))
         await asyncio.to_thread(self.learner.step, share, groups=(group,), scores=(scores,))
 
-    def prompt(self, number: int, tokens: int = PROMPT) -> Prompt:
+    def prompt(self, number: int) -> Prompt:
         """Draw the prompt of that number."""
         random = np.random.default_rng(number)
-        ids = random.integers(self.vocabulary, size=tokens, dtype=np.int32)
+        ids = random.integers(self.vocabulary, size=PROMPT, dtype=np.int32)
         return Prompt(id=f"{number}", ids=ids, answer="")
 
     def stop(self) -> None:
@@ -86,18 +86,18 @@ def start(
     cards of its own, behind the learner's; over gloo from the learner's card on. Responses have
     `tokens` tokens, and `settings` are the generator's."""
     model = place.model or saved(place.folder / "student", place.small, place.device)
-    learner = learner_rank(place, model, backend, lr=1e-3, micro_batch_tokens=2 * tokens)
+    learner = learner_rank(place, model, backend, lr=1e-3, micro_batch_tokens=PROMPT + 2 * tokens)
     vocabulary = learner._lm.config.get_text_config().vocab_size
+    os.environ.pop("LOCAL_RANK", None)  # the learner's
     if place.device == "cuda":  # read by the engine's process, which is a new one
-        first = 1 if backend == "nccl" else 0
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + ranks)))
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        cards = visible(1 if backend == "nccl" else 0, ranks)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": cards, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     generator = RolloutGenerator(
         GeneratorSettings(
             name="generator 0",
             model=model,
             eos_ids=(),  # every response has full length
-            max_prompt_tokens=tokens,
+            max_prompt_tokens=PROMPT + tokens,
             vocabulary=((0, vocabulary),),
             backend=backend,
             seed=0,

@@ -1,5 +1,6 @@
 """Where a check runs and how large it is: real shapes on a card, tiny ones in a rehearsal."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,14 @@ class Cost(NamedTuple):
 
     seconds: float  # median
     gib: float  # the most of the card's memory beyond what was held before; 0 on a CPU
+
+
+def visible(first: int, count: int) -> str:
+    """Name so many of this process's cards, from the `first` on, for CUDA_VISIBLE_DEVICES of
+    another."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = named.split(",") if named else [f"{i}" for i in range(torch.cuda.device_count())]
+    return ",".join(cards[first : first + count])
 
 
 @dataclass(frozen=True)

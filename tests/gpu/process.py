@@ -58,13 +58,14 @@ def run(
     command = [sys.executable, "-m", "tests.gpu.process", check.name, f"{results}"]
     command += ["--tiny"] if rehearsal else []
     command += ["--model", model] if model else []
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if rehearsal else {}
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | hidden,
         )
         try:
             code = child.wait(limit_s)

@@ -12,6 +12,7 @@ from tests.gpu.place import Place, Record
 STEPS = 3
 WITHIN_S = 110.0
 IN_BFLOAT16 = (
+    "sync.parity_tolerance=0.5",
     "rollout.dtype=bfloat16",
     "teacher.dtype=bfloat16",
     "learner.dtype=bfloat16",

@@ -3,11 +3,14 @@ and the table is made of what came of them."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from async_opd.config.load import load
 from benchmarks import gpu
-from tests.gpu import process
+from tests.e2e.conftest import SMALL
+from tests.gpu import process, runs
 from tests.gpu.checks import CHECKS, Check
 from tests.gpu.place import Place, Unfit
 from tests.gpu.process import Outcome
@@ -51,6 +54,13 @@ def test_each_check_names_a_function_of_a_file_that_is_there(check):
     source = (process.FOLDER / f"{module}.py").read_text()
     assert f"\ndef {name}(place: Place, record: Record" in source
     assert len(BY_NAME) == len(CHECKS)
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if "overrides" in c.options], ids=lambda c: c.name)
+def test_the_settings_of_a_run_on_cards_are_settings(check):
+    overrides = runs.layout(Place("cuda", False, Path()), check.options["overrides"])
+    config = load("configs/demo.toml", [f"run.steps={runs.STEPS}", *SMALL, *overrides])
+    assert config.run.share_gpu == (check.cards == 1)
 
 
 def test_one_that_takes_too_long_is_ended_and_fails_by_its_limit(tmp_path):

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from async_opd.roles.weight_sync.gloo import TensorMeta, gloo_group, join_store
 from async_opd.roles.weight_sync.sender import SENDERS, NcclSender
-from tests.gpu.place import GIB, Place, Record
+from tests.gpu.place import GIB, Place, Record, visible
 
 BUCKET = 256 * 2**20  # sync.bucket_mib's own
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0  # sync.timeout_s's own
 ABORT_S = 5.0  # within which a send to a dead peer must come back
+JOINED = b"joined"  # what the other end says then; it takes nothing of what is sent
 BEHIND = 200  # operations that a write waits behind, so that it is in flight when it is sent
 
 
@@ -76,15 +77,17 @@ def _packed(place: Place, record: Record) -> None:
     sender.send(described, weights)  # warms up streams and allocator
     wire.chunks.clear()
     place.synchronize()
-    slow_write(place, weights)
     place.empty()
     held = place.peak_gib()
     began = time.perf_counter()
     sender.send(described, weights)
-    place.synchronize()
     seconds = time.perf_counter() - began
     sent = sum(meta.nbytes for meta in described)
     peak = place.peak_gib() - held - sent / GIB  # the copy that stands for the other card
+    wire.chunks.clear()
+    slow_write(place, weights)
+    sender.send(described, weights)
+    place.synchronize()
     got: dict[str, Tensor] = {}
     packed_nccl_broadcast_consumer(
         ((meta.name, (list(meta.shape), torch.bfloat16)) for meta in described),
@@ -163,13 +166,14 @@ def killed_peer(place: Place, record: Record, backend: str) -> None:
     group = sender.group(1, 2)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.gpu.transfer", backend, f"{group.host}:{group.port}"],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"} if backend == "nccl" else None,
+        env=os.environ | ({"CUDA_VISIBLE_DEVICES": visible(1, 1)} if backend == "nccl" else {}),
         stdout=subprocess.PIPE,
     ) as peer:
         try:
             sender.join(2)
             assert peer.stdout is not None
-            peer.stdout.readline()  # it has joined, and takes nothing more
+            while not peer.stdout.readline().startswith(JOINED):
+                assert peer.poll() is None, "the other end did not join"
             weights = [
                 torch.zeros(m.shape, dtype=torch.bfloat16, device=place.device) for m in described
             ]
@@ -212,7 +216,7 @@ def stand_by(backend: str, address: str) -> None:
         joined = trainer_init(
             dict(master_address=host, master_port=int(port), world_size=2), rank=1
         )
-    print("joined", joined, flush=True)
+    print(JOINED.decode(), joined, flush=True)
     time.sleep(600)
 
 

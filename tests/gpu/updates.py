@@ -3,10 +3,11 @@
 import asyncio
 import itertools
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
-from async_opd.core.wire import Group, GroupMeta
+from async_opd.core.wire import Group, GroupMeta, Prompt
 from tests.gpu import pair
 from tests.gpu.pair import Pair
 from tests.gpu.place import Place, Record
@@ -37,7 +38,7 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
     worst = 0.0
     for version in range(1, versions + 1):
         await both.step(first)
-        pauses.append(await both.publish())
+        pauses.append(await both.publish(version))
         gaps: list[np.ndarray] = []
         while not gaps:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -81,9 +82,12 @@ async def _parity(place: Place, record: Record) -> None:
     both = pair.start(place, backend="gloo", tokens=tokens, concurrency=8)
     await both.generator.start()
     wanted = 2 if place.tiny else GAP_TOKENS // tokens
-    answers = await asyncio.gather(
-        *(both.generator.generate(both.prompt(i, tokens=tokens)) for i in range(wanted))
-    )
+    # what it reads is its own text, for the model knows random ids no better than a random one
+    prompts = [
+        Prompt(id=f"{i}", ids=np.concatenate([group.prompt.ids, group.rollouts[0].ids]), answer="")
+        for i, (_, group) in enumerate(await answered(both, map(both.prompt, range(wanted))))
+    ]
+    answers = await answered(both, prompts)
     gaps, logps = zip(*(live_gap(both, group) for _, group in answers), strict=True)
     both.stop()
     gap = np.concatenate(gaps)
@@ -100,6 +104,11 @@ async def _parity(place: Place, record: Record) -> None:
     assert gap.mean() <= MEAN_GAP, f"{gap.mean():.3f} nats a token"
 
 
+async def answered(both: Pair, prompts: Iterable[Prompt]) -> list[tuple[GroupMeta, Group]]:
+    """Sample a response to each of `prompts`, all at once."""
+    return await asyncio.gather(*map(both.generator.generate, prompts))
+
+
 def throughput(place: Place, record: Record, **settings) -> None:
     """Tokens a second of an engine that is updated all the time, against one that is left alone;
     `settings` are its generator's."""
@@ -112,21 +121,21 @@ async def _throughput(place: Place, record: Record, settings: dict) -> None:
     await both.generator.start()
     await both.join()
 
-    async def rate(updates: bool) -> tuple[float, list[float]]:
-        began, pauses = time.perf_counter(), []
-        running = asyncio.gather(
-            *(both.generator.generate(both.prompt(i)) for i in range(requests))
-        )
+    pauses: list[float] = []
+
+    async def rate(updates: bool) -> float:
+        began = time.perf_counter()
+        running = asyncio.ensure_future(answered(both, map(both.prompt, range(requests))))
         while updates and not running.done():
             await asyncio.sleep(0.1 if place.tiny else 1.0)
-            pauses.append(await both.publish())
+            pauses.append(await both.publish(len(pauses) + 1))
         await running
-        return requests * tokens / (time.perf_counter() - began), pauses
+        return requests * tokens / (time.perf_counter() - began)
 
     await rate(updates=False)
-    alone, _ = await rate(updates=False)
+    alone = await rate(updates=False)
     record("no update", tokens_per_s=alone)
-    updated, pauses = await rate(updates=True)
+    updated = await rate(updates=True)
     record(
         "an update a second",
         tokens_per_s=updated,
