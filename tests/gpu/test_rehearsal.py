@@ -56,7 +56,9 @@ def test_each_check_names_a_function_of_a_file_that_is_there(check):
     assert len(BY_NAME) == len(CHECKS)
 
 
-@pytest.mark.parametrize("check", [c for c in CHECKS if "overrides" in c.options], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "check", [c for c in CHECKS if "overrides" in c.options], ids=lambda c: c.name
+)
 def test_the_settings_of_a_run_on_cards_are_settings(check):
     overrides = runs.layout(Place("cuda", False, Path()), check.options["overrides"])
     config = load("configs/demo.toml", [f"run.steps={runs.STEPS}", *SMALL, *overrides])
