@@ -51,6 +51,7 @@ def run(
     """Run `check`; what it prints goes to a file of its name in `folder`."""
     if lacking := check.lacking(cards(), rehearsal=rehearsal):
         return Outcome(check.name, "skip", lacking)
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     name = check.name.replace(", ", "-").replace(" ", "_")
     results, log = folder / f"{name}.jsonl", folder / f"{name}.log"
@@ -64,6 +65,7 @@ def run(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=FOLDER.parents[1],
             start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | hidden,
         )

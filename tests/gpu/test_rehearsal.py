@@ -2,6 +2,7 @@
 and the table is made of what came of them."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def test_what_needs_torch_alone_runs_and_records_figures(name, tmp_path):
     )
     assert recorded
     assert all(figures for figures in recorded.values())
+
+
+def test_nothing_else_need_be_installed_for_them():
+    absent = ["vllm", "ray", "deepspeed", "pytest", "psutil", "aiohttp", "datasets", "math_verify"]
+    modules = ["benchmarks.gpu", "tests.gpu.transfer"]
+    modules += {f"tests.gpu.{BY_NAME[name].function.split(':')[0]}" for name in TORCH_ALONE}
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\nimport {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=process.FOLDER.parents[1])
 
 
 @pytest.mark.ray

@@ -35,7 +35,7 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
         return asyncio.create_task(both.generator.generate(both.prompt(next(numbers))))
 
     running, pauses, interrupted = {sampled() for _ in range(RUNNING)}, [], 0
-    worst = 0.0
+    means: list[float] = []
     for version in range(1, versions + 1):
         await both.step(first)
         pauses.append(await both.publish(version))
@@ -48,8 +48,8 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
                 interrupted += len(spans) > 1
                 gaps += [live_gap(both, group)[0]] if spans[-1].version == version else []
         gap = np.concatenate(gaps)
-        worst = max(worst, gap.mean())
-        record(f"version {version}", pause_s=pauses[-1], gap_mean=gap.mean(), gap_max=gap.max())
+        means.append(gap.mean())
+        record(f"version {version}", pause_s=pauses[-1], gap_mean=means[-1], gap_max=gap.max())
     for each in running:
         each.cancel()
     await asyncio.gather(*running, return_exceptions=True)
@@ -59,7 +59,8 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
     both.stop()
     record("all", interrupted=interrupted, pause_s=float(np.median(pauses)), moved=moved)
     assert interrupted, "no response was running while weights changed"
-    assert worst <= min(MEAN_GAP, moved / 3), f"{worst:.3f} nats a token, weights moved {moved:.3f}"
+    allowed = min(MEAN_GAP, moved / 3)  # stale weights would be as far off as these moved
+    assert all(mean <= allowed for mean in means), f"{means} nats a token, allowed {allowed:.3f}"
 
 
 def live_gap(both: Pair, group: Group) -> tuple[np.ndarray, np.ndarray]:
