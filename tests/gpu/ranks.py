@@ -21,7 +21,7 @@ STEPS = 3
 
 def train(place: Place, record: Record, **settings) -> None:
     """Three steps of ZeRO: they are finite and move the weights, memory is within a tenth of what
-    `async-opd plan` counts; state is saved, and the weights leave whole."""
+    `async-opd plan` counts, and the weights leave whole."""
     planned = plan(place, checkpointing=True, **settings).total / GIB
     if place.device == "cuda" and planned > 0.9 * place.card_gib():
         raise Unfit(f"needs {planned:.0f} GiB by plan, the card has {place.card_gib():.0f}")
@@ -53,7 +53,6 @@ def train(place: Place, record: Record, **settings) -> None:
         )
     peak = place.peak_gib()
     after = rank.logprobs(members[0].prompt.ids, members[0].rollout.ids)
-    rank.save_state(f"{place.folder / 'state'}")
     sent = [tuple(weight.shape) for weight in rank._weights.tensors()]
     dist.destroy_process_group()
     assert sent == list(rank.weight_layout().shapes)

@@ -27,6 +27,13 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
     tokens, versions = (128, 3) if place.tiny else (512, 20)
     both = pair.start(place, backend=backend, tokens=tokens, concurrency=RUNNING, ranks=ranks)
     await both.generator.start()
+    engine = both.generator._engine.vllm_config
+    record(
+        "engine",
+        v2_runner=int(engine.use_v2_model_runner),
+        async_scheduling=int(bool(engine.scheduler_config.async_scheduling)),
+        eager=int(engine.model_config.enforce_eager),
+    )
     await both.join()
     _, first = await both.generator.generate(both.prompt(0))
     numbers = itertools.count(1)
