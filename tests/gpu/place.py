@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 GIB = 2**30
+LIMIT_S = 120.0  # of one check on a card
 # Qwen3-1.7B's and Qwen3-0.6B's config.json; weights are random
 QWEN3_1_7B = dict(
     hidden_size=2048,

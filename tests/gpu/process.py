@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 
 from tests.gpu.checks import CHECKS, Check
-from tests.gpu.place import Place, Unfit
+from tests.gpu.place import LIMIT_S, Place, Unfit
 
 FOLDER = Path(__file__).parent
-LIMIT_S = 120.0  # of one check
 GRACE_S = 15.0  # to end what it has started
 Status = Literal["pass", "fail", "skip"]
 

@@ -1,16 +1,18 @@
 """Whole runs of the command line with the demo's models: few parameters, every path."""
 
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from async_opd.tools.audit.books import audit
 from tests.e2e.conftest import SMALL, Job, rows
 from tests.faults.harness import Hurt
-from tests.gpu.place import Place, Record
+from tests.gpu.place import LIMIT_S, Place, Record
 
 STEPS = 3
-WITHIN_S = 110.0
+FIGURES = ("elapsed_s", "trained_tokens_per_s", "loss", "parity_gap")  # of a row
 IN_BFLOAT16 = (
     "sync.parity_tolerance=0.5",
     "rollout.dtype=bfloat16",
@@ -26,7 +28,10 @@ def three_steps(place: Place, record: Record, overrides: tuple[str, ...]) -> Non
     settings = (f"run.dir={folder}", f"run.steps={STEPS}", *SMALL, *layout(place, overrides))
     with no_job_left():
         job = Job("train", "configs/demo.toml", *settings, folder=place.folder)
-        assert job.wait(WITHIN_S) == 0, job.text()[-2000:]
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(within_s(place))
+        status = job.process.poll()
+        assert status == 0, f"exit status {status}: {job.text().strip().splitlines()[-1:]}"
         left = job.gone_within(10)
     record_steps(folder, record)
     assert audit(folder).discrepancies == []
@@ -37,13 +42,18 @@ def killed_generator(place: Place, record: Record, overrides: tuple[str, ...]) -
     """A generator that is killed costs itself: training goes on with the other."""
     with no_job_left():
         hurt = Hurt(place.folder, "rollout.generators=2", *layout(place, overrides))
-        hurt.trains(1, WITHIN_S)
+        hurt.trains(1, within_s(place))
         killed = hurt.hurt("generator")
-        noticed = hurt.told("lost", "generator", killed, 60)
-        hurt.trains(1, 60)
+        noticed = hurt.told("lost", "generator", killed, within_s(place))
+        hurt.trains(1, within_s(place))
         record("killed", noticed_s=noticed, next_step_s=time.time() - killed)
         hurt.interrupt()
         record("books", steps=hurt.steps(), discrepancies=len(hurt.books().discrepancies))
+
+
+def within_s(place: Place) -> float:
+    """Bound a wait: on a card by what its check may take, on a CPU by what a busy one does."""
+    return LIMIT_S if place.device == "cuda" else 5 * LIMIT_S
 
 
 def layout(place: Place, overrides: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,26 +61,22 @@ def layout(place: Place, overrides: tuple[str, ...]) -> tuple[str, ...]:
     return () if place.device == "cpu" else (*IN_BFLOAT16, *overrides)
 
 
-def record_steps(folder, record: Record) -> None:
+def record_steps(folder: Path, record: Record) -> None:
     """Record what was logged of each step."""
     steps = rows(folder)
     for row in steps:
-        record(
-            f"step {row['step']}",
-            elapsed_s=row["elapsed_s"],
-            trained_tokens_per_s=row["trained_tokens_per_s"],
-            loss=row["loss"],
-            parity_gap=row["parity_gap"],
-        )
+        figures = {key: row[key] for key in FIGURES if row[key] is not None}
+        record(f"step {row['step']}", **figures)
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
 
 
 @contextmanager
 def no_job_left() -> Iterator[None]:
-    """Kill what a check leaves running."""
+    """Kill what a check leaves running, and print what it has said."""
     try:
         yield
     finally:
         for job in Job.started:
             for process in job.processes():
                 process.kill()
+            print(job.text(), flush=True)

@@ -4,8 +4,9 @@ import pytest
 
 from tests.gpu import process
 from tests.gpu.checks import CHECKS, Check
+from tests.gpu.place import LIMIT_S
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(process.LIMIT_S + 2 * process.GRACE_S)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(LIMIT_S + 2 * process.GRACE_S)]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
