@@ -119,8 +119,8 @@ def attempt(check: Check, results: Path, place: Place) -> None:
         write({"status": "skip", "reason": f"{e}"})
     except Exception as e:
         traceback.print_exc()
-        first = f"{e}".strip().splitlines()[:1]
-        write({"status": "fail", "reason": ": ".join([type(e).__name__, *first])[:300]})
+        last = f"{e}".strip().splitlines()[-1:]  # of a job's log, or of what NCCL says
+        write({"status": "fail", "reason": ": ".join([type(e).__name__, *last])[:300]})
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def test_one_that_fails_keeps_the_figures_that_it_had(tmp_path, monkeypatch):
         return process.outcome("head", results, "it ended")
 
     rows = [("first", {"gib": 1.5, "rows": 3})]
-    assert tried(AssertionError("off by 2\nmore")) == Outcome(
+    assert tried(AssertionError("the log\noff by 2")) == Outcome(
         "head", "fail", "AssertionError: off by 2", rows
     )
     assert tried(Unfit("needs more")) == Outcome("head", "skip", "needs more", rows)
