@@ -86,7 +86,8 @@ def start(
     cards of its own, behind the learner's; over gloo from the learner's card on. Responses have
     `tokens` tokens, and `settings` are the generator's."""
     model = place.model or saved(place.folder / "student", place.small, place.device)
-    learner = learner_rank(place, model, backend, lr=1e-3, micro_batch_tokens=PROMPT + 2 * tokens)
+    lr = 1e-3 if place.tiny else 1e-4  # at which a few steps move what is sampled
+    learner = learner_rank(place, model, backend, lr=lr, micro_batch_tokens=PROMPT + 2 * tokens)
     vocabulary = learner._lm.config.get_text_config().vocab_size
     os.environ.pop("LOCAL_RANK", None)  # the learner's
     if place.device == "cuda":  # read by the engine's process, which is a new one

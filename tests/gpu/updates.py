@@ -36,6 +36,8 @@ async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> 
     )
     await both.join()
     _, first = await both.generator.generate(both.prompt(0))
+    gap, _ = live_gap(both, first)
+    record("version 0", gap_mean=gap.mean(), gap_max=gap.max())
     numbers = itertools.count(1)
 
     def sampled() -> asyncio.Task[tuple[GroupMeta, Group]]:
