@@ -1,9 +1,9 @@
-# Everything lives in .venv. `make demo` and `make test` set it up first; `make setup` again is a no-op.
+# Everything but `gpu` lives in .venv. `make demo` and `make test` set it up first; `make setup` again is a no-op.
 PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # hundreds of processes of the tests would compile what the first has compiled
 
-.PHONY: setup demo real real-inputs test soak lint docs clean
+.PHONY: setup demo real real-inputs test soak gpu lint docs clean
 
 setup: .venv/ready
 
@@ -42,6 +42,17 @@ test: setup lint
 soak: setup
 	$(BIN)/python -m pytest -m soak
 
+# Every path on cards, as a table for an issue. Its environment is another than that of `setup`, whose torch is for CPUs;
+# where vLLM, torch and the rest are there already, as in the image of `async-opd cluster`: python -m benchmarks.gpu
+gpu: .venv-gpu/ready
+	.venv-gpu/bin/python -m benchmarks.gpu
+
+.venv-gpu/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "async-opd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[gpu,test]"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check async_opd tests benchmarks cluster
 	$(BIN)/ruff format --check async_opd tests benchmarks cluster
@@ -55,4 +66,4 @@ docs: setup
 		-m pdoc --docformat markdown --output-directory build/docs async_opd
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-gpu build runs
