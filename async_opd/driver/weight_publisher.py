@@ -60,7 +60,8 @@ class WeightPublisher:
             syncing.enter_context(self._learner.held("syncing"))
             for member in (*self._pool.serving, *newcomers):
                 syncing.enter_context(member.held("syncing"))
-            members = await self._updated(version, newcomers)
+            with self._pool.updating():
+                members = await self._updated(version, newcomers)
             admit()
             probing = version % self._parity_every == 0
             probed = members if probing else [each for each in members if each in newcomers]

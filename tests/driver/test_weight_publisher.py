@@ -239,3 +239,47 @@ async def test_a_generator_that_runs_on_is_no_longer_syncing_whoever_is_slow_to(
     resumes.set()
     await publishing
     assert [time._state for time in times] == ["starved", "starved"]
+
+
+class Takes(Breaks):
+    """Takes an update until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def update(self, version, layout, oldest):
+        self.begun.set()
+        await self.go.wait()
+        await super().update(version, layout, oldest)
+
+
+async def test_a_pool_that_shrinks_in_an_update_loses_nobody_before_its_end():
+    generators, learner = [Takes(), Takes()], Epochs()
+    pool = ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
+    publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))
+    await generators[1].begun.wait()
+    pool.resize(1)
+    assert (len(pool.serving), [each.killed for each in generators]) == (2, [False, False])
+    for each in generators:
+        each.go.set()
+    assert await publishing == 0.0
+    assert [each.killed for each in generators] == [False, True]
+    assert learner.groups == [2]  # one broadcast, which nobody broke off
+    assert (generators[1].version, generators[0].paused) == (1, False)
+    await publisher.publish(2, admit=lambda: None)
+    assert learner.groups == [2, 1]
+
+
+async def test_a_generator_that_dies_in_an_update_is_given_up_while_it_runs():
+    generators, learner = [Takes(), Takes()], Epochs()
+    pool = ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
+    publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))
+    await generators[1].begun.wait()
+    pool.retire(pool.serving[1], "generator 1 died")
+    assert (len(pool.serving), generators[1].killed) == (1, True)
+    generators[0].go.set()
+    assert await publishing == 0.0
+    assert learner.groups == [2, 1]
