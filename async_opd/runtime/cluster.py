@@ -136,6 +136,10 @@ class Cluster:
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
+            exact=all(
+                (dtype or ("bfloat16" if self._gpus else "float32")) == "float32"
+                for dtype in (config.learner.dtype, config.rollout.dtype)
+            ),
             spawn=self._spawn,
         )
 
