@@ -1,4 +1,4 @@
-"""What the driver needs of each role. `runtime.actors` and `runtime.remote_learner` have these
+"""What the driver needs of each role. `runtime.remote_role` and `runtime.remote_learner` have these
 calls made by actors; tests implement them in a few lines.
 
 A `Ref` stands for data that stays with the actors: an object reference under Ray, the object itself

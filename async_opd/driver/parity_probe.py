@@ -54,7 +54,7 @@ class ParityProbe:
                 [
                     retrieved(asyncio.create_task(call))
                     for call in (
-                        each.call(Generator.probe, None, self._tokens),
+                        each.call(Generator.probe),
                         *(each.call(Generator.probe, ids, self._tokens) for ids in prompts),
                     )
                 ],
