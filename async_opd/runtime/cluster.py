@@ -139,10 +139,7 @@ class Cluster:
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
-            exact=all(
-                (dtype or ("bfloat16" if self._gpus else "float32")) == "float32"
-                for dtype in (config.learner.dtype, config.rollout.dtype)
-            ),
+            exact=_exact(config, self._gpus),
             spawn=self._spawn,
         )
 
@@ -251,6 +248,13 @@ class Cluster:
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
+
+
+def _exact(config: Config, gpus: bool) -> bool:
+    """Tell whether learner and generators compute in float32."""
+    usual = "bfloat16" if gpus else "float32"
+    dtypes = config.learner.dtype, config.rollout.dtype
+    return all((dtype or usual) == "float32" for dtype in dtypes)
 
 
 def _mark(folder: Path) -> Path:
