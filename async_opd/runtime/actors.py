@@ -136,8 +136,8 @@ def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
 
 
 class ActorProcess(RoleActor):
-    """The actor in a process that Ray has started: it ends with its raylet, even in a C call, and
-    prints into its log."""
+    """The actor in a process that Ray has started: it ends with its raylet, whose main thread has
+    forked it, even in a C call, and prints into its log."""
 
     def __init__(self, *args: Any, called: str, log: str, begins: str):
         """As RoleActor; `log` and `begins` are what an ActorLog holds."""
@@ -238,9 +238,12 @@ class RemoteActor:
         nobody waits for it any more it is cancelled in the actor."""
         try:
             return await bounded(ref, timeout_s, f"{self.name}, {what}")
-        except (asyncio.CancelledError, TimedOut):
+        except asyncio.CancelledError:
             self._unwanted(lambda: ray.cancel(ref))
             raise
+        except TimedOut as e:
+            self._unwanted(lambda: ray.cancel(ref))
+            raise TimedOut(f"{e}; {await self.log.words()}") from None
         except GONE as e:
             lines = str(e).partition("Some common causes")[0].strip().splitlines()
             lines = lines or [type(e).__name__]

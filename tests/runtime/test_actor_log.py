@@ -1,6 +1,7 @@
 """What an actor and its processes print is in a file of the run, and an error says where and how it
 ends."""
 
+import asyncio
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from ray import exceptions
 
 from async_opd.cli import main as command
-from async_opd.core.errors import ActorLost, CallFailed, ConfigError, SyncFailed
+from async_opd.core.errors import ActorLost, CallFailed, ConfigError, SyncFailed, TimedOut
 from async_opd.runtime import actor_log
 from async_opd.runtime.actor_log import ActorLog, cause, last_lines, printed_in, shown, turn_over
 from async_opd.runtime.actors import RemoteActor
@@ -119,6 +120,7 @@ ERRORS = {
     "start": (task_error(ActorLost("teacher 0 cannot be built: RuntimeError: x")), ActorLost),
     "update": (task_error(SyncFailed("generator 0 did not take version 3: no")), SyncFailed),
     "foreign": (task_error(KeyError("x")), CallFailed),
+    "silence": (KeyError("x"), TimedOut),
     "mistake": (task_error(ConfigError("model x: no")), ConfigError),
 }
 
@@ -130,14 +132,17 @@ async def test_an_error_of_an_actor_names_its_log_in_one_line_and_the_command_sh
     error, kind = ERRORS[which]
     actor = object.__new__(RemoteActor)
     actor.name, actor._handle = "teacher 0", SimpleNamespace()
+    monkeypatch.setattr(actor, "_unwanted", lambda cancel: None)
     actor.log = ActorLog.begun(tmp_path / "logs of it", "teacher 0")
     acted(actor.log)
 
     async def fails():
+        if which == "silence":
+            await asyncio.sleep(60)
         raise error
 
     with pytest.raises(kind) as raised:
-        await actor._result(fails(), 10, "start")
+        await actor._result(fails(), 0.05 if which == "silence" else 10, "start")
     said = f"{raised.value}"
     named = f"; its output is in {actor.log.path}: ValueError: in the core of an engine"
     assert said.endswith(named) is (which != "mistake") and "\n" not in said
