@@ -72,4 +72,5 @@ def test_the_workers_of_an_engine_end_with_the_actor_even_those_that_hear_nothin
         for process in (actor, *psutil.Process(actor.pid).children(recursive=True)):
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
+        actor.stdin.close()
         actor.wait()
