@@ -11,7 +11,9 @@ from async_opd.core.events import EventSink
 from async_opd.core.wire import Floats, Ints, Prompt
 
 TOKENS = 256  # of one probe, at least, behind prompts of the run's own data
-EACH = 16  # of one request, at most
+# Of one request, at most: in float32, as on CPUs, where the learner waits for each, and in half
+# precision, where it reads prompts that may be long.
+EACH, EACH_HALF = 8, 32
 # Where a router flips now and then, a few tokens of several nats make up the mean over TOKENS: what
 # it is at version 0, and what is doubted, is measured over so many times as many tokens.
 FIRST = 4
@@ -50,14 +52,9 @@ class Gap(NamedTuple):
         )
 
 
-def requests(max_new_tokens: int) -> int:
-    """Count the requests of a probe, where a response has at most so many tokens."""
-    return math.ceil(TOKENS / tokens_each(max_new_tokens))
-
-
-def tokens_each(max_new_tokens: int) -> int:
-    """Count the tokens that each of them samples."""
-    return min(EACH, max_new_tokens)
+def requests(tokens_each: int) -> int:
+    """Count the requests of a probe, where each samples so many tokens."""
+    return math.ceil(TOKENS / tokens_each)
 
 
 def prompts_of(prompts: Sequence[Prompt], count: int, drawn: int) -> list[Ints]:
@@ -87,6 +84,10 @@ class Parity:
     def times(self) -> int:
         """How many times TOKENS the next probe is to have."""
         return FIRST if self._half and self.first is None else 1
+
+    def tokens_each(self, max_new_tokens: int) -> int:
+        """Count the tokens of a request, where a response has at most `max_new_tokens`."""
+        return min(EACH_HALF if self._half else EACH, max_new_tokens)
 
     def allows(self, gap: Gap) -> bool:
         """Tell whether a generator may be that far from the learner."""

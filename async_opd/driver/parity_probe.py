@@ -9,7 +9,7 @@ from async_opd.core.aio import retrieved
 from async_opd.core.errors import ActorLost, ParityError, TimedOut
 from async_opd.core.ports import Generator, Learner
 from async_opd.core.wire import Floats, Ints, Prompt, Rollout
-from async_opd.driver.parity import AGAIN, Gap, Parity, prompts_of, requests, tokens_each
+from async_opd.driver.parity import AGAIN, Gap, Parity, prompts_of, requests
 from async_opd.driver.read_ahead import ReadAhead
 from async_opd.driver.replica import Replica
 from async_opd.driver.replica_pool import ReplicaPool
@@ -37,9 +37,10 @@ class ParityProbe:
     async def prepare(self, source: ReadAhead, max_new_tokens: int, left: int) -> None:
         """Sample behind the prompts that come next of `source`, of which `left` are to be handed
         out, for the rest of the run; a response has at most `max_new_tokens`."""
-        self._requests = requests(max_new_tokens)
-        self._tokens = tokens_each(max_new_tokens)
-        self._prompts = await source.next_few(min(2 * self._requests, left))
+        self._tokens = self.parity.tokens_each(max_new_tokens)
+        self._requests = requests(self._tokens)
+        count = 2 * self.parity.times * self._requests
+        self._prompts = await source.next_few(min(count, left))
 
     def begin(self, members: Sequence[Member], times: int = 0) -> Asked:
         """Have each of `members` sample, whenever it runs; the requests leave before anything that

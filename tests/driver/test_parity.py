@@ -16,7 +16,6 @@ from async_opd.driver.parity import (
     Parity,
     prompts_of,
     requests,
-    tokens_each,
 )
 from async_opd.driver.read_ahead import ReadAhead
 from async_opd.driver.replica_pool import ReplicaPool
@@ -103,13 +102,23 @@ async def test_a_probe_has_256_tokens_behind_prompts_of_the_data_and_is_read_in_
     run = Run(lambda version, tokens: np.zeros(tokens), half=None, generators=3)
     gap = await run(0, 1)
     assert run.learner.reads == [gap.tokens, gap.tokens]  # of all three at once
-    assert gap.tokens == 3 * (TOKENS + len(LOGP)) and requests(MAX_NEW_TOKENS) == 16
-    assert [len(each.prompts) for each in run.generators] == [32, 32, 32]
+    assert gap.tokens == 3 * (TOKENS + len(LOGP))
+    assert [len(each.prompts) for each in run.generators] == [64, 64, 64]
 
 
-@pytest.mark.parametrize(("most", "each"), [(1, 1), (10, 10), (64, 16), (16384, 16)])
-def test_short_responses_are_asked_for_more_often(most, each):
-    assert tokens_each(most) == each and requests(most) * each >= 256 > (requests(most) - 1) * each
+@pytest.mark.parametrize(
+    ("half", "most", "each", "count"),
+    [
+        (None, 1, 1, 256),
+        (None, 7, 7, 37),
+        (None, 64, 8, 32),
+        (HALF, 10, 10, 26),
+        (HALF, 16384, 32, 8),
+    ],
+)
+def test_short_responses_are_asked_for_more_often(half, most, each, count):
+    assert Parity(1e-3, half, print).tokens_each(most) == each
+    assert requests(each) == count and count * each >= TOKENS > (count - 1) * each
 
 
 def test_two_probes_that_follow_each_other_have_other_prompts():
@@ -226,7 +235,7 @@ def test_a_long_tail_is_told_once_and_again_when_it_has_doubled():
 async def test_a_generator_that_is_lost_in_the_second_probe_is_retired():
     class Dies(Asked):
         async def probe(self, prompt=None, tokens=0):
-            if self.version == 1 and len(self.prompts) >= 16 * (FIRST + 1):
+            if self.version == 1 and len(self.prompts) >= 8 * (FIRST + 1):
                 await asyncio.sleep(60)
             return await super().probe(prompt, tokens)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from async_opd import toy
-from async_opd.driver.parity import EACH, FIRST, Gap, HalfPrecision, Parity, requests
+from async_opd.driver.parity import EACH_HALF, FIRST, Gap, HalfPrecision, Parity, requests
 from async_opd.roles.learner.batch import MicroBatch, TrainingBounds, pack
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.step import Student
@@ -65,11 +65,11 @@ def prompts(model, count: int) -> torch.Tensor:
 @torch.no_grad()
 def measured(generator, learner, times: int) -> Gap:
     """`generator` samples, all requests as one padded batch, and `learner` reads them packed."""
-    ids_BL = prompts(learner, times * requests(EACH))
+    ids_BL = prompts(learner, times * requests(EACH_HALF))
     length = ids_BL.shape[1]
     draw = torch.Generator().manual_seed(times)
     logp = []
-    for _ in range(EACH):
+    for _ in range(EACH_HALF):
         rows = [len(ids_BL[0])] * len(ids_BL)
         hidden = causal_lm.hidden_states(generator, ids_BL.flatten(), rows)
         logits_BV = generator.lm_head(hidden.view(*ids_BL.shape, -1)[:, -1]).float()
