@@ -37,7 +37,7 @@ from async_opd.telemetry.spans import Window, encode
 from tests.simulated.roles import AT_ONCE, LOGP, PROBE_TOKENS, Prompts, SimulatedLearner
 
 GENERATORS, LOOKS = (1, 8, 64, 512), (1_000, 10_000, 100_000)
-PROBED = np.zeros(PROBE_TOKENS, np.int32)
+PROMPT = np.zeros(1, np.int32)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -64,11 +64,15 @@ class Instant:
         await self._answer()
         return (Verdict(id=f"{group.id}#0", correct=True),)
 
-    async def probe(self) -> tuple[np.ndarray, Rollout]:
+    async def probe(
+        self, prompt: np.ndarray = PROMPT, tokens: int = 0
+    ) -> tuple[np.ndarray, Rollout]:
         await self._answer()
-        spans = (Span(version=self.version, start=0, end=PROBE_TOKENS),)
-        return PROBED, Rollout(
-            id="probe#0", ids=PROBED, behaviour_logp=LOGP, spans=spans, truncated=True
+        tokens = tokens or PROBE_TOKENS
+        spans, ids = (Span(version=self.version, start=0, end=tokens),), np.zeros(tokens, np.int32)
+        logp = np.full(tokens, LOGP[0])
+        return prompt, Rollout(
+            id="probe#0", ids=ids, behaviour_logp=logp, spans=spans, truncated=True
         )
 
     async def join_group(self, group: WeightGroup) -> None: ...

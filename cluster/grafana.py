@@ -24,7 +24,10 @@ PANELS = (  # title, keys; four in a row
     *((f"Time of {role}", tuple(f"{role}_{state}" for state in STATES)) for role in ROLES),
     ("Importance weights", ("weight_mean", "weight_max", "ratio_mean", "ratio_max")),
     ("Effective sample size", ("weight_ess", "ratio_ess")),
-    ("Stale and fresh log-ratios", ("log_ratio_stale", "log_ratio_fresh_max", "parity_gap")),
+    (
+        "Stale and fresh log-ratios",
+        ("log_ratio_stale", "log_ratio_fresh_max", "parity_gap", "parity_mean"),
+    ),
     ("Lost to training", ("dropped", "tokens_excluded", "verdicts_unknown")),
     ("Gradient", ("grad_norm",)),
     ("Learning rate", ("lr",)),

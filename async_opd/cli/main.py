@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             if isinstance(e, CallFailed) and e.__cause__:
                 complain(f"{e.__cause__}")  # with the trace of where it was raised
             notes = "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
+            _show_logs(f"{e}{notes}")
             complain(one_line(f"{type(e).__name__}: {e}{notes}"))
             return e.exit_status
         except OSError as e:  # what the system refuses and no command has a name for
@@ -61,6 +62,14 @@ def main(argv: list[str] | None = None) -> int:
             by = "" if last_signal() == signal.SIGINT else f" by {last_signal().name}"
             complain("; ".join([f"interrupted{by}", *getattr(e, "__notes__", ())]))
             return 128 + last_signal()
+
+
+def _show_logs(text: str) -> None:
+    """Print the last lines of the actors' logs that an error's `text` names."""
+    from async_opd.runtime.actor_log import printed_in
+
+    for path, lines in printed_in(text):
+        complain("\n  ".join([f"the last lines of {path}:", *map(one_line, lines)]))
 
 
 def _printed(words: list[str]) -> int:

@@ -103,7 +103,6 @@ def _step_rules(c: Config) -> list[Rule]:
 def _precision_rules(c: Config) -> list[Rule]:
     """List what dtypes and offloading need."""
     stages = "needs learner.zero_stage 1, 2 or 3"
-    dtypes, tolerance = (c.learner.dtype, c.rollout.dtype), c.sync.parity_tolerance
     return [
         (
             c.learner.dtype == "bfloat16" and c.learner.zero_stage == 0,
@@ -112,11 +111,6 @@ def _precision_rules(c: Config) -> list[Rule]:
         (
             c.learner.offload_optimizer and c.learner.zero_stage == 0,
             f"learner.offload_optimizer = true: {stages}",
-        ),
-        (
-            "bfloat16" in dtypes and tolerance < 0.01,
-            f"sync.parity_tolerance = {tolerance}: learner and rollout dtypes {dtypes} need about"
-            " 0.2",
         ),
     ]
 

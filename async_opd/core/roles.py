@@ -21,4 +21,6 @@ class Roles:
     learner: Learner
     # they hold the teacher, and answer prompts in the student's place
     teacher_generators: Sequence[Generator] = ()
+    # generators and learner compute in float32, so that their log-probs agree to the last digits
+    exact: bool = True
     spawn: Spawn | None = None  # absent: who is lost is not replaced

@@ -35,6 +35,7 @@ SET_ASIDE = "set-aside"  # folders 1, 2, ... of what resumes have made void
 SELF_TEACHER = "self-teacher"  # the weights that self-teachers take over
 TOY_DATA = "data"  # the demo's problems
 PROBLEMS = "problems.jsonl"  # of an evaluation: a line a problem
+LOGS = "logs"  # what each actor prints, NAME.log
 SCALE_REQUEST = "scale-{}.json"  # pool sizes that somebody asks for; {}: an id
 SCALE_ANSWER = ".answer"  # instead of the .json of a request
 

@@ -65,6 +65,11 @@ class Asked(ABC, Generic[M]):
         nothing that it has in flight may be what has ended it. May be called again."""
 
     @abstractmethod
+    def dismiss(self, replica: Replica[M], why: str) -> None:
+        """Give up one that lives, and is `blameless`: at once, or, where it takes part in an update
+        of weights, at the end of that."""
+
+    @abstractmethod
     def refuse_if_empty(self) -> None:
         """Raises ActorLost when nobody is left and none can come."""
 
@@ -222,7 +227,7 @@ class Asked(ABC, Generic[M]):
         if isinstance(error, TimedOut):  # it may be slow, and has been left alone
             if member.standing.unheard(sent) >= TRIES:
                 why = f"{first_line(error)}, nor to {TRIES - 1} others before"
-                self.retire(member, why, blameless=True)
+                self.dismiss(member, why)
             return request.tries == TRIES
         member.standing.heard(asyncio.get_running_loop().time())
         member.standing.refused(sent, asyncio.get_running_loop().time())
@@ -253,7 +258,7 @@ class Asked(ABC, Generic[M]):
         standing.faults += 1
         if standing.faults >= MAX_FAULTS and len(self._serving) > 1:
             why = f"{standing.faults} times in a row it failed what others did not, the last: {why}"
-            self.retire(member, f"{member.name}: {why}", blameless=True)
+            self.dismiss(member, f"{member.name}: {why}")
 
 
 def _draw(member: Replica[Any]) -> tuple[bool, int]:

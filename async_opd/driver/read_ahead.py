@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from async_opd.core.aio import bounded, retrieved
@@ -56,6 +57,12 @@ class ReadAhead:
         async with self._turn:
             while not self._is_read(count):
                 self._ready += await self._part(count - len(self._ready))
+
+    async def next_few(self, count: int) -> list[Prompt]:
+        """Look at the next `count` prompts, which are not handed out by that; fewer where one of
+        them cannot be read. Raises DataError where one takes too long."""
+        await self.read(count)
+        return [prompt for prompt, _ in islice(self._ready, count) if isinstance(prompt, Prompt)]
 
     def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> bool:
         """Have the first of so many that are `needed` be read beside everything else. Returns

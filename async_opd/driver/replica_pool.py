@@ -1,13 +1,14 @@
 """The members of one role: how a lost one is noticed, and what takes its place."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count, islice
 
 from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, AsyncOpdError
+from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.driver.asked import Asked, M
 from async_opd.driver.replica import Replica
@@ -47,6 +48,8 @@ class ReplicaPool(Asked[M]):
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._wanted = set(range(len(ports)))  # members that there should be
         self._last_loss = ""
+        self._leaving: dict[Replica[M], str] = {}  # at the end of the update that runs, and why
+        self._updated_at = -math.inf  # the end of the last update; inf: one runs
         self.lost = 0  # members so far
         for index, port in enumerate(ports):
             self._serve(self._replica(index, port))
@@ -94,16 +97,36 @@ class ReplicaPool(Asked[M]):
 
     def resize(self, size: int) -> None:
         """Bring the pool to `size` members: start new ones, or retire the last, which hand back
-        what they have."""
+        what they have; at the end of an update where one runs."""
         self._emit("scaled", self.name, f"{self.size} -> {size}")
         members = sorted(self._wanted, key=lambda index: (index not in self._serving, index))
-        for index in members[size:]:
-            self._wanted.discard(index)
-            if index in self._serving:
-                self.retire(self._serving[index], f"the pool shrinks to {size}", blameless=True)
+        self._wanted -= set(members[size:])
         free = (index for index in count() if index not in self._wanted)
         self._wanted |= set(islice(free, max(size - len(members), 0)))
+        self._shrink()
         self._fill()
+
+    @contextmanager
+    def updating(self) -> Generator[None]:
+        """Weights travel to the members, which ends well for all of them or for none. None of them
+        that lives is given up meanwhile: who is to leave leaves at the end, and one that is silent
+        is judged by the bounds of the update's own calls. One that is dead is retired at once."""
+        self._updated_at = math.inf
+        try:
+            yield
+        finally:
+            self._updated_at = asyncio.get_running_loop().time()
+            for replica, why in self._leaving.items():
+                self.retire(replica, why, blameless=True)
+            self._leaving.clear()
+            self._shrink()
+
+    def dismiss(self, replica: Replica[M], why: str) -> None:
+        """See Asked."""
+        if self._updated_at == math.inf:
+            self._leaving.setdefault(replica, why)
+        else:
+            self.retire(replica, why, blameless=True)
 
     def retire(self, replica: Replica[M], why: str, *, blameless: bool = False) -> None:
         """See Asked."""
@@ -125,6 +148,13 @@ class ReplicaPool(Asked[M]):
         """See Asked."""
         if not self._serving and not self._coming:
             raise ActorLost(self._last_loss)
+
+    def _shrink(self) -> None:
+        """Dismiss those that serve and are not wanted, unless an update runs."""
+        if self._updated_at < math.inf:
+            for replica in self.serving:
+                if replica.index not in self._wanted:
+                    self.dismiss(replica, f"the pool shrinks to {self.size}")
 
     def _replica(self, index: int, port: M) -> Replica[M]:
         name, actor_time = f"{self.name} {index}", self._actor_time(index)
@@ -207,12 +237,17 @@ class ReplicaPool(Asked[M]):
 
     async def _look_at(self, replica: Replica[M]) -> None:
         """Looks until the member is lost: an engine can die inside an actor that lives, and a
-        process can stop."""
+        process can stop. What is silent while it takes weights is looked at again."""
         every_s, stall_s = self._look
         who = f"{replica.name}, sign of life"
+        clock = asyncio.get_running_loop().time
         while not replica.lost:
             await asyncio.sleep(every_s)
+            began = clock()
             try:
                 await bounded(replica.hold(replica.port.check_health()), stall_s, who)
+            except TimedOut as e:
+                if self._updated_at < began:
+                    self.retire(replica, str(e))
             except AsyncOpdError as e:
                 self.retire(replica, str(e))

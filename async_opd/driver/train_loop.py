@@ -20,6 +20,7 @@ from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.outcomes import Outcomes, verdicts
+from async_opd.driver.parity import Gap, row
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
@@ -75,12 +76,8 @@ class TrainLoop:
         self._learner = LearnerReplica("learner", 0, roles.learner, meter.actor("learner"))
         self.pools = Pools(config, roles, meter, emit, self._welcome)
         self.held_out = HeldOut(config, self.pools, held_out, emit)
-        self._publisher = WeightPublisher(
-            self._learner,
-            self.pools.generators,
-            parity_every=config.sync.parity_every_steps,
-            tolerance=config.sync.parity_tolerance,
-            max_age=config.run.max_lag_steps if config.run.stale == "drop" else None,
+        self._publisher = WeightPublisher.of(
+            config, self._learner, self.pools.generators, exact=roles.exact, emit=emit
         )
         self._weights = asyncio.Lock()  # taken while the learner's weights change or travel
         self._self_teachers = SelfTeachers(
@@ -113,6 +110,8 @@ class TrainLoop:
         measure what is to be trained."""
         if checkpoint:
             await self._restore(checkpoint)
+        left = (self._config.run.steps - self.version) * self._config.groups_per_step
+        await self._publisher.probe.prepare(self.prompts, self._config.rollout.max_new_tokens, left)
         await self._publisher.publish(self.version, admit=lambda: None)
         # The first tokens of an engine may take seconds; the student's have sampled some when
         # training starts.
@@ -165,7 +164,7 @@ class TrainLoop:
         self._outcomes.trained(result)
         self._unsaid = result, batch
 
-    async def _publish(self, trained: list[ScoredGroup]) -> float | None:
+    async def _publish(self, trained: list[ScoredGroup]) -> Gap | None:
         """Bring the generators to the live version and give the slots of the groups that were
         `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
         was measured."""
@@ -190,7 +189,7 @@ class TrainLoop:
         self._outcomes.dropped(prompt, cause)
         self._admission.dropped(ticket, prompt, cause)
 
-    def _report(self, gap: float | None = None) -> None:
+    def _report(self, gap: Gap | None = None) -> None:
         """Write the row of the last step."""
         assert self._unsaid
         (result, batch), self._unsaid = self._unsaid, None
@@ -206,7 +205,7 @@ class TrainLoop:
             result.metrics,
             **verdicts(batch),
             **sampled,
-            parity_gap=gap,
+            **row(gap),
             queue_ready=len(self.queue),
             queue_outstanding=self._slots.outstanding,
             queue_slots=self._slots.count,
@@ -238,6 +237,7 @@ class TrainLoop:
             self.held_out.before = Accuracy(*state.counters["before"])
         self.queue.dropped.update(state.counters.get("dropped", {}))
         self._outcomes.restore(state.counters.get("outcomes", {}))
+        self._publisher.probe.parity.first = state.counters.get("parity")
 
     async def _try_to_save(self) -> None:
         """Save a checkpoint on the way. What the disk refuses, full as it may be, is told; the next
@@ -255,6 +255,7 @@ class TrainLoop:
                 "before": astuple(self.held_out.before),
                 "dropped": dict(self.queue.dropped),
                 "outcomes": self._outcomes.counts,
+                "parity": self._publisher.probe.parity.first,
             }
             with self._learner.held("blocked"):
                 await self.progress.save(self.version, counters)

@@ -1,21 +1,21 @@
-"""Weights from the learner to every generator, and the probe that proves they arrived."""
+"""Weights from the learner to every generator, and when it is probed that they arrived."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-
-from async_opd.core.aio import retrieved
-from async_opd.core.errors import ActorLost, ParityError, SyncFailed, TimedOut
+from async_opd.config.schema import Config
+from async_opd.core.errors import ActorLost, SyncFailed, TimedOut
+from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner
-from async_opd.core.wire import Ints, Rollout, WeightLayout
+from async_opd.core.wire import WeightLayout
+from async_opd.driver.parity import Gap, HalfPrecision, Parity
+from async_opd.driver.parity_probe import ParityProbe
 from async_opd.driver.replica import Replica
 from async_opd.driver.replica_pool import ReplicaPool
 
 MAX_BROADCASTS = 3  # of one version that fail though nobody is lost
-Probe = asyncio.Task[tuple[Ints, Rollout]]
 
 
 class WeightPublisher:
@@ -29,53 +29,74 @@ class WeightPublisher:
         *,
         parity_every: int,
         tolerance: float,
+        half: HalfPrecision | None = None,
         max_age: int | None = None,
+        emit: EventSink = lambda what, who, why: None,
     ):
-        """`max_age`: a group in flight whose oldest token is more versions behind is cut off by the
-        update."""
+        """`tolerance` and `half` are as `Parity` has them. `max_age`: a group in flight whose
+        oldest token is more versions behind is cut off by the update."""
         self._learner, self._pool = learner, generators
         self._parity_every = parity_every
-        self._tolerance = tolerance
+        self.probe = ParityProbe(learner, generators, Parity(tolerance, half, emit))
         self._max_age = max_age
         self._group: list[Replica[Generator]] = []
         self._layout = WeightLayout((), (), ())
         self._sent: dict[int, int] = {}  # calls of each generator when its last update ended
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        learner: Replica[Learner],
+        generators: ReplicaPool[Generator],
+        *,
+        exact: bool,
+        emit: EventSink,
+    ) -> Self:
+        """Make that of a run; `exact` as `Roles` has it."""
+        run, sync = config.run, config.sync
+        return cls(
+            learner,
+            generators,
+            parity_every=sync.parity_every_steps,
+            tolerance=sync.parity_tolerance,
+            half=None if exact else HalfPrecision(sync.parity_mean, sync.parity_drift),
+            max_age=run.max_lag_steps if run.stale == "drop" else None,
+            emit=emit,
+        )
 
     async def publish(
         self,
         version: int,
         admit: Callable[[], None],
         newcomers: Sequence[Replica[Generator]] = (),
-    ) -> float | None:
+    ) -> Gap | None:
         """Load `version` into every paused generator, call `admit` (it hands out the freed slots),
         let them run on.
 
         Requests admitted here are all in the engine before it runs on, so a synchronous run repeats
         itself exactly. Every `parity_every` versions, and with `newcomers` (not of the pool yet),
-        returns the largest parity gap in nats, else None. A generator that is lost on the way is
+        returns how far they are from the learner, else None. A generator that is lost on the way is
         retired, and the update repeated without it. Raises SyncFailed when those that live did not
-        take the update (they then stay paused), ParityError when a gap is above the tolerance.
+        take the update (they then stay paused), ParityError when one is further than allowed.
         """
         with ExitStack() as syncing:
             syncing.enter_context(self._learner.held("syncing"))
             for member in (*self._pool.serving, *newcomers):
                 syncing.enter_context(member.held("syncing"))
-            members = await self._updated(version, newcomers)
+            with self._pool.updating():
+                members = await self._updated(version, newcomers)
             admit()
             probing = version % self._parity_every == 0
             probed = members if probing else [each for each in members if each in newcomers]
-            probes = [
-                (each, retrieved(asyncio.create_task(each.call(Generator.probe))))
-                for each in probed
-            ]
+            asked = self.probe.begin(probed)
             # requests and probes are sent by tasks, and tasks of these, that have not run yet
             for _ in range(2):
                 await asyncio.sleep(0)
             resumed = [self._resume(each) for each in members]
             self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
         with self._learner.held("syncing"):
-            gaps = [await self._gap(version, each, probe) for each, probe in probes]
-        return max((gap for gap in gaps if gap is not None), default=None)
+            return await self.probe.judged(version, asked)
 
     async def _updated(
         self, version: int, newcomers: Sequence[Replica[Generator]]
@@ -154,22 +175,3 @@ class WeightPublisher:
             if error:
                 errors.append(error)
         return errors
-
-    async def _gap(self, version: int, member: Replica[Generator], probe: Probe) -> float | None:
-        try:
-            prompt_ids, rollout = await probe
-        except (ActorLost, TimedOut) as e:
-            self._pool.retire(member, str(e))
-            return None
-        if {span.version for span in rollout.spans} != {version}:
-            raise ParityError(
-                f"{rollout.id}: sampled under {rollout.spans}, expected version {version}"
-            )
-        learner_logp = await self._learner.call(Learner.logprobs, prompt_ids, rollout.ids)
-        gap = float(np.abs(learner_logp - rollout.behaviour_logp).max())
-        if not gap <= self._tolerance:
-            raise ParityError(
-                f"{rollout.id}: log-probs differ by {gap:.2e} nats from the learner's at version"
-                f" {version}; sync.parity_tolerance = {self._tolerance:g}"
-            )
-        return gap

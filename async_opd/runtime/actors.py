@@ -1,5 +1,4 @@
-"""Plain role classes as Ray actors, and the ports over them: which call, which timeout, which
-results stay where they are."""
+"""Plain role classes as Ray actors, and calls of them."""
 
 import asyncio
 import gc
@@ -7,7 +6,7 @@ import inspect
 import itertools
 import os
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,19 @@ from async_opd.core.errors import (
     ActorLost,
     AsyncOpdError,
     CallFailed,
+    SyncFailed,
     SystemFailed,
     TimedOut,
     WireError,
 )
 from async_opd.core.foreign import foreign
-from async_opd.core.line import Line
 from async_opd.core.message import Struct
-from async_opd.core.ports import Ref, Remote, declared
+from async_opd.core.ports import Ref
 from async_opd.objectives.base import Objective
 from async_opd.roles.verifier.sandbox.namespaces import die_with
+from async_opd.runtime.actor_log import ActorLog, follow
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.batcher import LINGER_S, transport
+from async_opd.runtime.batcher import LINGER_S
 from async_opd.runtime.building import built, take_of_card
 from async_opd.runtime.placement import ResourceRequest
 
@@ -126,14 +126,6 @@ class RoleActor:
         return Path(file).exists()
 
 
-class _Process(RoleActor):
-    """The actor in a process that Ray has started: it ends with its raylet, even in a C call."""
-
-    def __init__(self, *args: Any, called: str = ""):
-        die_with(os.getppid())
-        super().__init__(*args, called=called)
-
-
 def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
     """The result of a call that is done, or its error, under a name of ours and with its place."""
     error = call.exception()
@@ -143,11 +135,32 @@ def _outcome(method: str, call: asyncio.Task[Any]) -> Any:
     return CallFailed(f"{method}: {error!r} ({place.filename}:{place.lineno})")
 
 
+class ActorProcess(RoleActor):
+    """The actor in a process that Ray has started: it ends with its raylet, whose main thread has
+    forked it, even in a C call, and prints into its log."""
+
+    def __init__(self, *args: Any, called: str, log: str, begins: str):
+        """As RoleActor; `log` and `begins` are what an ActorLog holds."""
+        die_with(os.getppid())
+        follow(Path(log), begins)
+        super().__init__(*args, called=called)
+
+
 class RemoteActor:
     """An actor, with a name and bounded calls."""
 
-    def __init__(self, name: str, spec: ActorSpec, request: ResourceRequest, node: str | None):
-        """On that node, or where Ray finds room once there is some."""
+    log = ActorLog("", "")
+
+    def __init__(
+        self,
+        name: str,
+        spec: ActorSpec,
+        request: ResourceRequest,
+        node: str | None,
+        log: ActorLog = log,
+    ):
+        """On that node, or where Ray finds room once there is some; it prints into `log`."""
+        self.log = log
         self.name = name
         self.request = request
         self.node = node
@@ -167,8 +180,10 @@ class RemoteActor:
         share = 0.0 if spec.engine else request.gpus
         refuse_unsendable(title, spec.args)
         with foreign(f"{name}, start", SystemFailed):
-            role = ray.remote(type(title, (_Process,), {})).options(**options)
-            self._handle: Any = role.remote(spec.target, share, *spec.args, called=name)
+            role = ray.remote(type(title, (ActorProcess,), {})).options(**options)
+            self._handle: Any = role.remote(
+                spec.target, share, *spec.args, called=name, log=log.path, begins=log.line
+            )
 
     async def call(
         self, timeout_s: float | None, method: str, *args: Any, **columns: Sequence[Ref]
@@ -223,20 +238,27 @@ class RemoteActor:
         nobody waits for it any more it is cancelled in the actor."""
         try:
             return await bounded(ref, timeout_s, f"{self.name}, {what}")
-        except (asyncio.CancelledError, TimedOut):
+        except asyncio.CancelledError:
             self._unwanted(lambda: ray.cancel(ref))
             raise
+        except TimedOut as e:
+            self._unwanted(lambda: ray.cancel(ref))
+            raise TimedOut(f"{e}; {await self.log.words()}") from None
         except GONE as e:
             lines = str(e).partition("Some common causes")[0].strip().splitlines()
             lines = lines or [type(e).__name__]
             why = " … ".join(dict.fromkeys((lines[0], lines[-1])))
-            raise ActorLost(f"{self.name} died during {what}: {why}") from None
+            words = await self.log.words()
+            raise ActorLost(f"{self.name} died during {what}: {why}; {words}") from None
         except exceptions.RayTaskError as e:
+            if isinstance(e.cause, ActorLost | SyncFailed):
+                raise type(e.cause)(f"{e.cause}; {await self.log.words()}") from None
             if isinstance(e.cause, AsyncOpdError):
                 raise e.cause from None
             # of a bare one its last line, behind the trace
             why = f"{type(e.cause).__name__}: {e.cause}" if e.cause else str(e).split("\n")[-1]
-            raise CallFailed(f"{self.name}, {what}: {why}") from e
+            words = await self.log.words()
+            raise CallFailed(f"{self.name}, {what}: {why}; {words}") from e
         except (exceptions.RayError, OSError):  # such as what it was to work on, gone with a node
             with foreign(f"{self.name}, {what}", SystemFailed):
                 raise
@@ -258,43 +280,3 @@ def _is_role_section(arg: Any) -> bool:
     place = type(arg).__module__
     ours = place.startswith("async_opd.roles.") and place.endswith(".config")
     return isinstance(arg, msgspec.Struct) and ours
-
-
-class RemoteRole:
-    """A port over one actor: each method that the port declares to be remote is a call of the
-    actor's."""
-
-    def __init__(self, actor: RemoteActor, port: type, timeouts: Mapping[str, float]):
-        """`timeouts` in seconds, by what `ports.remote` calls them, and "stall"."""
-        self._actor, self._stall_s = actor, timeouts["stall"]
-        line = Line()
-        for method, how in declared(port).items():
-            setattr(self, method, _caller(actor, line, method, how, timeouts[how.within]))
-
-    async def check_health(self) -> None:
-        """Raise ActorLost or TimedOut where the actor gives no sign of life."""
-        await self._actor.ask_host(self._stall_s, "check_health", what="sign of life")
-
-    def kill(self) -> None:
-        """End the actor."""
-        self._actor.kill()
-
-
-def _caller(
-    actor: RemoteActor, line: Line, method: str, how: Remote, within_s: float
-) -> Callable[..., Awaitable[Any]]:
-    """What makes the call of an actor as it is declared, and bounds it."""
-    timeout_s = None if how.queued else within_s
-    call = transport(actor, method, how, timeout_s)
-    if not how.queued:
-
-        async def beside(*args: Any) -> Any:
-            with line.beside():
-                return await call(*args)
-
-        return beside
-
-    async def queued(*args: Any) -> Any:
-        return await line.bounded(call(*args), within_s, method, lambda: f"{actor.name}, {method}")
-
-    return queued

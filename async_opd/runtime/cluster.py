@@ -21,9 +21,11 @@ from async_opd.core.events import EventSink
 from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
+from async_opd.core.run_dir import LOGS
 from async_opd.core.vocabulary import Tokens
+from async_opd.runtime.actor_log import ActorLog
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
-from async_opd.runtime.actors import RemoteActor, RemoteRole
+from async_opd.runtime.actors import RemoteActor
 from async_opd.runtime.nodes import (
     alive_nodes,
     dead_head,
@@ -37,6 +39,7 @@ from async_opd.runtime.nodes import (
 )
 from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, resource_requests
 from async_opd.runtime.remote_learner import RemoteLearner
+from async_opd.runtime.remote_role import RemoteRole
 
 PORTS = {"generator": Generator, "teacher-generator": Generator, "verifier": Verifier}
 
@@ -136,6 +139,7 @@ class Cluster:
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
+            exact=_exact(config, self._gpus),
             spawn=self._spawn,
         )
 
@@ -163,7 +167,7 @@ class Cluster:
         start_s, request = self._config.timeout.start_s, self._requests[RANK]
         async with self._turn:
             ranks = [
-                self._make(name, self._specs.learner_rank(rank), nodes[name])
+                await self._make(name, self._specs.learner_rank(rank), nodes[name])
                 for rank, name in enumerate(request.members)
             ]
             address = await ranks[0].ask_host(start_s, "address", what="start")
@@ -188,7 +192,7 @@ class Cluster:
                 if nodes
                 else choose(request, await alive_nodes(self._members()), driver_node(), lost=lost)
             )
-            actor = self._make(name, self._specs.member(pool, index), node)
+            actor = await self._make(name, self._specs.member(pool, index), node)
             with ExitStack() as unless:
                 unless.callback(actor.kill)
                 await actor.ask_host(start_s, "start")
@@ -201,9 +205,11 @@ class Cluster:
         place = await actor.ask_host(self._config.timeout.start_s, "place", what="start")
         self._emit("placed", actor.name, place)
 
-    def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
+    async def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
         request = self._requests[name.rpartition(" ")[0]]
-        self._actors.append(RemoteActor(name, spec, request, node.id if node else None))
+        folder, start_s = Path(self._config.run.dir).absolute() / LOGS, self._config.timeout.start_s
+        log = await aside(start_s, f"log of {name}", ActorLog.begun, folder, name)
+        self._actors.append(RemoteActor(name, spec, request, node.id if node else None, log))
         return self._actors[-1]
 
     def _members(self) -> list[tuple[str | None, ResourceRequest]]:
@@ -242,6 +248,13 @@ class Cluster:
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
+
+
+def _exact(config: Config, gpus: bool) -> bool:
+    """Tell whether learner and generators compute in float32."""
+    usual = "bfloat16" if gpus else "float32"
+    dtypes = config.learner.dtype, config.rollout.dtype
+    return all((dtype or usual) == "float32" for dtype in dtypes)
 
 
 def _mark(folder: Path) -> Path:

@@ -72,8 +72,10 @@ TABLE = {  # by who makes them
         Metric(
             "parity_gap",
             "nats",
-            "largest difference between generator and learner in the last probe; else null",
+            "between the log-probs of generators and learner, largest of the probe; else null",
         ),
+        Metric("parity_mean", "nats", "the same, mean over the probe's tokens"),
+        Metric("parity_p99", "nats", "the same, 99th percentile"),
         Metric("queue_ready", "groups", "scored and waiting, after the step"),
         Metric(
             "queue_outstanding", "groups", "that hold a slot: sampled, scored, waiting or trained"

@@ -34,7 +34,6 @@ OTHERS = {  # that heal for a few steps
         *FLOAT32,
         "learner.ranks=1",
         "learner.zero_stage=0",
-        "sync.parity_tolerance=1e-3",
     ),
 }
 FEW = (

@@ -70,7 +70,7 @@ COMMAND_LINES = {
     "demo run.steps=ten": ["run.steps = 'ten': must be an integer >= 1"],
     "demo learner.micro_batch_tokens=64": ["learner.micro_batch_tokens = 64: must be >= ", "= 80"],
     "demo rollout.max_new_tokens=300": ["= 316: must be <= 256, the context of student.model"],
-    "demo rollout.dtype=bfloat16": ["sync.parity_tolerance = 0.001", "need about 0.2"],
+    "demo sync.parity_mean=0": ["sync.parity_mean = 0", "must be "],
     "demo run.dir=rows.jsonl": ["run.dir = 'rows.jsonl': ", "is a file"],
     "demo run.dir=/proc/nope/run": ["run.dir = '/proc/nope/run': cannot be made"],
     f"demo {ROWS} run.dir=.": ["run.dir = '.': holds data.path = 'rows.jsonl'"],

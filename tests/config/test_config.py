@@ -172,9 +172,13 @@ MISTAKES = {
         "learner.offload_optimizer=true",
         ["learner.offload_optimizer = true: needs learner.zero_stage 1, 2 or 3"],
     ),
-    "tight for bfloat16": (
-        "rollout.dtype=bfloat16",
-        ["sync.parity_tolerance = 0.001", "bfloat16", "about 0.2"],
+    "no bound of the mean": (
+        "sync.parity_mean=0",
+        ["sync.parity_mean = 0", "must be "],
+    ),
+    "no drift": (
+        "sync.parity_drift=-0.1",
+        ["sync.parity_drift = -0.1", "must be "],
     ),
     "check outlasts the wait": (
         "verify.timeout_s=200",

@@ -290,3 +290,73 @@ def test_the_member_with_the_least_in_flight_is_asked_whatever_came_and_went():
         await asyncio.gather(*out)
 
     scenario(workers, play)
+
+
+def test_who_is_to_leave_while_weights_travel_leaves_at_the_end_and_the_dead_at_once():
+    workers, spare = [Worker(name) for name in "abc"], Spare()
+
+    async def play(pool, events):
+        with pool.updating():
+            pool.resize(1)
+            pool.dismiss(pool.serving[0], "it fails what others do not")
+            during = [replica.name for replica in pool.serving], pool.size, [*events]
+            pool.retire(pool.serving[1], "b died")
+            at_once = workers[1].killed
+            await asyncio.sleep(1)
+            kept = [worker.killed for worker in workers]
+        after = [worker.killed for worker in workers]
+        await asyncio.sleep(5)
+        return during, at_once, kept, after, [replica.name for replica in pool.serving]
+
+    during, at_once, kept, after, left = scenario(workers, play, spawn=spare)
+    assert during == (["worker 0", "worker 1", "worker 2"], 1, [("scaled", "worker")])
+    assert (at_once, kept, after) == (True, [False, True, False], [True, True, True])
+    assert left == ["worker 0"]  # the one that is wanted, started anew
+    assert [worker.name for worker in spare.started] == ["new 0"]
+
+
+def test_who_is_wanted_again_before_the_update_ends_stays():
+    workers = [Worker("a"), Worker("b")]
+
+    async def play(pool, events):
+        with pool.updating():
+            pool.resize(1)
+            pool.resize(3)
+        await asyncio.sleep(4)
+        return [replica.name for replica in pool.serving]
+
+    spare = Spare()
+    assert scenario(workers, play, spawn=spare) == ["worker 0", "worker 1", "worker 2"]
+    assert not workers[1].killed
+    assert [worker.name for worker in spare.started] == ["new 2"]
+
+
+@pytest.mark.parametrize("begins", [0.0, 0.5, 4.0, 5.9])
+def test_an_engine_is_not_retired_for_its_silence_in_an_update_however_long(begins):
+    """The bound of silence is 5 s, that of the update its own."""
+    worker = Worker("a")
+
+    async def play(pool, events):
+        await asyncio.sleep(begins)
+        with pool.updating():
+            worker.silent = True
+            await asyncio.sleep(12.3)
+        worker.silent = False
+        await asyncio.sleep(20)
+        return events
+
+    assert scenario([worker], play) == []
+
+
+def test_one_that_stays_silent_behind_an_update_is_retired():
+    worker = Worker("a")
+
+    async def play(pool, events):
+        with pool.updating():
+            worker.silent = True
+            await asyncio.sleep(12.3)
+        while not worker.killed:
+            await asyncio.sleep(0.5)
+        return now()
+
+    assert 17.3 < scenario([worker], play) < 25

@@ -40,7 +40,7 @@ class Holds(RecordingLearner):
         return await super().step(groups)
 
 
-async def job(run_dir: Path, play):
+async def job(run_dir: Path, play, generators=None):
     """Train in `run_dir` while `play(learner)` runs; returns what both leave behind."""
     (run_dir / "config.json").write_text("{}")
     settings = [
@@ -57,7 +57,7 @@ async def job(run_dir: Path, play):
         return SimulatedGenerator() if name == "generator" else SimulatedTeacher()
 
     roles = Roles(
-        generators=[SimulatedGenerator()],
+        generators=generators or [SimulatedGenerator()],
         teachers={"": [SimulatedTeacher()]},
         verifier=SimulatedVerifier(),
         learner=learner,
@@ -90,6 +90,56 @@ async def test_pools_grow_and_shrink_while_the_job_trains_and_every_prompt_is_tr
     # what a resume begins with
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {"rollout": {"generators": 1}, "teacher": {"replicas": 2}}
+
+
+class Journal(SimulatedGenerator):
+    """Writes down when it joins, takes weights and is killed; the update to version 2 waits."""
+
+    def __init__(self, name: str, journal: list[str], go: asyncio.Event):
+        super().__init__()
+        self._name, self._journal, self._go = name, journal, go
+
+    async def join_group(self, group):
+        self._journal.append(f"{self._name} joins")
+
+    async def update(self, version, layout, oldest):
+        if version == 2:
+            self._journal.append(f"{self._name} takes 2")
+            await self._go.wait()
+            await asyncio.sleep(0.1)
+            self._journal.append(f"{self._name} has 2")
+        await super().update(version, layout, oldest)
+
+    def kill(self):
+        self._journal.append(f"{self._name} killed")
+
+
+@pytest.mark.parametrize(
+    ("word", "behind", "started"),
+    [
+        ("generators=1", ["1 killed", "0 joins"], []),
+        ("generators=3", ["0 joins", "1 joins"], ["generator 2"]),
+    ],
+)
+async def test_a_size_that_is_asked_for_in_an_update_takes_effect_at_its_end(
+    tmp_path, word, behind, started
+):
+    journal, go = [], asyncio.Event()
+
+    async def play(learner):
+        while journal[-2:] != ["0 takes 2", "1 takes 2"]:
+            await asyncio.sleep(0.01)
+        answer = await asked(tmp_path, word)
+        await asyncio.sleep(0.1)
+        go.set()
+        return answer
+
+    generators = [Journal(f"{index}", journal, go) for index in range(2)]
+    answer, new, learner = await job(tmp_path, play, generators)
+    begun = journal.index("1 takes 2")
+    assert journal[begun + 1 : begun + 5] == ["0 has 2", "1 has 2", *behind]
+    assert (answer, new) == (f"generators: 2 -> {word[-1]}", started)
+    assert len(learner.trained) == len(set(learner.trained)) == 32
 
 
 async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp_path):

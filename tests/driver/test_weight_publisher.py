@@ -31,18 +31,14 @@ async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_v
 
 async def test_the_probe_runs_at_every_kth_version():
     publisher = publisher_of(SimulatedLearner(), SimulatedGenerator(), every=2)
-    assert [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)] == [
-        None,
-        0.0,
-        None,
-        0.0,
-    ]
+    gaps = [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)]
+    assert [gap and gap.largest for gap in gaps] == [None, 0.0, None, 0.0]
 
 
 async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
     class Disagrees(SimulatedLearner):
-        async def logprobs(self, prompt_ids, response_ids):
-            return BESIDE
+        async def logprobs(self, *ids):
+            return np.tile(BESIDE, len(ids) // 2)
 
     publisher = publisher_of(Disagrees(), SimulatedGenerator())
     with pytest.raises(
@@ -53,8 +49,8 @@ async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
 
 async def test_a_log_prob_that_is_not_a_number_is_no_agreement():
     class Broken(SimulatedLearner):
-        async def logprobs(self, prompt_ids, response_ids):
-            return LOGP * np.nan
+        async def logprobs(self, *ids):
+            return np.tile(LOGP * np.nan, len(ids) // 2)
 
     with pytest.raises(ParityError):
         await publisher_of(Broken(), SimulatedGenerator()).publish(1, admit=lambda: None)
@@ -119,7 +115,7 @@ async def test_a_generator_that_dies_in_a_broadcast_is_retired_and_a_new_group_g
     learner, pool = Epochs(), ReplicaPool("generator", generators)
     publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
     await publisher.publish(0, admit=lambda: None)
-    assert await publisher.publish(1, admit=lambda: None) == 0.0
+    assert (await publisher.publish(1, admit=lambda: None)).largest == 0.0
     assert learner.groups == [3, 2]
     assert [each.name for each in pool.serving] == ["generator 0", "generator 2"]
     assert [g.killed for g in generators] == [False, True, False]
@@ -159,15 +155,13 @@ async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_non
     pool = ReplicaPool("generator", [old])
     publisher = WeightPublisher(replica(pool_learner), pool, parity_every=100, tolerance=1e-3)
     await publisher.publish(7, admit=lambda: None)
-    assert (
-        await publisher.publish(7, admit=lambda: None, newcomers=[replica(new, "generator 1", 1)])
-        == 0.0
-    )
+    newcomers = [replica(new, "generator 1", 1)]
+    assert (await publisher.publish(7, admit=lambda: None, newcomers=newcomers)).largest == 0.0
     assert (pool_learner.groups, new.version, new.paused) == ([1, 2], 7, False)
 
     class Disagrees(Epochs):
-        async def logprobs(self, prompt_ids, response_ids):
-            return BESIDE
+        async def logprobs(self, *ids):
+            return np.tile(BESIDE, len(ids) // 2)
 
     publisher = WeightPublisher(replica(Disagrees()), pool, parity_every=100, tolerance=1e-3)
     with pytest.raises(ParityError):
@@ -239,3 +233,47 @@ async def test_a_generator_that_runs_on_is_no_longer_syncing_whoever_is_slow_to(
     resumes.set()
     await publishing
     assert [time._state for time in times] == ["starved", "starved"]
+
+
+class Takes(Breaks):
+    """Takes an update until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def update(self, version, layout, oldest):
+        self.begun.set()
+        await self.go.wait()
+        await super().update(version, layout, oldest)
+
+
+async def test_a_pool_that_shrinks_in_an_update_loses_nobody_before_its_end():
+    generators, learner = [Takes(), Takes()], Epochs()
+    pool = ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
+    publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))
+    await generators[1].begun.wait()
+    pool.resize(1)
+    assert (len(pool.serving), [each.killed for each in generators]) == (2, [False, False])
+    for each in generators:
+        each.go.set()
+    assert (await publishing).largest == 0.0
+    assert [each.killed for each in generators] == [False, True]
+    assert learner.groups == [2]  # one broadcast, which nobody broke off
+    assert (generators[1].version, generators[0].paused) == (1, False)
+    await publisher.publish(2, admit=lambda: None)
+    assert learner.groups == [2, 1]
+
+
+async def test_a_generator_that_dies_in_an_update_is_given_up_while_it_runs():
+    generators, learner = [Takes(), Takes()], Epochs()
+    pool = ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
+    publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))
+    await generators[1].begun.wait()
+    pool.retire(pool.serving[1], "generator 1 died")
+    assert (len(pool.serving), generators[1].killed) == (1, True)
+    generators[0].go.set()
+    assert (await publishing).largest == 0.0
+    assert learner.groups == [2, 1]

@@ -9,8 +9,9 @@ import ray
 from async_opd.core.errors import TimedOut
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.runtime.actor_specs import ActorSpec
-from async_opd.runtime.actors import RemoteActor, RemoteRole
+from async_opd.runtime.actors import RemoteActor
 from async_opd.runtime.placement import ResourceRequest
+from async_opd.runtime.remote_role import RemoteRole
 
 pytestmark = pytest.mark.ray
 WITHIN_S = 1.5  # 0.3 of a call, and what a busy machine adds

@@ -62,6 +62,23 @@ async def test_what_needs_gpus_is_refused_before_any_actor_starts(
     assert refused._actors == []
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "gpus", "exact"),
+    [
+        (["learner.dtype=float32", "rollout.dtype=float32"], True, True),
+        (["learner.dtype=float32", "rollout.dtype=float32"], False, True),
+        (["learner.dtype=float32", "rollout.dtype=bfloat16"], True, False),
+        (
+            ["learner.dtype=bfloat16", "learner.zero_stage=2", "rollout.dtype=float32"],
+            False,
+            False,
+        ),
+    ],
+)
+def test_log_probs_agree_to_the_last_digits_where_both_compute_in_float32(dtypes, gpus, exact):
+    assert cluster._exact(load(DEMO, dtypes), gpus) is exact
+
+
 class Ray:
     """Ray's connection, which takes SIGTERM and the level of its log as the real one does."""
 

@@ -12,11 +12,9 @@ from async_opd.core.errors import ActorLost, CallFailed, WireError
 from async_opd.core.ports import Generator, Learner, Teacher, Verifier, declared
 from async_opd.core.wire import Prompt, Sampling
 from async_opd.objectives.opd import Opd
-from async_opd.runtime.actors import (
-    RemoteRole,
-    refuse_unsendable,
-)
+from async_opd.runtime.actors import refuse_unsendable
 from async_opd.runtime.batcher import LINGER_S, CallBatcher
+from async_opd.runtime.remote_role import RemoteRole
 from tests.simulated.runs import acted
 
 TIMEOUTS = {

@@ -158,11 +158,18 @@ class SimulatedGenerator(Generator):
             made = end
         return tuple(spans)
 
-    async def probe(self) -> tuple[np.ndarray, Rollout]:
+    async def probe(
+        self, prompt: np.ndarray | None = None, tokens: int = PROBE_TOKENS
+    ) -> tuple[np.ndarray, Rollout]:
         """Waits for no place: it goes before the requests that an update has put back in the
         engine's queue."""
-        spans, ids = await self._sample(PROBE_TOKENS), np.zeros(PROBE_TOKENS, np.int32)
-        return ids, Rollout(id="probe#0", ids=ids, behaviour_logp=LOGP, spans=spans, truncated=True)
+        if prompt is None:
+            prompt, tokens = np.zeros(1, np.int32), PROBE_TOKENS
+        spans, ids = await self._sample(tokens), np.zeros(tokens, np.int32)
+        logp = np.full(tokens, LOGP[0])
+        return prompt, Rollout(
+            id="probe#0", ids=ids, behaviour_logp=logp, spans=spans, truncated=True
+        )
 
     async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         self._running.clear()
@@ -248,8 +255,8 @@ class SimulatedLearner(Learner):
     async def send_weights(self) -> None:
         await asyncio.sleep(self.pace.sync_s)
 
-    async def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        return LOGP
+    async def logprobs(self, *ids: np.ndarray) -> np.ndarray:
+        return np.full(sum(map(len, ids[1::2])), LOGP[0])
 
     async def save(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

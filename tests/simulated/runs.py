@@ -30,8 +30,9 @@ from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.train import train
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import TeacherSamplingConfig
-from async_opd.runtime.actors import RemoteRole, RoleActor
+from async_opd.runtime.actors import RoleActor
 from async_opd.runtime.cluster import _timeouts
+from async_opd.runtime.remote_role import RemoteRole
 from async_opd.telemetry.metrics import Meter, Row, Sink
 from async_opd.telemetry.spans import ActorTime
 from tests.simulated.roles import (

@@ -21,8 +21,9 @@ from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.train import train
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.runtime.actor_specs import make_verifier
-from async_opd.runtime.actors import LINGER_S, RemoteRole
+from async_opd.runtime.actors import LINGER_S
 from async_opd.runtime.remote_learner import RemoteLearner
+from async_opd.runtime.remote_role import RemoteRole
 from async_opd.telemetry.metrics import Meter
 from tests.runtime.test_ports import TIMEOUTS
 from tests.simulated.roles import (

@@ -3,12 +3,12 @@
 
 import math
 import os
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +32,7 @@ from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.deepspeed_config import deepspeed_config
+from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.learner.weights import StudentWeights
@@ -200,19 +201,12 @@ class LearnerRank:
         return float(self._engine.get_global_grad_norm() if zero else self._grad_norm)
 
     @torch.no_grad()
-    def logprobs(self, prompt_ids: Ints, response_ids: Ints) -> Floats:
-        """Log-probs float32 [T] of `response_ids` after `prompt_ids` under the live student, for
-        the parity probe."""
-        ids_L = torch.tensor([*prompt_ids, *response_ids], dtype=torch.int64, device=self._device)
-        rows_N = torch.arange(len(prompt_ids) - 1, len(ids_L) - 1, device=self._device)
-        micro = replace(
-            pack([], self._bounds, live=self.version, device=self._device),
-            ids_L=ids_L,
-            segment_lengths=[len(ids_L)],
-            rows_N=rows_N,
-            targets_N=ids_L[rows_N + 1],
-        )
-        return self._engine(micro).sampled_N.cpu().numpy()
+    def logprobs(self, *ids: Ints) -> Floats:
+        """Log-probs float32 [T] of responses under the live student, one behind the other, for the
+        parity probe. `ids` are a prompt, its response, the next prompt and so on."""
+        empty = pack([], self._bounds, live=self.version, device=self._device)
+        micros = probe_batches(ids, empty, self._config.micro_batch_tokens)
+        return np.concatenate([self._engine(micro).sampled_N.cpu().numpy() for micro in micros])
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
         """Rank 0: prepare at `host` a group with so many generators of so many `ranks` each."""

@@ -45,8 +45,8 @@ from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
 
 Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
-PROBE_TOKENS = 8  # sampled by the parity probe
-EVALUATION = "evaluation/"  # ids of such requests begin with it
+PROBE_TOKENS = 8  # sampled by a probe
+EVALUATION, PROBE = "evaluation/", "probe/"  # ids of such requests begin with them
 
 
 class RolloutGenerator:
@@ -127,11 +127,13 @@ class RolloutGenerator:
             prompt, await self._run(f"{EVALUATION}{prompt.id}", prompt.ids, settings)
         )
 
-    async def probe(self) -> tuple[Ints, Rollout]:
-        """The probe's prompt and a few tokens freshly sampled after it, with their log-probs."""
-        sampling = self.sampling(n=1, max_tokens=PROBE_TOKENS, stop_token_ids=[], stop=[])
-        (output,) = await self._run("probe", self._probe_ids, sampling)
-        return self._probe_ids, self._rollout(f"parity probe of {self._settings.name}", output)
+    async def probe(self, prompt: Ints | None = None, tokens: int = 0) -> tuple[Ints, Rollout]:
+        """A few tokens freshly sampled after `prompt`, or one of its own, which comes first."""
+        if prompt is None:
+            prompt, tokens = self._probe_ids, PROBE_TOKENS
+        sampling = self.sampling(n=1, max_tokens=tokens, stop_token_ids=[], stop=[])
+        (output,) = await self._run(f"{PROBE}{prompt.sum()}", prompt, sampling)
+        return prompt, self._rollout(f"parity probe of {self._settings.name}", output)
 
     async def join_group(self, group: WeightGroup) -> None:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or
@@ -242,7 +244,7 @@ class RolloutGenerator:
         # The learner waits for the probe; an update has put every running request back in the
         # engine's queue. Of an evaluation no more are sent at a time than it may have places, so
         # they need not wait.
-        priority = -2 if id == "probe" else -1 if id.startswith(EVALUATION) else 0
+        priority = -2 if id.startswith(PROBE) else -1 if id.startswith(EVALUATION) else 0
         with self._named(f"refuses {id}", CallFailed):
             return await self._engine.add_request(
                 f"{id}/{next(self._request_ids)}",
@@ -267,11 +269,10 @@ class RolloutGenerator:
         )
 
     def _rollout(self, prompt_id: str, output: CompletionOutput) -> Rollout:
-        # in each row the sampled token before its candidates
         flat, rows = output.logprobs, len(output.token_ids)
         assert isinstance(flat, FlatLogprobs)
         logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
-        ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)
+        ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)  # the sampled ones first
         written = exchanged(np.asarray(output.token_ids, np.int32), self._settings.ends_as)
         asked = logp.shape[1] > 1
         sampled = asked and self._needs.student_ids == "sampled"

@@ -11,7 +11,6 @@ Ladder = list[list[str]]  # from its lowest rung to its highest; a rung is overr
 SHARES = [n / 20 for n in range(1, 20)]  # of a card
 ZERO_STAGE = "learner.zero_stage"
 NO_CHANGE = "; no change that was tried is enough: take a smaller model, or larger GPUs"
-ROUGH = "sync.parity_tolerance=0.2"  # what bfloat16 needs
 
 
 def problems(
@@ -74,7 +73,7 @@ def _engine_ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[
     scorer = config.scorers.get(section)
     each = scorer or config.rollout
     if each.dtype == "float32":
-        yield [[f"{section}.dtype=bfloat16", *([] if scorer else [ROUGH])]]
+        yield [[f"{section}.dtype=bfloat16"]]
     sizes = [2**n for n in range(10) if 2**n <= gpus_per_node and need.shape.heads % 2**n == 0]
     if need.kv_bytes or scorer is None:
         yield [
@@ -104,7 +103,7 @@ def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     if now.micro_batch_tokens > need.longest:
         yield [[f"learner.micro_batch_tokens={need.longest}"]]
     if now.dtype == "float32":
-        yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}", ROUGH]]
+        yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}"]]
     if not now.offload_optimizer:
         sharded = [f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else []
         yield [["learner.offload_optimizer=true", *sharded]]
