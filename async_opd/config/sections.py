@@ -47,13 +47,16 @@ class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights travel from the learner to the generators, after every step."""
+    """How weights travel from the learner to the generators."""
 
     backend: Literal["gloo", "nccl"] = "gloo"  # by way of host memory, or GPU to GPU
     bucket_mib: Annotated[int, Meta(ge=1)] = 256
     timeout_s: Annotated[float, Meta(gt=0)] = 20.0  # of one update
     parity_every_steps: Annotated[int, Meta(ge=1)] = 10  # probes: generator against learner
     parity_tolerance: Annotated[float, Meta(gt=0)] = 1e-3  # nats; bfloat16 needs 0.2 to 0.5
+    every_steps: Annotated[int, Meta(ge=1)] = 1  # between two updates; the last step has one
+    # of what is being sampled, at an update: computed anew by the new weights, or left as it is
+    kv: Literal["recompute", "keep"] = "recompute"
 
 
 class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from async_opd.core.wire import RecordedTrajectory
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.telemetry.rollout_log import TOKENS, decoder, sample_file
 
 
