@@ -1,12 +1,16 @@
 """Trained tokens per second of the whole real stack on one fixed work, asynchronous and synchronous
-in one run.
+in one run, and asynchronous with KV that updates leave as it is.
 
 The work: prompts "a+b=" of two digits, vocabulary 128, Qwen3 student of 4 layers, width 128 (0.8 M,
 tied), teacher of 6 layers and width 256 (4.7 M), random initial weights, fp32, 16 trajectories a
 step of exactly 64 new tokens, temperature 1, top-k 8 forward KL, lr 1e-3, 40 steps. Rates are wall
 time after the first 5 steps.
 
-    python benchmarks/throughput.py --out throughput.json [--repeat 3]
+    python benchmarks/throughput.py --out throughput.json [--repeat 3] [--kv]
+
+A pause is the time from the first call of an update to a generator until it runs on, mean over the
+steps; what `sync.kv = "recompute"` then computes anew is in the tokens per second. With `--kv` only
+the two kinds of it are run, in turn, on responses of 192 tokens, 32 trajectories a step.
 
 The roles alone are held against the bare engines of `bare.py` on the same requests and batches, as
 tokens per CPU-second of each role's processes. In the running loop they also update weights, and
@@ -43,6 +47,8 @@ from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.runtime.cluster import Cluster
 from async_opd.telemetry.metrics import Meter
 
+KINDS = ("recompute", "keep")  # of sync.kv
+KV = ("rollout.max_new_tokens=192", "learner.trajectories_per_step=32")
 RESULTS = (
     "trained_tokens_per_s",
     "scored_dropped",
@@ -135,17 +141,27 @@ async def run(config: Config) -> dict:
         {process: cpu_after[process] - cpu_before[process] for process in cpu_after},
     )
     trained = sum(row["tokens"] for row in rows[WARM_UP:])
+    moments = [0.0, *(row["elapsed_s"] for row in rows)]
+    pauses = [
+        row["generators_syncing"] * (moment - before)
+        for row, before, moment in zip(rows, moments, moments[1:], strict=False)
+    ]
     generated = (
         sum(row["tokens"] + row["tokens_excluded"] for row in rows)
-        + summary["scored_dropped"] * TOKENS
+        + summary["scored_dropped"] * config.rollout.max_new_tokens
     )
     return {
         "bound": config.run.max_lag_steps,
+        "kv": config.sync.kv,
+        "pause_ms": 1000 * statistics.mean(pauses[WARM_UP:]),
+        "kv_lag_mean": statistics.mean(row["kv_lag_mean"] for row in rows[WARM_UP:]),
         "trained_tokens_per_s": trained / wall,
         "scored_dropped": summary["scored_dropped"],
         "discarded_share": 1 - sum(row["tokens"] for row in rows) / generated,
         "max_lag": summary["max_lag_seen"],
-        "driver_cpu_ms_per_trajectory": 1000 * cpu["driver"] / ((STEPS - WARM_UP) * PER_STEP),
+        "driver_cpu_ms_per_trajectory": 1000
+        * cpu["driver"]
+        / ((STEPS - WARM_UP) * config.learner.trajectories_per_step),
         "wall_s": wall,
         "core_seconds": {
             process: round(seconds, 2) for process, seconds in cpu.items() if seconds >= 0.05
@@ -236,6 +252,27 @@ def limits(result: dict) -> str:
     )
 
 
+def of_kv(repeat: int) -> dict:
+    """Pauses and rates of both kinds of sync.kv at bound 4, in turn, and the ratio of each pair."""
+    ratios: list[float] = []
+    raw: list[dict] = []
+    print(f"{'kv':>10} {'trained tok/s':>14} {'pause ms':>9} {'kv lag':>7}  limited by")
+    with tempfile.TemporaryDirectory() as name:
+        work = make_work(Path(name))
+        for _ in range(repeat):
+            pair = [asyncio.run(run(load(work, [*KV, f"sync.kv={kv}"]))) for kv in KINDS]
+            for one in pair:
+                print(
+                    f"{one['kv']:>10} {one['trained_tokens_per_s']:>14.0f} {one['pause_ms']:>9.1f}"
+                    f" {one['kv_lag_mean']:>7.3f}  {limits(one)}"
+                )
+            recompute, keep = (one["trained_tokens_per_s"] for one in pair)
+            ratios.append(keep / recompute)
+            raw += pair
+    print(f"keep_over_recompute: {statistics.median(ratios):.3f}")
+    return {"keep_over_recompute": statistics.median(ratios), "raw": raw}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,7 +281,11 @@ def main() -> None:
     parser.add_argument(
         "--repeat", type=int, default=1, help="repetitions of each measurement, in turn"
     )
+    parser.add_argument("--kv", action="store_true", help="only compare the kinds of sync.kv")
     args = parser.parse_args()
+    if args.kv:
+        args.out.write_text(json.dumps(of_kv(args.repeat) | {"seed": 0} | environment(), indent=2))
+        return
     raw: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,7 +19,7 @@ PANELS = (  # title, keys; four in a row
     ("Time left", ("left_s",)),
     ("Speed", ("generators_tokens_per_s", "teachers_tokens_per_s", "trained_tokens_per_s")),
     ("Queue", ("queue_ready", "queue_outstanding", "queue_slots")),
-    ("Lag", ("lag_mean", "lag_max")),
+    ("Lag", ("lag_mean", "lag_max", "kv_lag_mean")),
     ("Trained tokens by lag", ("tokens_lag_N",)),
     *((f"Time of {role}", tuple(f"{role}_{state}" for state in STATES)) for role in ROLES),
     ("Importance weights", ("weight_mean", "weight_max", "ratio_mean", "ratio_max")),

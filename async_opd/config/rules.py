@@ -87,11 +87,22 @@ def _batch_rules(c: Config) -> list[Rule]:
 def _step_rules(c: Config) -> list[Rule]:
     """List what the number of steps and the lag bound allow."""
     most = c.run.max_lag_steps + 1
+    every = f"sync.every_steps = {c.sync.every_steps}"
     return [
+        (
+            c.sync.every_steps > most,
+            f"{every}: must be <= run.max_lag_steps + 1 = {most}, for the last step before an"
+            f" update trains tokens that are {c.sync.every_steps - 1} behind",
+        ),
         (
             c.outstanding_steps > most,
             f"run.max_outstanding_steps = {c.outstanding_steps:g}: must be <= run.max_lag_steps + 1"
             f" = {most}, or tokens go over age",
+        ),
+        (
+            c.sync.every_steps > c.outstanding_steps,
+            f"{every}: must be <= run.max_outstanding_steps = {c.outstanding_steps:g}, for no slot"
+            " is given back before an update",
         ),
         (
             c.learner.warmup_steps >= c.run.steps,

@@ -47,7 +47,7 @@ class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights travel from the learner to the generators, after every step."""
+    """How weights travel from the learner to the generators."""
 
     backend: Literal["gloo", "nccl"] = "gloo"  # by way of host memory, or GPU to GPU
     bucket_mib: Annotated[int, Meta(ge=1)] = 256
@@ -58,6 +58,9 @@ class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # nats in the mean over a probe's tokens, where one of them does not: before the first step …
     parity_mean: Annotated[float, Meta(gt=0)] = 0.1
     parity_drift: Annotated[float, Meta(gt=0)] = 0.05  # … and what it may be above that later
+    every_steps: Annotated[int, Meta(ge=1)] = 1  # between two updates; the last step has one
+    # of what is being sampled, at an update: computed anew by the new weights, or left as it is
+    kv: Literal["recompute", "keep"] = "recompute"
 
 
 class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

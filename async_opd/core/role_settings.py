@@ -22,6 +22,7 @@ class GeneratorSettings(Struct, frozen=True):
     stops: tuple[int | str, ...] = ()
     # ends of the teacher's that its answers have in the place of the student's, and those
     ends_as: tuple[tuple[int, int], ...] = ()
+    keeps_kv: bool = False  # through an update of the weights: running contexts are not recomputed
     trust_remote_code: bool = False
 
 

@@ -1,5 +1,6 @@
-"""Every message between the roles and the driver. Besides them only what a role is built with
-crosses a process boundary: `core.role_settings`, its section of the config, the objective.
+"""Every message between the roles and the driver, that of `core.recorded` among them. Besides them
+only what a role is built with crosses a process boundary: `core.role_settings`, its section of the
+config, the objective.
 
 Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one
 prompt. Log-probs are in nats, of logits divided by the sampling temperature, normalised over the
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from async_opd.core.errors import WireError
 from async_opd.core.message import LOGP_TOLERANCE, Struct, check_array, check_logp, check_rows
+from async_opd.core.recorded import RecordedTrajectory
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -78,6 +80,7 @@ class Rollout(Struct, frozen=True):
     candidate_logp: Floats | None = None
     failure: str = ""  # why it is not scored or trained: its log-probs are none
     stop_tokens: int = 0  # the last of T, which spell what of rollout.stop has ended it
+    kept_kv: bool = False  # updates left the KV of its context as it was: sync.kv = "keep"
 
     def __post_init__(self) -> None:
         check_array(self.id, "ids", self.ids, np.int32, 1)
@@ -231,29 +234,6 @@ class Ballot(Struct, frozen=True):
 
     text: str
     vote: int | None  # the first response of its group with the same answer; None: it has no vote
-
-
-class RecordedTrajectory(Struct, frozen=True):
-    """One trained response as the objective saw it, for people to look at. Made by the recorder of
-    learner rank 0, of a few only; consumed by `telemetry.rollout_log`, which writes
-    `samples.jsonl`."""
-
-    id: str  # the rollout's
-    step: int
-    prompt_ids: Ints  # int32, the last of them where there are many
-    ids: Ints  # int32 [T'], the first T' of the response
-    prompt_tokens: int
-    tokens: int  # T
-    truncated: bool
-    correct: bool | None
-    numbers: dict[str, Floats]  # float32 [T'] by name
-
-    def __post_init__(self) -> None:
-        check_array(self.id, "prompt_ids", self.prompt_ids, np.int32, 1)
-        check_array(self.id, "ids", self.ids, np.int32, 1)
-        for name, value in self.numbers.items():
-            check_array(self.id, name, value, np.float32, 1)
-            check_rows(self.id, name, value, len(self.ids))
 
 
 class LearnerShare(Struct, frozen=True):

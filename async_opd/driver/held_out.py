@@ -62,6 +62,7 @@ class HeldOut:
         self._problems = problems
         self._emit = emit
         self._every = config.eval.every_steps if config.eval and problems else 0
+        self._due = self._every  # the version from which on the next is due
         self._undecided = Undecided(emit)
         self.before = Accuracy(0, 0, 0)
         self._running: asyncio.Task[None] | None = None
@@ -72,15 +73,18 @@ class HeldOut:
         """Measure what is to be trained, unless that is known from before a restart. What comes
         later runs among `tasks`."""
         self._tasks = tasks
+        if self._every:
+            self._due = (version // self._every + 1) * self._every
         if self._problems and not self.before.problems:
             self._ready = await self._measure(version, ALL)
             self.before = self._ready.accuracy
 
-    def trained(self, version: int) -> None:
-        """Evaluate `version`, which has been published, where that is due and the one before has
-        ended."""
-        if not self._every or version % self._every or version == self._config.run.steps:
+    def published(self, version: int) -> None:
+        """Evaluate `version`, which the generators hold, where it is the first at or behind a
+        multiple of `eval.every_steps`, and the evaluation before has ended."""
+        if not self._every or version < self._due or version == self._config.run.steps:
             return
+        self._due = (version // self._every + 1) * self._every
         if self._running and not self._running.done():
             self._skip(version, "the one before still runs")
         else:

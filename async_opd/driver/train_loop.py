@@ -14,13 +14,13 @@ from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner, ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
-from async_opd.core.wire import Prompt, StepResult
+from async_opd.core.wire import Prompt
 from async_opd.driver.admission import Admission, Supply
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.driver.held_out import HeldOut
 from async_opd.driver.ledger import Ledger
-from async_opd.driver.outcomes import Outcomes, verdicts
-from async_opd.driver.parity import Gap, row
+from async_opd.driver.outcomes import Outcomes
+from async_opd.driver.parity import Gap
 from async_opd.driver.pools import Pools
 from async_opd.driver.producer import Producer
 from async_opd.driver.queue import Slots, TrajectoryQueue
@@ -30,7 +30,8 @@ from async_opd.driver.respond import Accuracy
 from async_opd.driver.resume import Progress, Source
 from async_opd.driver.saving import AtWork, CheckpointClock, LearnerReplica
 from async_opd.driver.self_teachers import SelfTeachers
-from async_opd.driver.teacher_sampling import CAUSES, TeacherSampling
+from async_opd.driver.step_report import StepReport
+from async_opd.driver.teacher_sampling import TeacherSampling
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.maths import lag
 from async_opd.telemetry.metrics import Meter, Row
@@ -43,16 +44,16 @@ class TrainLoop:
         """THE loop: take the oldest groups, train on them, publish the weights, give their slots
         back."""
         async with self._weights:
-            await self._publish([])
+            await self._publish()
         while self.version < self._config.run.steps:
             batch = await self.queue.take(self.version)
             async with self._weights:
                 await self.at_work.finish(self._step(batch))
                 await self._self_teachers.follow(self.version)
                 await self.pools.compare_beside(self.version)
-                gap = await self._publish(batch)
-            self._report(gap)
-            self.held_out.trained(self.version)
+                gap = await self._pass_on()
+            self._report.write(gap)
+            self.held_out.published(self._published)
             if self.version < self._config.run.steps and self._clock.due(self.version):
                 await self.at_work.finish(self._try_to_save())
         await self.at_work.finish(self.save())
@@ -73,6 +74,8 @@ class TrainLoop:
         self.prompts = ReadAhead(source, config.groups_per_step, config.timeout.step_s)
         self._clock = CheckpointClock(config.run)
         self.version = 0
+        self._published = 0  # version that the generators hold
+        self._unpublished: list[int] = []  # tickets of the groups trained since
         self._learner = LearnerReplica("learner", 0, roles.learner, meter.actor("learner"))
         self.pools = Pools(config, roles, meter, emit, self._welcome)
         self.held_out = HeldOut(config, self.pools, held_out, emit)
@@ -87,7 +90,6 @@ class TrainLoop:
             ledger, run_dir, self.prompts, self._learner, self._self_teachers, config, emit
         )
         self.at_work = AtWork()
-        self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
         self._slots = Slots(lag.slots(config.outstanding_steps, config.groups_per_step))
         self.queue = TrajectoryQueue(
             groups_per_step=config.groups_per_step,
@@ -103,7 +105,9 @@ class TrainLoop:
         self._outcomes = Outcomes(config, self._slots.count, self.progress.ledger, emit)
         self._supply = Supply(self.prompts, self._slots, config.groups_per_step, emit)
         self._admission: Admission | None = None  # once training has started
-        self._teacher_sampling: TeacherSampling | None = None
+        self._report = StepReport(
+            config, meter, self._outcomes, self.queue, self._slots, self.held_out
+        )
 
     async def begin(self, tasks: asyncio.TaskGroup, checkpoint: Checkpoint | None) -> None:
         """Give every generator the student's weights, from `checkpoint` on where there is one, and
@@ -126,7 +130,7 @@ class TrainLoop:
     def _admits(self, tasks: asyncio.TaskGroup) -> Admission:
         config, ledger = self._config, self.progress.ledger
         if config.teacher_sampling:
-            self._teacher_sampling = TeacherSampling(
+            self._report.teacher_sampling = TeacherSampling(
                 config.teacher_sampling,
                 self.pools,
                 self.queue,
@@ -152,7 +156,7 @@ class TrainLoop:
             ledger=ledger,
             max_attempts=config.run.max_attempts,
             student=student,
-            teacher=self._teacher_sampling,
+            teacher=self._report.teacher_sampling,
             ahead=partial(self.prompts.begin, tasks),
         )
 
@@ -161,24 +165,38 @@ class TrainLoop:
         result = await self._learner.call(Learner.step, batch, of=ids)
         self.version = result.version
         self.progress.trained(self.version, batch)
-        self._outcomes.trained(result)
-        self._unsaid = result, batch
+        self._report.trained(result, batch)
+        self._unpublished += [group.ticket for group in batch]
 
-    async def _publish(self, trained: list[ScoredGroup]) -> Gap | None:
+    async def _pass_on(self) -> Gap | None:
+        """Publish, where that is due, and behind the last step; the ledger is on disk either
+        way."""
+        if self.version % self._config.sync.every_steps and self.version < self._config.run.steps:
+            with self._learner.held("blocked"):
+                await self.progress.synced()
+            if self._supply.ended:  # what is outstanding fills the next step, or ends the run
+                self._admit()
+            return None
+        return await self._publish()
+
+    async def _publish(self) -> Gap | None:
         """Bring the generators to the live version and give the slots of the groups that were
-        `trained` to the next prompts; the ledger is on disk, too. Returns the parity gap, where it
-        was measured."""
+        trained since the last time to the next prompts; the ledger is on disk, too. Returns the
+        parity gap, where it was measured."""
         assert self._admission
-        await self.prompts.read(min(self._admission.needed, self._slots.free + len(trained)))
-        publishing = self._publisher.publish(self.version, admit=lambda: self._admit(trained))
+        free = self._slots.free + len(self._unpublished)
+        await self.prompts.read(min(self._admission.needed, free))
+        publishing = self._publisher.publish(self.version, admit=self._admit)
         with self._learner.held("syncing"):
             gap, _ = await asyncio.gather(publishing, self.progress.synced())
+        self._published = self.version
         return gap
 
-    def _admit(self, trained: list[ScoredGroup]) -> None:
+    def _admit(self) -> None:
         assert self._admission
-        for group in trained:
-            self._slots.give_back(group.ticket)
+        for ticket in self._unpublished:
+            self._slots.give_back(ticket)
+        self._unpublished.clear()
         self._admission.fill()
         # generators without a request have nothing to come
         if self._supply.ended or not self._admission.needed:
@@ -189,39 +207,13 @@ class TrainLoop:
         self._outcomes.dropped(prompt, cause)
         self._admission.dropped(ticket, prompt, cause)
 
-    def _report(self, gap: Gap | None = None) -> None:
-        """Write the row of the last step."""
-        assert self._unsaid
-        (result, batch), self._unsaid = self._unsaid, None
-        sampled = (
-            self._teacher_sampling.row(self.version, batch, self.queue.dropped)
-            if self._teacher_sampling
-            else {}
-        )
-        self._meter.record(result.recorded)
-        self._meter.step(
-            result.version,
-            self._config.run.steps,
-            result.metrics,
-            **verdicts(batch),
-            **sampled,
-            **row(gap),
-            queue_ready=len(self.queue),
-            queue_outstanding=self._slots.outstanding,
-            queue_slots=self._slots.count,
-            dropped=self.queue.dropped.total(),
-            **self._outcomes.counts,
-            **self.held_out.row(),
-        )
-
     async def save_last(self) -> None:
         """Save what is trained, behind what is at work, while every learner rank answers; nothing,
         where nothing is trained since the newest checkpoint."""
         if self._admission is None:
             return
         await self.at_work.over()
-        if self._unsaid:
-            self._report()
+        self._report.write()
         if self.version not in (0, self.progress.saved):
             sign = self._learner.hold(self._learner.port.weight_layout())
             await bounded(sign, self._config.timeout.stall_s, "learner, sign of life")
@@ -267,6 +259,7 @@ class TrainLoop:
         async def publish(newcomers: Sequence[Replica[Generator]] = ()) -> None:
             async with self._weights:
                 await self._publisher.publish(self.version, lambda: None, newcomers)
+                self._published = self.version
 
         try:
             await publish([newcomer])
@@ -283,16 +276,8 @@ class TrainLoop:
 
     def summary(self) -> Row:
         """Counts of the whole run, for `summary.json`."""
-        dropped = self.queue.dropped
-        scored = sum(count for cause, count in dropped.items() if cause not in CAUSES)
-        sampled = self._teacher_sampling.counts(dropped) if self._teacher_sampling else {}
-        return {
-            "scored_dropped": scored,
-            **self._outcomes.counts,
-            **{f"dropped_{cause}": count for cause, count in dropped.items()},
-            **sampled,
-            **{f"{pool.name}_lost": pool.lost for pool in self.pools if pool.lost},
-        }
+        lost = {f"{pool.name}_lost": pool.lost for pool in self.pools if pool.lost}
+        return self._report.totals() | lost
 
     def _where(self) -> str:
         """How many groups there are, and the calls that are out for them."""

@@ -31,14 +31,19 @@ class WeightPublisher:
         tolerance: float,
         half: HalfPrecision | None = None,
         max_age: int | None = None,
+        waits: bool = True,
         emit: EventSink = lambda what, who, why: None,
     ):
         """`tolerance` and `half` are as `Parity` has them. `max_age`: a group in flight whose
-        oldest token is more versions behind is cut off by the update."""
+        oldest token is more versions behind is cut off by the update. `waits`: generators run on
+        once they have what is admitted behind an update, so a synchronous run repeats itself
+        exactly; else they run on first."""
         self._learner, self._pool = learner, generators
         self._parity_every = parity_every
         self.probe = ParityProbe(learner, generators, Parity(tolerance, half, emit))
+        self._probed = -1  # the last version of which all were
         self._max_age = max_age
+        self._waits = waits
         self._group: list[Replica[Generator]] = []
         self._layout = WeightLayout((), (), ())
         self._sent: dict[int, int] = {}  # calls of each generator when its last update ended
@@ -62,6 +67,7 @@ class WeightPublisher:
             tolerance=sync.parity_tolerance,
             half=None if exact else HalfPrecision(sync.parity_mean, sync.parity_drift),
             max_age=run.max_lag_steps if run.stale == "drop" else None,
+            waits=run.max_lag_steps == 0,
             emit=emit,
         )
 
@@ -72,13 +78,13 @@ class WeightPublisher:
         newcomers: Sequence[Replica[Generator]] = (),
     ) -> Gap | None:
         """Load `version` into every paused generator, call `admit` (it hands out the freed slots),
-        let them run on.
+        and let them run on, behind that or before it.
 
-        Requests admitted here are all in the engine before it runs on, so a synchronous run repeats
-        itself exactly. Every `parity_every` versions, and with `newcomers` (not of the pool yet),
-        returns how far they are from the learner, else None. A generator that is lost on the way is
-        retired, and the update repeated without it. Raises SyncFailed when those that live did not
-        take the update (they then stay paused), ParityError when one is further than allowed.
+        The first time, then by the first update behind each multiple of `parity_every` versions,
+        and with `newcomers` (not of the pool yet), returns how far they are from the learner, else
+        None. A generator that is lost on the way is retired, and the update repeated without it.
+        Raises SyncFailed when those that live did not take the update (they then stay paused),
+        ParityError when one is further than allowed.
         """
         with ExitStack() as syncing:
             syncing.enter_context(self._learner.held("syncing"))
@@ -86,15 +92,18 @@ class WeightPublisher:
                 syncing.enter_context(member.held("syncing"))
             with self._pool.updating():
                 members = await self._updated(version, newcomers)
+            if not self._waits:
+                members = await self._run_on(members)
             admit()
-            probing = version % self._parity_every == 0
+            probing = version // self._parity_every > self._probed // self._parity_every
+            self._probed = version if probing else self._probed
             probed = members if probing else [each for each in members if each in newcomers]
             asked = self.probe.begin(probed)
-            # requests and probes are sent by tasks, and tasks of these, that have not run yet
-            for _ in range(2):
-                await asyncio.sleep(0)
-            resumed = [self._resume(each) for each in members]
-            self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
+            if self._waits:
+                # requests and probes are sent by tasks, and tasks of these, that have not run yet
+                for _ in range(2):
+                    await asyncio.sleep(0)
+                await self._run_on(members)
         with self._learner.held("syncing"):
             return await self.probe.judged(version, asked)
 
@@ -127,9 +136,16 @@ class WeightPublisher:
         finally:
             self._sent[member.index] = member.sent
 
+    async def _run_on(self, members: Sequence[Replica[Generator]]) -> list[Replica[Generator]]:
+        """Let all run on; returns those that do."""
+        resumed = [self._resume(each) for each in members]
+        self._failed(members, await asyncio.gather(*resumed, return_exceptions=True))
+        return [each for each in members if not each.lost]
+
     async def _resume(self, member: Replica[Generator]) -> None:
-        """Let `member` run on, once the requests that were sent during the pause are there."""
-        await member.call(Generator.resume, member.sent - self._sent[member.index])
+        """Let `member` run on, once the requests are there that were sent behind its update."""
+        sent = member.sent - self._sent[member.index] if self._waits else 0
+        await member.call(Generator.resume, sent)
         member.release()
 
     async def _connect(self, members: list[Replica[Generator]]) -> None:

@@ -34,3 +34,19 @@ def fresh(versions: Any, live: int, max_lag_steps: int) -> Any:
     [False, True, True]
     """
     return live - versions <= max_lag_steps
+
+
+def kv_lag(version_T: npt.NDArray[np.int32], prompt_tokens: int) -> npt.NDArray[np.float32]:
+    """How many versions the KV that a token attended to was behind the weights that sampled it,
+    mean over its context of P `prompt_tokens` and the response before it: float32 [T]. KV that
+    updates leave as it is, is of the weights that sampled the token behind it; that of the prompt,
+    of those of the first token. `version_T` int32 [T], of at least one token.
+
+    lag_t = v_t − (P·v_0 + Σ_{1≤i≤t} v_i) / (P + t)
+
+    >>> kv_lag(np.array([1, 1, 2, 2], np.int32), prompt_tokens=2).tolist()
+    [0.0, 0.0, 0.75, 0.6000000238418579]
+    """
+    behind_T = (version_T - version_T[0]).astype(np.float64)
+    sums_T = behind_T.cumsum()
+    return (behind_T - sums_T / (prompt_tokens + np.arange(len(version_T)))).astype(np.float32)

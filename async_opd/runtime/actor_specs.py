@@ -112,6 +112,7 @@ class ActorSpecs:
             vocabulary=self._tokens.student,
             backend=config.sync.backend,
             seed=next(self._seeds),
+            keeps_kv=config.sync.kv == "keep",
             trust_remote_code=config.run.trust_remote_code,
         )
         settings = msgspec.structs.replace(settings, **others)

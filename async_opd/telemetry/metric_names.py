@@ -148,6 +148,14 @@ TABLE = {  # by who makes them
             "lag_mean", "steps", "that a trained token's weights were behind the live ones, mean"
         ),
         Metric("lag_max", "steps", "the same, largest"),
+        Metric(
+            "kv_lag_mean",
+            "steps",
+            "that the KV which a trained token attended to was behind the weights that sampled the"
+            " token: mean over its context, then over the tokens; 0 unless `sync.kv` is `keep`. By"
+            " the spans: a context that the engine dropped for want of room and computed anew is"
+            " fresher than that",
+        ),
         Metric("loss", "", "what is minimized"),
         Metric("loss_taught", "nats/token", "mean cross-entropy of the teacher's own answers"),
         Metric(

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.core.run_dir import EARLIER_SAMPLES
-from async_opd.core.wire import RecordedTrajectory
 from async_opd.telemetry.metrics import Jsonl, Rotating
 
 TOKENS = 500  # of a response whose numbers are kept, as many as a report shows
@@ -43,18 +43,20 @@ def line(
         "step": recorded.step,
         "id": recorded.id,
         "prompt": "".join(pieces(recorded.prompt_ids)),
+        "prompt_tokens": recorded.prompt_tokens,
         # tokens left out before it
         "prompt_cut": recorded.prompt_tokens - len(recorded.prompt_ids),
         "tokens": pieces(recorded.ids),
         "cut": recorded.tokens - len(recorded.ids),  # tokens left out behind them
         "truncated": recorded.truncated,
+        "kept_kv": recorded.kept_kv,
         "correct": recorded.correct,
         **{name: _column(value[:TOKENS]) for name, value in recorded.numbers.items()},
     }
 
 
 def _column(values: npt.NDArray[np.float32]) -> list[float | None] | float | None:
-    """Shorten numbers to DIGITS; None is what is not finite."""
+    """Shorten numbers to DIGITS, unless all are whole ones; None is what is not finite."""
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
     decimals = DIGITS - math.floor(math.log10(largest)) if largest else 0
 
@@ -62,7 +64,8 @@ def _column(values: npt.NDArray[np.float32]) -> list[float | None] | float | Non
         rounded = round(float(f"{x:.{DIGITS}g}"), decimals) if math.isfinite(x) else None
         return int(rounded) if rounded is not None and rounded.is_integer() else rounded
 
-    column = [short(x) for x in values.tolist()]
+    whole = np.isfinite(values).all() and (values == values.round()).all()
+    column = [int(x) if whole else short(x) for x in values.tolist()]
     return column[0] if column and len(set(column)) == 1 else column
 
 

@@ -119,6 +119,19 @@ MISTAKES = {
         "run.max_outstanding_steps=5.5",
         ["run.max_outstanding_steps = 5.5: must be <= run.max_lag_steps + 1 = 5"],
     ),
+    "weights that go out too seldom for the bound": (
+        "sync.every_steps=6",
+        ["sync.every_steps = 6: must be <= run.max_lag_steps + 1 = 5, for the last step before"],
+    ),
+    "less outstanding than is trained between two updates": (
+        "sync.every_steps=3 run.max_outstanding_steps=2",
+        ["sync.every_steps = 3: must be <= run.max_outstanding_steps = 2, for no slot is given"],
+    ),
+    "weights that do not go out after each synchronous step": (
+        "sync.every_steps=2 run.max_lag_steps=0",
+        ["sync.every_steps = 2: must be <= run.max_lag_steps + 1 = 1"],
+    ),
+    "KV that is neither": ("sync.kv=kept", ["sync.kv = 'kept': must be ", "'keep'"]),
     "less outstanding than a step": (
         "run.max_outstanding_steps=0.5",
         ["outstanding_steps = 0.5: must be ", ">= 1"],

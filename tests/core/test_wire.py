@@ -7,6 +7,7 @@ import pytest
 
 from async_opd.core import errors, role_settings, wire
 from async_opd.core.errors import WireError
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.wire import (
     Ballot,
@@ -16,7 +17,6 @@ from async_opd.core.wire import (
     LearnerShare,
     Needs,
     Prompt,
-    RecordedTrajectory,
     Rollout,
     Sampling,
     Scores,

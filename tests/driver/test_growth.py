@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from async_opd.config.load import load
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SPANS
-from async_opd.core.wire import RecordedTrajectory, StepResult
+from async_opd.core.wire import StepResult
 from async_opd.driver.checkpoints import find
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.train import train

@@ -230,3 +230,10 @@ async def test_its_calls_are_told_from_those_for_a_prompt_of_the_same_id():
         ("respond", "evaluation/0"),
         ("check", "evaluation/0"),
     ]
+
+
+def test_with_weights_that_go_out_every_few_steps_an_evaluation_is_of_those_that_did(tmp_path):
+    _, rows, _, _ = run(tmp_path, "eval.every_steps=10", "sync.every_steps=4", problems=8)
+    evaluated = [row for row in rows if row["eval_accuracy"] is not None]
+    assert [row["eval_version"] for row in evaluated] == [0, 12, 20]
+    assert all(row["eval_version"] <= row["eval_version_min"] for row in evaluated)

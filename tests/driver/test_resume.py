@@ -216,3 +216,27 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_to_be_started_as_b
     assert raised.value.__notes__ == [
         "it has saved none yet: start it as before, and this is kept beside it"
     ]
+
+
+def test_a_run_that_goes_on_between_two_updates_has_its_weights_published_first(tmp_path):
+    every = ("run.max_lag_steps=4", "sync.every_steps=3")
+    run(tmp_path, *every)
+    config = load("configs/demo.toml", [*SMALL, *every, "run.steps=11"])
+    published: list[int] = []
+
+    class Notes(SimulatedGenerator):
+        async def update(self, version, layout, oldest):
+            published.append(version)
+            await super().update(version, layout, oldest)
+
+    roles = Roles(
+        generators=[Notes()],
+        teachers={"": [Teacher(None)]},
+        verifier=Verifier(),
+        learner=RecordingLearner(),
+    )
+    summary = virtual(
+        train(config, roles, Prompts(), [], tmp_path, Meter([]), checkpoint=find(tmp_path))
+    )
+    assert published == [5, 5, 6, 9, 11]
+    assert summary["max_lag_seen"] <= 4 and len(roles.learner.trained) == 4 * 6

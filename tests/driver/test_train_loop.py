@@ -20,6 +20,7 @@ from async_opd.telemetry.metrics import ROLES, STATES, Jsonl, Meter
 from async_opd.tools.audit.books import audit
 from tests.simulated.roles import (
     AT_ONCE,
+    Pace,
     Prompts,
     RecordingLearner,
     SimulatedGenerator,
@@ -439,3 +440,48 @@ def test_cancellation_does_not_wait_for_a_step_that_takes_too_long(tmp_path):
     assert (ended, [event[:2] for event in told]) == (60.5 + 18, [("not saved", "checkpoint")])
     with pytest.raises(CheckpointError):
         checkpoints.find(tmp_path)
+
+
+@pytest.mark.parametrize("stale", ["mask", "drop"])
+@pytest.mark.parametrize(("bound", "every"), [(1, 2), (4, 2), (4, 3), (4, 5)])
+def test_with_weights_that_go_out_every_few_steps_the_bound_holds_and_the_last_are_published(
+    tmp_path, stale, bound, every
+):
+    class Notes(SimulatedGenerator):
+        async def update(self, version, layout, oldest):
+            published.append(version)
+            await super().update(version, layout, oldest)
+
+    published, pace = [], Pace.of(1, 0.5)
+    settings = [f"run.max_lag_steps={bound}", f"run.stale={stale}", f"sync.every_steps={every}"]
+    summary, learner, rows = virtual(
+        run(
+            tmp_path,
+            *settings,
+            "run.steps=17",
+            generators=[Notes(pace, 0)],
+            learner=RecordingLearner(pace, bound),
+            verifier=SimulatedVerifier(pace),
+            teachers={"": [SimulatedTeacher(pace)]},
+        )
+    )
+    # 0 goes out to begin with, and as training starts
+    assert published == [0, *range(0, 17, every), 17]
+    assert every - 1 <= summary["max_lag_seen"] == max(row["lag_max"] for row in rows) <= bound
+    assert len(learner.trained) == len(set(learner.trained)) == 17 * 4
+    probed = [row["step"] for row in rows if row["parity_gap"] is not None]
+    assert probed == [next(version for version in published if version >= 10)]
+
+
+async def test_rows_that_end_between_two_updates_end_the_run_as_they_do_elsewhere(tmp_path):
+    learner = RecordingLearner()
+    with pytest.raises(DataError, match="its rows are used up"):
+        await run(
+            tmp_path,
+            "run.steps=30",
+            "run.max_lag_steps=4",
+            "sync.every_steps=5",
+            learner=learner,
+            source=Prompts(4 * 12 + 2),
+        )
+    assert len(learner.trained) == 4 * 12

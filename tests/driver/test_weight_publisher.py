@@ -9,7 +9,7 @@ from async_opd.core.wire import WeightGroup
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.telemetry.spans import ActorTime
-from tests.simulated.roles import LOGP, SimulatedGenerator, SimulatedLearner
+from tests.simulated.roles import LOGP, Prompts, SimulatedGenerator, SimulatedLearner
 from tests.simulated.runs import replica
 
 BESIDE = LOGP + 0.01 * (np.arange(len(LOGP)) == 1).astype(np.float32)  # of the second token
@@ -29,10 +29,19 @@ async def test_prompts_are_admitted_while_every_generator_is_paused_at_the_new_v
     assert [g.paused for g in generators] == [False, False]
 
 
-async def test_the_probe_runs_at_every_kth_version():
+@pytest.mark.parametrize(
+    ("versions", "probed"),
+    [
+        ((0, 1, 2, 3, 4), (0, 2, 4)),
+        ((7, 8, 9, 10), (7, 8, 10)),  # gone on with, on engines that nobody has probed
+        ((0, 3, 6, 7, 9, 10), (0, 3, 6, 9, 10)),  # not all go out: the first behind a multiple
+    ],
+)
+async def test_the_probe_runs_at_first_and_behind_every_kth_version(versions, probed):
     publisher = publisher_of(SimulatedLearner(), SimulatedGenerator(), every=2)
-    gaps = [await publisher.publish(v, admit=lambda: None) for v in (1, 2, 3, 4)]
-    assert [gap and gap.largest for gap in gaps] == [None, 0.0, None, 0.0]
+    gaps = [await publisher.publish(version, admit=lambda: None) for version in versions]
+    expected = [0.0 if version in probed else None for version in versions]
+    assert [gap and gap.largest for gap in gaps] == expected
 
 
 async def test_a_generator_that_disagrees_with_the_learner_stops_the_run():
@@ -212,7 +221,60 @@ async def test_the_engine_waits_for_the_requests_that_were_sent_not_for_one_give
 
     await publisher.publish(1, admit)
     await asyncio.wait(asking)
-    assert (generator.served, generator.expected) == ([0, 2], 2)
+    assert (generator.served, generator.expected) == ([0, 2], 2 + 1)  # and the probe
+
+
+@pytest.mark.parametrize(
+    ("waits", "order"),
+    [
+        (True, ["update", "admit", "sent", "resume 2"]),
+        (False, ["update", "resume 0", "admit", "sent"]),
+    ],
+    ids=["synchronous", "asynchronous"],
+)
+async def test_only_a_synchronous_run_has_its_engines_wait_for_the_prompts_behind_an_update(
+    waits, order
+):
+    class Notes(SimulatedGenerator):
+        async def generate(self, prompt):
+            done.append("sent")
+            return await super().generate(prompt)
+
+        async def update(self, version, layout, oldest):
+            done.append("update")
+            await super().update(version, layout, oldest)
+
+        async def resume(self, expected):
+            done.append(f"resume {expected}")
+            await super().resume(expected)
+
+    def admit():
+        done.append("admit")
+        asking.append(asyncio.ensure_future(pool.ask(Generator.generate, next(iter(Prompts())))))
+
+    done, asking = [], []
+    pool = ReplicaPool("generator", [Notes()])
+    publisher = WeightPublisher(
+        replica(SimulatedLearner()), pool, parity_every=1, tolerance=1e-3, waits=waits
+    )
+    gap = await publisher.publish(1, admit)
+    assert gap and gap.largest == 0.0
+    await asyncio.wait(asking)
+    assert done == order
+
+
+async def test_a_generator_that_is_lost_as_it_runs_on_is_retired_and_prompts_go_to_the_others():
+    class Dies(SimulatedGenerator):
+        async def resume(self, expected):
+            raise ActorLost("generator 0 died")
+
+    admitted = []
+    pool = ReplicaPool("generator", [Dies(), SimulatedGenerator()])
+    publisher = WeightPublisher(
+        replica(SimulatedLearner()), pool, parity_every=1, tolerance=1e-3, waits=False
+    )
+    await publisher.publish(1, lambda: admitted.extend(each.name for each in pool.serving))
+    assert admitted == ["generator 1"]
 
 
 async def test_a_generator_that_runs_on_is_no_longer_syncing_whoever_is_slow_to():

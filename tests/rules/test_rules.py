@@ -51,6 +51,7 @@ CONFINED = {
     "vllm": {
         "roles/rollout/engine_args.py",
         "roles/rollout/generator.py",
+        "roles/rollout/requests.py",
         "roles/weight_sync/receiver.py",
         "roles/weight_sync/sender.py",
         "roles/teacher/vllm_teacher.py",

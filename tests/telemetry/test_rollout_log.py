@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from async_opd.core.wire import RecordedTrajectory
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.telemetry.rollout_log import TOKENS, decoder, sample_file
 
 
@@ -35,10 +35,12 @@ def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_pat
         "step": 20,
         "id": "3@0#1",
         "prompt": "<7><8>",
+        "prompt_tokens": 5,
         "prompt_cut": 3,
         "tokens": ["<1>", "<2>", "<3>"],
         "cut": 6,
         "truncated": False,
+        "kept_kv": False,
         "correct": None,
         "student": [-1, -0.667, -0.333],
     }
@@ -55,6 +57,7 @@ def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_pat
         ([-4.2137, -0.0523, -1e-7], [-4.21, -0.052, 0]),
         ([2.3456e-5, 1.2e-8], [2.35e-5, 1e-8]),
         ([123456.0, 1.4], [123000, 0]),
+        ([123455.0, 123456.0], [123455, 123456]),  # versions, say
         ([np.nan, -np.inf, -1.5], [None, None, -1.5]),
         ([np.nan, np.nan], None),
         ([], []),

@@ -658,3 +658,77 @@ def test_a_hand_out_or_an_end_that_is_missing_is_seen_though_the_lines_are_numbe
 def test_a_run_that_was_killed_at_once_has_empty_books(tmp_path):
     books = audit(write(make(tmp_path / "run")))
     assert (books.handed_out, books.steps, books.discrepancies) == (0, 0, [])
+
+
+def recorded(run_dir: Path, **changes) -> None:
+    """A response to a prompt of two tokens, of version 0 and then 1, that step 2 has trained."""
+    line = {
+        "step": 2,
+        "id": "c@0#0",
+        "prompt_tokens": 2,
+        "tokens": ["a"] * 4,
+        "version": [0, 0, 1, 1],
+        "kept": 1,
+        "kept_kv": True,
+        "kv_lag": [0, 0, 0.75, 0.6],
+    }
+    (run_dir / "samples.jsonl").write_text(json.dumps(line | changes) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, ""),
+        ({"kept_kv": False, "kv_lag": 0}, ""),
+        ({"version": 1, "kv_lag": 0}, ""),
+        ({"prompt_tokens": None, "version": [3, 1]}, ""),  # of an earlier version of the program
+        ({"kv_lag": [0, 0, 0.75, 0.75]}, "token 3: kv_lag = 0.75, by its versions 0.6"),
+        ({"kv_lag": 0}, "token 2: kv_lag = 0, by its versions 0.75"),
+        ({"kept_kv": False}, "token 2: kv_lag = 0.75, by its versions 0"),
+        ({"version": [0, 0, 1, 2]}, "sampled by version 2, which came after it was trained"),
+        ({"version": [0, 1, 0, 1]}, "its tokens are in another order than the weights that"),
+        ({"version": [0, 1]}, "not a version and a lag for each token"),
+        ({"version": [0, None, 1, 1]}, "not a version and a lag for each token"),
+        ({"kv_lag": [0, None, 0.75, 0.6]}, "not a version and a lag for each token"),
+    ],
+)
+def test_a_recorded_token_has_the_lag_of_its_versions(attested, changes, says):
+    recorded(attested, **changes)
+    discrepancies = audit(attested).discrepancies
+    if says:
+        assert len(discrepancies) == 1
+        assert discrepancies[0].startswith(f"samples.jsonl: c@0#0 of step 2: {says}")
+    else:
+        assert discrepancies == []
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"lag_max": 1, "kv_lag_mean": 0.3}, []),
+        ({"lag_max": 0, "kv_lag_mean": 0.3}, ["lag_max = 0, but a recorded token that was"]),
+        ({"lag_max": 1, "kv_lag_mean": 0}, ["kv_lag_mean = 0, but a recorded token that was"]),
+        ({"lag_max": 5, "kv_lag_mean": 0.3}, ["lag_max = 5, run.max_lag_steps = 4"]),
+    ],
+)
+def test_a_row_has_the_lags_of_its_tokens_within_the_bound(tmp_path, row, says):
+    run_dir = write(make(tmp_path / "run", 3), *WHOLE)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["sync"]["kv"] = "keep"
+    (run_dir / "config.json").write_text(json.dumps(config))
+    recorded(run_dir)
+    rows = [{"step": 1, "lag_max": 0}, {"step": 2} | row, {"step": 3}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = audit(run_dir).discrepancies
+    assert len(found) == len(says)
+    for discrepancy, start in zip(found, says, strict=True):
+        assert discrepancy.startswith(f"metrics.jsonl: step 2: {start}")
+
+
+def test_kv_that_is_computed_anew_has_no_lag(tmp_path):
+    run_dir = write(make(tmp_path / "run", 3), *WHOLE)
+    lines = [json.dumps({"step": step, "kv_lag_mean": 0.5 * (step == 2)}) for step in (1, 2, 3)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert audit(run_dir).discrepancies == [
+        "metrics.jsonl: step 2: kv_lag_mean = 0.5, sync.kv = 'recompute'"
+    ]

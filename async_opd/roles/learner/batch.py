@@ -103,6 +103,7 @@ class MicroBatch(TokenBatch):
     targets_N: Tensor  # int64
     keep_N: Tensor  # bool, tokens inside the reduction
     lag_N: Tensor  # int64, optimizer steps
+    kv_lag_N: Tensor  # float32, the same of the KV behind the weights of the token
     candidate_ids_NK: Tensor | None
     from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
     student_logp_N: Tensor | None = None
@@ -140,6 +141,9 @@ def pack(
             torch.bool,
         ),
         lag_N=_flat([live - v for v in versions], torch.int64),
+        kv_lag_N=_flat(
+            [_kv_lag(t, v) for t, v in zip(trajectories, versions, strict=True)], torch.float32
+        ),
         segment_N=_flat([np.full(len(r.ids), i) for i, r in enumerate(rollouts)], torch.int64),
         behaviour_logp_N=_flat([r.behaviour_logp for r in rollouts], torch.float32),
         teacher_logp_N=_flat([s.sampled_logp for s in scores], torch.float32),
@@ -196,6 +200,14 @@ def _kept(rollout: Rollout, version_T: np.ndarray, bounds: TrainingBounds, live:
     if rollout.stop_tokens and not bounds.train_stop:
         kept_T[-rollout.stop_tokens :] = False
     return kept_T
+
+
+def _kv_lag(trajectory: Trajectory, version_T: np.ndarray) -> np.ndarray:
+    """Compute the mean lag of what each token attended to: none where an update has the KV computed
+    anew."""
+    if trajectory.rollout.kept_kv:
+        return lag.kv_lag(version_T, len(trajectory.prompt.ids))
+    return np.zeros(len(version_T), np.float32)
 
 
 def _flat(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:

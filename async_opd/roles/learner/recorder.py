@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from async_opd.core.wire import RecordedTrajectory
+from async_opd.core.recorded import RecordedTrajectory
 from async_opd.objectives import Objective
 from async_opd.objectives.effect import effect
 from async_opd.objectives.token_batch import TokenBatch
@@ -65,6 +65,7 @@ class Recorder:
         result = self._objective.loss(leaves)
         columns = {
             "version": self._live - micro.lag_N,
+            "kv_lag": micro.kv_lag_N if micro.kv_lag_N.any() else None,
             # in the loss: no staler than the bound, and no truncated response where they are out
             "kept": micro.keep_N,
             "student": batch.student_logp_N,
@@ -96,6 +97,7 @@ class Recorder:
             tokens=len(rollout.ids),
             truncated=rollout.truncated,
             correct=next(v.correct for v in trajectory.verdicts if v.id == rollout.id),
+            kept_kv=rollout.kept_kv,
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )
 

@@ -25,6 +25,7 @@ SUMS = (
     "stale_log_ratio",
     "stale",
     "lag",
+    "kv_lag",
     "excluded",
     "teacher_loss",
     "surprise",
@@ -77,6 +78,7 @@ class Measured:
                 "stale_log_ratio": gap_N[stale],
                 "stale": stale,
                 "lag": micro.lag_N[keep],
+                "kv_lag": micro.kv_lag_N[keep],
                 "excluded": ~keep,
                 **{f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags},
                 **{f"metric_{n}": result.metrics[n][keep] for n in self._objective.metric_names},
@@ -183,6 +185,8 @@ def _metrics(
         "log_ratio_fresh_max": maxima["mismatch"],
         "lag_mean": sums["lag"] / tokens,
         "lag_max": maxima["lag"],
+        # versions that the KV which a token attended to was behind its own weights
+        "kv_lag_mean": sums["kv_lag"] / tokens,
     }
     for name in ("weight", "ratio"):  # W · ρ̃ · |A| and ρ̃ of the selected tokens
         total, squares = sums[name], sums[f"{name}_squared"]

@@ -1,12 +1,8 @@
 """A rollout generator on vLLM's AsyncLLM. A plain class, which a
 `runtime.actors.RoleActor` builds."""
 
-import asyncio
-import itertools
 import logging
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,11 +16,8 @@ from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from async_opd.core.errors import ActorLost, CallFailed, OverAge, SyncFailed, WireError
-from async_opd.core.foreign import foreign
+from async_opd.core.errors import CallFailed, WireError
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.vocabulary import drawn, exchanged
 from async_opd.core.wire import (
@@ -41,12 +34,11 @@ from async_opd.core.wire import (
 )
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args
+from async_opd.roles.rollout.requests import EVALUATION, PROBE, Requests, named, version_of
 from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
 
-Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
 PROBE_TOKENS = 8  # sampled by a probe
-EVALUATION, PROBE = "evaluation/", "probe/"  # ids of such requests begin with them
 
 
 class RolloutGenerator:
@@ -58,10 +50,6 @@ class RolloutGenerator:
         self._settings, self._config = settings, config
         self._needs = needs
         self._candidates = 0  # ids beside each token; `start` has them made
-        self._request_ids = itertools.count()
-        # what was sent during a pause; None: there is none
-        self._paused: list[Waiting] | None = None
-        self._arrived = asyncio.Condition()
         # at each update it warns of tied heads, which get no weights of their own
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
             logging.ERROR
@@ -81,8 +69,10 @@ class RolloutGenerator:
         self._engine = AsyncLLM.from_engine_args(
             engine_args(settings, config, needs, longest=longest, block=block)
         )
+        self._requests = Requests(self._engine, settings.name, keeps_kv=settings.keeps_kv)
         decode = self._engine.get_tokenizer().decode if self._texts else str
         self._stop_tokens = partial(stop_tokens, stops=settings.stops, decode=decode)
+        self._named = partial(named, settings.name)
 
     async def start(self) -> None:
         """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
@@ -114,7 +104,7 @@ class RolloutGenerator:
     async def generate(self, prompt: Prompt) -> tuple[GroupMeta, Group]:
         """Sample all responses of one prompt. Raises ActorLost when the engine died."""
         ids = prompt.shown_to_teacher if self._settings.as_teacher else prompt.ids
-        outputs = await self._run(prompt.id, ids, self.sampling(logprobs=self._candidates))
+        outputs = await self._requests.run(prompt.id, ids, self.sampling(logprobs=self._candidates))
         return self._group(prompt, outputs)
 
     async def respond(self, prompt: Prompt, sampling: Sampling) -> tuple[GroupMeta, Group]:
@@ -124,7 +114,7 @@ class RolloutGenerator:
             temperature=sampling.temperature, top_p=sampling.top_p, n=sampling.samples
         )
         return self._group(
-            prompt, await self._run(f"{EVALUATION}{prompt.id}", prompt.ids, settings)
+            prompt, await self._requests.run(f"{EVALUATION}{prompt.id}", prompt.ids, settings)
         )
 
     async def probe(self, prompt: Ints | None = None, tokens: int = 0) -> tuple[Ints, Rollout]:
@@ -132,7 +122,7 @@ class RolloutGenerator:
         if prompt is None:
             prompt, tokens = self._probe_ids, PROBE_TOKENS
         sampling = self.sampling(n=1, max_tokens=tokens, stop_token_ids=[], stop=[])
-        (output,) = await self._run(f"{PROBE}{prompt.sum()}", prompt, sampling)
+        (output,) = await self._requests.run(f"{PROBE}{prompt.sum()}", prompt, sampling)
         return prompt, self._rollout(f"parity probe of {self._settings.name}", output)
 
     async def join_group(self, group: WeightGroup) -> None:
@@ -147,111 +137,34 @@ class RolloutGenerator:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a
         call of its own.
 
-        Running requests are kept and their KV is rebuilt under the new weights; prefix caches of
-        older weights are cleared. Those with a token of a version before `oldest` are cut off. If
-        receiving fails (SyncFailed) the old version is still whole, and still the label; another
-        try may follow.
+        Running requests go on, under the new weights: over KV that is computed anew by these, or,
+        with `keeps_kv`, over what it was; none that enters later reads KV of older weights. Those
+        with a token of a version before `oldest` are cut off. If receiving fails (SyncFailed) the
+        old version is still whole, and still the label; another try may follow.
         """
-        self._paused = self._paused or []
         with self._named(f"did not take version {version}"):
+            await self._requests.pause()
             # What `pause_generation` does, without its sleep of 20 ms for callers who watch the
             # order of outputs.
-            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            await self._engine.engine_core.pause_scheduler_async(
+                mode="keep", clear_cache=not self._settings.keeps_kv
+            )
             await self._engine.start_weight_update()
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info(layout)))
             await self._engine.finish_weight_update(weight_version=str(version))
-            await self._cut(oldest)
+            await self._requests.renew(oldest)
 
     async def resume(self, expected: int) -> None:
-        """Run on, once the `expected` requests that were sent during the pause are here. They enter
-        the engine in the order of their ids, whatever order they arrived in, so a synchronous run
-        repeats itself exactly. One that the engine refuses is its own caller's error."""
-        waiting = self._paused
-        assert waiting is not None, "resume without update"
-        async with self._arrived:
-            await self._arrived.wait_for(lambda: len(waiting) >= expected)
-        self._paused = None
-        for id, prompt_ids, sampling, collector in sorted(waiting, key=lambda each: each[0]):
-            if collector.done():  # cancelled meanwhile
-                continue
-            try:
-                collector.set_result(await self._add(id, prompt_ids, sampling))
-            except CallFailed as e:
-                collector.set_exception(e)
-        with self._named("did not go on", CallFailed):
-            await self._engine.resume_generation()
+        """Run on, once the `expected` requests that were sent during the pause are here; they are
+        in the engine before it does. With none expected it runs on at once. Either way they enter
+        in the order of their ids, so a synchronous run repeats itself exactly."""
+        await self._requests.resume(expected)
 
     async def check_health(self) -> None:
         """Raise ActorLost when the engine died inside this living actor, which Ray does not notice.
         Answered by the engine itself, between two of its steps: one that hangs does not answer."""
         with self._named("does not answer", CallFailed):
             await self._engine.get_weight_version()
-
-    async def _cut(self, oldest: int) -> None:
-        """End the requests that hold a token of a version before `oldest`; `generate` raises
-        OverAge for them."""
-        ids = (
-            (request.parent_req or request).request_id
-            for request in self._engine.output_processor.request_states.values()
-            if request.weight_version_starts
-            and _version(request.weight_version_starts[0][0]) < oldest
-        )
-        old = {id for id in ids if not id.startswith(EVALUATION)}
-        if old:
-            await self._engine.abort(old, internal=True)
-
-    @contextmanager
-    def _named(
-        self, what: str, error: type[SyncFailed | CallFailed] = SyncFailed
-    ) -> Generator[None]:
-        # vLLM passes on whatever its worker raised as a bare Exception
-        with foreign(f"{self._settings.name} {what}", error):
-            try:
-                yield
-            except EngineDeadError as e:
-                raise ActorLost(f"{self._settings.name}: its engine died") from e
-
-    async def _run(
-        self, id: str, prompt_ids: Ints, sampling: SamplingParams
-    ) -> list[CompletionOutput]:
-        collector = None
-        try:
-            if self._paused is None:
-                collector = await self._add(id, prompt_ids, sampling)
-            else:
-                turn = asyncio.get_running_loop().create_future()
-                async with self._arrived:
-                    self._paused.append((id, prompt_ids, sampling, turn))
-                    self._arrived.notify_all()
-                collector = await turn
-            output: Any = await collector.get()  # a RequestOutput: no model here pools
-        except EngineDeadError as e:
-            raise ActorLost(f"{self._settings.name}: its engine died") from e
-        except asyncio.CancelledError:
-            if collector is not None:
-                await self._engine.abort(collector.request_id, internal=True)
-            raise
-        if any(sample.finish_reason == "abort" for sample in output.outputs):
-            raise OverAge(
-                f"{id}: {self._settings.name} cut it off, its first tokens are too old to be"
-                " trained"
-            )
-        return sorted(output.outputs, key=lambda sample: sample.index)
-
-    async def _add(
-        self, id: str, prompt_ids: Ints, sampling: SamplingParams
-    ) -> RequestOutputCollector:
-        # The learner waits for the probe; an update has put every running request back in the
-        # engine's queue. Of an evaluation no more are sent at a time than it may have places, so
-        # they need not wait.
-        priority = -2 if id.startswith(PROBE) else -1 if id.startswith(EVALUATION) else 0
-        with self._named(f"refuses {id}", CallFailed):
-            return await self._engine.add_request(
-                f"{id}/{next(self._request_ids)}",
-                {"prompt_token_ids": prompt_ids.tolist()},
-                sampling,
-                priority=priority,
-            )
 
     def _group(self, prompt: Prompt, outputs: list[CompletionOutput]) -> tuple[GroupMeta, Group]:
         group = Group(
@@ -281,20 +194,16 @@ class RolloutGenerator:
             ids=written,
             behaviour_logp=logp[:, 0],
             spans=tuple(
-                Span(version=_version(s.version), start=s.start, end=s.end)
+                Span(version=version_of(s.version), start=s.start, end=s.end)
                 for s in output.weight_versions or ()
             ),
             truncated=output.finish_reason == "length",
             candidate_ids=ids[:, 1:] if asked else None,
             candidate_logp=logp[:, 1:] if sampled else None,
             stop_tokens=self._stop_tokens(output.stop_reason, written),
+            kept_kv=self._settings.keeps_kv,
         )
         try:
             return Rollout(**fields)
         except WireError as e:  # a log-prob that is none: the others of its group go on
             return Rollout(**fields, failure=f"{e}")
-
-
-def _version(label: str) -> int:
-    """vLLM's label of the weights before any update is "default"."""
-    return 0 if label == "default" else int(label)

@@ -14,6 +14,7 @@ from async_opd.core.errors import RunMissing
 from async_opd.core.reading import content_of, refused
 from async_opd.core.run_dir import CHECKPOINTS, LEDGER, MANIFEST, METRICS, STATE
 from async_opd.driver.checkpoints import RunState, committed
+from async_opd.tools.audit.lags import lags
 from async_opd.tools.audit.replay import Replay
 from async_opd.tools.audit.rows import doubled, steps_of
 from async_opd.tools.audit.timeline import Timeline
@@ -96,6 +97,7 @@ def _books(run_dir: Path, config: Config) -> Books:
     if rows is not None:
         discrepancies += _against(rows, replay.step, timeline.highest, replay.finished)
     discrepancies += doubled(run_dir, rows)
+    discrepancies += lags(run_dir, None if timeline.resumed_at else config)
     return Books(
         steps=replay.step,
         steps_asked=config.run.steps,

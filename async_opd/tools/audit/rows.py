@@ -26,7 +26,7 @@ class Sample(Row):
     id: str
 
 
-R = TypeVar("R", Row, Sample)
+R = TypeVar("R", bound=Row)
 
 
 def steps_of(path: Path, discrepancies: list[str]) -> npt.NDArray[np.uint32] | None:
@@ -34,7 +34,7 @@ def steps_of(path: Path, discrepancies: list[str]) -> npt.NDArray[np.uint32] | N
     a discrepancy, save at a torn end."""
     if not path.exists():
         return None
-    return np.fromiter((row.step for row in _read(path, Row, discrepancies)), np.uint32)
+    return np.fromiter((row.step for row in read_rows(path, Row, discrepancies)), np.uint32)
 
 
 def doubled(run_dir: Path, steps: npt.NDArray[np.uint32] | None) -> Iterator[str]:
@@ -65,14 +65,15 @@ def _doubled_samples(files: list[Path]) -> Iterator[str]:
 
 def _samples(files: list[Path], discrepancies: list[str]) -> Iterator[Sample]:
     for file in files:
-        yield from _read(file, Sample, discrepancies)
+        yield from read_rows(file, Sample, discrepancies)
 
 
 def _key(sample: Sample) -> int:
     return hash((sample.step, sample.id))
 
 
-def _read(path: Path, kind: type[R], discrepancies: list[str]) -> Iterator[R]:
+def read_rows(path: Path, kind: type[R], discrepancies: list[str]) -> Iterator[R]:
+    """Read the file at `path` line by line; a line that is no `kind` is a discrepancy."""
     rows = read_lines(
         path,
         msgspec.json.Decoder(kind).decode,

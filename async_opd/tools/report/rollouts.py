@@ -21,10 +21,22 @@ NUMBERS = {  # what is shown of a token, where it was recorded
     "coefficient": "coefficient",
     "selected": "selected",
     "version": "version",
+    "kv_lag": "lag of its KV",
     "teacher_entropy": "teacher's entropy",
     "student_entropy": "student's entropy",
 }
-TEXTS = {"step", "id", "prompt", "prompt_cut", "tokens", "cut", "truncated", "correct"}
+TEXTS = {  # what is no number of a token
+    "step",
+    "id",
+    "prompt",
+    "prompt_tokens",
+    "prompt_cut",
+    "tokens",
+    "cut",
+    "truncated",
+    "correct",
+    "kept_kv",
+}
 
 
 @dataclass

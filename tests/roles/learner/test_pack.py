@@ -110,3 +110,15 @@ def test_the_tokens_of_a_stop_leave_the_reduction_by_policy(sample, packed, trai
     micro = packed(stopped, sample(id="b", spans=[(0, 3)], seed=1), train_stop=train_stop)
     assert micro.keep_N.tolist() == kept
     assert len(micro.targets_N) == 7  # the objective sees them all the same
+
+
+def test_only_where_updates_leave_kv_as_it_is_it_lags_behind_the_weights_of_its_token(
+    sample, packed
+):
+    spans = [(1, 2), (2, 2)]
+    micro = packed(
+        sample(2, spans), sample(2, spans, kept_kv=True), sample(1, [(3, 2)], kept_kv=True), live=5
+    )
+    assert micro.lag_N.tolist() == [4, 4, 3, 3, 4, 4, 3, 3, 2, 2]
+    # the prompt's and the first token's KV is of version 1, the others' of version 2
+    assert micro.kv_lag_N.tolist() == pytest.approx([0] * 4 + [0, 0, 3 / 4, 3 / 5] + [0] * 2)

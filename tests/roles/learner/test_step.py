@@ -301,6 +301,7 @@ def test_metrics_are_those_of_the_kept_tokens(sample, packed):
             "log_ratio_fresh_max": ln1_5,
             "lag_mean": 1,  # (2 + 0 + 1) / 3
             "lag_max": 2,
+            "kv_lag_mean": 0,
             "tokens_lag_0": 1,
             "tokens_lag_1": 1,
             "tokens_lag_2": 1,

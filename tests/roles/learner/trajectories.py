@@ -19,6 +19,7 @@ def trajectory(
     seed: int = 0,
     truncated: bool = False,
     stop_tokens: int = 0,
+    kept_kv: bool = False,
     correct: bool | None = True,
     behaviour: Sequence[float] | None = None,
     teacher: Sequence[float] | None = None,
@@ -43,6 +44,7 @@ def trajectory(
         ),
         truncated=truncated,
         stop_tokens=stop_tokens,
+        kept_kv=kept_kv,
     )
     return Trajectory(
         prompt=Prompt(id=id.partition("#")[0], ids=ids[:prompt_tokens], answer=""),

@@ -348,7 +348,7 @@ def test_a_request_that_vllm_refuses_behind_a_pause_is_its_own_callers_error(aro
     engine.add_request, engine.resume_generation = add_request, resume_generation
 
     async def main():
-        generator._paused = []
+        await generator._requests.pause()
         prompts = [Prompt(id=id, ids=np.zeros(4, np.int32), answer="") for id in "abc"]
         calls = [asyncio.create_task(generator.generate(prompt)) for prompt in prompts]
         await asyncio.wait_for(generator.resume(3), 10)
