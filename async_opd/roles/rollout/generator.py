@@ -11,10 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferInitRequest,
-    WeightTransferUpdateRequest,
-)
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
@@ -42,7 +38,7 @@ from async_opd.core.wire import (
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args
 from async_opd.roles.rollout.stops import stop_tokens
-from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
+from async_opd.roles.weight_sync import vllm_updates
 
 Waiting = tuple[str, Ints, SamplingParams, asyncio.Future[RequestOutputCollector]]
 PROBE_TOKENS = 8  # sampled by the parity probe
@@ -61,6 +57,7 @@ class RolloutGenerator:
         self._request_ids = itertools.count()
         # what was sent during a pause; None: there is none
         self._paused: list[Waiting] | None = None
+        self._whole = True  # its weights are all of one version
         self._arrived = asyncio.Condition()
         # at each update it warns of tied heads, which get no weights of their own
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
@@ -137,9 +134,7 @@ class RolloutGenerator:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or
         ActorLost."""
         with self._named("did not join the weight group"):
-            await self._engine.init_weight_transfer_engine(
-                WeightTransferInitRequest(init_info(group, self._settings.backend))
-            )
+            await vllm_updates.join(self._engine, group)
 
     async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a
@@ -147,17 +142,18 @@ class RolloutGenerator:
 
         Running requests are kept and their KV is rebuilt under the new weights; prefix caches of
         older weights are cleared. Those with a token of a version before `oldest` are cut off. If
-        receiving fails (SyncFailed) the old version is still whole, and still the label; another
-        try may follow.
+        receiving fails (SyncFailed) another try may follow, after `join_group`. By gloo the old
+        version is still whole then, and still the label; by nccl some weights may be new, or
+        neither, and `resume` refuses until a whole update has come.
         """
         self._paused = self._paused or []
+        self._whole = self._settings.backend == "gloo"
         with self._named(f"did not take version {version}"):
             # What `pause_generation` does, without its sleep of 20 ms for callers who watch the
             # order of outputs.
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info(layout)))
-            await self._engine.finish_weight_update(weight_version=str(version))
+            await vllm_updates.take(self._engine, version, layout)
+            self._whole = True
             await self._cut(oldest)
 
     async def resume(self, expected: int) -> None:
@@ -166,6 +162,8 @@ class RolloutGenerator:
         repeats itself exactly. One that the engine refuses is its own caller's error."""
         waiting = self._paused
         assert waiting is not None, "resume without update"
+        if not self._whole:
+            raise SyncFailed(f"{self._settings.name}: its last update broke off half-way")
         async with self._arrived:
             await self._arrived.wait_for(lambda: len(waiting) >= expected)
         self._paused = None
