@@ -52,7 +52,10 @@ CONFINED = {
         "roles/rollout/engine_args.py",
         "roles/rollout/generator.py",
         "roles/weight_sync/receiver.py",
+        "roles/weight_sync/nccl.py",
+        "roles/weight_sync/reload.py",
         "roles/weight_sync/sender.py",
+        "roles/weight_sync/vllm_updates.py",
         "roles/teacher/vllm_teacher.py",
     },
 }

@@ -26,7 +26,9 @@ class LearnerGroup:
 
     def __init__(self, rank: int, settings: LearnerSettings, weights: StudentWeights):
         """Rank 0 imports what it sends by: in a join it would keep all members waiting."""
-        self._rank, self._settings, self._weights = rank, settings, weights
+        self._rank = rank
+        self._settings = settings
+        self._weights = weights
         if rank == 0 and settings.backend == "nccl":
             load_library()
 

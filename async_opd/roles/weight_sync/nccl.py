@@ -3,10 +3,12 @@ every wait ends. Joined by both sides."""
 
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -32,31 +34,36 @@ class Communicator(Protocol):
 def meet(store: Store, *, rank: int, world: int, timeout_s: float) -> None:
     """Wait until all members of a group are in `store`; rank 0 says when. Raises RuntimeError
     naming the ranks that stay away, after `timeout_s` on each side."""
-    mine, ends = f"here/{rank}", time.monotonic() + timeout_s
-    store.set(mine, "")
+    ends = time.monotonic() + timeout_s
+    store.set(f"here/{rank}", "")
     if rank:
         try:
             store.wait([GO], timedelta(seconds=timeout_s))
         except RuntimeError as e:
-            store.delete_key(mine)  # nobody is to count on this one
+            store.set(f"gone/{rank}", "")  # nobody is to count on this one
             raise RuntimeError(f"not all of {world} members came within {timeout_s:g} s") from e
         return
-    awaited = [f"here/{other}" for other in range(world)]
-    for key in awaited:
+    for other in range(world):
         try:
-            store.wait([key], timedelta(seconds=max(ends - time.monotonic(), 1e-3)))
+            left = timedelta(seconds=max(ends - time.monotonic(), 1e-3))
+            store.wait([f"here/{other}"], left)
         except RuntimeError:
             break
-    missing = [other for other, key in enumerate(awaited) if not store.check([key])]
+    missing = [other for other in range(world) if not store.check([f"here/{other}"])]
     if missing:
         raise RuntimeError(f"rank {missing} of {world} did not come within {timeout_s:g} s")
+    gone = [other for other in range(world) if store.check([f"gone/{other}"])]
+    if gone:
+        raise RuntimeError(f"rank {gone} of {world} did not wait for the others")
     store.set(GO, "")
 
 
 def load_library() -> None:
     """Import what a communicator is made of: up to half a minute where the disk is cold."""
-    import vllm.distributed.device_communicators.pynccl
-    import vllm.distributed.weight_transfer.packed_tensor
+    # one weight may be larger than a bucket
+    warnings.filterwarnings("ignore", "Tensor .* exceeds buffer_size_bytes")
+    for name in ("device_communicators.pynccl", "weight_transfer.packed_tensor"):
+        import_module(f"vllm.distributed.{name}")
 
 
 def communicator(store: Store, rank: int, world: int, device: int) -> Communicator:
