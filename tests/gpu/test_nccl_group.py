@@ -39,7 +39,7 @@ def receiver(port: int, dies: int, ready, arrived) -> None:
             ((m.name, (list(m.shape), torch.bfloat16)) for m in DESCRIBED),
             group,
             0,
-            lambda items: sums.extend(weight.float().sum().item() for _, weight in items),
+            lambda items: sums.extend(weight.double().sum().item() for _, weight in items),
             buffer_size_bytes=1 << 24,
             device="cuda:1",
         )

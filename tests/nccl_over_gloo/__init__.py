@@ -1,11 +1,12 @@
 """NCCL's part in weight updates, played over gloo where there is no GPU.
 
 All else is the real thing: our senders and engines, and vLLM's packed transfer and its `nccl`
-engine beneath them. `plugin` is a folder for PYTHONPATH: by what is in it vLLM loads this file in
+engine beneath them. `plugin` is a folder for `sys.path`: by what is in it vLLM loads this file in
 every process of an engine.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def generator(*args: Any) -> Any:
             self._meet("update")
             await super().update(*args)
 
-    os.environ["PYTHONPATH"] = f"{PLUGIN}:{os.environ.get('PYTHONPATH', '')}"
+    sys.path.append(f"{PLUGIN}")  # the engine's process has the same
     return Doomed(*args)
 
 
