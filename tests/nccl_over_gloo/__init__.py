@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore
 from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 
 PLUGIN = Path(__file__).with_name("plugin")
+_kept: list[object] = []  # who lets go of a gloo group waits for what is under way in it
 
 
 class Communicator:
@@ -55,6 +56,7 @@ class Communicator:
 
     def destroy(self) -> None:
         self._destroyed.set()
+        _kept.append(self._group)
 
 
 class Stream:
