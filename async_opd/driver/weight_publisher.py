@@ -171,6 +171,9 @@ class WeightPublisher:
         """What all members and the learner do with one another; waits for all. Raises SyncFailed
         where one failed."""
         error, *outcomes = await asyncio.gather(learner, *theirs, return_exceptions=True)
+        if isinstance(error, TimedOut):  # it may be in the hands of a member that hangs
+            await self._learner.call(Learner.leave_group)
+            error = SyncFailed(f"{error}")
         if isinstance(error, BaseException) and not isinstance(error, SyncFailed):
             raise error
         failures = [*self._failed(members, outcomes), *([error] if error else [])]

@@ -99,6 +99,11 @@ class RemoteLearner:
         rank, timeout_s = self._ranks[0], self._timeouts["collective"]
         await rank.call(timeout_s, "join_group", world)
 
+    async def leave_group(self) -> None:
+        """End the group; returns once nothing goes on in it any more. Raises TimedOut where that
+        cannot be had."""
+        await self._ranks[0].call(self._timeouts["sync"], "leave_group")
+
     async def _collective(self, timeout_s: float, method: str, *args: Any) -> Any:
         """Call every rank; returns rank 0's result."""
         return (await _of_all(rank.call(timeout_s, method, *args) for rank in self._ranks))[0]

@@ -4,6 +4,7 @@ leaves nothing."""
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from async_opd.config.load import load
 from async_opd.config.teacher_rules import refuse_without_gpus
 from async_opd.core.errors import ConfigError
 from async_opd.driver.checkpoints import Checkpoints, RunState
-from async_opd.roles.weight_sync.gloo import held_port
 from async_opd.toy import STUDENT
 
 ROWS = "data.path=rows.jsonl"
@@ -374,7 +374,8 @@ def test_every_command_refuses_an_option_that_is_none(command, refused):
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_not_there_is_said_at_once(scheme, refused, monkeypatch):
-    with held_port("127.0.0.1") as held:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
         address = f"{scheme}127.0.0.1:{held.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert f"ConfigError: RAY_ADDRESS = '{address}': no cluster answers there: " in refused(

@@ -3,7 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_opd.core.errors import ActorLost, ParityError, SyncFailed
+from async_opd.core.errors import ActorLost, ParityError, SyncFailed, TimedOut
 from async_opd.core.ports import Generator
 from async_opd.core.wire import WeightGroup
 from async_opd.driver.replica_pool import ReplicaPool
@@ -339,3 +339,36 @@ async def test_a_generator_that_dies_in_an_update_is_given_up_while_it_runs():
     generators[0].go.set()
     assert (await publishing).largest == 0.0
     assert learner.groups == [2, 1]
+
+
+class Hangs(Epochs):
+    """Does not come back from the broadcast of version 1 until it leaves its group."""
+
+    def __init__(self, leaves: bool):
+        super().__init__()
+        self.leaves, self.left = leaves, 0
+
+    async def send_weights(self):
+        if len(self.groups) == 1 and self.groups != [1]:
+            raise TimedOut("learner rank 0, send_weights: no answer in 40 s")
+
+    async def leave_group(self):
+        self.left += 1
+        if not self.leaves:
+            raise TimedOut("learner rank 0, leave_group: no answer in 20 s")
+
+
+async def test_a_learner_that_hangs_in_a_broadcast_leaves_the_group_and_goes_on_in_another():
+    generators = [Breaks(), Breaks(fatal=0)]
+    learner, pool = Hangs(leaves=True), ReplicaPool("generator", generators)
+    publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)
+    gap = await publisher.publish(0, admit=lambda: None)
+    assert gap and gap.largest == 0.0
+    assert (learner.groups, learner.left) == ([2, 1], 1)
+    assert [each.name for each in pool.serving] == ["generator 0"]
+
+
+async def test_a_learner_that_cannot_leave_the_group_is_lost():
+    publisher = publisher_of(Hangs(leaves=False), Breaks(), Breaks())
+    with pytest.raises(TimedOut, match="leave_group"):
+        await publisher.publish(0, admit=lambda: None)

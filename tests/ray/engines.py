@@ -10,13 +10,17 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.sampling_params import RequestOutputKind
 
 from async_opd.roles.models.vllm_cpu import cpu_engine
+from async_opd.roles.weight_sync.receiver import ENGINES
+from tests.nccl_over_gloo import play
 
 _engines: list[LLM] = []
 
 
-def start(model: str) -> None:
+def start(model: str, backend: str) -> None:
     """Replace the engine by a new one with the weights of `model`."""
     stop()
+    if backend == "nccl":
+        play()
     _engines[:] = [
         LLM(
             model,
@@ -27,7 +31,7 @@ def start(model: str) -> None:
             max_num_seqs=8,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend="gloo"),
+            weight_transfer_config=WeightTransferConfig(backend=ENGINES[backend]),
             **cpu_engine(1, enforce_eager=True),
         )
     ]

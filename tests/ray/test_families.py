@@ -3,6 +3,7 @@ tied and untied."""
 
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.gloo import buckets
-from async_opd.roles.weight_sync.sender import GlooSender
+from async_opd.roles.weight_sync.sender import SENDERS
+from tests.nccl_over_gloo import play
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes"),
+]
 SIZES = dict(
     vocab_size=120,
     num_attention_heads=2,
@@ -28,6 +34,7 @@ SIZES = dict(
 )
 PROMPT = list(range(3, 23))
 TOKENS, BUCKET = 16, 20_000
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def _there(call: str, *args):
@@ -80,45 +87,78 @@ def move(model, seed: int) -> None:
         weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=generator))
 
 
+def update_info(described) -> dict:
+    columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
+    return dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
+
+
+def group(vllm, backend: str, generators: int, timeout_s: float = 20.0):
+    """A sender that has been joined by the generators."""
+    sender = SENDERS[backend]("127.0.0.1", bucket_bytes=BUCKET, timeout_s=timeout_s)
+    places = (sender.group(1 + at, 1 + generators) for at in range(generators))
+    joined = vllm("join", [(asdict(place),) for place in places])
+    sender.join(1 + generators)
+    results(joined)
+    return sender
+
+
+def break_off(vllm, model, pieces, described) -> None:
+    """An update of which the first two thirds of the weights come, none of them the model's."""
+    sender = group(vllm, "nccl", 1, timeout_s=3.0)
+    weights = checkpoint_names.tensors(model, pieces, dict(model.named_parameters()))
+
+    def some():
+        for weight in islice(weights, len(described) * 2 // 3):
+            yield torch.full_like(weight, torch.nan)
+        raise RuntimeError("the learner breaks off")
+
+    (updated,) = vllm("update", [(update_info(described),)])
+    with pytest.raises(RuntimeError, match="the learner breaks off"):
+        sender.send(described, some())
+    assert "it was aborted after 3 s" in f"{updated.exception()}"
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    ("family", "settings", "generators"),
+    ("family", "settings", "generators", "backend"),
     [
-        ("Qwen2", {}, 1),
-        ("Qwen3", {}, 2),
-        ("Llama", dict(attention_bias=True), 1),
-        ("Gemma", {}, 1),
-        ("Qwen3Moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48), 2),
-        ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2), 1),
+        ("Qwen2", {}, 1, "gloo"),
+        ("Qwen3", {}, 2, "gloo"),
+        ("Llama", dict(attention_bias=True), 1, "gloo"),
+        ("Gemma", {}, 1, "gloo"),
+        ("Qwen3Moe", MOE, 2, "gloo"),
+        ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2), 1, "gloo"),
+        ("Qwen3", {}, 1, "nccl"),
+        ("Qwen3Moe", MOE, 1, "nccl"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_after_each_update_generators_and_learner_agree(
-    vllm, tiny_lm, tmp_path, family, settings, generators, tied
+    vllm, tiny_lm, tmp_path, monkeypatch, family, settings, generators, backend, tied
 ):
+    """By nccl, which has gloo in NCCL's place, the second after one that broke off."""
+    if backend == "nccl":
+        play(monkeypatch.setattr)
     folder = str(tmp_path)
     tiny_lm(family, tie_word_embeddings=tied, **(SIZES | settings)).save_pretrained(folder)
-    started = vllm("start", [(folder,)] * generators)
+    started = vllm("start", [(folder, backend)] * generators)
     model = causal_lm.load(folder, "float32", torch.device("cpu"))
     results(started)
     probe = check(vllm, model, generators)
 
     pieces = checkpoint_names.pieces(model)
     described = [meta for piece in pieces for meta in piece.tensors]
-    columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
-    update_info = dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
-    sender = GlooSender("127.0.0.1", bucket_bytes=BUCKET, timeout_s=20.0)
     assert len(list(buckets(described, BUCKET))) > 3
-    places = (sender.group(1 + at, 1 + generators) for at in range(generators))
-    joined = vllm("join", [(asdict(place),) for place in places])
-    sender.join(1 + generators)
-    results(joined)
+    sender = group(vllm, backend, generators)
     for version in (1, 2):
+        if backend == "nccl" and version == 2:
+            break_off(vllm, model, pieces, described)
+            sender = group(vllm, backend, generators)
         before = learner_logp(model, probe)
         move(model, version)
         # far more than the tolerance
         assert (learner_logp(model, probe) - before).abs().max() > 0.05
-        updated = vllm("update", [(update_info,)] * generators)
+        updated = vllm("update", [(update_info(described),)] * generators)
         sender.send(
             described, checkpoint_names.tensors(model, pieces, dict(model.named_parameters()))
         )

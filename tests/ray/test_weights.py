@@ -1,7 +1,10 @@
-"""Learner and vLLM hold the same weights after every update: real actors, real gloo, tied and
-untied."""
+"""Learner and vLLM hold the same weights after every update, and whoever dies or hangs in one costs
+the timeout and itself: real actors, tied and untied; over gloo, and over vLLM's own `nccl` engine,
+for which gloo plays NCCL."""
 
 import asyncio
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from async_opd.config.schema import Config
-from async_opd.core.errors import AsyncOpdError, OverAge
+from async_opd.core.errors import AsyncOpdError, OverAge, SyncFailed
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.wire import Prompt, Sampling
@@ -22,6 +25,7 @@ from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.self_teachers import SelfTeachers
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.toy import STUDENT
+from tests.nccl_over_gloo import Specs
 from tests.ray.conftest import demo_config, running
 from tests.simulated.runs import replica
 
@@ -88,8 +92,8 @@ class Running(NamedTuple):
     prompts: Iterator[Prompt]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def untied(tmp_path_factory):
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["gloo", "nccl"])
+async def untied(tmp_path_factory, request):
     """A student over two ranks, two generators of three requests at a time, two teachers; long
     responses."""
     folder = tmp_path_factory.mktemp("untied")
@@ -104,9 +108,13 @@ async def untied(tmp_path_factory):
         "rollout.generators=2",
         "rollout.max_new_tokens=230",
         "rollout.concurrency=3",
+        f"sync.backend={request.param}",
     )
-    async with running(config, eos_ids=()) as (roles, publisher, prompts):
-        yield Running(config, roles, publisher, prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("async_opd.runtime.cluster.ActorSpecs", Specs)
+        patch.setattr("async_opd.runtime.cluster.refuse_without_gpus", lambda *_: None)
+        async with running(config, eos_ids=()) as (roles, publisher, prompts):
+            yield Running(config, roles, publisher, prompts)
 
 
 async def check_three_updates(run: Running) -> None:
@@ -148,8 +156,8 @@ async def test_two_teachers_that_follow_score_as_the_student_does(untied):
         assert np.abs(scores.sampled_logp - logp).max() <= 1e-4
 
 
-async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_version_serving(untied):
-    _, roles, publisher, prompts = untied
+async def test_updates_in_flight_are_exact_and_a_failed_one_is_repeated(untied):
+    config, roles, publisher, prompts = untied
     generator = roles.generators[0]
     data = await produced(roles, prompts, 2)
 
@@ -177,12 +185,16 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     layout = await roles.learner.weight_layout()
     with pytest.raises((AsyncOpdError, ray.exceptions.RayTaskError)):
         await generator.update(99, layout, 0)  # the learner sends nothing: the broadcast times out
-    await generator.resume(0)
-    meta, ref = await generator.generate(next(prompts))
-    assert {span.version for span in meta.spans[0]} == {version}
-    group = await ref
-    logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
-    assert np.abs(logp - group.rollouts[0].behaviour_logp).max() <= 1e-4
+    if config.sync.backend == "nccl":  # some weights may be new, and none need be whole
+        with pytest.raises(SyncFailed, match="its last update broke off half-way"):
+            await generator.resume(0)
+    else:  # the old version is still whole
+        await generator.resume(0)
+        meta, ref = await generator.generate(next(prompts))
+        assert {span.version for span in meta.spans[0]} == {version}
+        group = await ref
+        logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
+        assert np.abs(logp - group.rollouts[0].behaviour_logp).max() <= 1e-4
 
     version = (await roles.learner.step(data)).version
     queued = [asyncio.ensure_future(generator.generate(next(prompts))) for _ in range(6)]
@@ -212,3 +224,31 @@ async def test_updates_in_flight_are_exact_and_a_failed_one_leaves_the_old_versi
     assert [span.version for span in meta.spans[0]] == [before, version]
     meta, _ = await generator.generate(next(prompts))
     assert {span.version for span in meta.spans[0]} == {version}
+
+
+DOOMS = [("join", signal.SIGKILL), ("update", signal.SIGKILL), ("update", signal.SIGSTOP)]
+
+
+async def test_a_generator_that_dies_or_hangs_costs_the_timeout_and_itself(untied):
+    """Newcomers join while the others are in flight; then one after another goes, each in a way of
+    its own, and every time the others take the version whole."""
+    config, roles, _, prompts = untied
+    ports = await asyncio.gather(*(roles.spawn("generator", 2 + n) for n in range(len(DOOMS))))
+    pool = ReplicaPool("generator", [*roles.generators, *ports])
+    publisher = WeightPublisher(replica(roles.learner), pool, parity_every=1, tolerance=1e-4)
+    data = await produced(roles, prompts, 2)
+    long = asyncio.ensure_future(roles.generators[1].generate(next(prompts)))
+    for doomed, (where, how) in zip(ports, DOOMS, strict=True):
+        if where == "update":
+            version = (await roles.learner.step(data)).version
+            assert await publisher.publish(version, admit=lambda: None) <= 1e-4
+        version = (await roles.learner.step(data)).version
+        await doomed._actor.call(5, "doom", where, int(how))
+        serving, started = len(pool.serving), time.monotonic()
+        assert await publisher.publish(version, admit=lambda: None) <= 1e-4
+        assert len(pool.serving) == serving - 1
+        # the driver gives a member up after twice the timeout; and what a busy machine adds
+        assert time.monotonic() - started < 2 * config.sync.timeout_s + 20
+    meta, _ = await long
+    assert meta.spans[0][-1].end == 230
+    assert {each.port for each in pool.serving} == {*roles.generators}

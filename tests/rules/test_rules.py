@@ -53,7 +53,10 @@ CONFINED = {
         "roles/rollout/generator.py",
         "roles/rollout/requests.py",
         "roles/weight_sync/receiver.py",
+        "roles/weight_sync/nccl.py",
+        "roles/weight_sync/reload.py",
         "roles/weight_sync/sender.py",
+        "roles/weight_sync/vllm_updates.py",
         "roles/teacher/vllm_teacher.py",
     },
 }

@@ -249,6 +249,8 @@ class SimulatedLearner(Learner):
     async def open_group(self, generators: int) -> list[WeightGroup]:
         return [WeightGroup("localhost", 1, 1 + i, 1 + generators, 1, 1) for i in range(generators)]
 
+    async def leave_group(self) -> None: ...
+
     async def weight_layout(self) -> WeightLayout:
         return WeightLayout((), (), ())
 

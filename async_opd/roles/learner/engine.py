@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from async_opd.core.errors import CheckpointNotSaved, Diverged, SyncFailed
+from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -35,11 +35,11 @@ from async_opd.roles.learner.deepspeed_config import deepspeed_config
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
+from async_opd.roles.learner.weight_group import LearnerGroup
 from async_opd.roles.learner.weights import StudentWeights
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.roles.weight_sync.gloo import join_store, open_store
-from async_opd.roles.weight_sync.sender import SENDERS
 
 DEEPSPEED = "deepspeed"  # folder of its files in a rank's state
 
@@ -96,6 +96,7 @@ class LearnerRank:
         self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
+        self._group = LearnerGroup(self._rank, settings, self._weights)
         width = lm.config.get_text_config(decoder=True).hidden_size
         student = Student(
             lm,
@@ -210,35 +211,23 @@ class LearnerRank:
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
         """Rank 0: prepare at `host` a group with so many generators of so many `ranks` each."""
-        settings = self._settings
-        self._sender = SENDERS[settings.backend](
-            host, bucket_bytes=settings.bucket_bytes, timeout_s=settings.sync_s
-        )
-        world = 1 + generators * ranks
-        return [self._sender.group(1 + i * ranks, world) for i in range(generators)]
+        return self._group.open(host, generators, ranks)
 
-    def join_group(self, world: int) -> None:
+    async def join_group(self, world: int) -> None:
         """Rank 0: wait for the opened group's members. Raises SyncFailed when one stays away."""
-        try:
-            self._sender.join(world)
-        except (RuntimeError, OSError) as e:  # the second: somebody took its port
-            raise SyncFailed(f"the weight group of {world} members did not form: {e}") from e
+        await self._group.join(world)
+
+    async def leave_group(self) -> None:
+        """Rank 0: end the group; returns once nothing goes on in it any more."""
+        await self._group.leave()
 
     def weight_layout(self) -> WeightLayout:
         """What an update carries: the same for every update, and for every generator."""
         return self._weights.layout()
 
-    def send_weights(self) -> None:
+    async def send_weights(self) -> None:
         """Rank 0 broadcasts the live weights. Raises SyncFailed when a member is gone or slow."""
-        weights = self._weights.tensors()
-        try:
-            if self._rank == 0:
-                self._sender.send(self._weights.described, weights)
-        except RuntimeError as e:
-            raise SyncFailed(f"the broadcast of version {self.version} broke off: {e}") from e
-        finally:
-            for _ in weights:  # every rank gathers to the end, also where the broadcast broke off
-                pass
+        await self._group.send(self.version)
 
     def save(self, folder: str) -> None:
         """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory."""

@@ -1,8 +1,9 @@
 """The student's weights as they leave the learner, a bucket at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,7 +44,13 @@ class StudentWeights:
     def tensors(self) -> Iterator[Tensor]:
         """All weights by their checkpoint names, as they are described. Collective."""
         for bucket in self._gathered():
-            yield from checkpoint_names.tensors(self._lm, bucket, self._parameters)
+            for piece in bucket:
+                with on_default_stream():
+                    made = list(checkpoint_names.tensors(self._lm, [piece], self._parameters))
+                for tensor in made:
+                    if tensor.is_cuda:  # its memory is not to be another's while it is read there
+                        tensor.record_stream(torch.cuda.current_stream())
+                    yield tensor
 
     def copied(self, keep: bool) -> dict[str, Tensor]:
         """A whole copy in host memory by the model's own names, on the ranks that `keep` it.
@@ -62,5 +69,27 @@ class StudentWeights:
         """The weights, of which only those of the bucket in hand are whole under ZeRO-3."""
         for bucket in buckets(self._pieces, self._bucket_bytes):
             names = (name for piece in bucket for name in piece.parameters)
-            with self._gather([self._parameters[name] for name in names]):
+            gathering = self._gather([self._parameters[name] for name in names])
+            with ExitStack() as whole:
+                with on_default_stream():
+                    whole.enter_context(gathering)
                 yield bucket
+                with on_default_stream():
+                    whole.close()
+
+
+@contextmanager
+def on_default_stream() -> Iterator[None]:
+    """Have what goes on inside done on the GPU's default stream, and wait until it is done; where
+    there is a GPU.
+
+    A gather is something that all ranks do, in one order. On the streams of who asks for weights it
+    would stand behind broadcasts that wait for others.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.default_stream()
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

@@ -13,6 +13,7 @@ from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Needs
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.rollout.config import RolloutConfig
+from async_opd.roles.weight_sync.receiver import ENGINES
 
 
 def engine_args(
@@ -39,7 +40,7 @@ def engine_args(
         block_size=block,
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        weight_transfer_config=WeightTransferConfig(backend=settings.backend),
+        weight_transfer_config=WeightTransferConfig(backend=ENGINES[settings.backend]),
         logprobs_mode="processed_logprobs",
         max_logprobs=needs.teacher_at_student_ids,
         worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",

@@ -7,17 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferInitRequest,
-    WeightTransferUpdateRequest,
-)
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from async_opd.core.errors import CallFailed, WireError
+from async_opd.core.errors import CallFailed, SyncFailed, WireError
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.vocabulary import drawn, exchanged
 from async_opd.core.wire import (
@@ -36,7 +32,7 @@ from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args
 from async_opd.roles.rollout.requests import EVALUATION, PROBE, Requests, named, version_of
 from async_opd.roles.rollout.stops import stop_tokens
-from async_opd.roles.weight_sync.vllm_infos import init_info, update_info
+from async_opd.roles.weight_sync import vllm_updates
 
 PROBE_TOKENS = 8  # sampled by a probe
 
@@ -50,6 +46,7 @@ class RolloutGenerator:
         self._settings, self._config = settings, config
         self._needs = needs
         self._candidates = 0  # ids beside each token; `start` has them made
+        self._whole = True  # its weights are all of one version
         # at each update it warns of tied heads, which get no weights of their own
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
             logging.ERROR
@@ -129,9 +126,7 @@ class RolloutGenerator:
         """Join the learner's weight group; waits until all members have. Raises SyncFailed or
         ActorLost."""
         with self._named("did not join the weight group"):
-            await self._engine.init_weight_transfer_engine(
-                WeightTransferInitRequest(init_info(group, self._settings.backend))
-            )
+            await vllm_updates.join(self._engine, group)
 
     async def update(self, version: int, layout: WeightLayout, oldest: int) -> None:
         """Pause, receive and load weights, and label them `version`. Stays paused: `resume` is a
@@ -139,9 +134,12 @@ class RolloutGenerator:
 
         Running requests go on, under the new weights: over KV that is computed anew by these, or,
         with `keeps_kv`, over what it was; none that enters later reads KV of older weights. Those
-        with a token of a version before `oldest` are cut off. If receiving fails (SyncFailed) the
-        old version is still whole, and still the label; another try may follow.
+        with a token of a version before `oldest` are cut off. If receiving fails (SyncFailed)
+        another try may follow, after `join_group`. By gloo the old version is still whole then, and
+        still the label; by nccl some weights may be new, or neither, and `resume` refuses until a
+        whole update has come.
         """
+        self._whole = self._settings.backend == "gloo"
         with self._named(f"did not take version {version}"):
             await self._requests.pause()
             # What `pause_generation` does, without its sleep of 20 ms for callers who watch the
@@ -149,15 +147,16 @@ class RolloutGenerator:
             await self._engine.engine_core.pause_scheduler_async(
                 mode="keep", clear_cache=not self._settings.keeps_kv
             )
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info(layout)))
-            await self._engine.finish_weight_update(weight_version=str(version))
+            await vllm_updates.take(self._engine, version, layout)
+            self._whole = True
             await self._requests.renew(oldest)
 
     async def resume(self, expected: int) -> None:
         """Run on, once the `expected` requests that were sent during the pause are here; they are
         in the engine before it does. With none expected it runs on at once. Either way they enter
         in the order of their ids, so a synchronous run repeats itself exactly."""
+        if not self._whole:
+            raise SyncFailed(f"{self._settings.name}: its last update broke off half-way")
         await self._requests.resume(expected)
 
     async def check_health(self) -> None:

@@ -23,6 +23,7 @@ class Candidates:
     """What `worker_extension_cls` adds to a vLLM worker."""
 
     model_runner: Any  # the worker's
+    weight_transfer_engine: Any  # the worker's
 
     def use_only(self, ids: Ids) -> None:
         """Give every other id the logit -∞ from now on, wherever logits are made: none is sampled,
@@ -46,6 +47,12 @@ class Candidates:
         sampler.gather_logprobs = partial(
             with_candidates, type(sampler).gather_logprobs, which=which
         )
+
+    def break_off_update(self) -> None:
+        """Be ready for an update, wherever the last one has ended. A worker that did its part
+        before another failed takes that update to be under way, and would refuse the next."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.break_off()
 
     def _others(self, ids: Ids) -> Tensor:
         """Mark the ids of the head that are none of these, bool [V]."""

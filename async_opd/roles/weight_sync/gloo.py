@@ -51,18 +51,6 @@ class Piece:
 Item = TypeVar("Item", TensorMeta, Piece)  # what fills a bucket
 
 
-def held_port(host: str) -> socket.socket:
-    """Open a socket that keeps a port of `host` for one who will listen there, until it is closed.
-
-    The system gives the port to nobody else; a server that asks for it by its number and with
-    SO_REUSEADDR, as servers do, gets it. Until then nobody listens there.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
-    return held
-
-
 def open_store(host: str, timeout_s: float) -> TCPStore:
     """Open the store where the members of a group meet: this process listens from now on, at `host`
     (an address of this machine) and there alone, where torch by itself would on every interface.

@@ -1,35 +1,38 @@
-"""vLLM's side of a weight update by gloo: a weight-transfer engine registered through vLLM's plugin
-entry point."""
+"""vLLM's side of a weight update: weight-transfer engines registered through vLLM's plugin entry
+point."""
 
 import math
 import multiprocessing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
+from vllm.config import ParallelConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
 )
 
 from async_opd.roles.verifier.sandbox.namespaces import die_with
+from async_opd.roles.weight_sync import reload
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
+from async_opd.roles.weight_sync.nccl import NcclGroup
+
+# What vLLM knows the engines below by, by `sync.backend`: it has an `nccl` of its own.
+ENGINES = {"gloo": "async_opd_gloo", "nccl": "async_opd_nccl"}
 
 
 @dataclass
-class GlooInit(WeightTransferInitInfo):
+class GroupInit(WeightTransferInitInfo):
     """Where this generator's workers join: their ranks start at `rank_offset`, rank 0 is the
     learner."""
 
@@ -39,6 +42,10 @@ class GlooInit(WeightTransferInitInfo):
     world: int
     bucket_bytes: int
     timeout_s: float
+
+    def rank(self, parallel: ParallelConfig) -> int:
+        """That of the worker with these places."""
+        return self.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
 
 
 @dataclass
@@ -50,23 +57,21 @@ class GlooUpdate(WeightTransferUpdateInfo):
     shapes: list[list[int]]
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
-    """Receives every byte before it touches the model, so an update that fails leaves the old
-    version serving."""
+class GlooEngine(WeightTransferEngine[GroupInit, GlooUpdate]):
+    """Receives every byte before it touches the model, so a broadcast that fails leaves the old
+    version serving. On a GPU, too: each worker has room for the whole model in host memory."""
 
-    init_info_cls = GlooInit
+    init_info_cls = GroupInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
 
-    def init_transfer_engine(self, init_info: GlooInit) -> None:
+    def init_transfer_engine(self, init_info: GroupInit) -> None:
         """Join the learner's group, replacing the one of an earlier epoch."""
+        self.shutdown()
         self._init = init_info
-        parallel = self.parallel_config
         self._group = gloo_group(
             join_store(init_info.host, init_info.port, init_info.timeout_s),
-            rank=init_info.rank_offset
-            + parallel.data_parallel_index * parallel.world_size
-            + parallel.rank,
+            rank=init_info.rank(self.parallel_config),
             world=init_info.world,
             timeout_s=init_info.timeout_s,
         )
@@ -89,37 +94,75 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
             arriving.append((bucket, flat.split(elements), broadcast(group, flat)))
         for _, _, work in arriving:
             work.wait()
-        if self.device.type == "cpu":
-            self._rebuild_experts()
-        initialize_layerwise_reload(self.model)
         model: Any = self.model  # of any of vLLM's classes
-        model.load_weights(
-            (meta.name, part.view(meta.shape).to(self.device))
-            for bucket, parts, _ in arriving
-            for meta, part in zip(bucket, parts, strict=True)
-        )
+        with ExitStack() as broken:
+            broken.callback(self.break_off)
+            reload.begin(model, self.device)
+            model.load_weights(
+                (meta.name, part.view(meta.shape).to(self.device))
+                for bucket, parts, _ in arriving
+                for meta, part in zip(bucket, parts, strict=True)
+            )
+            broken.pop_all()
 
     def finish_weight_update(self) -> None:
-        """Rebuild the kernels' tensors. A tied LM head gets no weights of its own, so the reload
-        puts back the copy that the CPU kernel packed at load time; repacking it from the live
-        weight is harmless where it is untied."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        for module in self.model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+        """Rebuild the kernels' tensors."""
+        reload.finish(self.model, self.model_config)
 
-    def _rebuild_experts(self) -> None:
-        """Let the reload build the experts' kernels anew: it keeps one that is there, and on CPUs
-        it then leaves out to pack the weights, so that the logits are silently wrong (by 8 nats on
-        a random model)."""
-        for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
-            if isinstance(method, UnquantizedFusedMoEMethod):
-                method.moe_kernel = None
+    def break_off(self) -> None:
+        """Make the model ready for another update, wherever the last one has ended."""
+        reload.break_off(self.model)
 
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = None
+
+
+class NcclEngine(NCCLWeightTransferEngine):
+    """vLLM's own engine over a group whose every wait ends. It loads what has come while the rest
+    travels, so that after an update that fails the model holds weights of two versions, or worse:
+    it must not serve until a later one has succeeded, and can take that."""
+
+    init_info_cls: Any = GroupInit
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Join the learner's group (a `GroupInit`), replacing the one of an earlier epoch. Raises
+        RuntimeError where it does not form in time."""
+        self.shutdown()
+        self.packed, self.packed_buffer_size_bytes = True, init_info.bucket_bytes
+        group: Any = NcclGroup(
+            join_store(init_info.host, init_info.port, init_info.timeout_s),
+            rank=init_info.rank(self.parallel_config),
+            world=init_info.world,
+            timeout_s=init_info.timeout_s,
+        )
+        self.model_update_group = group
+
+    def start_weight_update(self) -> None:
+        """Make the model ready for weights of the checkpoint."""
+        reload.begin(self.model, self.device)
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Receive and load, at most the group's timeout. Raises RuntimeError where that is not
+        enough; the group has then ended."""
+        group: Any = self.model_update_group
+        with ExitStack() as broken:
+            broken.callback(self.break_off)
+            broken.callback(self.shutdown)
+            assert group is not None, "update without a group"
+            with group.bounded():
+                super().receive_weights(update_info)
+            broken.pop_all()
+
+    def finish_weight_update(self) -> None:
+        """Rebuild the kernels' tensors."""
+        reload.finish(self.model, self.model_config)
+
+    def break_off(self) -> None:
+        """Make the model ready for another update, wherever the last one has ended; what it has
+        put on any stream comes to its end before."""
+        torch.accelerator.synchronize()
+        reload.break_off(self.model)
 
 
 def register() -> None:
@@ -129,5 +172,6 @@ def register() -> None:
     them is the parent's main one."""
     if (parent := multiprocessing.parent_process()) and parent.pid:
         die_with(parent.pid)
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+    for backend, engine in (("gloo", GlooEngine), ("nccl", NcclEngine)):
+        if ENGINES[backend] not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(ENGINES[backend], engine)
