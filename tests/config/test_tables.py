@@ -1,6 +1,7 @@
 """Tables that are passed through to vLLM and DeepSpeed: what they may hold, and that it arrives."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config import deepspeed_keys, signatures, tables, vllm_arguments
 from async_opd.config.evaluation import load_eval, run_config
 from async_opd.config.load import load, load_run
+from async_opd.config.teacher_rules import refuse_without_gpus
 from async_opd.core.errors import ConfigError
 from async_opd.core.run_dir import CONFIG
 
@@ -160,6 +162,17 @@ def test_a_table_goes_into_the_runs_config_and_comes_back(overrides, tmp_path):
     assert more.rollout.engine == config.rollout.engine | {"max_num_scheduled_tokens": 512}
 
 
+def test_speculation_is_refused_where_its_log_probs_are_wrong(tmp_path):
+    """On CPU vLLM draws what follows a draft by writing over the logits that it reads log-probs
+    from: in a trial of 60 tokens 56 were off, or NaN."""
+    speculation = "{ method = 'ngram', num_speculative_tokens = 3 }"
+    for section, more in {"rollout": [], "teacher": [VLLM_TEACHER]}.items():
+        table = f"{section}.engine.speculative_config"
+        config = load(DEMO, [f"{table}={speculation}", *more, f"run.dir={tmp_path}/run"])
+        with pytest.raises(ConfigError, match=f"^{re.escape(table)}: must be absent on a cluster"):
+            refuse_without_gpus(config.scorers, config.rollout, config.objective, False, "gloo")
+
+
 def test_an_evaluation_has_the_table_too(tmp_path):
     settings = ["data.path=toy:heldout", f"run.dir={tmp_path}/eval"]
     asked = load_eval("toy:student", [*settings, "rollout.engine.block_size=32"])
@@ -267,6 +280,30 @@ def test_signatures_are_those_of_the_imported_vllm():
     told = {name: words(hints[name]) for name in fields if words(hints[name])}
     assert len(told) > 20
     assert {name: words(fields[name]) for name in told} == told
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeeds_table_goes_beside_what_is_ours(stage):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from async_opd.roles.learner.config import LearnerConfig
+    from async_opd.roles.learner.deepspeed_config import deepspeed_config
+
+    table = {
+        "communication_data_type": "fp32",
+        "zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 10},
+    }
+    learner = LearnerConfig(trajectories_per_step=1, lr=1e-3, zero_stage=stage, deepspeed=table)
+    without = msgspec.structs.replace(learner, deepspeed={})
+    made, ours = deepspeed_config(learner, 8), deepspeed_config(without, 8)
+    assert made["zero_optimization"] == ours["zero_optimization"] | table["zero_optimization"]
+    assert {k: v for k, v in made.items() if k not in table} == {
+        k: v for k, v in ours.items() if k not in table
+    }
+    read = DeepSpeedConfig(made)
+    assert read.zero_config.stage == stage
+    assert read.zero_config.reduce_bucket_size == 1000
+    assert read.zero_config.max_live_parameters == 10
 
 
 SOURCE = {
