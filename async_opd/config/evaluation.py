@@ -96,7 +96,7 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
     model = asked.student.model
     if folder := local("student.model", model, MODELS):
         tokens = rollout.max_new_tokens or 1
-        check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens, False)
+        check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens)
     check_run_dir(run_config(asked))
     return asked
 

@@ -1,7 +1,9 @@
 """Tables that are passed through to vLLM and DeepSpeed: what they may hold, and that it arrives."""
 
 import importlib.util
+import json
 import re
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,7 @@ from async_opd.config.load import load, load_run
 from async_opd.config.teacher_rules import refuse_without_gpus
 from async_opd.core.errors import ConfigError
 from async_opd.core.run_dir import CONFIG
+from async_opd.toy import STUDENT
 
 VLLM_TEACHER = "teacher.backend=vllm"
 REFERENCE = ("objective={ tag = 'g_opd', lambda = 1.25 }", "reference.backend=vllm")
@@ -171,6 +174,19 @@ def test_speculation_is_refused_where_its_log_probs_are_wrong(tmp_path):
         config = load(DEMO, [f"{table}={speculation}", *more, f"run.dir={tmp_path}/run"])
         with pytest.raises(ConfigError, match=f"^{re.escape(table)}: must be absent on a cluster"):
             refuse_without_gpus(config.scorers, config.rollout, config.objective, False, "gloo")
+
+
+def test_a_teachers_context_is_what_its_table_makes_of_it(tmp_path):
+    long = [VLLM_TEACHER, "rollout.max_new_tokens=3000", "learner.micro_batch_tokens=8192"]
+    run, model = f"run.dir={tmp_path}/run", tmp_path / "student"
+    shutil.copytree(STUDENT, model)
+    read = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(read | {"max_position_embeddings": 10_000}))
+    settings = [*long, f"student.model={model}", run]
+    with pytest.raises(ConfigError, match=r"the context of teacher\.model"):
+        load(DEMO, settings)
+    more = "teacher.engine.hf_overrides={ max_position_embeddings = 4096 }"
+    assert load(DEMO, [*settings, more]).teacher.engine
 
 
 def test_an_evaluation_has_the_table_too(tmp_path):

@@ -79,3 +79,41 @@ def test_the_model_runner_is_ours_to_choose(gib, patched, runner, before, card, 
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", before)
     pin_runner(patched=patched)
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == runner
+
+
+@pytest.mark.parametrize(
+    ("table", "arrived"),
+    [
+        ({"quantization": "fp8"}, "fp8"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"max_num_batched_tokens": 8192}, 8192),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "ngram",
+        ),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, "NONE"),
+    ],
+    ids=["fp8 weights", "fp8 KV", "batched tokens", "speculation", "a table in it"],
+)
+def test_a_table_reaches_what_vllm_makes_of_it(table, arrived):
+    from async_opd.roles.models.vllm_cpu import cpu_engine
+    from async_opd.roles.rollout.engine_args import with_table
+
+    ours = dict(model=str(STUDENT), dtype="bfloat16", max_model_len=64)
+    args = with_table("teacher", ours | cpu_engine(1, enforce_eager=True), table)
+    made = args.create_engine_config()
+    speculation = made.speculative_config and made.speculative_config.method
+    there = {
+        "quantization": made.model_config.quantization,
+        "kv_cache_dtype": made.cache_config.cache_dtype,
+        "max_num_batched_tokens": made.scheduler_config.max_num_batched_tokens,
+        "speculative_config": speculation,
+        "compilation_config": made.compilation_config.cudagraph_mode.name,
+    }
+    assert [there[name] for name in table] == [arrived]
