@@ -11,6 +11,7 @@ from async_opd.config.paths import MODELS, check_data, check_model, check_run_di
 from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
+from async_opd.config.tables import check_engine
 from async_opd.config.teacher_rules import refuse_broken
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Sampling
@@ -90,11 +91,12 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
             *check_rules(asked.verify),
         ]
     )
+    check_engine("rollout", asked.rollout)
     check_data("data.path", asked.data.path)
     model = asked.student.model
     if folder := local("student.model", model, MODELS):
         tokens = rollout.max_new_tokens or 1
-        check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens, False)
+        check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens)
     check_run_dir(run_config(asked))
     return asked
 

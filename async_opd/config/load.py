@@ -14,6 +14,7 @@ from msgspec import Struct
 from async_opd.config.paths import check_files, check_run_dir, expand
 from async_opd.config.rules import rules
 from async_opd.config.schema import AnyObjective, Config
+from async_opd.config.tables import check_tables
 from async_opd.config.teacher_rules import refuse_broken
 from async_opd.config.validate import refuse_mistakes
 from async_opd.core.errors import ConfigError, RunMissing
@@ -75,6 +76,7 @@ def _complete(tree: dict, overrides: Sequence[str], new: bool, elsewhere: bool) 
         expand(tree)
     config = checked(tree, Config)
     refuse_broken(rules(config))
+    check_tables(config)
     check_files(config, elsewhere)
     check_run_dir(config, new)
     return config

@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from async_opd import toy
 from async_opd.config.schema import Config
@@ -18,6 +19,7 @@ from async_opd.core.reading import content_of, looked_up, refused
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
 
+Engine = dict[str, Any]  # a table of the config
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PATHS = {"dir", "model", "path"}  # settings of sections that are paths, or may be
 MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are shipped
@@ -72,10 +74,11 @@ def local(
 
 
 def check_model(
-    section: str, name: str, folder: Path, sequence: str, longest: int, vllm: bool
+    section: str, name: str, folder: Path, sequence: str, longest: int, engine: Engine | None = None
 ) -> None:
-    """Refuse what is no model, or has no context for `sequence`; vLLM samples one token behind what
-    it scores."""
+    """Refuse what is no model, or has no context for `sequence`, where the table of an `engine` of
+    vLLM's may change the model's config; that samples one token behind what it scores."""
+    vllm = engine is not None
     setting = f"{section}.model = {name!r}"
     with refused(setting):
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -90,7 +93,7 @@ def check_model(
     with foreign(f"{setting}: its config.json is not JSON", ConfigError):
         model = json.loads(content)
     with foreign(f"{setting}: its config.json is not a model's", ConfigError):
-        most = int(context(model) or 0)
+        most = int(context(model | (engine or {}).get("hf_overrides", {})) or 0)
     if most and most < longest + vllm:
         behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
         raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
@@ -119,8 +122,8 @@ def check_files(c: Config, elsewhere: bool) -> None:
         if folder := local(f"{section}.model", model, MODELS, elsewhere):
             scorer = c.scorers.get(section)
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
-            vllm = scorer is not None and scorer.backend == "vllm"
-            check_model(section, model, folder, f"{bound} = {tokens}", tokens, vllm)
+            engine = scorer.engine if scorer is not None and scorer.backend == "vllm" else None
+            check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
     check_data("data.path", c.data.path, elsewhere)
     if c.eval:
         check_data("eval.path", c.eval.path, elsewhere)

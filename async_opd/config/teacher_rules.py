@@ -211,12 +211,20 @@ def refuse_without_gpus(
                 for section, s in scorers.items()
             ),
             *(
-                (
-                    role.tensor_parallel_size > 1,
-                    f"{section}.tensor_parallel_size = {role.tensor_parallel_size}: must be 1"
-                    f" {without}",
-                )
+                rule
                 for section, role in {"rollout": rollout, **scorers}.items()
+                for rule in (
+                    (
+                        role.tensor_parallel_size > 1,
+                        f"{section}.tensor_parallel_size = {role.tensor_parallel_size}: must be 1"
+                        f" {without}",
+                    ),
+                    (
+                        "speculative_config" in role.engine,
+                        f"{section}.engine.speculative_config: must be absent {without}, where"
+                        " vLLM's log-probs of what was speculated are of other logits",
+                    ),
+                )
             ),
         ]
     )

@@ -35,6 +35,11 @@ def refuse_mistakes(tree: Any, kind: type[Struct]) -> None:
     _check(tree, kind, "", {f.name: _sections(f.type) for f in fields if not _named(f.type)})
 
 
+def refuse_unlike(table: dict[str, Any], kind: type[Struct], path: str) -> None:
+    """Raise ConfigError for the first name or value of the table at `path` that `kind` has not."""
+    _check(table, kind, path, {})
+
+
 def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[Struct]]]) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} = {shown(tree)}: must be {_a_section(path, [kind])}")
@@ -66,6 +71,9 @@ def _check_value(path: str, value: Any, type_: Any) -> None:
             msgspec.convert(value, type_)
             return
     info = inspect.type_info(type_)
+    if isinstance(info, inspect.UnionType):
+        kinds = [each for each in info.types if not isinstance(each, inspect.NoneType)]
+        info = kinds[0] if len(kinds) == 1 else info
     if isinstance(info, inspect.LiteralType):
         raise ConfigError(wrong(path, value, info.values))
     raise ConfigError(f"{path} = {shown(value)}: must be {_allowed(info)}")

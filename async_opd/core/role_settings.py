@@ -45,6 +45,7 @@ class ScorerSettings(Struct, frozen=True):
     # its ends and the student's that they are read as: where one is asked for the other is read
     ends_as: tuple[tuple[int, int], ...] = ()
     trust_remote_code: bool = False
+    section: str = "teacher"  # of the config
 
 
 class LearnerSettings(Struct, frozen=True):

@@ -27,7 +27,9 @@ def shown(value: Any) -> str:
 def nearest(value: Any, choices: Iterable[object]) -> str:
     """Suggest the one of `choices` that is spelt almost as `value` is; nothing where none is."""
     word = value[:LONGEST] if isinstance(value, str) else shown(value)
-    return did_you_mean(get_close_matches(word, map(str, choices), n=1, cutoff=0.5))
+    spelt = {f"{choice}".lower(): f"{choice}" for choice in choices}
+    near = get_close_matches(word.lower(), spelt, n=1, cutoff=0.5)
+    return did_you_mean([spelt[each] for each in near])
 
 
 def beside(path: str | Path) -> str:

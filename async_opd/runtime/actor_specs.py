@@ -86,6 +86,7 @@ class ActorSpecs:
             tensor_parallel_size=teacher.tensor_parallel_size,
             memory_gib=teacher.memory_gib,
             gpu_memory_utilization=teacher.gpu_memory_utilization,
+            engine={k: v for k, v in teacher.engine.items() if k != "max_num_seqs"},
         )
         return self._generator(
             name,
@@ -134,6 +135,7 @@ class ActorSpecs:
             ends_as=self._tokens.ends_as.get(section, ()),
             max_new_tokens=config.rollout.max_new_tokens,
             as_student=reference,
+            section=section,
             trust_remote_code=config.run.trust_remote_code,
         )
         vllm = scorer.backend == "vllm"

@@ -49,6 +49,7 @@ CONFINED = {
     },
     "deepspeed": {"roles/learner/engine.py"},
     "vllm": {
+        "roles/models/vllm_columns.py",  # a class of its front end's, for generators and teachers
         "roles/rollout/engine_args.py",
         "roles/rollout/generator.py",
         "roles/rollout/requests.py",

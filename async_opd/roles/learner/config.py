@@ -1,6 +1,6 @@
 """Settings of the learner."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -28,3 +28,5 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 8192
     head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
     gradient_checkpointing: bool = False
+    # Passed to DeepSpeed, checked against its config: such as zero_optimization.reduce_bucket_size.
+    deepspeed: dict[str, Any] = {}

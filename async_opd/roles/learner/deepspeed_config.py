@@ -15,7 +15,7 @@ def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # the plan decides how many micro-batches make a step
         "managed_gradient_accumulation": False,
@@ -35,3 +35,5 @@ def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
         # absent, it would be 1.0
         "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
     }
+    table = config.deepspeed  # which has none of what is above but `zero_optimization`
+    return ours | table | {"zero_optimization": zero | table.get("zero_optimization", {})}

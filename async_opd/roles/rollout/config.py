@@ -47,6 +47,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # Ids and texts that end a response besides the model's own end tokens, and are part of it. An
     # added token is its id; any other text ends it with the token that completes it.
     stop: tuple[Annotated[int, Meta(ge=0)] | Annotated[str, Meta(min_length=1)], ...] = ()
+    # Passed to vLLM's AsyncEngineArgs, checked against them: such as max_num_batched_tokens.
+    engine: dict[str, Any] = {}
 
 
 class RolloutConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

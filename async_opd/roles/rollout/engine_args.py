@@ -1,14 +1,18 @@
-"""The settings of a generator's engine."""
+"""Arguments of vLLM's engines: those of a generator, and what any role's table of the config has in
+their place."""
 
 import os
 import shutil
+from copy import deepcopy
 from typing import Any
 
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from async_opd.core.errors import ConfigError
+from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Needs
 from async_opd.roles.models.vllm_cpu import cpu_engine
@@ -20,7 +24,8 @@ def engine_args(
     settings: GeneratorSettings, config: RolloutConfig, needs: Needs, *, longest: int, block: int
 ) -> AsyncEngineArgs:
     """What vLLM takes for sequences of at most `longest` tokens, with a prefix cache of blocks of
-    `block` tokens. Raises ConfigError where it would be compiled and there is no compiler."""
+    `block` tokens, and what the config's table has in its place. Raises ConfigError where it would
+    be compiled and there is no compiler, and where vLLM refuses the table."""
     cpu = current_platform.is_cpu()
     if cpu and not config.enforce_eager and not shutil.which(os.environ.get("CXX", "g++")):
         raise ConfigError(
@@ -31,12 +36,15 @@ def engine_args(
         if cpu
         else {"enforce_eager": config.enforce_eager}
     )
-    return AsyncEngineArgs(
+    ours = dict(
         model=settings.model,
         dtype=config.dtype,
         seed=settings.seed,
         max_model_len=longest,
         max_num_seqs=config.concurrency,
+        max_num_batched_tokens=prefilled_at_once(
+            ranks=config.tensor_parallel_size, longest=longest, sequences=config.concurrency
+        ),
         block_size=block,
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -53,3 +61,30 @@ def engine_args(
         disable_log_stats=True,
         **device,
     )
+    return with_table("teacher" if settings.as_teacher else "rollout", ours, config.engine)
+
+
+def pin_runner(*, patched: bool) -> None:
+    """Choose the model runner of this process's engines, whatever the environment of a job says:
+    vLLM's second, which takes a prompt's log-probs in pieces, but its first where `patched` by
+    `vllm_candidates`, and on CPU, where it has no other."""
+    first = patched or current_platform.is_cpu()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0" if first else "1"
+
+
+def prefilled_at_once(*, ranks: int, longest: int, sequences: int) -> int | None:
+    """How many tokens a step of an engine takes: as many as vLLM's own server would on this card,
+    8,192 on one of 80 GB; None on CPU, for what it takes by itself."""
+    if current_platform.is_cpu():
+        return None
+    tokens, _ = AsyncEngineArgs.get_batch_defaults(ranks)
+    return min(tokens[UsageContext.OPENAI_API_SERVER], longest * sequences)
+
+
+def with_table(section: str, ours: dict[str, Any], table: dict[str, Any]) -> AsyncEngineArgs:
+    """Make an engine's arguments, those of the table [section.engine] in the place of `ours`, and
+    have vLLM check how they go together. Raises ConfigError with what it says of the table."""
+    if table:
+        with foreign(f"{section}.engine = {table!r}: refused by vLLM", ConfigError):
+            AsyncEngineArgs(**ours | deepcopy(table)).create_engine_config()
+    return AsyncEngineArgs(**ours | table)

@@ -2,12 +2,10 @@
 `runtime.actors.RoleActor` builds."""
 
 import logging
-import os
 from functools import partial
 from typing import Any
 
 import numpy as np
-from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -28,8 +26,9 @@ from async_opd.core.wire import (
     WeightGroup,
     WeightLayout,
 )
+from async_opd.roles.models.vllm_columns import keep_columns
 from async_opd.roles.rollout.config import RolloutConfig
-from async_opd.roles.rollout.engine_args import engine_args
+from async_opd.roles.rollout.engine_args import engine_args, pin_runner
 from async_opd.roles.rollout.requests import EVALUATION, PROBE, Requests, named, version_of
 from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync import vllm_updates
@@ -51,14 +50,14 @@ class RolloutGenerator:
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
             logging.ERROR
         )
-        block = 128 if current_platform.is_cpu() else 16  # tokens of one prefix-cache block
+        # tokens of one prefix-cache block
+        block = config.engine.get("block_size") or (128 if current_platform.is_cpu() else 16)
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be
         # hit, and show.
         self._probe_ids = drawn(settings.vocabulary, block + 16)
         self._texts = [stop for stop in settings.stops if isinstance(stop, str)]
-        if needs.teacher_at_student_ids:
-            # vLLM's other runner does not let `vllm_candidates` in
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        keep_columns()
+        pin_runner(patched=needs.teacher_at_student_ids > 0 and needs.student_ids == "sampled")
         longest = max(
             settings.max_prompt_tokens + config.max_new_tokens,
             len(self._probe_ids) + PROBE_TOKENS,
@@ -75,9 +74,9 @@ class RolloutGenerator:
         """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
         with each token of `generate`; before, there are none."""
         await self._engine.collective_rpc("use_only", args=(self._settings.vocabulary,))
-        if k := self._needs.teacher_at_student_ids:
-            await self._engine.collective_rpc("return_candidates", args=(self._needs.student_ids,))
-            self._candidates = k
+        self._candidates = self._needs.teacher_at_student_ids
+        if self._candidates and self._needs.student_ids == "sampled":
+            await self._engine.collective_rpc("sample_candidates")
 
     def sampling(self, **changes: Any) -> SamplingParams:
         """The settings of a request. It has no seed of its own: on CPU a preempted seeded request
@@ -181,10 +180,9 @@ class RolloutGenerator:
         )
 
     def _rollout(self, prompt_id: str, output: CompletionOutput) -> Rollout:
-        flat, rows = output.logprobs, len(output.token_ids)
-        assert isinstance(flat, FlatLogprobs)
-        logp = np.minimum(np.array(flat.logprobs, np.float32), 0).reshape(rows, -1)
-        ids = np.array(flat.token_ids, np.int32).reshape(logp.shape)  # the sampled ones first
+        # LogprobColumns: in each row the sampled token before its candidates
+        columns: Any = output.logprobs
+        logp, ids = np.minimum(columns.logp, 0), columns.ids
         written = exchanged(np.asarray(output.token_ids, np.int32), self._settings.ends_as)
         asked = logp.shape[1] > 1
         sampled = asked and self._needs.student_ids == "sampled"

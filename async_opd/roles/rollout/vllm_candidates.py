@@ -1,9 +1,13 @@
 """Which ids vLLM samples and has log-probs over, and which it picks beside each token. Its workers
 load this file by name.
 
-vLLM sends the likeliest ids of a position along with its token, in the same row. Other ids in their
-place share that row's way: what an update, a preemption or an abort does to a token, it does to its
-candidates.
+vLLM sends the likeliest ids of a position along with its token, in the same row, where a request
+asks for log-probs of so many. Other ids in their place share that row's way: what an update, a
+preemption or an abort does to a token, it does to its candidates.
+
+Only the first of vLLM's two model runners has a method of its sampler to put other ids in by,
+`gather_logprobs`. The second calls a function of Triton kernels over logits, by a name that each of
+its files has for itself; nothing of it runs without a GPU. `engine_args.pin_runner` chooses.
 
 `B` requests of one step, `V` rows of the head, `K` candidates. Log-probs are of logits divided by
 the temperature.
@@ -11,7 +15,7 @@ the temperature.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +44,11 @@ class Candidates:
             with_likeliest, type(sampler).gather_logprobs, without_V=self._others(ids)
         )
 
-    def return_candidates(self, which: Literal["likeliest", "sampled"]) -> None:
-        """Let `logprobs=K` of a request ask for K candidates of this kind from now on; `logprobs=0`
-        for none, as ever."""
+    def sample_candidates(self) -> None:
+        """Let `logprobs=K` of a request ask for K samples from now on, in the place of the K
+        likeliest; `logprobs=0` for none, as ever."""
         sampler = self.model_runner.sampler
-        sampler.gather_logprobs = partial(
-            with_candidates, type(sampler).gather_logprobs, which=which
-        )
+        sampler.gather_logprobs = partial(with_samples, type(sampler).gather_logprobs)
 
     def break_off_update(self) -> None:
         """Be ready for an update, wherever the last one has ended. A worker that did its part
@@ -75,28 +77,14 @@ def with_likeliest(
     return _beside(gather(logp_BV, 0, token_ids), top.indices, top.values)
 
 
-def with_candidates(
-    gather: Callable,
-    logp_BV: Tensor,
-    k: int,
-    token_ids: Tensor,
-    *,
-    which: Literal["likeliest", "sampled"],
-) -> Any:
-    """Put K candidates behind each sampled token that vLLM's `gather(logp_BV, 0, token_ids)` gives,
-    [B, 1].
-
-    "likeliest": the K likeliest ids. "sampled": K independent samples, with replacement, of the
-    distribution that the token itself was drawn from.
-    """
+def with_samples(gather: Callable, logp_BV: Tensor, k: int, token_ids: Tensor) -> Any:
+    """Put K independent samples, with replacement, of the distribution that the token itself was
+    drawn from, behind each sampled token that vLLM's `gather(logp_BV, 0, token_ids)` gives,
+    [B, 1]."""
     alone = gather(logp_BV, 0, token_ids)
     if k == 0:
         return alone
-    ids_BK = (
-        torch.multinomial(logp_BV.exp(), k, replacement=True)
-        if which == "sampled"
-        else logp_BV.topk(k).indices
-    )
+    ids_BK = torch.multinomial(logp_BV.exp(), k, replacement=True)
     return _beside(alone, ids_BK, logp_BV.gather(1, ids_BK))
 
 

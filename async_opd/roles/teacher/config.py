@@ -25,6 +25,8 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # vllm: KV cache of one engine on CPU
     # share of a GPU, of vllm; of any backend with run.share_gpu
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    # vllm: passed to its AsyncEngineArgs, checked against them: such as quantization
+    engine: dict[str, Any] = {}
 
 
 class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +76,7 @@ class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weight_end: Annotated[float, Meta(ge=0)] = 0.0  # at P2
     # Absent: rollout.max_new_tokens, the most there may be.
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
-    # Engines; dtype, memory and tensor_parallel_size are those of [teacher].
+    # Engines; dtype, memory, tensor_parallel_size and the table `engine` are those of [teacher].
     generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 64  # sequences one of them runs at once
 

@@ -3,12 +3,10 @@
 
 import asyncio
 import itertools
-import os
 from typing import Any
 
 import numpy as np
-from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
-from vllm.logprobs import FlatLogprobs
+from vllm import RequestOutput, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -19,7 +17,9 @@ from async_opd.core.foreign import foreign
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.vocabulary import exchanged, listed
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
+from async_opd.roles.models.vllm_columns import keep_columns
 from async_opd.roles.models.vllm_cpu import cpu_engine
+from async_opd.roles.rollout.engine_args import pin_runner, with_table
 from async_opd.roles.teacher.candidates import (
     Answer,
     Outcome,
@@ -50,34 +50,29 @@ class VllmTeacher:
         self._request_ids = itertools.count()
         # ids that this model has and the student has not
         self._foreign = settings.whole != settings.vocabulary
-        if needs.teacher_topk and self._foreign:
-            # vLLM's other runner does not let `vllm_candidates` in
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=config.model,
-                dtype=config.dtype,
-                max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
-                max_num_batched_tokens=config.batch_tokens,
-                max_num_seqs=min(config.batch_tokens, 256),
-                max_logprobs=-1,
-                enable_prefix_caching=False,  # prompt log-probs could not use it
-                tensor_parallel_size=config.tensor_parallel_size,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                # Penalties and end tokens of the checkpoint's own would bend `greedy`.
-                generation_config="vllm",
-                worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
-                skip_tokenizer_init=not settings.stops,
-                trust_remote_code=settings.trust_remote_code,
-                disable_log_stats=True,
-                # On CPU it would be compiled for lengths that never come again.
-                **(
-                    cpu_engine(config.memory_gib, enforce_eager=True)
-                    if current_platform.is_cpu()
-                    else {}
-                ),
-            )
+        keep_columns()
+        pin_runner(patched=needs.teacher_topk > 0 and self._foreign)
+        ours: dict[str, Any] = dict(
+            model=config.model,
+            dtype=config.dtype,
+            max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
+            max_num_batched_tokens=config.batch_tokens,
+            max_num_seqs=min(config.batch_tokens, 256),
+            max_logprobs=-1,
+            enable_prefix_caching=False,  # prompt log-probs could not use it
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            # Penalties and end tokens of the checkpoint's own would bend `greedy`.
+            generation_config="vllm",
+            worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
+            skip_tokenizer_init=not settings.stops,
+            trust_remote_code=settings.trust_remote_code,
+            disable_log_stats=True,
         )
+        if current_platform.is_cpu():
+            # It would be compiled for lengths that never come again.
+            ours |= cpu_engine(config.memory_gib, enforce_eager=True)
+        self._engine = AsyncLLM.from_engine_args(with_table(settings.section, ours, config.engine))
         self._logits = self._engine.model_config.get_vocab_size()
 
     async def start(self) -> None:
@@ -145,11 +140,14 @@ class VllmTeacher:
             }
         response = exchanged(rollout.ids, self._settings.ends_as)
         output = await self._run(np.concatenate([prompt, response]), **scoring)
-        flat, rows = output.prompt_logprobs, len(rollout.ids)
-        assert isinstance(flat, FlatLogprobs)  # as it was asked for
-        ids = np.array(flat.token_ids[-rows * (k + 1) :], np.int32).reshape(rows, k + 1)
-        logp = np.array(flat.logprobs[-rows * (k + 1) :], np.float32).reshape(rows, k + 1)
-        return ids, np.minimum(logp, 0), output.prompt_token_id_logprobs
+        columns: Any = output.prompt_logprobs  # LogprobColumns
+        rows = slice(len(columns) - len(rollout.ids), None)
+        # copies, which the rows of the prompt do not outlive
+        return (
+            columns.ids[rows].copy(),
+            np.minimum(columns.logp[rows], 0),
+            output.prompt_token_id_logprobs,
+        )
 
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises

@@ -206,7 +206,7 @@ class Engine:
         self.model_config = SimpleNamespace(get_vocab_size=lambda: vocabulary)
         self.output = output
 
-    async def collective_rpc(self, method: str, args: tuple) -> None: ...
+    async def collective_rpc(self, method: str, args: tuple = ()) -> None: ...
 
     async def add_request(self, id: str, prompt: dict, sampling, *, priority: int):
         assert type(prompt["prompt_token_ids"]) is list
@@ -226,10 +226,13 @@ class Engine:
 
 
 def flat(rows: int, width: int):
-    """Log-probs of ids 0, 1, … at each of `rows` tokens, as vLLM gives them."""
-    from vllm.logprobs import FlatLogprobs
+    """Log-probs of ids 0, 1, … at each of `rows` tokens, as our part of vLLM's front end keeps
+    them."""
+    from async_opd.roles.models.vllm_columns import LogprobColumns
 
-    return FlatLogprobs(token_ids=list(range(width)) * rows, logprobs=[-1.0] * width * rows)
+    columns = LogprobColumns()
+    columns.append(np.tile(np.arange(width), (rows, 1)), np.full((rows, width), -1.0))
+    return columns
 
 
 @pytest.fixture
@@ -314,7 +317,7 @@ def test_a_response_with_a_log_prob_that_is_none_fails_alone(around_vllm):
     def output(index: int):
         logp = flat(3, 1)
         if index == 1:
-            logp.logprobs[2] = float("nan")
+            logp.logp[2] = float("nan")
         made = CompletionOutput(index, "", [5] * 3, None, logp, finish_reason="stop")
         made.weight_versions = [WeightVersionSpan("3", 0, 3)]
         return made
@@ -375,7 +378,7 @@ class Odd(Engine):
         self.asked.append(ids[-1])
         rows = flat(2 if ids[-1] == 3 else len(ids) - 1, 1 + sampling.prompt_logprobs)
         if ids[-1] == 1:
-            rows.logprobs[-1] = float("nan")
+            rows.logp[-1, -1] = float("nan")
         if ids[-1] == 2:
             raise ValueError("it will not\nand says so at length")
         if ids[-1] == 4:
