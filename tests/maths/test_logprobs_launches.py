@@ -7,10 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
-VIEWS = frozenset(
-    "view slice select transpose t detach expand unsqueeze _unsafe_view alias permute empty_like"
-    " as_strided squeeze split split_with_sizes".split()
-)
+VIEWS = ("view", "slice", "select", "transpose", "t", "detach", "expand", "unsqueeze", "squeeze")
+VIEWS += ("_unsafe_view", "alias", "permute", "as_strided", "split", "empty_like")
 
 
 class Launches(TorchDispatchMode):

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.core.precision import Dtype
+
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One optimizer step trains `trajectories_per_step` trajectories over `ranks` data-parallel
@@ -14,7 +16,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ranks: Annotated[int, Meta(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 0  # 1, 2, 3: optimizer, gradients, weights sharded over ranks
     offload_optimizer: bool = False  # its state and step on the host; ZeRO 1 to 3
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Absent: bfloat16 on GPUs, float32 on CPUs.
+    dtype: Dtype | None = None
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (
         0.9,
         0.999,
@@ -26,5 +29,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     # Packed tokens of one forward, prompts included.
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 8192
-    head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # rows of [·, vocabulary] held at once
+    # Rows of [·, vocabulary] held at once; absent: by device, `maths.blocks.head_block`.
+    head_chunk_rows: Annotated[int, Meta(ge=1)] | None = None
+    # Logits of bfloat16 are not rounded to it: nearer to what a head in float32 has sampled.
+    head_float32: bool = False
     gradient_checkpointing: bool = False

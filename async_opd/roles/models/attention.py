@@ -140,8 +140,11 @@ def varlen(
 ) -> Tensor:
     """Attend by `torch.nn.attention.varlen`, in shapes as `packed_segments`."""
     ends_S1, longest = segments.ends(query.device), max(segments)
+    query_LHd, key_LHd, value_LHd = (x[0].transpose(0, 1) for x in (query, key, value))
     out = varlen_attn(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),  # [L, H, d]
+        query_LHd,
+        key_LHd,
+        value_LHd,
         ends_S1,
         ends_S1,
         longest,

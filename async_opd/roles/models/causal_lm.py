@@ -1,6 +1,8 @@
 """A transformers causal LM run on packed segments: shared by the learner's student and the
 teacher's scorer."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,7 @@ def load(
     called = f"model {path}"
     model = read(called, path, dtype, trust_remote_code=trust_remote_code)
     model = model.to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
-    with foreign(f"{called}: cannot be run on packed segments", ConfigError):
-        _refuse_unless_packing_is_exact(model, called)
+    refuse_unless_packing_is_exact(model, called)
     return model
 
 
@@ -119,13 +120,23 @@ def _give_padding_its_gradient(model: PreTrainedModel) -> None:
             vars(module)["padding_idx"] = None
 
 
+Gather = Callable[[list[Tensor]], AbstractContextManager[None]]
+
+
 @torch.no_grad()
-def _refuse_unless_packing_is_exact(model: PreTrainedModel, called: str) -> None:
+def refuse_unless_packing_is_exact(
+    model: PreTrainedModel, called: str, gather: Gather = lambda weights: nullcontext()
+) -> None:
     """Compare the second of two packed segments with the model's own logits of it alone, on a few
-    tokens."""
+    tokens. Raises ConfigError as `load`. Within `gather` of weights that are sharded they are
+    whole."""
     ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
-    packed = head(model).logits(hidden_states(model, ids_L, [3, 2])[3:])
-    alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
+    with foreign(f"{called}: cannot be run on packed segments", ConfigError):
+        hidden_LD = hidden_states(model, ids_L, [3, 2])
+        with gather([x for x in head(model)[:2] if x is not None]):
+            packed = head(model).logits(hidden_LD[3:])
+        alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0]
+    alone = alone.float()
     gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
     # Rounding in bfloat16 stays below; a missed bias, mask or scale does not.
     if not gap <= 0.1 * largest:

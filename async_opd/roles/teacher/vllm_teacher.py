@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed
 from async_opd.core.foreign import foreign
+from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.vocabulary import exchanged, listed
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
@@ -56,7 +57,7 @@ class VllmTeacher:
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model,
-                dtype=config.dtype,
+                dtype=dtype_on(not current_platform.is_cpu(), config.dtype),
                 max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
                 max_num_batched_tokens=config.batch_tokens,
                 max_num_seqs=min(config.batch_tokens, 256),

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ def exact(query, key, value, ends, scale):
             scale=scale,
             enable_gqa=True,
         ).transpose(0, 1)
-        for start, end in zip(ends[:-1], ends[1:], strict=True)
+        for start, end in pairwise(ends)
     ]
     return torch.cat(parts)
 
@@ -60,7 +61,7 @@ def slopes(grad, query, key, value, ends, scale):
     """Gradients of `exact` by hand: no autograd below an operator."""
     shared = query.shape[1] // key.shape[1]
     results = [torch.zeros_like(x) for x in (query, key, value)]
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         for head in range(query.shape[1]):
             places = (slice(start, end), head), (slice(start, end), head // shared)
             q, g = query[places[0]].double(), grad[places[0]].double()
