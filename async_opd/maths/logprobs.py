@@ -123,7 +123,8 @@ class _ReadLogprobs(torch.autograd.Function):
             read.entropy_R,
             read.tail_z_R,
         )
-        ctx.cap, ctx.without, ctx.float32 = cap, without, float32
+        ctx.cap, ctx.without = cap, without
+        ctx.float32 = float32
         ctx.options, ctx.block = options, block
         tail_N = None
         if read.tail_z_R is not None:

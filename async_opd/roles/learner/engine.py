@@ -14,7 +14,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, get_scheduler
+from transformers import get_scheduler
 
 from async_opd.core.errors import CheckpointNotSaved, Diverged, SyncFailed
 from async_opd.core.precision import dtype_on
@@ -35,7 +35,7 @@ from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.deepspeed_config import deepspeed_config
-from async_opd.roles.learner.loading import load_student
+from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.learner.threads import optimizer_threads
@@ -101,12 +101,9 @@ class LearnerRank:
         if config.offload_optimizer and self._device.type == "cuda":
             torch.set_num_threads(optimizer_threads(store, self._rank, config.ranks))
         torch.manual_seed(settings.seed)
-        text = AutoConfig.from_pretrained(
-            settings.model, trust_remote_code=settings.trust_remote_code
-        ).get_text_config(decoder=True)
-        width, engine_config = text.hidden_size, deepspeed_config(config, text.hidden_size)
-        sharded = config.zero_stage == 3
-        shard = partial(_shard, engine_config) if sharded else None
+        width = hidden_size(settings.model, settings.trust_remote_code)
+        engine_config = deepspeed_config(config, width)
+        shard = partial(_shard, engine_config) if config.zero_stage == 3 else None
         lm = load_student(settings, config, self._device, shard)
         self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
@@ -134,7 +131,7 @@ class LearnerRank:
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
-        if sharded:
+        if shard:
             causal_lm.refuse_unless_packing_is_exact(lm, f"model {settings.model}", gather)
         return width
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from async_opd.core.process_wide import environment
 from async_opd.core.role_settings import LearnerSettings
@@ -17,6 +17,12 @@ from async_opd.roles.models import causal_lm
 Shard = Callable[[nn.Parameter], None]
 # One weight after the other, when its turn comes; else four threads read ahead of it.
 IN_TURN = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
+
+
+def hidden_size(model: str, trust_remote_code: bool) -> int:
+    """Read the width of the model, by which DeepSpeed's settings go, from its config."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return config.get_text_config(decoder=True).hidden_size
 
 
 def load_student(

@@ -194,7 +194,9 @@ def _layout(lengths: list[int]) -> tuple[list[tuple[int, int]], np.ndarray, np.n
     length_S = np.array(lengths)
     start_S = length_S.cumsum() - length_S
     place_L = np.empty(length_S.sum(), np.int64)
-    shapes, index, before = [], [], 0
+    shapes: list[tuple[int, int]] = []
+    index: list[np.ndarray] = []
+    before = 0
     for part in groups(lengths):
         at_T = np.arange(length_S[part].max())
         real_ST = at_T < length_S[part, None]

@@ -21,9 +21,7 @@ def anonymous() -> int:
     return int(kib[1]) * 1024
 
 
-import faulthandler
 def main(rank: int, meeting: str, model: str, out: str) -> None:
-    faulthandler.dump_traceback_later(45)
     learner = engine.LearnerRank(
         rank,
         LearnerSettings(
@@ -47,9 +45,9 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
 
     def weighed(*args) -> None:
         nonlocal most, begun
-        begun = begun or anonymous()
-        most = max(most, anonymous() - begun)
+        most = max(most, anonymous() - begun) if begun else 0
         shard(*args)
+        begun = begun or anonymous()  # with what the first weight has DeepSpeed and gloo make
 
     engine._shard = weighed
     learner.start(rendezvous(learner, rank, Path(meeting)))

@@ -12,7 +12,7 @@ from tests.roles.learner import loading_process
 
 pytestmark = pytest.mark.ray
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-LARGE = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)  # 117 MB
+LARGE = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)  # 58 MB
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def test_each_rank_holds_its_part_of_the_weights_and_never_a_whole_copy(load, fa
         assert not any(rank["held"].values())
         pieces = checkpoint_names.pieces(whole)
         assert rank["sent"] == [(m.name, m.shape) for piece in pieces for m in piece.tensors]
-        if nbytes > 10**8:
-            assert rank["most"] < 0.6 * nbytes + largest, rank["most"] / nbytes
+        if nbytes > 5 * 10**7:
+            assert rank["most"] < 0.6 * nbytes + largest, (rank["most"], nbytes, largest)
