@@ -7,7 +7,8 @@ from async_opd.roles.learner import threads
 
 
 @pytest.mark.parametrize(
-    ("limit", "counted"), [("300000 100000", 3), ("50000 100000", 1), ("max 100000", 16), (None, 16)]
+    ("limit", "counted"),
+    [("300000 100000", 3), ("50000 100000", 1), ("max 100000", 16), (None, 16)],
 )
 def test_cores_are_those_of_the_container(tmp_path, monkeypatch, limit, counted):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda process: set(range(16)))
