@@ -1,24 +1,18 @@
 """One rank that loads a sharded student and says what it got, and what that cost. Not a test:
 `test_loading.py` starts `main`."""
 
-import re
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner import engine
 from async_opd.roles.learner.config import LearnerConfig
 from tests.roles.learner.rank_process import rendezvous
-
-
-def anonymous() -> int:
-    """Bytes that this process holds and no file does."""
-    kib = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kib[1]) * 1024
 
 
 def main(rank: int, meeting: str, model: str, out: str) -> None:
@@ -41,13 +35,17 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         LearnerConfig(trajectories_per_step=2, lr=1e-3, ranks=2, zero_stage=3),
         Opd(),
     )
-    most, shard, begun = 0, engine._shard, 0
+    most, parts, shard = 0, 0, engine._shard
+    whole: list[tuple[StorageWeakRef, int]] = []
 
-    def weighed(*args) -> None:
-        nonlocal most, begun
-        most = max(most, anonymous() - begun) if begun else 0
-        shard(*args)
-        begun = begun or anonymous()  # with what the first weight has DeepSpeed and gloo make
+    def weighed(settings: dict, weight: torch.nn.Parameter) -> None:
+        """Count weights that are still whole, and parts of the others. What malloc and gloo keep of
+        what was freed is not the loader's."""
+        nonlocal most, parts
+        whole.append((StorageWeakRef(weight.untyped_storage()), weight.nbytes))
+        most = max(most, parts + sum(size for alive, size in whole if not alive.expired()))
+        shard(settings, weight)
+        parts += weight.ds_tensor.untyped_storage().nbytes()
 
     engine._shard = weighed
     learner.start(rendezvous(learner, rank, Path(meeting)))

@@ -12,7 +12,6 @@ from tests.roles.learner import loading_process
 
 pytestmark = pytest.mark.ray
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-LARGE = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)  # 58 MB
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def load(tiny_lm, tmp_path):
 
     def load(family: str, **settings):
         model = tmp_path / "model"
-        tiny_lm(family, **settings).save_pretrained(model, max_shard_size="20MB")
+        tiny_lm(family, **settings).save_pretrained(model, max_shard_size="50KB")
         build_tokenizer().save_pretrained(model)
         outs = [str(tmp_path / f"{rank}") for rank in range(2)]
         args = str(tmp_path / "meeting"), str(model)
@@ -48,7 +47,7 @@ def load(tiny_lm, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("Qwen3", dict(tie_word_embeddings=True, **LARGE)),
+        ("Qwen3", dict(tie_word_embeddings=True)),
         ("Qwen2", dict(tie_word_embeddings=False)),
         ("Qwen3Moe", dict(tie_word_embeddings=False, **EXPERTS)),
     ],
@@ -67,5 +66,4 @@ def test_each_rank_holds_its_part_of_the_weights_and_never_a_whole_copy(load, fa
         assert not any(rank["held"].values())
         pieces = checkpoint_names.pieces(whole)
         assert rank["sent"] == [(m.name, m.shape) for piece in pieces for m in piece.tensors]
-        if nbytes > 5 * 10**7:
-            assert rank["most"] < 0.6 * nbytes + largest, (rank["most"], nbytes, largest)
+        assert rank["most"] <= 0.6 * nbytes + largest, (rank["most"], nbytes, largest)
