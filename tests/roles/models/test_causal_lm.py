@@ -94,7 +94,7 @@ def test_a_padding_id_costs_no_embedding_its_gradient(
     tiny_lm(family, tie_word_embeddings=False, **settings).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", pad_token_id=pad)
     if family == "OPT":  # it has no place for positions that start anew
-        monkeypatch.setattr(causal_lm, "_refuse_unless_packing_is_exact", lambda *_: None)
+        monkeypatch.setattr(causal_lm, "refuse_unless_packing_is_exact", lambda *_: None)
     model = causal_lm.load(tmp_path, "float32", CPU)
     ids_L[3] = ids_L[7] = pad % 40
     outputs = []
