@@ -3,6 +3,7 @@ reported."""
 
 from collections.abc import Iterator
 
+from async_opd.config.precision import precision_rules
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
     Rule,
@@ -40,7 +41,7 @@ def rules(c: Config) -> Iterator[Rule]:
     if c.run.share_gpu:
         yield from sharing_rules(c.engines, c.learner.ranks, c.sync.backend)
     yield from _step_rules(c)
-    yield from _precision_rules(c)
+    yield from precision_rules(c)
     yield from _verifier_rules(c)
 
 
@@ -107,21 +108,6 @@ def _step_rules(c: Config) -> list[Rule]:
         (
             c.learner.warmup_steps >= c.run.steps,
             f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}",
-        ),
-    ]
-
-
-def _precision_rules(c: Config) -> list[Rule]:
-    """List what dtypes and offloading need."""
-    stages = "needs learner.zero_stage 1, 2 or 3"
-    return [
-        (
-            c.learner.dtype == "bfloat16" and c.learner.zero_stage == 0,
-            f"learner.dtype = 'bfloat16': {stages}, which keep float32 weights to update",
-        ),
-        (
-            c.learner.offload_optimizer and c.learner.zero_stage == 0,
-            f"learner.offload_optimizer = true: {stages}",
         ),
     ]
 

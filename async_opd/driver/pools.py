@@ -123,6 +123,7 @@ class Pools:
         scorer: ScorerConfig,
         replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
+        assert scorer.dtype  # by `with_dtypes`
         probe = ScorerProbe(scorer.dtype, moving=not replaced)
         pool = self._pool(name, role, replicas, replaced=replaced, welcome=probe.welcome)
         self._probes.append((probe, pool))

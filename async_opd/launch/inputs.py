@@ -18,7 +18,14 @@ from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
-from async_opd.launch.models import check_models, check_on_vllm, fast, text_config, tokenizer_of
+from async_opd.launch.models import (
+    check_models,
+    check_on_vllm,
+    fast,
+    heads,
+    text_config,
+    tokenizer_of,
+)
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -33,6 +40,7 @@ class Inputs:
     tokens: Tokens
     prompts: PromptSource
     held_out: list[Prompt]
+    heads: dict[str, tuple[int, int]]  # of queries and of keys, of what runs on transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +74,20 @@ def read(config: Config) -> Inputs:
         prompts.survey(_go_on)
         check_epochs(config, prompts)
         undo.pop_all()
-    return Inputs(tokenizer=tokenizer, tokens=tokens, prompts=prompts, held_out=held_out)
+    return Inputs(
+        tokenizer=tokenizer,
+        tokens=tokens,
+        prompts=prompts,
+        held_out=held_out,
+        heads=heads(config),
+    )
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
     """Read the first `count` rows of `config.data`, or all, as problems for an evaluation. Raises
     DataError."""
     tokenizer = _tokenizer(config)
-    args = "student.model", config.student.model, config.run.trust_remote_code
-    check_on_vllm(*args[:2], config.rollout.dtype, args[2])
+    check_on_vllm("student.model", config.student.model, config.run.trust_remote_code)
     model = _text_config(config)
     data = msgspec.structs.replace(config.data, teacher=None, solution=None)
     return Problems(

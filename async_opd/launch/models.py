@@ -33,6 +33,7 @@ FILES_OF_MODELS = {
     "weights": ("*.safetensors", "*.bin"),
     "tokenizer": ("tokenizer*", "vocab*", "*.model", "tekken.json"),
 }
+ANY = "float32"  # of weights of which only names and shapes are looked at
 KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer"}
 
 
@@ -96,22 +97,35 @@ def generation_config(key: str, model: str) -> GenerationConfig | None:
         return GenerationConfig.from_dict(json.loads(file.read_bytes()))
 
 
+def heads(config: Config) -> dict[str, tuple[int, int]]:
+    """Count the attention heads of queries and of keys of what runs on transformers, by section.
+    Raises DataError."""
+    counts: dict[str, tuple[int, int]] = {}
+    for section, model in config.models.items():
+        scorer = config.scorers.get(section)
+        if scorer is None or scorer.backend == "transformers":
+            text = text_config(f"{section}.model", model, config.run.trust_remote_code)
+            queries = getattr(text, "num_attention_heads", None) or 0
+            counts[section] = queries, getattr(text, "num_key_value_heads", None) or queries
+    return counts
+
+
 def check_models(config: Config) -> None:
     """Refuse, before anything starts, what the learner cannot load and save as it will, and what
     teachers and reference cannot load."""
     key, model = "student.model", config.student.model
-    check_student(key, model, config.learner.dtype, config.run.trust_remote_code)
+    check_student(key, model, config.run.trust_remote_code)
     for section, scorer in config.scorers.items():
         key, model = f"{section}.model", config.models[section]
         generation_config(key, model)
         if scorer.backend == "transformers":
             check_files(key, model)
-            read_head(key, model, scorer.dtype, config.run.trust_remote_code)
+            read_head(key, model, config.run.trust_remote_code)
         else:
-            check_on_vllm(key, model, scorer.dtype, config.run.trust_remote_code)
+            check_on_vllm(key, model, config.run.trust_remote_code)
 
 
-def check_student(key: str, model: str, dtype: str, trust_remote_code: bool) -> None:
+def check_student(key: str, model: str, trust_remote_code: bool) -> None:
     """Refuse a student that cannot be trained, or not be saved as it will be at the end."""
     called = f"{key} = {model!r}"
     config = load(key, AutoConfig, model, trust_remote_code)
@@ -125,7 +139,7 @@ def check_student(key: str, model: str, dtype: str, trust_remote_code: bool) -> 
     if getattr(config, "quantization_config", None):
         raise DataError(f"{called}: its weights are quantized; a student's must not be")
     check_files(key, model)
-    lm = read_head(key, model, dtype, trust_remote_code)
+    lm = read_head(key, model, trust_remote_code)
     with _reading(called), TemporaryDirectory() as folder:
         source = checkpoint.read_source(model, trust_remote_code)
         with foreign(f"{called}: cannot be saved"):
@@ -140,17 +154,17 @@ def check_student(key: str, model: str, dtype: str, trust_remote_code: bool) -> 
         raise DataError(f"{called}: its tokenizer has other tokens once it is saved and loaded")
 
 
-def read_head(key: str, model: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def read_head(key: str, model: str, trust_remote_code: bool) -> PreTrainedModel:
     """Read a model as the learner and teachers on transformers do, but for its weights' values.
     Raises DataError and ConfigError as they will."""
     called = f"{key} = {model!r}"
     with _reading(called):
         return causal_lm.read(
-            called, model, dtype, trust_remote_code=trust_remote_code, weights=False
+            called, model, ANY, trust_remote_code=trust_remote_code, weights=False
         )
 
 
-def check_on_vllm(key: str, model: str, dtype: str, trust_remote_code: bool) -> None:
+def check_on_vllm(key: str, model: str, trust_remote_code: bool) -> None:
     """Refuse files that vLLM cannot load, or from which it would lack weights without a word. What
     is quantized, or of more than text, it reads in its own way. Raises DataError."""
     check_files(key, model)
@@ -160,7 +174,7 @@ def check_on_vllm(key: str, model: str, dtype: str, trust_remote_code: bool) -> 
         return
     with _reading(called):
         if config.get_text_config(decoder=True) is config:
-            causal_lm.check_weights(called, model, dtype, trust_remote_code=trust_remote_code)
+            causal_lm.check_weights(called, model, ANY, trust_remote_code=trust_remote_code)
 
 
 def check_files(key: str, model: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from async_opd.config.load import read_run
+from async_opd.config.precision import refuse_on_gpus
 from async_opd.config.schema import Config
 from async_opd.core.aside import aside
 from async_opd.core.errors import CheckpointError, SystemFailed
@@ -201,7 +202,9 @@ async def _trained(
         first_seed=config.run.seed + 1000 * (checkpoint.state.version if checkpoint else 0),
         emit=emit,
     ) as cluster:
-        started = time.monotonic()
+        started, config = time.monotonic(), cluster.config
+        if cluster.gpus:
+            refuse_on_gpus(config, inputs.heads)
         roles = await cluster.roles()
         restarts.ready = True
         say(f"every actor is ready after {time.monotonic() - started:.0f} s")

@@ -38,12 +38,18 @@ class Without(NamedTuple):
 
 class Head(NamedTuple):
     """The map from hidden states to logits: z = h Wᵀ + b, then c · tanh(z / c) where logits are
-    soft-capped; without some ids, whose logits are as -∞ and whose rows get no gradient."""
+    soft-capped; without some ids, whose logits are as -∞ and whose rows get no gradient.
+
+    Logits of half-precision hidden states are rounded to it, as the model's own are, unless they
+    are read in `float32`: the products of two bfloat16 numbers are exact there, and what is left is
+    the rounding of their sum. Their gradients are in the weights' precision either way.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     cap: float | None = None
     without: Without | None = None
+    float32: bool = False  # logits of half precision are not rounded to it
 
     @property
     def end(self) -> int:
@@ -57,10 +63,24 @@ class Head(NamedTuple):
 
     def logits(self, hidden_RD: Tensor, ids: slice = slice(None)) -> Tensor:
         """Logits [R, B] of some `ids`, float32 or wider."""
+        weight_BD = self.weight_VD[ids]
         bias_B = None if self.bias_V is None else self.bias_V[ids]
-        z_RB = torch.nn.functional.linear(hidden_RD, self.weight_VD[ids], bias_B)
-        z_RB = z_RB.to(torch.promote_types(z_RB.dtype, torch.float32))
+        if self.float32 and hidden_RD.element_size() < 4:
+            z_RB = _float32_product(hidden_RD, weight_BD.T)
+            if bias_B is not None:
+                z_RB.add_(bias_B)
+        else:
+            z_RB = torch.nn.functional.linear(hidden_RD, weight_BD, bias_B)
+            z_RB = z_RB.to(torch.promote_types(z_RB.dtype, torch.float32))
         return z_RB if self.cap is None else z_RB.div_(self.cap).tanh_().mul_(self.cap)
+
+
+def _float32_product(one: Tensor, other: Tensor) -> Tensor:
+    """Multiply matrices of half precision without rounding the result to it. A GPU does so at the
+    speed of half precision; for CPUs torch has no such product."""
+    if one.device.type == "cpu":
+        return one.float() @ other.float()
+    return torch.mm(one, other, out_dtype=torch.float32)
 
 
 def is_nothing(z: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from async_opd.maths.blocks import BLOCK_IDS, slices
+from async_opd.maths.blocks import head_block, slices
 from async_opd.maths.head import LEFT_OUT, Head, Without, is_nothing
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
@@ -40,7 +40,8 @@ class ReadOptions(NamedTuple):
     """
 
     temperature: float  # that logits are divided by
-    chunk_rows: int  # positions that are read at a time
+    # positions that are read at a time; None: by their device, `blocks.head_block`
+    chunk_rows: int | None = None
     entropy: bool = False
     topk: int = 0  # K: the likeliest ids with their log-probs
     topk_without: Without | None = None
@@ -67,13 +68,16 @@ def read_logprobs(
     *,
     candidate_ids_NK: Tensor | None = None,
 ) -> Read:
-    """Read log-probs of softmax(head(h) / temperature) for N positions, `chunk_rows` at a time.
+    """Read log-probs of softmax(head(h) / temperature) for N positions, a block of [chunk_rows,
+    ids] at a time, `blocks.head_block`.
 
     logp = z - log Σ_v exp z_v,  z = head(h) / T;  H = -Σ_v exp(logp_v) · logp_v
     tail = log Σ_v exp(logp_v) over the v that are no candidates
 
-    The backward pass computes each block of logits again, so at most two of [chunk_rows, BLOCK_IDS]
-    live at once, or three where it takes the gradient of both entropy and tail. `tail` is what
+    The backward pass computes each block of logits again, so at most two float32 blocks live at
+    once, or three where it takes the gradient of both entropy and tail, and beside them in half
+    precision the float32 sums of gradients, [N, D] and [ids, D]: what many blocks add up to is
+    rounded once. `tail` is what
     `candidate_ids_NK` leave, or where none are given what the topk leave, without gradient. It is
     summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small. It is NOTHING
     where the candidates are all of V. The log-prob of an id beyond the head's, or one that is left
@@ -95,15 +99,17 @@ class _ReadLogprobs(torch.autograd.Function):
         bias_V: Tensor | None,
         cap: float | None,
         without: Without | None,
+        float32: bool,
         ids_N: Tensor,
         candidate_ids_NK: Tensor | None,
         options: ReadOptions,
     ) -> tuple[Tensor | None, ...]:
-        head = Head(weight_VD, bias_V, cap, without)
+        head = Head(weight_VD, bias_V, cap, without, float32)
+        block = head_block(hidden_ND.device.type, options.chunk_rows)
         given_NI = _beside(ids_N, candidate_ids_NK)
         chunks = [
-            _read_rows(head, hidden_ND[rows], given_NI[rows], options)
-            for rows in slices(len(hidden_ND), options.chunk_rows)
+            _read_rows(head, hidden_ND[rows], given_NI[rows], options, block.ids)
+            for rows in slices(len(hidden_ND), block.rows)
         ]
         columns = zip(*chunks, strict=True)
         read = _Rows._make(None if part[0] is None else torch.cat(part) for part in columns)
@@ -117,8 +123,9 @@ class _ReadLogprobs(torch.autograd.Function):
             read.entropy_R,
             read.tail_z_R,
         )
-        ctx.cap, ctx.options = cap, options
-        ctx.without = without
+        ctx.cap, ctx.without = cap, without
+        ctx.float32 = float32
+        ctx.options, ctx.block = options, block
         tail_N = None
         if read.tail_z_R is not None:
             tail_N = (read.tail_z_R - read.largest_R).sub_(read.log_R)
@@ -143,21 +150,23 @@ class _ReadLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
             ctx.saved_tensors
         )
-        head = Head(weight_VD, bias_V, ctx.cap, ctx.without)
+        head = Head(weight_VD, bias_V, ctx.cap, ctx.without, ctx.float32)
         grad_NI = _beside(sampled_grad_N, candidates_grad_NK)
+        outer_N1, total_N1 = grad_NI.sum(1, keepdim=True), log_N[:, None].exp()
         tail = ctx.options.tail and candidates_grad_NK is not None
         if tail:
             nothing_N = is_nothing(tail_z_N)
             tail_z_N = tail_z_N.masked_fill(nothing_N, 0)
             tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
-        hidden_grad_ND, weight_grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
-        bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
+            outer_N1 = outer_N1 + tail_grad_N[:, None]
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=wide)
+        weight_grad_VD = torch.zeros_like(weight_VD)
+        bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         tail_RB = None
-        for rows in slices(len(hidden_ND), ctx.options.chunk_rows):
-            outer_R, total_R = grad_NI[rows].sum(1, keepdim=True), log_N[rows, None].exp()
-            if tail:
-                outer_R = outer_R + tail_grad_N[rows, None]
-            for ids in slices(head.end, BLOCK_IDS):
+        for ids in slices(head.end, ctx.block.ids):
+            weight_grad_BD = weight_grad_VD[ids].to(wide)  # the same memory where it is as wide
+            for rows in slices(len(hidden_ND), ctx.block.rows):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
                 z_RB.div_(ctx.options.temperature)
@@ -168,26 +177,39 @@ class _ReadLogprobs(torch.autograd.Function):
                     tail_RB.sub_(tail_z_N[rows, None]).exp_().mul_(tail_grad_N[rows, None])
                 z_RB.sub_(largest_N[rows, None])
                 if entropy_N is None:  # of given ids: onehots - p, the onehots below
-                    grad_RB = z_RB.exp_().mul_(-outer_R / total_R)
+                    grad_RB = z_RB.exp_().mul_(-outer_N1[rows] / total_N1[rows])
                 else:  # and of the entropy: -p (logp + H)
                     entropy_grad_R = entropy_grad_N[rows, None]
-                    rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_R
+                    rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_N1[rows]
                     scale_RB = (z_RB * entropy_grad_R).add_(rest_R)
-                    grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_R)
+                    grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_N1[rows])
                 if tail_RB is not None:
                     grad_RB.add_(tail_RB)
                 grad_RB.scatter_add_(1, at_RI, grad_NI[rows] * inside_RI)
                 if slope_RB is not None:
                     grad_RB.mul_(slope_RB)
                 grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
-                hidden_grad_ND[rows].addmm_(grad_RB, weight_VD[ids])
-                weight_grad_VD[ids].addmm_(grad_RB.T, hidden_ND[rows])
+                _add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
+                _add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
-        return hidden_grad_ND, weight_grad_VD, bias_grad_V, *[None] * 5
+            if wide != weight_VD.dtype:
+                weight_grad_VD[ids] = weight_grad_BD
+        bias_grad_V = None if bias_grad_V is None else bias_grad_V.to(weight_VD.dtype)
+        return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 6
 
 
-def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOptions) -> _Rows:
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add a product of matrices to a `total` that may be wider than they are."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total.add_(one @ other)
+
+
+def _read_rows(
+    head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOptions, block_ids: int
+) -> _Rows:
     """One pass over the vocabulary, block by block."""
     wide, chosen = torch.float32, options.topk_without  # or wider, as the logits are
     largest_R = hidden_RD.new_full(given_RI.shape[:1], torch.finfo(wide).min, dtype=wide)
@@ -197,7 +219,7 @@ def _read_rows(head: Head, hidden_RD: Tensor, given_RI: Tensor, options: ReadOpt
     tails: list[Tensor] = []  # log Σ exp z of parts of it
     top_RK = hidden_RD.new_empty(len(hidden_RD), 0)
     top_ids_RK = given_RI.new_empty(len(hidden_RD), 0)
-    for ids in slices(head.end, BLOCK_IDS):
+    for ids in slices(head.end, block_ids):
         z_RB = head.logits(hidden_RD, ids).div_(options.temperature)
         head.leave_out(z_RB, ids)
         at_RI, inside_RI = _inside(given_RI, ids)

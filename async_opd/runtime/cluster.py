@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 from tokenizers import Tokenizer
 
+from async_opd.config.precision import with_dtypes
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
@@ -64,11 +66,11 @@ class Cluster:
     ):
         """`first_seed`: of the engines, the config's where it is absent. `emit` hears where each
         member lives."""
-        self._config = config
+        self.config = config  # inside, with the dtypes that absent ones mean there
         self._emit = emit
         seed = config.run.seed if first_seed is None else first_seed
         self._timeouts = _timeouts(config)
-        self._specs = ActorSpecs(config, tokens=tokens, tokenizer=tokenizer, first_seed=seed)
+        self._make_specs = partial(ActorSpecs, tokens=tokens, tokenizer=tokenizer, first_seed=seed)
         self._actors: list[RemoteActor] = []
         self._lost = ""  # what is wrong with Ray's head
         self._inside: asyncio.Task[Any] | None = None  # the task that works with its actors …
@@ -83,11 +85,13 @@ class Cluster:
             start_ray()
             leaving.enter_context(taken_over())
             try:
-                self._gpus = bool(ray.cluster_resources().get("GPU"))
+                self.gpus = bool(ray.cluster_resources().get("GPU"))
             except (RayError, OSError) as e:
                 raise SystemFailed(f"Ray, its resources: {first_line(e)}") from e
+            self.config = with_dtypes(self.config, gpus=self.gpus)
+            self._specs = self._make_specs(self.config)
             self._requests = {
-                request.role: request for request in resource_requests(self._config, self._gpus)
+                request.role: request for request in resource_requests(self.config, self.gpus)
             }
             self._leaving = leaving.pop_all()
         return self
@@ -113,7 +117,7 @@ class Cluster:
             raise head from error
 
     async def _watch(self) -> None:
-        timeout = self._config.timeout
+        timeout = self.config.timeout
         self._lost = await head_lost(timeout.health_s, timeout.stall_s)
         if self._inside:
             self._inside.cancel()
@@ -121,8 +125,8 @@ class Cluster:
     async def roles(self) -> Roles:
         """Start the roles of a training run; at most `timeout.start_s`, once there is room for
         them."""
-        config = self._config
-        if not self._gpus:
+        config = self.config
+        if not self.gpus:
             needs_gpus = config.run.share_gpu, config.sync.backend
             refuse_without_gpus(config.scorers, config.rollout, config.objective, *needs_gpus)
         nodes = await self._room(self._requests.values())
@@ -139,7 +143,7 @@ class Cluster:
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
-            exact=_exact(config, self._gpus),
+            exact=config.learner.dtype == config.rollout.dtype == "float32",
             spawn=self._spawn,
         )
 
@@ -154,7 +158,7 @@ class Cluster:
         """The node of each member, once there is room; from now on Ray's head is watched."""
         self._inside = asyncio.current_task()
         self._watching = asyncio.create_task(self._watch())
-        return await wait_for_resources(list(requests), self._config.timeout.nodes_s, self._emit)
+        return await wait_for_resources(list(requests), self.config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
         """Every member that `request` is for, as its port."""
@@ -164,7 +168,7 @@ class Cluster:
 
     async def _learner(self, nodes: Mapping[str, Node]) -> Any:
         """Every rank, in one process group, as the learner's port."""
-        start_s, request = self._config.timeout.start_s, self._requests[RANK]
+        start_s, request = self.config.timeout.start_s, self._requests[RANK]
         async with self._turn:
             ranks = [
                 await self._make(name, self._specs.learner_rank(rank), nodes[name])
@@ -175,12 +179,12 @@ class Cluster:
             joining = (rank.call(start_s, "start", rendezvous) for rank in ranks)
             width, *_ = await together(*joining)
         await asyncio.gather(*map(self._settled, ranks))
-        return RemoteLearner(ranks, address, width, self._config, self._timeouts)
+        return RemoteLearner(ranks, address, width, self.config, self._timeouts)
 
     async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Any:
         """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
         there is room now."""
-        start_s = self._config.timeout.start_s
+        start_s = self.config.timeout.start_s
         name = f"{pool} {index}"
         request = self._requests[pool]
         async with self._turn:
@@ -202,12 +206,12 @@ class Cluster:
 
     async def _settled(self, actor: RemoteActor) -> None:
         """Once its role is built, tell where it lives."""
-        place = await actor.ask_host(self._config.timeout.start_s, "place", what="start")
+        place = await actor.ask_host(self.config.timeout.start_s, "place", what="start")
         self._emit("placed", actor.name, place)
 
     async def _make(self, name: str, spec: ActorSpec, node: Node | None) -> RemoteActor:
         request = self._requests[name.rpartition(" ")[0]]
-        folder, start_s = Path(self._config.run.dir).absolute() / LOGS, self._config.timeout.start_s
+        folder, start_s = Path(self.config.run.dir).absolute() / LOGS, self.config.timeout.start_s
         log = await aside(start_s, f"log of {name}", ActorLog.begun, folder, name)
         self._actors.append(RemoteActor(name, spec, request, node.id if node else None, log))
         return self._actors[-1]
@@ -219,7 +223,7 @@ class Cluster:
     async def _share_files(self) -> None:
         """Raise ConfigError where one that writes to the run directory, or reads there, has another
         disk."""
-        config = self._config
+        config = self.config
         moving = (
             teacher_section(name)
             for name, teacher in config.named_teachers.items()
@@ -248,13 +252,6 @@ class Cluster:
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
-
-
-def _exact(config: Config, gpus: bool) -> bool:
-    """Tell whether learner and generators compute in float32."""
-    usual = "bfloat16" if gpus else "float32"
-    dtypes = config.learner.dtype, config.rollout.dtype
-    return all((dtype or usual) == "float32" for dtype in dtypes)
 
 
 def _mark(folder: Path) -> Path:

@@ -178,11 +178,11 @@ MISTAKES = {
         ["learner.warmup_steps = 10: must be < run.steps = 10"],
     ),
     "bfloat16 without masters": (
-        "learner.dtype=bfloat16",
+        "learner.dtype=bfloat16 learner.zero_stage=0",
         ["learner.dtype = 'bfloat16'", "zero_stage 1, 2 or 3"],
     ),
     "offload of what is whole": (
-        "learner.offload_optimizer=true",
+        "learner.offload_optimizer=true learner.zero_stage=0",
         ["learner.offload_optimizer = true: needs learner.zero_stage 1, 2 or 3"],
     ),
     "no bound of the mean": (

@@ -67,7 +67,7 @@ def test_a_generation_config_that_transformers_will_not_save_is_saved_as_it_came
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match="Fix these issues"):
         GenerationConfig.from_pretrained(folder).save_pretrained(folder / "theirs")
-    models.check_student(KEY, str(folder), "float32", False)
+    models.check_student(KEY, str(folder), False)
     out = saved(folder)
     assert (out / "generation_config.json").read_text() == text
     loaded = AutoModelForCausalLM.from_pretrained(out).generation_config
@@ -83,7 +83,7 @@ def test_students_of_other_families_are_saved_with_their_generation_config(
     build_tokenizer().save_pretrained(tmp_path)
     text = json.dumps(ENDS | UNSAVABLE[0])
     (tmp_path / "generation_config.json").write_text(text)
-    models.check_student(KEY, str(tmp_path), "float32", False)
+    models.check_student(KEY, str(tmp_path), False)
     out = saved(tmp_path)
     assert (out / "generation_config.json").read_text() == text
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -95,7 +95,7 @@ def test_students_of_other_families_are_saved_with_their_generation_config(
 
 def test_where_there_is_no_generation_config_that_of_the_config_is_saved(folder):
     (folder / "generation_config.json").unlink()
-    models.check_student(KEY, str(folder), "float32", False)
+    models.check_student(KEY, str(folder), False)
     assert models.generation_config(KEY, str(folder)) is None
     assert GenerationConfig.from_pretrained(saved(folder)).eos_token_id == 1
 
@@ -220,16 +220,16 @@ def test_a_model_that_cannot_be_loaded_whole_is_refused(
 def test_weights_of_torch_s_own_format_are_looked_at_too(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    models.check_student(KEY, str(folder), "float32", False)
+    models.check_student(KEY, str(folder), False)
     (folder / "pytorch_model.bin").write_bytes(b"damaged")
     with pytest.raises(DataError, match=f"^student.model = '{folder}': "):
-        models.check_student(KEY, str(folder), "float32", False)
+        models.check_student(KEY, str(folder), False)
 
 
 def test_a_student_of_quantized_weights_is_refused(folder):
     edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(DataError, match="its weights are quantized; a student's must not be"):
-        models.check_student(KEY, str(folder), "float32", False)
+        models.check_student(KEY, str(folder), False)
 
 
 TOKENIZERS = {
@@ -325,7 +325,7 @@ def test_an_evaluation_knows_the_context_that_lies_deeper(folder, tmp_path):
 def test_a_student_of_text_and_images_is_refused(folder):
     composite(folder)
     with pytest.raises(DataError, match=r"config \(gemma3\) holds a text model beside others"):
-        models.check_student(KEY, str(folder), "float32", False)
+        models.check_student(KEY, str(folder), False)
 
 
 @pytest.mark.parametrize(
@@ -353,20 +353,20 @@ def test_a_model_of_its_own_code_is_saved_with_it_or_refused(folder, monkeypatch
     (folder / "own.py").write_text(CODE)
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     edit(folder / "config.json", model_type="own", auto_map=classes)
-    models.check_student(KEY, str(folder), "float32", True)
+    models.check_student(KEY, str(folder), True)
     out = saved(folder, trust_remote_code=True)
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(loaded).__name__ == "OwnForCausalLM"
     with pytest.raises(DataError, match="contains custom code") as raised:
-        models.check_student(KEY, str(folder), "float32", False)
+        models.check_student(KEY, str(folder), False)
     assert raised.value.__notes__ == ["run.trust_remote_code = true has it run"]
     (folder / "own.py").write_text("import none_such\n")
     with pytest.raises(DataError, match="none_such"):
-        models.check_student(KEY, str(folder), "float32", True)
+        models.check_student(KEY, str(folder), True)
 
 
 def test_reading_leaves_bars_and_logs_as_they_were(folder):
     log = logging.getLogger("transformers")
     before = log.level, transformers.utils.logging.is_progress_bar_enabled()
-    models.check_student(KEY, str(folder), "float32", False)
+    models.check_student(KEY, str(folder), False)
     assert (log.level, transformers.utils.logging.is_progress_bar_enabled()) == before

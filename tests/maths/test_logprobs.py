@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from async_opd.maths import logprobs
+from async_opd.maths.blocks import HeadBlock
 from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 
@@ -22,7 +23,8 @@ def head():
 @pytest.fixture(autouse=True, params=[1, 4, V, 100])
 def block_ids(request, monkeypatch):
     """Ids of the vocabulary in one block of logits."""
-    monkeypatch.setattr(logprobs, "BLOCK_IDS", request.param)
+    block = lambda device, rows: HeadBlock(rows or N, request.param)  # noqa: E731
+    monkeypatch.setattr(logprobs, "head_block", block)
 
 
 def of(linear: torch.nn.Linear) -> Head:
@@ -293,3 +295,46 @@ def test_candidates_of_some_ids_are_normalised_over_all_and_leave_the_rest_to_th
     assert torch.equal(read.topk_ids_NK, torch.tensor(KEPT)[top.indices])
     torch.testing.assert_close(read.tail_N, outside(logp_NV, read.topk_ids_NK))
     torch.testing.assert_close(read.sampled_N, logp_NV[torch.arange(N), ids_N])
+
+
+def exact_gradients(hidden_ND, weight_VD, bias_V, ids_N):
+    """Log-probs of the sampled ids, and gradients of their sum, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (hidden_ND, weight_VD, bias_V)]
+    logp_NV = (leaves[0] @ leaves[1].T + leaves[2]).log_softmax(-1)
+    sampled_N = logp_NV.gather(1, ids_N[:, None])[:, 0]
+    sampled_N.sum().backward()
+    return sampled_N.detach(), [x.grad for x in leaves]
+
+
+def wide_head(rows, seed=3):
+    """A head of bfloat16 as wide as a small model's, and what it reads."""
+    torch.manual_seed(seed)
+    shapes = (rows, 64), (V, 64), (V,)
+    return [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_float32_head_reads_half_precision_without_rounding_its_logits(cap):
+    hidden_ND, weight_VD, bias_V = wide_head(N)
+    ids_N = torch.arange(N)
+    head = Head(weight_VD, bias_V, cap)
+    z_NV = hidden_ND.double() @ weight_VD.double().T + bias_V.double()
+    z_NV = z_NV if cap is None else cap * (z_NV / cap).tanh()
+    exact_N = z_NV.log_softmax(-1)[ids_N, ids_N]
+    errors = [
+        (read_logprobs(hidden_ND, each, ids_N, ReadOptions(1.0)).sampled_N - exact_N).abs().max()
+        for each in (head, head._replace(float32=True))
+    ]
+    assert errors[1] < 1e-5 and errors[0] > 100 * errors[1]
+
+
+@pytest.mark.parametrize("float32", [False, True])
+def test_gradients_of_half_precision_are_rounded_once_however_many_blocks_there_are(float32):
+    hidden_ND, weight_VD, bias_V = leaves = wide_head(512)
+    ids_N = torch.arange(512) % V
+    head = Head(weight_VD, bias_V, float32=float32)
+    read_logprobs(hidden_ND, head, ids_N, ReadOptions(1.0, chunk_rows=2)).sampled_N.sum().backward()
+    _, exact = exact_gradients(*leaves, ids_N)
+    for leaf, wanted in zip(leaves, exact, strict=True):
+        error = (leaf.grad.double() - wanted).norm() / wanted.norm()
+        assert error < 0.005, error

@@ -13,6 +13,7 @@ import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
+from async_opd.config.precision import with_dtypes
 from async_opd.config.schema import Config
 from async_opd.core.aio import bounded
 from async_opd.core.events import EventSink
@@ -75,7 +76,7 @@ async def measure(
         "run.dir=runs/simulated",
         "teacher.evaluate=false",
     ]
-    config = load(DEMO, [*settings, *overrides])
+    config = with_dtypes(load(DEMO, [*settings, *overrides]), gpus=False)
     generator = SimulatedGenerator(pace, seed)
     teacher = SimulatedTeacher(pace)
     learner = SimulatedLearner(pace, bound)

@@ -30,7 +30,7 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
 
     ranks: int
     zero_stage: int
-    dtype: str
+    dtype: str | None  # a rank has resolved it
     version: int
     running: dict[str, Moments]
     random: dict[str, bytes]  # state of torch's generator by kind of device

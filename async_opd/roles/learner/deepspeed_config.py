@@ -13,8 +13,13 @@ def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
         "stage": config.zero_stage,
         "stage3_param_persistence_threshold": 10 * hidden_size,  # norms and biases
     }
+    on_gpus = torch.cuda.is_available()
+    if config.zero_stage == 2 and config.ranks > 1 and on_gpus:
+        # Gradients are reduced while others are computed. DeepSpeed allows it to nothing else where
+        # the plan decides how many micro-batches there are; stage 3 does so by itself.
+        zero["overlap_comm"] = True
     if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpus}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # the plan decides how many micro-batches make a step
@@ -25,8 +30,10 @@ def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
                 "lr": config.lr,
                 "betas": list(config.betas),
                 "weight_decay": config.weight_decay,
-                # DeepSpeed's own are compiled on first use, with a compiler that may be absent
+                # DeepSpeed's own are compiled on first use, two minutes long, with compilers that
+                # may be absent; on a host torch's fused one is as fast: benchmarks/README.md
                 "torch_adam": True,
+                **({"fused": True} if config.offload_optimizer else {}),
             },
         },
         "zero_optimization": zero,

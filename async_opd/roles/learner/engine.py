@@ -4,6 +4,7 @@
 import math
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
@@ -32,9 +33,11 @@ from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.deepspeed_config import deepspeed_config
+from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
+from async_opd.roles.learner.threads import optimizer_threads
 from async_opd.roles.learner.weight_group import LearnerGroup
 from async_opd.roles.learner.weights import StudentWeights
 from async_opd.roles.models import causal_lm
@@ -60,11 +63,11 @@ class LearnerRank:
         weight of the cross-entropy on the teacher's own answers."""
         self._rank = rank
         self._settings = settings
-        self._config = config
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._config = config.on(self._device.type == "cuda")
         self._objective = objective
         self._teacher_sampling = teacher_sampling
         self._bounds = TrainingBounds.of(settings)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._running = {name: Moments() for name in objective.needs().running}
         # Of rank 0; torch's stubs do not export its type.
         self._store: dist.TCPStore | None = None  # pyright: ignore[reportPrivateImportUsage]
@@ -84,31 +87,32 @@ class LearnerRank:
         os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR=self._device.type)
         # or it compiles, for half a minute, an all-reduce for inference alone
         deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
+        store = self._store or join_store(host, int(port), settings.timeout_s)
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            store=self._store or join_store(host, int(port), settings.timeout_s),
+            store=store,
             rank=self._rank,
             world_size=config.ranks,
             timeout=timedelta(seconds=settings.timeout_s),
         )
+        if config.offload_optimizer and self._device.type == "cuda":
+            torch.set_num_threads(optimizer_threads(store, self._rank, config.ranks))
         torch.manual_seed(settings.seed)
-        lm = self._load()
+        width = hidden_size(settings.model, settings.trust_remote_code)
+        engine_config = deepspeed_config(config, width)
+        shard = partial(_shard, engine_config) if config.zero_stage == 3 else None
+        lm = load_student(settings, config, self._device, shard)
         self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
         self._group = LearnerGroup(self._rank, settings, self._weights)
-        width = lm.config.get_text_config(decoder=True).hidden_size
         student = Student(
             lm,
             temperature=settings.temperature,
             chunk_rows=config.head_chunk_rows,
+            head_float32=config.head_float32,
             vocabulary=settings.vocabulary,
         )
-        engine_config = deepspeed_config(config, width)
-        # weight by weight from host memory, so that no device ever holds the whole model
-        if config.zero_stage == 3:
-            deepspeed.zero.Init(module=student, config_dict_or_path=engine_config)
-            student.to(self._device)  # what is left are buffers
         initialize: Any = deepspeed.initialize  # its own types name other classes
         self._engine, optimizer, _, _ = initialize(
             model=student,
@@ -125,23 +129,9 @@ class LearnerRank:
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
+        if shard:
+            causal_lm.refuse_unless_packing_is_exact(lm, f"model {settings.model}", gather)
         return width
-
-    def _load(self) -> PreTrainedModel:
-        """The student, in the mode in which it learns; on the host where it is to be sharded."""
-        lm = causal_lm.load(
-            self._settings.model,
-            self._config.dtype,
-            torch.device("cpu") if self._config.zero_stage == 3 else self._device,
-            trust_remote_code=self._settings.trust_remote_code,
-        )
-        lm.train()
-        for module in lm.modules():  # the network that learns must be the one that sampled
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        if self._config.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return lm
 
     def step(
         self,
@@ -249,7 +239,7 @@ class LearnerRank:
             checkpoint.save_rank(
                 checkpoint.RankState(
                     ranks=self._config.ranks,
-                    zero_stage=self._config.zero_stage,
+                    zero_stage=self._config.zero_stage or 0,
                     dtype=self._config.dtype,
                     version=self.version,
                     running=self._running,
@@ -281,3 +271,8 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+
+
+def _shard(engine_config: dict[str, Any], weight: torch.nn.Parameter) -> None:
+    """Leave of a whole `weight` the part that this rank holds under ZeRO-3."""
+    deepspeed.zero.Init(module=torch.nn.ParameterList([weight]), config_dict_or_path=engine_config)

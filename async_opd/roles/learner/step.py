@@ -35,10 +35,12 @@ class Student(nn.Module):
         lm: PreTrainedModel,
         *,
         temperature: float,
-        chunk_rows: int,
+        chunk_rows: int | None = None,
+        head_float32: bool = False,
         vocabulary: Ids | None = None,
     ):
-        """`vocabulary` is what log-probs are over; None: all ids of the head."""
+        """`vocabulary` is what log-probs are over; None: all ids of the head. The rest is as in
+        `LearnerConfig`."""
         super().__init__()
         size = lm.config.get_text_config().vocab_size
         self._without = (
@@ -47,6 +49,7 @@ class Student(nn.Module):
         self.lm = lm
         self.temperature = temperature
         self.chunk_rows = chunk_rows
+        self.head_float32 = head_float32
 
     def forward(self, micro: MicroBatch, needs: Needs = NOTHING) -> Read:
         """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
@@ -59,7 +62,7 @@ class Student(nn.Module):
         ]
         read = read_logprobs(
             hidden_ND,
-            causal_lm.head(self.lm)._replace(without=self._without),
+            causal_lm.head(self.lm)._replace(without=self._without, float32=self.head_float32),
             micro.targets_N,
             ReadOptions(
                 self.temperature,

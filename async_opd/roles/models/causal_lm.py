@@ -1,23 +1,22 @@
 """A transformers causal LM run on packed segments: shared by the learner's student and the
 teacher's scorer."""
 
-import itertools
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.foreign import foreign
 from async_opd.maths.logprobs import Head
+from async_opd.roles.models.attention import Segments, packed_segments
 
 ATTENTION = "packed_segments"
-SHORT = 512  # tokens of a segment; longer ones are no slower in bfloat16
 
 
 def load(
@@ -32,8 +31,7 @@ def load(
     called = f"model {path}"
     model = read(called, path, dtype, trust_remote_code=trust_remote_code)
     model = model.to(device)  # pyright: ignore[reportArgumentType] its decorator hides `self`
-    with foreign(f"{called}: cannot be run on packed segments", ConfigError):
-        _refuse_unless_packing_is_exact(model, called)
+    refuse_unless_packing_is_exact(model, called)
     return model
 
 
@@ -122,128 +120,29 @@ def _give_padding_its_gradient(model: PreTrainedModel) -> None:
             vars(module)["padding_idx"] = None
 
 
+Gather = Callable[[list[Tensor]], AbstractContextManager[None]]
+
+
 @torch.no_grad()
-def _refuse_unless_packing_is_exact(model: PreTrainedModel, called: str) -> None:
+def refuse_unless_packing_is_exact(
+    model: PreTrainedModel, called: str, gather: Gather = lambda weights: nullcontext()
+) -> None:
     """Compare the second of two packed segments with the model's own logits of it alone, on a few
-    tokens."""
+    tokens. Raises ConfigError as `load`. Within `gather` of weights that are sharded they are
+    whole."""
     ids_L = torch.tensor([2, 3, 4, 0, 1], device=model.device)
-    packed = head(model).logits(hidden_states(model, ids_L, [3, 2])[3:])
-    alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0].float()
+    with foreign(f"{called}: cannot be run on packed segments", ConfigError):
+        hidden_LD = hidden_states(model, ids_L, [3, 2])
+        with gather([x for x in head(model)[:2] if x is not None]):
+            packed = head(model).logits(hidden_LD[3:])
+        alone = model(input_ids=ids_L[None, 3:], use_cache=False, segment_lengths=[2]).logits[0]
+    alone = alone.float()
     gap, largest = (packed - alone).abs().max().item(), alone.abs().max().item()
     # Rounding in bfloat16 stays below; a missed bias, mask or scale does not.
     if not gap <= 0.1 * largest:
         raise ConfigError(
             f"{called}: packed logits are off by {gap:.3g} (largest {largest:.3g}); not supported"
         )
-
-
-def packed_segments(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segment_lengths: list[int],
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attend causally inside each of the segments packed along one row, as a transformers attention
-    function.
-
-    `query` [1, H, L, d], `key` and `value` [1, H_kv, L, d], `segment_lengths` summing to L.
-    FlashAttention takes them as they lie, where it is installed and can. Otherwise segments are
-    padded beside each other to [S, H, T_max, d] for one fused call, so no [L, L] mask exists: a
-    causal mask already hides the padding, which lies behind every real token. Returns ([1, L, H,
-    d], None). Raises ConfigError for `options` that would change the result.
-    """
-    if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
-        raise ConfigError(
-            "attention with a sliding window, soft-capped scores or sinks is not supported"
-        )
-    if flash_can(query):
-        return _flash(query, key, value, tuple(segment_lengths), scaling), None
-
-    grid_ST, place_L = _layout(tuple(segment_lengths), query.device)
-    dtype = query.dtype
-    # PyTorch's kernel for CPUs is up to 2.3 times as fast backwards in float32 as in bfloat16
-    if query.device.type == "cpu" and max(segment_lengths) <= SHORT:
-        dtype = torch.promote_types(dtype, torch.float32)
-
-    def spread(x: Tensor) -> Tensor:
-        return (
-            x[0]
-            .to(dtype)
-            .transpose(0, 1)
-            .index_select(0, grid_ST.flatten())
-            .unflatten(0, grid_ST.shape)
-            .transpose(1, 2)
-        )
-
-    out = nn.functional.scaled_dot_product_attention(
-        spread(query),
-        spread(key),
-        spread(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    ).transpose(1, 2)
-    return out.flatten(0, 1).index_select(0, place_L).to(query.dtype)[None], None
-
-
-def flash_can(query: Tensor) -> bool:
-    """Tell whether FlashAttention is installed and takes such heads, [..., d]."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= 256
-        and is_flash_attn_2_available()
-    )
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segment_lengths: tuple[int, ...],
-    scaling: float | None,
-) -> Tensor:
-    # Installed with GPUs only.
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    ends_S1, longest = _bounds(segment_lengths, query.device), max(segment_lengths)
-    return flash_attn_varlen_func(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),  # [L, H, d]
-        cu_seqlens_q=ends_S1,
-        cu_seqlens_k=ends_S1,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scaling,
-        causal=True,
-    )[None]
-
-
-@lru_cache(maxsize=2)
-def _bounds(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """List where each segment begins and the last ends, int32 [S + 1]."""
-    return torch.tensor(
-        [0, *itertools.accumulate(segment_lengths)], dtype=torch.int32, device=device
-    )
-
-
-@lru_cache(maxsize=2)
-def _layout(segment_lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Find the packed index of each place beside each other [S, T_max] (padding shows token 0), and
-    each token's place [L].
-
-    Two gathers, because splitting and padding segment by segment costs a copy of everything per
-    segment in backward.
-    """
-    length_S = torch.tensor(segment_lengths)
-    at_T = torch.arange(max(segment_lengths))
-    real_ST = at_T < length_S[:, None]
-    grid_ST = torch.where(real_ST, (length_S.cumsum(0) - length_S)[:, None] + at_T, 0)
-    return grid_ST.to(device), real_ST.flatten().nonzero().squeeze(1).to(device)
 
 
 AttentionInterface.register(ATTENTION, packed_segments)
@@ -265,13 +164,12 @@ def segments(
 def hidden_states(model: PreTrainedModel, ids_L: Tensor, segment_lengths: list[int]) -> Tensor:
     """Run segments packed in one row to their last hidden states [L, D] (after the final norm, what
     the head reads)."""
+    segments = Segments.of(segment_lengths)
     return model.base_model(
         input_ids=ids_L[None],
-        position_ids=torch.cat(
-            [torch.arange(length, device=ids_L.device) for length in segment_lengths]
-        )[None],
+        position_ids=segments.positions(ids_L.device)[None],
         use_cache=False,
-        segment_lengths=segment_lengths,
+        segment_lengths=segments,
     ).last_hidden_state[0]
 
 

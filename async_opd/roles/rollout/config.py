@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.core.precision import Dtype
+
 # Of `datasets`, by a file's ending.
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -38,7 +40,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     generators: Annotated[int, Meta(ge=1)] = 1
     concurrency: Annotated[int, Meta(ge=1)] = 256  # sequences one engine runs at once
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Absent: bfloat16 on GPUs, float32 on CPUs.
+    dtype: Dtype | None = None
     # Neither torch.compile nor CUDA graphs: starts sooner, samples more slowly.
     enforce_eager: bool = False
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1

@@ -13,6 +13,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
+from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Needs
 from async_opd.roles.models.vllm_cpu import cpu_engine
@@ -38,7 +39,7 @@ def engine_args(
     )
     ours = dict(
         model=settings.model,
-        dtype=config.dtype,
+        dtype=dtype_on(not cpu, config.dtype),
         seed=settings.seed,
         max_model_len=longest,
         max_num_seqs=config.concurrency,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.core.precision import Dtype
 from async_opd.maths import schedules
 
 
@@ -15,12 +16,14 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # leave, no less than 1e-6.
     backend: Literal["transformers", "vllm"] = "transformers"
     replicas: Annotated[int, Meta(ge=1)] = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Absent: bfloat16 on GPUs, float32 on CPUs.
+    dtype: Dtype | None = None
     # Of one forward, prompts included; vllm on CPU holds their logits.
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192
     # transformers: longest a request waits for company; 0: take what is queued
     flush_s: Annotated[float, Meta(ge=0)] = 0.0
-    head_chunk_rows: Annotated[int, Meta(ge=1)] = 1024  # transformers: rows of [·, vocabulary]
+    # transformers: rows of [·, vocabulary] held at once; absent: by device
+    head_chunk_rows: Annotated[int, Meta(ge=1)] | None = None
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1  # vllm: GPUs of one replica
     memory_gib: Annotated[float, Meta(gt=0)] = 1.0  # vllm: KV cache of one engine on CPU
     # share of a GPU, of vllm; of any backend with run.share_gpu

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, S
 from async_opd.core.aio import in_thread, within
 from async_opd.core.errors import AsyncOpdError, CallFailed, WireError
 from async_opd.core.foreign import foreign
+from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.vocabulary import exchanged
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
@@ -50,7 +51,10 @@ class TransformersTeacher:
         self._settings = settings
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = causal_lm.load(
-            config.model, config.dtype, self._device, trust_remote_code=settings.trust_remote_code
+            config.model,
+            dtype_on(self._device.type == "cuda", config.dtype),
+            self._device,
+            trust_remote_code=settings.trust_remote_code,
         ).eval()
         embedding: Any = self._model.get_input_embeddings()
         self._logits = min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight))

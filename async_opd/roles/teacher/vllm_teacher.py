@@ -14,6 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed
 from async_opd.core.foreign import foreign
+from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.vocabulary import exchanged, listed
 from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
@@ -54,7 +55,7 @@ class VllmTeacher:
         pin_runner(patched=needs.teacher_topk > 0 and self._foreign)
         ours: dict[str, Any] = dict(
             model=config.model,
-            dtype=config.dtype,
+            dtype=dtype_on(not current_platform.is_cpu(), config.dtype),
             max_model_len=settings.longest + 1,  # vLLM samples a token behind every prompt
             max_num_batched_tokens=config.batch_tokens,
             max_num_seqs=min(config.batch_tokens, 256),

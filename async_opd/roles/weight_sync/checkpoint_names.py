@@ -20,7 +20,11 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
     Tried out without data, on meta tensors. Raises DataError for a weight that does not come back
     whole by parts.
     """
-    empty = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    empty = {
+        # a weight that is sharded has none of its shape, and says what it was
+        name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+        for name, p in model.named_parameters()
+    }
     together: dict[str, list[str]] = {}  # name of the first tensor they become: the parameters
     for name, parameter in empty.items():
         together.setdefault(min(_revert(model, {name: parameter})), []).append(name)

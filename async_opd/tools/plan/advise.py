@@ -98,16 +98,17 @@ def _engine_ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[
 def _learner_ladders(config: Config, need: Need) -> Iterator[Ladder]:
     """Yield ways out of what the learner needs."""
     now = config.learner
+    stage = now.zero_stage or 0
     if not now.gradient_checkpointing:
         yield [["learner.gradient_checkpointing=true"]]
     if now.micro_batch_tokens > need.longest:
         yield [[f"learner.micro_batch_tokens={need.longest}"]]
     if now.dtype == "float32":
-        yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(now.zero_stage, 2)}"]]
+        yield [["learner.dtype=bfloat16", f"{ZERO_STAGE}={max(stage, 2)}"]]
     if not now.offload_optimizer:
-        sharded = [f"{ZERO_STAGE}=2"] if now.zero_stage == 0 else []
+        sharded = [f"{ZERO_STAGE}=2"] if stage == 0 else []
         yield [["learner.offload_optimizer=true", *sharded]]
-    yield [[f"{ZERO_STAGE}={stage}"] for stage in (2, 3) if stage > now.zero_stage]
+    yield [[f"{ZERO_STAGE}={more}"] for more in (2, 3) if more > stage]
     if not config.run.share_gpu:
         more = [now.ranks * 2**n for n in range(1, 7)]
         yield [[f"learner.ranks={ranks}"] for ranks in more if ranks <= now.trajectories_per_step]

@@ -8,13 +8,13 @@ keep to their `gpu_memory_utilization`.
 from dataclasses import dataclass, field
 
 from async_opd.config.sections import SyncConfig
-from async_opd.maths.blocks import BLOCK_IDS
+from async_opd.maths.blocks import head_block
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.tools.plan.shape import Shape
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, None: 2}  # absent, it is bfloat16 on GPUs
 HEADROOM = 0.1  # of a card
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
 LIVE = 1_000_000_000  # weights that ZeRO-3 holds whole at once: `stage3_max_live_parameters`
@@ -51,7 +51,7 @@ def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
     update     while the optimizer steps: a root of the second moment, and from stage 1 on its
                gradients once more
     """
-    stage = config.zero_stage
+    stage = config.zero_stage or 0
     psi = shape.parameters
     b = BYTES[config.dtype]
     share = shape.parameters / config.ranks
@@ -66,7 +66,8 @@ def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
     }
     either = {
         "backward": activations(shape, config.micro_batch_tokens, b, config.gradient_checkpointing)
-        + head(shape, config.head_chunk_rows, b),
+        + block(shape, config.head_chunk_rows)
+        + b * shape.vocabulary * shape.hidden,
         "update": 8 * share if stage else 4 * psi,
     }
     host = 0 if sync.backend == "nccl" else sent
@@ -105,10 +106,10 @@ def activations(shape: Shape, tokens: int, b: int, checkpointing: bool) -> float
     return tokens * (kept + shape.hidden * (4 + 2 * b))
 
 
-def head(shape: Shape, rows: int, b: int) -> float:
-    """Count two blocks of float32 logits, [rows, BLOCK_IDS], and the gradient of the head's weight:
-    `maths.logprobs`."""
-    return 2 * rows * min(BLOCK_IDS, shape.vocabulary) * 4 + b * shape.vocabulary * shape.hidden
+def block(shape: Shape, rows: int | None) -> float:
+    """Count two blocks of float32 logits: `maths.logprobs`."""
+    held = head_block("cuda", rows)
+    return 2 * held.rows * min(held.ids, shape.vocabulary) * 4
 
 
 def generator(
@@ -141,9 +142,8 @@ def scorer(config: ScorerConfig, shape: Shape, card: float) -> Memory:
         return _engine(
             config, shape, {"forward": held + 3 * 4 * PROMPT_ROWS * shape.vocabulary}, card
         )
-    logits = 2 * config.head_chunk_rows * min(BLOCK_IDS, shape.vocabulary) * 4
     return Memory(
-        parts={"weights": b * psi, "forward": held + logits},
+        parts={"weights": b * psi, "forward": held + block(shape, config.head_chunk_rows)},
         host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from async_opd.config.load import load
+from async_opd.config.precision import with_dtypes
 from async_opd.config.schema import Config
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.maths.lag import slots
@@ -27,13 +28,13 @@ def plan(
 ) -> Plan:
     """Plan the run of the config at `path` with `overrides` on `cluster`, balanced by `rates`, or
     by those of the run `like`. Raises ConfigError, DataError, RunMissing."""
-    config, gpus_per_node = load(path, overrides), cluster.gpus_per_node
+    config, gpus_per_node = with_dtypes(load(path, overrides), gpus=True), cluster.gpus_per_node
     _refuse_absurd(msgspec.to_builtins(config), "")
     shapes, card = _shapes(config, offline), cluster.gpu_memory_gib * make.GIB
 
     def retry(more: list[str]) -> set[str] | None:
         try:
-            changed = load(path, [*overrides, *more])
+            changed = with_dtypes(load(path, [*overrides, *more]), gpus=True)
         except ConfigError:
             return None
         requests = tuple(resource_requests(changed, gpus=True))

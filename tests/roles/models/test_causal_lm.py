@@ -1,6 +1,4 @@
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from torch import nn
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.roles.models import causal_lm
+from async_opd.roles.models.attention import SHORT, packed_segments
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 1, 4]
@@ -62,57 +61,6 @@ def test_positions_and_scaling_are_those_of_the_model(load, ids_L, family, setti
     torch.testing.assert_close(packed_logits(packed, ids_L), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("installed", "on_gpu", "dtype", "width", "chosen"),
-    [
-        (True, True, torch.bfloat16, 128, True),
-        (True, True, torch.float16, 256, True),
-        (False, True, torch.bfloat16, 128, False),
-        (True, False, torch.bfloat16, 128, False),
-        (True, True, torch.float32, 128, False),
-        (True, True, torch.bfloat16, 512, False),
-    ],
-)
-def test_flash_attention_is_chosen_on_gpus_that_have_it_for_half_precision(
-    monkeypatch, installed, on_gpu, dtype, width, chosen
-):
-    monkeypatch.setattr(causal_lm, "is_flash_attn_2_available", lambda: installed)
-    query = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, shape=(1, 4, 14, width))
-    assert causal_lm.flash_can(query) is chosen
-
-
-@torch.no_grad()
-def test_flash_attention_is_given_the_segments_as_they_lie(load, ids_L, monkeypatch):
-    """A stand-in as `flash_attn_varlen_func` documents itself: the real one was never run, for want
-    of a GPU."""
-    calls = []
-
-    def varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal
-    ):
-        calls.append(
-            (cu_seqlens_q.tolist(), cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal)
-        )
-        parts = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
-        alone = [
-            torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in part),
-                is_causal=True,
-                scale=softmax_scale,
-                enable_gqa=True,
-            ).transpose(0, 1)
-            for part in parts
-        ]
-        return torch.cat(alone)
-
-    packed, _ = load()
-    expected = packed_logits(packed, ids_L)
-    monkeypatch.setattr(causal_lm, "flash_can", lambda query: True)
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
-    torch.testing.assert_close(packed_logits(packed, ids_L), expected, atol=1e-5, rtol=1e-5)
-    assert calls == [([0, 9, 10, 14], torch.int32, 9, 9, True)] * 2  # layers
-
-
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @torch.no_grad()
 def test_key_value_heads_may_be_shared_by_any_number_of_query_heads(load, ids_L, heads):
@@ -146,7 +94,7 @@ def test_a_padding_id_costs_no_embedding_its_gradient(
     tiny_lm(family, tie_word_embeddings=False, **settings).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", pad_token_id=pad)
     if family == "OPT":  # it has no place for positions that start anew
-        monkeypatch.setattr(causal_lm, "_refuse_unless_packing_is_exact", lambda *_: None)
+        monkeypatch.setattr(causal_lm, "refuse_unless_packing_is_exact", lambda *_: None)
     model = causal_lm.load(tmp_path, "float32", CPU)
     ids_L[3] = ids_L[7] = pad % 40
     outputs = []
@@ -221,13 +169,13 @@ def test_the_head_soft_caps_logits_where_the_model_does(tiny_lm, ids_L):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("length", [causal_lm.SHORT, causal_lm.SHORT + 1])
+@pytest.mark.parametrize("length", [SHORT, SHORT + 1])
 def test_attention_keeps_the_dtype_and_is_exact_to_its_rounding(dtype, length):
     torch.manual_seed(0)
     lengths = [length, 7]
     wide = [torch.randn(1, heads, sum(lengths), 8, dtype=torch.float64) for heads in (4, 2, 2)]
     inputs = [x.to(dtype).requires_grad_() for x in wide]
-    out, _ = causal_lm.packed_segments(nn.Module(), *inputs, None, segment_lengths=lengths)
+    out, _ = packed_segments(nn.Module(), *inputs, None, segment_lengths=lengths)
     assert out.dtype == dtype
     out.sum().backward()
     exact = [x.detach().double().requires_grad_() for x in inputs]

@@ -6,7 +6,7 @@ import torch
 from async_opd.config.sections import SyncConfig
 from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.models import causal_lm
+from async_opd.roles.models import attention, causal_lm
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import TeacherConfig
 from async_opd.tools.plan import memory
@@ -103,7 +103,7 @@ def kept_bytes(model, tokens: int) -> int:
 def test_activations_are_what_torch_keeps_for_the_backward(
     tiny_lm, family, settings, dtype, monkeypatch
 ):
-    monkeypatch.setattr(causal_lm, "SHORT", 0)  # as on a card, which is what a plan is for
+    monkeypatch.setattr(attention, "SHORT", 0)  # as on a card, which is what a plan is for
     sizes = dict(
         hidden_size=64,
         intermediate_size=160,
@@ -183,5 +183,5 @@ def test_a_scorer_on_transformers_has_no_cache_and_its_average_is_the_hosts():
         model="m", update="ema", dtype="bfloat16", batch_tokens=8192, head_chunk_rows=1024
     )
     held = memory.scorer(config, SHAPE, 80 * GIB)
-    forward = 8192 * 2 * (4 * 4096 + 3 * 12288) + 2 * 1024 * 4096 * 4
+    forward = 8192 * 2 * (4 * 4096 + 3 * 12288) + 2 * 1024 * 8192 * 4
     assert held.parts == {"weights": 2 * PSI, "forward": forward} and held.host == 4 * PSI
