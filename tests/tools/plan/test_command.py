@@ -84,6 +84,7 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
             "fits",
             "kv_tokens",
             "longest_tokens",
+            "typical_tokens",
         ]
     )
     assert list(learner["parts_gib"]) == [
@@ -94,7 +95,7 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         "backward",
         "update",
     ]
-    assert list(generator["parts_gib"]) == ["weights", "forward", "sync", "kv_cache"]
+    assert list(generator["parts_gib"]) == ["weights", "forward", "kv_cache", "sync"]
     assert (teacher["model"], teacher["parameters"]) == (
         "Qwen/Qwen3-4B-Instruct-2507",
         4_022_468_096,
@@ -244,7 +245,7 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
     printed = capsys.readouterr().out
     assert "node 0   learner rank 0, 1, 2; generator 0, 1, 2, 3; teacher 0; verifier 0\n" in printed
     assert (
-        "    weights 3.2, gradients 2.1, optimizer 6.4, buckets 1.4, backward 4.4, update 4.3\n"
+        "    weights 3.2, gradients 2.1, optimizer 6.4, buckets 1.7, backward 5.4, update 2.1\n"
         in printed
     )
     assert "worst lag        4 optimizer steps\n" in printed and "DOES NOT FIT" in printed

@@ -1,0 +1,161 @@
+"""A learner's own forward and backward on fake tensors: real shapes, no memory, no card.
+
+torch built without CUDA runs no backward of fake CUDA tensors, so these are on the CPU, with the
+choices of a card: attention takes packed segments as they lie in half precision, and has no fused
+kernel for grouped queries in float32. What a kernel allocates for itself is not seen.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from async_opd.core.wire import Needs
+from async_opd.roles.learner.batch import TrainingBounds, pack
+from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.learner.step import Student
+from async_opd.roles.models import causal_lm
+from async_opd.tools.plan import memory, passes
+from async_opd.tools.plan.shape import read
+from tests.roles.learner.trajectories import trajectory
+
+CPU = torch.device("cpu")
+
+
+class Peak(TorchDispatchMode):
+    """While it is entered, `most` is the largest number of bytes that tensors made under it have
+    held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+        self._held = 0
+        self._bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            self._bytes.setdefault(StorageWeakRef(storage), 0)  # made before, by somebody else
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if (new := StorageWeakRef(storage)) not in self._bytes:
+                self._bytes[new] = storage.nbytes()
+                self._held += storage.nbytes()
+        if self._held > self.most:  # where some of it may be dead by now
+            for dead in [each for each in self._bytes if each.expired()]:
+                self._held -= self._bytes.pop(dead)
+            self.most = max(self.most, self._held)
+        return result
+
+
+def _storages(tree) -> list:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _taken(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def varlen(module, query, key, value, mask, *, segment_lengths, scaling=None, **_):
+    """Attend inside packed segments by torch's own kernel, as on a card in half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.zeros(len(segment_lengths) + 1, dtype=torch.int32)
+    longest = max(segment_lengths)
+    attended = varlen_attn(
+        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None], None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One micro-batch of a model whose config.json is `tree`."""
+
+    tree: dict
+    lengths: tuple[int, ...]
+    checkpointing: bool
+    dtype: str = "bfloat16"
+    rows: int = 16384  # of the head, at a time
+    needs: Needs = Needs()
+
+    def measured(self) -> int:
+        """Count the bytes that its forward and backward hold at most, beside weights and gradients
+        that are whole: those the optimizer takes at once."""
+        half = self.dtype != "float32"
+        causal_lm._layout(self.lengths, CPU)  # kept, and its shapes need real numbers
+        AttentionInterface.register(
+            causal_lm.ATTENTION, varlen if half else causal_lm.packed_segments
+        )
+        short, causal_lm.SHORT = causal_lm.SHORT, 0
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                student, micro = self._student(), self._micro(mode)
+                for weight in student.parameters():
+                    weight.register_post_accumulate_grad_hook(_taken)
+                with nullcontext() if half else sdpa_kernel(SDPBackend.MATH), Peak() as peak:
+                    read = student(micro, self.needs)
+                    sum(x.sum() for x in read if x is not None and x.requires_grad).backward()
+            return peak.most
+        finally:
+            causal_lm.SHORT = short
+            AttentionInterface.register(causal_lm.ATTENTION, causal_lm.packed_segments)
+
+    def planned(self) -> float:
+        """Estimate the same."""
+        shape = read(self._config().to_dict(), "student.model")
+        tokens, longest = sum(self.lengths), max(self.lengths)
+        padded, segments = self.dtype == "float32", len(self.lengths)
+        grouped = padded and shape.kv_heads < shape.heads
+        batch = passes.Packed(
+            tokens=tokens,
+            places=segments * longest if padded else tokens,
+            padded=padded,
+            scores=4 * segments * longest**2 if grouped else 0,
+        )
+        config = LearnerConfig(
+            trajectories_per_step=1,
+            lr=1e-4,
+            dtype=self.dtype,
+            head_chunk_rows=min(self.rows, tokens),
+            gradient_checkpointing=self.checkpointing,
+        )
+        return memory.passed(config, shape, batch, self.needs)
+
+    def _config(self):
+        return AutoConfig.for_model(**{k: v for k, v in self.tree.items() if k != "contexts"})
+
+    def _student(self) -> Student:
+        lm = AutoModelForCausalLM.from_config(
+            self._config(),
+            attn_implementation=causal_lm.ATTENTION,
+            dtype=getattr(torch, self.dtype),
+        )
+        causal_lm._give_padding_its_gradient(lm)
+        lm.train()
+        if self.checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return Student(lm, temperature=1.0, chunk_rows=self.rows)
+
+    def _micro(self, mode: FakeTensorMode):
+        packed = pack(
+            [trajectory(1, [(0, n - 1)], id=f"{i}#0") for i, n in enumerate(self.lengths)],
+            TrainingBounds(max_lag_steps=1, stale="mask", truncated="train", cap=max(self.lengths)),
+            live=0,
+            device=CPU,
+        )
+        tensors = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
+        return replace(packed, **{name: mode.from_tensor(x) for name, x in tensors.items()})
