@@ -27,6 +27,7 @@ from async_opd.tools.plan.shape import read
 from tests.roles.learner.trajectories import trajectory
 
 CPU = torch.device("cpu")
+NOTHING = Needs()
 
 
 class Peak(TorchDispatchMode):
@@ -90,7 +91,7 @@ class Step:
     checkpointing: bool
     dtype: str = "bfloat16"
     rows: int = 16384  # of the head, at a time
-    needs: Needs = Needs()
+    needs: Needs = NOTHING
 
     def measured(self) -> int:
         """Count the bytes that its forward and backward hold at most, beside weights and gradients

@@ -39,6 +39,7 @@ TOLERANCE = 0.05
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_a_rank_holds_and_allocates_what_is_estimated(tiny_lm, tmp_path, monkeypatch):
     """Between two steps, at the most of a backward of many tokens, and at the most of an update
     after few. On a CPU what is offloaded counts with the rest."""

@@ -67,6 +67,7 @@ def test_an_offloaded_optimizer_is_the_hosts_and_so_are_buckets_over_gloo():
     assert gloo.parts["buckets"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes:UserWarning")
 @pytest.mark.parametrize(
     ("model", "gib"), [("Qwen/Qwen3-1.7B", 1.7), ("Qwen/Qwen3-8B", 2.8), ("Qwen/Qwen3-0.6B", 1.1)]
 )
