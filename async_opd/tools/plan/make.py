@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from async_opd.config.schema import Config
+from async_opd.config.sections import SyncConfig
 from async_opd.config.teacher_rules import (
     Engines,
     longest_prompt,
@@ -190,7 +191,8 @@ def _engine(
         held = memory.scorer(scorer, shape, card, batch)
     else:
         sampling = (config.teacher_sampling if answers else None) or config.rollout
-        held = memory.generator(each, shape, config.sync, card, sampling.concurrency)
+        sync = SyncConfig() if answers else config.sync  # a teacher's weights do not travel
+        held = memory.generator(each, shape, sync, card, sampling.concurrency)
     vllm, shared = "kv_cache" in held.parts, config.run.share_gpu
     share = each.gpu_memory_utilization if shared else 1 if vllm else 1 - HEADROOM
     return Need(

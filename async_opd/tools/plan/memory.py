@@ -73,7 +73,8 @@ def learner(
     section 3), as DeepSpeed lays it out.
 
     weights    bΨ; from stage 3 on bΨ/R
-    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R; in stage 1 also in b
+    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R; in stage 1 also in b, where
+               that is less
     optimizer  Adam's two moments 8Ψ, and from stage 1 on a float32 master of the weights: 12Ψ/R
     buckets    weights on their way to the generators, which over gloo are the host's
     backward   a forward and backward of `batch` for an objective of such `needs`; from stage 2 on
@@ -84,15 +85,16 @@ def learner(
     offloaded  optimizer and update are the host's, with the gradients from stage 2 on, and their
                sums over micro-batches in b; the largest weight's gradient has two places here
     """
-    stage, psi, b = config.zero_stage, shape.parameters, element(config.dtype)
-    zero, share = zero_table(config), shape.parameters / config.ranks
+    stage, b = config.zero_stage, element(config.dtype)
+    psi = shape.parameters
+    zero, share = zero_table(config), psi / config.ranks
     state = 12 * share if stage else 8 * psi
     travelling = b * zero.get("reduce_bucket_size", REDUCED)
     travelling *= 2 if zero.get("overlap_comm", OVERLAP) else 1
     whole = b * min(psi, zero.get("stage3_max_live_parameters", LIVE)) if stage == 3 else 0
     parts = {
         "weights": b * share if stage == 3 else b * psi,
-        "gradients": 4 * share if stage >= 2 else (4 + (b if stage else 0)) * psi,
+        "gradients": 4 * share if stage >= 2 else (4 + (b if stage and b < 4 else 0)) * psi,
         "optimizer": state,
         "buckets": chunks(shape, b, sync),
     }
