@@ -22,7 +22,6 @@ CONTEXT = 1.5 * 2**30  # CUDA's context, cuBLAS's workspace, NCCL's own buffers
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
 REDUCED_WHOLE = 500_000_000  # the same of stages 0 and 1, which no setting changes
 LIVE = 1_000_000_000  # weights that ZeRO-3 holds whole at once: `stage3_max_live_parameters`
-OVERLAP = False  # whether gradients are reduced beside the backward: `overlap_comm`
 ENGINE_TOKENS = 2048  # of one forward of a generator: vLLM's own default
 PROMPT_ROWS = 1024  # of a prompt, whose logits vLLM holds at once
 
@@ -73,8 +72,8 @@ def learner(
     section 3), as DeepSpeed lays it out.
 
     weights    bΨ; from stage 3 on bΨ/R
-    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R; in stage 1 also in b, where
-               that is less
+    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R; in stage 1 also in b,
+               where that is less
     optimizer  Adam's two moments 8Ψ, and from stage 1 on a float32 master of the weights: 12Ψ/R
     buckets    weights on their way to the generators, which over gloo are the host's
     backward   a forward and backward of `batch` for an objective of such `needs`; from stage 2 on
@@ -90,7 +89,8 @@ def learner(
     zero, share = zero_table(config), psi / config.ranks
     state = 12 * share if stage else 8 * psi
     travelling = b * zero.get("reduce_bucket_size", REDUCED)
-    travelling *= 2 if zero.get("overlap_comm", OVERLAP) else 1
+    # of stage 2 beside the backward, unless it is told otherwise
+    travelling *= 2 if stage == 2 and zero.get("overlap_comm", config.ranks > 1) else 1
     whole = b * min(psi, zero.get("stage3_max_live_parameters", LIVE)) if stage == 3 else 0
     parts = {
         "weights": b * share if stage == 3 else b * psi,
@@ -113,9 +113,8 @@ def learner(
 
 def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> float:
     """Estimate the forward and backward of a micro-batch for an objective of such `needs`."""
-    head = Head(
-        logits=block(config.head_chunk_rows, shape), more=needs.student_entropy + needs.tail
-    )
+    logits = block(min(config.head_chunk_rows, batch.tokens), shape)
+    head = Head(logits=logits, more=needs.student_entropy + needs.tail)
     b, checkpointing = element(config.dtype), config.gradient_checkpointing
     return backward(shape, batch, b, checkpointing=checkpointing, head=head)
 
@@ -153,7 +152,7 @@ def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Me
         tokens = engine_table(config).get("max_num_batched_tokens", config.batch_tokens)
         return _engine(config, shape, tokens, PROMPT_ROWS, card)
     b, psi = element(config.dtype), shape.parameters
-    logits = 2 * block(config.head_chunk_rows, shape) * 4
+    logits = 2 * block(min(config.head_chunk_rows, batch.tokens), shape) * 4
     return Memory(
         parts={"weights": b * psi, "forward": forward(shape, batch, b) + logits},
         host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,

@@ -131,7 +131,7 @@ class Step:
             trajectories_per_step=1,
             lr=1e-4,
             dtype=self.dtype,
-            head_chunk_rows=min(self.rows, tokens),
+            head_chunk_rows=self.rows,
             gradient_checkpointing=self.checkpointing,
         )
         return memory.passed(config, shape, batch, self.needs)

@@ -110,3 +110,17 @@ def test_a_run_without_enough_rows_is_refused_by_name(run_dir):
     (run_dir / "metrics.jsonl").write_text("{\n")
     with pytest.raises(RunMissing, match="--like needs a run's directory"):
         measured(run_dir, load(DEMO))
+
+
+def test_the_typical_response_is_the_mean_of_the_run_where_its_rows_say(run_dir):
+    assert measured(run_dir, load(DEMO)).response is None
+    metrics = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lengths = [10, 20, 30, 40, 50]
+    metrics.write_text(
+        "".join(
+            json.dumps(row | {"length_mean": length}) + "\n"
+            for row, length in zip(rows, lengths, strict=True)
+        )
+    )
+    assert measured(run_dir, load(DEMO)).response == 30
