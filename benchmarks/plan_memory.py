@@ -1,7 +1,7 @@
 """What `plan` says of a micro-batch's forward and backward against the learner's own, on fake
 tensors: real shapes, no card. GiB beside weights and gradients that are whole.
 
-    python -m benchmarks.plan_memory        # two minutes or so; no download
+    python -m benchmarks.plan_memory        # some minutes; no download
 """
 
 from itertools import product
