@@ -1,6 +1,8 @@
 """Which trajectory goes to which learner rank and micro-batch. Plain integers: the driver plans
 from lengths alone."""
 
+WORTH_A_CALL = 4096  # places of padding that are worth a call of attention of their own
+
 
 def plan(lengths: list[int], *, ranks: int, tokens: int, width: int) -> list[list[list[int]]]:
     """Spread trajectories of `lengths` tokens over ranks, and each rank's share over micro-batches
@@ -41,3 +43,22 @@ def _first_fit(share: list[int], lengths: list[int], tokens: int) -> list[list[i
             micros[fits].append(i)
             room[fits] -= lengths[i]
     return micros
+
+
+def padded_groups(lengths: list[int]) -> list[list[int]]:
+    """Put together segments that are padded to the longest of them: a shorter one begins a group
+    where it is at most half as long, and all that are left save WORTH_A_CALL places by it.
+
+    >>> padded_groups([9, 9000, 10, *[100] * 9]), padded_groups([9, 100, 10])
+    ([[1], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]], [[0, 1, 2]])
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts: list[list[int]] = [[]]
+    longest = lengths[order[0]]
+    for done, i in enumerate(order):
+        saved = (longest - lengths[i]) * (len(order) - done)
+        if 2 * lengths[i] <= longest and saved >= WORTH_A_CALL:
+            parts.append([])
+            longest = lengths[i]
+        parts[-1].append(i)
+    return [sorted(part) for part in parts]

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_opd.maths.packing import plan
+from async_opd.maths.packing import WORTH_A_CALL, padded_groups, plan
 
 
 def cost(n, width):
@@ -53,3 +53,25 @@ def test_an_oversize_trajectory_is_alone_and_later_ones_fill_earlier_room():
 def test_a_rank_without_trajectories_gets_empty_micro_batches():
     assert plan([5, 5], ranks=3, tokens=5, width=1) == [[[0]], [[1]], [[]]]
     assert plan([], ranks=2, tokens=5, width=1) == [[[]], [[]]]
+
+
+def places(lengths):
+    return sum(len(part) * max(lengths[i] for i in part) for part in padded_groups(lengths))
+
+
+def test_a_heavy_tail_of_lengths_costs_few_places():
+    """85 % short and 15 % long ones beside each other, 2.8 times the work when all are padded to
+    the longest; one group, as ever, where all are alike."""
+    mixed = [12_000, *[450] * 13]
+    assert places(mixed) == sum(mixed) < 0.11 * len(mixed) * max(mixed)
+    assert padded_groups([80, 70, 33, 40]) == [[0, 1, 2, 3]]
+
+
+@given(st.lists(st.integers(1, 20_000), min_size=1, max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_padding_is_at_most_as_much_as_the_tokens_and_a_little_for_each_call(lengths):
+    parts = padded_groups(lengths)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert sum(lengths) <= places(lengths)
+    wasted = places(lengths) - 2 * sum(lengths)
+    assert wasted <= WORTH_A_CALL * len(parts)

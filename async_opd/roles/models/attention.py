@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from async_opd.core.errors import ConfigError
+from async_opd.maths.packing import padded_groups
 
 SHORT = 512  # tokens of a segment; longer ones are no slower in bfloat16
-# Places of padding that are worth a call of their own.
-WORTH_A_CALL = 4096
 CAUSAL = (-1, 0)  # all that lies before, and nothing behind
 WIDEST = 256  # of a head
 CAPABLE = (8, 0)  # compute capability of Ampere
@@ -64,30 +63,6 @@ class Segments(list[int]):
             shapes, index_P, place_L = _layout(self)
             self._made[key] = Padded(shapes, _put(index_P, device), _put(place_L, device))
         return self._made[key]
-
-
-def groups(lengths: list[int]) -> list[list[int]]:
-    """Put together segments that are padded to the longest of them: a shorter one begins a group
-    where it is at most half as long, and all that are left save WORTH_A_CALL places by it.
-
-    >>> groups([9, 9000, 10, *[100] * 9]), groups([9, 100, 10])
-    ([[1], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]], [[0, 1, 2]])
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    parts: list[list[int]] = [[]]
-    longest = lengths[order[0]]
-    for done, i in enumerate(order):
-        saved = (longest - lengths[i]) * (len(order) - done)
-        if 2 * lengths[i] <= longest and saved >= WORTH_A_CALL:
-            parts.append([])
-            longest = lengths[i]
-        parts[-1].append(i)
-    return [sorted(part) for part in parts]
-
-
-def places(lengths: list[int]) -> int:
-    """Count the places that padded attention has for segments of these `lengths`."""
-    return sum(len(part) * max(lengths[i] for i in part) for part in groups(lengths))
 
 
 def varlen_can(query: Tensor, value: Tensor) -> bool:
@@ -197,7 +172,7 @@ def _layout(lengths: list[int]) -> tuple[list[tuple[int, int]], np.ndarray, np.n
     shapes: list[tuple[int, int]] = []
     index: list[np.ndarray] = []
     before = 0
-    for part in groups(lengths):
+    for part in padded_groups(lengths):
         at_T = np.arange(length_S[part].max())
         real_ST = at_T < length_S[part, None]
         index_ST = np.where(real_ST, start_S[part, None] + at_T, 0)

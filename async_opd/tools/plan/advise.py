@@ -36,7 +36,7 @@ def problems(
 
 def _what(need: Need) -> str:
     held = f"{need.memory.total / GIB:.1f} GiB of {need.limit / GIB:.1f}"
-    if need.kv_bytes:
+    if need.kv_bytes and need.kv_tokens < need.longest:
         held += f", with room for {need.kv_tokens} tokens, one sequence may have {need.longest}"
     return f"{need.request.role}, {need.model}: {held}"
 
@@ -84,7 +84,13 @@ def _engine_ladders(config: Config, need: Need, gpus_per_node: int) -> Iterator[
             for share in SHARES
             if share > each.gpu_memory_utilization
         ]
-        shorter = config.rollout.max_new_tokens - (need.longest - need.kv_tokens)
+        # beside the share there is room for what vLLM knows nothing of
+        yield [
+            [f"{section}.gpu_memory_utilization={share}"]
+            for share in reversed(SHARES)
+            if share < each.gpu_memory_utilization
+        ]
+        shorter = config.rollout.max_new_tokens - max(need.longest - need.kv_tokens, 0)
         yield [[f"rollout.max_new_tokens={shorter}"]] if shorter > 0 else []
     else:
         yield (

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -84,9 +85,17 @@ def parse_rates(text: str) -> dict[str, float]:
     return rates
 
 
-def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]]:
-    """Measure the rates of a run's members at work; return them, and the settings that they hang on
-    and `config` has otherwise. Raises RunMissing where `run_dir` holds no rows."""
+class Measured(NamedTuple):
+    """What a short run says of a longer one."""
+
+    rates: dict[str, float]  # of members at work
+    differs: list[str]  # settings that they hang on, and are otherwise now
+    response: float | None  # mean tokens of one; None: the rows do not say
+
+
+def measured(run_dir: Path, config: Config) -> Measured:
+    """Measure a run whose settings may differ from `config`. Raises RunMissing where `run_dir`
+    holds no rows."""
     needs = f"{run_dir}: --like needs a run's directory with config.json and metrics.jsonl"
     with foreign(needs, RunMissing):
         then = json.loads(content_of(run_dir / CONFIG))
@@ -97,7 +106,7 @@ def measured(run_dir: Path, config: Config) -> tuple[dict[str, float], list[str]
 
 def _measured(
     run_dir: Path, then: dict[str, Any], rows: list[dict[str, Any]], config: Config
-) -> tuple[dict[str, float], list[str]]:
+) -> Measured:
     """Measure by the `rows` of the run whose config was `then`."""
     if len(rows) <= WARM:
         raise RunMissing(
@@ -118,9 +127,11 @@ def _measured(
     idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
     if idle:
         raise RunMissing(f"{run_dir}: its rows have no work of {', '.join(idle)}")
-    return (
-        {role: tokens[role] / seconds[role] for role in ROLES},
-        list(_differences(then, msgspec.to_builtins(config))),
+    lengths = [row["length_mean"] for row in rows if row.get("length_mean")]
+    return Measured(
+        rates={role: tokens[role] / seconds[role] for role in ROLES},
+        differs=list(_differences(then, msgspec.to_builtins(config))),
+        response=fmean(lengths) if lengths else None,
     )
 
 

@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from async_opd.config.schema import Config
+from async_opd.config.sections import SyncConfig
 from async_opd.config.teacher_rules import (
     Engines,
     longest_prompt,
@@ -17,10 +18,12 @@ from async_opd.config.teacher_rules import (
     shared_with_learner,
 )
 from async_opd.core.errors import ClusterTooSmall, ConfigError
+from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
-from async_opd.tools.plan.memory import BYTES, HEADROOM, Memory
+from async_opd.tools.plan.memory import CONTEXT, HEADROOM, Memory
+from async_opd.tools.plan.passes import Packed, packed
 from async_opd.tools.plan.shape import Shape
 
 GIB = 2**30
@@ -50,6 +53,7 @@ class RolePlan(Struct, frozen=True, kw_only=True):
     fits: bool
     kv_tokens: int | None = None  # that a vLLM engine has room for
     longest_tokens: int  # of a sequence it is given
+    typical_tokens: int  # of a sequence, half of the longest unless a run has measured it
 
 
 class Problem(Struct, frozen=True, kw_only=True):
@@ -70,6 +74,7 @@ class Need:
     memory: Memory
     limit: float
     longest: int
+    typical: int
     kv_bytes: float = 0.0  # of one token; 0: it has no cache
 
     @property
@@ -79,9 +84,10 @@ class Need:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits. An engine needs room for one sequence of the longest: vLLM starts with
-        no less."""
-        return self.kv_tokens >= self.longest if self.kv_bytes else self.memory.total <= self.limit
+        """Whether it fits. An engine also needs room for one sequence of the longest: vLLM starts
+        with no less."""
+        room = not self.kv_bytes or self.kv_tokens >= self.longest
+        return room and self.memory.total <= self.limit
 
     def plan(self) -> RolePlan:
         """Put it into the words of a plan."""
@@ -101,6 +107,7 @@ class Need:
             fits=self.fits,
             kv_tokens=self.kv_tokens if self.kv_bytes else None,
             longest_tokens=self.longest,
+            typical_tokens=self.typical,
         )
 
 
@@ -109,23 +116,62 @@ def models(config: Config) -> dict[str, str]:
     return {f"{section}.model": model for section, model in config.models.items()}
 
 
-def needs(config: Config, shapes: Mapping[str, Shape], card: float) -> list[Need]:
-    """Estimate what each role with a model needs of cards of `card` bytes; `shapes` by model."""
+def needs(
+    config: Config, shapes: Mapping[str, Shape], card: float, response: float | None = None
+) -> list[Need]:
+    """Estimate what each role with a model needs of cards of `card` bytes; `shapes` by model. A
+    typical `response` was measured; absent, it is half of the longest."""
     requests = {request.role: request for request in resource_requests(config, gpus=True)}
     share, student = config.run.share_gpu, shapes[config.student.model]
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    typical = _typical(config, longest, response)
     learner = Need(
         request=requests[RANK],
         section="learner",
         model=config.student.model,
         shape=student,
-        memory=memory.learner(config.learner, student, config.sync),
-        limit=card * (shared_with_learner(config.engines) if share else 1 - HEADROOM),
-        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        memory=memory.learner(
+            config.learner,
+            student,
+            config.sync,
+            _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
+            config.objective.needs(),
+        ),
+        limit=_limit(card, shared_with_learner(config.engines) if share else 1 - HEADROOM, share),
+        longest=longest,
+        typical=typical,
     )
     return [
         learner,
-        *(_engine(config, pool, requests[pool.role], shapes, card) for pool in config.engines),
+        *(
+            _engine(config, pool, requests[pool.role], shapes, card, response)
+            for pool in config.engines
+        ),
     ]
+
+
+def _typical(config: Config, longest: int, response: float | None) -> int:
+    """Find a typical sequence where `longest` is the longest."""
+    new = config.rollout.max_new_tokens
+    prompt = (longest - new) / 2
+    return max(1, min(longest, round(prompt + (new / 2 if response is None else response))))
+
+
+def _batch(
+    shape: Shape, each: LearnerConfig | ScorerConfig, tokens: int, longest: int, typical: int
+) -> Packed:
+    """Lay out `tokens` of a role on transformers, one sequence of the longest with typical ones
+    beside it: in half precision cards need no padding."""
+    longest = min(longest, tokens)
+    beside, rest = divmod(tokens - longest, typical)
+    lengths = [longest, *[typical] * beside, *([rest] if rest else [])]
+    return packed(shape, lengths, padded=memory.element(each.dtype) > 2)
+
+
+def _limit(card: float, share: float, shared: bool) -> float:
+    """Leave to a role a share of a card, less what CUDA holds; where the card is shared, contexts
+    are no part of the shares."""
+    return card * share - (0 if shared else CONTEXT)
 
 
 def _engine(
@@ -134,31 +180,36 @@ def _engine(
     request: ResourceRequest,
     shapes: Mapping[str, Shape],
     card: float,
+    response: float | None,
 ) -> Need:
-    """Estimate what a member of a pool of generators or scorers needs."""
+    """Estimate what a member of a pool of generators or scorers needs. An engine of vLLM has its
+    share of a card, and may have the rest for what it knows nothing of."""
     role, section, _, _, each = pool
     answers, scorer = role == "teacher-generator", config.scorers.get(section)
     model = config.models[section if scorer else "student"]
+    shape = shapes[model]
     _, longest = longest_sequence(section, scorer, config.data, config.rollout)
+    typical = _typical(config, longest, response)
     if scorer and not answers:
-        held = memory.scorer(scorer, shapes[model], card)
+        batch = _batch(shape, scorer, scorer.batch_tokens, longest, typical)
+        held = memory.scorer(scorer, shape, card, batch)
     else:
         sampling = (config.teacher_sampling if answers else None) or config.rollout
-        held = memory.generator(each, shapes[model], config.sync, card, sampling.concurrency)
-    vllm = "kv_cache" in held.parts
+        sync = SyncConfig() if answers else config.sync  # a teacher's weights do not travel
+        held = memory.generator(each, shape, sync, card, sampling.concurrency)
+    vllm, shared = "kv_cache" in held.parts, config.run.share_gpu
+    share = each.gpu_memory_utilization if shared else 1 if vllm else 1 - HEADROOM
     return Need(
         request=request,
         section=section,
         model=model,
-        shape=shapes[model],
+        shape=shape,
         memory=held,
-        limit=card
-        * (each.gpu_memory_utilization if vllm or config.run.share_gpu else 1 - HEADROOM),
+        limit=_limit(card, share, shared),
         # vLLM samples a token behind what it scores
         longest=longest + (vllm and not answers and scorer is not None),
-        kv_bytes=shapes[model].kv_bytes(BYTES[each.dtype], each.tensor_parallel_size)
-        if vllm
-        else 0.0,
+        typical=typical,
+        kv_bytes=memory.kv_bytes(each, shape) if vllm else 0.0,
     )
 
 

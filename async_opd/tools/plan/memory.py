@@ -1,22 +1,26 @@
 """Memory of each role on one GPU, by parts, from shapes and settings. Pure arithmetic, in bytes.
 
-`Ψ` parameters, `b` bytes of one in the role's dtype, `R` learner ranks. What a CUDA context,
-kernels and fragmentation take is not estimated: HEADROOM of a card is left for it. Engines of vLLM
-keep to their `gpu_memory_utilization`.
+`Ψ` parameters, `b` bytes of one in the role's dtype, `R` learner ranks. Kernels' own workspace and
+fragmentation are not estimated: HEADROOM of a card is left for them, and CONTEXT for what CUDA and
+its libraries hold before a tensor is there. Engines of vLLM keep to their `gpu_memory_utilization`.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from async_opd.config.sections import SyncConfig
-from async_opd.maths.blocks import head_block
+from async_opd.core.wire import Needs
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
+from async_opd.tools.plan.passes import Head, Packed, backward, block, forward
 from async_opd.tools.plan.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, None: 2}  # absent, it is bfloat16 on GPUs
 HEADROOM = 0.1  # of a card
+CONTEXT = 1.5 * 2**30  # CUDA's context, cuBLAS's workspace, NCCL's own buffers
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
+REDUCED_WHOLE = 500_000_000  # the same of stages 0 and 1, which no setting changes
 LIVE = 1_000_000_000  # weights that ZeRO-3 holds whole at once: `stage3_max_live_parameters`
 ENGINE_TOKENS = 2048  # of one forward of a generator: vLLM's own default
 PROMPT_ROWS = 1024  # of a prompt, whose logits vLLM holds at once
@@ -37,79 +41,80 @@ class Memory:
         return sum(self.parts.values()) + max(self.either.values(), default=0.0)
 
 
-def learner(config: LearnerConfig, shape: Shape, sync: SyncConfig) -> Memory:
-    """Estimate a learner rank, by ZeRO stage (Rajbhandari et al., https://arxiv.org/abs/1910.02054,
-    section 3).
+def element(dtype: str | None) -> int:
+    """Count the bytes of an element; on cards bfloat16 where nothing is set."""
+    return BYTES[dtype or "bfloat16"]
 
-    weights    bΨ; from stage 3 on bΨ/R, and as many as DeepSpeed holds whole
-    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R
-    optimizer  Adam's two moments 8Ψ, and from stage 1 on a float32 master of the weights: 12Ψ/R;
-               offloaded: none here
-    buckets    gradients on their way: REDUCED of them from stage 2 on, whatever Ψ is; and two of
-               weights on their way to the generators, which over gloo are the host's
-    backward   activations, and the head's logits and gradient
-    update     while the optimizer steps: a root of the second moment, and from stage 1 on its
-               gradients once more
+
+def chunks(shape: Shape, b: int, sync: SyncConfig) -> float:
+    """Count two chunks of weights on their way over nccl, on the learner's rank 0 and on each GPU
+    of a generator: vLLM packs weights until they are more than a bucket, so a chunk is a bucket and
+    a weight."""
+    if sync.backend != "nccl":
+        return 0
+    return 2 * (sync.bucket_mib * 2**20 + b * shape.largest)
+
+
+def learner(
+    config: LearnerConfig, shape: Shape, sync: SyncConfig, batch: Packed, needs: Needs
+) -> Memory:
+    """Estimate a learner rank, by ZeRO stage (Rajbhandari et al., https://arxiv.org/abs/1910.02054,
+    section 3), as DeepSpeed lays it out.
+
+    weights    bΨ; from stage 3 on bΨ/R
+    gradients  float32, whatever the weights are: 4Ψ; from stage 2 on 4Ψ/R; in stage 1 also in b,
+               where that is less
+    optimizer  Adam's two moments 8Ψ, and from stage 1 on a float32 master of the weights: 12Ψ/R
+    buckets    weights on their way to the generators, which over gloo are the host's
+    backward   a forward and backward of `batch` for an objective of such `needs`; from stage 2 on
+               gradients on their way, REDUCED of them whatever Ψ is, or twice that where they
+               travel beside the backward; in stage 3 weights that are held whole
+    update     while the optimizer steps: a root of the second moment; in stage 3 its gradients once
+               more; or, in stages 0 and 1, gradients on their way
+    offloaded  optimizer and update are the host's, with the gradients from stage 2 on, and their
+               sums over micro-batches in b; the largest weight's gradient has two places here
     """
-    stage = config.zero_stage or 0
+    stage, b = config.zero_stage or 0, element(config.dtype)
     psi = shape.parameters
-    b = BYTES[config.dtype]
-    share = shape.parameters / config.ranks
+    zero, share = config.deepspeed.get("zero_optimization", {}), psi / config.ranks
     state = 12 * share if stage else 8 * psi
-    sent = 2 * sync.bucket_mib * 2**20
-    reduced = b * (REDUCED if stage >= 2 else min(psi, REDUCED) if stage or config.ranks > 1 else 0)
+    travelling = b * zero.get("reduce_bucket_size", REDUCED)
+    # of stage 2 beside the backward, unless it is told otherwise
+    travelling *= 2 if stage == 2 and zero.get("overlap_comm", config.ranks > 1) else 1
+    whole = b * min(psi, zero.get("stage3_max_live_parameters", LIVE)) if stage == 3 else 0
     parts = {
-        "weights": b * share + b * min(psi, LIVE) if stage == 3 else b * psi,
-        "gradients": 4 * share if stage >= 2 else 4 * psi,
+        "weights": b * share if stage == 3 else b * psi,
+        "gradients": 4 * share if stage >= 2 else (4 + (b if stage and b < 4 else 0)) * psi,
         "optimizer": state,
-        "buckets": reduced + (sent if sync.backend == "nccl" else 0),
+        "buckets": chunks(shape, b, sync),
     }
     either = {
-        "backward": activations(shape, config.micro_batch_tokens, b, config.gradient_checkpointing)
-        + block(shape, config.head_chunk_rows)
-        + b * shape.vocabulary * shape.hidden,
-        "update": 8 * share if stage else 4 * psi,
+        "backward": passed(config, shape, batch, needs) + whole + (travelling if stage >= 2 else 0),
+        "update": _update(stage, psi, config.ranks, b),
     }
-    host = 0 if sync.backend == "nccl" else sent
+    host = 0 if sync.backend == "nccl" else 2 * sync.bucket_mib * 2**20
     if config.offload_optimizer:
-        host += state + parts["gradients"]
+        host += state + (4 + b) * share
         parts["optimizer"], either["update"] = 0, 0
+        parts["gradients"] = 2 * b * shape.largest + (4 * psi if stage == 1 else 0)
     # a whole copy at each checkpoint, on rank 0
     return Memory(parts=parts, either=either, host=host + b * psi)
 
 
-def activations(shape: Shape, tokens: int, b: int, checkpointing: bool) -> float:
-    """Estimate what a forward of `tokens` keeps for its backward in the layers of `transformers`,
-    whose norms are float32.
-
-    A layer keeps for a token, in bytes: (4 + 2b) of each hidden unit in both norms; b of queries,
-    attention's output and its reordered copy, of keys and values; (4 + b) of normed queries and
-    keys; 4b of each unit of the MLP, or of the token's own experts, with their inputs and outputs,
-    2b of a hidden unit, and the router's 12 an expert. With checkpointing each layer keeps b of a
-    hidden unit, and one is made again as a whole. Then the final norm.
-    """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    block = 2 * shape.hidden * (4 + 2 * b) + b * (3 * queries + 2 * keys)
-    block += (4 + b) * (queries + keys) if shape.normed else 0
-    mlp = 4 * b * shape.intermediate
-    each = b * (4 * shape.expert_intermediate + 2 * shape.hidden)
-    moe = shape.experts_per_token * each + 12 * shape.experts
-    sparse, dense = shape.expert_layers, shape.layers - shape.expert_layers
-    if checkpointing:
-        kept = (
-            shape.layers * b * shape.hidden
-            + block
-            + (max(moe, mlp) if sparse and dense else moe if sparse else mlp)
-        )
-    else:
-        kept = shape.layers * block + dense * mlp + sparse * moe
-    return tokens * (kept + shape.hidden * (4 + 2 * b))
+def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> float:
+    """Estimate the forward and backward of a micro-batch for an objective of such `needs`."""
+    logits = block(config.head_chunk_rows, batch.tokens, shape)
+    head = Head(logits=logits, more=needs.student_entropy + needs.tail)
+    b, checkpointing = element(config.dtype), config.gradient_checkpointing
+    return backward(shape, batch, b, checkpointing=checkpointing, head=head)
 
 
-def block(shape: Shape, rows: int | None) -> float:
-    """Count two blocks of float32 logits: `maths.logprobs`."""
-    held = head_block("cuda", rows)
-    return 2 * held.rows * min(held.ids, shape.vocabulary) * 4
+def _update(stage: int, psi: int, ranks: int, b: int) -> float:
+    """Count what is held beside the rest while the optimizer steps."""
+    share, reduced = psi / ranks, b * min(psi, REDUCED_WHOLE) if ranks > 1 else 0
+    if stage < 2:
+        return max(4 * share if stage else 4 * psi, reduced)
+    return 4 * share if stage == 2 else 8 * share
 
 
 def generator(
@@ -119,50 +124,53 @@ def generator(
     card: float,
     concurrency: int,
 ) -> Memory:
-    """Estimate an engine that samples: weights, a forward of ENGINE_TOKENS with the logits of
-    `concurrency` sequences, in float32, as log-probs and sorted, the buckets in which weights
-    arrive, and all that is left for keys and values."""
-    held = forward(shape, ENGINE_TOKENS, BYTES[config.dtype], config.tensor_parallel_size)
-    buckets = 2 * sync.bucket_mib * 2**20 if sync.backend == "nccl" else 0
-    return _engine(
-        config,
-        shape,
-        {"forward": held + 3 * 4 * concurrency * shape.vocabulary, "sync": buckets},
-        card,
-    )
+    """Estimate an engine that samples: weights, a forward with the logits of `concurrency`
+    sequences, in float32, as log-probs and sorted, and all that is left of its share for keys and
+    values; beside the share the chunks in which weights arrive, of which vLLM knows nothing."""
+    b = element(config.dtype)
+    tokens = config.engine.get("max_num_batched_tokens", ENGINE_TOKENS)
+    held = _engine(config, shape, tokens, concurrency, card)
+    held.parts["sync"] = chunks(shape, b, sync)
+    return held
 
 
-def scorer(config: ScorerConfig, shape: Shape, card: float) -> Memory:
+def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Memory:
     """Estimate a teacher or reference: on vLLM weights, a forward of `batch_tokens` with the logits
-    of PROMPT_ROWS of them, and keys and values; on transformers no cache, and the head's logits
-    block by block. An average is the host's."""
-    b, psi = BYTES[config.dtype], shape.parameters
-    held = forward(shape, config.batch_tokens, b, config.tensor_parallel_size)
+    of PROMPT_ROWS of them, and keys and values; on transformers no cache, a forward of `batch`, and
+    the head's logits block by block. An average is the host's."""
     if config.backend == "vllm":
-        return _engine(
-            config, shape, {"forward": held + 3 * 4 * PROMPT_ROWS * shape.vocabulary}, card
-        )
+        tokens = config.engine.get("max_num_batched_tokens", config.batch_tokens)
+        return _engine(config, shape, tokens, PROMPT_ROWS, card)
+    b, psi = element(config.dtype), shape.parameters
+    logits = 2 * block(config.head_chunk_rows, batch.tokens, shape) * 4
     return Memory(
-        parts={"weights": b * psi, "forward": held + block(shape, config.head_chunk_rows)},
+        parts={"weights": b * psi, "forward": forward(shape, batch, b) + logits},
         host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,
     )
 
 
 def _engine(
-    config: RolloutConfig | ScorerConfig, shape: Shape, parts: dict[str, float], card: float
+    config: RolloutConfig | ScorerConfig, shape: Shape, tokens: int, rows: int, card: float
 ) -> Memory:
-    """Leave to the key-value cache whatever is left of an engine's share of the card."""
-    weights = BYTES[config.dtype] * shape.parameters / config.tensor_parallel_size
-    left = config.gpu_memory_utilization * card - weights - sum(parts.values())
-    return Memory(parts={"weights": weights, **parts, "kv_cache": max(left, 0.0)})
+    """Leave to the key-value cache whatever is left of an engine's share of the card beside weights
+    and a forward of `tokens` with the logits of `rows`."""
+    b, gpus = element(config.dtype), config.tensor_parallel_size
+    weights = _served(config.engine, shape, b) / gpus
+    running = forward(shape, Packed(tokens=tokens, places=tokens), b, gpus)
+    running += 3 * 4 * rows * shape.vocabulary
+    left = config.gpu_memory_utilization * card - weights - running
+    return Memory(parts={"weights": weights, "forward": running, "kv_cache": max(left, 0.0)})
 
 
-def forward(shape: Shape, tokens: int, b: int, tensor_parallel: int = 1) -> float:
-    """Estimate the most that a forward without backward holds at once, b bytes of each: four times
-    the hidden state, and what a layer's attention, its MLP or the token's own experts add while
-    they run, split over GPUs. Of `transformers`; what vLLM fuses is less."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # gate, up and their product
-    mlp = 3 * shape.intermediate if shape.layers > shape.expert_layers else 0
-    moe = shape.experts_per_token * (4 * shape.expert_intermediate + 2 * shape.hidden)
-    return tokens * b * (4 * shape.hidden + max(3 * queries + 2 * keys, mlp, moe) / tensor_parallel)
+def _served(table: dict[str, Any], shape: Shape, b: int) -> float:
+    """Count the weights of an engine: in fp8 all but embedding and head are of one byte."""
+    kept = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    each = 1 if "fp8" in str(table.get("quantization")) else b
+    return b * kept + each * (shape.parameters - kept)
+
+
+def kv_bytes(config: RolloutConfig | ScorerConfig, shape: Shape) -> float:
+    """Count the bytes of one token's keys and values on one GPU of an engine."""
+    cached = str(config.engine.get("kv_cache_dtype", "auto"))
+    each = 1 if cached.startswith("fp8") else element(config.dtype)
+    return shape.kv_bytes(each, config.tensor_parallel_size)

@@ -27,9 +27,12 @@ def plan(
     offline: bool,
 ) -> Plan:
     """Plan the run of the config at `path` with `overrides` on `cluster`, balanced by `rates`, or
-    by those of the run `like`. Raises ConfigError, DataError, RunMissing."""
+    by those of the run `like`, whose responses are the typical ones. Raises ConfigError, DataError,
+    RunMissing."""
     config, gpus_per_node = with_dtypes(load(path, overrides), gpus=True), cluster.gpus_per_node
     _refuse_absurd(msgspec.to_builtins(config), "")
+    then = balance.measured(like, config) if like else None
+    response = then and then.response
     shapes, card = _shapes(config, offline), cluster.gpu_memory_gib * make.GIB
 
     def retry(more: list[str]) -> set[str] | None:
@@ -40,9 +43,10 @@ def plan(
         requests = tuple(resource_requests(changed, gpus=True))
         if not make.has_places(requests, gpus_per_node, cluster.nodes):
             return None
-        return {need.request.role for need in make.needs(changed, shapes, card) if not need.fits}
+        needed = make.needs(changed, shapes, card, response)
+        return {need.request.role for need in needed if not need.fits}
 
-    needs = make.needs(config, shapes, card)
+    needs = make.needs(config, shapes, card, response)
     problems = list(advise.problems(config, needs, retry, gpus_per_node))
     try:
         nodes = make.places(config, gpus_per_node, cluster.nodes)
@@ -62,7 +66,7 @@ def plan(
         worst_lag_steps=config.run.max_lag_steps,
         longest_response=longest,
         longest_bound_by=bound_by,
-        balance=_balance(config, rates, like),
+        balance=_balance(config, rates, then, like),
         problems=problems,
         checked=ONLINE[:1] if offline else ONLINE,
         skipped=ONLINE[1:] if offline else [],
@@ -101,10 +105,11 @@ def _shapes(config: Config, offline: bool) -> dict[str, shape.Shape]:
     return shapes
 
 
-def _balance(config: Config, rates: str | None, like: Path | None) -> balance.Balance | None:
+def _balance(
+    config: Config, rates: str | None, then: balance.Measured | None, like: Path | None
+) -> balance.Balance | None:
     if rates:
         return balance.balance(config, balance.parse_rates(rates), "rates as given", [])
-    if like:
-        measured, differs = balance.measured(like, config)
-        return balance.balance(config, measured, f"rates of {like}", differs)
+    if then:
+        return balance.balance(config, then.rates, f"rates of {like}", then.differs)
     return None

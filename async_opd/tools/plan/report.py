@@ -67,7 +67,8 @@ def _role(role: RolePlan) -> Iterator[str]:
     if role.kv_tokens is not None:
         yield (
             f"    cache for {role.kv_tokens:,} tokens: {role.kv_tokens // role.longest_tokens:,}"
-            f" sequences of the longest, {role.longest_tokens:,}"
+            f" sequences of the longest, {role.longest_tokens:,},"
+            f" {role.kv_tokens // role.typical_tokens:,} of a typical {role.typical_tokens:,}"
         )
     if role.host_gib >= 0.05:
         yield f"    on the host {role.host_gib:.1f}, of each"

@@ -60,8 +60,20 @@ class Shape(Struct, frozen=True, kw_only=True):
         )
         moe = hidden * self.experts + 3 * hidden * self.expert_intermediate * self.experts
         blocks = self.layers * (attention + 2 * hidden)
-        blocks += (self.layers - self.expert_layers) * mlp + self.expert_layers * moe
+        blocks += self.dense_layers * mlp + self.expert_layers * moe
         return self.vocabulary * hidden * (1 if self.tied else 2) + blocks + hidden
+
+    @property
+    def dense_layers(self) -> int:
+        """The number of layers without experts."""
+        return self.layers - self.expert_layers
+
+    @property
+    def largest(self) -> int:
+        """The number of elements of the largest weight that is sent: of the embedding, or one of a
+        layer's matrices."""
+        width = max(self.intermediate, self.expert_intermediate, self.heads * self.head_dim)
+        return self.hidden * max(self.vocabulary, width)
 
     @property
     def normed(self) -> bool:

@@ -3,12 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
+from async_opd.maths.packing import padded_groups
 from async_opd.roles.models import attention, causal_lm
-from async_opd.roles.models.attention import Segments, groups, packed_segments, places
+from async_opd.roles.models.attention import Segments, packed_segments
 from tests.tensor_memory import TensorMemory
 
 LENGTHS = [9, 1, 4]
@@ -164,25 +163,8 @@ def test_short_segments_are_padded_among_themselves(lengths):
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     for x, same in zip(inputs, alone, strict=True):
         torch.testing.assert_close(x.grad, same.grad, atol=1e-4, rtol=1e-4)
-    assert len(segments.padded(CPU).index_P) == places(lengths)
-
-
-def test_a_heavy_tail_of_lengths_costs_few_places():
-    """85 % short and 15 % long ones beside each other, 2.8 times the work when all are padded to
-    the longest; one group, as ever, where all are alike."""
-    mixed = [12_000, *[450] * 13]
-    assert places(mixed) == sum(mixed) < 0.11 * len(mixed) * max(mixed)
-    assert groups([80, 70, 33, 40]) == [[0, 1, 2, 3]]
-
-
-@given(st.lists(st.integers(1, 20_000), min_size=1, max_size=60))
-@settings(max_examples=100, deadline=None)
-def test_padding_is_at_most_as_much_as_the_tokens_and_a_little_for_each_call(lengths):
-    parts = groups(lengths)
-    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-    assert sum(lengths) <= places(lengths)
-    wasted = places(lengths) - 2 * sum(lengths)
-    assert wasted <= attention.WORTH_A_CALL * len(parts)
+    padded = sum(len(part) * max(lengths[i] for i in part) for part in padded_groups(lengths))
+    assert len(segments.padded(CPU).index_P) == padded
 
 
 def test_what_attention_needs_is_made_once_for_all_layers():

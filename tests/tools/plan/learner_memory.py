@@ -1,5 +1,5 @@
 """A learner rank in a process of its own: what it holds between two steps, and the most it
-allocates in one.
+allocates in one, of two micro-batches.
 
 `python -m tests.tools.plan.learner_memory <json>` with the fields of `main`; prints bytes as JSON.
 Not a test: `test_learner_memory.py` starts it.
@@ -7,6 +7,7 @@ Not a test: `test_learner_memory.py` starts it.
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
 
@@ -15,8 +16,8 @@ import torch
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import Group, LearnerShare
 from async_opd.objectives.opd import Opd
+from async_opd.roles.learner import engine
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.learner.engine import LearnerRank
 from tests.roles.learner.trajectories import trajectory
 from tests.tensor_memory import TensorMemory
 
@@ -30,12 +31,27 @@ def held() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def main(model: str, settings: dict, tokens: list[int]) -> None:
-    config = LearnerConfig(trajectories_per_step=1, lr=1e-4, **settings)
-    learner = LearnerRank(
-        0,
+def as_on_a_card(reduced: int) -> None:
+    """Have DeepSpeed reduce so few gradients at once that they do not hide the rest, and Adam work
+    as it does on a card, all weights at once."""
+    made = engine.deepspeed_config
+
+    def changed(config: LearnerConfig, width: int) -> dict:
+        settings = made(config, width)
+        settings["zero_optimization"]["reduce_bucket_size"] = reduced
+        settings["optimizer"]["params"]["foreach"] = True
+        return settings
+
+    engine.deepspeed_config = changed
+
+
+def rank(number: int, job: dict, addresses, measured) -> None:
+    """Measure one rank, and end its process."""
+    config = LearnerConfig(lr=1e-4, **job["settings"])
+    learner = engine.LearnerRank(
+        number,
         LearnerSettings(
-            model=model,
+            model=job["model"],
             temperature=1.0,
             steps=10,
             max_lag_steps=9,
@@ -51,19 +67,51 @@ def main(model: str, settings: dict, tokens: list[int]) -> None:
         config,
         Opd(),
     )
-    learner.start(learner.listen("127.0.0.1"))
+    if number == 0:
+        address = learner.listen("127.0.0.1")
+        for _ in range(config.ranks - 1):
+            addresses.put(address)
+    else:
+        address = addresses.get()
+    learner.start(address)
 
     def peak(length: int) -> int:
         one = trajectory(1, [(0, length - 1)])
         group = Group(prompt=one.prompt, rollouts=(one.rollout,))
-        share = LearnerShare((((0, 0),),), (one.verdicts,))
+        share = LearnerShare((((0, 0),), ((0, 0),)), (one.verdicts,))
         with TensorMemory() as memory:
             learner.step(share, groups=(group,), scores=((one.scores,),))
         return memory.most
 
-    peak(tokens[0])  # which makes the optimizer's state
-    print(json.dumps({"held": held(), "peaks": [peak(length) for length in tokens]}), flush=True)
+    peak(job["tokens"][0])  # which makes the optimizer's state
+    between = held()
+    peaks = [peak(length) for length in job["tokens"]]
+    if number == 0:
+        measured.send({"held": between, "peaks": peaks})
+    torch.distributed.barrier()
     os._exit(0)
+
+
+def main(model: str, cases: list[dict], tokens: list[int], reduced: int) -> None:
+    """Measure rank 0 of each of `cases` of a learner's settings; ranks are forked, so that all is
+    imported once."""
+    as_on_a_card(reduced)
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    for settings in cases:
+        addresses = fork.Queue()
+        receiver, sender = fork.Pipe(duplex=False)
+        job = dict(model=model, settings=settings, tokens=tokens)
+        ranks = [
+            fork.Process(target=rank, args=(number, job, addresses, sender))
+            for number in range(settings["ranks"])
+        ]
+        for each in ranks:
+            each.start()
+        sender.close()
+        print("measured", json.dumps(receiver.recv()), flush=True)
+        for each in ranks:
+            each.join()
 
 
 if __name__ == "__main__":

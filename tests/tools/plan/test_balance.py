@@ -48,7 +48,7 @@ def run_dir(tmp_path) -> Path:
 
 
 def test_rates_are_tokens_by_the_seconds_a_member_was_at_work(run_dir):
-    rates, _ = measured(run_dir, load(DEMO))
+    rates = measured(run_dir, load(DEMO)).rates
     tokens, seconds = 100 + 3 * 200, 4
     assert rates["generator"] == pytest.approx(tokens / (2 * 0.75 * seconds))
     assert rates["teacher"] == pytest.approx(tokens / (0.5 * seconds))
@@ -56,13 +56,13 @@ def test_rates_are_tokens_by_the_seconds_a_member_was_at_work(run_dir):
 
 
 def test_a_run_that_was_gone_on_with_has_the_rates_of_its_steps(run_dir):
-    rates, _ = measured(run_dir, load(DEMO))
+    rates = measured(run_dir, load(DEMO)).rates
     metrics = run_dir / "metrics.jsonl"
     *_, last = metrics.read_text().splitlines()
     for elapsed_s in (1, 4):  # from anew, and the same step once more
         with metrics.open("a") as file:
             file.write(json.dumps(json.loads(last) | {"elapsed_s": elapsed_s}) + "\n")
-    again, _ = measured(run_dir, load(DEMO))
+    again = measured(run_dir, load(DEMO)).rates
     tokens, seconds = 100 + 6 * 200, 7
     assert again["teacher"] == pytest.approx(tokens / (0.5 * seconds))
     assert again["generator"] == pytest.approx(tokens / (2 * 0.75 * seconds))
@@ -70,14 +70,14 @@ def test_a_run_that_was_gone_on_with_has_the_rates_of_its_steps(run_dir):
 
 
 def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
-    _, differs = measured(run_dir, load(DEMO, ["learner.gradient_checkpointing=true"]))
+    differs = measured(run_dir, load(DEMO, ["learner.gradient_checkpointing=true"])).differs
     assert differs == [
         "rollout.concurrency: 64 then, 256 now",
         "learner.gradient_checkpointing: False then, True now",
     ]
     config = load(DEMO, ["rollout.concurrency=64"])
     # neither the number of members nor where a model lies matters
-    assert measured(run_dir, config)[1] == []
+    assert measured(run_dir, config).differs == []
 
 
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
@@ -110,3 +110,17 @@ def test_a_run_without_enough_rows_is_refused_by_name(run_dir):
     (run_dir / "metrics.jsonl").write_text("{\n")
     with pytest.raises(RunMissing, match="--like needs a run's directory"):
         measured(run_dir, load(DEMO))
+
+
+def test_the_typical_response_is_the_mean_of_the_run_where_its_rows_say(run_dir):
+    assert measured(run_dir, load(DEMO)).response is None
+    metrics = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lengths = [10, 20, 30, 40, 50]
+    metrics.write_text(
+        "".join(
+            json.dumps(row | {"length_mean": length}) + "\n"
+            for row, length in zip(rows, lengths, strict=True)
+        )
+    )
+    assert measured(run_dir, load(DEMO)).response == 30

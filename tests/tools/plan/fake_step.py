@@ -1,0 +1,143 @@
+"""A learner's own forward and backward on fake tensors: real shapes, no memory, no card.
+
+torch built without CUDA runs no backward of fake CUDA tensors, so these are on the CPU, with the
+choices of a card: attention takes packed segments as they lie in half precision, and has no fused
+kernel for grouped queries in float32. What a kernel allocates for itself is not seen.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from async_opd.core.wire import Needs
+from async_opd.maths import blocks
+from async_opd.roles.learner.batch import TrainingBounds, pack
+from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.learner.step import Student
+from async_opd.roles.models import attention, causal_lm
+from async_opd.tools.plan import memory, passes
+from async_opd.tools.plan.shape import read
+from tests.roles.learner.trajectories import trajectory
+
+CPU = torch.device("cpu")
+NOTHING = Needs()
+
+
+class Peak(TorchDispatchMode):
+    """While it is entered, `most` is the largest number of bytes that tensors made under it have
+    held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+        self._held = 0
+        self._bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            self._bytes.setdefault(StorageWeakRef(storage), 0)  # made before, by somebody else
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if (new := StorageWeakRef(storage)) not in self._bytes:
+                self._bytes[new] = storage.nbytes()
+                self._held += storage.nbytes()
+        if self._held > self.most:  # where some of it may be dead by now
+            for dead in [each for each in self._bytes if each.expired()]:
+                self._held -= self._bytes.pop(dead)
+            self.most = max(self.most, self._held)
+        return result
+
+
+def _storages(tree) -> list:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _taken(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def varlen(module, query, key, value, mask, *, segment_lengths, scaling=None, **_):
+    """Attend inside packed segments by torch's own kernel, as on a card in half precision."""
+    segments = attention.Segments.of(segment_lengths)
+    return attention.varlen(query, key, value, segments, scaling), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One micro-batch of a model whose config.json is `tree`."""
+
+    tree: dict
+    lengths: tuple[int, ...]
+    checkpointing: bool
+    dtype: str = "bfloat16"
+    rows: int = 16384  # of the head, at a time
+    needs: Needs = NOTHING
+
+    def measured(self) -> int:
+        """Count the bytes that its forward and backward hold at most, beside weights and gradients
+        that are whole: those the optimizer takes at once."""
+        half = self.dtype != "float32"
+        AttentionInterface.register(
+            causal_lm.ATTENTION, varlen if half else attention.packed_segments
+        )
+        short, attention.SHORT = attention.SHORT, 0
+        block, blocks.ON_CPU = blocks.ON_CPU, blocks.ON_GPU
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                student, micro = self._student(), self._micro(mode)
+                for weight in student.parameters():
+                    weight.register_post_accumulate_grad_hook(_taken)
+                with nullcontext() if half else sdpa_kernel(SDPBackend.MATH), Peak() as peak:
+                    read = student(micro, self.needs)
+                    sum(x.sum() for x in read if x is not None and x.requires_grad).backward()
+            return peak.most
+        finally:
+            attention.SHORT = short
+            blocks.ON_CPU = block
+            AttentionInterface.register(causal_lm.ATTENTION, attention.packed_segments)
+
+    def planned(self) -> float:
+        """Estimate the same."""
+        shape = read(self._config().to_dict(), "student.model")
+        batch = passes.packed(shape, [*self.lengths], padded=self.dtype == "float32")
+        config = LearnerConfig(
+            trajectories_per_step=1,
+            lr=1e-4,
+            dtype=self.dtype,
+            head_chunk_rows=self.rows,
+            gradient_checkpointing=self.checkpointing,
+        )
+        return memory.passed(config, shape, batch, self.needs)
+
+    def _config(self):
+        return AutoConfig.for_model(**{k: v for k, v in self.tree.items() if k != "contexts"})
+
+    def _student(self) -> Student:
+        lm = AutoModelForCausalLM.from_config(
+            self._config(),
+            attn_implementation=causal_lm.ATTENTION,
+            dtype=getattr(torch, self.dtype),
+        )
+        causal_lm._give_padding_its_gradient(lm)
+        lm.train()
+        if self.checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return Student(lm, temperature=1.0, chunk_rows=self.rows)
+
+    def _micro(self, mode: FakeTensorMode):
+        packed = pack(
+            [trajectory(1, [(0, n - 1)], id=f"{i}#0") for i, n in enumerate(self.lengths)],
+            TrainingBounds(max_lag_steps=1, stale="mask", truncated="train", cap=max(self.lengths)),
+            live=0,
+            device=CPU,
+        )
+        tensors = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
+        return replace(packed, **{name: mode.from_tensor(x) for name, x in tensors.items()})
