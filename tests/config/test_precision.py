@@ -19,7 +19,6 @@ def long(**learner_and_teacher):
         rollout=replace(config.rollout, max_new_tokens=16384 - config.data.max_prompt_tokens),
         learner=replace(config.learner, micro_batch_tokens=16384, zero_stage=1, dtype=learner),
         teacher=replace(config.teacher, batch_tokens=16384, dtype=teacher),
-        sync=replace(config.sync, parity_tolerance=0.2),
     )
 
 
@@ -41,8 +40,25 @@ def test_a_dtype_that_is_set_stays_and_a_reference_has_one():
     assert config.learner.dtype == "float32" and config.scorers["reference"].dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "stage"),
+    [
+        ([], False, 0),
+        ([], True, 1),  # the least that keeps float32 weights to update
+        (["learner.dtype=float32"], True, 0),
+        (["learner.dtype=bfloat16"], False, 1),
+        (["learner.offload_optimizer=true"], False, 1),
+        (["learner.zero_stage=3"], True, 3),
+    ],
+)
+def test_an_absent_zero_stage_is_the_least_that_is_allowed(overrides, gpus, stage):
+    config = with_dtypes(load(CONFIG, overrides), gpus=gpus)
+    assert config.learner.zero_stage == stage
+    refuse_on_gpus(config, {})
+
+
 def test_what_an_absent_dtype_asks_for_is_refused_once_the_machine_is_known():
-    config = with_dtypes(load(CONFIG, ["sync.parity_tolerance=0.2"]), gpus=True)
+    config = with_dtypes(load(CONFIG, ["learner.zero_stage=0"]), gpus=True)
     with pytest.raises(ConfigError, match=r"learner\.dtype = 'bfloat16': needs learner"):
         refuse_on_gpus(config, {})
 

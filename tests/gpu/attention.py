@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from async_opd.roles.models import causal_lm
+from async_opd.roles.models import attention
+from async_opd.roles.models.attention import Segments
 from tests.gpu.place import GIB, Place, Record
 
 LAST = 64  # queries of a segment that are compared where scores of all would not fit
@@ -64,32 +65,14 @@ def float32(place: Place, record: Record) -> None:
 
 
 def forms(place: Place) -> dict[str, Callable[..., Tensor]]:
-    """Give attention [1, L, H, d] of query, key, value [1, H, L, d] and lengths: as the learner
-    has it, and on a card torch's own kernel."""
+    """Give the learner's two forms of attention, [1, L, H, d] of query, key, value [1, H, L, d] and
+    lengths; a CPU has one."""
 
-    def learner(query: Tensor, key: Tensor, value: Tensor, parts: list[int]) -> Tensor:
-        scaling = query.shape[-1] ** -0.5
-        return causal_lm.packed_segments(
-            torch.nn.Module(), query, key, value, None, segment_lengths=parts, scaling=scaling
-        )[0]
+    def by(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda query, key, value, parts: attend(query, key, value, Segments(parts))
 
-    def varlen(query: Tensor, key: Tensor, value: Tensor, parts: list[int]) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = torch.tensor(
-            [0, *itertools.accumulate(parts)], dtype=torch.int32, device=query.device
-        )
-        return varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            ends,
-            ends,
-            max(parts),
-            max(parts),
-            window_size=(-1, 0),  # causal
-            enable_gqa=True,
-        )[None]
-
-    return {"learner's": learner} | ({"torch's varlen": varlen} if place.device == "cuda" else {})
+    kernels = {"varlen": by(attention.varlen)} if place.device == "cuda" else {}
+    return {"padded": by(attention.padded), **kernels}
 
 
 def projections(place: Place, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

@@ -109,6 +109,7 @@ CHECKS = (
         rehearsed=False,
     ),
     Check("tokens a second, kv recomputed", "updates:throughput", packages=ENGINE),
+    Check("tokens a second, kv kept", "updates:throughput", {"keeps_kv": True}, packages=ENGINE),
     # and Ray
     Check("run, one card", "runs:three_steps", {"overrides": SHARED}, packages=RUNS),
     Check(

@@ -14,6 +14,7 @@ from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.models import causal_lm
 from async_opd.tools.plan import memory, shape
 from async_opd.tools.plan.memory import Memory
+from async_opd.tools.plan.passes import packed
 from tests.gpu.place import GIB, Place, Record, Unfit
 from tests.roles.learner.trajectories import trajectory
 
@@ -83,8 +84,9 @@ def learner_config(place: Place, **settings) -> LearnerConfig:
 def plan(place: Place, *, checkpointing: bool, **settings) -> Memory:
     """What `async-opd plan` counts for such a learner, whose weights travel over gloo."""
     config = learner_config(place, gradient_checkpointing=checkpointing, **settings)
-    tree = Qwen3Config(**place.large).to_dict()
-    return memory.learner(config, shape.read(tree, "student"), SyncConfig())
+    student = shape.read(Qwen3Config(**place.large).to_dict(), "student")
+    batch = packed(student, [config.micro_batch_tokens], padded=False)
+    return memory.learner(config, student, SyncConfig(), batch, Opd().needs())
 
 
 def random_student(place: Place, checkpointing: bool) -> PreTrainedModel:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from async_opd.roles.weight_sync.gloo import TensorMeta, gloo_group, join_store
+from async_opd.roles.weight_sync.nccl import NcclGroup
 from async_opd.roles.weight_sync.sender import SENDERS, NcclSender
 from tests.gpu.place import GIB, Place, Record, visible
 
@@ -29,7 +30,9 @@ BEHIND = 200  # operations that a write waits behind, so that it is in flight wh
 
 class Loopback:
     """Stands for the communicator between both sides of one process: what is broadcast is kept on
-    the stream that is current, as NCCL would read it there."""
+    the stream that is current, as NCCL would read it there. It has no bound to keep."""
+
+    bounded = staticmethod(nullcontext)
 
     def __init__(self):
         self.chunks: deque[Tensor] = deque()
@@ -54,6 +57,7 @@ def streams(place: Place) -> Iterator[None]:
                 f"{packing}._get_streams": lambda *_: none,
                 "torch.accelerator.current_device_index": lambda: 0,
                 "torch.cuda.stream": nullcontext,
+                "torch.cuda.current_stream": lambda: none[0],
             }.items():
                 patches.enter_context(mock.patch(name, stand_in))
         yield
@@ -192,8 +196,7 @@ def killed_peer(place: Place, record: Record, backend: str) -> None:
             time.sleep(1.0)
             began = time.monotonic()
             peer.send_signal(signal.SIGKILL)
-            if isinstance(sender, NcclSender):
-                sender._group.destroy()  # what an abort does
+            sender.leave()
             thread.join(TIMEOUT_S + ABORT_S)
         finally:
             peer.kill()
@@ -207,15 +210,9 @@ def killed_peer(place: Place, record: Record, backend: str) -> None:
 def stand_by(backend: str, address: str) -> None:
     """Join as the one worker of an engine, and never take what is sent."""
     host, port = address.rsplit(":", 1)
-    if backend == "gloo":
-        store = join_store(host, int(port), TIMEOUT_S)
-        joined = gloo_group(store, rank=1, world=2, timeout_s=TIMEOUT_S)
-    else:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-        joined = trainer_init(
-            dict(master_address=host, master_port=int(port), world_size=2), rank=1
-        )
+    store = join_store(host, int(port), TIMEOUT_S)
+    join = {"gloo": gloo_group, "nccl": NcclGroup}[backend]
+    joined = join(store, rank=1, world=2, timeout_s=TIMEOUT_S)
     print(JOINED.decode(), joined, flush=True)
     time.sleep(600)
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from async_opd.config.sections import SyncConfig
 from async_opd.core.wire import Group, GroupMeta, Prompt
 from tests.gpu import pair
 from tests.gpu.pair import Pair
 from tests.gpu.place import Place, Record
 
 RUNNING = 8  # responses at once
-MEAN_GAP = 0.1  # nats, of bfloat16 at version 0; a few of the tokens are off by more
+MEAN_GAP = SyncConfig().parity_mean
 GAP_TOKENS = 1000
 
 
