@@ -8,6 +8,7 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import teacher_section
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Teacher, Verifier
+from async_opd.core.precision import dtype_on
 from async_opd.core.roles import Roles
 from async_opd.driver.replica import Replica
 from async_opd.driver.replica_pool import M, ReplicaPool
@@ -123,8 +124,8 @@ class Pools:
         scorer: ScorerConfig,
         replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
-        assert scorer.dtype  # by `with_dtypes`
-        probe = ScorerProbe(scorer.dtype, moving=not replaced)
+        # what is absent still is a CPU's: on GPUs `with_dtypes` has written it down
+        probe = ScorerProbe(dtype_on(False, scorer.dtype), moving=not replaced)
         pool = self._pool(name, role, replicas, replaced=replaced, welcome=probe.welcome)
         self._probes.append((probe, pool))
         return pool

@@ -143,7 +143,7 @@ class Cluster:
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,
-            exact=config.learner.dtype == config.rollout.dtype == "float32",
+            exact=in_float32(config),
             spawn=self._spawn,
         )
 
@@ -252,6 +252,11 @@ class Cluster:
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
+
+
+def in_float32(config: Config) -> bool:
+    """Tell whether learner and generators compute in float32; `config` is `with_dtypes`."""
+    return config.learner.dtype == config.rollout.dtype == "float32"
 
 
 def _mark(folder: Path) -> Path:

@@ -77,7 +77,7 @@ class Stub:
 
     def cluster(self, config, *, first_seed, **_):
         self.seeds.append(first_seed)
-        return contextlib.nullcontext(SimpleNamespace(roles=self._roles))
+        return contextlib.nullcontext(SimpleNamespace(roles=self._roles, config=config, gpus=False))
 
     async def _roles(self):
         if self.starts:

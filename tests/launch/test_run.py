@@ -214,8 +214,10 @@ def test_a_run_that_failed_or_had_begun_keeps_its_directory(tmp_path):
 class SimulatedCluster:
     """In place of Ray's: roles that answer at once."""
 
+    gpus = False
+
     def __init__(self, config, emit, **_):
-        self._config, self._emit = config, emit
+        self.config, self._emit = config, emit
 
     def __enter__(self):
         return self
@@ -224,7 +226,7 @@ class SimulatedCluster:
 
     async def roles(self):
         self._emit("placed", "learner", "")
-        learner = SimulatedLearner(max_lag_steps=self._config.run.max_lag_steps)
+        learner = SimulatedLearner(max_lag_steps=self.config.run.max_lag_steps)
         return Roles(
             generators=[SimulatedGenerator()],
             teachers={"": [SimulatedTeacher()]},
@@ -340,7 +342,7 @@ async def test_a_restart_and_a_resume_begin_with_the_sizes_that_scale_asked_for(
 
     class Cluster(SimulatedCluster):
         async def roles(self):
-            config = self._config
+            config = self.config
             begun.append((config.rollout.generators, config.teacher.replicas))
             return Roles(
                 generators=[SimulatedGenerator() for _ in range(config.rollout.generators)],

@@ -233,15 +233,16 @@ class SimulatedLearner(Learner):
     async def step(self, groups: Sequence[ScoredGroup]) -> StepResult:
         await asyncio.sleep(self.pace.step_s)
         lags: Counter[int] = Counter()
-        for span in (span for group in groups for span in group.meta.spans[0]):
+        sampled = [group for group in groups if not group.from_teacher]  # by the student
+        for span in (span for group in sampled for span in group.meta.spans[0]):
             lags[self.version - span.version] += span.end - span.start
         trained = {lag: tokens for lag, tokens in lags.items() if lag <= self._bound}
         tokens = sum(trained.values())
         self.version += 1
         metrics = {
             "tokens": tokens,
-            "lag_max": max(trained),
-            "lag_mean": sum(lag * tokens for lag, tokens in trained.items()) / tokens,
+            "lag_max": max(trained, default=0),
+            "lag_mean": sum(lag * tokens for lag, tokens in trained.items()) / max(tokens, 1),
             "tokens_excluded": lags.total() - tokens,
         }
         return StepResult(version=self.version, metrics=metrics)
