@@ -40,7 +40,9 @@ def test_nothing_else_need_be_installed_for_them():
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["rank, ZeRO 2", "packed transfer", "gloo, lost peer"])
+@pytest.mark.parametrize(
+    "name", ["2 ranks, ZeRO 3", "packed transfer", "gloo, lost peer", "update in flight, gloo"]
+)
 def test_one_in_a_process_of_its_own_passes(name, tmp_path):
     outcome = process.run(BY_NAME[name], tmp_path, rehearsal=True, limit_s=240)
     assert outcome.status == "pass", (outcome.reason, outcome.rows)

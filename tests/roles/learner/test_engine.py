@@ -259,10 +259,12 @@ def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train, r
 def test_what_deepspeed_refuses_is_a_mistake_of_its_table_where_there_is_one():
     from async_opd.roles.learner.engine import _refused
 
-    with pytest.raises(
-        ConfigError, match=r"^learner\.deepspeed = {'a': 1}: refused by DeepSpeed: no$"
+    with (
+        pytest.raises(
+            ConfigError, match=r"^learner\.deepspeed = {'a': 1}: refused by DeepSpeed: no$"
+        ),
+        _refused({"a": 1}),
     ):
-        with _refused({"a": 1}):
-            raise AssertionError("no")
+        raise AssertionError("no")
     with pytest.raises(AssertionError), _refused({}):
         raise AssertionError("no")
