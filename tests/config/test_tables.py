@@ -342,6 +342,19 @@ def test_deepspeeds_table_goes_beside_what_is_ours(stage):
     assert read.zero_config.max_live_parameters == 10
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+OFFERED = r"^# (?=(?:engine|kv) = )"  # what a recipe has in a comment
+OFFERING = [p for p in CONFIGS.glob("*.toml") if re.search(OFFERED, p.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("recipe", OFFERING, ids=lambda path: path.stem)
+def test_what_a_recipe_has_in_a_comment_may_be_set(recipe, tmp_path):
+    text = re.sub(OFFERED, "", recipe.read_text(), flags=re.MULTILINE)
+    (tmp_path / "a.toml").write_text(text)
+    run = f"run.dir={tmp_path}/run"
+    assert load(tmp_path / "a.toml", [run]) != load(recipe, [run])
+
+
 SOURCE = {
     "__init__.py": "",
     "words.py": """

@@ -68,9 +68,9 @@ SELF = (
     "learner.offload_optimizer=true",
     "sync.kv=keep",
 )
-SPECULATION = {
-    "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
-}
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+# of few ids, which come again: there is something to draft, and to accept
+SPECULATION = {"engine": {"speculative_config": DRAFTS}, "known": 8}
 APART = ("sync.backend=nccl",)
 CHECKS = (
     # needs torch, transformers and this repository
@@ -145,7 +145,7 @@ CHECKS = (
     _on_cards(
         "speculation",
         "updates:in_flight",
-        {"backend": "gloo", "engine": SPECULATION},
+        {"backend": "gloo", **SPECULATION},
         packages=ENGINE,
     ),
     _on_cards(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Group, LearnerShare, Needs, Prompt, Scores, Verdict
@@ -81,17 +82,26 @@ def start(
     concurrency: int,
     ranks: int = 1,
     engine: dict | None = None,
+    known: int | None = None,
     needs: Needs | None = None,
     **settings,
 ) -> Pair:
     """Start both on the same random weights, or those of `place.model`: over nccl the generator on
     cards of its own, behind the learner's; over gloo from the learner's card on. Responses have
-    `tokens` tokens, `engine` is a table of vLLM's arguments, and `settings` are the generator's."""
+    `tokens` tokens, of ids below `known`; `engine` is a table of vLLM's arguments, and `settings`
+    are the generator's."""
     model = place.model or saved(place.folder / "student", place.small, place.device)
     lr = 1e-3 if place.tiny else 1e-4  # at which a few steps move what is sampled
-    learner = learner_rank(place, model, backend, lr=lr, micro_batch_tokens=PROMPT + 2 * tokens)
+    vocabulary = known or AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    learner = learner_rank(
+        place,
+        model,
+        backend,
+        vocabulary=((0, vocabulary),),
+        lr=lr,
+        micro_batch_tokens=PROMPT + 2 * tokens,
+    )
     started(learner, learner.listen(HOST))
-    vocabulary = learner._lm.config.get_text_config().vocab_size
     os.environ.pop("LOCAL_RANK", None)  # the learner's
     if place.device == "cuda":  # read by the engine's process, which is a new one
         cards = visible(1 if backend == "nccl" else 0, ranks)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from async_opd.core.role_settings import LearnerSettings
+from async_opd.core.vocabulary import Ids
 from async_opd.core.wire import Group, LearnerShare
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner.engine import LearnerRank
@@ -108,9 +109,15 @@ def saved(folder: Path, shape: dict, device: str) -> str:
 
 
 def learner_rank(
-    place: Place, model: str, backend: str = "gloo", number: int = 0, **settings
+    place: Place,
+    model: str,
+    backend: str = "gloo",
+    number: int = 0,
+    vocabulary: Ids | None = None,
+    **settings,
 ) -> LearnerRank:
-    """Make the rank of that number of a learner of `model`."""
+    """Make the rank of that number of a learner of `model`, whose log-probs are over
+    `vocabulary`, or all of its head."""
     return LearnerRank(
         number,
         LearnerSettings(
@@ -126,6 +133,7 @@ def learner_rank(
             bucket_bytes=256 * 2**20,
             sync_s=60.0,
             timeout_s=60.0,
+            vocabulary=vocabulary,
         ),
         learner_config(place, **settings),
         Opd(),

@@ -2,6 +2,7 @@
 and the table is made of what came of them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_what_a_machine_lacks_is_named():
 def test_each_check_names_a_function_of_a_file_that_is_there(check):
     module, name = check.function.split(":")
     source = (process.FOLDER / f"{module}.py").read_text()
-    assert f"\ndef {name}(place: Place, record: Record" in source
+    assert re.search(rf"^def {name}\(\s*place: Place, record: Record", source, re.MULTILINE)
     assert len(BY_NAME) == len(CHECKS)
 
 
