@@ -7,9 +7,7 @@ from msgspec import Meta
 
 # Those outside of `zero_optimization`, with their types: DeepSpeed declares none for them.
 MAY: dict[str, Any] = {
-    "communication_data_type": Literal["fp32", "bf16", "fp16"],
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": Annotated[float, Meta(gt=0)],
+    "communication_data_type": Literal["fp32", "bf16"],  # small gradients are 0 in fp16
     "steps_per_print": Annotated[int, Meta(ge=1)],
     "wall_clock_breakdown": bool,
     "memory_breakdown": bool,
@@ -37,6 +35,8 @@ NEVER = {
         managed_gradient_accumulation data_efficiency curriculum_learning dataloader_drop_last""",
     OPTIMIZER: "optimizer scheduler zero_allow_untested_optimizer",
     OFFLOAD: "zero_force_ds_cpu_optimizer aio",
+    "it is for sums in fp16; ZeRO refuses it, or divides twice": """prescale_gradients
+        gradient_predivide_factor""",
     "is set by learner.grad_clip": "gradient_clipping",
     "a step's loss is the mean over ranks": "gradient_allreduce_op",
     "ranks would go on with weights of their own": "disable_allgather",

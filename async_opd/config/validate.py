@@ -66,6 +66,10 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
 
 
 def _check_value(path: str, value: Any, type_: Any) -> None:
+    if isinstance(value, dict) and getattr(type_, "__origin__", type_) is dict:
+        for name, inner in value.items():  # whose place is its own
+            if not _sound(inner):
+                _check_value(_joined(path, name), inner, dict if isinstance(inner, dict) else float)
     if value != "" and _sound(value):
         with suppress(msgspec.ValidationError):
             msgspec.convert(value, type_)
@@ -148,7 +152,8 @@ def _unknown(
         for home, kinds in root.items()
         if any(name in kind.__struct_encode_fields__ for kind in kinds)
     ]
-    near = [_joined(path, close) for close in get_close_matches(name, fields, n=1, cutoff=0.5)]
+    close = get_close_matches(name.lower(), fields, n=1, cutoff=0.5)
+    near = [_joined(path, each) for each in close]
     hint = (
         did_you_mean([home for home in homes if home != key] + near)
         or f"; allowed: {', '.join(fields)}"
@@ -184,7 +189,12 @@ def _allowed(info: inspect.Type) -> str:
             return f"{noun} {bounds}".rstrip()
         case inspect.TupleType(item_types=items):
             return f"[{', '.join(map(_allowed, items))}]"
-        case inspect.VarTupleType(item_type=item):
+        case (
+            inspect.VarTupleType(item_type=inspect.AnyType())
+            | inspect.ListType(item_type=inspect.AnyType())
+        ):
+            return "a list"
+        case inspect.VarTupleType(item_type=item) | inspect.ListType(item_type=item):
             return f"a list of {_allowed(item)}"
         case inspect.UnionType(types=types):
             return " or ".join(_allowed(t) for t in types if not isinstance(t, inspect.NoneType))

@@ -127,9 +127,29 @@ MISTAKES = {
         ["learner.deepspeed.zero_optimization.reduce_bucket_size=0"],
         "must be an integer > 0",
     ),
+    "overlap where nothing is reduced meanwhile": (
+        ["learner.deepspeed.zero_optimization.overlap_comm=true"],
+        "learner.deepspeed.zero_optimization.overlap_comm = true: needs learner.zero_stage 2 or 3",
+    ),
+    "a factor that ZeRO divides by twice": (
+        ["learner.deepspeed.gradient_predivide_factor=2.0"],
+        "learner.deepspeed.gradient_predivide_factor = 2.0: may not be set: it is for sums in fp16",
+    ),
+    "a text for a list": (
+        ["rollout.engine.kv_cache_dtype_skip_layers=all"],
+        "rollout.engine.kv_cache_dtype_skip_layers = 'all': must be a list of a string",
+    ),
+    "in capitals": (
+        ["rollout.engine.MAX_NUM_BATCHED_TOKENS=8192"],
+        "did you mean 'rollout.engine.max_num_batched_tokens'?",
+    ),
+    "a number that is none": (
+        ["rollout.engine.compilation_config={ a = { b = inf } }"],
+        "rollout.engine.compilation_config.a.b = inf: must be a finite number",
+    ),
     "word of DeepSpeed's": (
         ["learner.deepspeed.communication_data_type=bf15"],
-        "must be 'bf16', 'fp16' or 'fp32'; did you mean 'bf16'?",
+        "must be 'bf16' or 'fp32'; did you mean 'bf16'?",
     ),
 }
 
@@ -150,7 +170,7 @@ TAKEN = [
     [VLLM_TEACHER, "teacher.engine.hf_overrides.rope_parameters.factor=4.0"],
     [*SAMPLING, "teacher.engine.quantization=fp8"],
     [*REFERENCE, "reference.engine.attention_backend=FLASHINFER"],
-    ["learner.deepspeed.zero_optimization.overlap_comm=true"],
+    ["learner.zero_stage=2", "learner.deepspeed.zero_optimization.overlap_comm=true"],
     ["learner.deepspeed={ communication_data_type = 'fp32', wall_clock_breakdown = true }"],
 ]
 
@@ -320,6 +340,19 @@ def test_deepspeeds_table_goes_beside_what_is_ours(stage):
     assert read.zero_config.stage == stage
     assert read.zero_config.reduce_bucket_size == 1000
     assert read.zero_config.max_live_parameters == 10
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OFFERED = r"^# (?=(?:engine|kv) = )"  # what a recipe has in a comment
+OFFERING = [p for p in CONFIGS.glob("*.toml") if re.search(OFFERED, p.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("recipe", OFFERING, ids=lambda path: path.stem)
+def test_what_a_recipe_has_in_a_comment_may_be_set(recipe, tmp_path):
+    text = re.sub(OFFERED, "", recipe.read_text(), flags=re.MULTILINE)
+    (tmp_path / "a.toml").write_text(text)
+    run = f"run.dir={tmp_path}/run"
+    assert load(tmp_path / "a.toml", [run]) != load(recipe, [run])
 
 
 SOURCE = {

@@ -38,15 +38,21 @@ class Check:
         return lacks or (f"needs {', '.join(missing)}: not installed" if missing else "")
 
 
-def _zero(stage: int, **settings: Any) -> Check:
-    """A learner's rank at that ZeRO stage."""
+def _zero(stage: int, cards: int = 1, **settings: Any) -> Check:
+    """A learner of so many ranks at that ZeRO stage."""
     offloaded = ", optimizer on the host" if settings else ""
     return Check(
-        f"rank, ZeRO {stage}{offloaded}",
+        f"{'rank' if cards == 1 else f'{cards} ranks'}, ZeRO {stage}{offloaded}",
         "ranks:train",
-        {"zero_stage": stage, **settings},
+        {"zero_stage": stage, "ranks": cards, **settings},
+        cards=cards,
         packages=("deepspeed",),
     )
+
+
+def _on_cards(*args: Any, **settings: Any) -> Check:
+    """A check that has nothing to rehearse."""
+    return Check(*args, rehearsed=False, **settings)
 
 
 ENGINE = ("vllm", "deepspeed")
@@ -55,6 +61,16 @@ SHARED = (
     "rollout.gpu_memory_utilization=0.2",
     "teacher.gpu_memory_utilization=0.2",
 )
+SELF = (
+    "teacher.model=toy:student",
+    "teacher.backend=transformers",
+    "teacher.update=ema",
+    "learner.offload_optimizer=true",
+    "sync.kv=keep",
+)
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+# of few ids, which come again: there is something to draft, and to accept
+SPECULATION = {"engine": {"speculative_config": DRAFTS}, "known": 8}
 APART = ("sync.backend=nccl",)
 CHECKS = (
     # needs torch, transformers and this repository
@@ -64,24 +80,39 @@ CHECKS = (
     Check("learner, checkpointing", "student:step", {"checkpointing": True}),
     Check("learner, no checkpointing", "student:step", {"checkpointing": False}),
     Check("learner, kernels", "student:kernels"),
-    Check("gloo, killed peer", "transfer:killed_peer", {"backend": "gloo"}),
+    Check("gloo, lost peer", "peers:lost", {"backend": "gloo"}),
     # and DeepSpeed
     _zero(1),
     _zero(2),
     _zero(3),
     _zero(1, offload_optimizer=True),
+    _zero(2, cards=2),
+    _zero(3, cards=2),
     # and vLLM
     Check("packed transfer", "transfer:packed", packages=("vllm",)),
     Check(
-        "nccl, killed peer",
-        "transfer:killed_peer",
+        "nccl, lost peer",
+        "peers:lost",
         {"backend": "nccl"},
         cards=2,
         packages=("vllm",),
         rehearsed=False,
     ),
-    Check("teacher, sampled", "teachers:arrays", {"k": 0}, packages=("vllm",)),
+    Check("teacher, sampled", "teachers:arrays", packages=("vllm",)),
     Check("teacher, top 32", "teachers:arrays", {"k": 32}, packages=("vllm",)),
+    Check(
+        "teacher, top 32 of some ids",
+        "teachers:arrays",
+        {"k": 32, "known": 4000},
+        packages=("vllm",),
+    ),
+    _on_cards("teacher, given ids", "teachers:arrays", {"given": 32}, packages=("vllm",)),
+    _on_cards(
+        "teacher, fp8",
+        "teachers:arrays",
+        {"k": 32, "engine": {"quantization": "fp8"}},
+        packages=("vllm",),
+    ),
     Check("parity", "updates:parity", packages=ENGINE),
     Check("update in flight, gloo", "updates:in_flight", {"backend": "gloo"}, packages=ENGINE),
     Check(
@@ -110,8 +141,22 @@ CHECKS = (
     ),
     Check("tokens a second, kv recomputed", "updates:throughput", packages=ENGINE),
     Check("tokens a second, kv kept", "updates:throughput", {"keeps_kv": True}, packages=ENGINE),
+    Check("candidates, sampled", "updates:candidates", packages=ENGINE),
+    _on_cards(
+        "speculation",
+        "updates:in_flight",
+        {"backend": "gloo", **SPECULATION},
+        packages=ENGINE,
+    ),
+    _on_cards(
+        "fp8 KV",
+        "updates:in_flight",
+        {"backend": "gloo", "engine": {"kv_cache_dtype": "fp8"}},
+        packages=ENGINE,
+    ),
     # and Ray
     Check("run, one card", "runs:three_steps", {"overrides": SHARED}, packages=RUNS),
+    Check("run, self-teacher", "runs:three_steps", {"overrides": (*SHARED, *SELF)}, packages=RUNS),
     Check(
         "run, a card each",
         "runs:three_steps",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Group, LearnerShare, Needs, Prompt, Scores, Verdict
@@ -14,7 +15,7 @@ from async_opd.roles.learner.engine import LearnerRank
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.generator import RolloutGenerator
 from tests.gpu.place import Place, visible
-from tests.gpu.ranks import learner_rank, saved
+from tests.gpu.ranks import HOST, learner_rank, saved, started
 from tests.gpu.student import PROMPT
 
 ENGINE_SHARE = 0.4  # of the memory of a card that the learner has a part of
@@ -32,9 +33,9 @@ class Pair:
 
     async def join(self) -> None:
         """Form the group that weights travel over."""
-        (group,) = self.learner.open_group("127.0.0.1", 1, self.ranks)
+        (group,) = self.learner.open_group(HOST, 1, self.ranks)
         await asyncio.gather(
-            asyncio.to_thread(self.learner.join_group, group.world),
+            self.learner.join_group(group.world),
             self.generator.join_group(group),
         )
 
@@ -43,7 +44,7 @@ class Pair:
         returns how many seconds it stood still."""
         began = time.perf_counter()
         await asyncio.gather(
-            asyncio.to_thread(self.learner.send_weights),
+            self.learner.send_weights(),
             self.generator.update(version, self.learner.weight_layout(), 0),
         )
         await self.generator.resume(0)
@@ -80,15 +81,27 @@ def start(
     tokens: int,
     concurrency: int,
     ranks: int = 1,
+    engine: dict | None = None,
+    known: int | None = None,
+    needs: Needs | None = None,
     **settings,
 ) -> Pair:
     """Start both on the same random weights, or those of `place.model`: over nccl the generator on
     cards of its own, behind the learner's; over gloo from the learner's card on. Responses have
-    `tokens` tokens, and `settings` are the generator's."""
+    `tokens` tokens, of ids below `known`; `engine` is a table of vLLM's arguments, and `settings`
+    are the generator's."""
     model = place.model or saved(place.folder / "student", place.small, place.device)
     lr = 1e-3 if place.tiny else 1e-4  # at which a few steps move what is sampled
-    learner = learner_rank(place, model, backend, lr=lr, micro_batch_tokens=PROMPT + 2 * tokens)
-    vocabulary = learner._lm.config.get_text_config().vocab_size
+    vocabulary = known or AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    learner = learner_rank(
+        place,
+        model,
+        backend,
+        vocabulary=((0, vocabulary),),
+        lr=lr,
+        micro_batch_tokens=PROMPT + 2 * tokens,
+    )
+    started(learner, learner.listen(HOST))
     os.environ.pop("LOCAL_RANK", None)  # the learner's
     if place.device == "cuda":  # read by the engine's process, which is a new one
         cards = visible(1 if backend == "nccl" else 0, ranks)
@@ -110,8 +123,9 @@ def start(
             dtype="bfloat16",
             tensor_parallel_size=ranks,
             enforce_eager=place.device == "cpu",
+            engine=engine or {},
             gpu_memory_utilization=0.85 if backend == "nccl" else ENGINE_SHARE,
         ),
-        Needs(),
+        needs or Needs(),
     )
     return Pair(learner, generator, place, ranks, vocabulary)

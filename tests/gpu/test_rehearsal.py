@@ -2,6 +2,7 @@
 and the table is made of what came of them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_what_needs_torch_alone_runs_and_records_figures(name, tmp_path):
 
 def test_nothing_else_need_be_installed_for_them():
     absent = ["vllm", "ray", "deepspeed", "pytest", "psutil", "aiohttp", "datasets", "math_verify"]
-    modules = ["benchmarks.gpu", "tests.gpu.transfer"]
+    modules = ["benchmarks.gpu", "tests.gpu.peers"]
     modules += {f"tests.gpu.{BY_NAME[name].function.split(':')[0]}" for name in TORCH_ALONE}
     code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\nimport {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=process.FOLDER.parents[1])
@@ -40,7 +41,9 @@ def test_nothing_else_need_be_installed_for_them():
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["rank, ZeRO 2", "packed transfer", "gloo, killed peer"])
+@pytest.mark.parametrize(
+    "name", ["2 ranks, ZeRO 3", "packed transfer", "gloo, lost peer", "update in flight, gloo"]
+)
 def test_one_in_a_process_of_its_own_passes(name, tmp_path):
     outcome = process.run(BY_NAME[name], tmp_path, rehearsal=True, limit_s=240)
     assert outcome.status == "pass", (outcome.reason, outcome.rows)
@@ -61,7 +64,7 @@ def test_what_a_machine_lacks_is_named():
 def test_each_check_names_a_function_of_a_file_that_is_there(check):
     module, name = check.function.split(":")
     source = (process.FOLDER / f"{module}.py").read_text()
-    assert f"\ndef {name}(place: Place, record: Record" in source
+    assert re.search(rf"^def {name}\(\s*place: Place, record: Record", source, re.MULTILINE)
     assert len(BY_NAME) == len(CHECKS)
 
 

@@ -1,10 +1,5 @@
 """Weights on their way from the learner to an engine's workers, over CUDA streams and NCCL."""
 
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,16 +10,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from async_opd.roles.weight_sync.gloo import TensorMeta, gloo_group, join_store
-from async_opd.roles.weight_sync.nccl import NcclGroup
-from async_opd.roles.weight_sync.sender import SENDERS, NcclSender
-from tests.gpu.place import GIB, Place, Record, visible
+from async_opd.roles.weight_sync.gloo import TensorMeta
+from async_opd.roles.weight_sync.sender import NcclSender
+from tests.gpu.place import GIB, Place, Record
 
 BUCKET = 256 * 2**20  # sync.bucket_mib's own
 HOST = "127.0.0.1"
-TIMEOUT_S = 20.0  # sync.timeout_s's own
-ABORT_S = 5.0  # within which a send to a dead peer must come back
-JOINED = b"joined"  # what the other end says then; it takes nothing of what is sent
 BEHIND = 200  # operations that a write waits behind, so that it is in flight when it is sent
 
 
@@ -76,7 +67,7 @@ def _packed(place: Place, record: Record) -> None:
     described = layout(place)
     weights = [torch.zeros(m.shape, dtype=torch.bfloat16, device=place.device) for m in described]
     wire = Loopback()
-    sender = NcclSender(HOST, bucket_bytes=BUCKET, timeout_s=TIMEOUT_S)
+    sender = NcclSender(HOST, bucket_bytes=BUCKET, timeout_s=20.0)
     sender._group = wire
     sender.send(described, weights)  # warms up streams and allocator
     wire.chunks.clear()
@@ -158,64 +149,3 @@ def layout(place: Place) -> list[TensorMeta]:
         for name, size in layer.items()
     }
     return [TensorMeta(name, "bfloat16", size) for name, size in named.items()]
-
-
-def killed_peer(place: Place, record: Record, backend: str) -> None:
-    """A send whose other end is killed comes back: over nccl within seconds of the abort, over gloo
-    within the timeout. Ends of two cards."""
-    described = [
-        TensorMeta(f"{i}", "bfloat16", (4096, 8192)) for i in range(1 if place.tiny else 8)
-    ]
-    sender = SENDERS[backend](HOST, bucket_bytes=BUCKET, timeout_s=TIMEOUT_S)
-    group = sender.group(1, 2)
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.gpu.transfer", backend, f"{group.host}:{group.port}"],
-        env=os.environ | ({"CUDA_VISIBLE_DEVICES": visible(1, 1)} if backend == "nccl" else {}),
-        stdout=subprocess.PIPE,
-    ) as peer:
-        try:
-            sender.join(2)
-            assert peer.stdout is not None
-            while not peer.stdout.readline().startswith(JOINED):
-                assert peer.poll() is None, "the other end did not join"
-            weights = [
-                torch.zeros(m.shape, dtype=torch.bfloat16, device=place.device) for m in described
-            ]
-            ended: list[float] = []
-
-            def send() -> None:
-                try:
-                    sender.send(described, weights)
-                    place.synchronize()
-                except RuntimeError as e:
-                    print(f"the send ended: {e}", flush=True)
-                ended.append(time.monotonic())
-
-            thread = threading.Thread(target=send, daemon=True)
-            thread.start()
-            time.sleep(1.0)
-            began = time.monotonic()
-            peer.send_signal(signal.SIGKILL)
-            sender.leave()
-            thread.join(TIMEOUT_S + ABORT_S)
-        finally:
-            peer.kill()
-    assert ended, f"{backend}: the send still waits {TIMEOUT_S + ABORT_S:.0f} s after its end died"
-    seconds = ended[0] - began
-    record(backend, seconds=seconds)
-    assert seconds >= 0, "the send was over before its end was killed"
-    assert backend == "gloo" or seconds <= ABORT_S, f"the send came back after {seconds:.1f} s"
-
-
-def stand_by(backend: str, address: str) -> None:
-    """Join as the one worker of an engine, and never take what is sent."""
-    host, port = address.rsplit(":", 1)
-    store = join_store(host, int(port), TIMEOUT_S)
-    join = {"gloo": gloo_group, "nccl": NcclGroup}[backend]
-    joined = join(store, rank=1, world=2, timeout_s=TIMEOUT_S)
-    print(JOINED.decode(), joined, flush=True)
-    time.sleep(600)
-
-
-if __name__ == "__main__":
-    stand_by(*sys.argv[1:])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from async_opd.config.sections import SyncConfig
-from async_opd.core.wire import Group, GroupMeta, Prompt
+from async_opd.core.wire import Group, GroupMeta, Needs, Prompt
 from tests.gpu import pair
 from tests.gpu.pair import Pair
 from tests.gpu.place import Place, Record
@@ -16,17 +16,18 @@ from tests.gpu.place import Place, Record
 RUNNING = 8  # responses at once
 MEAN_GAP = SyncConfig().parity_mean
 GAP_TOKENS = 1000
+CANDIDATES = 64  # ids beside each token
 
 
-def in_flight(place: Place, record: Record, backend: str, ranks: int = 1) -> None:
+def in_flight(place: Place, record: Record, backend: str, **settings) -> None:
     """Responses run through many updates; each token has a version, and those sampled under the
-    live weights have the learner's log-probs."""
-    asyncio.run(_in_flight(place, record, backend, ranks))
+    live weights have the learner's log-probs. `settings` are those of `pair.start`."""
+    asyncio.run(_in_flight(place, record, backend, settings))
 
 
-async def _in_flight(place: Place, record: Record, backend: str, ranks: int) -> None:
+async def _in_flight(place: Place, record: Record, backend: str, settings: dict) -> None:
     tokens, versions = (128, 3) if place.tiny else (512, 20)
-    both = pair.start(place, backend=backend, tokens=tokens, concurrency=RUNNING, ranks=ranks)
+    both = pair.start(place, backend=backend, tokens=tokens, concurrency=RUNNING, **settings)
     await both.generator.start()
     engine = both.generator._engine.vllm_config
     record(
@@ -111,6 +112,38 @@ async def _parity(place: Place, record: Record) -> None:
         p99=float(np.quantile(gap, 0.99)),
         largest=gap.max(),
         nats_a_token=-np.concatenate(logps).mean(),
+    )
+    assert gap.mean() <= MEAN_GAP, f"{gap.mean():.3f} nats a token"
+
+
+def candidates(place: Place, record: Record) -> None:
+    """Ids that are drawn beside each token have the learner's log-probs, and so has the token."""
+    asyncio.run(_candidates(place, record))
+
+
+async def _candidates(place: Place, record: Record) -> None:
+    needs = Needs(teacher_at_student_ids=CANDIDATES, student_ids="sampled")
+    tokens = 32 if place.tiny else 256
+    both = pair.start(place, backend="gloo", tokens=tokens, concurrency=RUNNING, needs=needs)
+    await both.generator.start()
+    runner = int(both.generator._engine.vllm_config.use_v2_model_runner)
+    _, group = await both.generator.generate(both.prompt(0))
+    (rollout,) = group.rollouts
+    ids, logp = rollout.candidate_ids, rollout.candidate_logp
+    assert ids is not None and logp is not None and ids.shape == (tokens, CANDIDATES)
+    gaps = [live_gap(both, group)[0]]
+    for place_in, other in itertools.product((0, tokens // 2, tokens - 1), range(8)):
+        response = np.append(rollout.ids[:place_in], ids[place_in, other])
+        learners = both.learner.logprobs(group.prompt.ids, response)[-1]
+        gaps.append(np.abs(learners - logp[place_in, other : other + 1]))
+    both.stop()
+    gap = np.concatenate(gaps)
+    record(
+        f"{CANDIDATES} ids beside each of {tokens} tokens",
+        v2_runner=runner,
+        different=float(np.mean([len(set(row)) for row in ids.tolist()])),
+        gap_mean=gap.mean(),
+        gap_max=gap.max(),
     )
     assert gap.mean() <= MEAN_GAP, f"{gap.mean():.3f} nats a token"
 

@@ -3,6 +3,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import get_scheduler
 
-from async_opd.core.errors import CheckpointNotSaved, Diverged
+from async_opd.core.errors import CheckpointNotSaved, ConfigError, Diverged, first_line
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -114,18 +116,19 @@ class LearnerRank:
             vocabulary=settings.vocabulary,
         )
         initialize: Any = deepspeed.initialize  # its own types name other classes
-        self._engine, optimizer, _, _ = initialize(
-            model=student,
-            model_parameters=[p for p in student.parameters() if p.requires_grad],
-            config=engine_config,
-            lr_scheduler=lambda opt: get_scheduler(
-                "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-                opt,
-                num_warmup_steps=config.warmup_steps,
-                num_training_steps=settings.steps,
-            ),
-            dist_init_required=False,
-        )
+        with _refused(config.deepspeed):
+            self._engine, optimizer, _, _ = initialize(
+                model=student,
+                model_parameters=[p for p in student.parameters() if p.requires_grad],
+                config=engine_config,
+                lr_scheduler=lambda opt: get_scheduler(
+                    "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+                    opt,
+                    num_warmup_steps=config.warmup_steps,
+                    num_training_steps=settings.steps,
+                ),
+                dist_init_required=False,
+            )
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
@@ -271,6 +274,19 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+
+
+@contextmanager
+def _refused(table: dict[str, Any]) -> Iterator[None]:
+    """Raise ConfigError where DeepSpeed does not take what the table `learner.deepspeed` asks
+    for."""
+    try:
+        yield
+    except (AssertionError, ValueError) as e:
+        if not table:
+            raise
+        line = f"learner.deepspeed = {table!r}: refused by DeepSpeed: {first_line(e)}"
+        raise ConfigError(line) from e
 
 
 def _shard(engine_config: dict[str, Any], weight: torch.nn.Parameter) -> None:

@@ -54,10 +54,14 @@ def render(
     text = files("async_opd.tools.cluster_files").joinpath(KINDS[kind]).read_text(encoding="utf-8")
     return _Filled(_lines(text, rdma is not None)).substitute(
         asdict(shape),
-        command=f"async-opd cluster render --kind {kind} {shlex.join(asked)}",
+        command=_in_comment("async-opd", "cluster", "render", "--kind", kind, *asked),
         config=indent(path.read_text(encoding="utf-8"), " " * 4),
         config_path=shlex.quote(str(path)),
         overrides=shlex.join(overrides),
+        submitted=_in_comment(str(path), *overrides),
+        runs_quoted=shlex.quote(shape.runs),
+        shared_quoted=json.dumps(shape.shared),
+        volume=json.dumps(f"--volume={shlex.quote(f'{shape.shared}:{shape.shared}')}"),
         entrypoint=json.dumps(
             shlex.join(["python", "-m", "async_opd", "train", "/config/config.toml", *overrides])
         ),
@@ -82,6 +86,11 @@ def _lines(text: str, rdma: bool) -> str:
     lines = text.splitlines(keepends=True)
     kept = [line for line in lines if rdma or not line.endswith(f"{RDMA}\n")]
     return "".join(kept).replace(RDMA, "")
+
+
+def _in_comment(*words: str) -> str:
+    """Write a command into a comment, of which each line of it must be."""
+    return shlex.join(words).replace("\n", "\n# ")
 
 
 def _vllm() -> str:

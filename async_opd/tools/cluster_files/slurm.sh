@@ -28,8 +28,8 @@ if [ "$(ulimit -Hl)" != unlimited ]; then # --rdma
 fi # --rdma
 ulimit -l unlimited # --rdma
 umask 077
-mkdir -p @{runs}
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="@{runs}/.ray-token-$SLURM_JOB_ID"
+mkdir -p @{runs_quoted}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=@{runs_quoted}/.ray-token-"$SLURM_JOB_ID"
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
 steps=()
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"; kill "${steps[@@]}" 2>/dev/null || true' EXIT

@@ -139,8 +139,7 @@ def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Me
     of PROMPT_ROWS of them, and keys and values; on transformers no cache, a forward of `batch`, and
     the head's logits block by block. An average is the host's."""
     if config.backend == "vllm":
-        tokens = config.engine.get("max_num_batched_tokens", config.batch_tokens)
-        return _engine(config, shape, tokens, PROMPT_ROWS, card)
+        return _engine(config, shape, config.batch_tokens, PROMPT_ROWS, card)
     b, psi = element(config.dtype), shape.parameters
     logits = 2 * block(config.head_chunk_rows, batch.tokens, shape) * 4
     return Memory(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from async_opd.core.errors import CheckpointError
+from async_opd.core.errors import CheckpointError, ConfigError
 from async_opd.driver.checkpoints import Checkpoints, RunState, find
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.learner import rank_process
@@ -254,3 +254,17 @@ def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train, r
     assert ".full" in full and "cannot be written: " in full
     # nor do they wait for the one whose disk is full: all of them went on behind it
     assert others == [None] * (ranks - 1)
+
+
+def test_what_deepspeed_refuses_is_a_mistake_of_its_table_where_there_is_one():
+    from async_opd.roles.learner.engine import _refused
+
+    with (
+        pytest.raises(
+            ConfigError, match=r"^learner\.deepspeed = {'a': 1}: refused by DeepSpeed: no$"
+        ),
+        _refused({"a": 1}),
+    ):
+        raise AssertionError("no")
+    with pytest.raises(AssertionError), _refused({}):
+        raise AssertionError("no")

@@ -36,6 +36,23 @@ def test_a_file_says_the_command_that_makes_it_again(kind, rdma, capsys):
     assert capsys.readouterr().out == text
 
 
+def test_a_path_or_setting_that_a_shell_or_yaml_would_take_apart_stays_whole():
+    odd, lines = "run.dir=/it's # mine/runs/a", "run.sinks=[\n]"
+    (mounts,) = [
+        container["volumeMounts"][0]["mountPath"]
+        for document in yaml.safe_load_all(rendered("kuberay", odd, lines))
+        if document["kind"] == "RayJob"
+        for container in document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
+            "containers"
+        ]
+    ]
+    assert mounts == "/it's # mine"
+    options = yaml.safe_load(rendered("launcher", odd, lines))["docker"]["run_options"]
+    assert shlex.split(options[-1]) == ["--volume=/it's # mine:/it's # mine"]
+    for kind in KINDS:
+        assert "\n]" not in rendered(kind, lines).split("FROM")[0].split("#SBATCH")[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "per_node", "nodes", "gpus", "cpus", "memory"),
     [

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,8 @@ from tests.tools.cluster_files.stand_ins import CORES, SCRIPTS, Refused, sbatch,
 
 STEP = "--nodes=1 --ntasks=1 --overlap --cpus-per-task=96 --cpu-bind=none --nodelist=two ray start"
 
+RUN = "somebody's runs of $5/run"  # what a shell would take apart
+
 
 @pytest.fixture
 def slurm(tmp_path):
@@ -23,7 +24,7 @@ def slurm(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     script = tmp_path / "run.sh"
-    script.write_text(rendered("slurm", f"run.dir={tmp_path}/run"))
+    script.write_text(rendered("slurm", f"run.dir={tmp_path}/{RUN}"))
     job = sbatch(script.read_text())
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(
@@ -59,7 +60,7 @@ def test_a_job_starts_every_node_with_one_token_and_all_cores_and_ends_as_the_ru
 ):
     words = sorted(said(tmp_path))
     head = "--head --block --node-ip-address=10.0.0.1 --port=6379 --dashboard-host=127.0.0.1"
-    asked = shlex.join([str(RECIPE), *SETTINGS, f"run.dir={tmp_path}/run"])
+    asked = " ".join([str(RECIPE), *SETTINGS, f"run.dir={tmp_path}/{RUN}"])
     assert words == [
         f"-m async_opd train {asked}",
         f"one ray start {head} token secret kills orphans",
@@ -67,12 +68,12 @@ def test_a_job_starts_every_node_with_one_token_and_all_cores_and_ends_as_the_ru
     ]
     (tmp_path / "said.end").touch()
     assert slurm.wait(10) == 7
-    assert list(tmp_path.glob(".ray-token-*")) == []
+    assert list(tmp_path.glob("*/.ray-token-*")) == []
     assert until(lambda: {"one stopped", "two stopped"} <= set(said(tmp_path)))
 
 
 def test_sigterm_to_the_script_is_the_runs_and_waits_for_its_checkpoint(slurm, tmp_path):
-    (token,) = tmp_path.glob(".ray-token-7")
+    (token,) = tmp_path.glob("*/.ray-token-7")
     assert token.stat().st_mode & 0o077 == 0
     slurm.send_signal(signal.SIGTERM)
     assert slurm.wait(10) == 130
