@@ -25,6 +25,7 @@ MOST_BYTES = 16 * 2**20  # of a file, before what is in it becomes that of the e
 EARLIER = ".earlier.log"
 LOOK_S = 10.0  # between two looks at its size
 CONTROL = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)")  # colours, titles
+UNSAFE = re.compile(r"[^\w.-]")  # in a file's name
 CAUSE = re.compile(r"\b[A-Za-z_][\w.]*(?:Error|Exception)\b: .*")
 ELSEWHERE = "See root cause above"  # of vLLM, which has printed the cause before
 CAUSE_CHARACTERS = 200
@@ -42,7 +43,7 @@ class ActorLog(NamedTuple):
     def begun(cls, folder: Path, name: str) -> "ActorLog":
         """Begin the log of the member `name`, such as "generator 0", in `folder`; there is none
         where the disk refuses it, for which nobody's start fails."""
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.log"
+        path = folder / f"{UNSAFE.sub('-', name)}.log"
         line = f"---- {name} starts, {time.strftime('%Y-%m-%d %H:%M:%S %z')}, {time.time_ns()}"
         try:
             folder.mkdir(exist_ok=True)
