@@ -254,7 +254,7 @@ ENGINE = "distributed/weight_transfer/nccl_engine.py"
         (
             "v1/executor/multiproc_executor.py",
             "MultiprocExecutor.collective_rpc",
-            "if status != WorkerProc.ResponseStatus.SUCCESS:\n                    raise RuntimeError",
+            "if status != WorkerProc.ResponseStatus.SUCCESS:\n                raise RuntimeError",
         ),
         # a layer that is half loaded is skipped: why there is `reload.break_off`
         (

@@ -11,9 +11,12 @@ from ray import exceptions
 
 from async_opd.cli import main as command
 from async_opd.core.errors import ActorLost, CallFailed, ConfigError, SyncFailed, TimedOut
+from async_opd.core.ports import Teacher
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.runtime import actor_log
 from async_opd.runtime.actor_log import ActorLog, cause, last_lines, printed_in, shown, turn_over
 from async_opd.runtime.actors import RemoteActor
+from async_opd.runtime.remote_role import RemoteRole
 from tests.runtime.test_actor_errors import task_error
 
 ACTOR = """
@@ -156,6 +159,40 @@ async def test_an_error_of_an_actor_names_its_log_in_one_line_and_the_command_sh
     else:
         assert f"async-opd: the last lines of {actor.log.path}:" in shows
         assert "of C++" in shows and "ValueError: in the core of an engine" in shows
+
+
+def test_members_of_two_names_have_two_logs(tmp_path):
+    names = ("teachers.数学 0", "teachers.物理 0", "teachers.math-0 1", "teachers.math 0")
+    assert len({ActorLog.begun(tmp_path, name).path for name in names}) == len(names)
+
+
+async def test_a_member_that_gives_no_sign_of_life_is_lost_by_the_name_of_its_log(
+    tmp_path, monkeypatch
+):
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    actor, events = object.__new__(RemoteActor), []
+    hears = SimpleNamespace(remote=lambda *_: never())
+    actor.name, actor._handle = "teacher 0", SimpleNamespace(check_health=hears)
+    monkeypatch.setattr(actor, "_unwanted", lambda cancel: None)
+    monkeypatch.setattr(actor, "kill", lambda: None)
+    actor.log = ActorLog.begun(tmp_path, "teacher 0")
+    acted(actor.log)
+    within = dict.fromkeys(("score", "generate", "step", "stall"), 0.1)
+    pool = ReplicaPool(
+        "teacher",
+        [RemoteRole(actor, Teacher, within)],
+        emit=lambda what, who, why: events.append((what, why)),
+    )
+    async with asyncio.TaskGroup() as tasks:
+        pool.start(tasks, every_s=0.01)
+        while not events:
+            await asyncio.sleep(0.01)
+    (what, why), *_ = events
+    assert (what, pool.lost) == ("lost", 1)
+    assert why.startswith("teacher 0, sign of life: no answer in 0.1 s; its output is in ")
+    assert why.endswith(f"{actor.log.path}: ValueError: in the core of an engine")
 
 
 def test_a_log_that_is_gone_is_not_shown(tmp_path):
