@@ -14,7 +14,7 @@ from async_opd.core.errors import ActorLost, CallFailed, ConfigError, SyncFailed
 from async_opd.core.ports import Teacher
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.runtime import actor_log
-from async_opd.runtime.actor_log import ActorLog, cause, last_lines, printed_in, shown, turn_over
+from async_opd.runtime.actor_log import ActorLog, cause, printed, printed_in, shown, turn_over
 from async_opd.runtime.actors import RemoteActor
 from async_opd.runtime.remote_role import RemoteRole
 from tests.runtime.test_actor_errors import task_error
@@ -53,7 +53,7 @@ async def test_descriptors_and_child_processes_print_into_it_and_it_goes_on_behi
     begins = [i for i, line in enumerate(lines) if line.startswith("---- generator 0 starts, 20")]
     assert len(begins) == 2 and lines[begins[1] + 1].startswith("process ")
     assert lines[begins[1] + 2 : begins[1] + 4] == ["a line", "\x1b[31mof C++\x1b[0m"]
-    assert last_lines(tmp_path / "logs" / "generator-0.log", second.line)[1:3] == [
+    assert printed(tmp_path / "logs" / "generator-0.log", second.line)[1:3] == [
         "a line",
         "of C++",
     ]
@@ -88,6 +88,15 @@ async def test_a_disk_that_takes_no_log_keeps_nobody_from_starting(tmp_path):
             "ValueError: No available memory",
         ),
         (
+            [
+                "(EngineCore pid=7) ERROR 11-30 [core.py:1] ValueError: No available memory",
+                *["  File somewhere, of a long trace"] * 50,
+                "RuntimeError: Engine core initialization failed. See root cause above. Failed: {}",
+            ],
+            "ValueError: No available memory",
+        ),
+        (["ValueError: of long ago", *["a step"] * 50, "killed"], "killed"),
+        (
             ["torch.OutOfMemoryError: CUDA out of memory.", "  (frames)"],
             "torch.OutOfMemoryError: C",
         ),
@@ -103,7 +112,7 @@ def test_what_a_terminal_would_show_is_shown():
     text = "\n".join(
         [*map(str, range(30)), " 5%|#  |\r99%|###|", "", "\x1b]0;title\x07bold\x1b[1m"]
     )
-    assert shown(text) == [*map(str, range(12, 30)), "99%|###|", "bold"]
+    assert shown(text) == [*map(str, range(30)), "99%|###|", "bold"]
 
 
 def test_a_file_is_bounded_and_what_was_before_is_in_the_earlier_one(tmp_path, monkeypatch):
