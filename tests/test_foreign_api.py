@@ -78,15 +78,13 @@ API: dict[tuple[str, str], dict[str, dict[str, str]]] = {
         },
         "v1/worker/gpu_worker.py": {
             "Worker.init_weight_transfer_engine": "self init_info",
+            "Worker.start_weight_update": "self",
             "Worker._start_weight_update": "self is_draft",
             "Worker.update_weights": "self update_info",
             "Worker.finish_weight_update": "self",
         },
         "v1/engine/async_llm.py": {
-            "AsyncLLM.init_weight_transfer_engine": "self request",
-            "AsyncLLM.start_weight_update": "self",
-            "AsyncLLM.update_weights": "self request",
-            "AsyncLLM.finish_weight_update": "self weight_version",
+            "AsyncLLM.update_weight_version": "self new_version",
             "AsyncLLM.collective_rpc": "self method timeout args kwargs",
             "AsyncLLM.add_request": (
                 "self request_id prompt params arrival_time lora_request"
@@ -251,6 +249,13 @@ ENGINE = "distributed/weight_transfer/nccl_engine.py"
         (ENGINE, "NCCLWeightTransferEngine.shutdown", "self.model_update_group.destroy()"),
         # `Candidates.break_off_update` resets it
         ("v1/worker/gpu_worker.py", "Worker._start_weight_update", "self._weight_update_active"),
+        # an answer that is a failure leaves those of the workers behind it unread: why there is
+        # `Candidates.attempt`
+        (
+            "v1/executor/multiproc_executor.py",
+            "MultiprocExecutor.collective_rpc",
+            "if status != WorkerProc.ResponseStatus.SUCCESS:\n                raise RuntimeError",
+        ),
         # a layer that is half loaded is skipped: why there is `reload.break_off`
         (
             "model_executor/model_loader/reload/layerwise.py",

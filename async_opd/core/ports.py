@@ -59,7 +59,7 @@ def declared(port: type) -> dict[str, Remote]:
 
 
 class Member(Protocol):
-    """What a pool needs of a role."""
+    """What a pool needs of a role. A look at its health takes no longer than its port allows."""
 
     async def check_health(self) -> None: ...
     def kill(self) -> None: ...

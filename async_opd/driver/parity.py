@@ -109,7 +109,7 @@ class Parity:
                 f"version {version}: {gap}; a 99th percentile above {limit:.2g} is much for"
                 " rounding, though the mean is within its bound",
             )
-        if self.first is None:
+        if self.first is None and math.isfinite(gap.mean):
             self.first = gap.mean
 
     def passed_again(self, who: str, version: int, gap: Gap, again: Gap) -> None:

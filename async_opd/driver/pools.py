@@ -92,7 +92,7 @@ class Pools:
         for probe, _ in self._probes:
             probe.start(tasks)
         for pool in self:
-            pool.start(tasks, every_s=self._timeout.health_s, stall_s=self._timeout.stall_s)
+            pool.start(tasks, every_s=self._timeout.health_s)
 
     async def compare(self) -> None:
         """Hold the replicas of each scorer against one another. Raises ScorerDiffers."""

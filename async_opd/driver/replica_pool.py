@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count, islice
 
-from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.driver.asked import Asked, M
@@ -74,10 +73,10 @@ class ReplicaPool(Asked[M]):
         """Calls of all members without an answer yet."""
         return sum(replica.out for replica in self._serving.values())
 
-    def start(self, tasks: asyncio.TaskGroup, *, every_s: float, stall_s: float) -> None:
-        """From now on look at each member every `every_s` seconds; one without an answer for
-        `stall_s` is lost."""
-        self._tasks, self._look = tasks, (every_s, stall_s)
+    def start(self, tasks: asyncio.TaskGroup, *, every_s: float) -> None:
+        """From now on look at each member every `every_s` seconds; one that does not answer, within
+        the bound that its port has, is lost."""
+        self._tasks, self._every_s = tasks, every_s
         for replica in self.serving:
             self._watch(replica)
         self._fill()
@@ -238,14 +237,12 @@ class ReplicaPool(Asked[M]):
     async def _look_at(self, replica: Replica[M]) -> None:
         """Looks until the member is lost: an engine can die inside an actor that lives, and a
         process can stop. What is silent while it takes weights is looked at again."""
-        every_s, stall_s = self._look
-        who = f"{replica.name}, sign of life"
         clock = asyncio.get_running_loop().time
         while not replica.lost:
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(self._every_s)
             began = clock()
             try:
-                await bounded(replica.hold(replica.port.check_health()), stall_s, who)
+                await replica.hold(replica.port.check_health())
             except TimedOut as e:
                 if self._updated_at < began:
                     self.retire(replica, str(e))

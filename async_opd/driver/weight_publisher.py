@@ -96,7 +96,6 @@ class WeightPublisher:
                 members = await self._run_on(members)
             admit()
             probing = version // self._parity_every > self._probed // self._parity_every
-            self._probed = version if probing else self._probed
             probed = members if probing else [each for each in members if each in newcomers]
             asked = self.probe.begin(probed)
             if self._waits:
@@ -105,7 +104,9 @@ class WeightPublisher:
                     await asyncio.sleep(0)
                 await self._run_on(members)
         with self._learner.held("syncing"):
-            return await self.probe.judged(version, asked)
+            gap = await self.probe.judged(version, asked)
+        self._probed = version if probing else self._probed
+        return gap
 
     async def _updated(
         self, version: int, newcomers: Sequence[Replica[Generator]]

@@ -25,6 +25,7 @@ MOST_BYTES = 16 * 2**20  # of a file, before what is in it becomes that of the e
 EARLIER = ".earlier.log"
 LOOK_S = 10.0  # between two looks at its size
 CONTROL = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)")  # colours, titles
+UNSAFE = re.compile(r"[^\w.-]")  # in a file's name
 CAUSE = re.compile(r"\b[A-Za-z_][\w.]*(?:Error|Exception)\b: .*")
 ELSEWHERE = "See root cause above"  # of vLLM, which has printed the cause before
 CAUSE_CHARACTERS = 200
@@ -42,7 +43,7 @@ class ActorLog(NamedTuple):
     def begun(cls, folder: Path, name: str) -> "ActorLog":
         """Begin the log of the member `name`, such as "generator 0", in `folder`; there is none
         where the disk refuses it, for which nobody's start fails."""
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.log"
+        path = folder / f"{UNSAFE.sub('-', name)}.log"
         line = f"---- {name} starts, {time.strftime('%Y-%m-%d %H:%M:%S %z')}, {time.time_ns()}"
         try:
             folder.mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ class ActorLog(NamedTuple):
         lines = None
         if self.line:
             with suppress(OSError, TimedOut):
-                lines = await aside(READ_S, self.path, last_lines, Path(self.path), self.line)
+                lines = await aside(READ_S, self.path, printed, Path(self.path), self.line)
         if lines is None:
             return f"{NAMED}Ray's files on its node, worker-*.err among the logs of its session"
         return f"{NAMED}{self.path}: {cause(lines)}"
@@ -80,24 +81,27 @@ def follow(path: Path, line: str) -> None:
         threading.Thread(target=_bound, args=(path,), name="log", daemon=True).start()
 
 
-def last_lines(path: Path, line: str) -> list[str] | None:
-    """Read the last LINES of what the actor has printed since its `line`, without what is for
-    terminals; None where it has not found the file. Raises OSError."""
-    _, mine, printed = _tail(path).rpartition(f"{line}\n")
-    return None if mine and not printed else shown(printed)
+def printed(path: Path, line: str) -> list[str] | None:
+    """Read what the actor has printed since its `line`, the end of it where that is much, without
+    what is for terminals; None where it has not found the file. Raises OSError."""
+    _, mine, text = _tail(path).rpartition(f"{line}\n")
+    return None if mine and not text else shown(text)
 
 
 def shown(text: str) -> list[str]:
-    """Take the last LINES of `text` that say something, as a terminal would show them in the
-    end."""
+    """Take the lines of `text` that say something, as a terminal would show them in the end."""
     lines = (CONTROL.sub("", each).rstrip() for each in text.split("\n"))
-    return [each.rpartition("\r")[2] for each in lines if each.rpartition("\r")[2]][-LINES:]
+    return [each.rpartition("\r")[2] for each in lines if each.rpartition("\r")[2]]
 
 
 def cause(lines: Sequence[str]) -> str:
-    """Find what ended an actor in its last lines: an error's own line, or the last one."""
-    named = [match[0] for line in lines if (match := CAUSE.search(line))]
-    chosen = [each for each in named if ELSEWHERE not in each] or [*lines]
+    """Find what ended an actor in the last LINES that it has printed: an error's own line, or the
+    last one. Where they say that it stands ELSEWHERE, as far above as a trace is long, it is looked
+    for in all."""
+    last = lines[-LINES:]
+    searched = lines if any(ELSEWHERE in line for line in last) else last
+    named = [match[0] for line in searched if (match := CAUSE.search(line))]
+    chosen = [each for each in named if ELSEWHERE not in each] or [*last]
     return chosen[-1][:CAUSE_CHARACTERS] if chosen else "it has printed nothing"
 
 
@@ -107,7 +111,7 @@ def printed_in(text: str) -> list[tuple[Path, list[str]]]:
     logs: list[tuple[Path, list[str]]] = []
     for name in dict.fromkeys(re.findall(rf"{NAMED}(/.*?\.log)(?=[;,:)]|$)", text)):
         with suppress(OSError):
-            logs.append((Path(name), shown(_tail(Path(name)))))
+            logs.append((Path(name), shown(_tail(Path(name)))[-LINES:]))
     return logs
 
 

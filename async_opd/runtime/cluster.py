@@ -255,8 +255,11 @@ class Cluster:
 
 
 def in_float32(config: Config) -> bool:
-    """Tell whether learner and generators compute in float32; `config` is `with_dtypes`."""
-    return config.learner.dtype == config.rollout.dtype == "float32"
+    """Tell whether learner and generators compute in float32, and keep their KV in it; `config` is
+    `with_dtypes`."""
+    dtypes = {config.learner.dtype, config.rollout.dtype}
+    cached = config.rollout.engine.get("kv_cache_dtype", "auto")
+    return dtypes == {"float32"} and cached in ("auto", "float32")
 
 
 def _mark(folder: Path) -> Path:

@@ -223,6 +223,13 @@ async def test_a_log_prob_that_is_no_number_is_no_agreement_in_half_precision_ei
         await run(0)
 
 
+async def test_a_log_prob_that_is_a_number_the_second_time_is_no_bound_for_later():
+    run = Run(lambda version, tokens: np.full(tokens, np.nan if len(run.learner.reads) < 2 else 0))
+    await run(0, 1, 2)
+    assert len(run.learner.reads) == 4
+    assert run.publisher.probe.parity.first == 0.0
+
+
 def test_a_long_tail_is_told_once_and_again_when_it_has_doubled():
     events = []
     parity = Parity(1e-3, HALF, lambda *event: events.append(event[2]))

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, TimedOut
 from async_opd.driver.replica_pool import MAX_FAILED_STARTS, MAX_RETRY_S, ReplicaPool
 from tests.simulated.virtual_time import virtual
@@ -19,13 +20,13 @@ class Worker:
 
     async def work(self, item: str) -> str:
         self.served.append(item)
-        await asyncio.sleep(1)
+        await asyncio.sleep(10_000 if self.silent else 1)
         await self.check_health()
         return f"{self.name}: {item}"
 
     async def check_health(self) -> None:
         if self.silent:
-            await asyncio.sleep(10_000)
+            await bounded(asyncio.sleep(10_000), 5, f"{self.name}, sign of life")
         if self.dead:
             raise ActorLost(f"{self.name} died")
 
@@ -61,7 +62,7 @@ def scenario(workers: list[Worker], play, **settings):
             "worker", workers, emit=lambda *event: events.append(event[:2]), **settings
         )
         async with asyncio.timeout(20_000), asyncio.TaskGroup() as tasks:
-            pool.start(tasks, every_s=1, stall_s=5)
+            pool.start(tasks, every_s=1)
             found = await play(pool, events)
             pool.stop()
         return found

@@ -65,7 +65,7 @@ def play(teachers, spares=None, *, dtype="float32", moving=False, times=1):
             emit=lambda *event: events.append(event),
         )
         async with asyncio.TaskGroup() as tasks:
-            pool.start(tasks, every_s=100.0, stall_s=100.0)
+            pool.start(tasks, every_s=100.0)
             for _ in range(times):
                 await probe.compare(pool)
                 await asyncio.sleep(20)

@@ -177,6 +177,22 @@ async def test_a_newcomer_holds_the_live_version_and_passes_the_probe_though_non
         await publisher.publish(7, admit=lambda: None, newcomers=[replica(new, "generator 1", 1)])
 
 
+async def test_a_probe_that_failed_is_due_again_for_those_who_were_there_before_a_newcomer():
+    class Disagrees(Epochs):
+        async def logprobs(self, *ids):
+            return np.tile(LOGP if self.groups == [1] else BESIDE, len(ids) // 2)
+
+    learner, pool = Disagrees(), ReplicaPool("generator", [Breaks()])
+    publisher = WeightPublisher(replica(learner), pool, parity_every=4, tolerance=1e-3)
+    await publisher.publish(0, admit=lambda: None)
+    newcomer = replica(Breaks(), "generator 1", 1)
+    with pytest.raises(ParityError):
+        await publisher.publish(4, admit=lambda: None, newcomers=[newcomer])
+    newcomer.leave("it may have been the one that differs")
+    with pytest.raises(ParityError):
+        await publisher.publish(4, admit=lambda: None)
+
+
 async def test_with_every_generator_lost_the_learner_goes_on_alone():
     learner, pool = Epochs(), ReplicaPool("generator", [Breaks(fatal=1)])
     publisher = WeightPublisher(replica(learner), pool, parity_every=1, tolerance=1e-3)

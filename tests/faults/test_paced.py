@@ -32,6 +32,7 @@ from tests.simulated.virtual_time import virtual
 
 PACE = Pace.of(1, 1)
 UPDATE_S = 10.0  # twice `sync.timeout_s`, as of a real one
+STALL_S = 6.0  # as of a real one's port
 
 
 class Mortal:
@@ -68,7 +69,7 @@ class Generator(Mortal, SimulatedGenerator):
         await bounded(self._live(super().update(*args)), UPDATE_S, "update")
 
     async def check_health(self):
-        await self._live(super().check_health())
+        await bounded(self._live(super().check_health()), STALL_S, "sign of life")
 
 
 class Teacher(Mortal, SimulatedTeacher):
@@ -77,7 +78,7 @@ class Teacher(Mortal, SimulatedTeacher):
         return await self._live(super().score(group))
 
     async def check_health(self):
-        await self._live(super().check_health())
+        await bounded(self._live(super().check_health()), STALL_S, "sign of life")
 
 
 class Learner(RecordingLearner):

@@ -1,26 +1,48 @@
 """A bare vLLM engine in its own process, one after another; `test_families.py` starts it. A tiny
 one is up in a second or two, where an actor with an engine of its own takes twenty."""
 
+import asyncio
+import os
+import sys
+from typing import Any
+
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferInitRequest,
-    WeightTransferUpdateRequest,
-)
 from vllm.sampling_params import RequestOutputKind
 
+from async_opd.core.wire import WeightGroup, WeightLayout
 from async_opd.roles.models.vllm_cpu import cpu_engine
+from async_opd.roles.weight_sync import vllm_updates
 from async_opd.roles.weight_sync.receiver import ENGINES
-from tests.nccl_over_gloo import play
+from tests.nccl_over_gloo import PLUGIN, play
 
 _engines: list[LLM] = []
 
 
-def start(model: str, backend: str) -> None:
-    """Replace the engine by a new one with the weights of `model`."""
+class Client:
+    """The engine, as what awaits its answers knows it."""
+
+    async def collective_rpc(self, method: str, args: tuple) -> list:
+        return _engines[0].collective_rpc(method, args=args)
+
+    async def update_weight_version(self, version: str) -> None:
+        _engines[0].llm_engine.engine_core.set_weight_version(version)
+
+
+CLIENT: Any = Client()
+
+
+def start(model: str, backend: str, workers: int = 1) -> None:
+    """Replace the engine by a new one with the weights of `model`, in this process or in so many
+    beside it."""
     stop()
     if backend == "nccl":
         play()
+    beside: dict[str, Any] = {}
+    if workers > 1:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        sys.path.append(f"{PLUGIN}")  # they have the same
+        beside = {"distributed_executor_backend": "mp", "tensor_parallel_size": workers}
     _engines[:] = [
         LLM(
             model,
@@ -32,7 +54,8 @@ def start(model: str, backend: str) -> None:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=ENGINES[backend]),
-            **cpu_engine(1, enforce_eager=True),
+            worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
+            **cpu_engine(1, enforce_eager=True) | beside,
         )
     ]
 
@@ -43,16 +66,14 @@ def stop() -> None:
         _engines.pop().llm_engine.engine_core.shutdown()
 
 
-def join(info: dict) -> None:
+def join(group: WeightGroup) -> None:
     """Join the weight group."""
-    _engines[0].init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+    asyncio.run(vllm_updates.join(CLIENT, group))
 
 
-def update(info: dict) -> None:
+def update(layout: WeightLayout) -> None:
     """Take one update."""
-    _engines[0].start_weight_update()
-    _engines[0].update_weights(WeightTransferUpdateRequest(update_info=info))
-    _engines[0].finish_weight_update()
+    asyncio.run(vllm_updates.take(CLIENT, 1, layout))
     _engines[0].reset_prefix_cache()
 
 

@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 import torch
-from msgspec.structs import asdict
 
+from async_opd.core.wire import WeightLayout
 from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
@@ -87,24 +87,27 @@ def move(model, seed: int) -> None:
         weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=generator))
 
 
-def update_info(described) -> dict:
-    columns = zip(*((meta.name, meta.dtype, list(meta.shape)) for meta in described), strict=True)
-    return dict(zip(("names", "dtype_names", "shapes"), columns, strict=True))
+def layout(described) -> WeightLayout:
+    columns = zip(*((meta.name, meta.dtype, tuple(meta.shape)) for meta in described), strict=True)
+    return WeightLayout(*columns)
 
 
-def group(vllm, backend: str, generators: int, timeout_s: float = 20.0):
-    """A sender that has been joined by the generators."""
-    sender = SENDERS[backend]("127.0.0.1", bucket_bytes=BUCKET, timeout_s=timeout_s)
-    places = (sender.group(1 + at, 1 + generators) for at in range(generators))
-    joined = vllm("join", [(asdict(place),) for place in places])
-    sender.join(1 + generators)
+def group(vllm, backend: str, generators: int, ranks: int = 1, timeout_s: float = 20.0):
+    """A sender that has been joined by the generators, of so many `ranks` each."""
+    sender, world = SENDERS[backend]("127.0.0.1", bucket_bytes=BUCKET, timeout_s=timeout_s), 1
+    places = []
+    for _ in range(generators):
+        places.append((world, 1 + generators * ranks))
+        world += ranks
+    joined = vllm("join", [(sender.group(*place),) for place in places])
+    sender.join(world)
     results(joined)
     return sender
 
 
-def break_off(vllm, model, pieces, described) -> None:
+def break_off(vllm, model, pieces, described, ranks: int = 1) -> None:
     """An update of which the first two thirds of the weights come, none of them the model's."""
-    sender = group(vllm, "nccl", 1, timeout_s=3.0)
+    sender = group(vllm, "nccl", 1, ranks, timeout_s=3.0)
     weights = checkpoint_names.tensors(model, pieces, dict(model.named_parameters()))
 
     def some():
@@ -112,7 +115,7 @@ def break_off(vllm, model, pieces, described) -> None:
             yield torch.full_like(weight, torch.nan)
         raise RuntimeError("the learner breaks off")
 
-    (updated,) = vllm("update", [(update_info(described),)])
+    (updated,) = vllm("update", [(layout(described),)])
     with pytest.raises(RuntimeError, match="the learner breaks off"):
         sender.send(described, some())
     assert "it was aborted after 3 s" in f"{updated.exception()}"
@@ -158,9 +161,31 @@ def test_after_each_update_generators_and_learner_agree(
         move(model, version)
         # far more than the tolerance
         assert (learner_logp(model, probe) - before).abs().max() > 0.05
-        updated = vllm("update", [(update_info(described),)] * generators)
+        updated = vllm("update", [(layout(described),)] * generators)
         sender.send(
             described, checkpoint_names.tensors(model, pieces, dict(model.named_parameters()))
         )
         results(updated)
         check(vllm, model, generators)
+
+
+def test_both_workers_of_an_engine_take_the_next_update_after_two_that_broke_off(
+    vllm, tiny_lm, tmp_path, monkeypatch
+):
+    play(monkeypatch.setattr)
+    folder = str(tmp_path)
+    tiny_lm("Qwen3", **SIZES).save_pretrained(folder)
+    started = vllm("start", [(folder, "nccl", 2)])
+    model = causal_lm.load(folder, "float32", torch.device("cpu"))
+    results(started)
+    check(vllm, model, 1)
+    pieces = checkpoint_names.pieces(model)
+    described = [meta for piece in pieces for meta in piece.tensors]
+    for _ in range(2):
+        break_off(vllm, model, pieces, described, ranks=2)
+    sender = group(vllm, "nccl", 1, ranks=2)
+    move(model, 1)
+    updated = vllm("update", [(layout(described),)])
+    sender.send(described, checkpoint_names.tensors(model, pieces, dict(model.named_parameters())))
+    results(updated)
+    check(vllm, model, 1)

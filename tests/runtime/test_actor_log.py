@@ -11,9 +11,12 @@ from ray import exceptions
 
 from async_opd.cli import main as command
 from async_opd.core.errors import ActorLost, CallFailed, ConfigError, SyncFailed, TimedOut
+from async_opd.core.ports import Teacher
+from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.runtime import actor_log
-from async_opd.runtime.actor_log import ActorLog, cause, last_lines, printed_in, shown, turn_over
+from async_opd.runtime.actor_log import ActorLog, cause, printed, printed_in, shown, turn_over
 from async_opd.runtime.actors import RemoteActor
+from async_opd.runtime.remote_role import RemoteRole
 from tests.runtime.test_actor_errors import task_error
 
 ACTOR = """
@@ -50,7 +53,7 @@ async def test_descriptors_and_child_processes_print_into_it_and_it_goes_on_behi
     begins = [i for i, line in enumerate(lines) if line.startswith("---- generator 0 starts, 20")]
     assert len(begins) == 2 and lines[begins[1] + 1].startswith("process ")
     assert lines[begins[1] + 2 : begins[1] + 4] == ["a line", "\x1b[31mof C++\x1b[0m"]
-    assert last_lines(tmp_path / "logs" / "generator-0.log", second.line)[1:3] == [
+    assert printed(tmp_path / "logs" / "generator-0.log", second.line)[1:3] == [
         "a line",
         "of C++",
     ]
@@ -85,6 +88,15 @@ async def test_a_disk_that_takes_no_log_keeps_nobody_from_starting(tmp_path):
             "ValueError: No available memory",
         ),
         (
+            [
+                "(EngineCore pid=7) ERROR 11-30 [core.py:1] ValueError: No available memory",
+                *["  File somewhere, of a long trace"] * 50,
+                "RuntimeError: Engine core initialization failed. See root cause above. Failed: {}",
+            ],
+            "ValueError: No available memory",
+        ),
+        (["ValueError: of long ago", *["a step"] * 50, "killed"], "killed"),
+        (
             ["torch.OutOfMemoryError: CUDA out of memory.", "  (frames)"],
             "torch.OutOfMemoryError: C",
         ),
@@ -100,7 +112,7 @@ def test_what_a_terminal_would_show_is_shown():
     text = "\n".join(
         [*map(str, range(30)), " 5%|#  |\r99%|###|", "", "\x1b]0;title\x07bold\x1b[1m"]
     )
-    assert shown(text) == [*map(str, range(12, 30)), "99%|###|", "bold"]
+    assert shown(text) == [*map(str, range(30)), "99%|###|", "bold"]
 
 
 def test_a_file_is_bounded_and_what_was_before_is_in_the_earlier_one(tmp_path, monkeypatch):
@@ -156,6 +168,40 @@ async def test_an_error_of_an_actor_names_its_log_in_one_line_and_the_command_sh
     else:
         assert f"async-opd: the last lines of {actor.log.path}:" in shows
         assert "of C++" in shows and "ValueError: in the core of an engine" in shows
+
+
+def test_members_of_two_names_have_two_logs(tmp_path):
+    names = ("teachers.数学 0", "teachers.物理 0", "teachers.math-0 1", "teachers.math 0")
+    assert len({ActorLog.begun(tmp_path, name).path for name in names}) == len(names)
+
+
+async def test_a_member_that_gives_no_sign_of_life_is_lost_by_the_name_of_its_log(
+    tmp_path, monkeypatch
+):
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    actor, events = object.__new__(RemoteActor), []
+    hears = SimpleNamespace(remote=lambda *_: never())
+    actor.name, actor._handle = "teacher 0", SimpleNamespace(check_health=hears)
+    monkeypatch.setattr(actor, "_unwanted", lambda cancel: None)
+    monkeypatch.setattr(actor, "kill", lambda: None)
+    actor.log = ActorLog.begun(tmp_path, "teacher 0")
+    acted(actor.log)
+    within = dict.fromkeys(("score", "generate", "step", "stall"), 0.1)
+    pool = ReplicaPool(
+        "teacher",
+        [RemoteRole(actor, Teacher, within)],
+        emit=lambda what, who, why: events.append((what, why)),
+    )
+    async with asyncio.TaskGroup() as tasks:
+        pool.start(tasks, every_s=0.01)
+        while not events:
+            await asyncio.sleep(0.01)
+    (what, why), *_ = events
+    assert (what, pool.lost) == ("lost", 1)
+    assert why.startswith("teacher 0, sign of life: no answer in 0.1 s; its output is in ")
+    assert why.endswith(f"{actor.log.path}: ValueError: in the core of an engine")
 
 
 def test_a_log_that_is_gone_is_not_shown(tmp_path):

@@ -71,6 +71,7 @@ async def test_what_needs_gpus_is_refused_before_any_actor_starts(
         (["learner.dtype=float32", "rollout.dtype=float32"], True, True),
         (["learner.dtype=float32"], True, False),
         (["learner.dtype=bfloat16"], False, False),
+        (["rollout.engine.kv_cache_dtype=fp8_e5m2"], False, False),
     ],
 )
 def test_log_probs_agree_to_the_last_digits_where_both_compute_in_float32(dtypes, gpus, exact):

@@ -13,6 +13,7 @@ its files has for itself; nothing of it runs without a GPU. `engine_args.pin_run
 the temperature.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from async_opd.core.errors import AsyncOpdError, SyncFailed
+from async_opd.core.foreign import foreign
 from async_opd.core.vocabulary import Ids, others
 
 
@@ -55,6 +58,18 @@ class Candidates:
         before another failed takes that update to be under way, and would refuse the next."""
         self._weight_update_active = False
         self.weight_transfer_engine.break_off()
+
+    def attempt(self, method: str, *args: Any) -> str:
+        """Call a method of the worker; returns what it raises, or "". Where one of several workers
+        raises itself, vLLM leaves the answers of the others unread, and takes each for that to its
+        next question."""
+        try:
+            with foreign(method, SyncFailed):
+                getattr(self, method)(*args)
+        except AsyncOpdError as e:
+            logging.getLogger(__name__).exception("an update of the weights broke off")
+            return f"{e}"
+        return ""
 
     def _others(self, ids: Ids) -> Tensor:
         """Mark the ids of the head that are none of these, bool [V]."""

@@ -3,12 +3,9 @@
 from typing import Any
 
 import msgspec
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferInitRequest,
-    WeightTransferUpdateRequest,
-)
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from async_opd.core.errors import SyncFailed
 from async_opd.core.wire import WeightGroup, WeightLayout
 
 
@@ -27,14 +24,22 @@ def update_info(layout: WeightLayout) -> dict[str, Any]:
 
 
 async def join(engine: AsyncLLM, group: WeightGroup) -> None:
-    """Have all workers join `group`, wherever their last update has ended."""
-    await engine.collective_rpc("break_off_update")
-    await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info(group)))
+    """Have all workers join `group`, wherever their last update has ended. Raises SyncFailed."""
+    await _all(engine, "break_off_update")
+    await _all(engine, "init_weight_transfer_engine", init_info(group))
 
 
 async def take(engine: AsyncLLM, version: int, layout: WeightLayout) -> None:
     """Have all workers receive and load the weights of `version`, which labels what is sampled from
-    then on."""
-    await engine.start_weight_update()
-    await engine.update_weights(WeightTransferUpdateRequest(update_info(layout)))
-    await engine.finish_weight_update(weight_version=str(version))
+    then on. Raises SyncFailed."""
+    await _all(engine, "start_weight_update")
+    await _all(engine, "update_weights", update_info(layout))
+    await _all(engine, "finish_weight_update")
+    await engine.update_weight_version(f"{version}")
+
+
+async def _all(engine: AsyncLLM, method: str, *args: Any) -> None:
+    """Have every worker do `method`; waits for all. Raises SyncFailed with what one raises."""
+    failures = await engine.collective_rpc("attempt", args=(method, *args))
+    for failure in filter(None, failures):
+        raise SyncFailed(failure)

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import PrefixStore
+from vllm.distributed.device_communicators import pynccl
 from vllm.distributed.weight_transfer import packed_tensor
 from vllm.utils import torch_utils
 
@@ -22,6 +24,7 @@ from tests.nccl_over_gloo import Communicator, play
 pytestmark = pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes")
 HOST = "127.0.0.1"
 SOON_S = 10.0  # behind a timeout of a second or less, on a busy machine
+COMMUNICATOR = nccl.communicator  # the real one
 SHAPES = [(1000, 16), (16,), (64, 16), (16, 64), (16,), (48, 16)] * 3
 
 
@@ -118,6 +121,39 @@ def test_a_weight_that_is_not_as_described_is_an_error_before_a_byte_of_it_leave
     with pytest.raises(DataError, match=why):
         sender.send(described, weights)
     assert sum(left) <= 4 * sum(w.numel() for w in weights[: 2 if why == "more weights" else 1])
+
+
+def test_vllms_own_communicator_meets_in_the_store_or_says_that_there_is_no_nccl(pool, monkeypatch):
+    store = open_store(HOST, 5.0)
+
+    def made(rank: int):
+        mine = join_store(HOST, store.port, 5.0) if rank else store
+        return COMMUNICATOR(PrefixStore("nccl", mine), rank, 2, 3)
+
+    for each in [pool.submit(made, rank) for rank in range(2)]:
+        assert "no NCCL library" in f"{each.exception()}"
+
+    class Library:
+        """NCCL up to `ncclCommInitRank`."""
+
+        def __init__(self, path):
+            self.ncclGetRawVersion, self.ncclGetVersion = int, str
+
+        def ncclGetUniqueId(self):
+            return pynccl.ncclUniqueId((7,) * 128)
+
+    met: list[tuple[int, ...]] = []
+    monkeypatch.setattr(pynccl, "NCCLLibrary", Library)
+    monkeypatch.setattr(
+        pynccl.PyNcclCommunicator,
+        "_init_comm",
+        lambda self, device: met.append(
+            (self.rank, self.world_size, device, *self.unique_id.internal)
+        ),
+    )
+    for each in [pool.submit(made, rank) for rank in range(2)]:
+        assert not each.result().disabled
+    assert sorted(met) == [(rank, 2, 3, *[7] * 128) for rank in range(2)]
 
 
 def test_who_does_not_come_is_named_before_nccl_is_entered(pool, monkeypatch):
