@@ -39,7 +39,7 @@ class Supply:
             except DataError as e:
                 self.ended = e
             self._emit("no more prompts", "data", f"{self.ended}; the outstanding are trained")
-        if self._slots.outstanding < self._per_step:
+        if self._slots.untrained < self._per_step:
             raise self.ended
         return None
 

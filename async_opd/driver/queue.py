@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from async_opd.core.aio import until
@@ -21,6 +21,7 @@ class Slots:
     def __init__(self, count: int):
         self.count = count
         self._taken: set[int] = set()
+        self._trained: set[int] = set()  # of them
         self._next = 0
 
     @property
@@ -33,6 +34,11 @@ class Slots:
         """Groups that hold a slot."""
         return len(self._taken)
 
+    @property
+    def untrained(self) -> int:
+        """Groups that hold a slot and may come to be trained."""
+        return len(self._taken) - len(self._trained)
+
     def take(self) -> int:
         """Charge a slot; returns its ticket, increasing in order of admission."""
         assert self.free > 0, "no slot is free"
@@ -43,6 +49,15 @@ class Slots:
     def give_back(self, ticket: int) -> None:
         """Return the slot of `ticket`; a second return is a bug and raises KeyError."""
         self._taken.remove(ticket)
+
+    def train(self, tickets: Iterable[int]) -> None:
+        """Note that the groups of `tickets` are trained; they hold their slots until `publish`."""
+        self._trained.update(tickets)
+
+    def publish(self) -> None:
+        """Return the slots of all that is trained."""
+        self._taken -= self._trained
+        self._trained.clear()
 
 
 class TrajectoryQueue:
@@ -146,7 +161,7 @@ class TrajectoryQueue:
     def _fills_a_step(self) -> bool:
         if len(self._ready) < self._per_step:
             return False
-        nothing_else_is_to_come = self._slots.outstanding == len(self._ready)
+        nothing_else_is_to_come = self._slots.untrained == len(self._ready)
         return self._students + self._most_of_teacher >= self._per_step or nothing_else_is_to_come
 
     def _expel(self) -> None:

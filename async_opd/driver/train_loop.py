@@ -75,7 +75,6 @@ class TrainLoop:
         self._clock = CheckpointClock(config.run)
         self.version = 0
         self._published = 0  # version that the generators hold
-        self._unpublished: list[int] = []  # tickets of the groups trained since
         self._learner = LearnerReplica("learner", 0, roles.learner, meter.actor("learner"))
         self.pools = Pools(config, roles, meter, emit, self._welcome)
         self.held_out = HeldOut(config, self.pools, held_out, emit)
@@ -166,7 +165,7 @@ class TrainLoop:
         self.version = result.version
         self.progress.trained(self.version, batch)
         self._report.trained(result, batch)
-        self._unpublished += [group.ticket for group in batch]
+        self._slots.train(group.ticket for group in batch)
 
     async def _pass_on(self) -> Gap | None:
         """Publish, where that is due, and behind the last step; the ledger is on disk either
@@ -184,7 +183,7 @@ class TrainLoop:
         trained since the last time to the next prompts; the ledger is on disk, too. Returns the
         parity gap, where it was measured."""
         assert self._admission
-        free = self._slots.free + len(self._unpublished)
+        free = self._slots.count - self._slots.untrained
         await self.prompts.read(min(self._admission.needed, free))
         publishing = self._publisher.publish(self.version, admit=self._admit)
         with self._learner.held("syncing"):
@@ -194,9 +193,7 @@ class TrainLoop:
 
     def _admit(self) -> None:
         assert self._admission
-        for ticket in self._unpublished:
-            self._slots.give_back(ticket)
-        self._unpublished.clear()
+        self._slots.publish()
         self._admission.fill()
         # generators without a request have nothing to come
         if self._supply.ended or not self._admission.needed:

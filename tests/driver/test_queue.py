@@ -3,9 +3,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_opd.core.errors import TimedOut
+from async_opd.core.errors import DataError, TimedOut
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import GroupMeta, Prompt, Span
+from async_opd.driver.admission import Supply
 from async_opd.driver.queue import Slots, TrajectoryQueue
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from tests.simulated.virtual_time import virtual
@@ -221,3 +222,16 @@ async def test_a_step_takes_what_there_is_once_nothing_else_is_to_come():
     slots.give_back(3)
     queue.drop(last.ticket, last.prompt, 1, "teacher_wrong")  # the last that was to come
     assert await taking == answers
+
+
+def test_rows_that_end_beside_what_is_trained_and_not_published_end_the_run_at_once():
+    slots = Slots(8)
+    tickets = [slots.take() for _ in range(8)]
+    slots.train(tickets[:4])
+    supply = Supply(iter(()), slots, per_step=4, emit=lambda what, who, why: None)
+    assert next(supply) is None  # the other four fill a step
+    slots.give_back(tickets[7])
+    with pytest.raises(DataError, match="used up"):
+        next(supply)
+    slots.publish()
+    assert (slots.outstanding, slots.untrained, slots.free) == (3, 3, 5)

@@ -217,6 +217,21 @@ def test_after_the_last_step_with_a_weight_none_is_asked_for_and_what_is_in_flig
     assert found.summary["scored_dropped"] == 0  # no score was thrown away
 
 
+@pytest.mark.parametrize(("bound", "every"), [(1, 2), (4, 3), (4, 5)])
+def test_slots_of_what_is_trained_and_not_published_yet_keep_no_step_waiting(
+    tmp_path, bound, every
+):
+    found = run(
+        tmp_path,
+        f"sync.every_steps={every}",
+        "teacher_sampling.until_step=99",
+        "teacher_sampling.share=0.5",
+        bound=bound,
+    )
+    assert len(found.learner.trained + found.learner.answers) == STEPS * PER_STEP
+    assert found.summary["max_lag_seen"] <= bound
+
+
 def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
     found = run(tmp_path)  # the weight ends at 0 in step 12
     assert max(step for step, _ in found.learner.answers) < 12

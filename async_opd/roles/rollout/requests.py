@@ -2,11 +2,12 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.inputs import TokensPrompt
+from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,6 +31,7 @@ class Request:
         self.prompt_ids = prompt_ids
         self.sampling = sampling
         self.answered = False
+        self.arrived = 0.0  # when it entered the engine first, by `time.time`; 0: not yet
         self.wait()
 
     def wait(self) -> None:
@@ -109,16 +111,17 @@ class Requests:
         assert self._held is not None, "renew without pause"
         self._updates += 1
         out: list[str] = []
+        inside = self._engine.output_processor.request_states
         for request in self._live:
-            version, engine_id = self._begun(request), request.engine_id
-            if engine_id is None:
+            engine_id = request.engine_id
+            if engine_id is None or engine_id not in inside:  # held back, or its answer is here
                 continue
-            if version is None:
+            if not (starts := inside[engine_id].weight_version_starts):
                 if self._keeps_kv:
                     out.append(engine_id)
                     request.wait()
                     self._held.append(request)
-            elif version < oldest and not request.id.startswith(EVALUATION):
+            elif version_of(starts[0][0]) < oldest and not request.id.startswith(EVALUATION):
                 out.append(engine_id)
         if out:
             await self._engine.abort(out, internal=True)
@@ -149,13 +152,16 @@ class Requests:
             await self._engine.resume_generation()
 
     async def _enter(self, request: Request) -> None:
-        """Put `request` into the engine, or to those that are held back."""
+        """Put `request` into the engine, or to those that are held back. In there it keeps the
+        turn that it had when it entered first."""
         if self._held is not None:
             self._held.append(request)
             return
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids)
-        if self._keeps_kv:
-            prompt["cache_salt"] = f"{self._updates}"
+        request.arrived = request.arrived or time.time()
+        # as vLLM would render it, in a thread: the responses of one call would not be in a row
+        prompt = tokens_input(
+            request.prompt_ids, cache_salt=f"{self._updates}" if self._keeps_kv else None
+        )
         # The learner waits for the probe; an update may have put every running request back in the
         # engine's queue. Of an evaluation no more are sent at a time than it may have places, so
         # they need not wait.
@@ -169,6 +175,7 @@ class Requests:
                     f"{request.id}/{next(self._numbers)}",
                     prompt,
                     request.sampling,
+                    arrival_time=request.arrived,
                     priority=priority,
                 )
         finally:
@@ -195,13 +202,6 @@ class Requests:
             )
         output.index = request.index
         return output
-
-    def _begun(self, request: Request) -> int | None:
-        """Find the version that sampled its first token; None of one that has no token, or is not
-        in the engine."""
-        state = self._engine.output_processor.request_states.get(request.engine_id or "")
-        starts = state.weight_version_starts if state else ()
-        return version_of(starts[0][0]) if starts else None
 
     async def _abort(self, requests: Iterable[Request]) -> None:
         ids = [request.engine_id for request in requests]

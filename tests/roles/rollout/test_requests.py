@@ -25,13 +25,17 @@ class Engine:
     def __init__(self):
         self.log: list[str] = []
         self.salts: dict[str, str | None] = {}  # by id without its number, the last
+        self.turns: dict[str, float] = {}  # what the engine goes by, of those of one priority
         self.slow = asyncio.Event()
         self.slow.set()
         self.output_processor = SimpleNamespace(request_states={})
         self._collectors: dict[str, Collector] = {}
 
-    async def add_request(self, id: str, prompt: dict, sampling, *, priority: int) -> Collector:
+    async def add_request(
+        self, id: str, prompt: dict, sampling, *, arrival_time: float, priority: int
+    ) -> Collector:
         assert sampling.n == 1
+        assert prompt["type"] == "token"  # vLLM renders no such prompt in a thread
         await self.slow.wait()
         if id.startswith("refused"):
             raise ValueError("it does not suit")
@@ -40,6 +44,7 @@ class Engine:
         self._collectors[id] = collector
         self.output_processor.request_states[id] = SimpleNamespace(weight_version_starts=[])
         self.log.append(id)
+        self.turns[id] = arrival_time
         self.salts[id.rpartition("/")[0]] = prompt.get("cache_salt")
         return collector
 
@@ -117,6 +122,41 @@ async def test_what_is_on_its_way_when_a_pause_begins_is_inside_before_it_and_ge
     assert engine.log == ["a/0", "-a/0", "runs", "a/1", "a/2"] and engine.salts == {"a": "1"}
     engine.finish("a/1", "a/2")
     assert [output.id for output in await call] == ["a/1", "a/2"]
+
+
+async def test_what_enters_anew_keeps_its_turn_before_what_came_later():
+    engine = Engine()
+    requests = requests_of(engine)
+    old = asked(requests, "z", n=2)
+    await settled()
+    engine.started(0, "z/0")
+    newer = []
+    for update in range(2):
+        await requests.pause()
+        newer.append(asked(requests, f"{update}"))
+        await settled()
+        await requests.renew(oldest=0)
+        await requests.resume(0)
+        await settled()
+    inside = engine.output_processor.request_states
+    in_turn = sorted(inside, key=engine.turns.get)
+    assert [id.partition("/")[0] for id in in_turn] == ["z", "z", "0", "1"]
+    engine.finish(*inside)
+    await asyncio.gather(old, *newer)
+
+
+async def test_one_that_ends_as_the_update_comes_is_not_sampled_again():
+    engine = Engine()
+    requests = requests_of(engine)
+    call = asked(requests, "a")
+    await settled()
+    engine.started(0, "a/0")
+    await requests.pause()
+    engine.finish("a/0")  # its caller has not run yet
+    await requests.renew(oldest=0)
+    await requests.resume(0)
+    assert [output.id for output in await call] == ["a/0"]
+    assert engine.log == ["a/0", "runs"]
 
 
 @pytest.mark.parametrize("keeps_kv", [True, False])
