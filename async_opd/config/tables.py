@@ -15,6 +15,7 @@ from async_opd.config.signatures import Place, struct_of
 from async_opd.config.validate import refuse_unlike
 from async_opd.core.errors import ConfigError
 from async_opd.core.suggest import shown
+from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import EngineConfig
 from async_opd.roles.teacher.config import ScorerConfig
 
@@ -41,7 +42,7 @@ def check_tables(config: Config) -> None:
                 f" {scorer.backend!r}"
             )
         check_engine(section, scorer)
-    check_deepspeed(config.learner.deepspeed)
+    check_deepspeed(config.learner)
 
 
 def check_engine(section: str, config: EngineConfig | ScorerConfig) -> None:
@@ -75,9 +76,10 @@ def check_engine(section: str, config: EngineConfig | ScorerConfig) -> None:
         )
 
 
-def check_deepspeed(table: dict[str, Any]) -> None:
+def check_deepspeed(config: LearnerConfig) -> None:
     """Refuse the table [learner.deepspeed] where it may not be given to DeepSpeed, or would not be
     taken. Raises ConfigError."""
+    table = config.deepspeed
     if not table:
         return
     path = "learner.deepspeed"
@@ -86,6 +88,11 @@ def check_deepspeed(table: dict[str, Any]) -> None:
     if isinstance(zero, dict):
         _refuse_named(f"{path}.zero_optimization", "learner", zero, by_name(deepspeed.ZERO_NEVER))
     refuse_unlike(table, deepspeed_takes(), path)
+    if zero and zero.get("overlap_comm") and config.zero_stage not in (2, 3):
+        raise ConfigError(
+            f"{path}.zero_optimization.overlap_comm = true: needs learner.zero_stage 2 or 3, which"
+            " reduce gradients before the last micro-batch"
+        )
 
 
 @cache

@@ -127,6 +127,10 @@ MISTAKES = {
         ["learner.deepspeed.zero_optimization.reduce_bucket_size=0"],
         "must be an integer > 0",
     ),
+    "overlap that DeepSpeed asserts against": (
+        ["learner.deepspeed.zero_optimization.overlap_comm=true"],
+        "overlap_comm = true: needs learner.zero_stage 2 or 3",
+    ),
     "word of DeepSpeed's": (
         ["learner.deepspeed.communication_data_type=bf15"],
         "must be 'bf16', 'fp16' or 'fp32'; did you mean 'bf16'?",
@@ -150,7 +154,7 @@ TAKEN = [
     [VLLM_TEACHER, "teacher.engine.hf_overrides.rope_parameters.factor=4.0"],
     [*SAMPLING, "teacher.engine.quantization=fp8"],
     [*REFERENCE, "reference.engine.attention_backend=FLASHINFER"],
-    ["learner.deepspeed.zero_optimization.overlap_comm=true"],
+    ["learner.zero_stage=2", "learner.deepspeed.zero_optimization.overlap_comm=true"],
     ["learner.deepspeed={ communication_data_type = 'fp32', wall_clock_breakdown = true }"],
 ]
 

@@ -55,9 +55,11 @@ def _sharded(settings: LearnerSettings, dtype: str, shard: Shard) -> PreTrainedM
     sharded: dict[int, nn.Parameter] = {}  # by identity, which is theirs while they are held
 
     def arrived(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
-        # a model is made without data at first; a tied weight takes its place twice, and to be
-        # sharded may be to take another, too
-        if weight is not None and not weight.is_meta and id(weight) not in sharded:
+        # Of the files, not of a model that is made without data at first, nor made up for a missing
+        # one, on each rank in an order of its own: that is refused, behind. A tied weight takes its
+        # place twice, and to be sharded may be to take another, too.
+        loaded = getattr(weight, "_is_hf_initialized", False)  # as transformers marks it
+        if weight is not None and loaded and id(weight) not in sharded:
             sharded[id(weight)] = weight
             shard(weight)
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from async_opd.core.errors import DataError
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner import engine
@@ -48,7 +49,13 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         parts += weight.ds_tensor.untyped_storage().nbytes()
 
     engine._shard = weighed
-    learner.start(rendezvous(learner, rank, Path(meeting)))
+    try:
+        learner.start(rendezvous(learner, rank, Path(meeting)))
+    except DataError as e:
+        torch.save(f"{e}", out)
+        dist.barrier()
+        dist.destroy_process_group()
+        return
     held = {name: p.numel() for name, p in learner._lm.named_parameters()}
     weights = {}
     for name, weight in learner._lm.named_parameters(remove_duplicate=False):
