@@ -37,7 +37,7 @@ def load_student(
             settings.model, config.dtype, device, trust_remote_code=settings.trust_remote_code
         )
     else:
-        lm = _sharded(settings, config.dtype, shard)
+        lm = _sharded(settings, config.dtype, device, shard)
         lm.to(device)  # pyright: ignore[reportArgumentType]  # what is left are buffers
     lm.train()
     for module in lm.modules():  # the network that learns must be the one that sampled
@@ -48,7 +48,9 @@ def load_student(
     return lm
 
 
-def _sharded(settings: LearnerSettings, dtype: str, shard: Shard) -> PreTrainedModel:
+def _sharded(
+    settings: LearnerSettings, dtype: str, device: torch.device, shard: Shard
+) -> PreTrainedModel:
     """Load the student with each weight sharded as it takes its place, so that a rank never holds
     more than its parts and one whole weight. transformers itself reads, renames, fuses and ties
     them, in the same order on every rank."""
@@ -61,6 +63,8 @@ def _sharded(settings: LearnerSettings, dtype: str, shard: Shard) -> PreTrainedM
         loaded = getattr(weight, "_is_hf_initialized", False)  # as transformers marks it
         if weight is not None and loaded and id(weight) not in sharded:
             sharded[id(weight)] = weight
+            # of its own: files are mapped, and each page that a broadcast wrote would stay
+            weight.data = weight.data.to(device, copy=True)
             shard(weight)
 
     hook = register_module_parameter_registration_hook(arrived)

@@ -21,8 +21,8 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What reads log-probs: `logits` at a time, of which the objective's entropy and tail each hold
-    one float32 block `more`."""
+    """What reads log-probs: `logits` at a time, in float32, of which the objective's entropy and
+    tail each hold one block `more` for a while."""
 
     logits: int
     more: int = 0
@@ -57,9 +57,9 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
 
     It is one of four moments. With what all layers keep, but for the last:
 
-    head       the final norm's input in float32, itself and what is selected of it; two float32
-               blocks of logits and one of their gradient in b; the head's gradient, and its
-               input's in float32 and once more
+    head       the final norm's input in float32, itself and what is selected of it; a float32
+               block of logits and, beside it, their gradient in b or what entropy and tail hold;
+               the head's gradient, and its input's in float32 and once more
     MLP        with checkpointing the last layer, made again; gradients of gate and up while both
                and their product's are there, of experts also those of their outputs, or instead
                the gradient of the largest weight of all experts
@@ -76,7 +76,7 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
     attention, mlp = activations(shape, batch, b)
     kept = _kept(shape, batch, b, checkpointing=checkpointing)
     again = attention + mlp if checkpointing else 0
-    read = (8 + (b if b < 4 else 0) + 4 * head.more) * head.logits
+    read = (4 + max(b if b < 4 else 0, 4 * head.more)) * head.logits
     waiting = kept + hidden + (weight if shape.tied else 0)
     return max(
         kept + 2 * wide + 3 * hidden + read + weight,

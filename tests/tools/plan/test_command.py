@@ -293,7 +293,10 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
             ["student.model=Qwen/Qwen3-1.8B"],
             "student.model = 'Qwen/Qwen3-1.8B': --offline knows Qwen/Qwen3-0.6B, ",
         ),
-        (["learner.zero_stage=0"], "learner.dtype = 'bfloat16': needs learner.zero_stage 1, 2 or 3"),
+        (
+            ["learner.zero_stage=0"],
+            "learner.dtype = 'bfloat16': needs learner.zero_stage 1, 2 or 3",
+        ),
         (
             ["learner.dtype=float32"],
             "learner.dtype = 'float32': must be 'bfloat16' on GPUs, where float32 has no fused"
