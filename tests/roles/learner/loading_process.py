@@ -16,6 +16,15 @@ from async_opd.roles.learner.config import LearnerConfig
 from tests.roles.learner.rank_process import rendezvous
 
 
+def mapped(weight: torch.Tensor) -> bool:
+    """Tell whether it lies in a file, of which each page becomes a rank's own when it is written."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= weight.data_ptr() < end:
+            return line.endswith(".safetensors")
+    return False
+
+
 def main(rank: int, meeting: str, model: str, out: str) -> None:
     learner = engine.LearnerRank(
         rank,
@@ -37,6 +46,7 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         Opd(),
     )
     most, parts, shard = 0, 0, engine._shard
+    in_files = []
     whole: list[tuple[StorageWeakRef, int]] = []
 
     def weighed(settings: dict, weight: torch.nn.Parameter) -> None:
@@ -44,6 +54,7 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         what was freed is not the loader's."""
         nonlocal most, parts
         whole.append((StorageWeakRef(weight.untyped_storage()), weight.nbytes))
+        in_files.append(mapped(weight))
         most = max(most, parts + sum(size for alive, size in whole if not alive.expired()))
         shard(settings, weight)
         parts += weight.ds_tensor.untyped_storage().nbytes()
@@ -63,6 +74,16 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
             weights[name] = weight.detach().clone()
     described = [(meta.name, tuple(meta.shape)) for meta in learner._weights.described]
     buffers = dict(learner._lm.named_buffers())
-    torch.save(dict(most=most, held=held, weights=weights, sent=described, buffers=buffers), out)
+    torch.save(
+        dict(
+            most=most,
+            held=held,
+            weights=weights,
+            sent=described,
+            buffers=buffers,
+            in_files=in_files,
+        ),
+        out,
+    )
     dist.barrier()
     dist.destroy_process_group()

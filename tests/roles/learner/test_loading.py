@@ -68,6 +68,7 @@ def test_each_rank_holds_its_part_of_the_weights_and_never_a_whole_copy(load, fa
         for name, buffer in whole.named_buffers():
             torch.testing.assert_close(rank["buffers"][name], buffer)
         assert not any(rank["held"].values())
+        assert rank["in_files"] and not any(rank["in_files"])
         pieces = checkpoint_names.pieces(whole)
         assert rank["sent"] == [(m.name, m.shape) for piece in pieces for m in piece.tensors]
         assert rank["most"] <= 0.6 * nbytes + largest, (rank["most"], nbytes, largest)
