@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from async_opd.maths.blocks import head_block, slices
-from async_opd.maths.head import LEFT_OUT, Head, Without, is_nothing
+from async_opd.maths.head import LEFT_OUT, Head, Without, add_product, is_nothing
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
@@ -180,9 +180,7 @@ class _ReadLogprobs(torch.autograd.Function):
                 else:  # and of the entropy: -p (logp + H)
                     entropy_grad_R = entropy_grad_N[rows, None]
                     rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_N1[rows]
-                    scale_RB = (z_RB * entropy_grad_R).add_(rest_R)
-                    grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_N1[rows])
-                    del scale_RB
+                    grad_RB = _times_exp(z_RB, entropy_grad_R, rest_R).mul_(-1 / total_N1[rows])
                 if tail_RB is not None:
                     grad_RB.add_(tail_RB)
                     tail_RB = None
@@ -190,8 +188,8 @@ class _ReadLogprobs(torch.autograd.Function):
                 if slope_RB is not None:
                     grad_RB.mul_(slope_RB)
                 grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
-                _add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
-                _add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
+                add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
+                add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
                 del z_RB, grad_RB  # before the next ones are there
@@ -201,12 +199,10 @@ class _ReadLogprobs(torch.autograd.Function):
         return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 6
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Add a product of matrices to a `total` that may be wider than they are."""
-    if total.dtype == one.dtype:
-        total.addmm_(one, other)
-    else:
-        total.add_(one @ other)
+def _times_exp(z_RB: Tensor, slope_R1: Tensor, rest_R1: Tensor) -> Tensor:
+    """Overwrite z by exp(z) · (slope · z + rest)."""
+    factor_RB = (z_RB * slope_R1).add_(rest_R1)
+    return z_RB.exp_().mul_(factor_RB)
 
 
 def _read_rows(

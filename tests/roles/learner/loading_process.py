@@ -17,7 +17,7 @@ from tests.roles.learner.rank_process import rendezvous
 
 
 def mapped(weight: torch.Tensor) -> bool:
-    """Tell whether it lies in a file, of which each page becomes a rank's own when it is written."""
+    """Tell whether it lies in a file, whose pages become a rank's own once they are written."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         if start <= weight.data_ptr() < end:
