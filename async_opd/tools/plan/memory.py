@@ -105,8 +105,10 @@ def learner(
 
 def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> float:
     """Estimate the forward and backward of a micro-batch for an objective of such `needs`."""
-    logits = block(config.head_chunk_rows, batch.tokens, shape)
-    head = Head(logits=logits, more=needs.student_entropy + needs.tail)
+    head = Head(
+        block=block(config.head_chunk_rows, batch.tokens, shape),
+        more=needs.student_entropy + needs.tail,
+    )
     b, checkpointing = element(config.dtype), config.gradient_checkpointing
     return backward(shape, batch, b, checkpointing=checkpointing, head=head)
 
@@ -148,7 +150,8 @@ def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Me
         tokens = config.engine.get("max_num_batched_tokens", config.batch_tokens)
         return _engine(config, shape, tokens, PROMPT_ROWS, card)
     b, psi = element(config.dtype), shape.parameters
-    logits = 2 * block(config.head_chunk_rows, batch.tokens, shape) * 4
+    held = block(config.head_chunk_rows, batch.tokens, shape)
+    logits = 2 * 4 * held.rows * held.ids
     return Memory(
         parts={"weights": b * psi, "forward": forward(shape, batch, b) + logits},
         host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,

@@ -56,6 +56,7 @@ LONG_AND_SHORT = (2048, *[256] * 8)
         (LLAMA, (4096,), {}),
         (GEMMA, (4096,), dict(checkpointing=False)),
         (NARROW, (16384,), {}),
+        (NARROW, (1024,), {}),
         (NARROW, (16384,), dict(needs=Needs(student_entropy=True))),
         (NARROW, (512,) * 16, dict(dtype="float32")),
     ],
