@@ -100,6 +100,13 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
     @property
+    def on_transformers(self) -> dict[str, str]:
+        """Those of `models` that run on transformers: the student, which learns there, and scorers
+        of that backend."""
+        vllm = {section for section, scorer in self.scorers.items() if scorer.backend == "vllm"}
+        return {section: model for section, model in self.models.items() if section not in vllm}
+
+    @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """Sections of what scores rollouts, each with its `model`."""
         scorers: dict[str, ScorerConfig] = {

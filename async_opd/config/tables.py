@@ -90,7 +90,8 @@ def check_deepspeed(config: LearnerConfig) -> None:
     refuse_unlike(table, deepspeed_takes(), path)
     if _looked_up(table, "zero_optimization.overlap_comm") and (config.zero_stage or 1) < 2:
         raise ConfigError(
-            f"{path}.zero_optimization.overlap_comm = true: needs learner.zero_stage 2 or 3"
+            f"{path}.zero_optimization.overlap_comm = true: needs learner.zero_stage 2 or 3, which"
+            " reduce gradients before the last micro-batch"
         )
 
 

@@ -101,12 +101,10 @@ def heads(config: Config) -> dict[str, tuple[int, int]]:
     """Count the attention heads of queries and of keys of what runs on transformers, by section.
     Raises DataError."""
     counts: dict[str, tuple[int, int]] = {}
-    for section, model in config.models.items():
-        scorer = config.scorers.get(section)
-        if scorer is None or scorer.backend == "transformers":
-            text = text_config(f"{section}.model", model, config.run.trust_remote_code)
-            queries = getattr(text, "num_attention_heads", None) or 0
-            counts[section] = queries, getattr(text, "num_key_value_heads", None) or queries
+    for section, model in config.on_transformers.items():
+        text = text_config(f"{section}.model", model, config.run.trust_remote_code)
+        queries = getattr(text, "num_attention_heads", None) or 0
+        counts[section] = queries, getattr(text, "num_key_value_heads", None) or queries
     return counts
 
 

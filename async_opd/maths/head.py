@@ -83,6 +83,14 @@ def _float32_product(one: Tensor, other: Tensor) -> Tensor:
     return torch.mm(one, other, out_dtype=torch.float32)
 
 
+def add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add a product of matrices to a `total` that may be wider than they are."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total.add_(one @ other)
+
+
 def is_nothing(z: Tensor) -> Tensor:
     """Tell where z stands for no id at all, or for such as are left out."""
     return z < LEFT_OUT / 2

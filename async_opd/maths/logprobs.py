@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from async_opd.maths.blocks import head_block, slices
-from async_opd.maths.head import LEFT_OUT, Head, Without, is_nothing
+from async_opd.maths.head import LEFT_OUT, Head, Without, add_product, is_nothing
 
 # nats, the log-mass of no ids at all: its exp vanishes, and products with it are finite
 NOTHING = -100.0
@@ -74,14 +74,13 @@ def read_logprobs(
     logp = z - log Σ_v exp z_v,  z = head(h) / T;  H = -Σ_v exp(logp_v) · logp_v
     tail = log Σ_v exp(logp_v) over the v that are no candidates
 
-    The backward pass computes each block of logits again, so at most two float32 blocks live at
-    once, or three where it takes the gradient of both entropy and tail, and beside them in half
-    precision the float32 sums of gradients, [N, D] and [ids, D]: what many blocks add up to is
-    rounded once. `tail` is what
-    `candidate_ids_NK` leave, or where none are given what the topk leave, without gradient. It is
-    summed over the ids themselves: 1 - Σ_k p_k is lost to rounding where it is small. It is NOTHING
-    where the candidates are all of V. The log-prob of an id beyond the head's, or one that is left
-    out of it, is NaN.
+    The backward pass computes each block of logits again, so one float32 block lives at a time, or
+    two where entropy or tail are asked for, or three where it takes the gradient of both, and
+    beside them in half precision the float32 sums of gradients, [N, D] and [ids, D]: what many
+    blocks add up to is rounded once. `tail` is what `candidate_ids_NK` leave, or where none are
+    given what the topk leave, without gradient. It is summed over the ids themselves: 1 - Σ_k p_k
+    is lost to rounding where it is small. It is NOTHING where the candidates are all of V. The
+    log-prob of an id beyond the head's, or one that is left out of it, is NaN.
 
     >>> eye, sampled = torch.eye(2) * 0.6931472, torch.tensor([0, 0])
     >>> read_logprobs(eye, Head(torch.eye(2)), sampled, ReadOptions(1.0, chunk_rows=1)).sampled_N
@@ -181,30 +180,29 @@ class _ReadLogprobs(torch.autograd.Function):
                 else:  # and of the entropy: -p (logp + H)
                     entropy_grad_R = entropy_grad_N[rows, None]
                     rest_R = (entropy_N - log_N)[rows, None] * entropy_grad_R + outer_N1[rows]
-                    scale_RB = (z_RB * entropy_grad_R).add_(rest_R)
-                    grad_RB = z_RB.exp_().mul_(scale_RB).mul_(-1 / total_N1[rows])
+                    grad_RB = _times_exp(z_RB, entropy_grad_R, rest_R).mul_(-1 / total_N1[rows])
                 if tail_RB is not None:
                     grad_RB.add_(tail_RB)
+                    tail_RB = None
                 grad_RB.scatter_add_(1, at_RI, grad_NI[rows] * inside_RI)
                 if slope_RB is not None:
                     grad_RB.mul_(slope_RB)
                 grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
-                _add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
-                _add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
+                add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
+                add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
+                del z_RB, grad_RB  # before the next ones are there
             if wide != weight_VD.dtype:
                 weight_grad_VD[ids] = weight_grad_BD
         bias_grad_V = None if bias_grad_V is None else bias_grad_V.to(weight_VD.dtype)
         return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 6
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Add a product of matrices to a `total` that may be wider than they are."""
-    if total.dtype == one.dtype:
-        total.addmm_(one, other)
-    else:
-        total.add_(one @ other)
+def _times_exp(z_RB: Tensor, slope_R1: Tensor, rest_R1: Tensor) -> Tensor:
+    """Overwrite z by exp(z) · (slope · z + rest)."""
+    factor_RB = (z_RB * slope_R1).add_(rest_R1)
+    return z_RB.exp_().mul_(factor_RB)
 
 
 def _read_rows(
@@ -247,6 +245,7 @@ def _read_rows(
             moved_R = shift_R.exp() * (moment_R + shift_R * total_R)
             moment_R = moved_R + p_RB.mul_(z_RB).sum(1)
         total_R = total_R * shift_R.exp() + more_R
+        del z_RB, p_RB  # before the next ones are there
     log_R = total_R.log()
     given_z_RI.masked_fill_(is_nothing(given_z_RI), torch.nan)
     return _Rows(

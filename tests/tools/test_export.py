@@ -138,6 +138,7 @@ def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
     assert "`Qwen/Qwen3-1.7B`, distilled on-policy from `my-teacher` by async-opd." in text
     assert "/somewhere" not in text
     assert cells["optimizer steps"] == "4 of 4"
+    assert cells["weights"] == "float32"  # of the model: the config has no dtype
     # 101 + 102 + 103 + 104, and 7 of the teacher's own a step
     assert cells["trained tokens"] == "438"
     assert (

@@ -37,7 +37,7 @@ def load_student(
             settings.model, config.dtype, device, trust_remote_code=settings.trust_remote_code
         )
     else:
-        lm = _sharded(settings, config.dtype, shard)
+        lm = _sharded(settings, config.dtype, device, shard)
         lm.to(device)  # pyright: ignore[reportArgumentType]  # what is left are buffers
     lm.train()
     for module in lm.modules():  # the network that learns must be the one that sampled
@@ -48,17 +48,23 @@ def load_student(
     return lm
 
 
-def _sharded(settings: LearnerSettings, dtype: str, shard: Shard) -> PreTrainedModel:
+def _sharded(
+    settings: LearnerSettings, dtype: str, device: torch.device, shard: Shard
+) -> PreTrainedModel:
     """Load the student with each weight sharded as it takes its place, so that a rank never holds
     more than its parts and one whole weight. transformers itself reads, renames, fuses and ties
     them, in the same order on every rank."""
     sharded: dict[int, nn.Parameter] = {}  # by identity, which is theirs while they are held
 
     def arrived(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
-        # a model is made without data at first; a tied weight takes its place twice, and to be
-        # sharded may be to take another, too
-        if weight is not None and not weight.is_meta and id(weight) not in sharded:
+        # Of the files, not of a model that is made without data at first, nor made up for a missing
+        # one, on each rank in an order of its own: that is refused, behind. A tied weight takes its
+        # place twice, and to be sharded may be to take another, too.
+        loaded = getattr(weight, "_is_hf_initialized", False)  # as transformers marks it
+        if weight is not None and loaded and id(weight) not in sharded:
             sharded[id(weight)] = weight
+            # of its own: files are mapped, and each page that a broadcast wrote would stay
+            weight.data = weight.data.to(device, copy=True)
             shard(weight)
 
     hook = register_module_parameter_registration_hook(arrived)

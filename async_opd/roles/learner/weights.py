@@ -22,8 +22,7 @@ class StudentWeights:
         bucket_bytes: int,
         gather: Callable[[list[Tensor]], AbstractContextManager[None]],
     ):
-        """`lm` before it is sharded: its shapes are whole then. `bucket_bytes` are whole at once,
-        while in `gather` of them."""
+        """`bucket_bytes` of the weights of `lm` are whole at once, while in `gather` of them."""
         self._lm = lm
         self._gather = gather
         self._bucket_bytes = bucket_bytes

@@ -15,7 +15,7 @@ import msgspec
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
 from async_opd.core.reading import content_of
-from async_opd.core.run_dir import ENVIRONMENT, METRICS, SUMMARY, decode_row, read_lines
+from async_opd.core.run_dir import ENVIRONMENT, METRICS, MODEL, SUMMARY, decode_row, read_lines
 from async_opd.core.wire import trained_tokens
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.objectives import Objective
@@ -80,7 +80,6 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
         "learning rate": (
             f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up"
         ),
-        "weights": learner.dtype,
         "seed": run.seed,
         "staleness bound": (
             f"{run.max_lag_steps} steps; what is older is"
@@ -89,6 +88,9 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
     }
     if stops := [f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in rollout.stop]:
         facts["ends besides its own"] = ", ".join(stops).replace("|", r"\|")
+    # of the config that may be absent: what it means is known where the run was
+    if dtype := _read(checkpoint.folder / MODEL / "config.json").get("dtype"):
+        facts["weights"] = dtype
     rows = _rows(run_dir / METRICS, version)
     needed = {"lag_max", "tokens"}
     if rows and len(rows) == version and all(needed <= row.keys() for row in rows):

@@ -196,7 +196,9 @@ def _engine(
     else:
         sampling = (config.teacher_sampling if answers else None) or config.rollout
         sync = SyncConfig() if answers else config.sync  # a teacher's weights do not travel
-        held = memory.generator(each, shape, sync, card, sampling.concurrency)
+        held = memory.generator(
+            each, shape, sync, card, concurrency=sampling.concurrency, longest=longest
+        )
     vllm, shared = "kv_cache" in held.parts, config.run.share_gpu
     share = each.gpu_memory_utilization if shared else 1 if vllm else 1 - HEADROOM
     return Need(

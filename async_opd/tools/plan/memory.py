@@ -22,7 +22,9 @@ CONTEXT = 1.5 * 2**30  # CUDA's context, cuBLAS's workspace, NCCL's own buffers
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
 REDUCED_WHOLE = 500_000_000  # the same of stages 0 and 1, which no setting changes
 LIVE = 1_000_000_000  # weights that ZeRO-3 holds whole at once: `stage3_max_live_parameters`
-ENGINE_TOKENS = 2048  # of one forward of a generator: vLLM's own default
+# of one forward of a generator, by the memory of its card from so much on: what vLLM's own server
+# takes, `roles.rollout.engine_args.prefilled_at_once`; an A100 of 80 GB takes fewer
+ENGINE_TOKENS = {160 * 2**30: 16384, 70 * 2**30: 8192, 0: 2048}
 PROMPT_ROWS = 1024  # of a prompt, whose logits vLLM holds at once
 
 
@@ -103,8 +105,10 @@ def learner(
 
 def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> float:
     """Estimate the forward and backward of a micro-batch for an objective of such `needs`."""
-    logits = block(config.head_chunk_rows, batch.tokens, shape)
-    head = Head(logits=logits, more=needs.student_entropy + needs.tail)
+    head = Head(
+        block=block(config.head_chunk_rows, batch.tokens, shape),
+        more=needs.student_entropy + needs.tail,
+    )
     b, checkpointing = element(config.dtype), config.gradient_checkpointing
     return backward(shape, batch, b, checkpointing=checkpointing, head=head)
 
@@ -122,13 +126,17 @@ def generator(
     shape: Shape,
     sync: SyncConfig,
     card: float,
+    *,
     concurrency: int,
+    longest: int,
 ) -> Memory:
-    """Estimate an engine that samples: weights, a forward with the logits of `concurrency`
-    sequences, in float32, as log-probs and sorted, and all that is left of its share for keys and
-    values; beside the share the chunks in which weights arrive, of which vLLM knows nothing."""
+    """Estimate an engine that samples `concurrency` sequences at once, each of at most `longest`
+    tokens: weights, a forward of ENGINE_TOKENS with the logits of all sequences, in float32, as
+    log-probs and sorted, and all that is left of its share for keys and values; beside the share
+    the chunks in which weights arrive, of which vLLM knows nothing."""
     b = element(config.dtype)
-    tokens = config.engine.get("max_num_batched_tokens", ENGINE_TOKENS)
+    at_once = next(tokens for least, tokens in ENGINE_TOKENS.items() if card >= least)
+    tokens = config.engine.get("max_num_batched_tokens", min(at_once, longest * concurrency))
     held = _engine(config, shape, tokens, concurrency, card)
     held.parts["sync"] = chunks(shape, b, sync)
     return held
@@ -141,7 +149,8 @@ def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Me
     if config.backend == "vllm":
         return _engine(config, shape, config.batch_tokens, PROMPT_ROWS, card)
     b, psi = element(config.dtype), shape.parameters
-    logits = 2 * block(config.head_chunk_rows, batch.tokens, shape) * 4
+    held = block(config.head_chunk_rows, batch.tokens, shape)
+    logits = 2 * 4 * held.rows * held.ids
     return Memory(
         parts={"weights": b * psi, "forward": forward(shape, batch, b) + logits},
         host=4 * psi if isinstance(config, TeacherConfig) and config.update == "ema" else 0,

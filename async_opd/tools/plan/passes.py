@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from async_opd.maths.blocks import head_block
+from async_opd.maths.blocks import HeadBlock, head_block
 from async_opd.maths.packing import padded_groups
 from async_opd.tools.plan.shape import Shape
 
@@ -21,10 +21,10 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What reads log-probs: `logits` at a time, of which the objective's entropy and tail each hold
-    one float32 block `more`."""
+    """What reads log-probs: a `block` of logits at a time, in float32, of which the objective's
+    entropy and tail each hold one `more` for a while."""
 
-    logits: int
+    block: HeadBlock
     more: int = 0
 
 
@@ -44,11 +44,11 @@ def packed(shape: Shape, lengths: list[int], *, padded: bool) -> Packed:
     )
 
 
-def block(rows: int | None, tokens: int, shape: Shape) -> int:
-    """Count the logits that the head holds at a time, [rows, ids], of `tokens`; absent `rows` are
-    those of a card."""
+def block(rows: int | None, tokens: int, shape: Shape) -> HeadBlock:
+    """Find the logits that the head holds at a time of `tokens`; absent `rows` are those of a
+    card."""
     held = head_block("cuda", rows)
-    return min(held.rows, tokens) * min(held.ids, shape.vocabulary)
+    return HeadBlock(min(held.rows, tokens), min(held.ids, shape.vocabulary))
 
 
 def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: Head) -> float:
@@ -57,9 +57,10 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
 
     It is one of four moments. With what all layers keep, but for the last:
 
-    head       the final norm's input in float32, itself and what is selected of it; two float32
-               blocks of logits and one of their gradient in b; the head's gradient, and its
-               input's in float32 and once more
+    head       the final norm's input in float32, itself and what is selected of it; a float32
+               block of logits and, beside it, their gradient in b or what entropy and tail hold;
+               the head's gradient, and in half precision that of the block's ids in float32 and
+               once more; its input's in float32 and once more
     MLP        with checkpointing the last layer, made again; gradients of gate and up while both
                and their product's are there, of experts also those of their outputs, or instead
                the gradient of the largest weight of all experts
@@ -76,7 +77,9 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
     attention, mlp = activations(shape, batch, b)
     kept = _kept(shape, batch, b, checkpointing=checkpointing)
     again = attention + mlp if checkpointing else 0
-    read = (8 + (b if b < 4 else 0) + 4 * head.more) * head.logits
+    half = b if b < 4 else 0
+    read = (4 + max(half, 4 * head.more)) * head.block.rows * head.block.ids
+    read += (4 + half) * head.block.ids * shape.hidden if half else 0
     waiting = kept + hidden + (weight if shape.tied else 0)
     return max(
         kept + 2 * wide + 3 * hidden + read + weight,

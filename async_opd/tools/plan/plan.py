@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from async_opd.config.load import load
-from async_opd.config.precision import with_dtypes
+from async_opd.config.precision import refuse_on_gpus, with_dtypes
 from async_opd.config.schema import Config
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.maths.lag import slots
@@ -34,10 +34,12 @@ def plan(
     then = balance.measured(like, config) if like else None
     response = then and then.response
     shapes, card = _shapes(config, offline), cluster.gpu_memory_gib * make.GIB
+    _refuse_on_gpus(config, shapes)
 
     def retry(more: list[str]) -> set[str] | None:
         try:
             changed = with_dtypes(load(path, [*overrides, *more]), gpus=True)
+            _refuse_on_gpus(changed, shapes)
         except ConfigError:
             return None
         requests = tuple(resource_requests(changed, gpus=True))
@@ -70,6 +72,14 @@ def plan(
         problems=problems,
         checked=ONLINE[:1] if offline else ONLINE,
         skipped=ONLINE[1:] if offline else [],
+    )
+
+
+def _refuse_on_gpus(config: Config, shapes: dict[str, shape.Shape]) -> None:
+    """Raise ConfigError for what a run would refuse once it is on GPUs."""
+    on_transformers = {name: shapes[model] for name, model in config.on_transformers.items()}
+    refuse_on_gpus(
+        config, {name: (each.heads, each.kv_heads) for name, each in on_transformers.items()}
     )
 
 

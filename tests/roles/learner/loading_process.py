@@ -8,11 +8,21 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from async_opd.core.errors import DataError
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.objectives.opd import Opd
 from async_opd.roles.learner import engine
 from async_opd.roles.learner.config import LearnerConfig
 from tests.roles.learner.rank_process import rendezvous
+
+
+def mapped(weight: torch.Tensor) -> bool:
+    """Tell whether it lies in a file, whose pages become a rank's own once they are written."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= weight.data_ptr() < end:
+            return line.endswith(".safetensors")
+    return False
 
 
 def main(rank: int, meeting: str, model: str, out: str) -> None:
@@ -36,6 +46,7 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         Opd(),
     )
     most, parts, shard = 0, 0, engine._shard
+    in_files = []
     whole: list[tuple[StorageWeakRef, int]] = []
 
     def weighed(settings: dict, weight: torch.nn.Parameter) -> None:
@@ -43,12 +54,19 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
         what was freed is not the loader's."""
         nonlocal most, parts
         whole.append((StorageWeakRef(weight.untyped_storage()), weight.nbytes))
+        in_files.append(mapped(weight))
         most = max(most, parts + sum(size for alive, size in whole if not alive.expired()))
         shard(settings, weight)
         parts += weight.ds_tensor.untyped_storage().nbytes()
 
     engine._shard = weighed
-    learner.start(rendezvous(learner, rank, Path(meeting)))
+    try:
+        learner.start(rendezvous(learner, rank, Path(meeting)))
+    except DataError as e:
+        torch.save(f"{e}", out)
+        dist.barrier()
+        dist.destroy_process_group()
+        return
     held = {name: p.numel() for name, p in learner._lm.named_parameters()}
     weights = {}
     for name, weight in learner._lm.named_parameters(remove_duplicate=False):
@@ -56,6 +74,16 @@ def main(rank: int, meeting: str, model: str, out: str) -> None:
             weights[name] = weight.detach().clone()
     described = [(meta.name, tuple(meta.shape)) for meta in learner._weights.described]
     buffers = dict(learner._lm.named_buffers())
-    torch.save(dict(most=most, held=held, weights=weights, sent=described, buffers=buffers), out)
+    torch.save(
+        dict(
+            most=most,
+            held=held,
+            weights=weights,
+            sent=described,
+            buffers=buffers,
+            in_files=in_files,
+        ),
+        out,
+    )
     dist.barrier()
     dist.destroy_process_group()

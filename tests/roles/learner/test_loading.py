@@ -16,13 +16,16 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 @pytest.fixture
 def load(tiny_lm, tmp_path):
-    """Starts two ranks; what each got, and the model as it is loaded whole."""
+    """Starts two ranks; what each got, and where the model is. `change` is given its weights before
+    they are saved."""
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload([loading_process.__name__])
 
-    def load(family: str, **settings):
-        model = tmp_path / "model"
-        tiny_lm(family, **settings).save_pretrained(model, max_shard_size="50KB")
+    def load(family: str, change=lambda weights: None, **settings):
+        model, lm = tmp_path / "model", tiny_lm(family, **settings)
+        weights = lm.state_dict()
+        change(weights)
+        lm.save_pretrained(model, state_dict=weights, max_shard_size="50KB")
         build_tokenizer().save_pretrained(model)
         outs = [str(tmp_path / f"{rank}") for rank in range(2)]
         args = str(tmp_path / "meeting"), str(model)
@@ -39,7 +42,7 @@ def load(tiny_lm, tmp_path):
         finally:
             for process in processes:
                 process.kill()
-        return [torch.load(out) for out in outs], causal_lm.read("it", model, "float32")
+        return [torch.load(out) for out in outs], model
 
     return load
 
@@ -53,7 +56,8 @@ def load(tiny_lm, tmp_path):
     ],
 )
 def test_each_rank_holds_its_part_of_the_weights_and_never_a_whole_copy(load, family, settings):
-    ranks, whole = load(family, **settings)
+    ranks, model = load(family, **settings)
+    whole = causal_lm.read("it", model, "float32")
     expected = dict(whole.named_parameters(remove_duplicate=False))
     nbytes = sum(weight.nbytes for weight in whole.parameters())
     largest = max(weight.nbytes for weight in whole.parameters())
@@ -64,6 +68,30 @@ def test_each_rank_holds_its_part_of_the_weights_and_never_a_whole_copy(load, fa
         for name, buffer in whole.named_buffers():
             torch.testing.assert_close(rank["buffers"][name], buffer)
         assert not any(rank["held"].values())
+        assert rank["in_files"] and not any(rank["in_files"])
         pieces = checkpoint_names.pieces(whole)
         assert rank["sent"] == [(m.name, m.shape) for piece in pieces for m in piece.tensors]
         assert rank["most"] <= 0.6 * nbytes + largest, (rank["most"], nbytes, largest)
+
+
+def lacking(weights: dict) -> None:
+    for name in [name for name in weights if "_proj" in name]:
+        del weights[name]
+
+
+def of_another_shape(weights: dict) -> None:
+    for name in [name for name in weights if "_proj" in name]:
+        weights[name] = weights[name][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lacking, "its files lack 14 weights, such as model.layers.0.mlp.down_proj.weight"),
+        (of_another_shape, "14 weights have another shape than its config says, such as"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_every_rank(load, change, says):
+    """They have no order in which ranks could share them out."""
+    errors, _ = load("Qwen3", change)
+    assert len(errors) == 2 and all(says in error for error in errors)

@@ -39,7 +39,8 @@ def as_on_a_card(reduced: int) -> None:
     def changed(config: LearnerConfig, width: int) -> dict:
         settings = made(config, width)
         settings["zero_optimization"]["reduce_bucket_size"] = reduced
-        settings["optimizer"]["params"]["foreach"] = True
+        params = settings["optimizer"]["params"]
+        params["foreach"] = not params.get("fused")
         return settings
 
     engine.deepspeed_config = changed

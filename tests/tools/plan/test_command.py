@@ -185,7 +185,13 @@ def test_members_are_laid_on_nodes_as_a_run_lays_them(capsys):
             "checkpointing=true",
         ),
         (
-            ["learner.dtype=float32", "learner.zero_stage=0", "student.model=Qwen/Qwen3-4B"],
+            [
+                "learner.dtype=float32",
+                "learner.zero_stage=0",
+                "student.model=Qwen/Qwen3-4B",
+                "rollout.max_new_tokens=2048",
+                "learner.micro_batch_tokens=4096",
+            ],
             "learner rank",
             "learner.dtype=bfloat16 learner.zero_stage=2",
         ),
@@ -286,6 +292,15 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
         (
             ["student.model=Qwen/Qwen3-1.8B"],
             "student.model = 'Qwen/Qwen3-1.8B': --offline knows Qwen/Qwen3-0.6B, ",
+        ),
+        (
+            ["learner.zero_stage=0"],
+            "learner.dtype = 'bfloat16': needs learner.zero_stage 1, 2 or 3",
+        ),
+        (
+            ["learner.dtype=float32"],
+            "learner.dtype = 'float32': must be 'bfloat16' on GPUs, where float32 has no fused"
+            " attention for 16 heads of queries over 8 of keys; a layer would hold 16 x 16,384",
         ),
         (["learner.lr=fast"], "learner.lr = 'fast': must be a finite number > 0 and < 1"),
         (

@@ -132,10 +132,10 @@ def test_a_forward_without_backward_holds_what_is_estimated(tiny_lm, family, set
 def test_a_generator_gives_its_cache_what_is_left_of_its_share():
     config = RolloutConfig(max_new_tokens=1024, dtype="bfloat16", gpu_memory_utilization=0.5)
     sync = SyncConfig(backend="nccl", bucket_mib=256)
-    held = memory.generator(config, SHAPE, sync, 80 * GIB, concurrency=100)
+    held = memory.generator(config, SHAPE, sync, 80 * GIB, concurrency=100, longest=2048)
     chunks = 2 * (256 * 2**20 + 2 * EMBEDDING)  # beside the share: vLLM knows nothing of them
     assert held.parts["sync"] == chunks and held.total == 40 * GIB + chunks
-    running = 2048 * 2 * (4 * 4096 + 3 * 12288) + 3 * 4 * 100 * 151_936
+    running = 8192 * 2 * (4 * 4096 + 3 * 12288) + 3 * 4 * 100 * 151_936
     assert held.parts["weights"] == 2 * PSI and held.parts["forward"] == running
     assert held.parts["kv_cache"] == 40 * GIB - 2 * PSI - running
 

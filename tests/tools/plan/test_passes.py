@@ -29,6 +29,18 @@ GEMMA = dict(
     vocab_size=256000,
     tie_word_embeddings=True,
 )
+# of which the head is most
+NARROW = dict(
+    model_type="qwen3",
+    hidden_size=256,
+    intermediate_size=256,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=65536,
+    max_position_embeddings=16384,
+    tie_word_embeddings=True,
+)
 LONG_AND_SHORT = (2048, *[256] * 8)
 
 
@@ -43,6 +55,10 @@ LONG_AND_SHORT = (2048, *[256] * 8)
         (_shipped()["Qwen/Qwen3-30B-A3B"], (4096,), dict(checkpointing=False)),
         (LLAMA, (4096,), {}),
         (GEMMA, (4096,), dict(checkpointing=False)),
+        (NARROW, (16384,), {}),
+        (NARROW, (1024,), {}),
+        (NARROW, (16384,), dict(needs=Needs(student_entropy=True))),
+        (NARROW, (512,) * 16, dict(dtype="float32")),
     ],
 )
 def test_a_forward_and_backward_hold_what_is_estimated(tree, lengths, rest):
