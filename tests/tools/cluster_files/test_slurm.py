@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -34,13 +35,17 @@ def slurm(tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 20
-    while len(said(tmp_path)) < 3:
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    yield job
-    job.kill()
-    job.stderr.close()
+    try:
+        deadline = time.monotonic() + 20
+        while len(said(tmp_path)) < 3:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        yield job
+    finally:  # with its steps, however it has ended
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait(10)
+        job.stderr.close()
 
 
 def said(folder) -> list[str]:
