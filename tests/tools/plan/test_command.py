@@ -271,7 +271,7 @@ def test_a_plan_in_words_says_parts_bounds_and_what_was_skipped(capsys):
     printed = capsys.readouterr().out
     assert "node 0   learner rank 0, 1, 2; generator 0, 1, 2, 3; teacher 0; verifier 0\n" in printed
     assert (
-        "    weights 3.2, gradients 2.1, optimizer 6.4, buckets 1.7, backward 6.4, update 2.1\n"
+        "    weights 3.2, gradients 2.1, optimizer 6.4, buckets 1.7, backward 6.3, update 2.1\n"
         in printed
     )
     assert "worst lag        4 optimizer steps\n" in printed and "DOES NOT FIT" in printed

@@ -14,7 +14,7 @@ from async_opd.tools.plan.passes import Packed
 from async_opd.tools.plan.shape import read
 
 SIZES = dict(
-    vocab_size=4096,
+    vocab_size=2048,
     hidden_size=256,
     intermediate_size=1024,
     num_hidden_layers=4,
