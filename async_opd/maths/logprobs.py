@@ -86,7 +86,10 @@ def read_logprobs(
     >>> read_logprobs(eye, Head(torch.eye(2)), sampled, ReadOptions(1.0, chunk_rows=1)).sampled_N
     tensor([-0.4055, -1.0986])
     """
-    return Read(*_ReadLogprobs.apply(hidden_ND, *head, ids_N, candidate_ids_NK, options))
+    weight_VD, bias_V, *rest = head
+    return Read(
+        *_ReadLogprobs.apply(hidden_ND, weight_VD, bias_V, rest, ids_N, candidate_ids_NK, options)
+    )
 
 
 class _ReadLogprobs(torch.autograd.Function):
@@ -96,14 +99,12 @@ class _ReadLogprobs(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        cap: float | None,
-        without: Without | None,
-        float32: bool,
+        rest: list[Any],  # of the head: what is no tensor and gets no gradient
         ids_N: Tensor,
         candidate_ids_NK: Tensor | None,
         options: ReadOptions,
     ) -> tuple[Tensor | None, ...]:
-        head = Head(weight_VD, bias_V, cap, without, float32)
+        head = Head(weight_VD, bias_V, *rest)
         block = head_block(hidden_ND.device.type, options.chunk_rows)
         given_NI = _beside(ids_N, candidate_ids_NK)
         chunks = [
@@ -122,8 +123,7 @@ class _ReadLogprobs(torch.autograd.Function):
             read.entropy_R,
             read.tail_z_R,
         )
-        ctx.cap, ctx.without = cap, without
-        ctx.float32 = float32
+        ctx.rest = rest
         ctx.options, ctx.block = options, block
         tail_N = None
         if read.tail_z_R is not None:
@@ -149,7 +149,7 @@ class _ReadLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
             ctx.saved_tensors
         )
-        head = Head(weight_VD, bias_V, ctx.cap, ctx.without, ctx.float32)
+        head = Head(weight_VD, bias_V, *ctx.rest)
         grad_NI = _beside(sampled_grad_N, candidates_grad_NK)
         outer_N1, total_N1 = grad_NI.sum(1, keepdim=True), log_N[:, None].exp()
         tail = ctx.options.tail and candidates_grad_NK is not None
@@ -167,7 +167,7 @@ class _ReadLogprobs(torch.autograd.Function):
             weight_grad_BD = weight_grad_VD[ids].to(wide)  # the same memory where it is as wide
             for rows in slices(len(hidden_ND), ctx.block.rows):
                 z_RB = head.logits(hidden_ND[rows], ids)
-                slope_RB = None if ctx.cap is None else 1 - (z_RB / ctx.cap) ** 2
+                slope_RB = None if head.cap is None else 1 - (z_RB / head.cap) ** 2
                 z_RB.div_(ctx.options.temperature)
                 head.leave_out(z_RB, ids)
                 at_RI, inside_RI = _inside(given_NI[rows], ids)
@@ -196,7 +196,7 @@ class _ReadLogprobs(torch.autograd.Function):
             if wide != weight_VD.dtype:
                 weight_grad_VD[ids] = weight_grad_BD
         bias_grad_V = None if bias_grad_V is None else bias_grad_V.to(weight_VD.dtype)
-        return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 6
+        return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 4
 
 
 def _times_exp(z_RB: Tensor, slope_R1: Tensor, rest_R1: Tensor) -> Tensor:
