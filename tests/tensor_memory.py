@@ -16,6 +16,7 @@ class TensorMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.most = 0
+        self._held = 0
         self._bytes: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -23,9 +24,13 @@ class TensorMemory(TorchDispatchMode):
             self._bytes.setdefault(StorageWeakRef(storage), 0)  # made before, by somebody else
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
-            self._bytes.setdefault(StorageWeakRef(storage), storage.nbytes())
-        self._bytes = {alive: size for alive, size in self._bytes.items() if not alive.expired()}
-        self.most = max(self.most, sum(self._bytes.values()))
+            if (new := StorageWeakRef(storage)) not in self._bytes:
+                self._bytes[new] = storage.nbytes()
+                self._held += storage.nbytes()
+        if self._held > self.most:  # where some of it may be dead by now
+            for dead in [each for each in self._bytes if each.expired()]:
+                self._held -= self._bytes.pop(dead)
+            self.most = max(self.most, self._held)
         return result
 
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from async_opd.core.wire import Needs
@@ -26,38 +23,10 @@ from async_opd.roles.models import attention, causal_lm
 from async_opd.tools.plan import memory, passes
 from async_opd.tools.plan.shape import read
 from tests.roles.learner.trajectories import trajectory
+from tests.tensor_memory import TensorMemory
 
 CPU = torch.device("cpu")
 NOTHING = Needs()
-
-
-class Peak(TorchDispatchMode):
-    """While it is entered, `most` is the largest number of bytes that tensors made under it have
-    held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.most = 0
-        self._held = 0
-        self._bytes: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for storage in _storages((args, kwargs)):
-            self._bytes.setdefault(StorageWeakRef(storage), 0)  # made before, by somebody else
-        result = function(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if (new := StorageWeakRef(storage)) not in self._bytes:
-                self._bytes[new] = storage.nbytes()
-                self._held += storage.nbytes()
-        if self._held > self.most:  # where some of it may be dead by now
-            for dead in [each for each in self._bytes if each.expired()]:
-                self._held -= self._bytes.pop(dead)
-            self.most = max(self.most, self._held)
-        return result
-
-
-def _storages(tree) -> list:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _taken(weight: Tensor) -> None:
@@ -95,10 +64,13 @@ class Step:
                 student, micro = self._student(), self._micro(mode)
                 for weight in student.parameters():
                     weight.register_post_accumulate_grad_hook(_taken)
-                with nullcontext() if half else sdpa_kernel(SDPBackend.MATH), Peak() as peak:
+                with (
+                    nullcontext() if half else sdpa_kernel(SDPBackend.MATH),
+                    TensorMemory() as held,
+                ):
                     read = student(micro, self.needs)
                     sum(x.sum() for x in read if x is not None and x.requires_grad).backward()
-            return peak.most
+            return held.most
         finally:
             attention.SHORT = short
             blocks.ON_CPU = block
