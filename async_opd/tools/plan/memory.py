@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from async_opd.config.sections import SyncConfig
+from async_opd.core.precision import Dtype, dtype_on
 from async_opd.core.wire import Needs
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
@@ -16,7 +17,7 @@ from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 from async_opd.tools.plan.passes import Head, Packed, backward, block, forward
 from async_opd.tools.plan.shape import Shape
 
-BYTES = {"float32": 4, "bfloat16": 2, None: 2}  # absent, it is bfloat16 on GPUs
+BYTES = {"float32": 4, "bfloat16": 2}
 HEADROOM = 0.1  # of a card
 CONTEXT = 1.5 * 2**30  # CUDA's context, cuBLAS's workspace, NCCL's own buffers
 REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once: `reduce_bucket_size`
@@ -43,9 +44,9 @@ class Memory:
         return sum(self.parts.values()) + max(self.either.values(), default=0.0)
 
 
-def element(dtype: str | None) -> int:
-    """Count the bytes of an element; on cards bfloat16 where nothing is set."""
-    return BYTES[dtype or "bfloat16"]
+def element(dtype: Dtype | None) -> int:
+    """Count the bytes of an element on a card."""
+    return BYTES[dtype_on(True, dtype)]
 
 
 def chunks(shape: Shape, b: int, sync: SyncConfig) -> float:
