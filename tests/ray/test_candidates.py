@@ -2,7 +2,6 @@
 same weights."""
 
 import asyncio
-import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,9 @@ import pytest_asyncio
 import torch
 
 from async_opd.core.role_settings import GeneratorSettings
-from async_opd.core.wire import Needs, Prompt, Rollout, Sampling, WeightLayout
+from async_opd.core.wire import Needs, Prompt, Rollout, Sampling
 from async_opd.roles.rollout.config import RolloutConfig
-from async_opd.roles.weight_sync import checkpoint_names
-from async_opd.roles.weight_sync.sender import GlooSender
+from tests.ray.moving import Moving
 
 if TYPE_CHECKING:
     from async_opd.roles.rollout.generator import RolloutGenerator
@@ -186,31 +184,14 @@ async def test_an_evaluation_samples_in_its_own_way(generator, model):
 async def test_candidates_across_updates_in_flight_are_of_the_weights_of_their_token(
     generator, model
 ):
-    sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=20.0)
-    await asyncio.gather(
-        generator.join_group(sender.group(1, 2)), asyncio.to_thread(sender.join, 2)
-    )
-    pieces, models, rng = checkpoint_names.pieces(model), [model], torch.Generator().manual_seed(0)
-    described = [meta for piece in pieces for meta in piece.tensors]
-    columns = zip(*((meta.name, meta.dtype, tuple(meta.shape)) for meta in described), strict=True)
-    layout = WeightLayout(*columns)
-
+    moving = Moving(generator, model, timeout_s=20.0)
+    await moving.join()
     running = asyncio.ensure_future(rollouts(generator))
-    while len(models) < 4:
+    while len(moving.models) < 4:
         await asyncio.sleep(0.3)
-        moved = copy.deepcopy(models[-1])
-        with torch.no_grad():
-            for weight in moved.parameters():
-                weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
-        weights = checkpoint_names.tensors(moved, pieces, dict(moved.named_parameters()))
-        await asyncio.gather(
-            generator.update(len(models), layout, 0),
-            asyncio.to_thread(sender.send, described, weights),
-        )
-        models.append(moved)
-        await generator.resume(0)
+        await moving.update()
 
-    versions = set()
+    models, versions = moving.models, set()
     for prompt, rollout in await running:
         for span in rollout.spans:
             versions.add(span.version)

@@ -13,11 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from async_opd.core.role_settings import GeneratorSettings
-from async_opd.core.wire import Needs, Prompt, Rollout, Sampling, WeightLayout
+from async_opd.core.wire import Needs, Prompt, Rollout, Sampling
 from async_opd.maths.lag import kv_lag
 from async_opd.roles.rollout.config import RolloutConfig
-from async_opd.roles.weight_sync import checkpoint_names
-from async_opd.roles.weight_sync.sender import GlooSender
+from tests.ray.moving import Moving
 
 if TYPE_CHECKING:
     from async_opd.roles.rollout.generator import RolloutGenerator
@@ -78,29 +77,9 @@ async def updated(request, tiny_lm, tmp_path, monkeypatch):
     )
     generator = module.RolloutGenerator(settings, config, Needs())
     await generator.start()
-    sender = GlooSender("127.0.0.1", bucket_bytes=1 << 20, timeout_s=60.0)
-    await asyncio.gather(
-        generator.join_group(sender.group(1, 2)), asyncio.to_thread(sender.join, 2)
-    )
-    pieces, models, rng = checkpoint_names.pieces(model), [model], torch.Generator().manual_seed(0)
-    described = [meta for piece in pieces for meta in piece.tensors]
-    columns = zip(*((meta.name, meta.dtype, tuple(meta.shape)) for meta in described), strict=True)
-    layout = WeightLayout(*columns)
-
-    async def update() -> None:
-        moved = copy.deepcopy(models[-1])
-        with torch.no_grad():
-            for weight in moved.parameters():
-                weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=rng))
-        weights = checkpoint_names.tensors(moved, pieces, dict(moved.named_parameters()))
-        await asyncio.gather(
-            generator.update(len(models), layout, 0),
-            asyncio.to_thread(sender.send, described, weights),
-        )
-        models.append(moved)
-        await generator.resume(0)
-
-    yield Updated(generator, models, update)
+    moving = Moving(generator, model, timeout_s=60.0)
+    await moving.join()
+    yield Updated(generator, moving.models, moving.update)
     generator._engine.shutdown()
 
 
