@@ -95,7 +95,8 @@ class Context:
         """Log-probs [V] of what comes behind `end` tokens, under `model`, which computes the KV
         that is missing, and that from `fresh_from` on anew."""
         if fresh_from is not None:
-            self._cache.crop(fresh_from)
+            # a negative number is what is taken away; 0 takes away nothing
+            self._cache.crop(fresh_from - self._cache.get_seq_length())
         held = self._cache.get_seq_length()
         output = model(self.ids[None, held:end], past_key_values=self._cache, use_cache=True)
         return output.logits[0, -1].log_softmax(-1)
