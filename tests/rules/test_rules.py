@@ -8,6 +8,7 @@ import ast
 import re
 import statistics
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -277,3 +278,11 @@ def test_the_type_checker_is_relaxed_only_where_a_library_without_types_is_impor
 
 def test_nothing_is_left_for_later():
     assert [name for name, text in FILES.items() if re.search("TODO|FIXME", text)] == []
+
+
+def test_no_two_files_of_tests_are_one_module():
+    """One outside of a package is known by its name alone: of two pytest collects only the
+    first."""
+    files = Path(__file__).parents[1].rglob("test_*.py")
+    alone = Counter(file.name for file in files if not (file.parent / "__init__.py").exists())
+    assert [name for name, count in alone.items() if count > 1] == []
