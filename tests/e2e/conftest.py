@@ -14,6 +14,8 @@ from typing import ClassVar, TypeVar
 import psutil
 import pytest
 
+from tests.processes import command_line
+
 SMALL = (
     "teacher.evaluate=false",
     "eval.problems=16",
@@ -86,11 +88,11 @@ class Job:
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return [" ".join(p.cmdline())[:200] for p in left]
+        return [" ".join(command_line(p))[:200] for p in left]
 
     def titled(self, name: str) -> list[psutil.Process]:
         """The processes whose title begins with `name`, the oldest first."""
-        named = (p for p in self.processes() if " ".join(p.cmdline()).startswith(name))
+        named = (p for p in self.processes() if " ".join(command_line(p)).startswith(name))
         return sorted(named, key=psutil.Process.create_time)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from async_opd.core.errors import ConfigError
 from async_opd.roles.verifier.sandbox.program import PROCESSES, probe
+from tests.processes import command_line
 from tests.roles.verifier.conftest import runs, until
 
 try:
@@ -116,7 +117,7 @@ async def test_all_memory_of_a_program_is_bounded(run, workers):
                     c
                     for w in workers()
                     for c in w.children(recursive=True)
-                    if "/program.py" in c.cmdline()
+                    if "/program.py" in command_line(c)
                 ]
                 most = max(most, sum(process.memory_info().rss for process in of_program))
             await asyncio.sleep(0.05)
@@ -202,7 +203,9 @@ async def test_it_shares_no_namespace_with_the_host(start_pool, check, workers):
 
     def found() -> list:
         inside[:] = [
-            child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()
+            child
+            for child in worker.children(recursive=True)
+            if "/program.py" in command_line(child)
         ]
         return inside
 
@@ -397,7 +400,9 @@ async def test_a_worker_killed_in_the_middle_leaves_no_program(start_pool, check
     (worker,) = workers()
     await until(
         lambda: [
-            child for child in worker.children(recursive=True) if "/program.py" in child.cmdline()
+            child
+            for child in worker.children(recursive=True)
+            if "/program.py" in command_line(child)
         ]
     )
     inside = worker.children(recursive=True)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from async_opd import toy
+from tests.processes import command_line
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +61,7 @@ def test_the_workers_of_an_engine_end_with_the_actor_even_those_that_hear_nothin
             assert actor.poll() is None, log.read_text()[-3000:]
             time.sleep(0.2)
         others = psutil.Process(actor.pid).children(recursive=True)
-        titles = [" ".join(other.cmdline()) for other in others]
+        titles = [" ".join(command_line(other)) for other in others]
         workers = [p for p, title in zip(others, titles, strict=True) if "Worker" in title]
         assert len(workers) == 2, titles
         for worker in workers:  # as one that waits in a kernel for a peer: it reads no pipe

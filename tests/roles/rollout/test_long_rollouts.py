@@ -208,7 +208,9 @@ class Engine:
 
     async def collective_rpc(self, method: str, args: tuple = ()) -> None: ...
 
-    async def add_request(self, id: str, prompt: dict, sampling, *, priority: int):
+    async def add_request(
+        self, id: str, prompt: dict, sampling, *, arrival_time: float, priority: int
+    ):
         assert type(prompt["prompt_token_ids"]) is list
 
         async def get() -> SimpleNamespace:
@@ -340,10 +342,10 @@ def test_a_request_that_vllm_refuses_behind_a_pause_is_its_own_callers_error(aro
     engine.output.weight_versions = [WeightVersionSpan("3", 0, 3)]
     takes, resumed = engine.add_request, []
 
-    async def add_request(id: str, prompt: dict, sampling, *, priority: int):
+    async def add_request(id: str, prompt: dict, sampling, *, arrival_time: float, priority: int):
         if id.startswith("b"):
             raise ValueError("Token id 99 is out of vocabulary")
-        return await takes(id, prompt, sampling, priority=priority)
+        return await takes(id, prompt, sampling, arrival_time=arrival_time, priority=priority)
 
     async def resume_generation():
         resumed.append(True)

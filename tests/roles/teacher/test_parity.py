@@ -15,6 +15,7 @@ from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
 from async_opd.roles.teacher.config import TeacherConfig
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
+from tests.processes import command_line
 from tests.ray.conftest import demo_config, running
 from tests.roles.teacher.anchored import Anchored
 from tests.roles.teacher.settings import scorer_settings
@@ -164,8 +165,10 @@ def engine_of(actor: str) -> psutil.Process:
             return next(
                 process
                 for process in psutil.Process().children(recursive=True)
-                if "EngineCore" in process.name() + " ".join(process.cmdline())
-                and actor in " ".join(process.parent().cmdline())
+                if "EngineCore" in process.name() + " ".join(command_line(process))
+                and actor in " ".join(command_line(process.parent()))
             )
-    there = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    there = [
+        " ".join(command_line(process)) for process in psutil.Process().children(recursive=True)
+    ]
     raise AssertionError(f"no engine under {actor}: {there}")

@@ -10,6 +10,7 @@ import pytest
 from async_opd.core.wire import Check
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.pool import VerifierPool
+from tests.processes import command_line
 
 WITHIN_S = 30.0  # for what happens soon: on a busy machine not at once
 
@@ -51,7 +52,7 @@ def workers() -> Callable[[], list[psutil.Process]]:
     return lambda: [
         child
         for child in psutil.Process().children()
-        if "async_opd.roles.verifier.worker" in child.cmdline()
+        if "async_opd.roles.verifier.worker" in command_line(child)
     ]
 
 
