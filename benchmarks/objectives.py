@@ -70,6 +70,7 @@ def micro_batch(needs: Needs) -> MicroBatch:
         key_S=torch.arange(TRAJECTORIES),
         reward_S=(torch.arange(TRAJECTORIES) % 2).float(),
         group_reward_SG=(torch.arange(8) % 2).float().expand(TRAJECTORIES, 8),
+        group_length_SG=torch.full((TRAJECTORIES, 8), float(length)),
         cap_S=torch.full((TRAJECTORIES,), 2.0 * length),
         candidate_ids_NK=torch.randint(VOCABULARY, (TOKENS, candidates)) if candidates else None,
         behaviour_logp_NK=logp_NK,

@@ -49,7 +49,12 @@ def trajectories() -> list[Trajectory]:
         prompt = Prompt(id=f"{at}@0", ids=np.array([1, 2, 3], np.int32), answer="")
         found.append(
             Trajectory(
-                prompt=prompt, rollout=rollout, scores=scores, verdicts=verdicts, reference=scores
+                prompt=prompt,
+                rollout=rollout,
+                scores=scores,
+                verdicts=verdicts,
+                group_lengths=(TOKENS, TOKENS),
+                reference=scores,
             )
         )
     return found

@@ -165,7 +165,7 @@ class Needs(Struct, frozen=True):
     maxima: tuple[str, ...] = ()
     # they read the live student, at the price of one more forward of everything
     first_pass: bool = False
-    # moments over the trajectories of all past steps, from `Objective.trajectory_statistics`
+    # moments over the trajectories of all past steps, from `Objective.moments`
     running: tuple[str, ...] = ()
 
 

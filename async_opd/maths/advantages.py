@@ -31,6 +31,15 @@ def extrapolated(
     return reverse_kl(student_logp, teacher_logp) + (lam - 1) * (teacher_logp - reference_logp)
 
 
+def group_mean(value_SG: Tensor) -> Tensor:
+    """Mean over the known values of a trajectory's group, [S]; 0 where none is known.
+
+    >>> group_mean(torch.tensor([[1.0, 0.0, float("nan")]]))
+    tensor([0.5000])
+    """
+    return value_SG.nan_to_num(0).sum(1) / (~value_SG.isnan()).sum(1).clamp(min=1)
+
+
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is
     unknown. [S].
@@ -43,10 +52,20 @@ def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     """
     known_SG = ~group_reward_SG.isnan()
     count_S = known_SG.sum(1).clamp(min=1)
-    mean_S = group_reward_SG.nan_to_num(0).sum(1) / count_S
+    mean_S = group_mean(group_reward_SG)
     apart_SG = (group_reward_SG - mean_S[:, None]).where(known_SG, 0)
     std_S = (apart_SG.square().sum(1) / count_S).sqrt()
     return ((reward_S - mean_S) / (std_S + STD_FLOOR)).where(~reward_S.isnan(), 0)
+
+
+def length_penalised(reward: Tensor, length: Tensor, cap_S: Tensor, *, penalty: float) -> Tensor:
+    """r = reward - λ · |y|/L_max; NaN where unknown. [S], or [S, G] of each trajectory's group.
+
+    >>> rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([5, 10])
+    >>> length_penalised(rewards, lengths, torch.tensor([10, 10]), penalty=0.5)
+    tensor([ 0.7500, -0.5000])
+    """
+    return reward - penalty * length / (cap_S if reward.ndim == 1 else cap_S[:, None])
 
 
 def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: float) -> Tensor:

@@ -132,6 +132,10 @@ class Objective(
         maxima = {name: value_N[name][kept_N].double().max() for name in needs.maxima}
         return {"tokens": kept_N.double().sum()} | sums | maxima
 
+    def moments(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Compute what running moments are taken of: for the method, and for what composes."""
+        return self.trajectory_statistics(batch)
+
     def loss(self, batch: TokenBatch) -> ComposedLoss:
         """Multiply the method's loss by the weights that compose with it, on what it and they
         select; its signal and their product bounded where the settings say so."""

@@ -1,14 +1,17 @@
 """What objectives of the sampled token share: ℓ = -sg[W · ρ̃ · A] · log π, and the ratios ρ̃ that
 correct staleness."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.core.wire import Needs
 from async_opd.maths import Tensor, advantages, importance
 from async_opd.objectives.base import Objective
 from async_opd.objectives.modifiers import Bound, Range, check_bounds, refuse_change
-from async_opd.objectives.token_batch import TokenBatch, TokenLoss, declared
+from async_opd.objectives.reward import RUNNING, SHARES, Reward
+from async_opd.objectives.token_batch import ComposedLoss, TokenBatch, TokenLoss, declared
 
 
 class Importance(
@@ -82,6 +85,32 @@ class Sampled(Objective, frozen=True, kw_only=True):
     correction: Importance | Ppo = Importance()
     # cached: the signal takes the behaviour policy's log-prob
     student_signal: Literal["live", "cached"] = "live"
+    reward: Reward | None = None  # beside distillation; absent: distillation alone
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of what `loss` measures, the shares of a task reward among them."""
+        return [*super().metric_names, *(SHARES if self.reward else ())]
+
+    def needs(self) -> Needs:
+        """Say what must be supplied, for a task reward as well."""
+        needs = super().needs()
+        return self.reward.needs(needs) if self.reward else needs
+
+    def moments(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Compute what running moments are taken of, those of a task reward among them."""
+        moments = super().moments(batch)
+        if self.reward and self.reward.past:
+            moments[RUNNING] = self.reward.rewards(batch)
+        return moments
+
+    def loss(self, batch: TokenBatch) -> ComposedLoss:
+        """Compose as every objective does, and measure the share of a task reward."""
+        composed = super().loss(batch)
+        if self.reward is None:
+            return composed
+        shares = self.reward.shares(self.reward.part(batch), self.advantage(batch))
+        return replace(composed, metrics=composed.metrics | shares)
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         """Compute A [N], detached: positive makes the token likelier; log π_T - log π."""
@@ -93,7 +122,10 @@ class Sampled(Objective, frozen=True, kw_only=True):
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
         """Compute ℓ [N], by the correction."""
-        advantage_N, bounded_N = self.bounded(self.advantage(batch))
+        advantage_N = self.advantage(batch)
+        if self.reward:
+            advantage_N = advantage_N + self.reward.part(batch)
+        advantage_N, bounded_N = self.bounded(advantage_N)
         weight_N = self.weight(batch)
         loss_N, ratio_N = self.correction.apply(
             batch,

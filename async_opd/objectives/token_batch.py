@@ -21,6 +21,7 @@ class TokenBatch:
     key_S: Tensor  # int64, names the trajectory, whatever batch it is in
     reward_S: Tensor  # 1 right, 0 wrong, NaN unknown
     group_reward_SG: Tensor  # rewards of all samples of the same prompt
+    group_length_SG: Tensor  # and their tokens
     cap_S: Tensor  # most tokens a response may have
     step: int = 1  # the optimizer step that is being made, from 1
     reference_logp_N: Tensor | None = None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from async_opd.objectives import all_objectives
 from async_opd.objectives.base import BOUNDED
+from async_opd.objectives.reward import SHARES
 
 PREFIX = "async_opd_"  # in Ray's metrics, which put ray_ before it
 PLACES = {  # in names, what may stand there
@@ -198,6 +199,9 @@ TABLE = {  # by who makes them
     ),
     "the learner, with `objective.signal_at_most` and `objective.weight_at_most`": tuple(
         Metric(*metric) for metric in BOUNDED.values()
+    ),
+    "the learner, with `objective.reward`": tuple(
+        Metric(name, *meaning) for name, meaning in SHARES.items()
     ),
     **_of_objectives(),
 }

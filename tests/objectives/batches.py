@@ -14,7 +14,16 @@ NAN = float("nan")
 
 
 def batch(
-    student, teacher, *, behaviour=None, lengths=None, reward=None, group=None, cap=10.0, **more
+    student,
+    teacher,
+    *,
+    behaviour=None,
+    lengths=None,
+    reward=None,
+    group=None,
+    group_lengths=None,
+    cap=10.0,
+    **more,
 ):
     """A batch from lists; one trajectory unless `lengths` are given, no staleness unless
     `behaviour` is."""
@@ -32,6 +41,7 @@ def batch(
         key_S=torch.arange(len(lengths)),
         reward_S=torch.tensor(reward, dtype=torch.float64),
         group_reward_SG=torch.tensor(group or [[r] for r in reward], dtype=torch.float64),
+        group_length_SG=torch.tensor(group_lengths or [[n] for n in lengths], dtype=torch.float64),
         cap_S=torch.full((len(lengths),), cap, dtype=torch.float64),
         **tensors,
     )
@@ -57,6 +67,7 @@ def ragged(seed, **more):
         lengths=LENGTHS,
         reward=[1.0, 0.0, 1.0, NAN, 0.0],
         group=[[1, 0, NAN], [1, 0, NAN], [1, 1, 1], [NAN, 1, 0], [0, 1, 1]],
+        group_lengths=[[5, 1, 9], [5, 1, 9], [4, 7, 2], [3, 8, 1], [2, 6, 6]],
         reference_logp_N=reference,
         student_entropy_N=entropies[0],
         teacher_entropy_N=entropies[1],

@@ -22,6 +22,7 @@ from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
+from async_opd.objectives.reward import Reward
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
 from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
 from async_opd.roles.learner.step import StepContext, accumulate, batch_statistics, token_batch
@@ -87,6 +88,12 @@ COMPOSED = [
     dict(signal_at_most=0.3, weight_at_most=1.1),
     dict(signal_at_most=1.0, drift_gate=DriftGate(block=2), position=Position(share=0.6)),
 ]
+REWARDS = [
+    None,
+    Reward(),
+    Reward(weight=0.5, baseline="running", length_penalty=0.3),
+    Reward(baseline="none", length_penalty=2.0),
+]
 MEANS = ["tokens", "selected", "sequences"]
 
 
@@ -94,7 +101,7 @@ def combinations() -> Iterator:
     """Each objective with each of its corrections, and its other branches with two of them; each
     time with the next of what composes and the next mean, over the selected tokens where some are
     selected."""
-    composed, means = cycle(COMPOSED), cycle(MEANS)
+    composed, means, rewards = cycle(COMPOSED), cycle(MEANS), cycle(REWARDS)
     for tag, cls in all_objectives().items():
         known = {f.name for f in msgspec.structs.fields(cls)}
         stale = [{"correction": c} for c in CORRECTIONS] if "correction" in known else []
@@ -105,7 +112,8 @@ def combinations() -> Iterator:
                 more, mean = next(composed), next(means)
                 if mean == "selected" and tag != "dear" and not {"position", "random"} & set(more):
                     mean = "tokens"
-                yield cls(**(more | dict(mean_over=mean) | changes | settings))
+                beside = {"reward": next(rewards)} if "reward" in known else {}
+                yield cls(**(more | dict(mean_over=mean) | beside | changes | settings))
 
 
 PLAIN = [
@@ -127,7 +135,9 @@ TRAJECTORIES = [
     (5, [(0, 2)], False, (1, 0, 0)),  # all over the bound
 ]
 KEPT = [True] * 5 + [False] * 2 + [True] * 7 + [False] * 5
-CONTEXT = StepContext(step=12, running={"reward": Moments(7.0, 0.6, 2.0)})
+CONTEXT = StepContext(
+    step=12, running={"reward": Moments(7.0, 0.6, 2.0), "task_reward": Moments(9.0, 0.4, 2.0)}
+)
 
 
 class Tiny(torch.nn.Module):
@@ -221,7 +231,12 @@ def sample(i, needs):
     )
     prompt = Prompt(id=f"{i}@0", ids=ids_L[:prompt_tokens].int().numpy(), answer="")
     return Trajectory(
-        prompt=prompt, rollout=rollout, scores=scores, verdicts=words, reference=from_reference
+        prompt=prompt,
+        rollout=rollout,
+        scores=scores,
+        verdicts=words,
+        group_lengths=(tokens, 2, 5),
+        reference=from_reference,
     )
 
 
@@ -493,6 +508,7 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
     )
     largest = max(0.0 if g is None else g.abs().max().item() for g in gradients)
     learns = LEARNS_FROM_AGREEMENT.get(objective.tag, lambda o: False)(objective)
+    learns = learns or bool(getattr(objective, "reward", None))  # from the verdict
     assert (largest > 1e-3) if learns else (largest < 1e-5)
 
 

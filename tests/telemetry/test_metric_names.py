@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from async_opd.objectives.reward import Reward
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metric_names import NAMES
 from tests.driver.test_teacher_sampling import run as run_taught
@@ -23,7 +24,8 @@ def emitted(tmp_path) -> set[str]:
     (tmp_path / "taught").mkdir()
     keys = set().union(*run_taught(tmp_path / "taught").rows)
     bounded = msgspec.structs.replace(PLAIN[0], signal_at_most=1.0, weight_at_most=1.0)
-    for objective in (*PLAIN, bounded):
+    rewarded = msgspec.structs.replace(PLAIN[0], reward=Reward())
+    for objective in (*PLAIN, bounded, rewarded):
         keys |= accumulated(objective, packed(objective, WHOLE))[0].keys()
     return keys
 

@@ -18,8 +18,9 @@ from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step import StepContext, batch_statistics, token_batch
+from async_opd.tools.explain.batch import BatchReader
 from async_opd.tools.explain.effect import explain
-from async_opd.tools.explain.rollouts import BatchReader, Rollouts, Trajectory
+from async_opd.tools.explain.rollouts import Rollouts, Trajectory
 
 SIX = dict(
     student_logp=[-0.10, -1.20, -0.05, -2.30, -0.40, -0.02],
@@ -410,6 +411,16 @@ MALFORMED = {  # the file; what the message says after its name
         (
             ": running.reward: field = 'maen': must be 'count', 'mean' or 'squares'; did you mean"
             " 'mean'?"
+        ),
+    ),
+    "a misspelt context of a task reward": (
+        {
+            "trajectories": [ONE],
+            "running": {"task_reward": {"count": 1, "maen": 0, "mean": 0, "squares": 0}},
+        },
+        (
+            ": running.task_reward: field = 'maen': must be 'count', 'mean' or 'squares'; did you"
+            " mean 'mean'?"
         ),
     ),
     "step zero": ({"step": 0, "trajectories": [ONE]}, ": Expected `int` >= 1 - at `$.step`"),

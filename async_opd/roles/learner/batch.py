@@ -27,6 +27,7 @@ class Trajectory:
     rollout: Rollout
     scores: Scores | None  # None: the teacher's own answer
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
+    group_lengths: tuple[int, ...]  # tokens of those samples, in the order of the verdicts
     reference: Scores | None = None
 
     @property
@@ -77,6 +78,7 @@ def trajectories(
                 rollout=groups[g].rollouts[s],
                 scores=_of(groups[g].rollouts[s], scores[g], s),
                 verdicts=share.verdicts[g],
+                group_lengths=tuple(len(rollout.ids) for rollout in groups[g].rollouts),
                 reference=_of(groups[g].rollouts[s], references[g], s),
             )
             for g, s in micro
@@ -153,6 +155,9 @@ def pack(
         ),
         group_reward_SG=torch.tensor(
             [[_reward(v) for v in t.verdicts] for t in trajectories]
+        ).reshape(len(rollouts), -1 if rollouts else 0),
+        group_length_SG=torch.tensor(
+            [t.group_lengths for t in trajectories], dtype=torch.float32
         ).reshape(len(rollouts), -1 if rollouts else 0),
         cap_S=torch.full((len(rollouts),), float(bounds.cap)),
         candidate_ids_NK=_flat_if_there(

@@ -87,7 +87,7 @@ class Measured:
         self._largest("mismatch", gap_N[fresh])
         self._largest("lag", micro.lag_N[keep])
         self._weights(result, keep & result.selected_N)
-        for name, value_S in self._objective.trajectory_statistics(batch).items():
+        for name, value_S in self._objective.moments(batch).items():
             known_S = value_S[~value_S.isnan()].double()
             self._sum(
                 {

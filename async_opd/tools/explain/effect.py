@@ -8,7 +8,8 @@ import torch
 
 from async_opd.objectives import Objective
 from async_opd.objectives.effect import effect
-from async_opd.tools.explain.rollouts import Absent, BatchReader, Rollouts
+from async_opd.tools.explain.batch import Absent, BatchReader
+from async_opd.tools.explain.rollouts import Rollouts
 
 
 def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[dict[str, Any]]:

@@ -51,4 +51,5 @@ def trajectory(
         rollout=rollout,
         scores=Scores(id=id, sampled_logp=sampled_logp, **scored),
         verdicts=(Verdict(id=id, correct=correct),),
+        group_lengths=(len(rollout.ids),),
     )

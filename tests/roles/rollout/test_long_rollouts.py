@@ -152,7 +152,11 @@ def way(teacher: TransformersTeacher, needs: Needs, tokens: int) -> None:
     (ready,) = asyncio.run(through())
     assert plan([meta.tokens], ranks=1, tokens=P + LONG, width=8) == [[[0]]]
     trajectory = Trajectory(
-        prompt=group.prompt, rollout=group.rollouts[0], scores=scores[0], verdicts=verdicts
+        prompt=group.prompt,
+        rollout=group.rollouts[0],
+        scores=scores[0],
+        verdicts=verdicts,
+        group_lengths=meta.lengths,
     )
     bounds = TrainingBounds(max_lag_steps=4, stale="mask", truncated="train", cap=tokens)
     micro = pack([trajectory], bounds, live=104, device=torch.device("cpu"))
