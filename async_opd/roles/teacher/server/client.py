@@ -24,7 +24,6 @@ ITS_OWN = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.UNPROCESSABLE_ENTITY,
 }
-KEY = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 BACKOFF_S = 0.25  # after the first answer that a server is busy, then twice as long each
 IDLE_S = 4.0  # that a connection is kept without a request; vLLM closes it after 5
 SHOWN = 200  # characters of an error's body in a message
@@ -175,7 +174,7 @@ class Client:
         text = f"{path} answers {reply.status}: {self._shown(reply)}"
         if reply.status in ITS_OWN:
             raise Refused(text)
-        if reply.status in KEY:
+        if reply.status == HTTPStatus.UNAUTHORIZED:
             which = "the key that it is sent" if self._key else "a request without a key"
             text = f"refuses {which}: {text}"
         elif reply.location:

@@ -18,7 +18,7 @@ Engine = Literal["vllm", "sglang"]
 Read = Callable[[Client, Question], Awaitable[Told]]
 
 READ: dict[Engine, Read] = {"vllm": vllm_routes.read, "sglang": sglang_routes.read}
-ANY_ID = 2**31  # above every id, of a head of unknown size
+ANY_ID = 2**31 - 1  # above every id, of a head of unknown size
 PROBED = 8  # tokens of a probe
 LIKELIEST = 16  # ids beside each of them, at most
 COOL = 0.5  # the temperature that log-probs must not follow
@@ -126,7 +126,7 @@ def _probe(served: Served, k: int) -> Question:
 async def _refuse_other_numbers(client: Client, served: Served) -> None:
     """Raise ConfigError unless what the server tells are log-probs, those of the model itself."""
     bounds = [n for n in (served.most, served.logits) if n is not None]
-    probe, read = _probe(served, min(LIKELIEST, *bounds)), READ[served.engine]
+    probe, read = _probe(served, min([LIKELIEST, *bounds])), READ[served.engine]
     flag = "serve it with --logprobs-mode raw_logprobs" if served.engine == "vllm" else "must not"
     try:
         plain = await read(client, probe)

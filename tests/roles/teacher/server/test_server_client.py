@@ -138,26 +138,49 @@ def test_it_may_name_a_time_of_day():
     assert Reply(429, b"", format_datetime(until, usegmt=True)).wait_s == pytest.approx(40, abs=2)
 
 
+@asynccontextmanager
+async def speaking(sent: bytes | None):
+    """The URL of what answers a connection by some bytes, or by none until it ends."""
+    ended = []
+
+    async def answer(reader, writer):
+        ended.append(done := asyncio.Event())
+        await reader.read(100)
+        if sent is None:
+            await reader.read()
+        else:
+            writer.write(sent)
+        writer.close()
+        await writer.wait_closed()
+        done.set()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield "http://{}:{}".format(*server.sockets[0].getsockname())
+    finally:
+        server.close()
+        for done in ended:
+            await done.wait()
+
+
+@asynccontextmanager
+async def asking(url: str, within_s: float):
+    client = Client("teacher 0", url, KEY, within_s=within_s)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 @pytest.mark.parametrize(
     "sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{", b"SSH-2.0\r\n"]
 )
 async def test_a_connection_that_breaks_off_or_speaks_otherwise_is_an_error_by_name(sent):
-    async def answer(reader, writer):
-        await reader.read(100)
-        writer.write(sent)
-        writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    url = "http://{}:{}".format(*server.sockets[0].getsockname())
-    client = Client("teacher 0", url, KEY, within_s=5)
-    try:
+    async with speaking(sent) as url, asking(url, 5) as client:
         with pytest.raises(
             (ActorLost, CallFailed), match=rf"^teacher 0, {url}: .*(hangs|breaks|no HTTP)"
         ):
             await client.ask("/v1/models")
-    finally:
-        await client.close()
-        server.close()
 
 
 async def test_one_that_is_gone_is_lost_and_its_health_says_so_until_it_is_back():
@@ -196,16 +219,9 @@ async def test_what_its_health_says(status, after, lives):
 
 
 async def test_the_time_of_a_look_at_its_health_is_bounded():
-    client = None
-    silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(20), "127.0.0.1", 0)
-    url = "http://{}:{}".format(*silent.sockets[0].getsockname())
-    try:
-        client = Client("teacher 0", url, None, within_s=0.2)
+    async with speaking(None) as url, asking(url, 0.2) as client:
         with pytest.raises(TimedOut, match=r"^teacher 0, http.*: no answer in 0.2 s$"):
             await client.get("/health")
-    finally:
-        await client.close()
-        silent.close()
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])

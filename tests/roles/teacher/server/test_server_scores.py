@@ -339,7 +339,7 @@ WHOLE = {
     "lines": (page(500, "a\n\nb\x00"), "answers 500: a b"),
     "no such": (page(404, '{"error": {"message": "no model x"}}'), "answers 404: no model x"),
     "no key": (page(401, '{"error": "Unauthorized"}'), "refuses the key that it is sent"),
-    "not yours": (page(403, "no"), "refuses the key that it is sent"),
+    "not yours": (page(403, "no"), "/v1/completions answers 403: no"),
     "elsewhere": (page(307, "", Location="http://127.0.0.1:9/x"), "sends elsewhere, which is not"),
 }
 
