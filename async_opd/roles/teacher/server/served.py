@@ -89,7 +89,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
     cards = decoded(await client.ask("/v1/models"), Models).data
     card = next((c for c in cards if model in (c.id, c.root)), None)
     if card is None:
-        names = ", ".join(repr(c.id) for c in cards[:5]) or "nothing"
+        names = client.shown(", ".join(repr(c.id) for c in cards)) or "nothing"
         raise ConfigError(
             f"{client.who}: serves {names}, and not model {model!r}: serve that, or tell the server"
             f" that it is called so: --served-model-name {model}"
@@ -118,7 +118,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
 
 
 def _probe(served: Served, k: int) -> Question:
-    tokens = min(PROBED, served.longest - 2) if served.longest else PROBED
+    tokens = max(1, min(PROBED, served.longest - 2)) if served.longest else PROBED
     ids = np.arange(1, tokens + 2, dtype=np.int32) % (served.logits or ANY_ID)
     return served.question(ids, tokens, k)
 

@@ -13,8 +13,8 @@ from msgspec.structs import replace as changed
 from async_opd.core.errors import ActorLost, CallFailed, ConfigError
 from async_opd.core.wire import Group, Needs
 from async_opd.roles.teacher.server.served import Served, look, refuse
+from tests.roles.teacher.server.asked import group, rows, scores_of, table, teaching
 from tests.roles.teacher.server.stub import LOGP_VV, MODEL, V, serving
-from tests.roles.teacher.server.test_server_scores import group, rows, scores_of, table, teaching
 from tests.roles.teacher.settings import scorer_settings
 
 SERVED = Served(
@@ -292,11 +292,12 @@ def sglang(stub):
 @pytest.mark.parametrize("k", [0, 4])
 async def test_sglang_tells_the_same_by_its_own_route(k):
     one, needs = group(30, 1), Needs(teacher_topk=k, tail=k > 0)
+    ids = dict(vocabulary=((0, 33),), whole=((0, V),))
     async with serving() as stub:
-        async with teaching(stub, needs, vocabulary=((0, 33),)) as teacher:
+        async with teaching(stub, needs, **ids) as teacher:
             expected = await scores_of(teacher, one)
         sglang(stub)
-        async with teaching(stub, needs, vocabulary=((0, 33),)) as teacher:
+        async with teaching(stub, needs, **ids) as teacher:
             assert teacher._served.engine == "sglang"
             scores = await scores_of(teacher, one)
             assert {asked["logprob_start_len"] for asked in stub.asked} == {2}
@@ -348,7 +349,7 @@ def top_twice(told):
         (meta(another_token), "lack token"),
         (meta(no_logp), "lack token"),
         (meta(cached), "log-probs of 6 tokens for 9"),
-        (meta(top_gone), "token 8 has 0 likeliest ids; 4 are asked for"),
+        (meta(top_gone), "token 8 has 0 likeliest ids; 12 are asked for"),
         (meta(top_short), "log-probs of 8 tokens for 9"),
         (meta(top_twice), "the same id twice"),
         (lambda answer: answer.clear(), "not of the form asked for"),
