@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_opd.core.errors import WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.message import LOGP_TOLERANCE
 from async_opd.core.wire import Floats, Ints
 
@@ -47,10 +48,8 @@ class Told:
 
 def decoded(content: bytes, kind: type[A]) -> A:
     """An answer of the shape of `kind`. Raises WireError."""
-    try:
+    with foreign("its answer is not of the form asked for", WireError):  # nested too deep, too
         return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError as e:  # of its shape, too
-        raise WireError(f"its answer is not of the form asked for: {e}") from e
 
 
 def refuse_rows(rows: int, tokens: int) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from async_opd.core.errors import AsyncOpdError, CallFailed, ConfigError, WireError
+from async_opd.core.errors import ActorLost, AsyncOpdError, CallFailed, ConfigError, WireError
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.wire import Needs
 from async_opd.roles.teacher.server import sglang_routes, vllm_routes
@@ -112,7 +112,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
         try:
             await vllm_routes.read(client, at_ids)
             served = replace(served, no_given_ids="")
-        except (WireError, CallFailed) as e:
+        except (WireError, CallFailed, ActorLost) as e:
             served = replace(served, no_given_ids=f"{e}".removeprefix(f"{client.who}: "))
     return served
 

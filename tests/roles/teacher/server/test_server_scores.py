@@ -178,6 +178,10 @@ def said(value, place=0):
     return bend
 
 
+def beyond(answer):
+    said(10**400)(answer)
+
+
 def other(answer):
     for key in list(answer):
         del answer[key]
@@ -202,6 +206,7 @@ BENT = {
     "inf": (said(float("inf")), "not of the form asked for: JSON is malformed"),
     "null": (said(None), "not of the form asked for"),
     "text": (said("-1.0"), "not of the form asked for"),
+    "a number beyond all": (beyond, "Number out of range"),
     "a huge number": (said(-1e308), "no finite|must be finite|finite log-prob"),
     "above 0": (said(0.3), "is 0.3: must be finite and <= 0"),
     "above 0, of another id": (said(2.0, 1), "is 2: must be finite and <= 0"),
@@ -275,7 +280,6 @@ WHOLE = {
     "an error": (page(500, '{"error": {"message": "boom"}}'), "answers 500: boom"),
     "long": (page(500, "x" * 5000), "answers 500: " + "x" * 200 + "…"),
     "lines": (page(500, "a\n\nb\x00"), "answers 500: a b"),
-    "no such": (page(404, '{"error": {"message": "no model x"}}'), "answers 404: no model x"),
     "no key": (page(401, '{"error": "Unauthorized"}'), "refuses the key that it is sent"),
     "not yours": (page(403, "no"), "/v1/completions answers 403: no"),
     "elsewhere": (page(307, "", Location="http://127.0.0.1:9/x"), "sends elsewhere, which is not"),
@@ -328,6 +332,36 @@ async def test_another_model_is_a_member_that_is_lost():
             ConfigError, match="serves 'tables/other', and not model 'tables/forty'"
         ):
             await teacher.start()
+
+
+async def test_a_server_that_knows_the_model_no_more_is_lost():
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = page(404, '{"error": {"message": "The model `x` does not exist."}}')
+        with pytest.raises(ActorLost, match=r"answers 404: The model `x` does not exist.$"):
+            await teacher.score(group(2))
+
+
+RAW = {
+    "nested too deep": b'{"x":' + b"[" * 200_000,
+    "of no encoding": b'{"model":"\xff","choices":[]}',
+    "a list": b"[]",
+    "a row nested too deep": b'{"model":"tables/forty","choices":[{"prompt_logprobs":[null,'
+    + b'{"1":{"x":' * 50_000,
+}
+
+
+@pytest.mark.parametrize("content", RAW.values(), ids=[*RAW])
+async def test_bytes_that_are_no_answer_are_named(content):
+    async def rule(stub, request, body):
+        return web.Response(body=content, content_type="application/json")
+
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = rule
+        causes, scores = await teacher.score(group(2))
+        assert scores == (None,) and "is not of the form asked for: " in causes[0]
+        stub.rule = page(500, "[" * 200_000)
+        with pytest.raises(CallFailed, match=r"answers 500: \[\[\["):
+            await teacher.score(group(2))
 
 
 async def test_a_server_that_does_not_repeat_itself_is_refused():
