@@ -22,6 +22,10 @@ MASS_TOLERANCE = 1e-3  # of the probability, by which rounding may take several 
 NO_LOGP = -9999.0
 
 
+class NoLogProbs(WireError):
+    """Numbers are no log-probs. The message names one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A sequence whose last tokens are to be scored."""
@@ -83,7 +87,7 @@ def checked(
     ids_TK = np.take_along_axis(wide, order_TK, 1).astype(np.int32)
     mass = np.exp(logp_TK, dtype=np.float64).sum(1).max(initial=0)
     if mass > 1 + MASS_TOLERANCE:
-        raise WireError(
+        raise NoLogProbs(
             f"the probabilities of a token's {question.k} likeliest ids add up to {mass:.3g}: these"
             " are no log-probs"
         )
@@ -96,11 +100,11 @@ def checked(
 
 
 def _logps(which: str, values: npt.NDArray[np.floating]) -> Floats:
-    """Take `values` as log-probs; what exceeds 0 by rounding is 0. Raises WireError."""
+    """Take `values` as log-probs; what exceeds 0 by rounding is 0. Raises NoLogProbs."""
     wrong = ~np.isfinite(values) | (values > LOGP_TOLERANCE) | (values <= NO_LOGP)
     if wrong.any():
         place = np.argwhere(wrong)[0]
-        raise WireError(
+        raise NoLogProbs(
             f"the log-prob of a {which} id of token {place[0]} is {values[tuple(place)]:g}: must be"
             " finite and <= 0"
         )

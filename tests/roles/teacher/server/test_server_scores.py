@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from async_opd.core.errors import ActorLost, CallFailed, ConfigError, TimedOut
+from async_opd.core.errors import ActorLost, CallFailed, ConfigError, TimedOut, WireError
 from async_opd.core.vocabulary import runs
 from async_opd.core.wire import Group, Needs, Prompt
 from tests.roles.teacher.server.asked import group, rows, scores_of, table, teaching
@@ -400,3 +400,44 @@ async def test_a_slow_server_is_late_by_name_and_within_its_time():
         stub.rule = rule
         with pytest.raises(TimedOut, match=r"teacher 0, http://127.0.0.1:\d+: no answer in 0.3 s"):
             await teacher.score(group(2, 3))
+
+
+def responding(*ids: int | str, model: str = MODEL):
+    async def rule(stub, request, body):
+        answer = {"model": model, "choices": [{"index": 0, "token_ids": [*ids]}]}
+        return web.json_response(answer)
+
+    return rule
+
+
+async def test_a_response_of_its_own_is_asked_for_by_ids_and_of_the_student_s_alone():
+    settings = dict(vocabulary=((0, 3), (30, 33)), whole=((0, V),), eos_ids=(31,), stops=("stop",))
+    prompts = np.array([4, 5], np.int32), np.array([6], np.int32)
+    async with serving() as stub, teaching(stub, ends_as=((31, 1),), **settings) as teacher:
+        stub.rule = responding(2, 0, 31)
+        responses = await teacher.greedy(*prompts)
+        assert [r.tolist() for r in responses] == [[2, 0, 1]] * 2 and responses[0].dtype == np.int32
+        assert [body["prompt"] for body in stub.asked] == [[4, 5], [6]]
+        for body in stub.asked:
+            assert (body["temperature"], body["max_tokens"]) == (0, 8)
+            assert (body["stop"], body["stop_token_ids"]) == (["stop"], [31])
+            assert body["allowed_token_ids"] == [0, 1, 2, 30, 31, 32]
+
+
+@pytest.mark.parametrize("ids", [(), (V,), (-1,), ("x",)], ids=["none", "beyond", "below", "text"])
+async def test_what_is_no_response_is_refused(ids):
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = responding(*ids)
+        with pytest.raises(WireError, match=rf"^teacher 0, {stub.url}: its answer"):
+            await teacher.greedy(np.array([4, 5], np.int32))
+
+
+async def test_a_response_takes_longer_than_a_score_may():
+    async def rule(stub, request, body):
+        await asyncio.sleep(0.6)
+        return await responding(2)(stub, request, body)
+
+    async with serving() as stub, teaching(stub, within_s=0.3) as teacher:
+        stub.rule = rule
+        (response,) = await teacher.greedy(np.array([4, 5], np.int32))
+        assert response.tolist() == [2]
