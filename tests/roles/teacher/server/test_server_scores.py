@@ -11,7 +11,7 @@ from async_opd.core.errors import ActorLost, CallFailed, ConfigError, TimedOut, 
 from async_opd.core.vocabulary import runs
 from async_opd.core.wire import Group, Needs, Prompt
 from tests.roles.teacher.server.asked import group, rows, scores_of, table, teaching
-from tests.roles.teacher.server.stub import LOGP_VV, V, serving
+from tests.roles.teacher.server.stub import LOGP_VV, MODEL, V, serving
 
 
 @pytest.mark.parametrize(("k", "tail"), [(0, False), (1, True), (5, True), (20, False)])
