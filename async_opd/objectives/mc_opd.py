@@ -29,7 +29,9 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
         behaviour_NM = _beside(batch.behaviour_logp_N, batch.behaviour_logp_NK)
         teacher_NM = _beside(batch.teacher_logp_N, batch.teacher_logp_NK)
         signal_NM = behaviour_NM if self.student_signal == "cached" else student_NM.detach()
-        advantage_NM, bounded_N = self.bounded(advantages.reverse_kl(signal_NM, teacher_NM))
+        advantage_NM, bounded_N = self.bounded(
+            self.anchored(advantages.reverse_kl(signal_NM, teacher_NM), student_NM, behaviour_NM)
+        )
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
         return TokenLoss(
             loss_N=loss_NM.mean(1),

@@ -14,7 +14,17 @@ NAN = float("nan")
 
 
 def batch(
-    student, teacher, *, behaviour=None, lengths=None, reward=None, group=None, cap=10.0, **more
+    student,
+    teacher,
+    *,
+    behaviour=None,
+    lengths=None,
+    reward=None,
+    group=None,
+    cap=10.0,
+    lag=None,
+    number=None,
+    **more,
 ):
     """A batch from lists; one trajectory unless `lengths` are given, no staleness unless
     `behaviour` is."""
@@ -33,6 +43,10 @@ def batch(
         reward_S=torch.tensor(reward, dtype=torch.float64),
         group_reward_SG=torch.tensor(group or [[r] for r in reward], dtype=torch.float64),
         cap_S=torch.full((len(lengths),), cap, dtype=torch.float64),
+        targets_N=torch.zeros(len(student), dtype=torch.int64),
+        lag_N=torch.tensor(lag or [0] * len(student)),
+        group_S=torch.tensor(number or [0] * len(lengths)),
+        groups=max(number or [0]) + 1,
         **tensors,
     )
 

@@ -18,8 +18,9 @@ from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step import StepContext, batch_statistics, token_batch
+from async_opd.tools.explain.batch import BatchReader
 from async_opd.tools.explain.effect import explain
-from async_opd.tools.explain.rollouts import BatchReader, Rollouts, Trajectory
+from async_opd.tools.explain.rollouts import Rollouts, Trajectory
 
 SIX = dict(
     student_logp=[-0.10, -1.20, -0.05, -2.30, -0.40, -0.02],

@@ -28,6 +28,7 @@ class Trajectory:
     scores: Scores | None  # None: the teacher's own answer
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
     reference: Scores | None = None
+    group: int = 0  # its number in the step
 
     @property
     def from_teacher(self) -> bool:
@@ -78,6 +79,7 @@ def trajectories(
                 scores=_of(groups[g].rollouts[s], scores[g], s),
                 verdicts=share.verdicts[g],
                 reference=_of(groups[g].rollouts[s], references[g], s),
+                group=share.number(g),
             )
             for g, s in micro
         ]
@@ -100,11 +102,8 @@ class MicroBatch(TokenBatch):
     ids_L: Tensor  # int64
     segment_lengths: list[int]  # prompt + response of each trajectory, summing to L
     rows_N: Tensor  # int64, index in L of the position that predicts each response token
-    targets_N: Tensor  # int64
     keep_N: Tensor  # bool, tokens inside the reduction
-    lag_N: Tensor  # int64, optimizer steps
     kv_lag_N: Tensor  # float32, the same of the KV behind the weights of the token
-    candidate_ids_NK: Tensor | None
     from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
     student_logp_N: Tensor | None = None
 
@@ -154,6 +153,7 @@ def pack(
         group_reward_SG=torch.tensor(
             [[_reward(v) for v in t.verdicts] for t in trajectories]
         ).reshape(len(rollouts), -1 if rollouts else 0),
+        group_S=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         cap_S=torch.full((len(rollouts),), float(bounds.cap)),
         candidate_ids_NK=_flat_if_there(
             [r.candidate_ids for r in rollouts] if at_student_ids else [s.topk_ids for s in scores],
