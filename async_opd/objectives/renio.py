@@ -11,9 +11,9 @@ from async_opd.objectives.token_batch import TokenBatch
 
 
 class Renio(Sampled, frozen=True, tag="renio"):
-    """W = w/w̄ of each response, w = exp(mean over K of min(l, clip)), K its tokens with l = log π -
-    log π_T above τ, w = 1 where it has none (Eq. 4-9; EXACT). The number of such tokens plays no
-    part: one of l ≥ clip gives the largest weight, e^clip.
+    """W = w/w̄ of each response, w = exp(mean over K of min(l, clip)), K its tokens with l = log
+    π - log π_T above τ, w = 1 where it has none (Eq. 4-9; EXACT). The number of such tokens plays
+    no part: one of l ≥ clip gives the largest weight, e^clip.
 
     RECONSTRUCTION: w̄ is over the responses of the step that hold a trained token, on all ranks
     (the code's is over a micro-batch); l has no lower clip; the live student's l, detached, and ρ̃

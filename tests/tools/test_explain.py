@@ -143,6 +143,16 @@ NEEDED = {  # command: the fields without which it cannot be
     "topk_kl k=3 drift_gate.block=2": TAILED | {"student_logp", "behaviour_logp"},
     "eopd k=3": SAMPLED | {"candidates", "teacher_entropy"},
     "eopd k=3 tau=0 rest=bucket": SAMPLED | TAILED,
+    "topk_kl k=3 rest=sampled": SAMPLED | {"candidates", "tokens"},
+    "topk_kl k=3 freshness.alpha=2": TAILED | {"student_logp", "behaviour_logp", "lag"},
+    "opd freshness.lambda=0.2": SAMPLED | {"lag"},
+    "opd correction.tag=importance correction.ratio=prefix": SAMPLED,
+    "top_d": SAMPLED,
+    "top_d normalise=true future=true": SAMPLED | {"prompt"},
+    "renio": SAMPLED | {"lag"},
+    "rg_opd k=3": TAILED | {"student_logp", "teacher_logp", "prompt", "reward"},
+    "opsa": {"student_logp", "behaviour_logp", "student_entropy"},
+    "opsa entropy=false": {"student_logp", "behaviour_logp"},
 }
 LENGTHS, PROMPTS, REWARDS = (4, 1, 6, 3), ("a", "a", "b", "a"), (1, 0, None, 1)
 
@@ -193,8 +203,10 @@ def everything() -> list[dict]:
         return per_token | {
             "hidden": [[draw.gauss(0, 1) for _ in range(4)] for _ in range(length)],
             "candidates": [
-                [{name: logp() - 1 for name in candidate} for _ in range(3)] for _ in range(length)
+                [{name: logp() - 1 for name in candidate} | {"token": f"t{i}"} for i in range(3)]
+                for _ in range(length)
             ],
+            "lag": [2] * (length // 2) + [1] * (length - length // 2),
             "tokens": [f"t{i}" for i in range(length)],
             "prompt": prompt,
             "reward": reward,
