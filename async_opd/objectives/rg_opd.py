@@ -53,7 +53,7 @@ class RgOpd(TopkKl, frozen=True, tag="rg_opd"):
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Mark what is kept of right and of wrong responses; NaN where the verdict is another."""
         reward_N = batch.reward_S[batch.segment_N]
-        kept_N = self.selection(batch).to(batch.behaviour_logp_N.dtype)
+        kept_N = self.selection(batch).to(reward_N.dtype)
         return {
             "kept_right": kept_N.where(reward_N == 1, float("nan")),
             "kept_wrong": kept_N.where(reward_N == 0, float("nan")),

@@ -365,7 +365,7 @@ def test_it_is_what_the_learner_computes(command):
         batch.student_tail_logp_N,
         batch.hidden_ND,
     )
-    context = StepContext(step=7, running=batch.running)
+    context = StepContext(step=7, running=batch.running, groups=batch.groups)
     statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], context)
     seen = token_batch(micro, read, context, statistics)
     learned = objective.loss(seen)
@@ -380,7 +380,7 @@ def _slope(batch, tag):
     slope_N, slope_NK = batch.student_logp_N.grad, getattr(batch.student_logp_NK, "grad", None)
     if tag == "mc_opd":
         return slope_N[:, None] if slope_NK is None else torch.cat([slope_N[:, None], slope_NK], 1)
-    return slope_NK if tag == "topk_kl" else slope_N
+    return slope_NK if slope_N is None else slope_N
 
 
 ONE = {"student_logp": [-1.0, -2.0], "behaviour_logp": [-1.0, -2.0], "teacher_logp": [-1.0, -2.0]}
