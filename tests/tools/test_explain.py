@@ -37,6 +37,7 @@ DRIFTED = dict(  # by 0.02, -0.04, 0.30, 0.10, -0.50, -0.30
     behaviour_logp=[-1.02, -0.96, -1.3, -1.1, -0.5, -0.7],
     teacher_logp=[-1.0] * 6,
 )
+AGED = SIX | dict(behaviour_logp=[-0.15, -1.00, -0.05, -2.50, -0.30, -0.05], lag=[2, 2, 2, 1, 1, 1])
 DECISIONS = dict(
     student_logp=[-5.0] * 10,
     behaviour_logp=[-5.0] * 10,
@@ -79,6 +80,28 @@ PUBLISHED = {  # command, rollouts; trajectory, field, its numbers
         0,
         "weight",
         [1.5, 1.493827, 1.432099, 1.061728, 1.0, 1.0],
+    ),
+    "f-OPD, weight": ("opd freshness.xi=0.05", [AGED], 0, "weight", [0.316177] * 6),
+    "f-OPD, coefficient": (
+        "opd freshness.xi=0.05",
+        [AGED],
+        0,
+        "coefficient",
+        [-0.018281, 0.134609, -0.948532, -0.200813, 0.002861, 0.002281],
+    ),
+    "PNPO": (
+        "opd correction.tag=importance correction.ratio=prefix_normalised",
+        [AGED],
+        0,
+        "ratio",
+        [1.051271, 0.927743, 0.951229, 1.012578, 0.990050, 0.996672],
+    ),
+    "TOP-D": (
+        "top_d",
+        [SIX],
+        0,
+        "advantage",
+        [-0.009802, 0.121991, -0.210774, -0.081963, 0, 0.002008],
     ),
     "SG-OPD, right": ("sg_opd", PAIR, 0, "advantage", [-0.05, 0.82, -3.0, -0.5, 0.0, 0.018]),
     "SG-OPD, wrong": ("sg_opd", PAIR, 1, "advantage", [-0.074, 0.5, -5.2, -1.06, 0.0, 0.01]),
