@@ -61,6 +61,21 @@ METHODS = {  # name: the objective, and overrides
     ),
     "topk_kl, forward": ('{tag="topk_kl", k=8, divergence="forward"}',),
     "eopd": ('{tag="eopd", k=8, tau=0.1}',),
+    "opd, freshness and anchor": (
+        '{tag="opd", freshness={alpha=1.0, lambda=0.1}, mean_over="sequences"}',
+    ),
+    "opd, ratio of the prefix": (
+        '{tag="opd", correction={tag="importance", ratio="prefix", at_most=5.0}}',
+    ),
+    "opd, the prefix's mean, gated": (
+        '{tag="opd", correction={tag="importance", ratio="prefix_normalised",'
+        " narrowing=[0.03, 0.04]}}",
+    ),
+    "topk_kl, the rest sampled": ('{tag="topk_kl", k=8, rest="sampled"}',),
+    "top_d, future and group": ('{tag="top_d", future=true, normalise=true}', *GROUPS),
+    "renio": ('{tag="renio"}',),
+    "rg_opd": ('{tag="rg_opd", k=8}', *GROUPS),
+    "opsa": ('{tag="opsa"}',),
 }
 SHOWN = ("kl", "weight_mean", "weight_max", "weight_ess", "ratio_ess", "selected")
 
@@ -89,7 +104,8 @@ def run(name: str, steps: int, folder: Path) -> dict:
     }
     assert len(rows) == steps and max(numbers["lag_max"]) <= 4, f"{name}: {len(rows)} steps"
     assert all(math.isfinite(value) for values in numbers.values() for value in values), name
-    means = {key: statistics.fmean(values) for key, values in numbers.items() if values}
+    numbers = {key: values for key, values in numbers.items() if values}
+    means = {key: statistics.fmean(values) for key, values in numbers.items()}
     return {
         "name": name,
         "objective": objective,

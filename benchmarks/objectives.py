@@ -26,7 +26,9 @@ from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Read
 from async_opd.objectives import all_objectives
 from async_opd.objectives.base import Objective
+from async_opd.objectives.freshness import Freshness
 from async_opd.objectives.modifiers import DriftGate, Position, RandomShare
+from async_opd.objectives.sampled import Importance
 from async_opd.roles.learner.batch import MicroBatch
 from async_opd.roles.learner.step import (
     StepContext,
@@ -38,14 +40,18 @@ from async_opd.roles.learner.step import (
 from async_opd.roles.models import causal_lm
 
 TOKENS, TRAJECTORIES, WIDTH, LAYERS, VOCABULARY, K = 16_384, 8, 1024, 4, 32_000, 16
-OBJECTIVES = [
-    cls(**({"k": K} if tag == "topk_kl" else {})) for tag, cls in all_objectives().items()
-]
-OBJECTIVES.append(
-    all_objectives()["opd"](
+OPD, TOPK_KL, TOP_D = (all_objectives()[tag] for tag in ("opd", "topk_kl", "top_d"))
+OBJECTIVES = {
+    tag: cls(**({"k": K} if tag == "topk_kl" else {})) for tag, cls in all_objectives().items()
+} | {
+    "opd + weights": OPD(
         drift_gate=DriftGate(), position=Position(share=0.5), random=RandomShare(share=0.5)
-    )
-)
+    ),
+    "opd + freshness": OPD(freshness=Freshness()),
+    "opd, prefix": OPD(correction=Importance(ratio="prefix_normalised", narrowing=(7e-4, 9.5e-4))),
+    "topk_kl, sampled": TOPK_KL(k=K, rest="sampled"),
+    "top_d, groups": TOP_D(future=True, normalise=True),
+}
 
 
 def micro_batch(needs: Needs) -> MicroBatch:
@@ -64,10 +70,12 @@ def micro_batch(needs: Needs) -> MicroBatch:
         targets_N=torch.randint(VOCABULARY, (TOKENS,)),
         keep_N=torch.ones(TOKENS, dtype=torch.bool),
         lag_N=torch.ones(TOKENS, dtype=torch.int64),
+        kv_lag_N=torch.zeros(TOKENS),
         segment_N=torch.arange(TRAJECTORIES).repeat_interleave(length),
         behaviour_logp_N=-torch.rand(TOKENS) * 3,
         teacher_logp_N=-torch.rand(TOKENS) * 3,
         key_S=torch.arange(TRAJECTORIES),
+        group_S=torch.zeros(TRAJECTORIES, dtype=torch.int64),
         reward_S=(torch.arange(TRAJECTORIES) % 2).float(),
         group_reward_SG=(torch.arange(8) % 2).float().expand(TRAJECTORIES, 8),
         group_length_SG=torch.full((TRAJECTORIES, 8), float(length)),
@@ -138,11 +146,8 @@ def main() -> None:
     del lm
     rows = []
     print(f"step {found['step_s']:.1f} s, of a first pass {found['forward_s']:.1f} s")
-    for objective in OBJECTIVES:
+    for name, objective in OBJECTIVES.items():
         seconds = [objective_seconds(objective) for _ in range(args.repeat)]
-        name = type(objective).__struct_config__.tag + (
-            " + weights" if objective.drift_gate else ""
-        )
         share = statistics.median(seconds) / found["step_s"]
         rows.append(
             {

@@ -163,6 +163,10 @@ class Needs(Struct, frozen=True):
     # statistics over the kept tokens of the whole step, of `Objective.token_statistics`
     sums: tuple[str, ...] = ()
     maxima: tuple[str, ...] = ()
+    # sums of `Objective.trajectory_statistics` over the responses that hold a kept token
+    response_sums: tuple[str, ...] = ()
+    # sums over each group, of all its response tokens, of `Objective.token_statistics`
+    group_sums: tuple[str, ...] = ()
     # they read the live student, at the price of one more forward of everything
     first_pass: bool = False
     # moments over the trajectories of all past steps, from `Objective.moments`
@@ -243,6 +247,18 @@ class LearnerShare(Struct, frozen=True):
     # per micro-batch, pairs of (index of group, sample)
     micro_batches: tuple[tuple[tuple[int, int], ...], ...]
     verdicts: tuple[tuple[Verdict, ...], ...]  # of all samples, by group
+    # of each group, its number among those of the step; none: these are all of the step
+    numbers: tuple[int, ...] = ()
+    total: int = 0  # groups of the step
+
+    @property
+    def groups(self) -> int:
+        """Groups of the step, over all ranks."""
+        return self.total or len(self.verdicts)
+
+    def number(self, group: int) -> int:
+        """Number in the step of a group, by its index here."""
+        return self.numbers[group] if self.numbers else group
 
 
 class StepResult(Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from async_opd.maths import Tensor
+from async_opd.maths import Tensor, segments
 
 STD_FLOOR = 1e-6  # added to a standard deviation that is divided by
 
@@ -38,6 +38,60 @@ def group_mean(value_SG: Tensor) -> Tensor:
     tensor([0.5000])
     """
     return value_SG.nan_to_num(0).sum(1) / (~value_SG.isnan()).sum(1).clamp(min=1)
+
+
+def proximal(advantage: Tensor, *, alpha: float) -> Tensor:
+    """log(α e^A + 1 - α), the log-ratio to a teacher that is mixed with the student, at least
+    log(1 - α) (TOP-D Eq. 5, arXiv:2607.04751; EXACT). Any shape. α = 1 is A.
+
+    >>> proximal(torch.tensor([0.5, -300.0]), alpha=0.2)
+    tensor([ 0.1220, -0.2231])
+    """
+    if alpha == 1:
+        return advantage
+    share = advantage.new_tensor(alpha)
+    return (advantage + share.log()).logaddexp((-share).log1p())
+
+
+def with_future(value_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
+    """R_k = r_k + the mean of r_j over the later tokens j of its trajectory (TOP-D Eq. 7; EXACT);
+    r_k of the last, which has none (RECONSTRUCTION). [N].
+
+    >>> with_future(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 0]), 1)
+    tensor([4., 6., 4.])
+    """
+    length_N = segments.lengths(segment_N, count)[segment_N]
+    later_N = length_N - segments.places(segment_N) - 1
+    total_N = segments.sums(value_N, segment_N, count)[segment_N]
+    behind_N = total_N - segments.before(value_N, segment_N) - value_N
+    return value_N + (behind_N / later_N.clamp(min=1)).where(later_N > 0, 0)
+
+
+def standardised(
+    value_N: Tensor, group_N: Tensor, number: Tensor, total: Tensor, squares: Tensor
+) -> Tensor:
+    """(x - μ)/(σ + 1e-6), by number, sum and sum of squares of each token's group, one for each
+    group; population σ (TOP-D Eq. 8; EXACT but for the floor and kind of σ). [N].
+
+    >>> one = torch.tensor([2.0])
+    >>> standardised(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]), one, 2 * one, 5 * one)
+    tensor([-1.0000,  1.0000])
+    """
+    mean = total / number.clamp(min=1)
+    std = (squares / number.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+    return ((value_N - mean[group_N]) / (std[group_N] + STD_FLOOR)).to(value_N.dtype)
+
+
+def fixed_negative(entropy_N: Tensor, least: Tensor, largest: Tensor) -> Tensor:
+    """A = -1/2 - (H - H_min) / (2 (H_max - H_min)), in [-1, -1/2]; -1/2 where all are equal (OPSA,
+    arXiv:2608.31046; SECOND-HAND). [N].
+
+    >>> fixed_negative(torch.tensor([0.1, 2.0]), torch.tensor(0.1), torch.tensor(2.0))
+    tensor([-0.5000, -1.0000])
+    """
+    range_ = (largest - least).where(largest > least, 1)
+    share_N = ((entropy_N - least) / range_).clamp(0, 1)
+    return -(1 + share_N.to(entropy_N.dtype)) / 2
 
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:

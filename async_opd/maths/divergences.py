@@ -54,6 +54,42 @@ def bounded_reverse_kl(
     return loss_N, over_N
 
 
+def head_and_tail(
+    head: tuple[Tensor, Tensor],
+    sampled: tuple[Tensor, Tensor],
+    outside_N: Tensor,
+    ratio_N: Tensor,
+    *,
+    at_most: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_{v in K} sg[p_v (log p_v - log q_v)] log p_v, and where the sampled token is `outside_N` of
+    K, sg[ρ (log p - log q)] log p of it, [N]; and where a bound on the log-ratios acted, bool [N].
+    `head` is (log p, log q) over K, [N, K], `sampled` that of the sampled token, [N].
+
+    In the mean over sampled tokens the gradient is that of KL(p‖q) over the whole vocabulary, as
+    long as K does not depend on the token: the Σ_v p_v ∇log p_v that the product rule would add is
+    left out of both parts. Without ρ it is biased where tokens are stale, and so is the head's own
+    derivative beside this tail. (Form of revisiting_opd's d10aedb with its head detached and
+    with ρ; RECONSTRUCTION.)
+
+    >>> student, teacher = torch.tensor([0.5, 0.3]).log(), torch.tensor([0.25, 0.5]).log()
+    >>> pairs = (student[None, :1], teacher[None, :1]), (student[1:], teacher[1:])
+    >>> one = torch.ones(1)
+    >>> head_and_tail(*pairs, one.bool(), one, at_most=None)
+    (tensor([0.3748]), tensor([False]))
+    """
+    student_NK, teacher_NK = head
+    student_N, teacher_N = sampled
+    signal_NK, signal_N = (student_NK - teacher_NK).detach(), (student_N - teacher_N).detach()
+    over_N = outside_N.new_zeros(len(outside_N))
+    if at_most is not None:
+        over_N = (signal_NK.abs() > at_most).any(-1) | (outside_N & (signal_N.abs() > at_most))
+        signal_NK = signal_NK.clamp(-at_most, at_most)
+        signal_N = signal_N.clamp(-at_most, at_most)
+    inside_N = (student_NK.detach().exp() * signal_NK * student_NK).sum(-1)
+    return inside_N + (ratio_N * signal_N * student_N).where(outside_N, 0), over_N
+
+
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     """Generalised JSD (GKD, arXiv:2306.13649): β KL(T‖m) + (1-β) KL(S‖m), m = β T + (1-β) S, 0 < β
     < 1, over the last axis as given. Returns [N], nats.

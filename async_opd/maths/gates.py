@@ -65,6 +65,45 @@ def certainty(entropy_N: Tensor, largest: Tensor, *, gamma: float, floor: float)
     return (1 - gamma * entropy_N / largest.clamp(min=1.0)).clamp(floor, 1)
 
 
+def freshness(drift_S: Tensor, age_S: Tensor, *, alpha: float, least: float) -> Tensor:
+    """w = max(0, f - ξ), f = exp(-α √D) / (τ + 1), of how far the student has moved on a response,
+    D in nats, and of its age τ in optimizer steps (f-OPD Eq. 10-12, arXiv:2605.17862; EXACT). [S].
+
+    >>> freshness(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=1.0, least=0.1)
+    tensor([0.4000, 0.0839])
+    """
+    return ((-alpha * drift_S.sqrt()).exp() / (age_S + 1) - least).clamp(min=0)
+
+
+def likely_wrong(
+    excess_N: Tensor, segment_N: Tensor, count: int, *, tau: float, clip: float
+) -> Tensor:
+    """w = exp(mean over K of min(l, clip)), K the tokens whose excess l = log π - log π_T is above
+    τ, 1 where there is none (ReNIO Eq. 4-7, arXiv:2606.23104; EXACT). [S], before its mean is
+    divided out.
+
+    >>> excess, segment_N = torch.tensor([2.0, 0.1, 0.5]), torch.tensor([0, 0, 1])
+    >>> likely_wrong(excess, segment_N, 2, tau=1.0, clip=3.0)
+    tensor([7.3891, 1.0000])
+    """
+    key_N = (excess_N > tau).to(excess_N.dtype)
+    keys_S = segments.sums(key_N, segment_N, count)
+    total_S = segments.sums(excess_N.clamp(max=clip) * key_N, segment_N, count)
+    return (total_S / keys_S.clamp(min=1)).exp()
+
+
+def verdict_agrees(trust_S: Tensor, gap_S: Tensor, known_S: Tensor, *, margin: float) -> Tensor:
+    """g = 1 where a > 0 and Σ_t A_t > d, or a ≤ 0 and Σ_t A_t < -d, of the reward a among its
+    group's and the response's log π_T - log π (RG-OPD Eq. 1-2, arXiv:2607.04037; EXACT); 0 where
+    the verdict is not `known_S` (RECONSTRUCTION). bool [S].
+
+    >>> trust, gap = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, -3.0, -3.0])
+    >>> verdict_agrees(trust, gap, torch.tensor([True, True, True]), margin=0.0)
+    tensor([ True, False,  True])
+    """
+    return known_S & ((gap_S > margin).where(trust_S > 0, gap_S < -margin))
+
+
 def drift(
     student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Tensor, *, block: int, tau: float
 ) -> Tensor:

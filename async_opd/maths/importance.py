@@ -66,6 +66,78 @@ def prefix_ratio(student_logp_N: Tensor, behaviour_logp_N: Tensor, segment_N: Te
     return _exp(segments.before(student_logp_N - behaviour_logp_N, segment_N))
 
 
+def prefix_product(
+    student_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    segment_N: Tensor,
+    *,
+    instead_NM: Tensor | None = None,
+) -> Tensor:
+    """C_t = Π_{k ≤ t} ρ_k, the ratio of coming to t and saying what was said there, [N]; or of one
+    of M others said there, by their log-ratios `instead_NM`, [N, M] (PNPO Eq. 1, arXiv:2608.01418;
+    EXACT).
+
+    >>> current, behaviour = torch.tensor([0.5, 0.4]).log(), torch.tensor([0.25, 0.2]).log()
+    >>> prefix_product(current, behaviour, torch.tensor([0, 0]))
+    tensor([2., 4.])
+    """
+    return _exp(_log_prefix(student_logp_N - behaviour_logp_N, segment_N, instead_NM))
+
+
+def normalised_prefix(
+    student_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    segment_N: Tensor,
+    *,
+    instead_NM: Tensor | None = None,
+) -> Tensor:
+    """w_t = C_t^(1/t), t from 1, [N] or [N, M] as in `prefix_product` (PNPO Eq. 7; EXACT).
+
+    >>> current, behaviour = torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.2]).log()
+    >>> normalised_prefix(current, behaviour, torch.tensor([0, 0]))
+    tensor([2.0000, 1.4142])
+    """
+    log_ratio = _log_prefix(student_logp_N - behaviour_logp_N, segment_N, instead_NM)
+    place_N = segments.places(segment_N) + 1
+    return _exp(log_ratio / (place_N if instead_NM is None else place_N[:, None]))
+
+
+def narrowing(
+    ratio: Tensor, segment_N: Tensor, count: int, *, below: float, above: float
+) -> Tensor:
+    """M_t = 1[1 - below · √(L/t) ≤ ratio ≤ 1 + above · √(L/t)], t from 1 in a trajectory of L
+    tokens; bool, [N] or [N, M] (PNPO Eq. 8-9; EXACT).
+
+    >>> narrowing(torch.full((4,), 1.3), torch.zeros(4).long(), 1, below=0.2, above=0.2)
+    tensor([ True, False, False, False])
+    """
+    length_N = segments.lengths(segment_N, count)[segment_N]
+    width = (length_N / (segments.places(segment_N) + 1)).sqrt().to(ratio.dtype)
+    width = width.reshape(-1, *(1,) * (ratio.ndim - 1))
+    return (ratio >= 1 - below * width) & (ratio <= 1 + above * width)
+
+
+def log_ratio(student_logp: Tensor, behaviour_logp: Tensor) -> Tensor:
+    """log ρ within ±20 nats, of any shape.
+
+    >>> log_ratio(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -90.0]))
+    tensor([ 0.5000, 20.0000])
+    """
+    return (student_logp - behaviour_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def moved(student_logp_N: Tensor, behaviour_logp_N: Tensor) -> Tensor:
+    """κ = ρ log ρ - ρ + 1 ≥ 0, whose mean over tokens of the behaviour policy is KL(π‖π_behaviour)
+    (f-OPD's D^roll, arXiv:2605.17862, by cached log-probs; RECONSTRUCTION: the paper has the whole
+    vocabulary). [N], nats.
+
+    >>> moved(torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.2]).log())
+    tensor([0.3863, 0.0000])
+    """
+    log_N = log_ratio(student_logp_N, behaviour_logp_N)
+    return (log_N * log_N.exp() - log_N.expm1()).clamp(min=0)
+
+
 def truncate(
     ratio: Tensor, *, at_most: float | None, between: tuple[float, float] | None
 ) -> Tensor:
@@ -110,6 +182,13 @@ def _log_product(
     there are such."""
     total_N = segments.sums(log_ratio_N, segment_N, count)[segment_N]
     return total_N if instead_NM is None else (total_N - log_ratio_N)[:, None] + instead_NM
+
+
+def _log_prefix(log_ratio_N: Tensor, segment_N: Tensor, instead_NM: Tensor | None) -> Tensor:
+    """Σ_{k ≤ t} log ρ_k, unclamped: with each of the others in place of the t-th, where there are
+    such."""
+    before_N = segments.before(log_ratio_N, segment_N)
+    return before_N + log_ratio_N if instead_NM is None else before_N[:, None] + instead_NM
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

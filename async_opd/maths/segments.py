@@ -47,6 +47,24 @@ def before(value_N: Tensor, segment_N: Tensor) -> Tensor:
     return (ahead_N - ahead_N[_first(segment_N)]).to(value_N.dtype)
 
 
+def means(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
+    """Mean over each trajectory, [S]; 0 for one without tokens.
+
+    >>> means(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
+    tensor([1.5000, 4.0000])
+    """
+    return sums(value_N, segment_N, segments) / lengths(segment_N, segments).clamp(min=1)
+
+
+def largest(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
+    """Largest of each trajectory's values ≥ 0, [S]; 0 for one without tokens.
+
+    >>> largest(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
+    tensor([2., 0., 4.])
+    """
+    return value_N.new_zeros(segments).scatter_reduce_(0, segment_N, value_N, "amax")
+
+
 def lookahead_minimum(value_N: Tensor, segment_N: Tensor, window: int) -> Tensor:
     """min of v_t … v_{t+window}, as far as the trajectory goes, [N].
 

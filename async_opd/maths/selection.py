@@ -42,6 +42,20 @@ def part(segment_N: Tensor, count_S: Tensor, *, share: float, end: bool) -> Tens
     return place_N >= count_S[segment_N] - kept_N if end else place_N < kept_N
 
 
+def lowest(value_N: Tensor, segment_N: Tensor, count: int, *, share: float) -> Tensor:
+    """The ⌈share · length⌉ lowest of each trajectory, the first of equals first; bool [N].
+
+    >>> lowest(torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([0, 0, 0, 1]), 2, share=0.4)
+    tensor([False,  True,  True,  True])
+    """
+    length_S = segments.lengths(segment_N, count)
+    by_value_N = value_N.argsort(stable=True)
+    order_N = by_value_N[segment_N[by_value_N].argsort(stable=True)]
+    rank_N = value_N.new_empty(len(value_N), dtype=segment_N.dtype)
+    rank_N[order_N] = segments.places(segment_N)
+    return rank_N < (share * length_S.double() - ROUNDING).ceil().clamp(min=1)[segment_N]
+
+
 def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     """A share of each trajectory's tokens, chosen by a hash of its key and their place: the same in
     every batch.

@@ -1,16 +1,18 @@
 """The seam of an objective: what it declares, and what it makes of a batch."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Needs
-from async_opd.maths import Tensor
+from async_opd.maths import Tensor, segments
 from async_opd.objectives import bounds
+from async_opd.objectives.freshness import Freshness
 from async_opd.objectives.modifiers import Bound, DriftGate, Position, RandomShare
+from async_opd.objectives.reward import SHARES
 from async_opd.objectives.token_batch import ComposedLoss, TokenBatch, TokenLoss, declared
 
 RENAMED = {
@@ -22,18 +24,39 @@ RENAMED = {
     "episode": "trajectory_statistics",
 }
 
-BOUNDED = {  # a setting; its metric, unit and meaning
-    "signal_at_most": (
-        "signal_bounded",
-        "share",
-        "of the trained tokens whose signal objective.signal_at_most lowered",
-    ),
-    "weight_at_most": (
-        "weight_bounded",
-        "share",
-        "of the trained tokens whose W * ratio objective.weight_at_most lowered",
-    ),
+COMPOSED = {  # a setting of `objective`; the metrics it makes, each with unit and meaning
+    "signal_at_most": {
+        "signal_bounded": (
+            "share",
+            "of the trained tokens whose signal objective.signal_at_most lowered",
+        ),
+    },
+    "weight_at_most": {
+        "weight_bounded": (
+            "share",
+            "of the trained tokens whose W * ratio objective.weight_at_most lowered",
+        ),
+    },
+    "freshness": {
+        "freshness": ("factor", "weight by the age of the response, mean over the trained tokens"),
+        "moved": (
+            "nats/token",
+            "KL that the student has moved on the response since it was sampled, mean over the"
+            " trained tokens",
+        ),
+    },
+    "reward": SHARES,
+    "correction.narrowing": {
+        f"prefix_kept_{quarter}": (
+            "share",
+            f"of the trained tokens in quarter {quarter} of their response, that"
+            " objective.correction.narrowing lets pass",
+        )
+        for quarter in (1, 2, 3, 4)
+    },
 }
+# what corrects how likely the student is to come to a prefix: one of these lines at a time
+STATE_CORRECTIONS = (("freshness",), ("drift_gate",), ("prefix", "correction.of_prefix"))
 
 
 class Objective(
@@ -44,16 +67,20 @@ class Objective(
     `token_metrics`, where it has such. The settings below compose with every objective."""
 
     drift_gate: DriftGate | None = None
+    freshness: Freshness | None = None
     position: Position | None = None
     random: RandomShare | None = None
     constant: Annotated[float, Meta(gt=0)] = 1.0  # a control: weight of every token
     # most that a token says, nats: |A|, of a divergence the log-ratio; before weights and ratio
     signal_at_most: Bound | None = None
-    # most that this is multiplied by: the product of W, ρ̃, the drift gate and `constant`
+    # most that this is multiplied by: the product of W, ρ̃, the drift gate or freshness and
+    # `constant`
     weight_at_most: Bound | None = None
     # kept tokens; the selected of them; first over each trajectory's, then over trajectories
     mean_over: Literal["tokens", "selected", "sequences"] = "tokens"
 
+    # whether `token_loss` takes the anchor of `freshness` off its advantage itself
+    anchors: ClassVar[bool] = False
     # unit and meaning, in ASCII, of each metric of its own, by name
     metrics: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
@@ -67,6 +94,16 @@ class Objective(
         selects = self.position or self.random or type(self).selection is not Objective.selection
         if self.mean_over == "selected" and not selects:
             raise ValueError("mean_over = 'selected': has no effect without position or random")
+        corrections = [
+            next(name for name in names if self.setting(name)).replace("of_prefix", "ratio")
+            for names in STATE_CORRECTIONS
+            if any(self.setting(name) for name in names)
+        ]
+        if len(corrections) > 1:
+            raise ValueError(
+                f"{corrections[0]}: must not stand beside {corrections[1]}, for both correct how"
+                " far the student has moved from what it wrote"
+            )
 
     @property
     def tag(self) -> str:
@@ -75,8 +112,16 @@ class Objective(
 
     @property
     def metric_names(self) -> list[str]:
-        """The names of what `loss` measures: its own, and how often a bound acts that is set."""
-        return [*self.metrics, *(BOUNDED[name][0] for name in BOUNDED if getattr(self, name))]
+        """The names of what `loss` measures: its own, and those of what composes and is set."""
+        composed = [name for key in COMPOSED if self.setting(key) for name in COMPOSED[key]]
+        return [*self.metrics, *composed]
+
+    def setting(self, key: str) -> Any:
+        """Look up a setting by its key in `[objective]`; None for one that the method has not."""
+        value: Any = self
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        return value
 
     def requirements(self) -> Needs:
         """Say what this method must be supplied with."""
@@ -97,13 +142,18 @@ class Objective(
         return {}
 
     def trajectory_statistics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Compute what the running moments that the method declares are taken of, [S] by name; NaN
-        is left out."""
+        """Compute what the running moments that the method declares are taken of, where NaN is left
+        out, and its sums over responses; [S] by name."""
         return {}
 
     def token_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Compute what each of `metrics` is the mean of over the kept tokens, [N] by name."""
+        """Compute what each of `metrics` is the mean of over the kept tokens, [N] by name; NaN is
+        left out."""
         return {}
+
+    def composed_metrics(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Compute the same of what composes and is set, but for the two bounds."""
+        return self.freshness.metrics(batch) if self.freshness else {}
 
     def needs(self) -> Needs:
         """Say what the generator, the teachers and the learner must compute and ship: for the
@@ -119,9 +169,10 @@ class Objective(
         )
 
     def statistics(self, batch: TokenBatch, kept_N: Tensor) -> dict[str, Tensor]:
-        """Take the declared sums and maxima over the kept tokens of one batch, at least one, and
-        their number, `tokens`; 0-d float64. The learner reduces them over micro-batches and ranks,
-        before any `loss` is asked for."""
+        """Take the declared sums and maxima over the kept tokens of one batch, their number,
+        `tokens`, and that of the responses that hold one, `sequences`; float64, 0-d or one for each
+        group. The learner reduces them over micro-batches and ranks, before any `loss` is asked
+        for."""
         value_N = self.token_statistics(batch)
         if self.drift_gate:
             value_N["drift_gate"] = self.drift_gate.gate(batch)
@@ -129,8 +180,16 @@ class Objective(
             value_N["selected"] = self._selected(batch)
         needs = self.needs()
         sums = {name: value_N[name][kept_N].double().sum() for name in needs.sums}
-        maxima = {name: value_N[name][kept_N].double().max() for name in needs.maxima}
-        return {"tokens": kept_N.double().sum()} | sums | maxima
+        maxima = {name: bounds.largest(value_N[name][kept_N].double()) for name in needs.maxima}
+        kept_S = segments.sums(kept_N.double(), batch.segment_N, batch.trajectories) > 0
+        counts = {"tokens": kept_N.double().sum(), "sequences": kept_S.double().sum()}
+        value_S = self.trajectory_statistics(batch) if needs.response_sums else {}
+        responses = {name: value_S[name][kept_S].double().sum() for name in needs.response_sums}
+        groups = {
+            name: segments.sums(value_N[name].double(), batch.group_N, batch.groups)
+            for name in needs.group_sums
+        }
+        return counts | sums | maxima | responses | groups
 
     def moments(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Compute what running moments are taken of: for the method, and for what composes."""
@@ -143,6 +202,8 @@ class Objective(
         factor_N = batch.behaviour_logp_N.new_full(selected_N.shape, self.constant)
         if self.drift_gate:
             factor_N = factor_N * self.drift_gate.weight(batch)
+        if self.freshness:
+            factor_N = factor_N * self.freshness.weight(batch)
         bounded: dict[str, Tensor] = {}
         if self.signal_at_most:
             bounded["signal_bounded"] = declared(method.bounded_N) & selected_N
@@ -155,7 +216,7 @@ class Objective(
             weight_N=method.weight_N * factor_N,
             advantage=method.advantage,
             ratio=method.ratio,
-            metrics=self.token_metrics(batch) | bounded,
+            metrics=self.token_metrics(batch) | self.composed_metrics(batch) | bounded,
             selected_N=selected_N,
         )
 
@@ -170,8 +231,14 @@ class Objective(
 
     def _bounded_loss(self, batch: TokenBatch) -> TokenLoss:
         if self.signal_at_most is None:
-            return self.token_loss(batch)
-        return bounds.signal(self.token_loss, batch, self.signal_at_most)
+            return self._anchored_loss(batch)
+        return bounds.signal(self._anchored_loss, batch, self.signal_at_most)
+
+    def _anchored_loss(self, batch: TokenBatch) -> TokenLoss:
+        method = self.token_loss(batch)
+        if self.freshness and self.freshness.lam and not self.anchors:
+            return self.freshness.anchored(method, batch)
+        return method
 
     def _selected(self, batch: TokenBatch) -> Tensor:
         choosers = [chooser for chooser in (self.position, self.random) if chooser]

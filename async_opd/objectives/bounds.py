@@ -1,5 +1,6 @@
 """Bounds on what one token may say: on its signal, and on what its signal is multiplied by."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,11 @@ ROUNDING = 1e-5  # of sums in float32
 def scale(size: Tensor, at_most: float) -> Tensor:
     """Compute min(1, c / size), what brings a size ≥ 0 down to c. Any shape."""
     return at_most / size.clamp(min=at_most)
+
+
+def largest(value_N: Tensor) -> Tensor:
+    """Take the largest, 0-d; -inf of none."""
+    return value_N.max() if len(value_N) else value_N.new_full((), -math.inf)
 
 
 def signal(

@@ -32,7 +32,9 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
         advantage_NM = advantages.reverse_kl(signal_NM, teacher_NM)
         if self.reward:  # which the generated token alone has led to; its m undoes the mean's
             advantage_NM[:, 0] += self.m * self.reward.part(batch)
-        advantage_NM, bounded_N = self.bounded(advantage_NM)
+        advantage_NM, bounded_N = self.bounded(
+            self.anchored(advantage_NM, student_NM, behaviour_NM)
+        )
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
         return TokenLoss(
             loss_N=loss_NM.mean(1),

@@ -17,13 +17,18 @@ class TokenBatch:
     student_logp_N: Tensor | None  # live student
     behaviour_logp_N: Tensor  # the weights that sampled each token
     teacher_logp_N: Tensor
+    targets_N: Tensor  # int64, the sampled tokens
     segment_N: Tensor  # int64, index of the token's trajectory in the micro-batch
     key_S: Tensor  # int64, names the trajectory, whatever batch it is in
     reward_S: Tensor  # 1 right, 0 wrong, NaN unknown
     group_reward_SG: Tensor  # rewards of all samples of the same prompt
     group_length_SG: Tensor  # and their tokens
     cap_S: Tensor  # most tokens a response may have
+    lag_N: Tensor  # optimizer steps that the weights which sampled the token are behind
+    group_S: Tensor  # int64, number of the trajectory's group in the step
+    groups: int = 1  # of the step
     step: int = 1  # the optimizer step that is being made, from 1
+    candidate_ids_NK: Tensor | None = None  # int64
     reference_logp_N: Tensor | None = None
     student_logp_NK: Tensor | None = None  # at the candidates
     behaviour_logp_NK: Tensor | None = None  # at the same candidates, where they are samples
@@ -33,7 +38,8 @@ class TokenBatch:
     student_entropy_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
     hidden_ND: Tensor | None = None  # what the student's head reads, detached
-    # 0-d float64, by the names that the requirements declare, and `tokens`
+    # float64, 0-d or one for each group, by the names that the requirements declare; `tokens` and
+    # `sequences`
     statistics: dict[str, Tensor] = field(default_factory=lambda: {})
     # of all past steps, by the names that the requirements declare
     running: dict[str, Moments] = field(default_factory=dict[str, Moments])
@@ -42,6 +48,16 @@ class TokenBatch:
     def trajectories(self) -> int:
         """S."""
         return len(self.reward_S)
+
+    @property
+    def group_N(self) -> Tensor:
+        """Number in the step of each token's group, int64 [N]."""
+        return self.group_S[self.segment_N]
+
+    @property
+    def outside_N(self) -> Tensor:
+        """Mark the sampled tokens that are none of the candidates, bool [N]."""
+        return (declared(self.candidate_ids_NK) != self.targets_N[:, None]).all(1)
 
 
 def declared(value: Tensor | None) -> Tensor:

@@ -77,6 +77,8 @@ class RemoteLearner:
         share = LearnerShare(
             micro_batches=tuple(tuple((index[g], s) for g, s in micro) for micro in micros),
             verdicts=tuple(group.verdicts for group in mine),
+            numbers=tuple(used),
+            total=len(groups),
         )
         columns: dict[str, list[Ref]] = {
             "groups": [group.group for group in mine],

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from async_opd.objectives import all_objectives
-from async_opd.objectives.base import BOUNDED
-from async_opd.objectives.reward import SHARES
+from async_opd.objectives.base import COMPOSED
 
 PREFIX = "async_opd_"  # in Ray's metrics, which put ray_ before it
 PLACES = {  # in names, what may stand there
@@ -197,12 +196,12 @@ TABLE = {  # by who makes them
         Metric("weight_by_ratio", "share", "that comes from the ratio"),
         Metric("weight_by_advantage", "share", "that comes from |A|, the advantage"),
     ),
-    "the learner, with `objective.signal_at_most` and `objective.weight_at_most`": tuple(
-        Metric(*metric) for metric in BOUNDED.values()
-    ),
-    "the learner, with `objective.reward`": tuple(
-        Metric(name, *meaning) for name, meaning in SHARES.items()
-    ),
+    **{
+        f"the learner, with `objective.{key}`": tuple(
+            Metric(name, *meaning) for name, meaning in metrics.items()
+        )
+        for key, metrics in COMPOSED.items()
+    },
     **_of_objectives(),
 }
 NAMES = tuple(metric for metrics in TABLE.values() for metric in metrics)

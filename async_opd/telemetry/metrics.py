@@ -4,6 +4,7 @@ which can never slow or stop training. What a key means: `async_opd.telemetry.me
 import errno
 import itertools
 import json
+import math
 import os
 import queue
 import sys
@@ -223,7 +224,7 @@ class Meter:
             "step": step,
             "elapsed_s": elapsed,
             "left_s": elapsed / (step - self._first) * (steps - step),
-            **metrics,
+            **{key: None if math.isnan(x) else x for key, x in metrics.items()},
             **rates,
             **shares,
             **more,

@@ -349,6 +349,44 @@ MISTAKES = {
             " compares them"
         ],
     ),
+    "groups of one, for a gate on verdicts": (
+        ('tag = "topk_kl"\nk = 24\ndivergence = "reverse"', 'tag = "rg_opd"'),
+        [
+            "rollout.samples_per_prompt = 1: must be >= 2 for objective.tag = 'rg_opd', which"
+            " compares them"
+        ],
+    ),
+    "groups of one, for moments over them": (
+        (
+            'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',
+            'tag = "top_d"\nnormalise = true',
+        ),
+        [
+            "rollout.samples_per_prompt = 1: must be >= 2 for objective.tag = 'top_d', which"
+            " compares them"
+        ],
+    ),
+    "two corrections of the same drift": (
+        (
+            'divergence = "reverse"',
+            'divergence = "reverse"\nprefix = {}\nfreshness = { alpha = 2.0 }',
+        ),
+        [
+            "freshness: must not stand beside prefix, for both correct how far the"
+            " student has moved from what it wrote"
+        ],
+    ),
+    "a sampled rest of another divergence": (
+        ('divergence = "reverse"', 'divergence = "forward"\nrest = "sampled"'),
+        ["rest = 'sampled': must be of divergence = 'reverse', not 'forward'"],
+    ),
+    "a gate of another ratio": (
+        (
+            'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',
+            'tag = "opd"\ncorrection = { tag = "importance", narrowing = [0.1, 0.1] }',
+        ),
+        ["narrowing = (0.1, 0.1): has no effect with ratio = 'token'"],
+    ),
     "bounds of no ratio": (
         (
             'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',

@@ -23,6 +23,8 @@ def batch(
     group=None,
     group_lengths=None,
     cap=10.0,
+    lag=None,
+    number=None,
     **more,
 ):
     """A batch from lists; one trajectory unless `lengths` are given, no staleness unless
@@ -43,6 +45,10 @@ def batch(
         group_reward_SG=torch.tensor(group or [[r] for r in reward], dtype=torch.float64),
         group_length_SG=torch.tensor(group_lengths or [[n] for n in lengths], dtype=torch.float64),
         cap_S=torch.full((len(lengths),), cap, dtype=torch.float64),
+        targets_N=torch.zeros(len(student), dtype=torch.int64),
+        lag_N=torch.tensor(lag or [0] * len(student)),
+        group_S=torch.tensor(number or [0] * len(lengths)),
+        groups=max(number or [0]) + 1,
         **tensors,
     )
 

@@ -21,6 +21,7 @@ from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
+from async_opd.objectives.freshness import Freshness
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.reward import Reward
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
@@ -50,9 +51,24 @@ SETTINGS = {  # the required settings of each tag, then those of its other branc
             ("reverse", "student", "renormalise"),
             ("forward", "teacher", "drop"),
             ("jensen_shannon", "student", "drop"),
+            ("reverse", "teacher", "sampled"),
+            ("reverse", "student", "sampled"),
         ]
     ],
     "eopd": [{"k": 3, "rest": rest} for rest in ("renormalise", "bucket", "drop")],
+    "top_d": [
+        {},
+        {"alpha": 1.0, "future": True},
+        {"future": True, "normalise": True},
+        {"normalise": True, "student_signal": "cached"},
+    ],
+    "renio": [{}, {"tau": 0.3, "clip": 1.0, "mean_over": "tokens"}, {"student_signal": "cached"}],
+    "rg_opd": [
+        {"k": 3},
+        {"k": 3, "margin": 0.2},
+        {"k": 2, "rest": "sampled", "support": "teacher"},
+    ],
+    "opsa": [{}, {"entropy": False, "share": 0.5}],
 }
 LEARNS_FROM_AGREEMENT = {  # where a method has a signal although student and teacher agree, by tag
     "egrsd": lambda o: True,  # the verdict
@@ -66,6 +82,7 @@ LEARNS_FROM_AGREEMENT = {  # where a method has a signal although student and te
     "topk_kl": lambda o: o.rest == "drop" and o.divergence != "jensen_shannon",
     # over the k alone, Σ_k π_T ∇log π is not 0
     "eopd": lambda o: o.rest != "bucket",
+    "opsa": lambda o: True,  # there is no teacher in it
 }
 CORRECTIONS = [
     Importance(),
@@ -74,6 +91,8 @@ CORRECTIONS = [
     Importance(between=(0.3, 3.0)),
     Importance(ratio="sequence", at_most=5.0),
     Importance(ratio="geometric"),
+    Importance(ratio="prefix", at_most=5.0),
+    Importance(ratio="prefix_normalised", narrowing=(0.3, 0.5)),
     Ppo(),
     Ppo(clip=0.3, dual_clip=1.5),
 ]
@@ -87,6 +106,8 @@ COMPOSED = [
     dict(drift_gate=DriftGate(tau=0.3), random=RandomShare(share=0.7)),
     dict(signal_at_most=0.3, weight_at_most=1.1),
     dict(signal_at_most=1.0, drift_gate=DriftGate(block=2), position=Position(share=0.6)),
+    dict(freshness=Freshness(xi=0.05)),
+    dict(freshness=Freshness(lam=0.0, age="largest"), random=RandomShare(share=0.5)),
 ]
 REWARDS = [
     None,
@@ -100,7 +121,7 @@ MEANS = ["tokens", "selected", "sequences"]
 def combinations() -> Iterator:
     """Each objective with each of its corrections, and its other branches with two of them; each
     time with the next of what composes and the next mean, over the selected tokens where some are
-    selected."""
+    selected. What corrects the state twice is refused, so the next that does not is taken."""
     composed, means, rewards = cycle(COMPOSED), cycle(MEANS), cycle(REWARDS)
     for tag, cls in all_objectives().items():
         known = {f.name for f in msgspec.structs.fields(cls)}
@@ -109,8 +130,14 @@ def combinations() -> Iterator:
         others = cycle(stale)
         for i, settings in enumerate(SETTINGS.get(tag, [])):
             for changes in stale if i == 0 else islice(others, 2):
-                more, mean = next(composed), next(means)
-                if mean == "selected" and tag != "dear" and not {"position", "random"} & set(more):
+                of_prefix = changes.get("prefix") or getattr(
+                    changes.get("correction"), "of_prefix", False
+                )
+                more = next(
+                    m for m in composed if not (of_prefix and {"drift_gate", "freshness"} & set(m))
+                )
+                mean, selects = next(means), {"position", "random"} & set(more)
+                if mean == "selected" and tag not in ("dear", "rg_opd", "opsa") and not selects:
                     mean = "tokens"
                 beside = {"reward": next(rewards)} if "reward" in known else {}
                 yield cls(**(more | dict(mean_over=mean) | beside | changes | settings))
@@ -134,9 +161,12 @@ TRAJECTORIES = [
     (2, [(4, 3)], True, (0, 0, 1)),  # truncated
     (5, [(0, 2)], False, (1, 0, 0)),  # all over the bound
 ]
+GROUPS = [0, 1, 0, 1, 2, 0]  # whose moments are over several micro-batches and ranks
 KEPT = [True] * 5 + [False] * 2 + [True] * 7 + [False] * 5
 CONTEXT = StepContext(
-    step=12, running={"reward": Moments(7.0, 0.6, 2.0), "task_reward": Moments(9.0, 0.4, 2.0)}
+    step=12,
+    groups=3,
+    running={"reward": Moments(7.0, 0.6, 2.0), "task_reward": Moments(9.0, 0.4, 2.0)},
 )
 
 
@@ -237,6 +267,7 @@ def sample(i, needs):
         verdicts=words,
         group_lengths=(tokens, 2, 5),
         reference=from_reference,
+        group=GROUPS[i],
     )
 
 
@@ -368,7 +399,9 @@ def sizes_N(objective, batch):
 def test_no_token_carries_a_step_where_signal_and_weight_are_bounded(objective, most, weight):
     bounds = dict(signal_at_most=most, weight_at_most=weight)
     bounded = msgspec.structs.replace(objective, **bounds)
-    batch, parts = forbidden(objective), 2 if isinstance(objective, Eopd) else 1
+    two = isinstance(objective, Eopd) or getattr(objective, "rest", "") == "sampled"
+    anchored = objective.freshness and objective.freshness.lam and not objective.anchors
+    batch, parts = forbidden(objective), 1 + bool(two) + bool(anchored)
     assert sizes_N(bounded, batch).max() <= parts * most * weight * (1 + 1e-6)
     result, signal_only = bounded.loss(batch), msgspec.structs.replace(bounded, weight_at_most=None)
     ratio = 1 if result.ratio is None else result.ratio.reshape(len(KEPT), -1).amax(1)
@@ -502,7 +535,10 @@ def test_where_student_behaviour_and_teacher_agree_nothing_is_learned_unless_it_
         same |= dict(behaviour_logp_NK=student_NK.detach(), teacher_logp_NK=student_NK.detach())
     if batch.student_tail_logp_N is not None:
         same |= dict(teacher_tail_logp_N=batch.student_tail_logp_N.detach())
-    loss = objective.loss(replace(batch, **same)).loss_N.sum()
+    batch = replace(batch, **same)
+    with torch.no_grad():
+        batch = replace(batch, statistics=objective.statistics(batch, torch.tensor(KEPT)))
+    loss = objective.loss(batch).loss_N.sum()
     gradients = torch.autograd.grad(
         loss, list(module.parameters()), allow_unused=True, retain_graph=True
     )

@@ -92,6 +92,8 @@ async def test_what_the_teacher_answered_trains_in_micro_batches_of_its_own_as_m
     for rank in await stepped(*groups):
         used = [int(name.split()[1]) for name in rank.columns["groups"]]
         assert [verdict.id for (verdict,) in rank.share.verdicts] == [f"{g}" for g in used]
+        # what every rank calls them by, so that sums over a group may be over ranks
+        assert [rank.share.number(g) for g in range(len(used))] == used and rank.share.groups == 5
         assert rank.columns["scores"] == [groups[g].scores for g in used]
         micros = [[(used[g], s) for g, s in micro] for micro in rank.share.micro_batches]
         seen += [pair for micro in micros for pair in micro]

@@ -7,7 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from async_opd.objectives.freshness import Freshness
 from async_opd.objectives.reward import Reward
+from async_opd.objectives.sampled import Importance
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metric_names import NAMES
 from tests.driver.test_teacher_sampling import run as run_taught
@@ -25,7 +27,10 @@ def emitted(tmp_path) -> set[str]:
     keys = set().union(*run_taught(tmp_path / "taught").rows)
     bounded = msgspec.structs.replace(PLAIN[0], signal_at_most=1.0, weight_at_most=1.0)
     rewarded = msgspec.structs.replace(PLAIN[0], reward=Reward())
-    for objective in (*PLAIN, bounded, rewarded):
+    fresh = msgspec.structs.replace(PLAIN[0], freshness=Freshness())
+    narrowing = Importance(ratio="prefix_normalised", narrowing=(0.3, 0.5))
+    gated = msgspec.structs.replace(PLAIN[0], correction=narrowing)
+    for objective in (*PLAIN, bounded, rewarded, fresh, gated):
         keys |= accumulated(objective, packed(objective, WHOLE))[0].keys()
     return keys
 

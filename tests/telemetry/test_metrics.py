@@ -48,6 +48,15 @@ def test_a_row_holds_the_learners_metrics_and_the_rates():
     assert meter.summary().items() >= totals.items()
 
 
+def test_what_no_token_has_is_null_in_the_row():
+    rows, clock = [], Clock()
+    meter = Meter([rows.append], clock)
+    meter.start()
+    clock.now = 1.0
+    meter.step(1, 4, STEP | {"kept_right": float("nan")})
+    assert rows[0]["kept_right"] is None and rows[0]["kl"] == 0.25
+
+
 def test_it_knows_the_step_of_the_last_row_also_behind_a_checkpoint():
     clock = Clock()
     meter = Meter([], clock)

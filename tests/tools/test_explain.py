@@ -37,6 +37,7 @@ DRIFTED = dict(  # by 0.02, -0.04, 0.30, 0.10, -0.50, -0.30
     behaviour_logp=[-1.02, -0.96, -1.3, -1.1, -0.5, -0.7],
     teacher_logp=[-1.0] * 6,
 )
+AGED = SIX | dict(behaviour_logp=[-0.15, -1.00, -0.05, -2.50, -0.30, -0.05], lag=[2, 2, 2, 1, 1, 1])
 DECISIONS = dict(
     student_logp=[-5.0] * 10,
     behaviour_logp=[-5.0] * 10,
@@ -79,6 +80,28 @@ PUBLISHED = {  # command, rollouts; trajectory, field, its numbers
         0,
         "weight",
         [1.5, 1.493827, 1.432099, 1.061728, 1.0, 1.0],
+    ),
+    "f-OPD, weight": ("opd freshness.xi=0.05", [AGED], 0, "weight", [0.316177] * 6),
+    "f-OPD, coefficient": (
+        "opd freshness.xi=0.05",
+        [AGED],
+        0,
+        "coefficient",
+        [-0.018281, 0.134609, -0.948532, -0.200813, 0.002861, 0.002281],
+    ),
+    "PNPO": (
+        "opd correction.tag=importance correction.ratio=prefix_normalised",
+        [AGED],
+        0,
+        "ratio",
+        [1.051271, 0.927743, 0.951229, 1.012578, 0.990050, 0.996672],
+    ),
+    "TOP-D": (
+        "top_d",
+        [SIX],
+        0,
+        "advantage",
+        [-0.009802, 0.121991, -0.210774, -0.081963, 0, 0.002008],
     ),
     "SG-OPD, right": ("sg_opd", PAIR, 0, "advantage", [-0.05, 0.82, -3.0, -0.5, 0.0, 0.018]),
     "SG-OPD, wrong": ("sg_opd", PAIR, 1, "advantage", [-0.074, 0.5, -5.2, -1.06, 0.0, 0.01]),
@@ -143,6 +166,16 @@ NEEDED = {  # command: the fields without which it cannot be
     "topk_kl k=3 drift_gate.block=2": TAILED | {"student_logp", "behaviour_logp"},
     "eopd k=3": SAMPLED | {"candidates", "teacher_entropy"},
     "eopd k=3 tau=0 rest=bucket": SAMPLED | TAILED,
+    "topk_kl k=3 rest=sampled": SAMPLED | {"candidates", "tokens"},
+    "topk_kl k=3 freshness.alpha=2": TAILED | {"student_logp", "behaviour_logp", "lag"},
+    "opd freshness.lambda=0.2": SAMPLED | {"lag"},
+    "opd correction.tag=importance correction.ratio=prefix": SAMPLED,
+    "top_d": SAMPLED,
+    "top_d normalise=true future=true": SAMPLED | {"prompt"},
+    "renio": SAMPLED | {"lag"},
+    "rg_opd k=3": TAILED | {"student_logp", "teacher_logp", "prompt", "reward"},
+    "opsa": {"student_logp", "behaviour_logp", "student_entropy"},
+    "opsa entropy=false": {"student_logp", "behaviour_logp"},
 }
 LENGTHS, PROMPTS, REWARDS = (4, 1, 6, 3), ("a", "a", "b", "a"), (1, 0, None, 1)
 
@@ -193,8 +226,10 @@ def everything() -> list[dict]:
         return per_token | {
             "hidden": [[draw.gauss(0, 1) for _ in range(4)] for _ in range(length)],
             "candidates": [
-                [{name: logp() - 1 for name in candidate} for _ in range(3)] for _ in range(length)
+                [{name: logp() - 1 for name in candidate} | {"token": f"t{i}"} for i in range(3)]
+                for _ in range(length)
             ],
+            "lag": [2] * (length // 2) + [1] * (length - length // 2),
             "tokens": [f"t{i}" for i in range(length)],
             "prompt": prompt,
             "reward": reward,
@@ -353,7 +388,7 @@ def test_it_is_what_the_learner_computes(command):
         batch.student_tail_logp_N,
         batch.hidden_ND,
     )
-    context = StepContext(step=7, running=batch.running)
+    context = StepContext(step=7, running=batch.running, groups=batch.groups)
     statistics = batch_statistics(lambda *_: read, lambda *_: None, objective, [micro], context)
     seen = token_batch(micro, read, context, statistics)
     learned = objective.loss(seen)
@@ -368,7 +403,7 @@ def _slope(batch, tag):
     slope_N, slope_NK = batch.student_logp_N.grad, getattr(batch.student_logp_NK, "grad", None)
     if tag == "mc_opd":
         return slope_N[:, None] if slope_NK is None else torch.cat([slope_N[:, None], slope_NK], 1)
-    return slope_NK if tag == "topk_kl" else slope_N
+    return slope_NK if slope_N is None else slope_N
 
 
 ONE = {"student_logp": [-1.0, -2.0], "behaviour_logp": [-1.0, -2.0], "teacher_logp": [-1.0, -2.0]}

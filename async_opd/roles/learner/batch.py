@@ -29,6 +29,7 @@ class Trajectory:
     verdicts: tuple[Verdict, ...]  # of all samples of the prompt, its own among them
     group_lengths: tuple[int, ...]  # tokens of those samples, in the order of the verdicts
     reference: Scores | None = None
+    group: int = 0  # its number in the step
 
     @property
     def from_teacher(self) -> bool:
@@ -80,6 +81,7 @@ def trajectories(
                 verdicts=share.verdicts[g],
                 group_lengths=tuple(len(rollout.ids) for rollout in groups[g].rollouts),
                 reference=_of(groups[g].rollouts[s], references[g], s),
+                group=share.number(g),
             )
             for g, s in micro
         ]
@@ -102,11 +104,8 @@ class MicroBatch(TokenBatch):
     ids_L: Tensor  # int64
     segment_lengths: list[int]  # prompt + response of each trajectory, summing to L
     rows_N: Tensor  # int64, index in L of the position that predicts each response token
-    targets_N: Tensor  # int64
     keep_N: Tensor  # bool, tokens inside the reduction
-    lag_N: Tensor  # int64, optimizer steps
     kv_lag_N: Tensor  # float32, the same of the KV behind the weights of the token
-    candidate_ids_NK: Tensor | None
     from_teacher: bool  # all of them the teacher's own answers: no lag, no scores, cross-entropy
     student_logp_N: Tensor | None = None
 
@@ -159,6 +158,7 @@ def pack(
         group_length_SG=torch.tensor(
             [t.group_lengths for t in trajectories], dtype=torch.float32
         ).reshape(len(rollouts), -1 if rollouts else 0),
+        group_S=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         cap_S=torch.full((len(rollouts),), float(bounds.cap)),
         candidate_ids_NK=_flat_if_there(
             [r.candidate_ids for r in rollouts] if at_student_ids else [s.topk_ids for s in scores],

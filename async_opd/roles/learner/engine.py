@@ -166,6 +166,7 @@ class LearnerRank:
             StepContext(
                 step=step,
                 max_lag_steps=self._settings.max_lag_steps,
+                groups=share.groups,
                 running=self._running,
                 teacher_weight=sampling.weight(step) if sampling else 0.0,
             ),

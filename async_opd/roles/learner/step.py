@@ -81,6 +81,7 @@ class StepContext:
 
     step: int = 1  # the one that is being made, from 1
     max_lag_steps: int = 0  # of a trained token
+    groups: int = 1  # of the step, over all ranks
     # over the trajectories of all past steps
     running: dict[str, Moments] = field(default_factory=dict[str, Moments])
     teacher_weight: float = 0.0  # α(step) of the cross-entropy on the teacher's own answers
@@ -102,6 +103,7 @@ def token_batch(
         student_entropy_N=read and read.entropy_N,
         hidden_ND=read and read.hidden_ND,
         step=context.step,
+        groups=context.groups,
         statistics=statistics or {},
         running=context.running,
     )
@@ -116,14 +118,18 @@ def batch_statistics(
     context: StepContext,
 ) -> dict[str, Tensor]:
     """Count kept `tokens` of the student, `sequences` that hold one and kept tokens of the
-    teacher's own answers (`from_teacher`), and take the sums and maxima that `objective` declares
-    over the kept tokens; of every micro-batch and rank, 0-d float64.
+    teacher's own answers (`from_teacher`), and take the sums and maxima that `objective` declares;
+    of every micro-batch and rank, 0-d float64, of groups one for each group.
 
     One forward of each micro-batch where the objective reads the live student for them. A maximum
     over no token is -inf.
     """
     needs = objective.needs()
-    start = dict.fromkeys((*COUNTS, *needs.sums), 0.0) | dict.fromkeys(needs.maxima, -torch.inf)
+    start: dict[str, float | list[float]] = dict.fromkeys(
+        (*COUNTS, *needs.sums, *needs.response_sums), 0.0
+    )
+    start |= dict.fromkeys(needs.maxima, -torch.inf)
+    start |= {name: [0.0] * context.groups for name in needs.group_sums}
     statistics = {
         name: torch.tensor(value, dtype=torch.float64, device=micros[0].ids_L.device)
         for name, value in start.items()
@@ -132,8 +138,7 @@ def batch_statistics(
         read = module(micro, needs) if needs.first_pass else None
         if micro.from_teacher:
             statistics["from_teacher"] += micro.keep_N.sum()
-        elif micro.keep_N.any():
-            statistics["sequences"] += len(micro.segment_N[micro.keep_N].unique())
+        elif micro.keep_N.any() or (needs.group_sums and len(micro.keep_N)):
             batch = token_batch(micro, read, context)
             for name, value in objective.statistics(batch, micro.keep_N).items():
                 join = torch.maximum if name in needs.maxima else torch.add

@@ -38,6 +38,7 @@ SUMS = (
     *(f"log_{factor}_log" for factor in FACTORS),
 )
 MOMENTS = ("count", "total", "squares")  # of a quantity of each trajectory
+METRIC = ("metric", "unmeasured")  # of each of the objective's own: its sum, and tokens without it
 MAXIMA = ("weight", "ratio", "mismatch", "lag")
 
 
@@ -49,7 +50,7 @@ class Measured:
         self._running = objective.needs().running
         names = [
             *SUMS,
-            *(f"metric_{name}" for name in objective.metric_names),
+            *(f"{part}_{name}" for name in objective.metric_names for part in METRIC),
             *(f"tokens_lag_{lag}" for lag in self._lags),
             *(f"{part}_{name}" for name in self._running for part in MOMENTS),
         ]
@@ -81,13 +82,17 @@ class Measured:
                 "kv_lag": micro.kv_lag_N[keep],
                 "excluded": ~keep,
                 **{f"tokens_lag_{lag}": keep & (micro.lag_N == lag) for lag in self._lags},
-                **{f"metric_{n}": result.metrics[n][keep] for n in self._objective.metric_names},
             }
         )
+        for name in self._objective.metric_names:
+            value = result.metrics[name][keep].double()
+            self._sum({f"metric_{name}": value.nan_to_num(), f"unmeasured_{name}": value.isnan()})
         self._largest("mismatch", gap_N[fresh])
         self._largest("lag", micro.lag_N[keep])
         self._weights(result, keep & result.selected_N)
-        for name, value_S in self._objective.moments(batch).items():
+        value_S_by_name = self._objective.moments(batch) if self._running else {}
+        for name in self._running:
+            value_S = value_S_by_name[name]
             known_S = value_S[~value_S.isnan()].double()
             self._sum(
                 {
@@ -113,16 +118,20 @@ class Measured:
             parts.update(zip(parts, values.unbind(), strict=True))
         sums = {name: value.item() for name, value in self._sums.items()}
         metrics = _metrics(
-            {name: value.item() for name, value in statistics.items()},
+            {name: statistics[name].item() for name in ("tokens", "from_teacher")},
             sums,
             {name: value.item() for name, value in self._maxima.items()},
         )
-        tokens = max(metrics["tokens"], 1)
         return (
             metrics
-            | {name: sums[f"metric_{name}"] / tokens for name in self._objective.metric_names}
+            | {n: self._metric(n, sums, metrics["tokens"]) for n in self._objective.metric_names}
             | {f"tokens_lag_{lag}": sums[f"tokens_lag_{lag}"] for lag in self._lags}
         )
+
+    def _metric(self, name: str, sums: dict[str, float], tokens: float) -> float:
+        """Take the mean over the kept tokens that have the metric; NaN where none has it."""
+        measured = max(tokens, 1) - sums[f"unmeasured_{name}"]
+        return sums[f"metric_{name}"] / measured if measured else float("nan")
 
     def merged(self, running: dict[str, Moments]) -> dict[str, Moments]:
         """Merge this step's trajectories into `running`; after `reduced`."""

@@ -1,4 +1,4 @@
-"""The batch that an objective sees of rollouts from a file."""
+"""The batch that an objective sees of given rollouts."""
 
 import zlib
 from pathlib import Path
@@ -45,6 +45,7 @@ class BatchReader:
         self._rollouts, self._file = rollouts, file
         self._trajectories = rollouts.trajectories
         self._count = sum(t.length for t in rollouts.trajectories)
+        self._known: dict[str | int, int] = {}  # ids of tokens, in order of appearance
 
     def batch(self) -> TokenBatch:
         """Collect all tokens of all trajectories, float64; student log-probs are leaves that take
@@ -71,6 +72,11 @@ class BatchReader:
                 # of the prompt and the place in its group
                 [zlib.crc32(f"{p}#{prompts[:i].count(p)}".encode()) for i, p in enumerate(prompts)]
             ),
+            lag_N=self._tokens("lag", FINITE),
+            targets_N=self._targets(),
+            candidate_ids_NK=self._candidate_ids(),
+            group_S=self._groups(),
+            groups=len(set(prompts)),
             reward_S=self._each("reward"),
             group_reward_SG=self._grouped(self._each("reward")),
             group_length_SG=self._grouped(lengths.double()),
@@ -123,6 +129,36 @@ class BatchReader:
             [torch.nan if value is None else value for value in self._values(field)],
             dtype=torch.float64,
         )
+
+    def _groups(self) -> Tensor:
+        """Number the prompts, int64 [S]."""
+        prompts = self._values("prompt")
+        if (lacking := self._lacking("prompt", len(prompts))) is not None:
+            return lacking
+        first = list(dict.fromkeys(prompts))
+        return torch.tensor([first.index(prompt) for prompt in prompts])
+
+    def _ids(self, tokens: list[str | int]) -> list[int]:
+        """Number tokens, the same ones alike."""
+        return [self._known.setdefault(token, len(self._known)) for token in tokens]
+
+    def _targets(self) -> Tensor:
+        """Number the tokens, int64 [N]."""
+        if (lacking := self._lacking("tokens", self._count)) is not None:
+            return lacking
+        return torch.tensor([i for tokens in self._values("tokens") for i in self._ids(tokens)])
+
+    def _candidate_ids(self) -> Tensor | None:
+        """Number the candidates, int64 [N, K]; None where the objective wants none."""
+        if not isinstance(logp := self._candidates("student_logp"), Tensor) or isinstance(
+            logp, Absent
+        ):
+            return logp
+        rows = [row for rows in self._values("candidates") for row in rows]
+        for number, row in enumerate(rows):
+            if any(candidate.token == "" for candidate in row):
+                return self._absent(f"{self._file}: row {number} of candidates has no token", 0)
+        return torch.tensor([self._ids([c.token for c in row]) for row in rows])
 
     def _grouped(self, value_S: Tensor) -> Tensor:
         """Collect the values of all trajectories of the same prompt, [S, G]; NaN where there is

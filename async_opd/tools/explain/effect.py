@@ -36,7 +36,12 @@ def explain(objective: Objective, rollouts: Rollouts, file: str | Path) -> list[
     split = {
         name: [None] * len(lengths)
         if value is None
-        else [part.tolist() for part in value.split(lengths)]
+        else [_plain(part.tolist()) for part in value.split(lengths)]
         for name, value in columns.items()
     }
     return [{name: parts[i] for name, parts in split.items()} for i in range(len(lengths))]
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    """Put None for NaN, where a metric is not of that token."""
+    return [None if value != value else value for value in values]

@@ -49,6 +49,8 @@ class Trajectory(Struct, frozen=True):
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
     student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all others than the candidates
     teacher_tail_logp: list[float] | UnsetType = UNSET
+    # optimizer steps that the weights which sampled each token were behind
+    lag: list[Annotated[int, Meta(ge=0)]] | UnsetType = UNSET
     reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
 

@@ -50,7 +50,7 @@ def _rows(t: Trajectory, effect: dict[str, Any], place: int) -> Iterator[Row]:
     here = {name: values and values[place] for name, values in effect.items()}
     advantages, ratios = _several(here["advantage"]), _several(here["ratio"])
     coefficients = _several(here["coefficient"]) + here.get("candidate_coefficient", [])
-    if here["advantage"] is None:  # a divergence, of candidates alone
+    if here["advantage"] is None and "candidate_coefficient" not in here:  # of candidates alone
         coefficients = [None, *coefficients]
     fields = {name: values[place] for name, values in t.per_token.items()}
     numbers = [

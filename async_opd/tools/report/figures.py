@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from async_opd.objectives import all_objectives
-from async_opd.objectives.base import BOUNDED
-from async_opd.objectives.reward import SHARES
+from async_opd.objectives.base import COMPOSED
 from async_opd.telemetry.metrics import ROLES, STATES, roles_of
 from async_opd.tools.report.read import Run
 
@@ -103,9 +102,7 @@ def learning(runs: list[Run]) -> list[Figure]:
         for tag, objective in sorted(all_objectives().items())
         if tag in tags
         for name in objective.metrics
-    }
-    composed = [*(name for name, *_ in BOUNDED.values()), *SHARES]
-    metrics |= {name: name.replace("_", " ") for name in composed}
+    } | {name: name.replace("_", " ") for composed in COMPOSED.values() for name in composed}
     figures.append(_lines(runs, "What the method shows", "Means over tokens", "", metrics))
     return _with_marks(figures, runs)
 

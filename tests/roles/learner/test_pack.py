@@ -102,6 +102,17 @@ def test_a_rollout_without_scores_is_never_trained_as_the_teachers_own_answer(sa
         assert trajectories(share, (group,), (None,))[0][0].from_teacher
 
 
+def test_a_trajectory_has_its_groups_number_in_the_step(sample, packed):
+    ones = [sample(id=f"{i}@0#0") for i in range(2)]
+    groups = [Group(prompt=one.prompt, rollouts=(one.rollout,)) for one in ones]
+    verdicts, scores = tuple(o.verdicts for o in ones), tuple((o.scores,) for o in ones)
+    for numbers, total, expected in (((), 0, [1, 0]), ((3, 7), 9, [7, 3])):
+        share = LearnerShare((((1, 0), (0, 0)),), verdicts, numbers, total)
+        (mine,) = trajectories(share, tuple(groups), scores)
+        assert packed(*mine).group_S.tolist() == expected
+        assert share.groups == (total or 2)
+
+
 @pytest.mark.parametrize(
     ("train_stop", "kept"), [(True, [True] * 7), (False, [True, True, False, False, *[True] * 3])]
 )

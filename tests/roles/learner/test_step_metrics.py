@@ -1,5 +1,5 @@
 from dataclasses import replace
-from math import log
+from math import isnan, log
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ from async_opd.objectives.iw_opd import IwOpd
 from async_opd.objectives.mc_opd import McOpd
 from async_opd.objectives.modifiers import Position
 from async_opd.objectives.opd import Opd
+from async_opd.objectives.sampled import Importance
 from async_opd.objectives.sg_opd import SgOpd
 from async_opd.objectives.topk_kl import TopkKl
 from async_opd.roles.learner.step import StepContext, accumulate
@@ -52,6 +53,20 @@ def test_the_shares_of_method_ratio_and_advantage_are_those_of_the_logarithm_of_
     shares = [found[f"weight_by_{factor}"] for factor in ("method", "ratio", "advantage")]
     assert shares == pytest.approx([1.0, log(2) / log(9 / 8), log(1 / 2) / log(9 / 8)], rel=1e-4)
     assert sum(shares) == pytest.approx(1)
+
+
+def test_a_metric_is_the_mean_over_the_tokens_that_have_it_and_none_where_no_token_has(
+    sample, packed
+):
+    narrow = Importance(ratio="prefix_normalised", narrowing=(0.01, 0.02))
+    # of eight tokens only the sixth has moved: w_t leaves [1 - .01 h, 1 + .02 h] from there on
+    micro = packed(sample(spans=[(0, 8)], behaviour=[-1] * 5 + [-2, -1, -1], teacher=[-1] * 8))
+    found, _ = measured(Opd(correction=narrow), micro, [-1.0] * 8)
+    assert [found[f"prefix_kept_{quarter}"] for quarter in (1, 2, 3, 4)] == [1, 1, 0.5, 0]
+    short = packed(sample(spans=[(0, 2)], behaviour=[-1] * 2, teacher=[-1] * 2))
+    found, _ = measured(Opd(correction=narrow), short, [-1.0] * 2)
+    assert found["prefix_kept_1"] == found["prefix_kept_3"] == 1
+    assert isnan(found["prefix_kept_2"]) and isnan(found["prefix_kept_4"])
 
 
 def test_weights_are_those_of_the_selected_tokens(sample, packed):
