@@ -282,10 +282,11 @@ def test_an_adapter_is_exported_as_peft_loads_it(adapted, tmp_path):
 
 
 def test_merged_it_is_one_model_with_the_weights_that_left_the_learner_to_the_bit(
-    adapted, tmp_path
+    adapted, tmp_path, capsys
 ):
     run, lm, left = adapted
     assert main(["export", str(run), "-o", str(tmp_path / "out"), "--merged"]) == 0
+    assert capsys.readouterr().err == ""  # no bars
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert theirs.dtype == lm.dtype

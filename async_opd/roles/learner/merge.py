@@ -1,10 +1,13 @@
 """An adapter of peft's, made one model with the one that it was trained beside."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as bars
 
 from async_opd.core.foreign import foreign
 from async_opd.core.reading import content_of
@@ -25,15 +28,28 @@ def merge(called: str, adapter: Path, output: Path, dtype: str, *, trust_remote_
 
     with foreign(f"{called}: its {SETTINGS}"):
         base = json.loads(content_of(adapter / SETTINGS))["base_model_name_or_path"]
-    causal_lm.check_weights(f"{called}: its base {base!r}", base, dtype)
-    with foreign(f"{called}: an adapter of {base!r}"):
-        lm = AutoModelForCausalLM.from_pretrained(
-            base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
-        with torch.no_grad():
-            whole = PeftModel.from_pretrained(lm.float(), adapter).merge_and_unload()
-        whole.to(getattr(torch, dtype)).config.dtype = dtype
-        source = checkpoint.read_source(base, trust_remote_code)
-        if (adapter / "tokenizer_config.json").exists():
-            source = source._replace(tokenizer=AutoTokenizer.from_pretrained(adapter))
-    checkpoint.save(whole, dict(whole.named_parameters()), source, output)
+    with _without_bars():
+        causal_lm.check_weights(f"{called}: its base {base!r}", base, dtype)
+        with foreign(f"{called}: an adapter of {base!r}"):
+            lm = AutoModelForCausalLM.from_pretrained(
+                base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+            with torch.no_grad():
+                whole = PeftModel.from_pretrained(lm.float(), adapter).merge_and_unload()
+            whole.to(getattr(torch, dtype)).config.dtype = dtype
+            source = checkpoint.read_source(base, trust_remote_code)
+            if (adapter / "tokenizer_config.json").exists():
+                source = source._replace(tokenizer=AutoTokenizer.from_pretrained(adapter))
+        checkpoint.save(whole, dict(whole.named_parameters()), source, output)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of what it reads and writes inside."""
+    drawn = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            bars.enable_progress_bar()

@@ -143,8 +143,9 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
 def _adapter(lora: LoraConfig | None) -> dict[str, Any]:
     if lora is None:
         return {}
-    layers = lora.target_modules
-    beside = layers if isinstance(layers, str) else ", ".join(f"`{layer}`" for layer in layers)
+    beside = "every linear layer but the head"
+    if lora.target_modules != "all-linear":
+        beside = ", ".join(f"`{layer}`" for layer in lora.target_modules)
     return {"adapter": f"LoRA of rank {lora.rank}, scaled by {lora.scaling:g}, on {beside}"}
 
 
