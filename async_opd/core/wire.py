@@ -243,6 +243,18 @@ class LearnerShare(Struct, frozen=True):
     # per micro-batch, pairs of (index of group, sample)
     micro_batches: tuple[tuple[tuple[int, int], ...], ...]
     verdicts: tuple[tuple[Verdict, ...], ...]  # of all samples, by group
+    # groups of the student's, by index, that no pool's teacher has scored: the rank does
+    by_learner: tuple[int, ...] = ()
+
+
+class Unscored(Struct, frozen=True):
+    """A rollout that the learner could not score, and left out of its step. Made by the learner;
+    consumed by the driver."""
+
+    id: str  # the prompt's
+    sample: int
+    role: str  # section of the scorer
+    why: str
 
 
 class StepResult(Struct, frozen=True):
@@ -252,6 +264,7 @@ class StepResult(Struct, frozen=True):
     version: int  # of the weights after the step
     metrics: dict[str, float]
     recorded: tuple[RecordedTrajectory, ...] = ()  # where the step is one to be recorded
+    unscored: tuple[Unscored, ...] = ()
 
 
 def trained_tokens(metrics: Mapping[str, float]) -> float:
