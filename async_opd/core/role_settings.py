@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from async_opd.core.lora import LoraConfig
 from msgspec import field
 
 from async_opd.core.message import Struct
@@ -71,6 +72,7 @@ class LearnerSettings(Struct, frozen=True):
     train_stop: bool = True  # the tokens of what stands in rollout.stop
     record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
     trust_remote_code: bool = False
+    lora: LoraConfig | None = None  # None: every weight is trained
     # scorers that are the student's frozen base: teachers by `Prompt.teacher`, and the reference
     teachers: Mapping[str, ScorerSettings] = field(default_factory=dict[str, ScorerSettings])
     reference: ScorerSettings | None = None

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from async_opd.core.errors import AsyncOpdError, WireError, first_line
@@ -177,7 +176,7 @@ def _filled(
 @contextmanager
 def adapters_off(lm: nn.Module) -> Iterator[None]:
     """Have `lm` be what it was without its adapters meanwhile."""
-    layers = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in lm.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -148,10 +148,10 @@ class LearnerRank:
         references: tuple[Columns, ...] = (),
     ) -> StepResult:
         """Train one step on this rank's `share` of it, in the order of whose verdicts the `groups`
-        come, their `scores` (None where the teacher has answered, or the base is the teacher), and,
-        where there is a pool of references, its scores. A step that keeps no token leaves weights, optimizer and schedule as they are.
-        Raises Diverged on every rank before the optimizer moves if a loss or gradient is not finite
-        anywhere.
+        come, their `scores` (None where the teacher has answered, or the base is it), and, where
+        there is a pool of references, its scores. A step that keeps no token leaves weights,
+        optimizer and schedule as they are. Raises Diverged on every rank before the optimizer moves
+        if a loss or gradient is not finite anywhere.
         """
         step, live = self.version + 1, self.version
         scored = self._base.score(self._engine, self._all_reduce, share, groups, scores, references)
