@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from async_opd.core.lora import LoraConfig
 from msgspec import field
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.message import Struct
 from async_opd.core.vocabulary import Ids
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from async_opd.core.errors import AsyncOpdError, WireError, first_line
 from async_opd.core.role_settings import LearnerSettings
@@ -54,14 +55,14 @@ class Base:
         settings: LearnerSettings,
         config: LearnerConfig,
         needs: Needs,
-        logits: int,
+        model: PreTrainedConfig,
         device: torch.device,
     ):
         """Scores are what `needs` asks of a teacher, read as the student's log-probs are, in
-        forwards of at most a micro-batch's tokens. `logits` are those of the base."""
+        forwards of at most a micro-batch's tokens. `model` is the config of the base."""
         make = partial(
             Scoring,
-            logits=logits,
+            logits=model.get_text_config().vocab_size,
             device=device,
             chunk_rows=config.head_chunk_rows,
             head_float32=config.head_float32,

@@ -109,8 +109,7 @@ class LearnerRank:
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
         self._group = LearnerGroup(self._rank, settings, self._weights)
-        logits = lm.config.get_text_config().vocab_size
-        self._base = Base(settings, config, self._objective.needs(), logits, self._device)
+        self._base = Base(settings, config, self._objective.needs(), lm.config, self._device)
         student = Student(
             lm,
             temperature=settings.temperature,
@@ -184,7 +183,7 @@ class LearnerRank:
         self._moving = False
         return StepResult(
             version=self.version,
-            metrics=metrics | scored.metrics,
+            metrics={**metrics, **scored.metrics},
             unscored=scored.unscored,
             recorded=tuple(recorder.recorded if recorder else ()),
         )

@@ -119,7 +119,7 @@ def _balance(
     config: Config, rates: str | None, then: balance.Measured | None, like: Path | None
 ) -> balance.Balance | None:
     if rates:
-        return balance.balance(config, balance.parse_rates(rates), "rates as given", [])
+        return balance.balance(config, balance.parse_rates(rates, config), "rates as given", [])
     if then:
         return balance.balance(config, then.rates, f"rates of {like}", then.differs)
     return None
