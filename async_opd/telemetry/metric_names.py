@@ -159,8 +159,8 @@ TABLE = {  # by who makes them
         Metric(
             "scoring_s",
             "s",
-            "of the step, while the ranks scored it by the student's frozen base; only where that is"
-            " a teacher, or the reference",
+            "of the step, while the ranks scored it by the student's frozen base: where that"
+            " is a teacher, or the reference",
         ),
         Metric("loss", "", "what is minimized"),
         Metric("loss_taught", "nats/token", "mean cross-entropy of the teacher's own answers"),

@@ -19,6 +19,7 @@ from async_opd.config.teacher_rules import (
 )
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
@@ -125,18 +126,28 @@ def needs(
     share, student = config.run.share_gpu, shapes[config.student.model]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     typical = _typical(config, longest, response)
+    held = memory.learner(
+        config.learner,
+        student,
+        config.sync,
+        _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
+        config.objective.needs(),
+    )
+    if inside := _inside(config, config.rollout):
+        batch = _batch(
+            student,
+            config.learner,
+            config.learner.micro_batch_tokens,
+            inside,
+            _typical(config, inside, response),
+        )
+        held.either["scoring"] = memory.scoring(config.learner, student, batch)
     learner = Need(
         request=requests[RANK],
         section="learner",
         model=config.student.model,
         shape=student,
-        memory=memory.learner(
-            config.learner,
-            student,
-            config.sync,
-            _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
-            config.objective.needs(),
-        ),
+        memory=held,
         limit=_limit(card, shared_with_learner(config.engines) if share else 1 - HEADROOM, share),
         longest=longest,
         typical=typical,
@@ -148,6 +159,19 @@ def needs(
             for pool in config.engines
         ),
     ]
+
+
+def _inside(config: Config, rollout: RolloutConfig) -> int:
+    """Find the longest sequence that the learner scores; 0 where it scores none."""
+    scorers = config.scorers.items()
+    return max(
+        (
+            longest_sequence(section, scorer, config.data, rollout)[1]
+            for section, scorer in scorers
+            if scorer.backend == "learner"
+        ),
+        default=0,
+    )
 
 
 def _typical(config: Config, longest: int, response: float | None) -> int:
@@ -272,12 +296,16 @@ def _stretched(config: Config, response: int) -> Config:
     rollout = replace(config.rollout, max_new_tokens=response)
 
     def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:
-        if each is None or each.backend == "vllm":
+        if each is None or each.backend != "transformers":
             return each
         _, longest = longest_sequence(section, each, config.data, rollout)
         return replace(each, batch_tokens=max(each.batch_tokens, longest))
 
-    tokens = max(config.learner.micro_batch_tokens, config.data.max_prompt_tokens + response)
+    tokens = max(
+        config.learner.micro_batch_tokens,
+        config.data.max_prompt_tokens + response,
+        _inside(config, rollout),
+    )
     return replace(
         config,
         rollout=rollout,

@@ -83,7 +83,10 @@ def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
     config = load(DEMO, ["rollout.generators=3", "teacher.replicas=2", "learner.ranks=2"])
     balanced = balance(
-        config, parse_rates("generator=1000,teacher=4000,learner=2500"), "rates as given", []
+        config,
+        parse_rates("generator=1000,teacher=4000,learner=2500", config),
+        "rates as given",
+        [],
     )
     assert balanced.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
     assert (balanced.bottleneck, balanced.generators, balanced.teachers) == ("generator", 5, 2)
