@@ -15,9 +15,7 @@ OF_ENGINES = {"dtype", "tensor_parallel_size", "memory_gib", "gpu_memory_utiliza
 
 def base_rules(c: Config) -> Iterator[Rule]:
     """Yield what a scorer with backend = "learner", by its section, may be."""
-    for section, scorer in c.scorers.items():
-        if scorer.backend != "learner":
-            continue
+    for section, scorer in c.in_learner.items():
         backend, model = f"{section}.backend = 'learner'", c.models[section]
         yield (
             c.student.lora is None,

@@ -124,6 +124,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return scorers
 
     @property
+    def in_learner(self) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that are the student's base, in the learner's ranks."""
+        return {name: each for name, each in self.scorers.items() if each.backend == "learner"}
+
+    @property
     def engines(self) -> list[Engines]:
         """Pools of what holds a model, the learner apart, with what scores in it."""
         rollout, sampling = self.rollout, self.teacher_sampling
@@ -132,7 +137,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             *(
                 Engines(section, section, scorer.replicas, f"{section}.replicas", scorer)
                 for section, scorer in self.scorers.items()
-                if scorer.backend != "learner"
+                if section not in self.in_learner
             ),
         ]
         if sampling and self.teacher:

@@ -52,11 +52,7 @@ class ActorSpecs:
     def learner_rank(self, rank: int) -> ActorSpec:
         """For a rank of the learner."""
         config, name = self._config, f"{RANK} {rank}"
-        inside = {
-            section: self._scorer_settings(name, section)
-            for section, scorer in config.scorers.items()
-            if scorer.backend == "learner"
-        }
+        inside = {each: self._scorer_settings(name, each) for each in config.in_learner}
         settings = LearnerSettings(
             model=config.student.model,
             temperature=config.rollout.temperature,

@@ -37,7 +37,7 @@ class BaseBatch:
 
 
 class Scored(NamedTuple):
-    """A rank's part of a step, less what the base could not score, and what it said of the rest."""
+    """A rank's part of a step, less what the base could not score, and its scores of the rest."""
 
     share: LearnerShare
     scores: tuple[Columns, ...]
@@ -94,17 +94,17 @@ class Base:
         start = time.perf_counter()
         answers = partial(self._answers, module, all_reduce, groups)
         pairs = [pair for micro in share.micro_batches for pair in micro]
-        taught: dict[Pair, Scores | Unscored] = {}
+        scored: dict[Pair, Scores | Unscored] = {}
         for name, scoring in self._teachers.items():
             shown = [p for p in pairs if p[0] in share.by_learner]
-            taught |= answers(scoring, [p for p in shown if groups[p[0]].prompt.teacher == name])
+            scored |= answers(scoring, [p for p in shown if groups[p[0]].prompt.teacher == name])
         referred: dict[Pair, Scores | Unscored] = {}
         if self._reference:
             students = [p for p in pairs if scores[p[0]] or p[0] in share.by_learner]
             referred = answers(self._reference, students)
         unscored = {
             pair: each
-            for pair, each in (*referred.items(), *taught.items())
+            for pair, each in (*referred.items(), *scored.items())
             if isinstance(each, Unscored)
         }
         left = [tuple(p for p in micro if p not in unscored) for micro in share.micro_batches]
@@ -112,7 +112,7 @@ class Base:
         all_reduce(seconds, "max")
         return Scored(
             replace(share, micro_batches=tuple(left)),
-            _filled(scores, groups, taught),
+            _filled(scores, groups, scored),
             _filled(references or (None,) * len(groups), groups, referred),
             tuple(unscored.values()),
             {"scoring_s": seconds.item()},
@@ -144,8 +144,8 @@ class Base:
         all_reduce(most, "max")
         for batch in batches + [[]] * (int(most) - len(batches)):
             batched = [asked[i] for i in batch]
-            said = module(BaseBatch(scoring, [items[pair] for pair in batched]))
-            outcomes |= zip(batched, said, strict=True)
+            answered = module(BaseBatch(scoring, [items[pair] for pair in batched]))
+            outcomes |= zip(batched, answered, strict=True)
         return {
             (g, s): Unscored(
                 id=groups[g].prompt.id, sample=s, role=scoring.section, why=first_line(outcome)
