@@ -3,8 +3,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import get_scheduler
 
-from async_opd.core.errors import CheckpointNotSaved, ConfigError, Diverged, first_line
+from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -31,11 +29,11 @@ from async_opd.core.wire import (
 )
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
-from async_opd.roles.learner import checkpoint
+from async_opd.roles.learner import checkpoint, lora
 from async_opd.roles.learner.base import Base
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.learner.deepspeed_config import deepspeed_config
+from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused
 from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
@@ -65,7 +63,7 @@ class LearnerRank:
         """Keep the settings; `start` does the work once rank 0 listens. `teacher_sampling` has the
         weight of the cross-entropy on the teacher's own answers."""
         self._rank = rank
-        self._settings = settings
+        self._settings, self._lora = settings, settings.lora
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._config = config.on(self._device.type == "cuda")
         self._objective = objective
@@ -118,7 +116,7 @@ class LearnerRank:
             vocabulary=settings.vocabulary,
         )
         initialize: Any = deepspeed.initialize  # its own types name other classes
-        with _refused(config.deepspeed):
+        with refused(config.deepspeed):
             self._engine, optimizer, _, _ = initialize(
                 model=student,
                 model_parameters=[p for p in student.parameters() if p.requires_grad],
@@ -160,8 +158,9 @@ class LearnerRank:
         due = self._rank == 0 and every and step % every == 0
         recorder = Recorder(self._objective, batches, micros, self.version) if due else None
         sampling = self._teacher_sampling
+        drops, seed = self._lora and self._lora.dropout, (self._settings.seed, step, self._rank)
         metrics, running = accumulate(
-            self._engine,
+            lora.one_mask(self._engine, micros, seed) if drops else self._engine,
             lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
             self._all_reduce,
             self._objective,
@@ -204,7 +203,8 @@ class LearnerRank:
         parity probe. `ids` are a prompt, its response, the next prompt and so on."""
         empty = pack([], self._bounds, live=self.version, device=self._device)
         micros = probe_batches(ids, empty, self._config.micro_batch_tokens)
-        return np.concatenate([self._engine(micro).sampled_N.cpu().numpy() for micro in micros])
+        with lora.undropped(self._lm):
+            return np.concatenate([self._engine(micro).sampled_N.cpu().numpy() for micro in micros])
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
         """Rank 0: prepare at `host` a group with so many generators of so many `ranks` each."""
@@ -227,7 +227,17 @@ class LearnerRank:
         await self._group.send(self.version)
 
     def save(self, folder: str) -> None:
-        """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory."""
+        """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory; of an
+        adapter peft's, which holds nothing else."""
+        if self._lora is None:
+            return self.save_whole(folder)
+        adapter = self._weights.adapter(keep=self._rank == 0)
+        if self._rank == 0:
+            checkpoint.save_adapter(self._lm, adapter, self._source, Path(folder))
+
+    def save_whole(self, folder: str) -> None:
+        """Rank 0 writes the Hugging Face checkpoint of a model that needs no other: an adapter is
+        merged."""
         copies = self._weights.copied(keep=self._rank == 0)
         if self._rank == 0:
             checkpoint.save(self._lm, copies, self._source, Path(folder))
@@ -242,7 +252,12 @@ class LearnerRank:
         if self._moving:
             raise CheckpointNotSaved(f"{folder}: the step behind {self.version} is half done")
         with checkpoint.writing(Path(folder)), checkpoint.to_its_end(self._engine):
-            self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
+            self._engine.save_checkpoint(
+                folder,
+                tag=DEEPSPEED,
+                save_latest=False,
+                exclude_frozen_parameters=self._lora is not None,
+            )
             checkpoint.save_rank(
                 checkpoint.RankState(
                     ranks=self._config.ranks,
@@ -251,6 +266,8 @@ class LearnerRank:
                     version=self.version,
                     running=self._running,
                     random=checkpoint.random_state(),
+                    lora=self._lora,
+                    base_sum=self._lora and lora.base_sum(self._lm),
                 ),
                 Path(folder),
                 self._rank,
@@ -259,10 +276,11 @@ class LearnerRank:
     def load_state(self, folder: str) -> None:
         """Go on, right after `start`, from what `save_state` wrote and `checkpoints.find` has
         verified: DeepSpeed's files are pickles. Raises CheckpointError, with nothing loaded, where
-        ranks, stage or dtype are others now.
+        ranks, stage, dtype, adapter or the weights beside it are others now.
         """
-        state = checkpoint.load_rank(Path(folder), self._rank, self._config)
-        self._engine.load_checkpoint(folder, tag=DEEPSPEED)
+        base_sum = self._lora and lora.base_sum(self._lm)
+        state = checkpoint.load_rank(Path(folder), self._rank, self._config, self._lora, base_sum)
+        self._engine.load_checkpoint(folder, tag=DEEPSPEED, load_module_strict=self._lora is None)
         self.version, self._running = state.version, state.running
         checkpoint.restore_random_state(state.random)
 
@@ -278,19 +296,6 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
-
-
-@contextmanager
-def _refused(table: dict[str, Any]) -> Iterator[None]:
-    """Raise ConfigError where DeepSpeed does not take what the table `learner.deepspeed` asks
-    for."""
-    try:
-        yield
-    except (AssertionError, ValueError) as e:
-        if not table:
-            raise
-        line = f"learner.deepspeed = {table!r}: refused by DeepSpeed: {first_line(e)}"
-        raise ConfigError(line) from e
 
 
 def _shard(engine_config: dict[str, Any], weight: torch.nn.Parameter) -> None:

@@ -6,6 +6,7 @@ Not a test: `test_engine.py` starts `main`.
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
+from async_opd.core.lora import LoraConfig
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import Group, LearnerShare, Rollout, Scores, Verdict
 from async_opd.maths.packing import plan
@@ -88,6 +91,27 @@ def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
     return meeting.read_text()
 
 
+def gap(learner: LearnerRank, model: str, live: list[float]) -> float:
+    """How far the log-probs of the live student are from those of the plain model with the weights
+    that leave it."""
+    whole = AutoModelForCausalLM.from_pretrained(model).eval()
+    left = learner._weights.copied(keep=True)
+    missing, unexpected = whole.load_state_dict(left, strict=False)
+    assert not unexpected and {*missing} <= {"lm_head.weight"}  # where it is tied
+    whole.tie_weights()
+    with torch.no_grad():
+        logits = whole(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4]
+    logp = torch.log_softmax(logits / 0.7, dim=-1)
+    return max(abs(logp[0, 8].item() - live[0]), abs(logp[1, 9].item() - live[1]))
+
+
+def masters(learner: LearnerRank) -> list[int]:
+    """How many numbers this rank's optimizer keeps moments of."""
+    optimizer = learner._engine.optimizer
+    state = getattr(optimizer, "optimizer", optimizer).state.values()
+    return [each["exp_avg"].numel() for each in state if "exp_avg" in each]
+
+
 OBJECTIVES = dict(
     opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering()
 )
@@ -104,6 +128,7 @@ def main(
     objective: str,
     lopsided: bool,
     resume: str | None,
+    lora: dict | None,
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
@@ -122,6 +147,7 @@ def main(
             sync_s=60.0,
             timeout_s=60.0,
             record_every_steps=2,
+            lora=lora and LoraConfig(**lora),
         ),
         config,
         OBJECTIVES[objective],
@@ -129,6 +155,7 @@ def main(
     learner.start(rendezvous(learner, rank, Path(meeting)))
     # elements of weights this rank holds whole
     held = sum(p.numel() for p in learner._lm.parameters())
+    began = [weight.detach().clone() for weight in learner._weights._parameters.values()]
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
     lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
     mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[
@@ -141,10 +168,13 @@ def main(
     def logprobs() -> list[float]:
         return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
 
-    recorded = []
+    recorded, apart = [], []
+    assert lora or "peft" not in sys.modules  # which takes a second to import
 
     def step() -> dict[str, float]:
         done = learner.step(share, groups=groups, scores=scores)
+        if lora and config.dtype == "float32":
+            apart.append(gap(learner, model, logprobs()))
         recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
         # gathered, as an update does between any two steps
         assert all(weight.isfinite().all() for weight in weights(learner))
@@ -160,6 +190,7 @@ def main(
     result |= dict(
         recorded=recorded,
         random=torch.rand(3).tolist(),
+        apart=apart,
         running=[value for moments in learner._running.values() for value in moments],
     )
     # only the last rank's is full, and the others end with it
@@ -180,6 +211,11 @@ def main(
 
     result["nothing"] = fail(learner, cut_step) | nothing
     learner.save(f"{out}.model")
+    if lora:
+        parameters = learner._weights._parameters.values()
+        result["base_stays"] = all(map(torch.equal, parameters, began))
+        result["masters"] = sum(masters(learner))
+        learner.save_whole(f"{out}.whole")
     result["logprobs"] = logprobs()
     # only the last rank goes wrong
     norm, last = learner._lm.base_model.norm, rank == config.ranks - 1
