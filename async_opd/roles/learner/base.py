@@ -2,16 +2,15 @@
 scorer of what no pool scores."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from async_opd.core.errors import AsyncOpdError, WireError, first_line
@@ -172,16 +171,3 @@ def _filled(
         else column
         for g, (column, group) in enumerate(zip(columns, groups, strict=True))
     )
-
-
-@contextmanager
-def adapters_off(lm: nn.Module) -> Iterator[None]:
-    """Have `lm` be what it was without its adapters meanwhile."""
-    layers: list[Any] = [module for module in lm.modules() if hasattr(module, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import get_scheduler
 
 from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
@@ -33,7 +32,7 @@ from async_opd.roles.learner import checkpoint, lora
 from async_opd.roles.learner.base import Base
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused
+from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused, schedule
 from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
@@ -121,12 +120,7 @@ class LearnerRank:
                 model=student,
                 model_parameters=[p for p in student.parameters() if p.requires_grad],
                 config=engine_config,
-                lr_scheduler=lambda opt: get_scheduler(
-                    "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-                    opt,
-                    num_warmup_steps=config.warmup_steps,
-                    num_training_steps=settings.steps,
-                ),
+                lr_scheduler=partial(schedule, config, settings.steps),
                 dist_init_required=False,
             )
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves

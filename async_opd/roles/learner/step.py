@@ -16,8 +16,9 @@ from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.objectives import Objective
 from async_opd.objectives.token_batch import TokenBatch
-from async_opd.roles.learner.base import BaseBatch, adapters_off
+from async_opd.roles.learner.base import BaseBatch
 from async_opd.roles.learner.batch import MicroBatch
+from async_opd.roles.learner.lora import adapters_off
 from async_opd.roles.learner.step_metrics import Measured
 from async_opd.roles.models import causal_lm
 
