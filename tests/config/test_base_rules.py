@@ -11,6 +11,7 @@ from async_opd.runtime.placement import resource_requests
 from async_opd.toy.tokenizer import build_tokenizer
 
 DEMO = "configs/demo.toml"
+TOKENIZER = build_tokenizer().backend_tokenizer
 LORA = ["student.lora.rank=2"]
 TEACHER = [
     *LORA,
