@@ -7,6 +7,7 @@ import pytest
 
 from async_opd.core import errors, role_settings, wire
 from async_opd.core.errors import WireError
+from async_opd.core.lora import LoraConfig
 from async_opd.core.recorded import RecordedTrajectory
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.wire import (
@@ -337,6 +338,7 @@ GOOD = [
         bucket_bytes=9,
         sync_s=1.0,
         timeout_s=2.0,
+        lora=LoraConfig(rank=2, alpha=1.5, target_modules=("q_proj", "v_proj")),
     ),
 ]
 

@@ -9,7 +9,7 @@ class Says:
     def __init__(self, name: str, notes: list[str]):
         self.name, self.notes = name, notes
 
-    async def save(self, folder):
+    async def save_whole(self, folder):
         self.notes.append(f"{self.name} saves {folder}")
 
     async def load(self, folder):

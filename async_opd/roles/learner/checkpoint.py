@@ -48,7 +48,11 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
 
 
 def load_rank(
-    folder: Path, rank: int, config: LearnerConfig, lora: LoraConfig | None, base_sum: int | None
+    folder: Path,
+    rank: int,
+    config: LearnerConfig,
+    lora: LoraConfig | None = None,
+    base_sum: int | None = None,
 ) -> RankState:
     """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
     not fit `config` and `lora`, and where the adapter was beside other weights than those of
@@ -56,7 +60,8 @@ def load_rank(
     state = rank_state(folder, 0)
     names = ("ranks", "zero_stage", "dtype")
     pairs = {f"learner.{name}": (getattr(state, name), getattr(config, name)) for name in names}
-    for name, (then, now) in (pairs | {"student.lora": (state.lora, lora)}).items():
+    adapters = state.lora and state.lora.written_out(), lora and lora.written_out()
+    for name, (then, now) in (pairs | {"student.lora": adapters}).items():
         if then != now:
             raise CheckpointError(
                 f"checkpoint {folder.parent}: was saved with {name} = {then!r} and cannot go on"

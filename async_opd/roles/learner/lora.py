@@ -69,16 +69,16 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Put an adapter beside the layers of `lm` that `lora` names, the same on every rank for the
     same `seed`: A is random, B is 0. It alone requires gradients from now on, and is of the dtype
     of `lm`. Raises ConfigError as `targets`."""
-    import peft  # which those without an adapter do not wait for
+    import peft  # which who looks for `targets` alone does not wait for
 
     names = targets(lm, lora, f"model {lm.config.name_or_path}")
-    alpha = lora.alpha or lora.rank
     modules: Any = dict(lm.named_modules())
+    alpha: Any = lora.alpha or lora.rank  # an integer for peft, but where it is none
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=lm.config.name_or_path,
         r=lora.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=lora.dropout,
         target_modules=names if lora.target_modules == "all-linear" else [*lora.target_modules],
         fan_in_fan_out=isinstance(modules[names[0]], Conv1D),

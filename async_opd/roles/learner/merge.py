@@ -21,12 +21,11 @@ def merge(called: str, adapter: Path, output: Path, dtype: str, *, trust_remote_
     Raises DataError, which names it by `called`, where one of the two cannot be read, and
     CheckpointError where the sum cannot be written.
     """
-    from peft import PeftModel  # which those without an adapter do not wait for
+    from peft import PeftModel  # which those who merge nothing do not wait for
 
     with foreign(f"{called}: its {SETTINGS}"):
         base = json.loads(content_of(adapter / SETTINGS))["base_model_name_or_path"]
     causal_lm.check_weights(f"{called}: its base {base!r}", base, dtype)
-    own = (adapter / "tokenizer_config.json").exists()
     with foreign(f"{called}: an adapter of {base!r}"):
         lm = AutoModelForCausalLM.from_pretrained(
             base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
@@ -35,6 +34,6 @@ def merge(called: str, adapter: Path, output: Path, dtype: str, *, trust_remote_
             whole = PeftModel.from_pretrained(lm.float(), adapter).merge_and_unload()
         whole.to(getattr(torch, dtype)).config.dtype = dtype
         source = checkpoint.read_source(base, trust_remote_code)
-        if own:
+        if (adapter / "tokenizer_config.json").exists():
             source = source._replace(tokenizer=AutoTokenizer.from_pretrained(adapter))
     checkpoint.save(whole, dict(whole.named_parameters()), source, output)

@@ -63,7 +63,8 @@ def card(
 ) -> str:
     """Write README.md of the folder `name`: the student, or its adapter where that is not
     `merged`."""
-    student, data, lora = config.student.model, config.data.path, config.student.lora
+    student, data = config.student.model, config.data.path
+    lora = config.student.lora
     load = LOAD.format(name=name)
     if lora and not merged:
         most = max(8, 1 << (lora.rank - 1).bit_length())  # as vLLM counts them

@@ -2,11 +2,13 @@ import json
 import re
 import resource
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from async_opd.core.errors import CheckpointError
+from async_opd.core.lora import LoraConfig
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner import checkpoint
 from async_opd.roles.learner.checkpoint import RankState, load_rank, save_rank
@@ -110,6 +112,34 @@ def test_another_number_of_ranks_stage_or_dtype_is_refused_on_every_rank(
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         load_rank(tmp_path / "learner", rank, config)
+
+
+LORA = LoraConfig(rank=8)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        (None, LORA, "student.lora = None and cannot go on with {'rank': 8, 'alpha': 8.0, "),
+        (LORA, None, "'target_modules': 'all-linear'} and cannot go on with None"),
+        (LORA, LoraConfig(rank=8, alpha=4.0), "cannot go on with {'rank': 8, 'alpha': 4.0, "),
+    ],
+)
+def test_a_state_goes_on_with_its_adapter_alone(tmp_path, then, now, words):
+    config = LearnerConfig(
+        trajectories_per_step=8, lr=1e-3, ranks=2, zero_stage=3, dtype="bfloat16"
+    )
+    (tmp_path / "learner").mkdir()
+    state = msgspec.structs.replace(rank_state(b""), lora=then, base_sum=then and 5)
+    for rank in (0, 1):
+        save_rank(state, tmp_path / "learner", rank)
+    with pytest.raises(CheckpointError) as raised:
+        load_rank(tmp_path / "learner", 1, config, now, now and 5)
+    assert words in f"{raised.value}"
+    if then:  # an alpha that is written out is what it is where it is absent
+        load_rank(tmp_path / "learner", 1, config, LoraConfig(rank=8, alpha=8.0), 5)
+        with pytest.raises(CheckpointError, match=r"student\.model holds other weights now than"):
+            load_rank(tmp_path / "learner", 1, config, LORA, 6)
 
 
 def test_a_rank_that_does_not_see_the_files_says_so(tmp_path):

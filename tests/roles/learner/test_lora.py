@@ -9,10 +9,12 @@ import torch
 from async_opd.core.errors import ConfigError
 from async_opd.core.lora import LoraConfig
 from async_opd.objectives.opd import Opd
-from async_opd.roles.learner import lora
+from async_opd.roles.learner import checkpoint, lora
 from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.learner.weights import StudentWeights
 from async_opd.roles.models import causal_lm
+from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
+from async_opd.toy.tokenizer import build_tokenizer
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, bos_token_id=1, eos_token_id=1)
@@ -277,3 +279,18 @@ def test_another_base_has_another_sum(plain, tiny_lm):
     with torch.no_grad():
         lm.model.norm.weight[3] += 1e-6
     assert lora.base_sum(lm) != before
+
+
+def test_a_self_teacher_reads_the_merged_weights_as_those_of_any_student(plain, tmp_path):
+    lm, base = plain(), tmp_path / "base"
+    build_tokenizer().save_pretrained(base)
+    lm.config.save_pretrained(base)
+    lora.wrap(lm, LoraConfig(rank=3, alpha=6.0), seed=0)
+    random_b(lm)
+    checkpoint.save(lm, whole(lm), checkpoint.read_source(str(base)), tmp_path / "whole")
+    teacher = plain()
+    WeightEma(teacher, decay=None).update(read_parameters(str(tmp_path / "whole"), type(teacher)))
+    ids = torch.arange(2, 12)
+    adapted, copied = (causal_lm.hidden_states(each, ids, [6, 4]) for each in (lm, teacher))
+    torch.testing.assert_close(copied, adapted, atol=1e-4, rtol=1e-4)
+    assert all(map(torch.equal, teacher.parameters(), whole(lm).values()))
