@@ -7,7 +7,6 @@ from msgspec.structs import replace
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import Rule, longest_sequence, refuse_broken
 from async_opd.core.precision import dtype_on
-from async_opd.roles.teacher.config import ReferenceConfig
 
 # GiB of attention scores of one layer that float32 may hold on a GPU: backward has three such, on
 # a card of 80.
@@ -16,7 +15,7 @@ SCORES_GIB = 8.0
 
 def with_dtypes(config: Config, *, gpus: bool) -> Config:
     """Write into `config` what its absent dtypes mean on a cluster that has `gpus`, or has none."""
-    reference = config.reference or (ReferenceConfig() if "reference" in config.models else None)
+    reference = config.measured_against if "reference" in config.models else config.reference
 
     def dtype_of(section: object) -> dict:
         return {"dtype": dtype_on(gpus, getattr(section, "dtype", None))}
@@ -58,7 +57,7 @@ def refuse_on_gpus(config: Config, heads: Mapping[str, tuple[int, int]]) -> None
         scorer = config.scorers.get(name)
         section, setting, dtype, packed = (
             (name, "batch_tokens", scorer.dtype, scorer.batch_tokens)
-            if scorer
+            if scorer and scorer.backend != "learner"
             else ("learner", "micro_batch_tokens", learner.dtype, learner.micro_batch_tokens)
         )
         longest = longest_sequence(name, scorer, config.data, rollout)[1]

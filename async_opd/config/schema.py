@@ -45,7 +45,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     objective: AnyObjective
     teacher: TeacherConfig | None = None  # one, or several of which each row names its own
     teachers: dict[str, TeacherConfig] = {}
-    # absent: the student before its first step, where the objective needs one
+    # absent: the student before its first step, where the objective needs one; with student.lora
+    # it is the base in the learner, else a pool of its own
     reference: ReferenceConfig | None = None
     verify: VerifyConfig = msgspec.field(default_factory=VerifyConfig)
     sync: SyncConfig = msgspec.field(default_factory=SyncConfig)
@@ -107,25 +108,36 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return {section: model for section, model in self.models.items() if section not in vllm}
 
     @property
+    def measured_against(self) -> ReferenceConfig:
+        """[reference], or what is meant where it is absent."""
+        backend = "learner" if self.student.lora else "transformers"
+        return self.reference or ReferenceConfig(backend=backend)
+
+    @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """Sections of what scores rollouts, each with its `model`."""
         scorers: dict[str, ScorerConfig] = {
             teacher_section(name): teacher for name, teacher in self.named_teachers.items()
         }
         if model := self.models.get("reference"):
-            reference = self.reference or ReferenceConfig()
-            scorers["reference"] = msgspec.structs.replace(reference, model=model)
+            scorers["reference"] = msgspec.structs.replace(self.measured_against, model=model)
         return scorers
 
     @property
+    def in_learner(self) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that are the student's base, in the learner's ranks."""
+        return {name: each for name, each in self.scorers.items() if each.backend == "learner"}
+
+    @property
     def engines(self) -> list[Engines]:
-        """Pools of what holds a model, the learner apart."""
+        """Pools of what holds a model, the learner apart, with what scores in it."""
         rollout, sampling = self.rollout, self.teacher_sampling
         pools = [
             Engines("generator", "rollout", rollout.generators, "rollout.generators", rollout),
             *(
                 Engines(section, section, scorer.replicas, f"{section}.replicas", scorer)
                 for section, scorer in self.scorers.items()
+                if section not in self.in_learner
             ),
         ]
         if sampling and self.teacher:

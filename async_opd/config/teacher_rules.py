@@ -164,10 +164,11 @@ def backend_rules(
 ) -> Iterator[Rule]:
     """Yield what the backend of each scorer, by its section, cannot do."""
     for section, s in scorers.items():
-        vllm, size = s.backend == "vllm", s.tensor_parallel_size
+        vllm, plain = s.backend == "vllm", s.backend == "transformers"
+        size = s.tensor_parallel_size
         key, tokens = longest_sequence(section, s, data, rollout)
         yield (
-            not vllm and s.batch_tokens < tokens,  # vLLM takes it in pieces
+            plain and s.batch_tokens < tokens,  # vLLM takes it in pieces
             f"{section}.batch_tokens = {s.batch_tokens}: must be >= {key} = {tokens}",
         )
         yield (
@@ -181,7 +182,7 @@ def backend_rules(
             " the exact entropy",
         )
         yield (
-            not vllm and size > 1,
+            plain and size > 1,
             f"{section}.tensor_parallel_size = {size}: must be 1 with {section}.backend ="
             " 'transformers'",
         )

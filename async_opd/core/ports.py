@@ -145,12 +145,13 @@ class ScoredGroup:
     prompt: Prompt
     meta: GroupMeta
     group: Ref
-    scores: Ref | None  # None where the teacher has answered the prompt itself
+    scores: Ref | None  # None where the teacher has answered the prompt itself, or is the learner
     verdicts: tuple[Verdict, ...]
     samples: tuple[int, ...]  # which rollouts of the group are trained
     since: int  # version that gives its place in the queue
     reference: Ref | None = None  # scores of the reference, where the objective needs one
     from_teacher: bool = False  # the teacher has answered the prompt itself
+    by_learner: bool = False  # the teacher is the learner, which scores what it trains
 
     @property
     def student_verdicts(self) -> tuple[Verdict, ...]:

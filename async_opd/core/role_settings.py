@@ -1,6 +1,9 @@
 """What each role is built with in its own process, beside its sections of the config."""
 
+from collections.abc import Mapping
 from typing import Literal
+
+from msgspec import field
 
 from async_opd.core.lora import LoraConfig
 from async_opd.core.message import Struct
@@ -70,3 +73,6 @@ class LearnerSettings(Struct, frozen=True):
     record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
     trust_remote_code: bool = False
     lora: LoraConfig | None = None  # None: every weight is trained
+    # scorers that are the student's frozen base: teachers by `Prompt.teacher`, and the reference
+    teachers: Mapping[str, ScorerSettings] = field(default_factory=dict[str, ScorerSettings])
+    reference: ScorerSettings | None = None

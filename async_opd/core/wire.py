@@ -247,6 +247,8 @@ class LearnerShare(Struct, frozen=True):
     # per micro-batch, pairs of (index of group, sample)
     micro_batches: tuple[tuple[tuple[int, int], ...], ...]
     verdicts: tuple[tuple[Verdict, ...], ...]  # of all samples, by group
+    # groups of the student's, by index, that no pool's teacher has scored: the rank does
+    by_learner: tuple[int, ...] = ()
     # of each group, its number among those of the step; none: these are all of the step
     numbers: tuple[int, ...] = ()
     total: int = 0  # groups of the step
@@ -261,6 +263,16 @@ class LearnerShare(Struct, frozen=True):
         return self.numbers[group] if self.numbers else group
 
 
+class Unscored(Struct, frozen=True):
+    """A rollout that the learner could not score, and left out of its step. Made by the learner;
+    consumed by the driver."""
+
+    id: str  # the prompt's
+    sample: int
+    role: str  # section of the scorer
+    why: str
+
+
 class StepResult(Struct, frozen=True):
     """What one optimizer step did. Made by the learner, reduced over ranks; consumed by the
     driver."""
@@ -268,6 +280,7 @@ class StepResult(Struct, frozen=True):
     version: int  # of the weights after the step
     metrics: dict[str, float]
     recorded: tuple[RecordedTrajectory, ...] = ()  # where the step is one to be recorded
+    unscored: tuple[Unscored, ...] = ()
 
 
 def trained_tokens(metrics: Mapping[str, float]) -> float:

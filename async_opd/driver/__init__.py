@@ -12,7 +12,9 @@ Who waits for whom, and what unblocks it:
 - `Admission` for a free slot: a publication gives back those of the step that it publishes, a final
   drop its own.
 - `Producer`, a task for each prompt, for a generator, then for its scorers and the verifier
-  together; `TeacherSampling` likewise for its own generator, then for the verifier.
+  together; `TeacherSampling` likewise for its own generator, then for the verifier. For a scorer
+  that lives in the learner nobody waits: it is asked in the step that trains the group, and what
+  it cannot score, the step's result tells.
 - `ReplicaPool.ask` for somebody who may be asked. Unblocked by a new member, or by none being left;
   by the end of the while for which one that refuses is left alone; by an answer to what is asked
   for alone. What is lost or refused is asked of another.

@@ -143,8 +143,18 @@ class Outcomes:
         self._ledger.failed(prompt.id, sample, failure.role)
         self._announce(failure.role, f"{failure.why}; its group goes on without it")
 
-    def trained(self, result: StepResult) -> None:
-        """Note a step."""
+    def unscored(self, batch: Sequence[ScoredGroup], result: StepResult) -> None:
+        """Note what the learner could not score of `batch`, and left out of its step."""
+        prompts = {group.prompt.id: group.prompt for group in batch}
+        for each in result.unscored:
+            self.lost(prompts[each.id], each.sample, GroupFailed(each.role, each.why))
+
+    def trained(self, batch: Sequence[ScoredGroup], result: StepResult) -> None:
+        """Note a step of `batch`; a group of which the learner could score nothing has failed."""
+        for group in batch:
+            left_out = [each for each in result.unscored if each.id == group.prompt.id]
+            if len(left_out) == len(group.samples):
+                self.failed(group.prompt, GroupFailed(left_out[0].role, left_out[0].why))
         empty = not trained_tokens(result.metrics)
         self._without_tokens += empty
         self._empty = self._empty + 1 if empty else 0

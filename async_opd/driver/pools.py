@@ -13,7 +13,7 @@ from async_opd.core.roles import Roles
 from async_opd.driver.replica import Replica
 from async_opd.driver.replica_pool import M, ReplicaPool
 from async_opd.driver.scorer_probe import ScorerProbe
-from async_opd.roles.teacher.config import ReferenceConfig, ScorerConfig
+from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.telemetry.metrics import Meter
 from async_opd.telemetry.spans import ActorTime
 
@@ -51,9 +51,7 @@ class Pools:
             for name, replicas in roles.teachers.items()
         }
         self.references = (
-            self._scorers(
-                "reference", "reference", roles.references, config.reference or ReferenceConfig()
-            )
+            self._scorers("reference", "reference", roles.references, config.measured_against)
             if roles.references
             else None
         )

@@ -20,7 +20,7 @@ from async_opd.roles.rollout.config import RolloutConfig
 class Scored(NamedTuple):
     """What a pool of scorers says of a group."""
 
-    scores: Ref | None  # they stay where they are
+    scores: Ref | None  # they stay where they are; None: the learner has them, or nobody
     failures: dict[int, GroupFailed]  # by the number of the rollout that has none
 
 
@@ -68,12 +68,14 @@ class Producer:
                 )
             tokens = sum(meta.lengths)
             self._count_tokens("generators", tokens)
-            scoring = asyncio.create_task(self._scored(pools.teachers[prompt.teacher], group, meta))
-            referring = asyncio.create_task(self._referred(group, meta))
+            teachers = pools.teachers.get(prompt.teacher)
+            scoring = asyncio.create_task(self._scored(teachers, group, meta))
+            referring = asyncio.create_task(self._scored(pools.references, group, meta))
             verifying = asyncio.create_task(self._verified(group, meta))
             async with ended(scoring, referring, verifying):
                 scored, referred, verdicts = await asyncio.gather(scoring, referring, verifying)
-            self._count_tokens("teachers", tokens)
+            if teachers:
+                self._count_tokens("teachers", tokens)
             self._outcomes.undecided.hear(verdicts)
             unsampled = _failures(pools.generators.name, meta.failures)
             failures = scored.failures | referred.failures | unsampled
@@ -105,6 +107,7 @@ class Producer:
                 samples=tuple(samples),
                 since=meta.oldest,
                 reference=referred.scores,
+                by_learner=teachers is None,
             )
         )
 
@@ -126,14 +129,13 @@ class Producer:
         with blamed(verifier.name):
             return await verifier.ask(Verifier.check, group, of=meta.id)
 
-    async def _referred(self, group: Ref, meta: GroupMeta) -> Scored:
-        """Scores of the reference, where there is one."""
-        references = self._pools.references
-        return await self._scored(references, group, meta) if references else Scored(None, {})
-
-    async def _scored(self, pool: ReplicaPool[Teacher], group: Ref, meta: GroupMeta) -> Scored:
-        """Scores of `group`, less what fails of it alone. Raises GroupFailed when there are
-        none."""
+    async def _scored(
+        self, pool: ReplicaPool[Teacher] | None, group: Ref, meta: GroupMeta
+    ) -> Scored:
+        """Scores of `group`, less what fails of it alone; nothing where no pool scores it. Raises
+        GroupFailed when there are none."""
+        if pool is None:
+            return Scored(None, {})
 
         def unscored(answer: tuple[tuple[str, ...], Ref]) -> list[str]:
             causes, _ = answer

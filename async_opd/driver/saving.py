@@ -1,13 +1,14 @@
 """When a run saves, what an end of it waits for, and the learner that both need."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, TypeVarTuple
 
 from async_opd.config.sections import RunConfig
 from async_opd.core.aio import retrieved
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
-from async_opd.core.ports import Learner
+from async_opd.core.ports import Learner, ScoredGroup
+from async_opd.core.wire import StepResult
 from async_opd.driver.replica import Replica
 from async_opd.telemetry.spans import Of
 
@@ -31,6 +32,15 @@ class LearnerReplica(Replica[Learner]):
         except (ActorLost, TimedOut) as e:
             self.leave(f"{e}")
             raise
+
+    async def step(self, batch: Sequence[ScoredGroup]) -> StepResult:
+        """Train one step of `batch`. Where it begins with scores of the learner's own, these are a
+        span of theirs."""
+        ids, start = tuple(group.prompt.id for group in batch), self._time.now()
+        result = await self.call(Learner.step, batch, of=ids)
+        if scoring_s := result.metrics.get("scoring_s"):
+            self._time.called("score", ids, start, start + scoring_s)
+        return result
 
 
 class CheckpointClock:

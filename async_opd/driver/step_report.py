@@ -32,8 +32,12 @@ class StepReport:
 
     def trained(self, result: StepResult, batch: list[ScoredGroup]) -> None:
         """Take what a step gave, of the groups in `batch`."""
-        self._outcomes.trained(result)
         self._unsaid = result, batch
+        for group in batch:
+            if group.by_learner:
+                scored = sum(group.meta.lengths[sample] for sample in group.samples)
+                self._meter.count("teachers", scored)
+        self._outcomes.trained(batch, result)
 
     def write(self, gap: Gap | None = None) -> None:
         """Write the row of the last step, where it has none yet."""

@@ -11,7 +11,7 @@ from async_opd.config.schema import Config
 from async_opd.core.aio import bounded
 from async_opd.core.errors import ActorLost, CheckpointError, ParityError, SyncFailed
 from async_opd.core.events import EventSink
-from async_opd.core.ports import Generator, Learner, ScoredGroup
+from async_opd.core.ports import Generator, ScoredGroup
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt
@@ -160,9 +160,9 @@ class TrainLoop:
         )
 
     async def _step(self, batch: list[ScoredGroup]) -> None:
-        ids = tuple(group.prompt.id for group in batch)
-        result = await self._learner.call(Learner.step, batch, of=ids)
+        result = await self._learner.step(batch)
         self.version = result.version
+        self._outcomes.unscored(batch, result)
         self.progress.trained(self.version, batch)
         self._report.trained(result, batch)
         self._slots.train(group.ticket for group in batch)

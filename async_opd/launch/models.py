@@ -120,7 +120,7 @@ def check_models(config: Config) -> None:
         if scorer.backend == "transformers":
             check_files(key, model)
             read_head(key, model, config.run.trust_remote_code)
-        else:
+        elif scorer.backend == "vllm":
             check_on_vllm(key, model, config.run.trust_remote_code)
 
 

@@ -224,7 +224,9 @@ async def _trained(
 def _roster(config: Config) -> str:
     """List in words whom a run starts."""
     scorers = (
-        f"{scorer.replicas} {section.replace('teachers.', 'teacher ')}(s)"
+        f"{section.replace('teachers.', 'teacher ')} in the learner"
+        if scorer.backend == "learner"
+        else f"{scorer.replicas} {section.replace('teachers.', 'teacher ')}(s)"
         for section, scorer in config.scorers.items()
     )
     sampling = config.teacher_sampling

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import longest_sequence
+from async_opd.config.teacher_rules import longest_sequence, teacher_section
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
 from async_opd.core.vocabulary import Ids, Tokens, exchanged, listed, runs
 from async_opd.core.wire import Needs
@@ -18,6 +18,7 @@ from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.decoding import decoding
 from async_opd.roles.verifier.pool import VerifierPool
 from async_opd.roles.verifier.verifier import GroupVerifier
+from async_opd.runtime.placement import RANK
 
 
 class ActorSpec(NamedTuple):
@@ -50,7 +51,8 @@ class ActorSpecs:
 
     def learner_rank(self, rank: int) -> ActorSpec:
         """For a rank of the learner."""
-        config = self._config
+        config, name = self._config, f"{RANK} {rank}"
+        inside = {each: self._scorer_settings(name, each) for each in config.in_learner}
         settings = LearnerSettings(
             model=config.student.model,
             temperature=config.rollout.temperature,
@@ -69,6 +71,12 @@ class ActorSpecs:
             record_every_steps=config.run.samples_every_steps,
             trust_remote_code=config.run.trust_remote_code,
             lora=config.student.lora,
+            teachers={
+                name: inside[section]
+                for name in config.named_teachers
+                if (section := teacher_section(name)) in inside
+            },
+            reference=inside.get("reference"),
         )
         sections = config.learner, config.objective, config.teacher_sampling
         return ActorSpec("async_opd.roles.learner.engine:LearnerRank", (rank, settings, *sections))
@@ -124,8 +132,20 @@ class ActorSpecs:
     def _scorer(self, name: str, section: str) -> ActorSpec:
         """A replica of the teacher, or of the reference, in `section`."""
         config, scorer = self._config, self._config.scorers[section]
-        reference = section == "reference"
-        settings = ScorerSettings(
+        settings = self._scorer_settings(name, section)
+        vllm = scorer.backend == "vllm"
+        target = (
+            "async_opd.roles.teacher.vllm_teacher:VllmTeacher"
+            if vllm
+            else "async_opd.roles.teacher.transformers_teacher:TransformersTeacher"
+        )
+        needs = Needs() if section == "reference" else config.objective.needs()
+        return ActorSpec(target, (settings, scorer, needs), engine=vllm)
+
+    def _scorer_settings(self, name: str, section: str) -> ScorerSettings:
+        """How the teacher, or the reference, in `section` scores."""
+        config, scorer = self._config, self._config.scorers[section]
+        return ScorerSettings(
             name=name,
             temperature=config.rollout.temperature,
             vocabulary=self._vocabulary(section),
@@ -135,18 +155,10 @@ class ActorSpecs:
             stops=self._texts,
             ends_as=self._tokens.ends_as.get(section, ()),
             max_new_tokens=config.rollout.max_new_tokens,
-            as_student=reference,
+            as_student=section == "reference",
             section=section,
             trust_remote_code=config.run.trust_remote_code,
         )
-        vllm = scorer.backend == "vllm"
-        target = (
-            "async_opd.roles.teacher.vllm_teacher:VllmTeacher"
-            if vllm
-            else "async_opd.roles.teacher.transformers_teacher:TransformersTeacher"
-        )
-        needs = Needs() if reference else config.objective.needs()
-        return ActorSpec(target, (settings, scorer, needs), engine=vllm)
 
     @property
     def _texts(self) -> tuple[str, ...]:

@@ -139,7 +139,11 @@ class Cluster:
         return Roles(
             generators=members["generator"],
             teacher_generators=members.get("teacher-generator", ()),
-            teachers={name: members[teacher_section(name)] for name in config.named_teachers},
+            teachers={
+                name: members[section]
+                for name in config.named_teachers
+                if (section := teacher_section(name)) in members
+            },
             references=members.get("reference", ()),
             verifier=members["verifier"][0],
             learner=learner,

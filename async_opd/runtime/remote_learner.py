@@ -5,6 +5,8 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from async_opd.config.schema import Config
 from async_opd.core.aio import retrieved
 from async_opd.core.errors import ActorLost
@@ -42,7 +44,11 @@ class RemoteLearner:
     async def step(self, groups: Sequence[ScoredGroup]) -> StepResult:
         """Train one optimizer step; the groups are shared out by their tokens."""
         shares = zip(self._ranks, self._plan(groups), strict=True)
-        return (await _of_all(self._rank_step(rank, micros, groups) for rank, micros in shares))[0]
+        first, *others = await _of_all(
+            self._rank_step(rank, micros, groups) for rank, micros in shares
+        )
+        unscored = [each for result in (first, *others) for each in result.unscored]
+        return replace(first, unscored=tuple(unscored))
 
     def _plan(self, groups: Sequence[ScoredGroup]) -> list[Micros]:
         """By rank, as many micro-batches on each. What the teacher answered comes last, in
@@ -79,6 +85,7 @@ class RemoteLearner:
             verdicts=tuple(group.verdicts for group in mine),
             numbers=tuple(used),
             total=len(groups),
+            by_learner=tuple(i for i, group in enumerate(mine) if group.by_learner),
         )
         columns: dict[str, list[Ref]] = {
             "groups": [group.group for group in mine],

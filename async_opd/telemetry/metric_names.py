@@ -156,6 +156,12 @@ TABLE = {  # by who makes them
             " the spans: a context that the engine dropped for want of room and computed anew is"
             " fresher than that",
         ),
+        Metric(
+            "scoring_s",
+            "s",
+            "of the step, while the ranks scored it by the student's frozen base: where that"
+            " is a teacher, or the reference",
+        ),
         Metric("loss", "", "what is minimized"),
         Metric("loss_taught", "nats/token", "mean cross-entropy of the teacher's own answers"),
         Metric(

@@ -261,6 +261,7 @@ class Meter:
             f"{role}_{state}": sum(actor.seconds(state, now) for actor in actors)
             / max(len(actors), 1)
             for role, actors in self._actors.items()
+            if actors  # a learner that scores has no teachers beside it
             for state in STATES
         }
 

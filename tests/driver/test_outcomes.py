@@ -162,7 +162,7 @@ def test_counts_are_gone_on_with():
     game = Game()
     game.outcomes.lost(Prompt(id="1", ids=np.zeros(1, np.int32), answer=""), 3, FAILURE)
     for tokens in (0, 5, 0):
-        game.outcomes.trained(StepResult(version=1, metrics={"tokens": tokens}))
+        game.outcomes.trained([], StepResult(version=1, metrics={"tokens": tokens}))
     counts = {"rollouts_failed": 1, "steps_without_tokens": 2}
     assert game.outcomes.counts == counts
     again = Game().outcomes
@@ -188,9 +188,9 @@ def test_other_errors_are_blamed_in_one_line(error):
 def test_steps_in_a_row_without_a_token_end_the_run_whatever_left_them_out():
     game = Game()
     for tokens in (0, 7, 0):
-        game.outcomes.trained(StepResult(version=1, metrics={"tokens": tokens}))
+        game.outcomes.trained([], StepResult(version=1, metrics={"tokens": tokens}))
     game.play("..")
-    game.outcomes.trained(StepResult(version=2, metrics={"tokens": 0}))
+    game.outcomes.trained([], StepResult(version=2, metrics={"tokens": 0}))
     with pytest.raises(
         TooManyDropped, match=r"the last 2 steps kept no token .* rollout.train_stop"
     ):

@@ -1,13 +1,14 @@
 """What each rank of the learner is given of a step."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.ports import ScoredGroup
-from async_opd.core.wire import GroupMeta, LearnerShare, Prompt, Span, StepResult, Verdict
+from async_opd.core.wire import GroupMeta, LearnerShare, Prompt, Span, StepResult, Unscored, Verdict
 from async_opd.runtime.remote_learner import RemoteLearner
 from tests.runtime.test_ports import TIMEOUTS
 
@@ -100,6 +101,31 @@ async def test_what_the_teacher_answered_trains_in_micro_batches_of_its_own_as_m
         kinds.append([{groups[g].from_teacher for g, _ in micro} for micro in micros])
     assert sorted(seen) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0)]
     assert kinds == [[{False}, {False}, {True}]] * 2  # 51 + 31 tokens are over 80, 2 x 11 are not
+
+
+async def test_a_rank_scores_what_no_pool_has_and_all_of_them_say_what_they_could_not():
+    """Told apart from what the teacher has answered, which has no scores either."""
+
+    class Scores(Rank):
+        async def call(self, timeout_s, method, share, **columns):
+            await super().call(timeout_s, method, share, **columns)
+            names = [columns["groups"][g] for g in share.by_learner]
+            unscored = [Unscored(id=name, sample=0, role="teacher", why="no") for name in names]
+            return StepResult(version=1, metrics={}, unscored=tuple(unscored))
+
+    groups = [
+        replace(group(0, 60), scores=None, by_learner=True),
+        group(1, 10, from_teacher=True),
+        replace(group(2, 60), scores=None, by_learner=True),
+        group(3, 70),
+    ]
+    actors = [Scores(), Scores()]
+    config = load(DEMO, ["learner.micro_batch_tokens=80"])
+    result = await RemoteLearner(actors, "", 64, config, TIMEOUTS).step(groups)
+    assert sorted(each.id for each in result.unscored) == ["group 0", "group 2"]
+    for rank in actors:
+        mine = {rank.columns["groups"][g] for g in rank.share.by_learner}
+        assert mine == {"group 0", "group 2"} & set(rank.columns["groups"])
 
 
 async def test_a_step_without_them_has_no_micro_batch_more():

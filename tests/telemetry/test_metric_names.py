@@ -1,6 +1,7 @@
 """The table of metrics against what is emitted. What only DeepSpeed knows is held against it in
 tests/e2e."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from async_opd.objectives.reward import Reward
 from async_opd.objectives.sampled import Importance
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metric_names import NAMES
+from tests.driver.test_scoring_learner import Scoring, inside
 from tests.driver.test_teacher_sampling import run as run_taught
 from tests.driver.test_train_loop import run
 from tests.objectives.test_contract import PLAIN, WHOLE, accumulated, packed
@@ -24,7 +26,9 @@ FROM_DEEPSPEED = {"lr", "grad_norm"}
 def emitted(tmp_path) -> set[str]:
     """Keys of the rows of runs with every role there can be, and of every objective's metrics."""
     (tmp_path / "taught").mkdir()
-    keys = set().union(*run_taught(tmp_path / "taught").rows)
+    (tmp_path / "scoring").mkdir()
+    _, _, scoring = asyncio.run(inside(tmp_path / "scoring", learner=Scoring()))
+    keys = set().union(*run_taught(tmp_path / "taught").rows, *scoring)
     bounded = msgspec.structs.replace(PLAIN[0], signal_at_most=1.0, weight_at_most=1.0)
     rewarded = msgspec.structs.replace(PLAIN[0], reward=Reward())
     fresh = msgspec.structs.replace(PLAIN[0], freshness=Freshness())

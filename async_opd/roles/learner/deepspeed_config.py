@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from async_opd.core.errors import ConfigError, first_line
 from async_opd.roles.learner.config import LearnerConfig
@@ -60,3 +63,13 @@ def refused(table: dict[str, Any]) -> Iterator[None]:
             raise
         line = f"learner.deepspeed = {table!r}: refused by DeepSpeed: {first_line(e)}"
         raise ConfigError(line) from e
+
+
+def schedule(config: LearnerConfig, steps: int, optimizer: Optimizer) -> LRScheduler:
+    """Make the schedule of the learning rate of a run of so many `steps`."""
+    return get_scheduler(
+        "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=steps,
+    )

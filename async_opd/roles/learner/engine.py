@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import get_scheduler
 
 from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
@@ -30,9 +29,10 @@ from async_opd.core.wire import (
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint, lora
+from async_opd.roles.learner.base import Base
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused
+from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused, schedule
 from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
@@ -106,6 +106,7 @@ class LearnerRank:
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
         self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
         self._group = LearnerGroup(self._rank, settings, self._weights)
+        self._base = Base(settings, config, self._objective.needs(), lm.config, self._device)
         student = Student(
             lm,
             temperature=settings.temperature,
@@ -119,12 +120,7 @@ class LearnerRank:
                 model=student,
                 model_parameters=[p for p in student.parameters() if p.requires_grad],
                 config=engine_config,
-                lr_scheduler=lambda opt: get_scheduler(
-                    "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-                    opt,
-                    num_warmup_steps=config.warmup_steps,
-                    num_training_steps=settings.steps,
-                ),
+                lr_scheduler=partial(schedule, config, settings.steps),
                 dist_init_required=False,
             )
         # the ZeRO optimizers clip and refuse non-finite gradients by themselves
@@ -143,13 +139,14 @@ class LearnerRank:
         references: tuple[Columns, ...] = (),
     ) -> StepResult:
         """Train one step on this rank's `share` of it, in the order of whose verdicts the `groups`
-        come, their `scores` (None where the teacher has answered), and, where there is a reference,
-        its scores. A step that keeps no token leaves weights, optimizer and schedule as they are.
-        Raises Diverged on every rank before the optimizer moves if a loss or gradient is not finite
-        anywhere.
+        come, their `scores` (None where the teacher has answered, or the base is it), and, where
+        there is a pool of references, its scores. A step that keeps no token leaves weights,
+        optimizer and schedule as they are. Raises Diverged on every rank before the optimizer moves
+        if a loss or gradient is not finite anywhere.
         """
         step, live = self.version + 1, self.version
-        batches = trajectories(share, groups, scores, references)
+        scored = self._base.score(self._engine, self._all_reduce, share, groups, scores, references)
+        batches = trajectories(scored.share, groups, scored.scores, scored.references)
         micros = [pack(b, self._bounds, live=live, device=self._device) for b in batches]
         every = self._settings.record_every_steps
         due = self._rank == 0 and every and step % every == 0
@@ -180,7 +177,8 @@ class LearnerRank:
         self._moving = False
         return StepResult(
             version=self.version,
-            metrics=metrics,
+            metrics={**metrics, **scored.metrics},
+            unscored=scored.unscored,
             recorded=tuple(recorder.recorded if recorder else ()),
         )
 

@@ -146,6 +146,19 @@ def undropped(lm: PreTrainedModel) -> Iterator[None]:
             dropout.train()
 
 
+@contextmanager
+def adapters_off(lm: PreTrainedModel) -> Iterator[None]:
+    """Have `lm` be inside what it was without its adapter, its frozen base."""
+    layers = list(_wrapped(lm).values())
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 Reads = Callable[[MicroBatch, Needs], Read]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from async_opd.maths.head import Without
 from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
 from async_opd.objectives import Objective
 from async_opd.objectives.token_batch import TokenBatch
+from async_opd.roles.learner.base import BaseBatch
 from async_opd.roles.learner.batch import MicroBatch
+from async_opd.roles.learner.lora import adapters_off
 from async_opd.roles.learner.step_metrics import Measured
 from async_opd.roles.models import causal_lm
 
@@ -51,9 +54,12 @@ class Student(nn.Module):
         self.chunk_rows = chunk_rows
         self.head_float32 = head_float32
 
-    def forward(self, micro: MicroBatch, needs: Needs = NOTHING) -> Read:
+    def forward(self, micro: MicroBatch | BaseBatch, needs: Needs = NOTHING) -> Any:
         """Read log-probs of the response tokens of `micro`, [N], at the candidates [N, K], and
-        what `needs` asks for."""
+        what `needs` asks for; of a `BaseBatch` what the model without its adapters says."""
+        if isinstance(micro, BaseBatch):
+            with adapters_off(self.lm):
+                return micro.scoring.score(self.lm, micro.items)
         if self._without:
             marks_V = self._without.marks_V.to(micro.ids_L.device)
             self._without = self._without._replace(marks_V=marks_V)

@@ -13,8 +13,9 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """`replicas` copies of one model."""
 
     # "vllm" is for larger models: temperature 1, no entropy, and of a tail what its candidates
-    # leave, no less than 1e-6.
-    backend: Literal["transformers", "vllm"] = "transformers"
+    # leave, no less than 1e-6. "learner", with student.lora: the student's own base, in the
+    # learner's ranks, with no copy of it anywhere; of what is set below, nothing has an effect.
+    backend: Literal["transformers", "vllm", "learner"] = "transformers"
     replicas: Annotated[int, Meta(ge=1)] = 1
     # Absent: bfloat16 on GPUs, float32 on CPUs.
     dtype: Dtype | None = None
@@ -56,7 +57,7 @@ class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fiel
 
 class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The policy that some objectives measure against: never updated, and shown what the student is
-    shown."""
+    shown. Absent with student.lora, the learner's frozen base."""
 
     model: str | None = None  # absent: student.model, the student before its first step
 

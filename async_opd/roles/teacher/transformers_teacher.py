@@ -18,23 +18,13 @@ from async_opd.core.foreign import foreign
 from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.vocabulary import exchanged
-from async_opd.core.wire import Floats, Group, Ints, Needs, Rollout, Scores
-from async_opd.maths.head import Without
-from async_opd.maths.logprobs import Read, ReadOptions, read_logprobs
+from async_opd.core.wire import Floats, Group, Ints, Needs
 from async_opd.roles.models import causal_lm
-from async_opd.roles.teacher.candidates import (
-    Answer,
-    Outcome,
-    answer,
-    candidates_of,
-    matched,
-    refuse_unknown_ids,
-)
+from async_opd.roles.teacher.candidates import Answer, Outcome, answer, matched
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.probe import probe_answer, probe_group
+from async_opd.roles.teacher.scoring import Item, Scoring
 from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
-
-Item = tuple[Ints, Rollout]  # prompt ids, and what came after them
 
 
 class TransformersTeacher:
@@ -57,10 +47,12 @@ class TransformersTeacher:
             trust_remote_code=settings.trust_remote_code,
         ).eval()
         embedding: Any = self._model.get_input_embeddings()
-        self._logits = min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight))
-        self._foreign = Without.those_but(settings.vocabulary, self._logits, self._device)
-        self._unused = settings.whole and Without.those_but(
-            settings.whole, self._logits, self._device
+        self._scoring = Scoring(
+            settings,
+            needs,
+            min(len(causal_lm.head(self._model).weight_VD), len(embedding.weight)),
+            self._device,
+            chunk_rows=config.head_chunk_rows,
         )
         # Penalties of the checkpoint's own would bend `greedy`.
         self._model.generation_config = GenerationConfig()
@@ -85,20 +77,20 @@ class TransformersTeacher:
     async def probe(self) -> Floats:
         """What it says of a few tokens that are always the same, [T, F], to be compared with what
         its replicas say. They go through the model by themselves, as it is now."""
-        group = probe_group(self._settings, self._logits, self._needs)
+        group = probe_group(self._settings, self._scoring.logits, self._needs)
         async with self._weights:
             outcomes = await in_thread(_each, self.score_rollouts, self._items(group))
         return probe_answer(group, outcomes)
 
     def _items(self, group: Group) -> list[Item]:
-        prompt = group.prompt.ids if self._settings.as_student else group.prompt.shown_to_teacher
+        prompt = self._scoring.shown(group.prompt)
         return [(prompt, rollout) for rollout in group.rollouts]
 
     async def _outcome(self, item: Item) -> Outcome:
         """The scores of one rollout, or what went wrong with it alone. Waits for its batch."""
         prompt, rollout = item
         try:
-            refuse_unknown_ids(prompt, rollout, self._logits, self._needs)
+            self._scoring.refuse(prompt, rollout)
             future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
             async with self._arrived:
                 self._waiting.append((item, future))
@@ -157,36 +149,9 @@ class TransformersTeacher:
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
-    @torch.no_grad()
     def score_rollouts(self, items: list[Item]) -> list[Outcome]:
-        """Score (prompt ids, rollout) pairs in one packed forward; only response positions reach
-        the LM head. What is not finite is that rollout's error alone."""
-        ids, rows = causal_lm.segments([(prompt, rollout.ids) for prompt, rollout in items])
-
-        def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-            return torch.as_tensor(np.concatenate(parts), dtype=torch.int64, device=self._device)
-
-        def read(parts: list[np.ndarray]) -> torch.Tensor:
-            return tensor([exchanged(part, self._settings.ends_as) for part in parts])
-
-        hidden_LD = causal_lm.hidden_states(self._model, tensor(ids), [len(part) for part in ids])
-        scored = read_logprobs(
-            hidden_LD[tensor(rows)],
-            causal_lm.head(self._model)._replace(without=self._unused),
-            read([r.ids for _, r in items]),
-            ReadOptions(
-                self._settings.temperature,
-                self._config.head_chunk_rows,
-                entropy=self._needs.teacher_entropy,
-                topk=self._needs.teacher_topk,
-                topk_without=self._foreign,
-                tail=self._needs.tail,
-            ),
-            candidate_ids_NK=read([candidates_of(r) for _, r in items])
-            if self._needs.teacher_at_student_ids
-            else None,
-        )
-        return _split(scored, [r for _, r in items], self._settings.ends_as)
+        """Score (prompt ids, rollout) pairs in one packed forward, as `Scoring` does."""
+        return self._scoring.score(self._model, items)
 
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy."""
@@ -242,9 +207,9 @@ class TransformersTeacher:
 
     def _known(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """Leave out of what is generated the ids that the student has not."""
-        if self._foreign is None:
+        if self._scoring.foreign is None:
             return logits_BV
-        return logits_BV.masked_fill(self._foreign.marks_V, -torch.inf)
+        return logits_BV.masked_fill(self._scoring.foreign.marks_V, -torch.inf)
 
 
 def _each(score: Callable[[list[Item]], list[Outcome]], items: list[Item]) -> list[Outcome]:
@@ -260,39 +225,3 @@ def _each(score: Callable[[list[Item]], list[Outcome]], items: list[Item]) -> li
             if isinstance(outcome, AsyncOpdError):
                 outcomes[place : place + 1] = _each(score, [items[place]])
     return outcomes
-
-
-def _split(
-    read: Read, rollouts: list[Rollout], ends_as: tuple[tuple[int, int], ...]
-) -> list[Outcome]:
-    """Cut what was read of a batch into the scores of its rollouts."""
-    columns = {
-        "sampled_logp": read.sampled_N,
-        "topk_ids": read.topk_ids_NK,
-        "topk_logp": read.topk_NK,
-        "entropy": read.entropy_N,
-        "candidate_logp": read.candidates_NK,
-        "tail_logp": read.tail_N,
-    }
-    if read.topk_ids_NK is not None:
-        columns["topk_ids"] = torch.from_numpy(exchanged(read.topk_ids_NK.cpu().numpy(), ends_as))
-    lengths = [len(rollout.ids) for rollout in rollouts]
-    parts = {
-        name: [
-            part.numpy().astype(np.int32 if name == "topk_ids" else np.float32)
-            for part in column.cpu().split(lengths)
-        ]
-        for name, column in columns.items()
-        if column is not None
-    }
-    return [
-        _scores(rollout.id, {name: column[i] for name, column in parts.items()})
-        for i, rollout in enumerate(rollouts)
-    ]
-
-
-def _scores(id: str, fields: dict[str, Any]) -> Outcome:
-    try:
-        return Scores(id=id, **fields)
-    except WireError as e:
-        return e

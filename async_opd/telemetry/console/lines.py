@@ -49,7 +49,7 @@ class Lines:
             return
         self._last = now
         cells = [f"{row['step']}/{self._steps}".rjust(11)] + [
-            ("-" if row[key] is None else format(row[key], spec)).rjust(width)
+            ("-" if row.get(key) is None else format(row[key], spec)).rjust(width)
             for _, key, width, spec in self.COLUMNS
         ]
         titles = ["step".rjust(11), *(title.rjust(width) for title, _, width, _ in self.COLUMNS)]

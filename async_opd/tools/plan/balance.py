@@ -54,7 +54,9 @@ def balance(config: Config, rates: dict[str, float], source: str, differs: list[
     """Balance a run: every token is sampled, scored and trained once, so the role that does the
     fewest a second bounds it; ranks are taken to add up."""
     capacity = {
-        role: rates[role] * count for role, count in _counts(msgspec.to_builtins(config)).items()
+        role: rates[role] * count
+        for role, count in _counts(msgspec.to_builtins(config)).items()
+        if count  # no teacher beside a learner that scores
     }
     return Balance(
         source=source,
@@ -62,16 +64,18 @@ def balance(config: Config, rates: dict[str, float], source: str, differs: list[
         capacity=capacity,
         bottleneck=min(capacity, key=lambda role: capacity[role]),
         generators=ceil(capacity["learner"] / rates["generator"]),
-        teachers=ceil(capacity["learner"] / rates["teacher"]),
+        teachers=ceil(capacity["learner"] / rates["teacher"]) if "teacher" in capacity else 0,
         differs=differs,
     )
 
 
-def parse_rates(text: str) -> dict[str, float]:
-    """Parse rates from `generator=…,teacher=…,learner=…`. Raises ConfigError."""
+def parse_rates(text: str, config: Config) -> dict[str, float]:
+    """Parse rates of the roles that `config` has, `generator=…,teacher=…,learner=…`. Raises
+    ConfigError."""
     low, high = RATES
+    roles = [role for role, count in _counts(msgspec.to_builtins(config)).items() if count]
     allowed = (
-        f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in ROLES)}, each from"
+        f"--rates {text}: must be {','.join(f'{role}=TOKENS_PER_S' for role in roles)}, each from"
         f" {low:g} to {high:g}"
     )
     try:
@@ -80,7 +84,7 @@ def parse_rates(text: str) -> dict[str, float]:
         }
     except ValueError as e:
         raise ConfigError(allowed) from e
-    if set(rates) != set(ROLES) or not all(low <= rate <= high for rate in rates.values()):
+    if set(rates) != set(roles) or not all(low <= rate <= high for rate in rates.values()):
         raise ConfigError(allowed)
     return rates
 
@@ -114,33 +118,36 @@ def _measured(
             f" {len(rows)}"
         )
     counts = _counts(then)
-    tokens = dict.fromkeys(ROLES, 0.0)
-    seconds = dict.fromkeys(ROLES, 0.0)
+    now = msgspec.to_builtins(config)
+    roles = [role for role, count in _counts(now).items() if count]
+    tokens = dict.fromkeys(roles, 0.0)
+    seconds = dict.fromkeys(roles, 0.0)
     for before, row in zip(rows[WARM - 1 :], rows[WARM:], strict=False):
         passed = row["elapsed_s"] - before["elapsed_s"]
         if passed <= 0:  # the run was gone on with, and counts anew
             continue
-        for role, (name, counted, at_work) in ROLES.items():
+        for role in (role for role in roles if counts[role]):
+            name, counted, at_work = ROLES[role]
             tokens[role] += row[f"{counted}_tokens_per_s"] * passed
             share = sum(row[f"{name}_{state}"] for state in at_work)
             seconds[role] += share * passed * counts[role]
-    idle = [role for role in ROLES if not tokens[role] or not seconds[role]]
+    idle = [role for role in roles if not tokens[role] or not seconds[role]]
     if idle:
         raise RunMissing(f"{run_dir}: its rows have no work of {', '.join(idle)}")
     lengths = [row["length_mean"] for row in rows if row.get("length_mean")]
     return Measured(
-        rates={role: tokens[role] / seconds[role] for role in ROLES},
-        differs=list(_differences(then, msgspec.to_builtins(config))),
+        rates={role: tokens[role] / seconds[role] for role in roles},
+        differs=list(_differences(then, now)),
         response=fmean(lengths) if lengths else None,
     )
 
 
 def _counts(tree: dict[str, Any]) -> dict[str, int]:
-    """Count the members of each role by a config's tree."""
+    """Count the members of each role by a config's tree; a teacher in the learner is none."""
     teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
     return {
         "generator": tree["rollout"]["generators"],
-        "teacher": sum(teacher["replicas"] for teacher in teachers),
+        "teacher": sum(t["replicas"] for t in teachers if t["backend"] != "learner"),
         "learner": tree["learner"]["ranks"],
     }
 

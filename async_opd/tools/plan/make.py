@@ -1,19 +1,16 @@
 """The plan of a run: who is where, what each holds, and what does not fit. Pure: shapes and
 settings in, a plan out."""
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from async_opd.config.schema import Config
 from async_opd.config.sections import SyncConfig
 from async_opd.config.teacher_rules import (
     Engines,
-    longest_prompt,
     longest_sequence,
     shared_with_learner,
 )
@@ -27,7 +24,6 @@ from async_opd.tools.plan.passes import Packed, packed
 from async_opd.tools.plan.shape import Shape
 
 GIB = 2**30
-UNBOUNDED = 2**20  # tokens of a response, where no model names a context
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
@@ -125,18 +121,28 @@ def needs(
     share, student = config.run.share_gpu, shapes[config.student.model]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     typical = _typical(config, longest, response)
+    held = memory.learner(
+        config.learner,
+        student,
+        config.sync,
+        _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
+        config.objective.needs(),
+    )
+    if inside := longest_in_learner(config):
+        batch = _batch(
+            student,
+            config.learner,
+            config.learner.micro_batch_tokens,
+            inside,
+            _typical(config, inside, response),
+        )
+        held.either["scoring"] = memory.scoring(config.learner, student, batch)
     learner = Need(
         request=requests[RANK],
         section="learner",
         model=config.student.model,
         shape=student,
-        memory=memory.learner(
-            config.learner,
-            student,
-            config.sync,
-            _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
-            config.objective.needs(),
-        ),
+        memory=held,
         limit=_limit(card, shared_with_learner(config.engines) if share else 1 - HEADROOM, share),
         longest=longest,
         typical=typical,
@@ -148,6 +154,15 @@ def needs(
             for pool in config.engines
         ),
     ]
+
+
+def longest_in_learner(config: Config) -> int:
+    """Find the longest sequence that the learner scores by its base; 0 where it scores none."""
+    longest = (
+        longest_sequence(section, scorer, config.data, config.rollout)[1]
+        for section, scorer in config.in_learner.items()
+    )
+    return max(longest, default=0)
 
 
 def _typical(config: Config, longest: int, response: float | None) -> int:
@@ -231,58 +246,3 @@ def has_places(
         return bool(place_on_alike(requests, gpus_per_node, nodes))
     except (ConfigError, ClusterTooSmall):
         return False
-
-
-def longest_response(
-    config: Config, shapes: Mapping[str, Shape], card: float
-) -> tuple[int, list[str]]:
-    """Find the longest response that memory and contexts have room for, all other settings as they
-    are (batches grow to one sequence where they must), and what bounds it. 0 where none fits."""
-    contexts = {
-        f"the context of {key}": _room(config, key, context)
-        for key, model in models(config).items()
-        if (context := shapes[model].context)
-    }
-    bound = min(contexts.values(), default=UNBOUNDED)
-
-    def full(response: int) -> list[str]:
-        return [
-            f"the memory of a {need.request.role}"
-            for need in needs(_stretched(config, response), shapes, card)
-            if not need.fits
-        ]
-
-    over = bisect_left(range(bound + 1), True, lo=1, key=lambda response: bool(full(response)))
-    return over - 1, full(over) if over <= bound else [
-        key for key, room in contexts.items() if room == bound
-    ]
-
-
-def _room(config: Config, key: str, context: int) -> int:
-    """Count the tokens of a response that the `context` of the model in setting `key` leaves."""
-    section = key.removesuffix(".model")
-    scorer = config.scorers.get(section)
-    _, prompt = longest_prompt(section, scorer, config.data)
-    return context - prompt - (scorer is not None and scorer.backend == "vllm")
-
-
-def _stretched(config: Config, response: int) -> Config:
-    """Change `config` for responses of at most `response` tokens: each batch that must hold a
-    sequence does."""
-    rollout = replace(config.rollout, max_new_tokens=response)
-
-    def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:
-        if each is None or each.backend == "vllm":
-            return each
-        _, longest = longest_sequence(section, each, config.data, rollout)
-        return replace(each, batch_tokens=max(each.batch_tokens, longest))
-
-    tokens = max(config.learner.micro_batch_tokens, config.data.max_prompt_tokens + response)
-    return replace(
-        config,
-        rollout=rollout,
-        learner=replace(config.learner, micro_batch_tokens=tokens),
-        teacher=scorer("teacher", config.teacher),
-        teachers={name: scorer(f"teachers.{name}", each) for name, each in config.teachers.items()},
-        reference=scorer("reference", config.scorers.get("reference")),
-    )

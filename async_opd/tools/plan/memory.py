@@ -114,6 +114,13 @@ def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> 
     return backward(shape, batch, b, checkpointing=checkpointing, head=head)
 
 
+def scoring(config: LearnerConfig, shape: Shape, batch: Packed) -> float:
+    """Estimate a forward of `batch` in the learner, whose adapters are off: what it reads, the head
+    reads block by block."""
+    held = block(config.head_chunk_rows, batch.tokens, shape)
+    return forward(shape, batch, element(config.dtype)) + 2 * 4 * held.rows * held.ids
+
+
 def _update(stage: int, psi: int, ranks: int, b: int) -> float:
     """Count what is held beside the rest while the optimizer steps."""
     share, reduced = psi / ranks, b * min(psi, REDUCED_WHOLE) if ranks > 1 else 0

@@ -12,6 +12,7 @@ from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.maths.lag import slots
 from async_opd.runtime.placement import resource_requests
 from async_opd.tools.plan import advise, balance, make, shape
+from async_opd.tools.plan.longest import longest_response
 from async_opd.tools.plan.report import Plan
 
 ONLINE = ["config", "model files", "vocabularies", "rows of data (of a hub's set the first)"]
@@ -55,7 +56,7 @@ def plan(
     except ClusterTooSmall as e:
         nodes = {}
         problems.insert(0, make.Problem(what=f"{e}", changes=_more_nodes(config, gpus_per_node)))
-    longest, bound_by = make.longest_response(config, shapes, card)
+    longest, bound_by = longest_response(config, shapes, card)
     groups = slots(config.outstanding_steps, config.groups_per_step)
     return Plan(
         config=str(path),
@@ -119,7 +120,7 @@ def _balance(
     config: Config, rates: str | None, then: balance.Measured | None, like: Path | None
 ) -> balance.Balance | None:
     if rates:
-        return balance.balance(config, balance.parse_rates(rates), "rates as given", [])
+        return balance.balance(config, balance.parse_rates(rates, config), "rates as given", [])
     if then:
         return balance.balance(config, then.rates, f"rates of {like}", then.differs)
     return None

@@ -9,7 +9,7 @@ import pytest
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
-from async_opd.core.errors import RunMissing
+from async_opd.core.errors import ConfigError, RunMissing
 from async_opd.tools.plan.balance import balance, measured, parse_rates
 
 STATES = ("busy", "starved", "blocked", "syncing", "down")
@@ -83,7 +83,10 @@ def test_settings_that_rates_hang_on_and_that_differ_are_named(run_dir):
 def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_balance():
     config = load(DEMO, ["rollout.generators=3", "teacher.replicas=2", "learner.ranks=2"])
     balanced = balance(
-        config, parse_rates("generator=1000,teacher=4000,learner=2500"), "rates as given", []
+        config,
+        parse_rates("generator=1000,teacher=4000,learner=2500", config),
+        "rates as given",
+        [],
     )
     assert balanced.capacity == {"generator": 3000, "teacher": 8000, "learner": 5000}
     assert (balanced.bottleneck, balanced.generators, balanced.teachers) == ("generator", 5, 2)
@@ -124,3 +127,27 @@ def test_the_typical_response_is_the_mean_of_the_run_where_its_rows_say(run_dir)
         )
     )
     assert measured(run_dir, load(DEMO)).response == 30
+
+
+def test_a_teacher_in_the_learner_is_nobody_to_be_balanced(run_dir):
+    """Nor did it slow a run down that had one: its rows have no such role."""
+    inside = ["student.lora.rank=2", "teacher.model=toy:student", "teacher.backend=learner"]
+    config = load(DEMO, [*inside, "teacher.evaluate=false", "learner.ranks=2"])
+    rates = parse_rates("generator=1000,learner=2500", config)
+    balanced = balance(config, rates, "rates as given", [])
+    assert balanced.capacity == {"generator": 1000, "learner": 5000}
+    assert (balanced.bottleneck, balanced.generators, balanced.teachers) == ("generator", 5, 0)
+    with pytest.raises(ConfigError, match="must be generator=TOKENS_PER_S,learner=TOKENS_PER_S,"):
+        parse_rates("generator=1000,teacher=4000,learner=2500", config)
+    assert set(measured(run_dir, config).rates) == {"generator", "learner"}
+    tree = json.loads((run_dir / "config.json").read_text())
+    tree["teacher"]["backend"] = "learner"
+    (run_dir / "config.json").write_text(json.dumps(tree))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for key in [key for key in row if key.startswith("teachers_") and "tokens" not in key]:
+            del row[key]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(measured(run_dir, config).rates) == {"generator", "learner"}
+    with pytest.raises(RunMissing, match="its rows have no work of teacher"):
+        measured(run_dir, load(DEMO))

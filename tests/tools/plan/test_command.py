@@ -377,3 +377,17 @@ def test_an_offline_plan_loads_nothing_heavy_and_starts_nothing():
     assert {"torch", "ray", "vllm", "transformers", "datasets", "deepspeed", "numpy"} & loaded <= {
         "numpy"
     }
+
+
+def test_a_teacher_in_the_learner_takes_no_card_and_the_learner_holds_its_forward(capsys):
+    inside = ["student.lora.rank=2", "teacher.model=toy:student", "teacher.evaluate=false"]
+    _, pooled = planned(capsys, DEMO, *inside)
+    inside += ["teacher.backend=learner", "data.solution=answer", "teacher.max_prompt_tokens=99"]
+    _, plan = planned(capsys, DEMO, *inside, "teacher.context={prompt} {solution}")
+    assert [role["role"] for role in plan["roles"]] == ["learner rank", "generator"]
+    assert "teacher" in [role["role"] for role in pooled["roles"]]
+    assert not [name for names in plan["nodes"].values() for name in names if "teacher" in name]
+    learner, before = (each["roles"][0]["parts_gib"] for each in (plan, pooled))
+    assert set(learner) - set(before) == {"scoring"}
+    # what the teacher is shown is longer than the student's prompt, and bounds what is sampled
+    assert plan["longest_response"] < pooled["longest_response"]
