@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from async_opd.config.data_rules import data_rules
 from async_opd.config.load import apply_override, checked, read_toml
 from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, expand, local
 from async_opd.config.rules import check_rules
@@ -88,6 +89,15 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
                 f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
                 " greedy",
             ),
+            (
+                bool(asked.data.sources),
+                "data.sources: an evaluation is of one set: set data.path",
+            ),
+            (
+                asked.data.filter is not None,
+                "data.filter: has no effect in an evaluation, which asks each problem once",
+            ),
+            *data_rules(asked.data),
             *check_rules(asked.verify),
         ]
     )

@@ -35,7 +35,7 @@ class Supply:
             try:
                 return next(self._prompts)
             except StopIteration:
-                self.ended = DataError("data.path: its rows are used up")
+                self.ended = DataError("data: its rows are used up")
             except DataError as e:
                 self.ended = e
             self._emit("no more prompts", "data", f"{self.ended}; the outstanding are trained")

@@ -45,6 +45,10 @@ def fixed(config: Config) -> dict[str, Any]:
         "run.seed": config.run.seed,
         "data.id": data.id,
         "data.streaming": data.streaming,
+        "data.sources": {
+            name: {"weight": source.weight, "id": source.id}
+            for name, source in data.sources.items()
+        },
         **({"data.shuffle_buffer": data.shuffle_buffer} if data.streaming else {}),
     }
 
