@@ -80,7 +80,9 @@ class ReadAhead:
         that cannot be. Raises DataError where one takes too long."""
         async with self._turn:
             while not self._take(count):
-                self._read_on += await self._part(count - len(self._ready))
+                wanted = count - len(self._ready)
+                # many at a time, where most are passed over
+                self._read_on += await self._part(max(wanted, self._most * bool(self._passed)))
 
     async def next_few(self, count: int) -> list[Prompt]:
         """Look at the next `count` prompts, which are not handed out by that; fewer where one of
@@ -89,11 +91,14 @@ class ReadAhead:
         coming = islice(chain((read for read, _ in self._ready), self._read_on), count)
         return [prompt for prompt, _ in coming if isinstance(prompt, Prompt)]
 
-    def begin(self, tasks: asyncio.TaskGroup, needed: int, then: Callable[[], None]) -> bool:
-        """Have the first of so many that are `needed` be read beside everything else. Returns
-        whether the next one can be had; where it cannot yet, `then` is called when it can."""
+    def begin(
+        self, tasks: asyncio.TaskGroup, needed: int, free: int, then: Callable[[], None]
+    ) -> bool:
+        """Have the first of so many that are `needed` be read beside everything else, where `free`
+        of them have their turn. Returns whether the next one can be had; where it cannot yet,
+        `then` is called when it can."""
         count = min(needed, self._most)
-        self._take(min(needed, 1))
+        self._take(min(needed, free, 1))
         if not (self._beside or self._is_read(count)):
             self._beside = True
             tasks.create_task(self._read_beside(count, then), name="read ahead")
@@ -136,11 +141,12 @@ class ReadAhead:
         self._passed.append((id, cause))
         if epoch < self._passing + 2:
             return None
+        self._rows = iter(())
         return Read(DataError(self._filter.none_left), read.position)
 
     def _is_read(self, count: int) -> bool:
-        read = self._read_on or [read for read, _ in islice(self._ready, 1)]
-        return len(self._ready) + len(self._read_on) >= count or bool(read and _failed(read[-1]))
+        failed = _failed(self._read_on[-1]) if self._read_on else self._has_failed
+        return failed or len(self._ready) + len(self._read_on) >= count
 
     async def _read_raw(self, count: int) -> None:
         """Wait until `count` more are read, whatever is decided of them."""

@@ -81,8 +81,8 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def of(self, source: SourceConfig) -> "DataConfig":
         """Make the settings of one of the sources as those of a set alone."""
-        own = {name: getattr(source, name) for name in OWN}
-        named = {name: value for name, value in own.items() if value is not None}
+        settings = {name: getattr(source, name) for name in OWN}
+        named = {name: value for name, value in settings.items() if value is not None}
         return replace(self, path=source.path, sources={}, **named)
 
 

@@ -1,6 +1,5 @@
 """Prompts from several data sets, each by its weight."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
@@ -9,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from async_opd.core.wire import Prompt
-from async_opd.roles.rollout.prompts import SURVEY_S, PromptSource
+from async_opd.roles.rollout.prompts import PromptSource
 
 
 class Mixture:
@@ -82,10 +81,9 @@ class Mixture:
         return chain(again, self)
 
     def survey(self, poll: Callable[[], None] = lambda: None) -> None:
-        """Look at all rows of all sets, as those do, in the time of one."""
-        until = time.monotonic() + SURVEY_S
+        """Look at all rows of all sets, as those do, each for its part of the time of one."""
         for part in self.parts.values():
-            part.survey(poll, max(0.0, until - time.monotonic()))
+            part.survey(poll, 1 / len(self.parts))
 
     @property
     def left_out_words(self) -> str:

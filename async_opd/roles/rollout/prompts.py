@@ -86,13 +86,13 @@ class PromptSource:
         """The share of the prompts that each of `parts` gives."""
         return {"": Fraction(1)}
 
-    def survey(self, poll: Callable[[], None] = lambda: None, seconds: float = SURVEY_S) -> None:
-        """Look at all rows before they are read, for at most so many seconds, and at the rest
-        beside what follows. `poll` is called meanwhile, and what it raises ends it. Raises
+    def survey(self, poll: Callable[[], None] = lambda: None, share: float = 1.0) -> None:
+        """Look at all rows before they are read, for at most that `share` of SURVEY_S, and at the
+        rest beside what follows. `poll` is called meanwhile, and what it raises ends it. Raises
         DataError naming those that cannot be used. A stream is not looked at."""
         if not self._config.streaming:
             self._survey = Survey(self._table, self._judge, self._key)
-            self._survey.look(seconds, poll)
+            self._survey.look(share * SURVEY_S, poll)
             if self._survey.ended and not self.usable:
                 raise DataError(f"{self._name}: no usable row")
 
