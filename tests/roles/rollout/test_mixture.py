@@ -76,7 +76,7 @@ def sources_of(ids) -> Counter[str]:
 
 BY_COUNT = st.dictionaries(st.integers(1, 7), WEIGHTS, min_size=1, max_size=5)
 QUICK = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
