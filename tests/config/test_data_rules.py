@@ -139,7 +139,7 @@ MISTAKES = {
     ),
     "filter of something else": (
         dict(more='filter = { tries = 2, drop = "right" }\n'),
-        "data.filter.drop = 'right': must be 'always_right', 'always_wrong' or 'both'; did you mean",
+        "data.filter.drop = 'right': must be 'always_right', 'always_wrong' or 'both'; did you",
     ),
     "filter of a stream": (
         dict(more="filter = { tries = 2 }\nstreaming = true\n"),

@@ -48,7 +48,7 @@ SETTINGS = (
 class Rows:
     """So many rows in file order, epoch after epoch, which can be gone on with."""
 
-    def __init__(self, count=len(SCRIPT), source=""):
+    def __init__(self, count=6, source=""):
         self._count, self._source = count, source
         self.position = {"epoch": 0, "drawn": 0}
 
