@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from async_opd.config.data_rules import data_rules
 from async_opd.config.load import apply_override, checked, read_toml
 from async_opd.config.paths import (
     MODELS,
@@ -101,6 +102,14 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
                 "student.lora: trains an adapter, and an evaluation nothing; student.model may be"
                 " an adapter's folder",
             ),
+                bool(asked.data.sources),
+                "data.sources: an evaluation is of one set: set data.path",
+            ),
+            (
+                asked.data.filter is not None,
+                "data.filter: has no effect in an evaluation, which asks each problem once",
+            ),
+            *data_rules(asked.data),
             *check_rules(asked.verify),
         ]
     )

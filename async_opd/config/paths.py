@@ -28,10 +28,14 @@ MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are sh
 def expand(tree: dict) -> None:
     """Put the user's home in place of the ~ that a path in a tree of settings begins with. Raises
     ConfigError."""
-    teachers = tree.get("teachers")
-    sections = [*tree.items()]
-    if isinstance(teachers, dict):
-        sections += [(f"teachers.{name}", teacher) for name, teacher in teachers.items()]
+    sections, data = [*tree.items()], tree.get("data")
+    several = {
+        "teachers": tree.get("teachers"),
+        "data.sources": data.get("sources") if isinstance(data, dict) else None,
+    }
+    for kind, named in several.items():
+        if isinstance(named, dict):
+            sections += [(f"{kind}.{name}", section) for name, section in named.items()]
     for name, section in sections:
         for key in PATHS & section.keys() if isinstance(section, dict) else ():
             if isinstance(text := section[key], str):
@@ -139,7 +143,8 @@ def check_files(c: Config, elsewhere: bool) -> None:
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
             engine = scorer.engine if scorer is not None and scorer.backend == "vllm" else None
             check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
-    check_data("data.path", c.data.path, elsewhere)
+    for key, data in c.data.sets.items():
+        check_data(key, data.path, elsewhere)
     if c.eval:
         check_data("eval.path", c.eval.path, elsewhere)
 

@@ -4,6 +4,7 @@ reported."""
 from collections.abc import Iterator
 
 from async_opd.config.base_rules import base_rules
+from async_opd.config.data_rules import column_rules, data_rules, evaluated_rules
 from async_opd.config.precision import precision_rules
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
@@ -24,10 +25,14 @@ from async_opd.roles.verifier.config import VerifyConfig
 def rules(c: Config) -> Iterator[Rule]:
     """Yield every rule of a whole config."""
     yield from _objective_rules(c)
-    yield from form_rules(c.teacher, c.teachers, c.data)
+    yield from form_rules(c.teacher, c.teachers)
+    yield from data_rules(c.data)
+    yield from column_rules(c.named_teachers, c.data)
     yield from _batch_rules(c)
     teachers = {teacher_section(name): teacher for name, teacher in c.named_teachers.items()}
     yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
+    if c.eval:
+        yield from evaluated_rules(c.named_teachers, c.data)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
     yield from base_rules(c)
     yield (

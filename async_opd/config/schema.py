@@ -73,7 +73,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def inputs(self) -> dict[str, str]:
         """Models and data it reads, by the keys that name them."""
         return (
-            {"student.model": self.student.model, "data.path": self.data.path}
+            {"student.model": self.student.model}
+            | {key: data.path for key, data in self.data.sets.items()}
             | {f"{section}.model": model for section, model in self.models.items()}
             | ({"eval.path": self.eval.path} if self.eval else {})
         )

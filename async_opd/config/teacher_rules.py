@@ -59,10 +59,8 @@ def longest_sequence(
     return f"{key} + rollout.max_new_tokens", tokens + rollout.max_new_tokens
 
 
-def form_rules(
-    teacher: TeacherConfig | None, teachers: Mapping[str, TeacherConfig], data: DataConfig
-) -> list[Rule]:
-    """List that there is one teacher, or several with a column that tells whose a row is."""
+def form_rules(teacher: TeacherConfig | None, teachers: Mapping[str, TeacherConfig]) -> list[Rule]:
+    """List that there is one teacher, or several with names."""
     return [
         (
             bool(teacher and teachers),
@@ -79,15 +77,6 @@ def form_rules(
                 f"teachers.{name!r}: a name must be of letters, digits, - and _",
             )
             for name in teachers
-        ),
-        (
-            bool(teachers) and data.teacher is None,
-            "data.teacher: missing; must be the name of the column that holds a row's teacher, with"
-            " [teachers.NAME]",
-        ),
-        (
-            not teachers and data.teacher is not None,
-            f"data.teacher = {data.teacher!r}: has no effect without sections [teachers.NAME]",
         ),
     ]
 
@@ -109,10 +98,6 @@ def teacher_rules(
             teacher.evaluate and not evaluated,
             f"{section}.evaluate = true: needs an [eval] section",
         )
-    yield (
-        data.solution is not None and not any(teacher.context for teacher in teachers.values()),
-        f"data.solution = {data.solution!r}: has no effect without a teacher's context",
-    )
 
 
 def _view_rules(section: str, t: TeacherConfig, data: DataConfig) -> list[Rule]:
@@ -124,7 +109,7 @@ def _view_rules(section: str, t: TeacherConfig, data: DataConfig) -> list[Rule]:
             f"{section}.context = {t.context!r}: must contain {{prompt}} and {{solution}}",
         ),
         (
-            t.context is not None and data.solution is None,
+            t.context is not None and None in data.columns("solution").values(),
             "data.solution: missing; must be the name of the column with the solutions for"
             f" {section}.context",
         ),

@@ -58,7 +58,7 @@ def _check(tree: Any, kind: type[Struct], path: str, root: dict[str, list[type[S
                     _check(settings, sections[0], _joined(key, section), root)
             elif sections:
                 _check(tree[name], _variant(tree[name], sections, key), key, root)
-            else:
+            elif tree[name] != "" or field.default != "":  # where it stands for none
                 _check_value(key, tree[name], field.type)
         elif field.required:
             info = inspect.type_info(field.type)

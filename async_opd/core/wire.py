@@ -34,6 +34,7 @@ class Prompt(Struct, frozen=True):
     teacher_ids: Ints | None = None
     attempt: int = 0  # how often it was re-issued
     teacher: str = ""  # name of the teacher that scores it, where there are several
+    row: int = 0  # place of its row among all rows of the run's data, the same in every epoch
 
     def __post_init__(self) -> None:
         for field in ("ids", "teacher_ids"):

@@ -35,7 +35,7 @@ class Supply:
             try:
                 return next(self._prompts)
             except StopIteration:
-                self.ended = DataError("data.path: its rows are used up")
+                self.ended = DataError("data: its rows are used up")
             except DataError as e:
                 self.ended = e
             self._emit("no more prompts", "data", f"{self.ended}; the outstanding are trained")
@@ -58,12 +58,13 @@ class Admission:
         max_attempts: int,
         student: Producer,
         teacher: TeacherSampling | None = None,
-        ahead: Callable[[int, Callable[[], None]], bool] = lambda needed, then: True,
+        ahead: Callable[[int, int, Callable[[], None]], bool] = lambda needed, free, then: True,
     ):
         """`needed` groups are admitted in all, so that the last step leaves none behind; a finally
         dropped one is replaced while there are `prompts`. A prompt is issued `max_attempts` times
-        at most. `ahead(needed, then)` has those to come be read beside everything else; where it
-        says that the next one cannot be had yet, it calls `then` when it can."""
+        at most. `ahead(needed, free, then)` has those to come be read beside everything else; where
+        it says that the next one cannot be had yet, and slots are free, it calls `then` when it
+        can."""
         self.needed = needed  # groups still to be admitted
         self._prompts = prompts
         self._slots = slots
@@ -75,7 +76,11 @@ class Admission:
 
     def fill(self) -> None:
         """Hand out prompts while slots are free."""
-        while self._ahead(self.needed, self.fill) and self.needed and self._slots.free:
+        while (
+            self._ahead(self.needed, self._slots.free, self.fill)
+            and self.needed
+            and self._slots.free
+        ):
             if (prompt := next(self._prompts)) is None:
                 return
             self._ledger.handed_out(prompt.id)

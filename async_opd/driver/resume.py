@@ -46,6 +46,10 @@ def fixed(config: Config) -> dict[str, Any]:
         "run.seed": config.run.seed,
         "data.id": data.id,
         "data.streaming": data.streaming,
+        "data.sources": {
+            name: {"weight": source.weight, "id": source.id}
+            for name, source in data.sources.items()
+        },
         **({"data.shuffle_buffer": data.shuffle_buffer} if data.streaming else {}),
         "student.lora": config.student.lora and config.student.lora.written_out(),
     }

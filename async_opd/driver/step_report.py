@@ -3,6 +3,7 @@
 from async_opd.config.schema import Config
 from async_opd.core.ports import ScoredGroup
 from async_opd.core.wire import StepResult
+from async_opd.driver.filter import Filter
 from async_opd.driver.held_out import HeldOut
 from async_opd.driver.outcomes import Outcomes, verdicts
 from async_opd.driver.parity import Gap, row
@@ -22,11 +23,13 @@ class StepReport:
         queue: TrajectoryQueue,
         slots: Slots,
         held_out: HeldOut,
+        filter: Filter | None,
     ):
         self._steps = config.run.steps
+        self._sources = list(config.data.sources)
         self._meter, self._outcomes = meter, outcomes
         self._queue, self._slots = queue, slots
-        self._held_out = held_out
+        self._held_out, self._filter = held_out, filter
         self.teacher_sampling: TeacherSampling | None = None  # once training has started
         self._unsaid: tuple[StepResult, list[ScoredGroup]] | None = None  # a step without a row
 
@@ -56,6 +59,7 @@ class StepReport:
             self._steps,
             result.metrics,
             **verdicts(batch),
+            **self._by_source(batch),
             **sampled,
             **row(gap),
             queue_ready=len(self._queue),
@@ -63,8 +67,18 @@ class StepReport:
             queue_slots=self._slots.count,
             dropped=dropped.total(),
             **self._outcomes.counts,
+            **(self._filter.counts if self._filter else {}),
             **self._held_out.row(),
         )
+
+    def _by_source(self, batch: list[ScoredGroup]) -> Row:
+        """What a row says of the groups of each source, where there are several."""
+        row: Row = {}
+        for name in self._sources:
+            its = [group for group in batch if group.prompt.id.startswith(f"{name}:")]
+            row[f"share_{name}"] = len(its) / len(batch)
+            row[f"accuracy_{name}"] = verdicts(its)["accuracy"]
+        return row
 
     def totals(self) -> Row:
         """Count what the whole run dropped and lost, for `summary.json`."""
@@ -74,6 +88,7 @@ class StepReport:
         return {
             "scored_dropped": scored,
             **self._outcomes.counts,
+            **(self._filter.counts if self._filter else {}),
             **{f"dropped_{cause}": count for cause, count in dropped.items()},
             **sampled,
         }

@@ -17,6 +17,7 @@ from async_opd.core.run_dir import SELF_TEACHER
 from async_opd.core.wire import Prompt
 from async_opd.driver.admission import Admission, Supply
 from async_opd.driver.checkpoints import Checkpoint
+from async_opd.driver.filter import Filter
 from async_opd.driver.held_out import HeldOut
 from async_opd.driver.ledger import Ledger
 from async_opd.driver.outcomes import Outcomes
@@ -71,7 +72,10 @@ class TrainLoop:
     ):
         self._config, self._emit = config, emit
         self._meter = meter
-        self.prompts = ReadAhead(source, config.groups_per_step, config.timeout.step_s)
+        self._filter = Filter(config.data.filter, ledger) if config.data.filter else None
+        self.prompts = ReadAhead(
+            source, config.groups_per_step, config.timeout.step_s, self._filter
+        )
         self._clock = CheckpointClock(config.run)
         self.version = 0
         self._published = 0  # version that the generators hold
@@ -105,7 +109,7 @@ class TrainLoop:
         self._supply = Supply(self.prompts, self._slots, config.groups_per_step, emit)
         self._admission: Admission | None = None  # once training has started
         self._report = StepReport(
-            config, meter, self._outcomes, self.queue, self._slots, self.held_out
+            config, meter, self._outcomes, self.queue, self._slots, self.held_out, self._filter
         )
 
     async def begin(self, tasks: asyncio.TaskGroup, checkpoint: Checkpoint | None) -> None:
@@ -164,6 +168,8 @@ class TrainLoop:
         self.version = result.version
         self._outcomes.unscored(batch, result)
         self.progress.trained(self.version, batch)
+        if self._filter:
+            self._filter.trained(batch)
         self._report.trained(result, batch)
         self._slots.train(group.ticket for group in batch)
 
@@ -227,6 +233,8 @@ class TrainLoop:
         self.queue.dropped.update(state.counters.get("dropped", {}))
         self._outcomes.restore(state.counters.get("outcomes", {}))
         self._publisher.probe.parity.first = state.counters.get("parity")
+        if self._filter:
+            self._filter.restore(state.counters.get("filter", {}))
 
     async def _try_to_save(self) -> None:
         """Save a checkpoint on the way. What the disk refuses, full as it may be, is told; the next
@@ -245,6 +253,7 @@ class TrainLoop:
                 "dropped": dict(self.queue.dropped),
                 "outcomes": self._outcomes.counts,
                 "parity": self._publisher.probe.parity.first,
+                **({"filter": self._filter.state} if self._filter else {}),
             }
             with self._learner.held("blocked"):
                 await self.progress.save(self.version, counters)

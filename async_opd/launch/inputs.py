@@ -8,6 +8,7 @@ at the top of its file.
 import asyncio
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import msgspec
@@ -27,6 +28,8 @@ from async_opd.launch.models import (
     tokenizer_of,
 )
 from async_opd.launch.vocabulary import read_tokens
+from async_opd.roles.rollout.config import source_key
+from async_opd.roles.rollout.mixture import Mixture
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
 from async_opd.roles.verifier.references import References
@@ -38,7 +41,7 @@ class Inputs:
 
     tokenizer: PreTrainedTokenizerFast
     tokens: Tokens
-    prompts: PromptSource
+    prompts: PromptSource | Mixture
     held_out: list[Prompt]
     heads: dict[str, tuple[int, int]]  # of queries and of keys, of what runs on transformers
 
@@ -59,14 +62,7 @@ def read(config: Config) -> Inputs:
     tokens = read_tokens(config, tokenizer)
     check_models(config)
     head = _text_config(config).vocab_size
-    prompts = PromptSource(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        views=views(config),
-        references=References(config.verify),
-        head=head,
-    )
+    prompts = _prompts(config, tokenizer, head)
     held_out = _held_out(config, tokenizer, head)
     check_epochs(config, prompts)
     with ExitStack() as undo:
@@ -81,6 +77,29 @@ def read(config: Config) -> Inputs:
         held_out=held_out,
         heads=heads(config),
     )
+
+
+def _prompts(
+    config: Config, tokenizer: PreTrainedTokenizerFast, head: int
+) -> PromptSource | Mixture:
+    """Load the training rows, of one set or several, for a student's head of so many rows."""
+    parts = [
+        PromptSource(
+            data,
+            tokenizer,
+            seed=config.run.seed,
+            views=views(config),
+            references=References(config.verify),
+            head=head,
+            key=key,
+        )
+        for key, data in config.data.sets.items()
+    ]
+    sources = config.data.sources
+    if not sources:
+        return parts[0]
+    weights = {name: source.weight for name, source in sources.items()}
+    return Mixture(dict(zip(sources, parts, strict=True)), weights)
 
 
 def read_problems(config: Config, count: int | None) -> Problems:
@@ -127,15 +146,21 @@ def views(config: Config) -> dict[str, TeacherView]:
     }
 
 
-def check_epochs(config: Config, prompts: PromptSource) -> None:
+def check_epochs(config: Config, prompts: PromptSource | Mixture) -> None:
     """Refuse fewer usable rows than the steps need, where that can be known before the end of a
     stream."""
-    epochs, needed = config.data.epochs, config.run.steps * config.groups_per_step
-    if epochs and not config.data.streaming and epochs * prompts.usable < needed:
-        raise DataError(
-            f"data.epochs = {epochs}: {epochs} x {prompts.usable} rows, but run.steps ="
-            f" {config.run.steps} needs {needed}"
-        )
+    epochs, total = config.data.epochs, config.run.steps * config.groups_per_step
+    if not epochs or config.data.streaming:
+        return
+    for name, part in prompts.parts.items():
+        share = prompts.shares[name]
+        needed = floor(total * share)
+        if epochs * part.usable < needed:
+            of = f" of {source_key(name)}" if name else ""
+            raise DataError(
+                f"data.epochs = {epochs}: {epochs} x {part.usable} rows{of}, but run.steps ="
+                f" {config.run.steps} needs {needed}"
+            )
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> list[Prompt]:
@@ -144,7 +169,7 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> 
     if config.eval is None:
         return []
     data = msgspec.structs.replace(
-        config.data, path=config.eval.path, split=config.eval.split, streaming=False
+        config.data, path=config.eval.path, sources={}, split=config.eval.split, streaming=False
     )
     measured = any(teacher.evaluate for teacher in config.named_teachers.values())
     if not measured:

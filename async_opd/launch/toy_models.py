@@ -36,6 +36,13 @@ def resolve_toy(config: Config, run_dir: Path) -> Config:
         teacher=resolved(config.teacher),
         teachers={name: resolved(teacher) for name, teacher in config.teachers.items()},
         reference=resolved(config.reference),
-        data=replace(config.data, path=resolve(config.data.path)),
+        data=replace(
+            config.data,
+            path=resolve(config.data.path),
+            sources={
+                name: replace(source, path=resolve(source.path))
+                for name, source in config.data.sources.items()
+            },
+        ),
         eval=config.eval and replace(config.eval, path=resolve(config.eval.path)),
     )

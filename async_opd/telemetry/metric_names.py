@@ -15,6 +15,7 @@ PREFIX = "async_opd_"  # in Ray's metrics, which put ray_ before it
 PLACES = {  # in names, what may stand there
     "ROLE": "generators|teachers|verifier|learner|reference|teacher_generators",
     "N": "[0-9]+",
+    "SOURCE": "[A-Za-z0-9_]+",
 }
 
 
@@ -91,6 +92,22 @@ TABLE = {  # by who makes them
             "steps_without_tokens",
             "steps",
             "that kept no token and moved nothing, in all",
+        ),
+    ),
+    "the driver, under [data.sources.NAME]; a `SOURCE` is a name": (
+        Metric("share_SOURCE", "share", "of the step's groups, whose prompts are of that source"),
+        Metric("accuracy_SOURCE", "share", "as `accuracy`, of the rollouts of that source"),
+    ),
+    "the driver, under [data.filter]": (
+        Metric(
+            "prompts_always_right",
+            "prompts",
+            "not handed out, for the last tries at them were all right, in all",
+        ),
+        Metric(
+            "prompts_always_wrong",
+            "prompts",
+            "not handed out, for the last tries at them were all wrong, in all",
         ),
     ),
     "the driver, under [teacher_sampling]": (

@@ -81,11 +81,11 @@ async def test_the_loop_goes_on_while_rows_are_read():
 
     async with asyncio.TaskGroup() as tasks:
         ticking = tasks.create_task(tick())
-        assert not ahead.begin(tasks, 100, lambda: called.append("once"))
-        assert not ahead.begin(tasks, 100, lambda: called.append("twice"))
+        assert not ahead.begin(tasks, 100, 1, lambda: called.append("once"))
+        assert not ahead.begin(tasks, 100, 1, lambda: called.append("twice"))
         await asyncio.sleep(0.05)
         await ahead.read(2)
-        assert ahead.begin(tasks, 2, lambda: called.append("not at all"))
+        assert ahead.begin(tasks, 2, 1, lambda: called.append("not at all"))
         ticking.cancel()
     assert called == ["once"] and source.position == {"drawn": 3}  # no more than the most
     assert max(late) < 0.09 and threading.current_thread() not in source.threads

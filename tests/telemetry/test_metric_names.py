@@ -13,6 +13,7 @@ from async_opd.objectives.reward import Reward
 from async_opd.objectives.sampled import Importance
 from async_opd.telemetry import metric_names
 from async_opd.telemetry.metric_names import NAMES
+from tests.driver.test_filter import run as run_filtered
 from tests.driver.test_scoring_learner import Scoring, inside
 from tests.driver.test_teacher_sampling import run as run_taught
 from tests.driver.test_train_loop import run
@@ -39,11 +40,21 @@ def emitted(tmp_path) -> set[str]:
     return keys
 
 
-async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(tmp_path, emitted):
+@pytest.fixture
+def emitted_of_sources(tmp_path) -> set[str]:
+    """Keys of the rows of a run over several data sets, with a filter."""
+    (tmp_path / "filtered").mkdir()
+    _, _, rows = run_filtered(tmp_path / "filtered", steps=2, sources=("one", "two"), tries=1)
+    return set().union(*rows)
+
+
+async def test_every_key_of_a_row_is_in_the_table_and_every_entry_is_emitted(
+    tmp_path, emitted, emitted_of_sources
+):
     _, _, rows = await run(
         tmp_path, "eval.every_steps=1", references=[SimulatedTeacher()], held_out=2
     )
-    keys = emitted.union(*rows)
+    keys = emitted.union(emitted_of_sources, *rows)
     assert {
         "tokens_lag_0",
         "reference_busy",

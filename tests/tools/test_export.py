@@ -136,6 +136,18 @@ def test_the_card_names_the_ends_that_the_model_s_own_files_do_not(run, tmp_path
     assert cells["ends besides its own"] == r"""`"<\|im_end\|>"`, `7`, `"\n\n"`"""
 
 
+def test_the_card_names_every_set_with_its_weight(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    sources = {"math": {"path": "owner/math", "weight": 3, "subset": "main"}}
+    config["data"] |= {"path": "", "sources": sources | {"code": {"path": "/somewhere/code.jsonl"}}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 0
+    front, text, cells = card(tmp_path / "mine")
+    assert front["datasets"] == ["owner/math"] and "/somewhere" not in text
+    math, code = "`owner/math`, `main`, `train`, weight 3", "`code.jsonl`, `train`, weight 1"
+    assert cells["data"] == f"{math}; {code}"
+
+
 def test_the_card_says_what_the_files_of_the_run_say(run, tmp_path):
     assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 0
     front, text, cells = card(tmp_path / "mine")

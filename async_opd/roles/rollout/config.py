@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from async_opd.core.precision import Dtype
 
@@ -10,10 +11,38 @@ from async_opd.core.precision import Dtype
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Any dataset that `datasets` loads: a hub id, a folder, or jsonl/parquet files."""
+# Settings that a source may have of its own; what it lacks is that of [data].
+OWN = ("subset", "split", "prompt", "answer", "id", "teacher", "solution")
 
-    path: str  # hub id, folder, or one file ending in .jsonl, .json or .parquet
+
+class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of several sets that a run draws its prompts from. Absent: as [data] has it."""
+
+    path: str  # as data.path
+    weight: Annotated[float, Meta(gt=0)] = 1.0  # its share of the prompts is weight / sum of all
+    subset: str | None = None
+    split: str | None = None
+    prompt: str | None = None  # columns
+    answer: str | None = None
+    id: str | None = None
+    teacher: str | None = None
+    solution: str | None = None
+
+
+class FilterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which prompts are not handed out again: those at which the student's last tries all came out
+    alike. A try is a verdict on a rollout of its own that was trained; unknown is none."""
+
+    tries: Annotated[int, Meta(ge=1, le=127)]  # the last of a prompt's, over all epochs
+    drop: Literal["always_right", "always_wrong", "both"] = "both"
+
+
+class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Any dataset that `datasets` loads: a hub id, a folder, or jsonl/parquet files; or several."""
+
+    # hub id, folder, or one file ending in .jsonl, .json or .parquet; absent: [data.sources.NAME]
+    path: str = ""
+    sources: dict[str, SourceConfig] = {}  # several sets, by names that prompts' ids begin with
     subset: str | None = None  # the dataset's own configuration, such as "main" of openai/gsm8k
     split: str = "train"
     prompt: str = "prompt"  # column: a string, or a list of {"role", "content"} messages
@@ -33,6 +62,33 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     epochs: Annotated[int, Meta(ge=1)] | None = None  # absent: as many as the steps need
     streaming: bool = False
     shuffle_buffer: Annotated[int, Meta(ge=1)] = 10_000  # rows, for streaming sets only
+    # Absent: every prompt comes in every epoch.
+    filter: FilterConfig | None = None
+
+    @property
+    def sets(self) -> dict[str, "DataConfig"]:
+        """Each set as one alone, by the setting that names it."""
+        if not self.sources:
+            return {"data.path": self}
+        return {source_key(name): self.of(source) for name, source in self.sources.items()}
+
+    def columns(self, setting: str) -> dict[str, str | None]:
+        """The column that each set has for `setting`, by the setting's whole name."""
+        return {
+            f"{key.removesuffix('path')}{setting}": getattr(data, setting)
+            for key, data in self.sets.items()
+        }
+
+    def of(self, source: SourceConfig) -> "DataConfig":
+        """Make the settings of one of the sources as those of a set alone."""
+        settings = {name: getattr(source, name) for name in OWN}
+        named = {name: value for name, value in settings.items() if value is not None}
+        return replace(self, path=source.path, sources={}, **named)
+
+
+def source_key(name: str) -> str:
+    """Name the setting that names the set of the source `name`."""
+    return f"data.sources.{name}.path"
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -32,8 +32,9 @@ def load(config: DataConfig, key: str) -> datasets.Dataset | datasets.IterableDa
     columns = rows.column_names
     for setting, name in named_columns(config).items():
         if columns is not None and name not in columns:
+            section = key.removesuffix(".path").replace("eval", "data")  # whose columns are as its
             raise DataError(
-                f"data.{setting} = {name!r}: {config.path} has columns {', '.join(columns)}"
+                f"{section}.{setting} = {name!r}: {config.path} has columns {', '.join(columns)}"
             )
     return rows
 

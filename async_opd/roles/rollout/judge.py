@@ -69,6 +69,7 @@ class Judge:
             answer=rendered.answer,
             teacher_ids=theirs[0] if theirs else None,
             teacher=rendered.teacher,
+            row=row["_position"],
         )
 
     def wrong(self, rendered: Rendered, ids: Sequence[np.ndarray | str]) -> tuple[str, bool] | None:

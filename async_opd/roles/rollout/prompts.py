@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from itertools import chain, islice
 from threading import Event
@@ -75,13 +76,23 @@ class PromptSource:
         """Count the rows of one epoch without those that are known to be left out."""
         return len(self) - (len(self._survey.flaws) if self._survey else 0)
 
-    def survey(self, poll: Callable[[], None] = lambda: None) -> None:
-        """Look at all rows before they are read, for at most SURVEY_S, and at the rest beside what
-        follows. `poll` is called meanwhile, and what it raises ends it. Raises DataError naming
-        those that cannot be used. A stream is not looked at."""
+    @property
+    def parts(self) -> dict[str, "PromptSource"]:
+        """The sets of which it has the prompts, by the names of their sources: itself."""
+        return {"": self}
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """The share of the prompts that each of `parts` gives."""
+        return {"": Fraction(1)}
+
+    def survey(self, poll: Callable[[], None] = lambda: None, share: float = 1.0) -> None:
+        """Look at all rows before they are read, for at most that `share` of SURVEY_S, and at the
+        rest beside what follows. `poll` is called meanwhile, and what it raises ends it. Raises
+        DataError naming those that cannot be used. A stream is not looked at."""
         if not self._config.streaming:
             self._survey = Survey(self._table, self._judge, self._key)
-            self._survey.look(SURVEY_S, poll)
+            self._survey.look(share * SURVEY_S, poll)
             if self._survey.ended and not self.usable:
                 raise DataError(f"{self._name}: no usable row")
 
@@ -129,7 +140,8 @@ class PromptSource:
 
     @property
     def position(self) -> dict[str, Any]:
-        """How far the source was read, in plain JSON: where `continued` goes on."""
+        """How far the source was read, in plain JSON: where `continued` goes on. Its "epoch" counts
+        the passes over all rows that are whole."""
         return {
             "epoch": self._epoch,
             "drawn": self._drawn,

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from sys import float_info
 from typing import Any
@@ -28,6 +29,7 @@ from async_opd.core.run_dir import (
 from async_opd.core.wire import trained_tokens
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.objectives import Objective
+from async_opd.roles.rollout.config import DataConfig
 
 LOAD = """\
 ```python
@@ -63,7 +65,7 @@ def card(
 ) -> str:
     """Write README.md of the folder `name`: the student, or its adapter where that is not
     `merged`."""
-    student, data = config.student.model, config.data.path
+    student, sets = config.student.model, config.data.sets.values()
     lora = config.student.lora
     load = LOAD.format(name=name)
     if lora and not merged:
@@ -73,7 +75,7 @@ def card(
         "library_name": "peft" if lora and not merged else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": student if _on_hub(student) else None,
-        "datasets": [data] if _on_hub(data) else None,
+        "datasets": [data.path for data in sets if _on_hub(data.path)],
         "tags": ["async-opd", "on-policy-distillation", config.objective.tag]
         + (["lora"] if lora else []),
     }
@@ -96,7 +98,7 @@ def card(
 
 
 def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    run, data = config.run, config.data
+    run = config.run
     rollout, learner = config.rollout, config.learner
     version = checkpoint.state.version
     facts = {
@@ -104,9 +106,7 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
         "trajectories a step": (
             f"{learner.trajectories_per_step}, {rollout.samples_per_prompt} of each prompt"
         ),
-        "data": ", ".join(
-            f"`{part}`" for part in (_named(data.path), data.subset, data.split) if part
-        ),
+        "data": "; ".join(_sets(config.data)),
         "sampling": (
             f"temperature {rollout.temperature:g}, at most {rollout.max_new_tokens} tokens"
         ),
@@ -147,6 +147,16 @@ def _adapter(lora: LoraConfig | None) -> dict[str, Any]:
     if lora.target_modules != "all-linear":
         beside = ", ".join(f"`{layer}`" for layer in lora.target_modules)
     return {"adapter": f"LoRA of rank {lora.rank}, scaled by {lora.scaling:g}, on {beside}"}
+
+
+def _sets(data: DataConfig) -> Iterator[str]:
+    """Name each set; of several, with its weight."""
+    weights = [source.weight for source in data.sources.values()] or [None]
+    for each, weight in zip(data.sets.values(), weights, strict=True):
+        named = ", ".join(
+            f"`{part}`" for part in (_named(each.path), each.subset, each.split) if part
+        )
+        yield named if weight is None else f"{named}, weight {weight:g}"
 
 
 def _method(objective: Objective) -> list[str]:

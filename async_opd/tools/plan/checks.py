@@ -36,15 +36,16 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 def rows(config: Config) -> None:
     """Check that vocabularies agree, and that the rows can be used. Raises DataError. Training rows
-    that are not on this machine are streamed, and the first is looked at: a plan does not wait
-    until all of them are here."""
+    that are not on this machine are streamed, and the first of each set is looked at: a plan does
+    not wait until all of them are here."""
     with _hinting(), TemporaryDirectory() as scratch:
         config = resolve_toy(config, Path(scratch))
-        if not Path(config.data.path).exists():
+        if not all(Path(data.path).exists() for data in config.data.sets.values()):
             data = replace(config.data, streaming=True, shuffle_buffer=1)
             config = replace(config, data=data)
         with closing(inputs.read(config).prompts) as prompts:
-            next(iter(prompts))
+            for part in prompts.parts.values():
+                next(iter(part))
 
 
 def _from_hub(key: str, model: str, trust_remote_code: bool) -> Shape:
