@@ -18,7 +18,7 @@ class RecordedTrajectory(Struct, frozen=True):
     prompt_tokens: int
     tokens: int  # T
     truncated: bool
-    correct: bool | None
+    reward: float | None  # as the verifier has it; None: unknown
     numbers: dict[str, npt.NDArray[np.float32]]  # float32 [T'] by name
     kept_kv: bool = False  # updates left the KV of its context as it was
 

@@ -50,7 +50,7 @@ def line(
         "cut": recorded.tokens - len(recorded.ids),  # tokens left out behind them
         "truncated": recorded.truncated,
         "kept_kv": recorded.kept_kv,
-        "correct": recorded.correct,
+        "reward": recorded.reward,
         **{name: _column(value[:TOKENS]) for name, value in recorded.numbers.items()},
     }
 

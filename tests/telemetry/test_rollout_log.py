@@ -19,9 +19,7 @@ def recorded(ids: list[int], **more) -> RecordedTrajectory:
         tokens=9,
     )
     numbers = {"student": np.linspace(-1, -1 / 3, len(ids), dtype=np.float32)}
-    return RecordedTrajectory(
-        **fields | dict(truncated=False, correct=None, numbers=numbers) | more
-    )
+    return RecordedTrajectory(**fields | dict(truncated=False, reward=None, numbers=numbers) | more)
 
 
 def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_path):
@@ -41,7 +39,7 @@ def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_pat
         "cut": 6,
         "truncated": False,
         "kept_kv": False,
-        "correct": None,
+        "reward": None,
         "student": [-1, -0.667, -0.333],
     }
     assert (second["tokens"], second["cut"], second["student"]) == (["<4>"], 8, -1)

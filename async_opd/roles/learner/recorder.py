@@ -96,7 +96,7 @@ class Recorder:
             prompt_tokens=len(prompt.ids),
             tokens=len(rollout.ids),
             truncated=rollout.truncated,
-            correct=next(v.correct for v in trajectory.verdicts if v.id == rollout.id),
+            reward=next(v.reward for v in trajectory.verdicts if v.id == rollout.id),
             kept_kv=rollout.kept_kv,
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )

@@ -64,7 +64,8 @@ class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fi
 class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts,
     once each; what the verifier finds right is trained by cross-entropy times a weight,
-    `maths.schedules.phased_weight`.
+    `maths.schedules.phased_weight`. Of a check that gives rewards from 0 to 1 that is what has 1:
+    anything less counts as wrong.
 
     SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a
     reconstruction: the paper gives neither. Where the teacher is not right the student answers

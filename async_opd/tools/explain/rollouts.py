@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -61,7 +61,7 @@ class Trajectory(Struct, frozen=True):
     candidates: list[list[Candidate]] | UnsetType = UNSET  # [T][K]
     student_tail_logp: list[float] | UnsetType = UNSET  # log-mass of all others than the candidates
     teacher_tail_logp: list[float] | UnsetType = UNSET
-    reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
+    reward: Annotated[float, Meta(ge=0, le=1)] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
 
     @property

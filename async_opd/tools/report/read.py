@@ -204,7 +204,7 @@ class _Sample(msgspec.Struct):
     prompt_cut: int = 0
     cut: int = 0
     truncated: bool = False
-    correct: bool | None = None
+    reward: float | None = None
 
 
 def _read_rollouts(run: Run, most: int) -> None:

@@ -18,7 +18,7 @@ from async_opd.roles.learner.step import StepContext, accumulate
 def samples(sample):
     """Five trajectories of unequal lengths, each of tokens of versions 0 and 1."""
     return [
-        sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, correct=i % 2 == 0)
+        sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, reward=i / 4)
         for i, id in enumerate("abcde")
     ]
 
@@ -48,7 +48,7 @@ def test_two_trajectories_are_kept_with_the_numbers_of_the_formula(student, samp
     for one in found:
         sample, numbers = by_id[one.id], one.numbers
         assert (one.ids == sample.rollout.ids).all() and (one.prompt_ids == sample.prompt.ids).all()
-        assert one.correct == sample.verdicts[0].correct
+        assert one.reward == sample.verdicts[0].reward
         np.testing.assert_array_equal(numbers["behaviour"], sample.rollout.behaviour_logp)
         np.testing.assert_array_equal(numbers["teacher"], sample.scores.sampled_logp)
         np.testing.assert_array_equal(numbers["version"], sample.rollout.versions())
