@@ -4,6 +4,7 @@ reported."""
 from collections.abc import Iterator
 
 from async_opd.config.precision import precision_rules
+from async_opd.config.reading_rules import reading_rules
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
     Rule,
@@ -26,7 +27,8 @@ def rules(c: Config) -> Iterator[Rule]:
     yield from form_rules(c.teacher, c.teachers, c.data)
     yield from _batch_rules(c)
     teachers = {teacher_section(name): teacher for name, teacher in c.named_teachers.items()}
-    yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
+    yield from reading_rules(teachers, c.data, c.student.model)
+    yield from teacher_rules(teachers, c.student.model, evaluated=c.eval is not None)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
     yield (
         c.reference is not None and not c.objective.needs().reference,

@@ -14,7 +14,6 @@ import msgspec
 from transformers import PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
@@ -26,6 +25,7 @@ from async_opd.launch.models import (
     text_config,
     tokenizer_of,
 )
+from async_opd.launch.readings import views
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
@@ -41,6 +41,7 @@ class Inputs:
     prompts: PromptSource
     held_out: list[Prompt]
     heads: dict[str, tuple[int, int]]  # of queries and of keys, of what runs on transformers
+    templates: dict[str, str]  # Jinja texts of what teachers read by themselves, by their keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +60,16 @@ def read(config: Config) -> Inputs:
     tokens = read_tokens(config, tokenizer)
     check_models(config)
     head = _text_config(config).vocab_size
+    shown = views(config, tokenizer)
     prompts = PromptSource(
         config.data,
         tokenizer,
         seed=config.run.seed,
-        views=views(config),
+        views=shown,
         references=References(config.verify),
         head=head,
     )
-    held_out = _held_out(config, tokenizer, head)
+    held_out = _held_out(config, tokenizer, shown, head)
     check_epochs(config, prompts)
     with ExitStack() as undo:
         undo.callback(prompts.close)
@@ -80,6 +82,7 @@ def read(config: Config) -> Inputs:
         prompts=prompts,
         held_out=held_out,
         heads=heads(config),
+        templates={v.template.called: v.template.source for v in shown.values() if v.template},
     )
 
 
@@ -115,18 +118,6 @@ def _text_config(config: Config) -> Any:
     return text_config("student.model", config.student.model, config.run.trust_remote_code)
 
 
-def views(config: Config) -> dict[str, TeacherView]:
-    """Say what each teacher is shown of a row, by its name."""
-    return {
-        name: TeacherView(
-            template_args=teacher.template_args,
-            context=teacher.context,
-            longest=longest_prompt(teacher_section(name), teacher, config.data),
-        )
-        for name, teacher in config.named_teachers.items()
-    }
-
-
 def check_epochs(config: Config, prompts: PromptSource) -> None:
     """Refuse fewer usable rows than the steps need, where that can be known before the end of a
     stream."""
@@ -138,9 +129,11 @@ def check_epochs(config: Config, prompts: PromptSource) -> None:
         )
 
 
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> list[Prompt]:
-    """Read the held-out problems, for a student's head of so many rows. Columns that are for
-    teachers only are asked for where a teacher is measured."""
+def _held_out(
+    config: Config, tokenizer: PreTrainedTokenizerFast, shown: dict[str, TeacherView], head: int
+) -> list[Prompt]:
+    """Read the held-out problems, for a student's head of so many rows, as they are `shown` to
+    teachers. Columns that are for teachers only are asked for where a teacher is measured."""
     if config.eval is None:
         return []
     data = msgspec.structs.replace(
@@ -149,12 +142,11 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> 
     measured = any(teacher.evaluate for teacher in config.named_teachers.values())
     if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
-    shown = views(config) if measured else None
     source = PromptSource(
         data,
         tokenizer,
         seed=0,
-        views=shown,
+        views=shown if measured else None,
         references=References(config.verify),
         head=head,
         key="eval.path",

@@ -158,7 +158,8 @@ def _refuse_other_set(checkpoint: checkpoints.Checkpoint, inputs: "Inputs") -> N
 def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
     """Write what the run is made with. That of a resume, its config as asked besides, is the run's
     once it has gone on; the config of a new run is there, by `new_dir`."""
-    made_with = json.dumps(environment(ends=inputs.tokens.ends), indent=2).encode()
+    templates = {"chat_templates": inputs.templates} if inputs.templates else {}
+    made_with = json.dumps(environment(ends=inputs.tokens.ends, **templates), indent=2).encode()
     write_file(run_dir / (NEXT[ENVIRONMENT] if resumed else ENVIRONMENT), made_with)
     if resumed:  # as asked: where a job unpacks what is shipped is gone when it is gone on with
         write_file(run_dir / NEXT[CONFIG], msgspec.json.format(msgspec.json.encode(asked)))
