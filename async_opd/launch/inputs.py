@@ -29,6 +29,7 @@ from async_opd.launch.readings import views
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
+from async_opd.roles.rollout.template import Template
 from async_opd.roles.verifier.references import References
 
 
@@ -41,7 +42,7 @@ class Inputs:
     prompts: PromptSource
     held_out: list[Prompt]
     heads: dict[str, tuple[int, int]]  # of queries and of keys, of what runs on transformers
-    templates: dict[str, str]  # Jinja texts of what teachers read by themselves, by their keys
+    templates: dict[str, Template]  # of teachers that read by their own, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def read(config: Config) -> Inputs:
         prompts=prompts,
         held_out=held_out,
         heads=heads(config),
-        templates={v.template.called: v.template.source for v in shown.values() if v.template},
+        templates={name: view.template for name, view in shown.items() if view.template},
     )
 
 

@@ -237,7 +237,7 @@ MISTAKES = {
         ["teacher.template_args.chat_template", "set teacher.chat_template"],
     ),
     "a reference reads as the student": (
-        "objective.tag=g_opd reference.system=brief",
+        "reference.system=brief",
         ["reference.system = 'brief': no such setting"],
     ),
     "teacher measured on nothing": (

@@ -78,6 +78,7 @@ RECORDED = dict(
     truncated=True,
     reward=None,
     numbers={"student": np.array([-0.5, -1], np.float32)},
+    teacher_prompt_ids=np.array([7], np.int32),
 )
 
 BAD = {

@@ -11,6 +11,7 @@ from async_opd.config.load import load
 from async_opd.core.errors import DataError
 from async_opd.launch.inputs import read
 from async_opd.launch.readings import views
+from async_opd.launch.run import _write_beginning
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.toy import STUDENT, TEACHER
 
@@ -118,7 +119,10 @@ def test_a_run_reads_by_it_and_says_so(demo, tmp_path):
     inputs.prompts.close()
     shown = inputs.tokenizer.decode(prompt.teacher_ids)
     assert shown == f"777{inputs.tokenizer.decode(prompt.ids)}="
-    assert inputs.templates == {"teacher.chat_template": template}
+    assert inputs.templates[""].source == template
+    _write_beginning(tmp_path, None, inputs, resumed=False)
+    recorded = json.loads((tmp_path / "environment.json").read_text())
+    assert recorded["chat_templates"] == {"teacher.chat_template": template}
     assert {text[:3] for text in map(inputs.tokenizer.decode, _shown(inputs))} == {"777"}
 
 

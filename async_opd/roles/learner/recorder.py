@@ -88,6 +88,7 @@ class Recorder:
         self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor
     ) -> RecordedTrajectory:
         prompt, rollout = trajectory.prompt, trajectory.rollout
+        theirs = None if prompt.teacher_ids is None else prompt.teacher_ids[-LONGEST:]
         return RecordedTrajectory(
             id=rollout.id,
             step=self._live + 1,
@@ -98,6 +99,8 @@ class Recorder:
             truncated=rollout.truncated,
             reward=next(v.reward for v in trajectory.verdicts if v.id == rollout.id),
             kept_kv=rollout.kept_kv,
+            teacher_prompt_ids=theirs,
+            teacher=prompt.teacher,
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )
 

@@ -202,6 +202,7 @@ class _Sample(msgspec.Struct):
     prompt: str
     tokens: list[str]
     prompt_cut: int = 0
+    teacher_prompt: str = ""
     cut: int = 0
     truncated: bool = False
     reward: float | None = None

@@ -31,6 +31,7 @@ TEXTS = {  # what is no number of a token
     "prompt",
     "prompt_tokens",
     "prompt_cut",
+    "teacher_prompt",
     "tokens",
     "cut",
     "truncated",
@@ -48,6 +49,7 @@ class Rollout:
     id: str
     prompt: str
     prompt_cut: int
+    teacher_prompt: str  # where the teacher was shown another, else ""
     verdict: str
     tokens: list[tuple[str, str]]  # classes, text
     left_out: int  # tokens behind those
@@ -123,6 +125,7 @@ def _rollout(
         id=str(line["id"]),
         prompt=str(line["prompt"]),
         prompt_cut=int(line.get("prompt_cut", 0)),
+        teacher_prompt=line.get("teacher_prompt", ""),
         verdict=_verdict(line.get("reward")),
         tokens=list(zip(classes, map(_visible, line["tokens"]), strict=False)),
         left_out=len(line["tokens"]) - count + int(line.get("cut", 0)),
