@@ -117,7 +117,7 @@ def template_of(called: str, tokenizer: PreTrainedTokenizerFast) -> Template:
         raise DataError(f"{called} has no chat template")
     with foreign(called):
         source = tokenizer.get_chat_template()
-    return Template("the chat template", tokenizer, source)
+    return Template(called, tokenizer, source, "the chat template")
 
 
 def _is_finite(answer: str | int | float) -> bool:

@@ -15,15 +15,18 @@ from async_opd.roles.rollout.messages import check_rendering
 class Template:
     """Makes one text of messages, behind which a response begins."""
 
-    def __init__(self, called: str, tokenizer: PreTrainedTokenizerFast, source: str):
-        """Take the Jinja `source`, which messages name as `called`, and the `tokenizer` whose
-        special tokens it may write. Raises DataError where the source is no Jinja."""
-        self.called = called
+    def __init__(
+        self, setting: str, tokenizer: PreTrainedTokenizerFast, source: str, called: str = ""
+    ):
+        """Take the Jinja `source`, which is that of a `setting`, and is `called` so of rows where
+        that is shorter; and the `tokenizer` whose special tokens it may write. Raises DataError
+        where the source is no Jinja."""
+        self.called = called or setting
         self.tokenizer = tokenizer
         self.source = source
         self.sample = ""  # what it makes of one message, where it takes that
         try:
-            self.sample = f"{self._text([{'role': 'user', 'content': '?'}], called, {})}"
+            self.sample = f"{self._text([{'role': 'user', 'content': '?'}], setting, {})}"
         except DataError as e:
             if isinstance(e.__cause__, TemplateSyntaxError):
                 raise
