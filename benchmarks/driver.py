@@ -62,7 +62,7 @@ class Instant:
 
     async def check(self, group: Prompt) -> tuple[Verdict, ...]:
         await self._answer()
-        return (Verdict(id=f"{group.id}#0", correct=True),)
+        return (Verdict(id=f"{group.id}#0", reward=1.0),)
 
     async def probe(
         self, prompt: np.ndarray = PROMPT, tokens: int = 0

@@ -45,7 +45,7 @@ def trajectories() -> list[Trajectory]:
             id=f"{at}@0#0", ids=ids, behaviour_logp=logp, spans=spans, truncated=False
         )
         scores = Scores(id=rollout.id, sampled_logp=teacher_logp)
-        verdicts = Verdict(id=rollout.id, correct=bool(at % 2)), Verdict(id="other", correct=False)
+        verdicts = Verdict(id=rollout.id, reward=float(at % 2)), Verdict(id="other", reward=0.0)
         prompt = Prompt(id=f"{at}@0", ids=np.array([1, 2, 3], np.int32), answer="")
         found.append(
             Trajectory(

@@ -102,6 +102,7 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
                 "student.lora: trains an adapter, and an evaluation nothing; student.model may be"
                 " an adapter's folder",
             ),
+            (
                 bool(asked.data.sources),
                 "data.sources: an evaluation is of one set: set data.path",
             ),

@@ -18,10 +18,12 @@ from async_opd.core.foreign import foreign
 from async_opd.core.reading import content_of, looked_up, refused
 from async_opd.core.suggest import beside, wrong
 from async_opd.roles.rollout.config import FILE_READERS
+from async_opd.roles.teacher.config import JINJA
 
 Engine = dict[str, Any]  # a table of the config
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PATHS = {"dir", "model", "path"}  # settings of sections that are paths, or may be
+PATHS = {"dir", "model", "path", "chat_template"}  # settings that are paths, or may be
+TEMPLATE = ".jinja"  # how the file of a template ends
 MODELS = {"toy:student": toy.STUDENT, "toy:teacher": toy.TEACHER}  # that are shipped
 
 
@@ -38,7 +40,7 @@ def expand(tree: dict) -> None:
             sections += [(f"{kind}.{name}", section) for name, section in named.items()]
     for name, section in sections:
         for key in PATHS & section.keys() if isinstance(section, dict) else ():
-            if isinstance(text := section[key], str):
+            if isinstance(text := section[key], str) and not JINJA.search(text):
                 try:
                     section[key] = from_home(text)
                 except ConfigError as e:
@@ -135,18 +137,33 @@ def text_settings(model: dict) -> dict:
 
 
 def check_files(c: Config, elsewhere: bool) -> None:
-    """Refuse local models that are not there or have no context for their longest sequence, and
-    local data that is not there in a known format."""
+    """Refuse local models that are not there or have no context for their longest sequence,
+    templates that are not there, and local data that is not there in a known format."""
     for section, model in c.models.items():
         if folder := local(f"{section}.model", model, MODELS, elsewhere):
             scorer = c.scorers.get(section)
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
             engine = scorer.engine if scorer is not None and scorer.backend == "vllm" else None
             check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
+    for key, name in c.template_files.items():
+        _check_template(f"{key} = {name!r}", name, elsewhere)
     for key, data in c.data.sets.items():
         check_data(key, data.path, elsewhere)
     if c.eval:
         check_data("eval.path", c.eval.path, elsewhere)
+
+
+def _check_template(setting: str, name: str, elsewhere: bool) -> None:
+    path = Path(name)
+    if path.suffix != TEMPLATE:
+        raise ConfigError(
+            f"{setting}: must be true, a file that ends in {TEMPLATE}, or a template in Jinja"
+        )
+    there = looked_up(setting, path)
+    if there and not stat.S_ISREG(there.st_mode):
+        raise ConfigError(f"{setting}: is not a file")
+    if not there and not (elsewhere and path.is_absolute()):
+        raise ConfigError(f"{setting}: no such file{beside(name)}")
 
 
 def check_run_dir(c: Config, new: bool = True) -> None:

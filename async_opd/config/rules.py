@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from async_opd.config.base_rules import base_rules
 from async_opd.config.data_rules import column_rules, data_rules, evaluated_rules
 from async_opd.config.precision import precision_rules
+from async_opd.config.reading_rules import reading_rules
 from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import (
     Rule,
@@ -30,7 +31,8 @@ def rules(c: Config) -> Iterator[Rule]:
     yield from column_rules(c.named_teachers, c.data)
     yield from _batch_rules(c)
     teachers = {teacher_section(name): teacher for name, teacher in c.named_teachers.items()}
-    yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
+    yield from reading_rules(teachers, c.data, c.student.model)
+    yield from teacher_rules(teachers, c.student.model, evaluated=c.eval is not None)
     if c.eval:
         yield from evaluated_rules(c.named_teachers, c.data)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)

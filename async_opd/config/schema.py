@@ -71,13 +71,20 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Models and data it reads, by the keys that name them."""
+        """Models, data and templates it reads, by the keys that name them."""
         return (
             {"student.model": self.student.model}
             | {key: data.path for key, data in self.data.sets.items()}
             | {f"{section}.model": model for section, model in self.models.items()}
+            | self.template_files
             | ({"eval.path": self.eval.path} if self.eval else {})
         )
+
+    @property
+    def template_files(self) -> dict[str, str]:
+        """Files of the templates by which teachers read, by the keys that name them."""
+        files = {teacher_section(n): t.template_file for n, t in self.named_teachers.items()}
+        return {f"{section}.chat_template": file for section, file in files.items() if file}
 
     @property
     def relative_inputs(self) -> dict[str, str]:

@@ -82,43 +82,15 @@ def form_rules(teacher: TeacherConfig | None, teachers: Mapping[str, TeacherConf
 
 
 def teacher_rules(
-    teachers: Mapping[str, TeacherConfig], data: DataConfig, student: str, *, evaluated: bool
+    teachers: Mapping[str, TeacherConfig], student: str, *, evaluated: bool
 ) -> Iterator[Rule]:
-    """Yield what each teacher, by its section, may be and be shown."""
-    rendered = {section: teacher.template_args for section, teacher in teachers.items()}
-    for section, args in ({"data": data.template_args} | rendered).items():
-        yield (
-            bool(args) and not data.chat_template,
-            f"{section}.template_args = {args!r}: has no effect without data.chat_template = true",
-        )
+    """Yield what each teacher, by its section, may be."""
     for section, teacher in teachers.items():
-        yield from _view_rules(section, teacher, data)
         yield from _update_rules(section, teacher, student)
         yield (
             teacher.evaluate and not evaluated,
             f"{section}.evaluate = true: needs an [eval] section",
         )
-
-
-def _view_rules(section: str, t: TeacherConfig, data: DataConfig) -> list[Rule]:
-    """List what a teacher that is shown another prompt needs."""
-    shows = t.context or t.template_args
-    return [
-        (
-            t.context is not None and not ("{prompt}" in t.context and "{solution}" in t.context),
-            f"{section}.context = {t.context!r}: must contain {{prompt}} and {{solution}}",
-        ),
-        (
-            t.context is not None and None in data.columns("solution").values(),
-            "data.solution: missing; must be the name of the column with the solutions for"
-            f" {section}.context",
-        ),
-        (
-            t.max_prompt_tokens is not None and not shows,
-            f"{section}.max_prompt_tokens = {t.max_prompt_tokens}: has no effect without"
-            f" {section}.context or {section}.template_args",
-        ),
-    ]
 
 
 def _update_rules(section: str, t: TeacherConfig, student: str) -> Iterator[Rule]:

@@ -71,17 +71,24 @@ def _check_value(path: str, value: Any, type_: Any) -> None:
         for name, inner in value.items():  # whose place is its own
             if not _sound(inner):
                 _check_value(_joined(path, name), inner, dict if isinstance(inner, dict) else float)
-    if value != "" and _sound(value):
+    info = inspect.type_info(type_)
+    if _sound(value) and (value != "" or _may_be_empty(info)):
         with suppress(msgspec.ValidationError):
             msgspec.convert(value, type_)
             return
-    info = inspect.type_info(type_)
     if isinstance(info, inspect.UnionType):
         kinds = [each for each in info.types if not isinstance(each, inspect.NoneType)]
         info = kinds[0] if len(kinds) == 1 else info
     if isinstance(info, inspect.LiteralType):
         raise ConfigError(wrong(path, value, info.values))
     raise ConfigError(f"{path} = {shown(value)}: must be {_allowed(info)}")
+
+
+def _may_be_empty(info: inspect.Type) -> bool:
+    """Tell whether a text of that type may be empty: where its bound says so."""
+    if isinstance(info, inspect.UnionType):
+        return any(map(_may_be_empty, info.types))
+    return isinstance(info, inspect.StrType) and info.min_length == 0
 
 
 def _sound(value: Any) -> bool:

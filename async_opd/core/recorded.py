@@ -18,13 +18,18 @@ class RecordedTrajectory(Struct, frozen=True):
     prompt_tokens: int
     tokens: int  # T
     truncated: bool
-    correct: bool | None
+    reward: float | None  # as the verifier has it; None: unknown
     numbers: dict[str, npt.NDArray[np.float32]]  # float32 [T'] by name
     kept_kv: bool = False  # updates left the KV of its context as it was
+    # int32, the last of them, where the teacher read the prompt its own way; and which teacher
+    teacher_prompt_ids: npt.NDArray[np.int32] | None = None
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         check_array(self.id, "prompt_ids", self.prompt_ids, np.int32, 1)
         check_array(self.id, "ids", self.ids, np.int32, 1)
+        if self.teacher_prompt_ids is not None:
+            check_array(self.id, "teacher_prompt_ids", self.teacher_prompt_ids, np.int32, 1)
         for name, value in self.numbers.items():
             check_array(self.id, name, value, np.float32, 1)
             check_rows(self.id, name, value, len(self.ids))

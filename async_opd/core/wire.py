@@ -215,15 +215,25 @@ class Verdict(Struct, frozen=True):
     """A verifier's word on one response. Made by the verifier pool; consumed by the driver and the
     learner.
 
-    `correct` is None when the check timed out or crashed: unknown is not wrong.
+    `reward` is 1 of a right response, 0 of a wrong one, between them where a check of the user's
+    gives a share; None when the check timed out or crashed: unknown is not wrong.
     """
 
     id: str
-    correct: bool | None
+    reward: float | None
     # "timed out after 5.0 s", "worker died (signal 9)", …; empty when the check decided
     cause: str = ""
     # the part of the response that was read; "" where it holds none, None if nothing says
     answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and not 0 <= self.reward <= 1:
+            raise WireError(f"{self.id}: reward = {self.reward}: must be from 0 to 1, or None")
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether it is right, which a share is not, however large; None where that is unknown."""
+        return None if self.reward is None else self.reward == 1
 
 
 class Check(Struct, frozen=True):

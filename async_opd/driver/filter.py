@@ -89,9 +89,9 @@ class Filter:
 
 
 def _after(streak: int, verdict: Verdict) -> int:
-    """Count one more try to a streak."""
-    if verdict.correct is None:
+    """Count one more try to a streak, which a reward between wrong and right ends."""
+    if verdict.reward is None:
         return streak
     if verdict.correct:
         return min(max(streak, 0) + 1, MOST)
-    return max(min(streak, 0) - 1, -MOST)
+    return 0 if verdict.reward else max(min(streak, 0) - 1, -MOST)

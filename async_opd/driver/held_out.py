@@ -193,7 +193,7 @@ class HeldOut:
             who = f"evaluation of version {version}"
             self._emit("failed", who, f"{why}; the first: {first_line(failed[0])}")
         return [
-            Verdict(id=prompt.id, correct=None, cause=first_line(each))
+            Verdict(id=prompt.id, reward=None, cause=first_line(each))
             if isinstance(each, CallFailed)
             else each.verdicts[0]
             for prompt, each in zip(self._problems, each_one, strict=True)

@@ -204,10 +204,10 @@ class Outcomes:
 
 def verdicts(batch: Sequence[ScoredGroup]) -> dict[str, float | int | None]:
     """What a row says of the verdicts on the student's own rollouts."""
-    correct = [verdict.correct for group in batch for verdict in group.student_verdicts]
-    count, unknown = len(correct), correct.count(None)
+    rewards = [verdict.reward for group in batch for verdict in group.student_verdicts]
+    count, unknown = len(rewards), rewards.count(None)
     return {
-        "accuracy": correct.count(True) / count if count else None,
+        "accuracy": sum(reward or 0.0 for reward in rewards) / count if count else None,
         "verdicts_unknown": unknown,
         "verdicts_known": 1 - unknown / count if count else None,
     }

@@ -23,19 +23,19 @@ ALL = 2.0  # of the engines' places may be asked for with nothing beside: enough
 class Accuracy:
     """Verdicts on `problems` held-out problems, one response each."""
 
-    right: int
+    rewards: float  # their sum: the number of right ones, where the check gives no shares
     unknown: int  # of the others: timed out or crashed
     problems: int
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Accuracy":
-        correct = [verdict.correct for verdict in verdicts]
-        return cls(correct.count(True), correct.count(None), len(correct))
+        rewards = [verdict.reward for verdict in verdicts]
+        return cls(sum(reward or 0.0 for reward in rewards), rewards.count(None), len(rewards))
 
     @property
     def share(self) -> float:
-        """Right ones among all; none whose verdict is unknown is one."""
-        return self.right / max(self.problems, 1)
+        """Mean reward of all, the share of right ones; 0 of one whose verdict is unknown."""
+        return self.rewards / max(self.problems, 1)
 
     @property
     def known(self) -> float:

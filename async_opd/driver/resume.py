@@ -95,7 +95,7 @@ class Progress:
         self._self_teachers = self_teachers
         self._emit = emit
         self.saved: int | None = None  # version of the newest checkpoint
-        self._right, self._verdicts = 0, 0  # since then
+        self._rewards, self._verdicts = 0.0, 0  # since then
 
     async def restore(self, checkpoint: Checkpoint, needed: int) -> None:
         """Bring learner, self-teachers and the source of prompts to where they were, at that
@@ -127,13 +127,13 @@ class Progress:
     def trained(self, step: int, batch: Sequence[ScoredGroup]) -> None:
         """Note that step `step` trained `batch`."""
         self.ledger.trained(step, [group.prompt.id for group in batch])
-        verdicts = [verdict.correct for group in batch for verdict in group.student_verdicts]
-        self._right += verdicts.count(True)
-        self._verdicts += len(verdicts)
+        rewards = [verdict.reward for group in batch for verdict in group.student_verdicts]
+        self._rewards += sum(reward or 0.0 for reward in rewards)
+        self._verdicts += len(rewards)
 
     async def save(self, version: int, counters: dict[str, Any]) -> None:
         """Save a checkpoint of `version`, unless there is one. The best is the one with the
-        largest share of right rollouts since the one before. Generation goes on meanwhile. Raises
+        largest mean reward of rollouts since the one before. Generation goes on meanwhile. Raises
         CheckpointError or LedgerError."""
         if version == self.saved:
             return
@@ -141,7 +141,7 @@ class Progress:
             version=version,
             position=self._source.position,
             outstanding=self.ledger.checkpoint(version),
-            score=self._right / self._verdicts if self._verdicts else None,
+            score=self._rewards / self._verdicts if self._verdicts else None,
             counters=counters,
             fixed=self._fixed,
         )
@@ -158,7 +158,7 @@ class Progress:
             if not await self._on_disk(what, self._checkpoints.holds, version):
                 raise
             left = f"; {e}"
-        self._right, self._verdicts = 0, 0
+        self._rewards, self._verdicts = 0.0, 0
         self.saved = version
         self._emit("saved", "checkpoint", f"step {version}{left}")
 

@@ -2,8 +2,9 @@
 two of them compare.
 
 A folder holds `problems.jsonl`, a line a problem in the order in which they ended, and
-`result.json`. A response whose verdict is unknown is not right, and votes for nothing; the share of
-known verdicts is a figure of its own.
+`result.json`. "avg" is the mean reward, which is the share of right responses where the check gives
+nothing in between; for "pass" and "maj" only a reward of 1 is right. A response whose verdict is
+unknown is not right, and votes for nothing; the share of known verdicts is a figure of its own.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ class Response(Struct):
     """One response to a problem."""
 
     text: str
-    correct: bool | None  # None: the check timed out or crashed
+    reward: float | None  # None: the check timed out or crashed
     cause: str  # of an unknown verdict
     answer: str | None  # the part that was read
     vote: int | None  # the first response with the same answer
@@ -119,13 +120,13 @@ def problem(
     return Problem(
         id=prompt.id,
         answer=prompt.answer,
-        avg=right / n,
+        avg=sum(verdict.reward or 0.0 for verdict in verdicts) / n,
         pass_=pass_at_k(n, right, k),
         maj=majority_at_k(right, list(wrong.values()), silent, k) if read else None,
         responses=[
             Response(
                 text=text.text,
-                correct=verdict.correct,
+                reward=verdict.reward,
                 cause=verdict.cause,
                 answer=verdict.answer,
                 vote=text.vote,

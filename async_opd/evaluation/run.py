@@ -163,7 +163,7 @@ def _unknown(prompt: Prompt, cause: str, asked: EvalRun) -> Problem:
     meta = GroupMeta(
         id=prompt.id, prompt_len=0, spans=((nothing,),) * samples, truncated=(False,) * samples
     )
-    verdicts = [Verdict(id=prompt.id, correct=None, cause=cause)] * samples
+    verdicts = [Verdict(id=prompt.id, reward=None, cause=cause)] * samples
     return problem(prompt, meta, verdicts, [Ballot(text="", vote=None)] * samples, asked.k)
 
 
@@ -193,7 +193,7 @@ def _result(
         interval=INTERVAL,
         tokens=sum(response.tokens for response in responses) / len(responses),
         truncated=sum(response.truncated for response in responses) / len(responses),
-        unknown=sum(response.correct is None for response in responses) / len(responses),
+        unknown=sum(response.reward is None for response in responses) / len(responses),
         wall_s=wall_s,
         environment=environment(ends=read.tokens.ends),
     )

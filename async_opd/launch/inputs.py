@@ -15,7 +15,6 @@ import msgspec
 from transformers import PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
-from async_opd.config.teacher_rules import longest_prompt, teacher_section
 from async_opd.core.errors import DataError
 from async_opd.core.vocabulary import Tokens
 from async_opd.core.wire import Prompt
@@ -27,11 +26,13 @@ from async_opd.launch.models import (
     text_config,
     tokenizer_of,
 )
+from async_opd.launch.readings import views
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.roles.rollout.config import source_key
 from async_opd.roles.rollout.mixture import Mixture
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.roles.rollout.teacher_prompt import TeacherView
+from async_opd.roles.rollout.template import Template
 from async_opd.roles.verifier.references import References
 
 
@@ -44,6 +45,7 @@ class Inputs:
     prompts: PromptSource | Mixture
     held_out: list[Prompt]
     heads: dict[str, tuple[int, int]]  # of queries and of keys, of what runs on transformers
+    templates: dict[str, Template]  # of teachers that read by their own, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,9 @@ def read(config: Config) -> Inputs:
     tokens = read_tokens(config, tokenizer)
     check_models(config)
     head = _text_config(config).vocab_size
-    prompts = _prompts(config, tokenizer, head)
-    held_out = _held_out(config, tokenizer, head)
+    shown = views(config, tokenizer)
+    prompts = _prompts(config, tokenizer, shown, head)
+    held_out = _held_out(config, tokenizer, shown, head)
     check_epochs(config, prompts)
     with ExitStack() as undo:
         undo.callback(prompts.close)
@@ -76,19 +79,21 @@ def read(config: Config) -> Inputs:
         prompts=prompts,
         held_out=held_out,
         heads=heads(config),
+        templates={name: view.template for name, view in shown.items() if view.template},
     )
 
 
 def _prompts(
-    config: Config, tokenizer: PreTrainedTokenizerFast, head: int
+    config: Config, tokenizer: PreTrainedTokenizerFast, shown: dict[str, TeacherView], head: int
 ) -> PromptSource | Mixture:
-    """Load the training rows, of one set or several, for a student's head of so many rows."""
+    """Load the training rows, of one set or several, as they are `shown` to teachers, for a
+    student's head of so many rows."""
     parts = [
         PromptSource(
             data,
             tokenizer,
             seed=config.run.seed,
-            views=views(config),
+            views=shown,
             references=References(config.verify),
             head=head,
             key=key,
@@ -134,18 +139,6 @@ def _text_config(config: Config) -> Any:
     return text_config("student.model", config.student.model, config.run.trust_remote_code)
 
 
-def views(config: Config) -> dict[str, TeacherView]:
-    """Say what each teacher is shown of a row, by its name."""
-    return {
-        name: TeacherView(
-            template_args=teacher.template_args,
-            context=teacher.context,
-            longest=longest_prompt(teacher_section(name), teacher, config.data),
-        )
-        for name, teacher in config.named_teachers.items()
-    }
-
-
 def check_epochs(config: Config, prompts: PromptSource | Mixture) -> None:
     """Refuse fewer usable rows than the steps need, where that can be known before the end of a
     stream."""
@@ -163,9 +156,11 @@ def check_epochs(config: Config, prompts: PromptSource | Mixture) -> None:
             )
 
 
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> list[Prompt]:
-    """Read the held-out problems, for a student's head of so many rows. Columns that are for
-    teachers only are asked for where a teacher is measured."""
+def _held_out(
+    config: Config, tokenizer: PreTrainedTokenizerFast, shown: dict[str, TeacherView], head: int
+) -> list[Prompt]:
+    """Read the held-out problems, for a student's head of so many rows, as they are `shown` to
+    teachers. Columns that are for teachers only are asked for where a teacher is measured."""
     if config.eval is None:
         return []
     data = msgspec.structs.replace(
@@ -174,12 +169,11 @@ def _held_out(config: Config, tokenizer: PreTrainedTokenizerFast, head: int) -> 
     measured = any(teacher.evaluate for teacher in config.named_teachers.values())
     if not measured:
         data = msgspec.structs.replace(data, teacher=None, solution=None)
-    shown = views(config) if measured else None
     source = PromptSource(
         data,
         tokenizer,
         seed=0,
-        views=shown,
+        views=shown if measured else None,
         references=References(config.verify),
         head=head,
         key="eval.path",

@@ -101,8 +101,7 @@ async def _run(
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
     await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")
-    pieces = decoder(inputs.tokenizer.backend_tokenizer)
-    samples = {"samples": lambda: sample_file(run_dir / SAMPLES, pieces)}
+    samples = {"samples": partial(_sample_file, run_dir, inputs)}
     with (
         closing(inputs.prompts),
         observed(_sinks(config, run_dir)) as sinks,
@@ -158,10 +157,19 @@ def _refuse_other_set(checkpoint: checkpoints.Checkpoint, inputs: "Inputs") -> N
 def _write_beginning(run_dir: Path, asked: Config, inputs: "Inputs", *, resumed: bool) -> None:
     """Write what the run is made with. That of a resume, its config as asked besides, is the run's
     once it has gone on; the config of a new run is there, by `new_dir`."""
-    made_with = json.dumps(environment(ends=inputs.tokens.ends), indent=2).encode()
+    sources = {template.called: template.source for template in inputs.templates.values()}
+    templates = {"chat_templates": sources} if sources else {}
+    made_with = json.dumps(environment(ends=inputs.tokens.ends, **templates), indent=2).encode()
     write_file(run_dir / (NEXT[ENVIRONMENT] if resumed else ENVIRONMENT), made_with)
     if resumed:  # as asked: where a job unpacks what is shipped is gone when it is gone on with
         write_file(run_dir / NEXT[CONFIG], msgspec.json.format(msgspec.json.encode(asked)))
+
+
+def _sample_file(run_dir: Path, inputs: "Inputs") -> Callable[..., None]:
+    """Make the observer that writes samples, each prompt by the tokenizer of whoever reads it."""
+    pieces = decoder(inputs.tokenizer.backend_tokenizer)
+    theirs = {n: decoder(t.tokenizer.backend_tokenizer) for n, t in inputs.templates.items()}
+    return sample_file(run_dir / SAMPLES, pieces, theirs=theirs)
 
 
 def _asked_since(run_dir: Path, asked: Config) -> Config:

@@ -1,6 +1,6 @@
 """Whether student, teachers and reference mean the same by the same ids, and end by the same."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from async_opd.core.printing import say
 from async_opd.core.vocabulary import Tokens, runs
 from async_opd.launch.ends import Ends, ends_of
 from async_opd.launch.models import text_config, tokenizer_of
+from async_opd.launch.readings import source_of
 from async_opd.roles.teacher.config import TeacherConfig
 
 NAMED = 5  # of many tokens, in a message
@@ -96,7 +97,12 @@ def words_of(
     beyond = {token: id for token, id in ids.items() if id >= head}
     if beyond:
         if section == "student":
-            _refuse_in_use(called, tokenizer, beyond, head, template=config.data.chat_template)
+            alone = [] if config.data.chat_template else _begins_with(called, tokenizer)
+            written = str(tokenizer.chat_template) if config.data.chat_template else ""
+            _refuse_in_use(called, tokenizer, beyond, head, alone=alone, written=written)
+        elif isinstance(teacher := config.scorers[section], TeacherConfig):
+            written = source_of(section, teacher, tokenizer)
+            _refuse_in_use(called, tokenizer, beyond, head, alone=[], written=written)
         say(
             f"{called}: its head has {head} rows, and none for {named(beyond.items())}: a prompt"
             " that holds such is refused"
@@ -135,20 +141,24 @@ def stops_of(
     return tuple(dict.fromkeys(stops))
 
 
+def _begins_with(called: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ask which tokens a tokenizer puts before a prompt."""
+    with foreign(f"{called}: its tokenizer"):
+        return tokenizer("").input_ids
+
+
 def _refuse_in_use(
     called: str,
     tokenizer: PreTrainedTokenizerBase,
     beyond: dict[str, int],
     head: int,
     *,
-    template: bool,
+    alone: Sequence[int],
+    written: str,
 ) -> None:
-    """Raise DataError where the chat template or the tokenizer writes a token into a prompt that
-    the head has no row for."""
-    with foreign(f"{called}: its tokenizer"):
-        alone = [] if template else tokenizer("").input_ids
+    """Raise DataError where the chat template, whose source is `written`, or the tokenizer, which
+    puts `alone` before a prompt, writes a token into a prompt that the head has no row for."""
     by_itself = {token: id for token, id in beyond.items() if id in alone}
-    written = str(tokenizer.chat_template) if template else ""
     by_name = {
         str(token) for name, token in tokenizer.special_tokens_map.items() if name in written
     }

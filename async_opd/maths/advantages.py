@@ -96,7 +96,7 @@ def fixed_negative(entropy_N: Tensor, least: Tensor, largest: Tensor) -> Tensor:
 
 def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     """a = (r - μ) / (σ + 1e-6) over the known rewards of a trajectory's group; 0 where its own is
-    unknown. [S].
+    unknown, and where all are alike. [S].
 
     Population σ, so a group of one right and one wrong gives ±1. (SG-OPD 3.1, arXiv:2606.09304;
     EXACT but for σ: the paper gives neither its floor nor whether it divides by G or by G - 1.)
@@ -109,7 +109,9 @@ def within_group(reward_S: Tensor, group_reward_SG: Tensor) -> Tensor:
     mean_S = group_mean(group_reward_SG)
     apart_SG = (group_reward_SG - mean_S[:, None]).where(known_SG, 0)
     std_S = (apart_SG.square().sum(1) / count_S).sqrt()
-    return ((reward_S - mean_S) / (std_S + STD_FLOOR)).where(~reward_S.isnan(), 0)
+    # the mean of rewards that are alike is rounded, and that is no contrast
+    alike_S = ((group_reward_SG == reward_S[:, None]) | ~known_SG).all(1)
+    return ((reward_S - mean_S) / (std_S + STD_FLOOR)).where(~(reward_S.isnan() | alike_S), 0)
 
 
 def length_penalised(reward: Tensor, length: Tensor, cap_S: Tensor, *, penalty: float) -> Tensor:
@@ -123,8 +125,8 @@ def length_penalised(reward: Tensor, length: Tensor, cap_S: Tensor, *, penalty: 
 
 
 def length_aware(reward_S: Tensor, length_S: Tensor, cap_S: Tensor, *, bonus: float) -> Tensor:
-    """r = 1[right] · (1 + β(1 - |y|/L_max)) (EGRSD Eq. 2, arXiv:2605.13255; EXACT); NaN where
-    unknown. [S].
+    """r = reward · (1 + β(1 - |y|/L_max)) (EGRSD Eq. 2, arXiv:2605.13255; EXACT where the reward
+    is 1[right], the paper's); NaN where unknown. [S].
 
     >>> rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([5, 5])
     >>> length_aware(rewards, lengths, torch.tensor([10, 10]), bonus=0.5)
@@ -171,13 +173,13 @@ def whitened(
     value_S: Tensor, past: Moments, *, step: int, warmup_steps: int, warmup_mean: float
 ) -> Tensor:
     """A = (r - r̄)/(σ + 1e-6) by the moments of all past steps; A = r - `warmup_mean` up to step
-    `warmup_steps`, and for as long as all were alike; 0 where unknown. [S]. (EGRSD Eq. 3; EXACT but
-    for the floor of σ.)
+    `warmup_steps`, and for as long as all were alike, but for rounding; 0 where unknown. [S].
+    (EGRSD Eq. 3; EXACT but for the floor of σ.)
 
     >>> rewards = torch.tensor([1.0, float("nan")])
     >>> whitened(rewards, Moments(), step=1, warmup_steps=10, warmup_mean=0.5)
     tensor([0.5000, 0.0000])
     """
-    warm = step > warmup_steps and past.std > 0
+    warm = step > warmup_steps and past.std > STD_FLOOR
     advantage_S = (value_S - past.mean) / (past.std + STD_FLOOR) if warm else value_S - warmup_mean
     return advantage_S.nan_to_num(0.0)

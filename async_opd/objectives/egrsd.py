@@ -23,8 +23,9 @@ class Egrsd(Sampled, frozen=True, tag="egrsd"):
     γ = 0 is the baseline RLSD (arXiv:2604.03128). The paper's teacher is the frozen student with a
     reference solution in its context: `teacher.context`. RECONSTRUCTION: the largest entropy is
     over all ranks, and stale tokens get ρ̃, as the paper is on-policy. An unknown verdict gives no
-    reward term, so no loss. The running moments are those of every response, also one that left the
-    loss, so `rollout.truncated = "drop"` is refused.
+    reward term, so no loss. A reward between 0 and 1 is taken as it is: sign(A) says whether it
+    lies above the running mean. The running moments are those of every response, also one that left
+    the loss, so `rollout.truncated = "drop"` is refused.
     """
 
     metrics: ClassVar = {

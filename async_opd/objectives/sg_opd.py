@@ -18,8 +18,9 @@ class SgOpd(Sampled, frozen=True, tag="sg_opd"):
     """A = g · A(λ_high) + (1-g) · fallback, g = 1[a₁ · a₂ > 0], times φ = min(1, τ/|a₂|) of mean
     one (Eq. 4-10).
 
-    a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; a₂ = log
-    π_T - log π (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT).
+    a₁ is the reward among its group's known ones, 0 (so g = 0) where unknown or all alike; of one
+    between 0 and 1 its sign says whether it lies above its group's mean. a₂ = log π_T - log π
+    (REPAIRED: printed with the sign of the cost). Fallback `interp` is β · a₂ (EXACT).
     RECONSTRUCTION, as the paper names but does not give them: `preserve` = A(λ_base), `grpo` = a₁,
     τ, and which tokens φ's mean is over. `signal_at_most` bounds A, extrapolation and all, and the
     |a₂| of φ.

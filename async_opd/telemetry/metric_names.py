@@ -66,7 +66,7 @@ TABLE = {  # by who makes them
         Metric(
             "accuracy",
             "share",
-            "right ones among the step's rollouts, those of unknown verdict too; no rollout: null",
+            "mean reward of the step's rollouts, 1 where right, 0 where unknown; no rollout: null",
         ),
         Metric("verdicts_unknown", "rollouts", "of the step, whose verdict timed out or crashed"),
         Metric("verdicts_known", "share", "of the step's rollouts, whose verdict is known"),
@@ -136,7 +136,7 @@ TABLE = {  # by who makes them
         Metric(
             "eval_accuracy",
             "share",
-            "right ones among the held-out problems, those of unknown verdict too, greedy",
+            "mean reward of the held-out problems, 0 of those of unknown verdict, greedy",
         ),
         Metric("eval_unknown", "problems", "whose verdict timed out or crashed"),
         Metric("eval_known", "share", "of the problems, whose verdict is known"),

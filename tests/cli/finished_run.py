@@ -103,7 +103,7 @@ def _sample(step: int) -> dict:
         "tokens": ["3", "."],
         "cut": 0,
         "truncated": False,
-        "correct": True,
+        "reward": 1.0,
         **{name: [-0.5, -0.25] for name in ("student", "behaviour", "teacher", "advantage")},
         "selected": [0, 1],
         "weight": [0.5, 1.0],

@@ -159,7 +159,7 @@ COMMAND_LINES = {
         "its tokenizer disagrees with the student's on 2 tokens, such as '3'"
     ],
     "demo student.model=models/template teacher.model=models/template data.chat_template=true": [
-        "the chat template refuses 'prompt': TemplateSyntaxError: unexpected '}'"
+        "data.chat_template = true: the tokenizer of student.model: TemplateSyntaxError: unexpected"
     ],
     "demo teacher.model=Qwen/Nonesuch-7B": ["teacher.model = 'Qwen/Nonesuch-7B': "],
     "demo teacher.model=toy:taecher": ["did you mean 'toy:teacher'?"],

@@ -205,6 +205,41 @@ MISTAKES = {
         "teacher.template_args.think=true",
         ["teacher.template_args", "data.chat_template"],
     ),
+    "teacher's own way, no template": (
+        "teacher.system=brief",
+        [
+            "teacher.system = 'brief': has no effect without data.chat_template = true or"
+            " teacher.chat_template"
+        ],
+    ),
+    "an empty message, no template": ('teacher.system=""', ["teacher.system = '': has no effect"]),
+    "no template by that name": (
+        "teacher.chat_template=missing.jinja",
+        ["teacher.chat_template = 'missing.jinja': no such file"],
+    ),
+    "no file of a template": (
+        "teacher.chat_template=pyproject.toml",
+        [
+            "teacher.chat_template = 'pyproject.toml': must be true, a file that ends in .jinja, or"
+            " a template in Jinja"
+        ],
+    ),
+    "neither text nor true": (
+        "teacher.chat_template=7",
+        ["teacher.chat_template = 7: must be true or false or a string that is not empty"],
+    ),
+    "the student's own template": (
+        "teacher.model=toy:student data.chat_template=true teacher.chat_template=true",
+        ["teacher.chat_template = true: has no effect with teacher.model = student.model"],
+    ),
+    "template as an argument of itself": (
+        "data.chat_template=true teacher.template_args.chat_template=x",
+        ["teacher.template_args.chat_template", "set teacher.chat_template"],
+    ),
+    "a reference reads as the student": (
+        "reference.system=brief",
+        ["reference.system = 'brief': no such setting"],
+    ),
     "teacher measured on nothing": (
         ('[eval]\npath = "toy:heldout"\nproblems = 256', ""),
         ["an [eval] section"],
@@ -275,8 +310,8 @@ MISTAKES = {
     "own bound of no own rendering": (
         "teacher.max_prompt_tokens=40",
         [
-            "teacher.max_prompt_tokens = 40: has no effect without teacher.context or"
-            " teacher.template_args"
+            "teacher.max_prompt_tokens = 40: has no effect without teacher.context, teacher.system,"
+            " teacher.chat_template or teacher.template_args"
         ],
     ),
     "teacher batch below its own": (
@@ -678,6 +713,27 @@ def test_overrides_make_tables_and_sections_that_the_file_has_not():
     config = load(DEMO, [*overrides, "timeout.start_s=60", 'eval.split="7"'])
     assert config.data.template_args == {"think": False, "lang": "de"}
     assert (config.timeout.start_s, config.timeout.step_s, config.eval.split) == (60.0, 600.0, "7")
+
+
+def test_a_teachers_own_way_of_reading(tmp_path, monkeypatch):
+    """What it may be, with which of the student's, and that its file is an input of the run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in ("own.jinja", "a.jinja"):
+        (tmp_path / file).write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    for template in ("~/own.jinja", "own.jinja", "~{{ messages }}", "{# nothing #}"):
+        config = load(DEMO, [f"teacher.chat_template={json.dumps(template)}", 'teacher.system=""'])
+        assert config.teacher.system == ""
+        name = template.replace("~", f"{tmp_path}") if "own" in template else None
+        assert config.teacher.template_file == name
+        assert config.inputs.get("teacher.chat_template") == name
+        shipped = {"teacher.chat_template": name} if template == "own.jinja" else {}
+        assert config.relative_inputs == shipped
+    # on a cluster, an absolute path is one of its own
+    far = "teacher.chat_template=/nowhere/a.jinja"
+    assert load(DEMO, [far], elsewhere=True).teacher.template_file == "/nowhere/a.jinja"
+    with pytest.raises(ConfigError, match=r"'/nowhere/a\.jinja': no such file"):
+        load(DEMO, [far])
 
 
 def test_a_hub_id_is_not_looked_for_on_disk(folder):

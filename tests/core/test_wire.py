@@ -77,11 +77,30 @@ RECORDED = dict(
     prompt_tokens=9,
     tokens=5,
     truncated=True,
-    correct=None,
+    reward=None,
     numbers={"student": np.array([-0.5, -1], np.float32)},
+    teacher_prompt_ids=np.array([7], np.int32),
 )
 
 BAD = {
+    "reward above one": (
+        Verdict,
+        dict(id="p7@0#1", reward=1.0),
+        dict(reward=1.5),
+        r"p7@0#1: reward = 1\.5: must be from 0 to 1, or None",
+    ),
+    "reward below nothing": (
+        Verdict,
+        dict(id="p7@0#1", reward=1.0),
+        dict(reward=-1e-9),
+        r"p7@0#1: reward = -1e-09: must be",
+    ),
+    "reward that is no number": (
+        Verdict,
+        dict(id="p7@0#1", reward=1.0),
+        dict(reward=np.nan),
+        "p7@0#1: reward = nan: must be",
+    ),
     "prompt as a list": (
         Prompt,
         PROMPT,
@@ -299,13 +318,14 @@ GOOD = [
     Group(prompt=Prompt(**PROMPT), rollouts=(Rollout(**ROLLOUT),)),
     GroupMeta(id="p7@0", prompt_len=2, spans=(ROLLOUT["spans"],), truncated=(False,)),
     Needs(teacher_topk=2, student_entropy=True),
-    Verdict(id="p7@0#1", correct=None, cause="timed out after 5.0 s"),
+    Verdict(id="p7@0#1", reward=None, cause="timed out after 5.0 s"),
+    Verdict(id="p7@0#1", reward=0.375),
     Check(id="p7@0#1", response="5", answer="5"),
     Sampling(samples=4, temperature=0.6, top_p=0.95),
     Ballot(text="so it is 5", vote=None),
     RecordedTrajectory(**RECORDED),
     StepResult(version=3, metrics={"loss": 0.5}, recorded=(RecordedTrajectory(**RECORDED),)),
-    LearnerShare((((0, 0), (1, 2)), ()), ((Verdict(id="p7@0#1", correct=True),),)),
+    LearnerShare((((0, 0), (1, 2)), ()), ((Verdict(id="p7@0#1", reward=1.0),),)),
     WeightGroup(host="10.0.0.1", port=1, rank_offset=1, world=3, bucket_bytes=9, timeout_s=0.5),
     WeightLayout(names=("a",), dtypes=("float32",), shapes=((2, 3),)),
     GeneratorSettings(
@@ -431,6 +451,13 @@ def test_only_mistakes_in_what_was_asked_exit_with_two():
     ]
     assert [kind.__name__ for kind in ERRORS if kind.exit_status == 2] == wrong
     assert {kind.exit_status for kind in ERRORS} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("reward", "correct"), [(1.0, True), (0.0, False), (0.999, False), (None, None)]
+)
+def test_only_all_of_the_reward_is_right_and_unknown_is_neither(reward, correct):
+    assert Verdict(id="p7@0#1", reward=reward).correct is correct
 
 
 def test_entropy_must_fit_the_tokens_and_be_finite():

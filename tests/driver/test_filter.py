@@ -78,8 +78,8 @@ class Scripted(SimulatedVerifier):
     async def check(self, group):
         await super().check(group)
         script, epoch = self._script[group.row], int(group.id.rpartition("@")[2])
-        correct = {"r": True, "w": False, "?": None}[script[min(epoch, len(script) - 1)]]
-        return (Verdict(id=f"{group.id}#0", correct=correct),)
+        reward = {"r": 1.0, "w": 0.0, "?": None}[script[min(epoch, len(script) - 1)]]
+        return (Verdict(id=f"{group.id}#0", reward=reward),)
 
 
 def run(run_dir, *settings, script=SCRIPT, steps=9, lag=0, checkpoint=None, sources=(), **filter):
@@ -214,8 +214,8 @@ def test_a_filter_that_comes_with_a_resume_counts_from_there(tmp_path):
     assert trained[:12] == epochs and trained[12] == "2@4"
 
 
-def group(row, *correct, from_teacher=False):
-    verdicts = [Verdict(id=f"{row}@0#{n}", correct=each) for n, each in enumerate(correct)]
+def group(row, *rewards, from_teacher=False):
+    verdicts = [Verdict(id=f"{row}@0#{n}", reward=each) for n, each in enumerate(rewards)]
     return SimpleNamespace(
         prompt=SimpleNamespace(row=row), student_verdicts=() if from_teacher else verdicts
     )
@@ -232,16 +232,19 @@ def cause(*tries, tries_asked=3, drop="both") -> str:
 @pytest.mark.parametrize(
     ("tries", "expected"),
     [
-        ([(True, True, True)], "always right"),
-        ([(True, True)], ""),
-        ([(True,), (True,), (True,)], "always right"),
-        ([(False, True, True, True)], "always right"),
-        ([(True, True, True, False)], ""),
-        ([(True, True, True, False), (False, False)], "always wrong"),
-        ([(True, None, True), (None,), (True,)], "always right"),
+        ([(1, 1, 1)], "always right"),
+        ([(1, 1)], ""),
+        ([(1,), (1,), (1,)], "always right"),
+        ([(0, 1, 1, 1)], "always right"),
+        ([(1, 1, 1, 0)], ""),
+        ([(1, 1, 1, 0), (0, 0)], "always wrong"),
+        ([(1, None, 1), (None,), (1,)], "always right"),
         ([(None,) * 9], ""),
-        ([(False,) * 300], "always wrong"),
-        ([(True,) * 300, (False,)], ""),
+        ([(0,) * 300], "always wrong"),
+        ([(1,) * 300, (0,)], ""),
+        ([(0, 0, 0.2)], ""),
+        ([(1, 1, 0.5)], ""),
+        ([(0.5, 1, 1, 1)], "always right"),
         ([], ""),
     ],
 )
@@ -251,16 +254,16 @@ def test_the_last_known_verdicts_decide(tries, expected):
 
 def test_what_the_teacher_answered_is_no_try_of_the_student_s():
     filter = Filter(FilterConfig(tries=1), books())
-    filter.trained([group(2, True, from_teacher=True)])
+    filter.trained([group(2, 1, from_teacher=True)])
     assert filter.cause(Rows()._prompt(2, 1)) == ""
 
 
 @pytest.mark.parametrize("tries", [1, 127])
 def test_every_number_of_tries_there_may_be_can_be_reached(tries):
-    assert cause((True,) * tries, tries_asked=tries) == "always right"
-    assert cause((False,) * tries, tries_asked=tries) == "always wrong"
-    assert cause((True,) * (tries - 1), tries_asked=tries) == ""
-    assert cause((False,) * 127, tries_asked=tries, drop="always_right") == ""
+    assert cause((1,) * tries, tries_asked=tries) == "always right"
+    assert cause((0,) * tries, tries_asked=tries) == "always wrong"
+    assert cause((1,) * (tries - 1), tries_asked=tries) == ""
+    assert cause((0,) * 127, tries_asked=tries, drop="always_right") == ""
 
 
 def test_a_million_rows_are_a_byte_each():

@@ -82,7 +82,7 @@ class Recording(SimulatedLearner):
             prompt_tokens=50,
             tokens=50,
             truncated=False,
-            correct=True,
+            reward=1.0,
             numbers=numbers,
         )
         return StepResult(version=result.version, metrics=result.metrics, recorded=(recorded,))

@@ -38,7 +38,7 @@ class Verifier(SimulatedVerifier):
         return (
             Verdict(
                 id=f"{group.id}#0",
-                correct=not group.id.startswith("held") or int(group.id[5:]) % 3 > 0,
+                reward=float(not group.id.startswith("held") or int(group.id[5:]) % 3 > 0),
             ),
         )
 

@@ -201,8 +201,8 @@ def test_references_that_a_check_cannot_read_are_told_once():
     game = Game()
     causes = ["", "check raised DataError: reference '' holds no answer", "timed out after 5.0 s"]
     for id in ("1" * 1000, "2"):
-        game.outcomes.undecided.hear([Verdict(id=id, correct=None, cause=one) for one in causes])
-    game.outcomes.undecided.hear([Verdict(id="3", correct=None, cause="check raised KeyError")])
+        game.outcomes.undecided.hear([Verdict(id=id, reward=None, cause=one) for one in causes])
+    game.outcomes.undecided.hear([Verdict(id="3", reward=None, cause="check raised KeyError")])
     assert game.events == [
         ("not decided", "verifier", f"{'1' * 100}: {causes[1]}; further ones are counted"),
         ("not decided", "verifier", "3: check raised KeyError; further ones are counted"),
@@ -210,13 +210,21 @@ def test_references_that_a_check_cannot_read_are_told_once():
 
 
 def test_an_accuracy_counts_unknown_as_wrong_and_says_how_much_is_known():
-    correct = [True, False, None, None]
-    group = SimpleNamespace(student_verdicts=[Verdict(id="", correct=one) for one in correct])
+    rewards = [1.0, 0.0, None, None]
+    group = SimpleNamespace(student_verdicts=[Verdict(id="", reward=one) for one in rewards])
     assert verdicts([group]) == {
         "accuracy": 0.25,
         "verdicts_unknown": 2,
         "verdicts_known": 0.5,
     }
+    group = SimpleNamespace(student_verdicts=[Verdict(id="", reward=x) for x in (0.3, 0.7, None)])
+    assert verdicts([group]) == {
+        "accuracy": pytest.approx(1 / 3),
+        "verdicts_unknown": 1,
+        "verdicts_known": pytest.approx(2 / 3),
+    }
     assert verdicts([]) == {"accuracy": None, "verdicts_unknown": 0, "verdicts_known": None}
-    measured = Accuracy.of([Verdict(id="", correct=one) for one in [True, *[None] * 99]])
+    measured = Accuracy.of([Verdict(id="", reward=one) for one in [1.0, *[None] * 99]])
     assert (measured.share, measured.known) == (0.01, pytest.approx(0.01))
+    measured = Accuracy.of([Verdict(id="", reward=one) for one in (0.25, 1.0, None, 0.0)])
+    assert (measured.share, measured.known) == (0.3125, 0.75)

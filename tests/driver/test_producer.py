@@ -234,18 +234,18 @@ class Answering(Generator):
 
 
 class Judge(SimulatedTeacher, SimulatedVerifier):
-    """Finds every response `correct`, and scores nothing that the teacher answered."""
+    """Gives every response `reward`, and scores nothing that the teacher answered."""
 
-    def __init__(self, correct: bool | None = True):
+    def __init__(self, reward: float | None = 1.0):
         super().__init__()
-        self._correct = correct
+        self._reward = reward
 
     async def score(self, group):
         assert group.answer != "the teacher's own"
         return ("",), None
 
     async def check(self, group):
-        return (Verdict(id=f"{group.id}#0", correct=self._correct),)
+        return (Verdict(id=f"{group.id}#0", reward=self._reward),)
 
 
 async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
@@ -265,18 +265,19 @@ async def test_the_teacher_answers_its_prompts_itself_and_nobody_scores_them():
 
 
 @pytest.mark.parametrize(
-    ("correct", "truncated", "policy", "cause"),
+    ("reward", "truncated", "policy", "cause"),
     [
-        (False, False, "train", "teacher_wrong"),
+        (0.0, False, "train", "teacher_wrong"),
+        (0.999, False, "train", "teacher_wrong"),  # right is what has all of the reward
         (None, False, "train", "teacher_unknown"),
-        (False, True, "drop", "teacher_wrong"),
-        (True, True, "drop", "teacher_truncated"),
-        (True, True, "mask", "teacher_truncated"),  # no token of it would be in the loss
-        (True, True, "train", None),
+        (0.0, True, "drop", "teacher_wrong"),
+        (1.0, True, "drop", "teacher_truncated"),
+        (1.0, True, "mask", "teacher_truncated"),  # no token of it would be in the loss
+        (1.0, True, "train", None),
     ],
 )
 async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_student_asked_instead(
-    correct, truncated, policy, cause
+    reward, truncated, policy, cause
 ):
     student, own = Generator(), Answering(truncated=truncated)
     async with asyncio.TaskGroup() as tasks:
@@ -285,7 +286,7 @@ async def test_a_teachers_answer_that_cannot_be_trained_is_dropped_and_the_stude
             [student],
             slots=2,
             needed=2,
-            verifier=Judge(correct),
+            verifier=Judge(reward),
             sampling=half(until=1),
             own=[own],
             truncated=policy,

@@ -62,19 +62,19 @@ class Asked(SimulatedGenerator):
 class Judge(SimulatedVerifier):
     """A verdict on a response is what `judge` says of its prompt."""
 
-    def __init__(self, pace: Pace, judge: Callable[[Prompt], bool | None]):
+    def __init__(self, pace: Pace, judge: Callable[[Prompt], float | None]):
         super().__init__(pace)
         self._judge = judge
 
     async def check(self, group):
         (verdict,) = await super().check(group)
-        return (Verdict(id=verdict.id, correct=self._judge(group)),)
+        return (Verdict(id=verdict.id, reward=self._judge(group)),)
 
 
-def drawn(outcomes: list[bool | None]) -> Callable[[Prompt], bool | None]:
+def drawn(outcomes: list[float | None]) -> Callable[[Prompt], float | None]:
     """The student is right, the teacher at random."""
     draw = random.Random(0)
-    return lambda prompt: draw.choice(outcomes) if prompt.answer == ANSWERED else True
+    return lambda prompt: draw.choice(outcomes) if prompt.answer == ANSWERED else 1.0
 
 
 class Unscoring(SimulatedTeacher):
@@ -120,7 +120,7 @@ def run(
     tmp_path,
     *overrides: str,
     bound: int = 4,
-    judge=lambda prompt: True,
+    judge=lambda prompt: 1.0,
     pace: Pace = SLOW,
     asked: type[Asked] = Asked,
 ) -> Found:
@@ -177,7 +177,7 @@ SCHEDULES = {
 def test_the_bound_the_slots_and_the_counts_hold_whatever_the_schedule(
     tmp_path, schedule, bound, stale
 ):
-    judge = drawn([True, True, True, False, None])
+    judge = drawn([1.0, 1.0, 1.0, 0.5, None])
     found = run(tmp_path, *schedule, f"run.stale={stale}", bound=bound, judge=judge)
     summary, last = found.summary, found.rows[-1]
     trained = [prompt for _, prompt in found.learner.trained + found.learner.answers]
@@ -243,7 +243,9 @@ def test_a_step_of_no_weight_trains_none_of_them(tmp_path):
 
 def test_a_teacher_that_is_never_right_costs_the_run_no_step(tmp_path):
     found = run(
-        tmp_path, "teacher_sampling.until_step=99", judge=lambda prompt: prompt.answer != ANSWERED
+        tmp_path,
+        "teacher_sampling.until_step=99",
+        judge=lambda prompt: float(prompt.answer != ANSWERED),
     )
     # and no prompt
     assert sorted(prompt for _, prompt in found.learner.trained) == list(range(STEPS * PER_STEP))
@@ -275,7 +277,7 @@ def test_what_no_version_sampled_never_ages(tmp_path):
 
 
 def test_the_accuracy_of_a_step_is_the_students_own(tmp_path):
-    found = run(tmp_path, judge=lambda prompt: prompt.answer == ANSWERED)
+    found = run(tmp_path, judge=lambda prompt: float(prompt.answer == ANSWERED))
     assert {row["accuracy"] for row in found.rows} == {0.0}
 
 

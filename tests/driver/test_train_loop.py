@@ -94,7 +94,7 @@ async def test_unknown_verdicts_make_no_checkpoint_the_best(tmp_path):
             (verdict,) = await super().check(group)
             first = not checked
             checked.append(verdict)
-            return (verdict if first else msgspec.structs.replace(verdict, correct=None),)
+            return (verdict if first else msgspec.structs.replace(verdict, reward=None),)
 
     checked = []
     await run(tmp_path, verifier=Hung())
@@ -191,7 +191,7 @@ async def test_teachers_are_measured_on_the_problems_of_their_own(tmp_path):
             return list(prompts)
 
         async def check_response(self, id, ids, answer):
-            return Verdict(id=id, correct=id == "0")
+            return Verdict(id=id, reward=float(id == "0"))
 
     asked, both = [], Asked()
     toml = Path("configs/demo.toml").read_text().replace("[teacher]", "[teachers.math]")

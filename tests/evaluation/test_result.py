@@ -35,21 +35,19 @@ def prompt(id: str = "7@0", answer: str = "2") -> Prompt:
     return Prompt(id=id, ids=np.zeros(1, np.int32), answer=answer)
 
 
-def responded(*outcomes: tuple[bool | None, int | None], k: int, reads: bool = True):
-    """The problem of responses that are right, wrong or unknown, with their votes."""
+def responded(*outcomes: tuple[float | None, int | None], k: int, reads: bool = True):
+    """The problem of responses of these rewards, None where unknown, with their votes."""
     verdicts = [
         (
             Verdict(
                 id=f"{index}",
-                correct=correct,
-                cause="" if correct is not None else "timed out after 5.0 s",
+                reward=reward,
+                cause="" if reward is not None else "timed out after 5.0 s",
             )
-            if correct is None or not reads
-            else Verdict(
-                id=f"{index}", correct=correct, answer="" if vote is None else "\\boxed{1}"
-            )
+            if reward is None or not reads
+            else Verdict(id=f"{index}", reward=reward, answer="" if vote is None else "\\boxed{1}")
         )
-        for index, (correct, vote) in enumerate(outcomes)
+        for index, (reward, vote) in enumerate(outcomes)
     ]
     spans = tuple((Span(version=0, start=0, end=3 + index),) for index in range(len(outcomes)))
     meta = GroupMeta(
@@ -61,7 +59,7 @@ def responded(*outcomes: tuple[bool | None, int | None], k: int, reads: bool = T
 
 
 def test_a_problem_has_its_share_in_each_figure():
-    problem_shares = responded((True, 0), (False, 1), (False, 1), (False, None), k=2)
+    problem_shares = responded((1.0, 0), (0.0, 1), (0.0, 1), (0.0, None), k=2)
     # Of the 6 pairs 3 hold the right one; it wins against silence, and shares with either of the
     # other two.
     assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (
@@ -79,7 +77,7 @@ def test_a_problem_has_its_share_in_each_figure():
 
 
 def test_an_unknown_verdict_counts_as_wrong_and_votes_for_nothing():
-    problem_shares = responded((True, 0), (None, None), (False, 2), k=2)
+    problem_shares = responded((1.0, 0), (None, None), (0.0, 2), k=2)
     # of three pairs two hold the right one; it wins against silence, and shares with the other
     assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (
         pytest.approx(1 / 3),
@@ -90,19 +88,32 @@ def test_an_unknown_verdict_counts_as_wrong_and_votes_for_nothing():
 
 
 def test_one_right_and_99_unknown_are_one_percent():
-    measured = responded((True, 0), *[(None, None)] * 99, k=1)
+    measured = responded((1.0, 0), *[(None, None)] * 99, k=1)
     assert (measured.avg, measured.pass_, measured.maj) == (0.01, pytest.approx(0.01), 0.01)
+
+
+def test_a_share_counts_in_the_mean_and_is_right_in_no_other_figure():
+    measured = responded((0.5, 0), (1.0, 1), (0.25, 0), (None, None), k=2)
+    # of six pairs three hold the right one; it wins against silence, and shares with either of two
+    assert (measured.avg, measured.pass_, measured.maj) == (
+        0.4375,
+        0.5,
+        pytest.approx((1 + 0.5 + 0.5) / 6),
+    )
+    assert [response.reward for response in measured.responses] == [0.5, 1.0, 0.25, None]
+    nothing = responded((0.9, None), (0.7, None), k=2, reads=False)
+    assert (nothing.avg, nothing.pass_, nothing.maj) == (pytest.approx(0.8), 0.0, None)
 
 
 def test_a_problem_of_which_nothing_is_known_counts_like_the_others():
     nothing = responded((None, None), (None, None), k=2)
-    right = responded((True, 0), (True, 0), k=2)
+    right = responded((1.0, 0), (1.0, 0), k=2)
     assert table([nothing, right]).tolist() == [[0, 0, 0], [1, 1, 1]]
     assert set(figures(table([nothing]))) == {"avg", "pass"}  # does its check read answers?
 
 
 def test_there_is_no_vote_where_the_check_reads_no_answers():
-    problem_shares = responded((True, None), (False, None), k=2, reads=False)
+    problem_shares = responded((1.0, None), (0.0, None), k=2, reads=False)
     assert (problem_shares.avg, problem_shares.pass_, problem_shares.maj) == (0.5, 1.0, None)
     assert set(figures(table([problem_shares, problem_shares]))) == {"avg", "pass"}
 

@@ -57,7 +57,7 @@ def test_a_problem_that_nobody_responds_to_is_unknown_by_its_cause(tmp_path, cap
     assert sorted(line["id"] for line in lines) == [f"{id}" for id in range(6)]
     for problem in problems:
         (response,) = problem.responses
-        assert (response.correct is None) == (problem.id in {"2", "4"})
+        assert (response.reward is None) == (problem.id in {"2", "4"})
     assert "no 2" in problems[2].responses[0].cause
     assert "2 of 6 problems have no response" in "".join(capsys.readouterr())
 

@@ -57,7 +57,7 @@ class Pair:
             Scores(id=r.id, sampled_logp=np.linspace(-9, -1, len(r.ids), dtype=np.float32))
             for r in group.rollouts
         )
-        verdicts = tuple(Verdict(id=r.id, correct=True) for r in group.rollouts)
+        verdicts = tuple(Verdict(id=r.id, reward=1.0) for r in group.rollouts)
         samples = tuple((0, i) for i in range(len(group.rollouts)))
         share = LearnerShare((samples,), (verdicts,))
         await asyncio.to_thread(self.learner.step, share, groups=(group,), scores=(scores,))

@@ -3,7 +3,8 @@ from transformers import AutoTokenizer
 
 from async_opd.config.load import load
 from async_opd.core.errors import DataError
-from async_opd.launch.inputs import check_epochs, read, views
+from async_opd.launch.inputs import check_epochs, read
+from async_opd.launch.readings import views
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.toy import STUDENT
@@ -21,9 +22,8 @@ PRIVILEGED = ("teacher.context={prompt}{solution}", "data.solution=why", "data.m
 def test_a_teacher_s_own_bound_holds_in_place_of_the_student_s(tmp_path, settings):
     (tmp_path / "rows.jsonl").write_text(ROW)
     config = demo(tmp_path, f"data.path={tmp_path}/rows.jsonl", *PRIVILEGED, *settings)
-    source = PromptSource(
-        config.data, AutoTokenizer.from_pretrained(STUDENT), seed=0, views=views(config)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    source = PromptSource(config.data, tokenizer, seed=0, views=views(config, tokenizer))
     if settings:
         assert len(source.first(1)[0].teacher_ids) == 9
     else:

@@ -73,6 +73,7 @@ class Stub:
             held_out=list(Prompts(self.held_out)),
             tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
             tokenizer=build_tokenizer(),
+            templates={},
         )
 
     def cluster(self, config, *, first_seed, **_):

@@ -248,6 +248,7 @@ def over_simulated_roles(monkeypatch):
             held_out=[],
             tokens=Tokens(student=((0, 24),), eos_ids=(1,)),
             tokenizer=build_tokenizer(),
+            templates={},
         )
 
     monkeypatch.setattr(runs, "Cluster", SimulatedCluster)

@@ -204,6 +204,13 @@ def test_a_head_without_a_row_for_what_prompts_are_written_with_is_refused(tmp_p
     with pytest.raises(DataError, match=r"its chat template writes '<pad>' \(\d+\), for which its"):
         tokens(tmp_path, small, small, "data.chat_template=true")
 
+    exact = made(tmp_path / "student", family)  # of a teacher that reads by it alone
+    edit(tmp_path / "small" / "tokenizer_config.json", bos_token=None)
+    (tmp_path / "small" / "chat_template.jinja").write_text(TEMPLATE)
+    tokens(tmp_path, exact, small)
+    with pytest.raises(DataError, match=r"^teacher.model = .*its chat template writes '<pad>' \("):
+        tokens(tmp_path, exact, small, "teacher.chat_template=true")
+
     first = made(tmp_path / "first", family, added=("<end>", "<s>"), head=head)
     file = tmp_path / "first" / "tokenizer.json"
     tree = json.loads(file.read_text())

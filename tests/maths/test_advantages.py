@@ -75,6 +75,12 @@ def test_whitening_by_the_steps_before_equals_numpy():
 
 
 def test_while_all_were_alike_rewards_count_as_in_the_first_steps():
+    past = Moments()
+    for count in (3, 5, 7):  # of .3: rounding leaves a deviation of 7e-9
+        past = past.with_sums(count, 0.3 * count, 0.3**2 * count)
+    assert past.std > 0
+    got = whitened(torch.tensor([0.3, 0.6]).double(), past, step=11, **WARM)
+    assert got.tolist() == pytest.approx([-0.2, 0.1])
     got = whitened(torch.tensor([1.0, 0.0]).double(), Moments(4, 0.0, 0.0), step=11, **WARM)
     assert got.tolist() == [0.5, -0.5]
 
@@ -86,9 +92,18 @@ def test_rewards_within_a_group_are_in_deviations_of_the_known_ones():
     assert got.tolist() == pytest.approx([0.6 / 0.24**0.5, -0.4 / 0.24**0.5, 0.0], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "group", [[1.0] * 7, [0.0] * 3, [1.0, NAN, NAN], [NAN, NAN], [1.0]], ids=str
-)
+def test_rewards_between_0_and_1_are_taken_as_they_are():
+    group = [1.0, 0.25, NAN, 0.25]  # mean .5, deviation √.125
+    rewards = torch.tensor([1.0, 0.25]).double()
+    got = within_group(rewards, torch.tensor([group] * 2).double())
+    assert got.tolist() == pytest.approx([0.5 / 0.125**0.5, -0.25 / 0.125**0.5], abs=1e-5)
+
+
+# the mean of three times .1, and of seven times .7, is not that number
+ALIKE = [[1.0] * 7, [0.0] * 3, [1.0, NAN, NAN], [NAN, NAN], [1.0], [0.1] * 3, [0.7] * 7 + [NAN]]
+
+
+@pytest.mark.parametrize("group", ALIKE, ids=str)
 def test_a_group_without_a_contrast_is_worth_exactly_nothing(group):
     assert within_group(torch.tensor([group[0]]), torch.tensor([group])).tolist() == [0.0]
 
@@ -103,6 +118,11 @@ def test_a_short_right_answer_is_worth_up_to_one_and_a_half():
     assert (
         got[:4].tolist() == pytest.approx([1.499512, 1.25, 1.0, 0.0], abs=1e-6) and got[4].isnan()
     )
+
+
+def test_a_share_of_a_reward_is_that_share_of_its_worth():
+    got = length_aware(torch.tensor([0.4]), torch.tensor([512]), torch.tensor([1024.0]), bonus=0.5)
+    assert got.item() == pytest.approx(0.5)  # .4 · (1 + .5 · .5)
 
 
 def test_extrapolation_adds_the_teachers_step_from_the_reference():

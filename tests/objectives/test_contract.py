@@ -260,7 +260,7 @@ def sample(i, needs):
         tail_logp=array(outside) if needs.tail else None,
     )
     words = tuple(
-        Verdict(id=f"{i}@0#{j}", correct=None if v is None else bool(v))
+        Verdict(id=f"{i}@0#{j}", reward=None if v is None else float(v))
         for j, v in enumerate(verdicts)
     )
     from_reference = (

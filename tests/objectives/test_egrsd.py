@@ -40,6 +40,20 @@ def test_the_weight_by_direction_is_the_published_one(reward, expected):
     )
 
 
+@pytest.mark.parametrize(
+    ("reward", "advantage", "direction"),  # the teacher's gap is -.05, .5, -3, -.5, 0, .01
+    [
+        (0.7, 0.2, [0.951229, 1.2, 0.8, 0.8, 1.0, 1.01005]),
+        (0.2, -0.3, [1.051271, 0.8, 1.2, 1.2, 1.0, 0.99005]),
+        (0.5, 0.0, [1.0] * 6),
+    ],
+)
+def test_the_direction_of_a_share_is_whether_it_is_above_the_mean(reward, advantage, direction):
+    result = six(Egrsd(length_bonus=0.0), reward)
+    assert result.advantage.tolist() == pytest.approx([advantage] * 6, abs=1e-7)
+    assert result.metrics["direction"].tolist() == pytest.approx(direction, abs=1e-6)
+
+
 def test_reward_direction_and_certainty_multiply_to_the_published_advantage():
     result = six(Egrsd(length_bonus=0.0), 1.0)
     assert result.advantage.tolist() == [0.5] * 6

@@ -76,7 +76,13 @@ def test_advantage_and_weight_are_those_of_a_loop_by_each_fallback(settings, con
 
 @pytest.mark.parametrize(
     ("reward", "group"),
-    [(NAN, [NAN, 1, 0]), (1.0, [1, 1, 1]), (0.0, [0, 0, NAN]), (1.0, [1.0, NAN, NAN])],
+    [
+        (NAN, [NAN, 1, 0]),
+        (1.0, [1, 1, 1]),
+        (0.0, [0, 0, NAN]),
+        (1.0, [1.0, NAN, NAN]),
+        (0.1, [0.1, 0.1, 0.1]),
+    ],
     ids=str,
 )
 def test_without_a_known_contrast_every_token_falls_back(reward, group):
@@ -85,6 +91,17 @@ def test_without_a_known_contrast_every_token_falls_back(reward, group):
     assert got.advantage.tolist() == pytest.approx([-0.025, 0.25, -1.5, -0.25, 0.0, 0.005])
     assert got.metrics["no_sign"].all()
     assert result(SgOpd(fallback="grpo"), given).advantage.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("reward", [0.3, 0.75])
+def test_the_sign_of_a_share_is_whether_it_is_above_its_groups_mean(reward):
+    group = [0.3, 0.3, 0.3, 0.3, 0.75, NAN]  # mean .39, deviation .18
+    given = batch(STUDENT, TEACHER, reference_logp_N=REFERENCE, reward=[reward], group=[group])
+    got = result(SgOpd(fallback="grpo"), given)
+    a1 = (reward - 0.39) / 0.18
+    gap, away = [-0.05, 0.5, -3.0, -0.5, 0.0, 0.01], [-0.03, 0.4, -2.75, -0.7, 0.1, 0.01]
+    expected = [a2 + 0.8 * t if a1 * a2 > 0 else a1 for a2, t in zip(gap, away, strict=True)]
+    assert got.advantage.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_unknown_verdicts_are_left_out_of_their_group():

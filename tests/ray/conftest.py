@@ -9,7 +9,7 @@ from async_opd.config.schema import Config
 from async_opd.core.vocabulary import Tokens, runs
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
-from async_opd.launch.inputs import views
+from async_opd.launch.readings import views
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.roles.rollout.prompts import PromptSource
 from async_opd.runtime.cluster import Cluster
@@ -28,7 +28,7 @@ async def running(
     """(roles, publisher, prompts) with version 0 published. No `eos_ids`: every response has full
     length."""
     tokenizer = AutoTokenizer.from_pretrained(config.student.model)
-    prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config)))
+    prompts = iter(PromptSource(config.data, tokenizer, seed=0, views=views(config, tokenizer)))
     tokens = Tokens(student=runs(tokenizer.get_vocab().values()), eos_ids=eos_ids, stops=stops)
     with Cluster(config, tokens=tokens, tokenizer=tokenizer.backend_tokenizer) as cluster:
         roles = await cluster.roles()

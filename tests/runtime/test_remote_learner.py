@@ -42,7 +42,7 @@ def group(
         meta=meta,
         group=f"group {id}",
         scores=None if from_teacher else f"scores {id}",
-        verdicts=(Verdict(id=f"{id}", correct=True),),
+        verdicts=(Verdict(id=f"{id}", reward=1.0),),
         samples=tuple(range(samples)),
         since=0,
         reference=reference,

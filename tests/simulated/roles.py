@@ -219,7 +219,7 @@ class SimulatedVerifier(Verifier):
 
     async def check(self, group: Prompt) -> tuple[Verdict, ...]:
         await asyncio.sleep(self.pace.check_s)
-        return (Verdict(id=f"{group.id}#0", correct=True),)
+        return (Verdict(id=f"{group.id}#0", reward=1.0),)
 
 
 class SimulatedLearner(Learner):

@@ -19,9 +19,7 @@ def recorded(ids: list[int], **more) -> RecordedTrajectory:
         tokens=9,
     )
     numbers = {"student": np.linspace(-1, -1 / 3, len(ids), dtype=np.float32)}
-    return RecordedTrajectory(
-        **fields | dict(truncated=False, correct=None, numbers=numbers) | more
-    )
+    return RecordedTrajectory(**fields | dict(truncated=False, reward=None, numbers=numbers) | more)
 
 
 def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_path):
@@ -41,10 +39,21 @@ def test_each_trajectory_is_a_line_with_its_tokens_and_what_was_left_out(tmp_pat
         "cut": 6,
         "truncated": False,
         "kept_kv": False,
-        "correct": None,
+        "reward": None,
         "student": [-1, -0.667, -0.333],
     }
     assert (second["tokens"], second["cut"], second["student"]) == (["<4>"], 8, -1)
+
+
+def test_a_prompt_is_told_as_its_teacher_read_it_by_the_teachers_own_tokens(tmp_path):
+    readers = {name: lambda ids, name=name: [f"<{name}{id}>" for id in ids] for name in ("", "b")}
+    theirs = {"b": readers["b"]}
+    write = sample_file(tmp_path / "samples.jsonl", readers[""], theirs=theirs)
+    shown = np.array([9], np.int32)
+    write(tuple(recorded([1], teacher=name, teacher_prompt_ids=shown) for name in ("a", "b")))
+    lines = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    told = [(line["prompt"], line["teacher_prompt"], line["tokens"]) for line in lines]
+    assert told == [("<7><8>", "<9>", ["<1>"]), ("<7><8>", "<b9>", ["<1>"])]
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,13 @@ def test_a_group_is_what_has_the_same_prompt_and_an_unknown_verdict_is_no_part_o
     assert trusted == pytest.approx([0.5**0.5, 0, -0.5, 0, 0, 0.5**0.5], abs=1e-5)
 
 
+def test_a_reward_may_be_a_share(say):
+    trajectories = [SIX | {"prompt": "p", "reward": reward} for reward in (0.3, 0.9)]
+    found = say("egrsd length_bonus=0", {"trajectories": trajectories})["trajectories"]
+    assert found[0]["advantage"] == pytest.approx([-0.2] * 6)
+    assert found[1]["advantage"] == pytest.approx([0.4] * 6)
+
+
 def test_a_clipped_token_is_not_moved(say):
     stale = dict(
         student_logp=[-1.0] * 4,
@@ -465,7 +472,7 @@ MALFORMED = {  # the file; what the message says after its name
     ),
     "another reward": (
         {"trajectories": [ONE | {"reward": 2}]},
-        ": Invalid enum value 2 - at `$.trajectories[0].reward`",
+        ": Expected `float` <= 1.0 - at `$.trajectories[0].reward`",
     ),
     "a likelihood": (
         {"trajectories": [ONE, ONE | {"teacher_logp": [-1, 0.5]}]},

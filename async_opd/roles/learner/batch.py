@@ -227,4 +227,4 @@ def _flat_if_there(
 
 
 def _reward(verdict: Verdict) -> float:
-    return float("nan") if verdict.correct is None else float(verdict.correct)
+    return float("nan") if verdict.reward is None else verdict.reward

@@ -88,6 +88,7 @@ class Recorder:
         self, trajectory: Trajectory, columns: dict[str, Tensor], here_N: Tensor
     ) -> RecordedTrajectory:
         prompt, rollout = trajectory.prompt, trajectory.rollout
+        theirs = None if prompt.teacher_ids is None else prompt.teacher_ids[-LONGEST:]
         return RecordedTrajectory(
             id=rollout.id,
             step=self._live + 1,
@@ -96,8 +97,10 @@ class Recorder:
             prompt_tokens=len(prompt.ids),
             tokens=len(rollout.ids),
             truncated=rollout.truncated,
-            correct=next(v.correct for v in trajectory.verdicts if v.id == rollout.id),
+            reward=next(v.reward for v in trajectory.verdicts if v.id == rollout.id),
             kept_kv=rollout.kept_kv,
+            teacher_prompt_ids=theirs,
+            teacher=prompt.teacher,
             numbers={k: v[here_N][:LONGEST].float().cpu().numpy() for k, v in columns.items()},
         )
 

@@ -45,7 +45,14 @@ class Judge:
         self.config = config
         self.tokenizer = tokenizer
         self.renderer = Renderer(config, tokenizer, views)
-        self.encoder = Encoder(tokenizer, raw=not config.chat_template)
+        # by the name of the teacher whose texts they read; that of None reads the student's
+        self._encoders: dict[str | None, Encoder] = {
+            None: Encoder(tokenizer, raw=not config.chat_template)
+        }
+        for name, view in views.items():
+            if view.template:
+                self._encoders[name] = Encoder(view.template.tokenizer, raw=False)
+        self._views = views
         self._references = references
         self._head = head
         # what a verdict depends on besides rows, tokenizer and code
@@ -59,7 +66,7 @@ class Judge:
             rendered = self.renderer.rendered(row)
         except DataError as e:
             return self.flaw(row, str(e))
-        ids = encoded(self.encoder, rendered.texts)
+        (ids,) = self.encoded([rendered])
         if wrong := self.wrong(rendered, ids):
             return self.flaw(row, wrong[0], long=wrong[1])
         ours, *theirs = [each for each in ids if not isinstance(each, str)]
@@ -72,17 +79,37 @@ class Judge:
             row=row["_position"],
         )
 
+    def encoded(self, rows: Sequence[Rendered]) -> list[list[np.ndarray | str]]:
+        """Encode the texts of rows, the student's before the teacher's; in place of the ids of one
+        that cannot be, why."""
+        ids: list[list[np.ndarray | str]] = [[] for _ in rows]
+        for reader, encoder in self._encoders.items():
+            texts = [
+                (i, text)
+                for i, row in enumerate(rows)
+                for text, whose in zip(row.texts, (None, row.teacher), strict=False)
+                if reader == (whose if whose in self._encoders else None)
+            ]
+            read = encoded(encoder, [text for _, text in texts]) if texts else []
+            for (i, _), each in zip(texts, read, strict=True):
+                ids[i].append(each)
+        return ids
+
     def wrong(self, rendered: Rendered, ids: Sequence[np.ndarray | str]) -> tuple[str, bool] | None:
         """Say what is wrong of the `ids` of a row's texts, in place of which stands why there are
         none; and whether that is their length."""
-        for each in ids:
+        view = self._views[rendered.teacher]
+        for each, template in zip(ids, (None, view.template), strict=False):
             if isinstance(each, str):
                 return f"{self.config.prompt!r}: {each}", False
             if not len(each):
                 return f"{self.config.prompt!r} makes no tokens", False
-            if self._head and (most := int(each.max())) >= self._head:
-                token = f"{self.tokenizer.convert_ids_to_tokens(most)!r} ({most})"
-                return f"holds {token}; the student's head has {self._head} rows", False
+            head = view.head if template else self._head
+            if head and (most := int(each.max())) >= head:
+                tokenizer = template.tokenizer if template else self.tokenizer
+                token = f"{tokenizer.convert_ids_to_tokens(most)!r} ({most})"
+                whose = "teacher" if template else "student"
+                return f"holds {token}; the {whose}'s head has {head} rows", False
         long = rendered.over([len(each) for each in ids])
         return (long, True) if long else None
 

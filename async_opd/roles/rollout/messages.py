@@ -34,12 +34,13 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
 
 
 def check_rendering(
-    text: Any, messages: Sequence[dict[str, Any]], column: str, template: str
+    text: Any, messages: Sequence[dict[str, Any]], column: str, *, template: str, called: str
 ) -> None:
-    """Raise DataError where a template made nothing of `messages`, left one out of which it does
-    not know the role, or wrote parts as a list. Takes what it rendered, `text`."""
+    """Raise DataError where a template, which is `called` so, made nothing of `messages`, left one
+    out of which it does not know the role, or wrote parts as a list. Takes what it rendered,
+    `text`."""
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"the chat template renders {column!r} as {shown(text)}, which is no text")
+        raise DataError(f"{called} renders {column!r} as {shown(text)}, which is no text")
     for i, message in _from_1(messages):
         content, role = message["content"], message["role"]
         parts = [] if isinstance(content, str) else [part["text"] for part in content]
@@ -49,12 +50,12 @@ def check_rendering(
             or not all(part.strip() in text for part in parts)
         ):
             raise DataError(
-                f"{column!r}, message {i}: the chat template does not render a list of parts:"
-                " make it one text"
+                f"{column!r}, message {i}: {called} does not render a list of parts: make it one"
+                " text"
             )
         if not _names(template, role) and text_of(content).strip() not in text:
             raise DataError(
-                f"{column!r}, message {i}: the chat template leaves out a message of role {role!r}"
+                f"{column!r}, message {i}: {called} leaves out a message of role {role!r}"
             )
 
 

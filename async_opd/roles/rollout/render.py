@@ -11,8 +11,11 @@ from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
 from async_opd.core.suggest import wrong
 from async_opd.roles.rollout.config import DataConfig
-from async_opd.roles.rollout.messages import check_rendering, shown, usable
+from async_opd.roles.rollout.messages import shown, usable
 from async_opd.roles.rollout.teacher_prompt import TeacherView
+from async_opd.roles.rollout.template import Template
+
+STUDENT = TeacherView()  # is shown a row as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,9 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows by the student's chat template, or takes them as they are. Each method raises
-    DataError, which says what is wrong of the row, and not which it is."""
+    """Renders rows by the student's chat template, or takes them as they are; for a teacher by its
+    own where it has one. Each method raises DataError, which says what is wrong of the row, and not
+    which it is."""
 
     def __init__(
         self,
@@ -44,16 +48,12 @@ class Renderer:
     ):
         """Take what each teacher is shown from `views`, by its name."""
         self._config = config
-        self._tokenizer = tokenizer
         self._views = views
-        self._template = ""
+        self._template: Template | None = None
         if config.chat_template:
-            if not tokenizer.chat_template:
-                raise DataError(
-                    "data.chat_template = true: the tokenizer of student.model has no chat template"
-                )
-            with foreign("data.chat_template = true: the tokenizer of student.model"):
-                self._template = tokenizer.get_chat_template()
+            self._template = template_of(
+                "data.chat_template = true: the tokenizer of student.model", tokenizer
+            )
 
     def check_types(self, row: Mapping[str, Any]) -> None:
         """Look at the types and keys of a row alone, which is quick."""
@@ -64,9 +64,9 @@ class Renderer:
         config, teacher = self._config, self._teacher(row)
         content, theirs = self._contents(row)
         bound, view = ("data.max_prompt_tokens", config.max_prompt_tokens), self._views[teacher]
-        texts, bounds = [self._text(content, config.template_args)], [bound]
+        texts, bounds = [self._text(content, self._template, STUDENT)], [bound]
         if view.differs:
-            texts.append(self._text(theirs, config.template_args | view.template_args))
+            texts.append(self._text(theirs, view.template or self._template, view))
             bounds.append(view.longest or bound)
         return Rendered(answer=str(row[config.answer]), teacher=teacher, texts=texts, bounds=bounds)
 
@@ -81,10 +81,10 @@ class Renderer:
             )
         if not isinstance(answer, str | int | float) or not _is_finite(answer):
             raise DataError(f"{config.answer!r} must be a string or a number, got {shown(answer)}")
-        if isinstance(content, list) and not config.chat_template:
-            raise DataError(f"{config.prompt!r} holds messages: set data.chat_template = true")
         if isinstance(content, list):
-            content = usable(content, config.prompt, self._template)
+            if not self._template:
+                raise DataError(f"{config.prompt!r} holds messages: set data.chat_template = true")
+            content = usable(content, config.prompt, self._template.source)
         view = self._views[self._teacher(row)]
         solution = row.get(config.solution) if config.solution else None
         return content, view.shown(content, solution, config.solution)
@@ -100,18 +100,24 @@ class Renderer:
             )
         return name
 
-    def _text(self, content: str | list, template_args: dict[str, Any]) -> str:
-        if not self._config.chat_template:
+    def _text(self, content: str | list, template: Template | None, view: TeacherView) -> str:
+        """Render a content by `template`, or take it as it is where there is none."""
+        if template is None:
             assert isinstance(content, str)  # `_contents` refuses messages
             return content
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        column = self._config.prompt
-        with foreign(f"the chat template refuses {column!r}"):
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_args
-            )
-        check_rendering(text, messages, column, self._template)
-        return str(text)
+        args = self._config.template_args | view.template_args
+        return template.render(view.addressed(messages), self._config.prompt, args)
+
+
+def template_of(called: str, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """Take the template that `tokenizer` has. Raises DataError where it has none, which begins with
+    `called`."""
+    if not tokenizer.chat_template:
+        raise DataError(f"{called} has no chat template")
+    with foreign(called):
+        source = tokenizer.get_chat_template()
+    return Template(called, tokenizer, source, "the chat template")
 
 
 def _is_finite(answer: str | int | float) -> bool:

@@ -20,7 +20,6 @@ from async_opd.core.foreign import foreign
 from async_opd.core.printing import say
 from async_opd.roles.rollout.content import columns_of, content_of
 from async_opd.roles.rollout.dataset import named_columns
-from async_opd.roles.rollout.encode import encoded
 from async_opd.roles.rollout.flaws import Flaw, keep, kept, key_of, refusal
 from async_opd.roles.rollout.judge import Judge
 from async_opd.roles.rollout.render import Rendered
@@ -188,8 +187,8 @@ class Survey:
                     except DataError as e:
                         self._flaw(place, str(e))
                 if len(chunk) == CHUNK or place == len(self._rows) - 1:
-                    texts = [text for _, rendered in chunk for text in rendered.texts]
-                    coming = beside.submit(encoded, self._judge.encoder, texts) if texts else None
+                    rows = [rendered for _, rendered in chunk]
+                    coming = beside.submit(self._judge.encoded, rows) if rows else None
                     if pending:
                         self._lengths(*pending)
                     pending = (chunk, coming) if coming else None
@@ -198,9 +197,8 @@ class Survey:
                 self._lengths(*pending)
 
     def _lengths(self, chunk: list[tuple[int, Rendered]], coming: Future) -> None:
-        ids = iter(coming.result())
-        for place, rendered in chunk:
-            over = self._judge.wrong(rendered, [next(ids) for _ in rendered.texts])
+        for (place, rendered), ids in zip(chunk, coming.result(), strict=True):
+            over = self._judge.wrong(rendered, ids)
             if over:
                 self._flaw(place, over[0], long=over[1])
 

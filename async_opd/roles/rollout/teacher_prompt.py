@@ -1,13 +1,16 @@
-"""What a teacher is shown where that is not the student's own prompt: other template arguments, a
-solution."""
+"""What a teacher is shown where that is not the student's own prompt: a template of its own or
+other arguments of it, a system message, a solution."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from async_opd.core.errors import DataError
 from async_opd.roles.rollout.messages import shown, text_of
+from async_opd.roles.rollout.template import Template
 
+SYSTEM = ("system", "developer")  # roles of what a conversation may begin with
 PLACES = re.compile(r"\{(prompt|solution)\}")
 
 
@@ -15,6 +18,10 @@ PLACES = re.compile(r"\{(prompt|solution)\}")
 class TeacherView:
     """How one teacher sees a row."""
 
+    template: Template | None = None  # its own; None: the student's, if any
+    head: int | None = None  # rows of its head, with a template of its own
+    # Instead of the system message that a row begins with, or before what it begins with.
+    system: str | None = None
     # Beside the student's, and before them.
     template_args: dict[str, Any] = field(default_factory=dict)
     context: str | None = None  # text with {prompt} and {solution}, shown instead of the prompt
@@ -24,7 +31,14 @@ class TeacherView:
     @property
     def differs(self) -> bool:
         """Whether it differs from the student's."""
-        return bool(self.template_args or self.context)
+        return bool(self.template or self.system is not None or self.template_args or self.context)
+
+    def addressed(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put its system message at the head of `messages`."""
+        if self.system is None:
+            return [*messages]
+        begins = bool(messages) and messages[0]["role"] in SYSTEM
+        return [{"role": "system", "content": self.system}, *messages[begins:]]
 
     def shown(self, content: str | list, solution: Any, column: str | None) -> str | list:
         """Put `content` (a text, or messages of which the last of the user counts) inside the

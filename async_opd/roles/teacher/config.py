@@ -1,5 +1,6 @@
 """Settings of what scores rollouts: teachers, and the reference."""
 
+import re
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -7,6 +8,8 @@ from msgspec import Meta, Struct
 
 from async_opd.core.precision import Dtype
 from async_opd.maths import schedules
+
+JINJA = re.compile(r"\{[{%#]")  # in a template, and in no name of a file
 
 
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,7 +45,13 @@ class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     # Its end tokens, each with the student's that it is read as: log-prob and place among the
     # candidates of either are the other's, and the student never samples the teacher's.
     ends_as: dict[str, str] = {}
-    # For the teacher's own rendering of the prompt, where it differs.
+    # Its own way of reading, by its own tokenizer: true is that tokenizer's template, a text is one
+    # in Jinja, or the file of one, which ends in .jinja. false: as the student reads.
+    chat_template: bool | str = False
+    # A system message before the row's messages, or in place of the one that they begin with; ""
+    # is one without any text.
+    system: Annotated[str, Meta(min_length=0)] | None = None
+    # For the teacher's own rendering of the prompt, beside data.template_args.
     template_args: dict[str, Any] = {}
     context: str | None = None  # shown instead of the prompt: text with {prompt} and {solution}
     # Of its own rendering; absent: data.max_prompt_tokens.
@@ -53,6 +62,12 @@ class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     update_every_steps: Annotated[int, Meta(ge=1)] = 1
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] = 0.99  # d of t = d·t + (1-d)·s, ema only
     evaluate: bool = False  # measure the teacher's own accuracy, once, after training
+
+    @property
+    def template_file(self) -> str | None:
+        """The file that `chat_template` names; None where it names none."""
+        template = self.chat_template
+        return template if isinstance(template, str) and not JINJA.search(template) else None
 
 
 class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +80,8 @@ class ReferenceConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fi
 class TeacherSamplingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Phased teacher sampling: `teacher.model` itself, on vLLM, answers a share of the prompts,
     once each; what the verifier finds right is trained by cross-entropy times a weight,
-    `maths.schedules.phased_weight`.
+    `maths.schedules.phased_weight`. Of a check that gives rewards from 0 to 1 that is what has 1:
+    anything less counts as wrong.
 
     SG-OPD, https://arxiv.org/abs/2606.09304, Eq. 2-3 and 11. The ends of the weight are a
     reconstruction: the paper gives neither. Where the teacher is not right the student answers

@@ -9,7 +9,7 @@ class VerifyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """`workers` killable processes, each deciding one response at a time."""
 
     # "math", "math_verify", "numeric", "choice", "exact", "code", or a function (response, answer)
-    # -> bool, as "package.module:function"
+    # -> True, False, or a reward from 0 to 1, as "package.module:function"
     check: str = "math"
     # Of `numeric`: how far from the reference an answer may be, as a share of it; none: 1e-6.
     tolerance: Annotated[float, Meta(ge=0, lt=1)] | None = None

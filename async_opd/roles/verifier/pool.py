@@ -141,7 +141,7 @@ class VerifierPool:
             return answer
         return Verdict(
             id=check.id,
-            correct=False,
+            reward=0.0,
             cause=f"{answer.cause}, a second time, alone",
             answer=None if known.answer is None else "",
         )
@@ -151,14 +151,14 @@ class VerifierPool:
         whole_s = self._config.timeout_s
         itself = msgspec.structs.replace(check, response=check.answer)
         known = await worker.ask(itself, whole_s)
-        return known, known.correct is not None and worker.took_s <= WELL_IN_TIME * whole_s
+        return known, known.reward is not None and worker.took_s <= WELL_IN_TIME * whole_s
 
     async def _ask(self, worker: WorkerProcess, check: Check, within_s: float) -> Verdict:
         if self._bounded:
             verdict = await worker.ask(check, self._config.timeout_s, within_s)
         else:
             verdict = await worker.ask(check, within_s)
-        if verdict.correct is not None:
+        if verdict.reward is not None:
             self._took.append(worker.took_s)
         return verdict
 

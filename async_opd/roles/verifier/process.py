@@ -110,9 +110,7 @@ class WorkerProcess:
             EOFError,
             ConnectionError,
         ) as error:
-            return Verdict(
-                id=check.id, correct=None, cause=await self._kill_after(error, timeout_s)
-            )
+            return Verdict(id=check.id, reward=None, cause=await self._kill_after(error, timeout_s))
 
     async def _exchange_within(
         self, check: Check, within_s: float, timeout_s: float

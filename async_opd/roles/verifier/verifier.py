@@ -100,15 +100,15 @@ class GroupVerifier:
         """Check one response; unknown, where there was a `failure` before, where it cannot be
         decoded, or where the workers are too busy with others to decide until `due`."""
         if failure:
-            return Verdict(id=id, correct=None, cause=failure)
+            return Verdict(id=id, reward=None, cause=failure)
         try:
             with foreign(f"{id}: decoded", WireError):
                 response = self._said(ids)
             async with until(due):
                 return await self._pool.check(Check(id=id, response=response, answer=answer))
         except WireError as e:
-            return Verdict(id=id, correct=None, cause=f"{e}")
+            return Verdict(id=id, reward=None, cause=f"{e}")
         except TimeoutError:
             return Verdict(
-                id=id, correct=None, cause=f"no worker was free within {self._within_s:.1f} s"
+                id=id, reward=None, cause=f"no worker was free within {self._within_s:.1f} s"
             )

@@ -62,15 +62,15 @@ def run_check(check: Check, decide: Decide) -> Verdict:
             decision = decide(check.response, check.answer)
     except AsyncOpdError as error:
         if isinstance(error.__cause__, Late):
-            return Verdict(id=check.id, correct=None, cause=LATE)
+            return Verdict(id=check.id, reward=None, cause=LATE)
         kind = type(error.__cause__ if isinstance(error, Raised) else error).__name__
         why = "" if isinstance(error, Raised) else f": {first_line(error)}"
         cause = sound(f"{RAISED}{kind}{why}"[:LONGEST])
-        return Verdict(id=check.id, correct=None, cause=cause)
-    correct, answer = decision if isinstance(decision, tuple) else (decision, None)
+        return Verdict(id=check.id, reward=None, cause=cause)
+    reward, answer = decision if isinstance(decision, tuple) else (decision, None)
     return Verdict(
         id=check.id,
-        correct=correct,
+        reward=float(reward),
         answer=answer if answer is None or len(answer) <= LONGEST else "",
     )
 

@@ -9,7 +9,7 @@ past steps, `squares` being Σ(x - mean)².
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -51,7 +51,7 @@ class Trajectory(Struct, frozen=True):
     teacher_tail_logp: list[float] | UnsetType = UNSET
     # optimizer steps that the weights which sampled each token were behind
     lag: list[Annotated[int, Meta(ge=0)]] | UnsetType = UNSET
-    reward: Literal[0, 1] | UnsetType | None = UNSET  # null: unknown
+    reward: Annotated[float, Meta(ge=0, le=1)] | UnsetType | None = UNSET  # null: unknown
     length_cap: Annotated[int, Meta(ge=1)] | UnsetType = UNSET  # most tokens a response may have
 
     @property

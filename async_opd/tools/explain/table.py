@@ -29,7 +29,9 @@ def table(rollouts: Rollouts, effects: list[dict[str, Any]], *, colour: bool) ->
     for number, t, effect in zip(count(), rollouts.trajectories, effects, strict=False):
         prompt = "" if t.prompt is UNSET else f"prompt {t.prompt}, "
         reward = (
-            "" if t.reward is UNSET else f"reward {'unknown' if t.reward is None else t.reward}, "
+            ""
+            if t.reward is UNSET
+            else f"reward {'unknown' if t.reward is None else f'{t.reward:g}'}, "
         )
         yield f"{chr(10) if number else ''}trajectory {number}: {prompt}{reward}{t.length} tokens"
         yield f"{'place':>5}  {'token':<16}" + "".join(

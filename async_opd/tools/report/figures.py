@@ -46,7 +46,12 @@ class Figure:
 
 
 LEARNING: tuple[Curves, ...] = (
-    ("Accuracy", "Share of responses that are right", "share", {"accuracy": "training rollouts"}),
+    (
+        "Accuracy",
+        "Mean reward: the share of responses that are right",
+        "share",
+        {"accuracy": "training rollouts"},
+    ),
     ("KL to the teacher", "Mean log π − log π teacher, sampled tokens", "nats", {"kl": "KL"}),
     ("Loss", "What the optimizer minimises", "", {"loss": "loss"}),
     ("Entropy", "Of the sampling policy, by its own tokens", "nats", {"entropy": "entropy"}),

@@ -202,9 +202,10 @@ class _Sample(msgspec.Struct):
     prompt: str
     tokens: list[str]
     prompt_cut: int = 0
+    teacher_prompt: str = ""
     cut: int = 0
     truncated: bool = False
-    correct: bool | None = None
+    reward: float | None = None
 
 
 def _read_rollouts(run: Run, most: int) -> None:

@@ -31,10 +31,11 @@ TEXTS = {  # what is no number of a token
     "prompt",
     "prompt_tokens",
     "prompt_cut",
+    "teacher_prompt",
     "tokens",
     "cut",
     "truncated",
-    "correct",
+    "reward",
     "kept_kv",
 }
 
@@ -48,6 +49,7 @@ class Rollout:
     id: str
     prompt: str
     prompt_cut: int
+    teacher_prompt: str  # where the teacher was shown another, else ""
     verdict: str
     tokens: list[tuple[str, str]]  # classes, text
     left_out: int  # tokens behind those
@@ -123,9 +125,8 @@ def _rollout(
         id=str(line["id"]),
         prompt=str(line["prompt"]),
         prompt_cut=int(line.get("prompt_cut", 0)),
-        verdict={True: "right", False: "wrong", None: "unknown"}.get(
-            line.get("correct"), "unknown"
-        ),
+        teacher_prompt=line.get("teacher_prompt", ""),
+        verdict=_verdict(line.get("reward")),
         tokens=list(zip(classes, map(_visible, line["tokens"]), strict=False)),
         left_out=len(line["tokens"]) - count + int(line.get("cut", 0)),
         truncated=bool(line.get("truncated")),
@@ -134,6 +135,13 @@ def _rollout(
         uniform=bool(np.ptp(weight) == 0 and selected.all() and "agree" not in numbers),
         numbers={label: _plain(numbers[name]) for name, label in labels.items() if name in numbers},
     )
+
+
+def _verdict(reward: float | None) -> str:
+    """Put a reward into words: that of a right or a wrong response, or a number between."""
+    if reward is None:
+        return "unknown"
+    return {1.0: "right", 0.0: "wrong"}.get(reward, f"reward {reward:.4g}")
 
 
 def _level(value: float, scale: float) -> str:

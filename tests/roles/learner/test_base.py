@@ -117,7 +117,7 @@ def share_of(groups, *, by_learner=None):
     return LearnerShare(
         micro_batches=tuple(tuple(pairs[i : i + 2]) for i in range(0, len(pairs), 2)),
         verdicts=tuple(
-            tuple(Verdict(id=rollout.id, correct=True) for rollout in each.rollouts)
+            tuple(Verdict(id=rollout.id, reward=1.0) for rollout in each.rollouts)
             for each in groups
         ),
         by_learner=tuple(range(len(groups))) if by_learner is None else by_learner,

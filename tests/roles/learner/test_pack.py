@@ -63,8 +63,8 @@ def test_a_stale_token_under_the_policy_to_drop_is_an_error_that_names_its_traje
 
 
 def test_an_unknown_verdict_is_not_a_wrong_one(sample, packed):
-    micro = packed(*(sample(correct=correct) for correct in (True, False, None)))
-    assert micro.reward_S.nan_to_num(-1).tolist() == [1, 0, -1]
+    micro = packed(*(sample(reward=reward) for reward in (1.0, 0.0, 0.3, None)))
+    assert micro.reward_S.nan_to_num(-1).tolist() == pytest.approx([1, 0, 0.3, -1])
 
 
 @pytest.mark.parametrize("part", ["scores", "verdicts"])

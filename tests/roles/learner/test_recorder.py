@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from async_opd.roles.learner.step import StepContext, accumulate
 def samples(sample):
     """Five trajectories of unequal lengths, each of tokens of versions 0 and 1."""
     return [
-        sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, correct=i % 2 == 0)
+        sample(2 + i, [(0, 3 + i), (1, 2)], id=id, seed=i, reward=i / 4)
         for i, id in enumerate("abcde")
     ]
 
@@ -48,7 +49,7 @@ def test_two_trajectories_are_kept_with_the_numbers_of_the_formula(student, samp
     for one in found:
         sample, numbers = by_id[one.id], one.numbers
         assert (one.ids == sample.rollout.ids).all() and (one.prompt_ids == sample.prompt.ids).all()
-        assert one.correct == sample.verdicts[0].correct
+        assert one.reward == sample.verdicts[0].reward
         np.testing.assert_array_equal(numbers["behaviour"], sample.rollout.behaviour_logp)
         np.testing.assert_array_equal(numbers["teacher"], sample.scores.sampled_logp)
         np.testing.assert_array_equal(numbers["version"], sample.rollout.versions())
@@ -58,6 +59,20 @@ def test_two_trajectories_are_kept_with_the_numbers_of_the_formula(student, samp
         np.testing.assert_allclose(numbers["ratio"], ratio, rtol=1e-5)
         np.testing.assert_allclose(numbers["coefficient"], ratio * advantage, atol=1e-5)
         assert set(numbers["selected"]) == {1} and set(numbers["kept"]) == {1}
+
+
+def test_what_its_teacher_read_is_kept_where_that_was_another_prompt(student, samples, packed):
+    theirs = np.arange(3000, dtype=np.int32)
+    shown = {s.rollout.id: None if i % 2 else theirs for i, s in enumerate(samples)}
+    given = [
+        replace(s, prompt=msgspec.structs.replace(s.prompt, teacher_ids=shown[s.rollout.id]))
+        for s in samples
+    ]
+    found, _ = step(student, Opd(), given, packed)
+    kept = {one.id: one.teacher_prompt_ids for one in found}
+    for id, ids in kept.items():
+        assert (ids is None) == (shown[id] is None)
+        assert ids is None or ids.tolist() == theirs[-2000:].tolist()
 
 
 def test_the_choice_depends_neither_on_place_nor_on_micro_batch(student, samples, packed):

@@ -127,7 +127,7 @@ def test_a_divergence_without_a_ratio_has_weights_of_one(sample, packed):
 def in_group(one, *verdicts):
     """The trajectory as the first of a group of these verdicts, with a reference."""
     words = tuple(
-        Verdict(id=f"{one.rollout.id}{i}" if i else one.rollout.id, correct=v)
+        Verdict(id=f"{one.rollout.id}{i}" if i else one.rollout.id, reward=v)
         for i, v in enumerate(verdicts)
     )
     return replace(one, verdicts=words, reference=one.scores)
@@ -173,7 +173,7 @@ def test_a_mean_is_over_tokens_or_the_selected_of_them_or_first_over_each_respon
 def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sample, packed):
     entropy = dict(entropy=np.float32([0.5, 0.5]))
     trajectories = [
-        sample(spans=[(0, 2)], id=str(i), correct=v) for i, v in enumerate([True, False, None])
+        sample(spans=[(0, 2)], id=str(i), reward=v) for i, v in enumerate([1.0, 0.0, None])
     ]
     scores = [
         Scores(id=t.rollout.id, sampled_logp=np.float32([-1, -1]), **entropy) for t in trajectories
@@ -189,9 +189,16 @@ def test_known_rewards_join_the_running_moments_after_the_step_that_saw_them(sam
     assert found["direction"] == 1 and found["certainty"] == pytest.approx(0.85)  # 1 - .3 · .5 / 1
 
 
+def test_a_share_of_a_reward_joins_the_running_moments_as_it_is(sample, packed):
+    micro = packed(*(sample(spans=[(0, 2)], id=f"{x}", reward=x) for x in (0.2, 0.8)))
+    objective, running = Egrsd(gamma=0, length_bonus=0.0), {"reward": Moments()}
+    _, after = measured(objective, micro, [-1.0] * 4, step=1, running=running)
+    assert tuple(after["reward"]) == pytest.approx((2, 0.5, 0.18))  # mean .5, .3² twice
+
+
 def test_a_wrong_answer_that_was_cut_and_left_the_loss_counts_in_the_running_mean(sample, packed):
-    short = dict(spans=[(0, 3)], correct=True)
-    cut = sample(spans=[(0, 4)], id="cut", correct=False, truncated=True)
+    short = dict(spans=[(0, 3)], reward=1.0)
+    cut = sample(spans=[(0, 4)], id="cut", reward=0.0, truncated=True)
     trajectories = [sample(id="a", **short), sample(id="b", **short), cut]
     scored = []
     for one in trajectories:

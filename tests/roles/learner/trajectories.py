@@ -20,7 +20,7 @@ def trajectory(
     truncated: bool = False,
     stop_tokens: int = 0,
     kept_kv: bool = False,
-    correct: bool | None = True,
+    reward: float | None = 1.0,
     behaviour: Sequence[float] | None = None,
     teacher: Sequence[float] | None = None,
     **scored: Any,
@@ -50,6 +50,6 @@ def trajectory(
         prompt=Prompt(id=id.partition("#")[0], ids=ids[:prompt_tokens], answer=""),
         rollout=rollout,
         scores=Scores(id=id, sampled_logp=sampled_logp, **scored),
-        verdicts=(Verdict(id=id, correct=correct),),
+        verdicts=(Verdict(id=id, reward=reward),),
         group_lengths=(len(rollout.ids),),
     )

@@ -74,7 +74,7 @@ def messages(teacher: TransformersTeacher, needs: Needs, tokens: int):
         meta,
         Group(prompt=prompt, rollouts=(rollout,)),
         scores,
-        (Verdict(id=rollout.id, correct=True),),
+        (Verdict(id=rollout.id, reward=1.0),),
     )
 
 
@@ -99,12 +99,12 @@ def test_a_token_costs_no_more_than_its_declared_numbers(needs, teacher, monkeyp
     Per token, at 4 bytes each: the id, its log-prob under behaviour and under the teacher, which
     every objective gets; the teacher's entropy and tail and, per id of the student's own, id, the
     teacher's log-prob and, where sampled, that under behaviour, where declared. 8 bytes for each of
-    the teacher's top k. Nothing else grows with the response: 625 bytes, and 16 for each array of
+    the teacher's top k. Nothing else grows with the response: 633 bytes, and 16 for each array of
     the student's own ids. One sample a prompt: the dearest case for that rest.
     """
     arrays = 2 + (needs.student_ids == "sampled") if needs.teacher_at_student_ids else 0
     numbers = 3 + needs.teacher_entropy + needs.tail + arrays * needs.teacher_at_student_ids
-    rest = 625 + 16 * arrays + 4 * P
+    rest = 633 + 16 * arrays + 4 * P
     total, scorer = 0, teacher(needs)
     # No size depends on what the model makes of the tokens, which takes most of the time.
     monkeypatch.setattr(

@@ -14,10 +14,57 @@ async def test_a_function_of_the_users_decides(start_pool, check, own_check):
     assert [verdict.correct for verdict in verdicts] == [True, False]
 
 
-async def test_an_answer_other_than_true_or_false_is_unknown(start_pool, check, own_check):
-    own_check("def score(response, answer):\n    return 0.5")
-    verdict = await (await start_pool(check="mine:score")).check(check())
-    assert (verdict.correct, verdict.cause) == (None, "check raised TypeError")
+REWARDS = {  # what a check returns, and the reward that it is
+    "True": 1.0,
+    "False": 0.0,
+    "1": 1.0,
+    "0": 0.0,
+    "0.25": 0.25,
+    "1e-300": 1e-300,
+    "np.True_": 1.0,
+    "np.float32(0.25)": 0.25,
+    "np.float64(0.3)": 0.3,
+    "np.int64(1)": 1.0,
+}
+
+
+async def test_a_number_from_0_to_1_is_the_reward(start_pool, check, own_check):
+    own_check("import numpy as np\ndef score(response, answer):\n    return eval(response)")
+    pool = await start_pool(check="mine:score")
+    verdicts = [await pool.check(check(text)) for text in REWARDS]
+    assert [verdict.reward for verdict in verdicts] == [*REWARDS.values()]
+    assert {type(verdict.reward) for verdict in verdicts} == {float}
+    # right is what has all of it
+    assert [verdict.correct for verdict in verdicts] == [reward == 1 for reward in REWARDS.values()]
+
+
+FAULTY = {  # what a check returns, and how it is shown where that is otherwise
+    "1.0000001": "",
+    "-0.5": "",
+    "2": "",
+    "float('nan')": "nan",
+    "float('inf')": "inf",
+    "np.float32('nan')": "nan",
+    "np.int64(7)": "7",
+    "None": "",
+    "'0.5'": "",
+    "[0.5]": "",
+    "(0.5, '')": "",
+    "np.array([0.5])": "array([0.5])",
+    "0.5j": "",
+}
+
+
+async def test_what_is_no_number_from_0_to_1_is_unknown_by_name(start_pool, check, own_check):
+    own_check("import numpy as np\ndef score(response, answer):\n    return eval(response)")
+    pool = await start_pool(check="mine:score")
+    must = "and must return True, False or a number from 0 to 1"
+    for text, shown in FAULTY.items():
+        verdict = await pool.check(check(text))
+        cause = f"check raised DataError: mine:score returned {shown or text}, {must}"
+        assert (verdict.reward, verdict.correct, verdict.cause) == (None, None, cause)
+    verdict = await pool.check(check("10**5000"))  # more digits than Python writes
+    assert verdict.reward is None and must in verdict.cause
 
 
 @pytest.mark.parametrize(

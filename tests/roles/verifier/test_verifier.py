@@ -38,7 +38,7 @@ class Pool:
     async def check(self, check: Check) -> Verdict:
         if check.answer == "slow":
             await self.decided.wait()
-        return Verdict(id=check.id, correct=True)
+        return Verdict(id=check.id, reward=1.0)
 
 
 def verifier_of(pool, texts: Sequence[str] = ("",), within_s: float = 60.0) -> GroupVerifier:
@@ -67,10 +67,10 @@ def test_a_slow_check_does_not_hold_up_the_groups_beside_it():
     async def main():
         actor = acted(verifier_of(pool := Pool()))
         quick, slow = await actor.each("check", group("0@0", "2"), group("1@0", "slow"))
-        assert quick == (Verdict(id="0@0#0", correct=True),) and isinstance(slow, str)
+        assert quick == (Verdict(id="0@0#0", reward=1.0),) and isinstance(slow, str)
         assert now() == PATIENCE_S
         pool.decided.set()
-        assert await actor.late(slow) == (Verdict(id="1@0#0", correct=True),)
+        assert await actor.late(slow) == (Verdict(id="1@0#0", reward=1.0),)
 
     virtual(main())
 
@@ -89,7 +89,7 @@ def test_what_no_worker_came_to_in_time_is_unknown_and_no_timeout_of_the_caller(
         async with asyncio.timeout(10):
             verdicts = await verifier_of(Pool(), within_s=10).check(group("0@0", "slow"))
         assert verdicts == (
-            Verdict(id="0@0#0", correct=None, cause="no worker was free within 9.0 s"),
+            Verdict(id="0@0#0", reward=None, cause="no worker was free within 9.0 s"),
         )
         assert now() == SHARE * 10
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_
     async def main():
         answers = [r"\boxed{1}", r"\boxed{3}", r"\boxed{1}", ""]
         verdicts = tuple(
-            Verdict(id=f"{at}", correct=False, answer=answer) for at, answer in enumerate(answers)
+            Verdict(id=f"{at}", reward=0.0, answer=answer) for at, answer in enumerate(answers)
         )
         verifier = verifier_of(Hangs(), answers, within_s=10)
         async with asyncio.timeout(10):
@@ -155,9 +155,9 @@ def test_what_cannot_be_compared_in_time_votes_for_itself_and_equal_texts_still_
 
 async def test_a_check_that_reads_no_answer_gives_no_votes():
     verdicts = (
-        Verdict(id="0", correct=True),
-        Verdict(id="1", correct=False),
-        Verdict(id="2", correct=None, cause="late"),
+        Verdict(id="0", reward=1.0),
+        Verdict(id="1", reward=0.0),
+        Verdict(id="2", reward=None, cause="late"),
     )
     ballots = await verifier_of(Pool(), ["", "", ""]).ballots(
         group("0@0", "2", responses=3), *verdicts

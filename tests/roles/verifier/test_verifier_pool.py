@@ -79,7 +79,7 @@ async def test_a_hanging_check_is_asked_once_more_at_its_whole_deadline_and_its_
     (before,) = workers()
     started = time.monotonic()
     assert await pool.check(check(hangs)) == Verdict(
-        id="0@0#0", correct=False, cause="timed out after 1.0 s, a second time, alone", answer=""
+        id="0@0#0", reward=0.0, cause="timed out after 1.0 s, a second time, alone", answer=""
     )
     assert time.monotonic() - started >= 1.25
     assert not before.is_running()
@@ -94,7 +94,7 @@ async def test_a_worker_killed_mid_check_is_unknown_and_replaced(
     pending = asyncio.create_task(pool.check(check("hang")))
     await until(lambda: patient.begun)
     workers()[0].kill()
-    assert await pending == Verdict(id="0@0#0", correct=None, cause="worker died (signal 9)")
+    assert await pending == Verdict(id="0@0#0", reward=None, cause="worker died (signal 9)")
     assert (await pool.check(check())).correct is True
 
 

@@ -69,7 +69,7 @@ def rollout(step: int, tokens: list[str], **more: Any) -> dict[str, Any]:
         "tokens": tokens,
         "cut": 0,
         "truncated": False,
-        "correct": True,
+        "reward": 1.0,
         "student": [-0.5] * count,
         "behaviour": [-0.5] * count,
         "teacher": [-0.5] * count,

@@ -153,6 +153,20 @@ def test_what_has_rotated_is_read_with_what_came_later(make_run):
     assert "step 10, ✓ right" in words(page([run]))
 
 
+def test_a_verdict_is_shown_in_words_and_a_share_by_its_number(make_run):
+    rewards = (1.0, 0.0, None, 0.375)
+    run = make_run(rollouts=[rollout(i, ["a"], reward=x) for i, x in enumerate(rewards)])
+    text = words(page([run]))
+    for step, verdict in enumerate(("✓ right", "✗ wrong", "? unknown", "◐ reward 0.375")):
+        assert f"step {step}, {verdict}" in text
+
+
+def test_what_the_teacher_read_is_shown_where_that_was_another(make_run):
+    run = make_run(rollouts=[rollout(1, ["a"]), rollout(2, ["b"], teacher_prompt="sums: 1+2=")])
+    text = words(page([run]))
+    assert text.count("Its teacher reads: ") == 1 and "Its teacher reads: sums: 1+2=" in text
+
+
 def test_seconds_go_on_over_a_restart(make_run):
     run = make_run()
     rows = [

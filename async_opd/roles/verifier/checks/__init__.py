@@ -5,9 +5,10 @@ Each module has `make(config)`, which returns the check, and `read_reference(ans
 DataError for a reference that cannot be used; a user's function may have the latter as an
 attribute. It is asked of every row before anything is sampled, in a process of its own as well.
 
-A check is `(response, answer) -> bool`, True when the response is right. One that reads a single
-answer out of a response returns a pair of that and the answer: a text that checks as the response
-does, or "" where there is none. A check may hang, crash or print: it only ever runs inside a worker
+A check is `(response, answer) -> bool`, True when the response is right; a user's may return a
+number from 0 to 1 in its place, its reward. One that reads a single answer out of a response
+returns a pair of whether it is right and the answer: a text that checks as the response does, or ""
+where there is none. A check may hang, crash or print: it only ever runs inside a worker
 process. One of a module that has BOUNDED takes `within_s` too, and ends by then itself: it raises
 Late where that is not the whole deadline.
 """
@@ -17,11 +18,14 @@ import pkgutil
 import re
 from collections.abc import Callable
 
-from async_opd.core.errors import ConfigError
+import numpy as np
+
+from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.foreign import foreign
+from async_opd.core.suggest import shown
 from async_opd.roles.verifier.config import VerifyConfig
 
-Decide = Callable[..., bool | tuple[bool, str]]
+Decide = Callable[..., float | tuple[bool, str]]
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -72,10 +76,15 @@ def _users(check: str, module: str, function: str) -> Callable[..., object]:
 def _load_users(check: str, module: str, function: str) -> Decide:
     decide = _users(check, module, function)
 
-    def decided(response: str, answer: str) -> bool:
-        right = decide(response, answer)
-        if not isinstance(right, bool):
-            raise TypeError(f"{check} returned {right!r}, and must return True or False")
-        return right
+    def decided(response: str, answer: str) -> float:
+        reward = decide(response, answer)
+        if isinstance(reward, np.generic):
+            reward = reward.item()
+        if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # True is 1; NaN is neither
+            raise DataError(
+                f"{check} returned {shown(reward)}, and must return True, False or a number from 0"
+                " to 1"
+            )
+        return reward
 
     return decided
