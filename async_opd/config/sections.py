@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from async_opd.core.lora import LoraConfig
+
 
 class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is run, how stale it may become, and where its files go."""
@@ -44,6 +46,7 @@ class StudentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The model that is distilled into."""
 
     model: str  # local directory or hub id of a causal LM
+    lora: LoraConfig | None = None  # absent: every weight is trained
 
 
 class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.message import Struct
 from async_opd.core.vocabulary import Ids
 
@@ -68,3 +69,4 @@ class LearnerSettings(Struct, frozen=True):
     train_stop: bool = True  # the tokens of what stands in rollout.stop
     record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
     trust_remote_code: bool = False
+    lora: LoraConfig | None = None  # None: every weight is trained

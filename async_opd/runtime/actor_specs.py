@@ -68,6 +68,7 @@ class ActorSpecs:
             train_stop=config.rollout.train_stop,
             record_every_steps=config.run.samples_every_steps,
             trust_remote_code=config.run.trust_remote_code,
+            lora=config.student.lora,
         )
         sections = config.learner, config.objective, config.teacher_sampling
         return ActorSpec("async_opd.roles.learner.engine:LearnerRank", (rank, settings, *sections))

@@ -1,0 +1,25 @@
+"""What of the student is trained where that is an adapter, by LoRA."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+
+class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter of low rank beside a student that stays as it is: W + alpha/rank · B A, of which
+    A and B are trained."""
+
+    rank: Annotated[int, Meta(ge=1)]  # rows of A, columns of B
+    alpha: Annotated[float, Meta(gt=0)] | None = None  # absent: the rank, a scaling of 1
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of what goes into A, while it learns
+    # Names of modules, or the ends of names behind a dot. "all-linear": every linear layer but the
+    # head.
+    target_modules: (
+        Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1)]
+        | Literal["all-linear"]
+    ) = "all-linear"
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
