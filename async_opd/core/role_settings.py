@@ -25,6 +25,7 @@ class GeneratorSettings(Struct, frozen=True):
     ends_as: tuple[tuple[int, int], ...] = ()
     keeps_kv: bool = False  # through an update of the weights: running contexts are not recomputed
     trust_remote_code: bool = False
+    lora: LoraConfig | None = None  # of the adapter that an update brings; None: it brings weights
 
 
 class ScorerSettings(Struct, frozen=True):
@@ -70,3 +71,4 @@ class LearnerSettings(Struct, frozen=True):
     record_every_steps: int = 0  # rank 0 returns a few trajectories with each of these; 0: never
     trust_remote_code: bool = False
     lora: LoraConfig | None = None  # None: every weight is trained
+    sends_adapter: bool = False  # alone; false: the weights that it changes, with it merged

@@ -278,3 +278,4 @@ class WeightLayout(Struct, frozen=True):
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # as torch names them
     shapes: tuple[tuple[int, ...], ...]
+    adapter: bool = False  # alone, by peft's names: the weights beneath it stay as they are

@@ -13,9 +13,10 @@ from async_opd.core.foreign import foreign
 from async_opd.roles.weight_sync.gloo import Piece, TensorMeta
 
 
-def pieces(model: PreTrainedModel) -> list[Piece]:
+def pieces(model: PreTrainedModel, parameters: dict[str, Tensor] | None = None) -> list[Piece]:
     """Find how the parameters of `model` go back to its checkpoint, in the order of its modules; a
-    tied weight goes once.
+    tied weight goes once. `parameters` are those of a model that holds others besides, by the names
+    that they have without.
 
     Tried out without data, on meta tensors. Raises DataError for a weight that does not come back
     whole by parts.
@@ -23,7 +24,7 @@ def pieces(model: PreTrainedModel) -> list[Piece]:
     empty = {
         # a weight that is sharded has none of its shape, and says what it was
         name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
-        for name, p in model.named_parameters()
+        for name, p in (parameters or dict(model.named_parameters())).items()
     }
     together: dict[str, list[str]] = {}  # name of the first tensor they become: the parameters
     for name, parameter in empty.items():

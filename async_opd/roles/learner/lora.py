@@ -1,0 +1,126 @@
+"""A student's adapter: put beside its linear layers by peft, and merged into copies of their
+weights. The model stays the object that it was, and so do its names, by which its weights leave."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from async_opd.core.errors import ConfigError
+from async_opd.core.lora import LoraConfig
+from async_opd.core.suggest import nearest, shown
+
+if TYPE_CHECKING:
+    import peft
+
+LINEAR = (nn.Linear, Conv1D)
+NAME = "default"  # peft's, of the only adapter that there is
+
+
+class Adapter(NamedTuple):
+    """What is trained beside one weight W, [O, I], or [I, O] where that is `transposed`."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float  # s, alpha ÷ rank
+    transposed: bool
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """Compute W + s · B A in float32, as a new tensor of the weight's dtype."""
+        delta_OI = self.scaling * (self.b_OR.float() @ self.a_RI.float())
+        delta = delta_OI.T if self.transposed else delta_OI
+        return (weight.float() + delta).to(weight.dtype)
+
+
+def targets(lm: PreTrainedModel, lora: LoraConfig, called: str) -> list[str]:
+    """Name the layers of `lm`, which messages name by `called`, that get an adapter. Raises
+    ConfigError for what is no linear layer of it, and for the head, whose weight is read by
+    itself."""
+    modules, head = dict(lm.named_modules()), lm.get_output_embeddings()
+    linear = [n for n, m in modules.items() if isinstance(m, LINEAR) and m is not head]
+    if lora.target_modules == "all-linear":
+        if not linear:
+            raise ConfigError(f"student.lora: {called} has no linear layer but its head")
+        return linear
+    matched: dict[str, None] = {}
+    for asked in lora.target_modules:
+        names = [name for name in modules if name == asked or name.endswith(f".{asked}")]
+        other = next((name for name in names if name not in linear), None)
+        if names and other is None:
+            matched |= dict.fromkeys(names)
+            continue
+        kind = "the head" if other and modules[other] is head else "no linear layer"
+        short = sorted({name.rpartition(".")[2] for name in linear})
+        raise ConfigError(
+            f"student.lora.target_modules = {shown(list(lora.target_modules))}: {asked!r} is"
+            f" {kind} of {called}; linear layers are {', '.join(short) or 'none'}"
+            f"{nearest(asked, [*short, *linear] if '.' in asked else short)}"
+        )
+    return list(matched)
+
+
+def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> "peft.LoraConfig":
+    """Put an adapter beside the layers of `lm` that `lora` names, the same on every rank for the
+    same `seed`: A is random, B is 0. It alone requires gradients from now on, and is of the dtype
+    of `lm`. Returns its settings as peft writes them. Raises ConfigError as `targets`."""
+    import peft  # which those without an adapter do not wait for
+
+    names = targets(lm, lora, f"model {lm.config.name_or_path}")
+    alpha = lora.alpha or lora.rank
+    modules: Any = dict(lm.named_modules())
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=lm.config.name_or_path,
+        r=lora.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=names if lora.target_modules == "all-linear" else [*lora.target_modules],
+        fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, lm)
+    return config
+
+
+def trained(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Name what an adapter of `lm` consists of, as peft's files do."""
+    return {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter
+        for name, parameter in lm.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def plain(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Name the weights of `lm` as they are named without an adapter, and leave that out."""
+    wrapped = tuple(f"{name}." for name in _wrapped(lm))
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in lm.named_parameters():
+        layer = next((layer for layer in wrapped if name.startswith(layer)), "")
+        rest = name.removeprefix(layer)
+        if not layer:
+            parameters[name] = parameter
+        elif rest.startswith("base_layer."):
+            parameters[layer + rest.removeprefix("base_layer.")] = parameter
+    return parameters
+
+
+def adapters(lm: PreTrainedModel) -> dict[str, Adapter]:
+    """Find what is trained beside the weights of `lm`, by their names in `plain`."""
+    return {
+        f"{name}.weight": Adapter(
+            module.lora_A[NAME].weight,
+            module.lora_B[NAME].weight,
+            module.scaling[NAME],
+            module.fan_in_fan_out,
+        )
+        for name, module in _wrapped(lm).items()
+    }
+
+
+def _wrapped(lm: PreTrainedModel) -> dict[str, Any]:
+    return {name: module for name, module in lm.named_modules() if hasattr(module, "lora_A")}

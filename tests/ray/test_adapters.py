@@ -1,0 +1,109 @@
+"""A student's adapter reaches vLLM, alone or merged: log-probs are the learner's, the base stays as
+it is, and what breaks off leaves the adapter before."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from async_opd.core.lora import LoraConfig
+from async_opd.core.wire import WeightLayout
+from async_opd.roles.learner import lora
+from async_opd.roles.learner.weights import AdapterAlone, StudentWeights
+from async_opd.roles.models import causal_lm
+from tests.nccl_over_gloo import play
+from tests.ray.test_families import BUCKET, MOE, SIZES, check, group, learner_logp, results, vllm
+
+__all__ = ["vllm"]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes"),
+]
+LORA = LoraConfig(rank=5, alpha=8)
+
+
+class Whole:
+    """A gather where nothing is sharded."""
+
+    def __init__(self, parameters):
+        assert parameters
+
+    def __enter__(self): ...
+    def __exit__(self, *_): ...
+
+
+@torch.no_grad()
+def move(model, seed: int) -> None:
+    """As an optimizer moves an adapter, and further."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+
+
+def sent(vllm, sender, weights, generators: int = 1) -> None:
+    layout: WeightLayout = weights.layout()
+    updated = vllm("update", [(layout,)] * generators)
+    sender.send(weights.described, weights.tensors())
+    results(updated)
+
+
+def break_off(vllm, weights, backend: str, ranks: int = 1) -> None:
+    """An update of which half of the tensors come, none of them the student's."""
+    sender = group(vllm, backend, 1, ranks, timeout_s=3.0)
+
+    def some():
+        for weight in islice(weights.tensors(), len(weights.described) // 2):
+            yield torch.full_like(weight, torch.nan)
+        raise RuntimeError("the learner breaks off")
+
+    (updated,) = vllm("update", [(weights.layout(),)])
+    with pytest.raises(RuntimeError, match="the learner breaks off"):
+        sender.send(weights.described, some())
+    sender.leave()
+    assert updated.exception()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "modules", "way", "backend"),
+    [
+        ("Qwen2", {}, "all-linear", "adapter", "gloo"),
+        ("Qwen3", dict(tie_word_embeddings=True), "all-linear", "adapter", "nccl"),
+        ("Qwen3", {}, ("q_proj", "v_proj", "down_proj"), "adapter", "gloo"),
+        ("Llama", dict(attention_bias=True), "all-linear", "adapter", "gloo"),
+        ("Gemma", {}, "all-linear", "adapter", "gloo"),
+        ("Qwen3Moe", MOE, "all-linear", "adapter", "gloo"),
+        ("Qwen2", {}, ("q_proj", "up_proj"), "merged", "gloo"),
+        ("Qwen3", dict(tie_word_embeddings=True), "all-linear", "merged", "nccl"),
+        ("Qwen3Moe", MOE, "all-linear", "merged", "gloo"),
+        ("GPT2", {}, "all-linear", "merged", "gloo"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_after_each_update_generators_and_learner_agree(
+    vllm, tiny_lm, tmp_path, monkeypatch, family, settings, modules, way, backend
+):
+    if backend == "nccl":
+        play(monkeypatch.setattr)
+    folder = str(tmp_path)
+    tiny_lm(family, **(SIZES | settings)).save_pretrained(folder)
+    config = LoraConfig(rank=5, alpha=8, target_modules=modules)
+    alone = way == "adapter"
+    started = vllm("start", [(folder, backend, 1, config if alone else None)])
+    model = causal_lm.load(folder, "float32", torch.device("cpu"))
+    lora.wrap(model, config, 0)
+    results(started)
+    probe = check(vllm, model, 1)
+    weights = (AdapterAlone if alone else StudentWeights)(model, BUCKET, Whole)
+    sender = group(vllm, backend, 1)
+    for version in (1, 2):
+        if alone and version == 2:
+            break_off(vllm, weights, backend)
+            check(vllm, model, 1)  # under the adapter before
+            sender = group(vllm, backend, 1)
+        before = learner_logp(model, probe)
+        move(model, version)
+        assert (learner_logp(model, probe) - before).abs().max() > 0.05
+        sent(vllm, sender, weights)
+        check(vllm, model, 1)
