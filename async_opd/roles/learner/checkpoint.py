@@ -3,12 +3,14 @@ and of each rank what DeepSpeed does not keep."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -21,8 +23,10 @@ from transformers.utils.hub import cached_file
 from async_opd.core import files
 from async_opd.core.errors import CheckpointError, CheckpointNotSaved, Diverged
 from async_opd.core.foreign import foreign
+from async_opd.core.lora import LoraConfig
 from async_opd.maths.advantages import Moments
 from async_opd.roles.learner.config import LearnerConfig
+from async_opd.roles.learner.lora import NAME
 
 
 class RankState(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +38,8 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     running: dict[str, Moments]
     random: dict[str, bytes]  # state of torch's generator by kind of device
+    lora: LoraConfig | None = None  # None: every weight is trained
+    base_sum: int | None = None  # of the weights that an adapter is beside: `lora.base_sum`
 
 
 def save_rank(state: RankState, folder: Path, rank: int) -> None:
@@ -41,18 +47,28 @@ def save_rank(state: RankState, folder: Path, rank: int) -> None:
     _rank_file(folder, rank).write_bytes(msgspec.json.encode(state))
 
 
-def load_rank(folder: Path, rank: int, config: LearnerConfig) -> RankState:
+def load_rank(
+    folder: Path, rank: int, config: LearnerConfig, lora: LoraConfig | None, base_sum: int | None
+) -> RankState:
     """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
-    not fit `config`."""
+    not fit `config` and `lora`, and where the adapter was beside other weights than those of
+    `base_sum`."""
     state = _read(_rank_file(folder, 0))
-    for name in ("ranks", "zero_stage", "dtype"):
-        then, now = getattr(state, name), getattr(config, name)
+    names = ("ranks", "zero_stage", "dtype")
+    pairs = {f"learner.{name}": (getattr(state, name), getattr(config, name)) for name in names}
+    for name, (then, now) in (pairs | {"student.lora": (state.lora, lora)}).items():
         if then != now:
             raise CheckpointError(
-                f"checkpoint {folder.parent}: was saved with learner.{name} = {then!r} and cannot"
-                f" go on with {now!r}"
+                f"checkpoint {folder.parent}: was saved with {name} = {then!r} and cannot go on"
+                f" with {now!r}"
             )
-    return _read(_rank_file(folder, rank)) if rank else state
+    state = _read(_rank_file(folder, rank)) if rank else state
+    if state.base_sum != base_sum:
+        raise CheckpointError(
+            f"checkpoint {folder.parent}: student.model holds other weights now than those beside"
+            " which its adapter was trained"
+        )
+    return state
 
 
 class Source(NamedTuple):
@@ -104,6 +120,25 @@ def save(model: Any, weights: dict[str, Tensor], source: Source, folder: Path) -
             model.generation_config = loaded
         write_beside(loaded, source, partial)
         files.commit_folder(folder, replace=True)  # nobody reads it while the learner saves
+
+
+def save_adapter(model: Any, adapter: dict[str, Tensor], source: Source, folder: Path) -> None:
+    """Write the `adapter` of `model`, by the names of peft's files, its settings and the tokenizer
+    of `source` to `folder`, as `save` does. `peft` loads it beside the model it names: where that
+    lies on this machine, by its whole path."""
+    for name, weight in adapter.items():
+        if not weight.isfinite().all():
+            raise Diverged(f"{folder}: {name} is not finite, and nothing to go on from")
+    config = copy(model.peft_config[NAME])
+    config.inference_mode = True
+    base = Path(config.base_model_name_or_path)
+    config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
+    with writing(folder):
+        partial = files.begin_folder(folder)
+        save_file(adapter, partial / "adapter_model.safetensors", {"format": "pt"})
+        config.save_pretrained(str(partial))
+        source.tokenizer.save_pretrained(partial)
+        files.commit_folder(folder, replace=True)
 
 
 def write_beside(loaded: GenerationConfig | None, source: Source, folder: Path) -> None:

@@ -1,9 +1,12 @@
 """The learner's settings as DeepSpeed's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from async_opd.core.errors import ConfigError, first_line
 from async_opd.roles.learner.config import LearnerConfig
 
 
@@ -44,3 +47,16 @@ def deepspeed_config(config: LearnerConfig, hidden_size: int) -> dict[str, Any]:
     }
     table = config.deepspeed  # which has none of what is above but `zero_optimization`
     return ours | table | {"zero_optimization": zero | table.get("zero_optimization", {})}
+
+
+@contextmanager
+def refused(table: dict[str, Any]) -> Iterator[None]:
+    """Raise ConfigError where DeepSpeed does not take what the table `learner.deepspeed` asks
+    for."""
+    try:
+        yield
+    except (AssertionError, ValueError) as e:
+        if not table:
+            raise
+        line = f"learner.deepspeed = {table!r}: refused by DeepSpeed: {first_line(e)}"
+        raise ConfigError(line) from e

@@ -3,8 +3,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import get_scheduler
 
-from async_opd.core.errors import CheckpointNotSaved, ConfigError, Diverged, first_line
+from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import (
     Floats,
@@ -31,17 +29,17 @@ from async_opd.core.wire import (
 )
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
-from async_opd.roles.learner import checkpoint
+from async_opd.roles.learner import checkpoint, lora
 from async_opd.roles.learner.batch import Columns, TrainingBounds, pack, trajectories
 from async_opd.roles.learner.config import LearnerConfig
-from async_opd.roles.learner.deepspeed_config import deepspeed_config
+from async_opd.roles.learner.deepspeed_config import deepspeed_config, refused
 from async_opd.roles.learner.loading import hidden_size, load_student
 from async_opd.roles.learner.probe import probe_batches
 from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.learner.threads import optimizer_threads
 from async_opd.roles.learner.weight_group import LearnerGroup
-from async_opd.roles.learner.weights import AdapterAlone, StudentWeights
+from async_opd.roles.learner.weights import student_weights
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.roles.weight_sync.gloo import join_store, open_store
@@ -64,7 +62,7 @@ class LearnerRank:
         """Keep the settings; `start` does the work once rank 0 listens. `teacher_sampling` has the
         weight of the cross-entropy on the teacher's own answers."""
         self._rank = rank
-        self._settings = settings
+        self._settings, self._lora = settings, settings.lora
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._config = config.on(self._device.type == "cuda")
         self._objective = objective
@@ -106,8 +104,7 @@ class LearnerRank:
         lm = load_student(settings, config, self._device, shard)
         self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
-        sent = AdapterAlone if settings.sends_adapter else StudentWeights
-        self._lm, self._weights = lm, sent(lm, settings.bucket_bytes, gather)
+        self._lm, self._weights = lm, student_weights(lm, settings, gather)
         self._group = LearnerGroup(self._rank, settings, self._weights)
         student = Student(
             lm,
@@ -117,7 +114,7 @@ class LearnerRank:
             vocabulary=settings.vocabulary,
         )
         initialize: Any = deepspeed.initialize  # its own types name other classes
-        with _refused(config.deepspeed):
+        with refused(config.deepspeed):
             self._engine, optimizer, _, _ = initialize(
                 model=student,
                 model_parameters=[p for p in student.parameters() if p.requires_grad],
@@ -158,8 +155,9 @@ class LearnerRank:
         due = self._rank == 0 and every and step % every == 0
         recorder = Recorder(self._objective, batches, micros, self.version) if due else None
         sampling = self._teacher_sampling
+        drops, seed = self._lora and self._lora.dropout, (self._settings.seed, step, self._rank)
         metrics, running = accumulate(
-            self._engine,
+            lora.one_mask(self._engine, micros, seed) if drops else self._engine,
             lambda loss: self._engine.backward(loss * self._config.ranks, scale_wrt_gas=False),
             self._all_reduce,
             self._objective,
@@ -201,7 +199,8 @@ class LearnerRank:
         parity probe. `ids` are a prompt, its response, the next prompt and so on."""
         empty = pack([], self._bounds, live=self.version, device=self._device)
         micros = probe_batches(ids, empty, self._config.micro_batch_tokens)
-        return np.concatenate([self._engine(micro).sampled_N.cpu().numpy() for micro in micros])
+        with lora.undropped(self._lm):
+            return np.concatenate([self._engine(micro).sampled_N.cpu().numpy() for micro in micros])
 
     def open_group(self, host: str, generators: int, ranks: int) -> list[WeightGroup]:
         """Rank 0: prepare at `host` a group with so many generators of so many `ranks` each."""
@@ -224,7 +223,17 @@ class LearnerRank:
         await self._group.send(self.version)
 
     def save(self, folder: str) -> None:
-        """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory."""
+        """Rank 0 writes the Hugging Face checkpoint, from a whole copy in its host memory; of an
+        adapter peft's, which holds nothing else."""
+        if self._lora is None:
+            return self.save_whole(folder)
+        adapter = self._weights.adapter(keep=self._rank == 0)
+        if self._rank == 0:
+            checkpoint.save_adapter(self._lm, adapter, self._source, Path(folder))
+
+    def save_whole(self, folder: str) -> None:
+        """Rank 0 writes the Hugging Face checkpoint of a model that needs no other: an adapter is
+        merged."""
         copies = self._weights.copied(keep=self._rank == 0)
         if self._rank == 0:
             checkpoint.save(self._lm, copies, self._source, Path(folder))
@@ -239,7 +248,12 @@ class LearnerRank:
         if self._moving:
             raise CheckpointNotSaved(f"{folder}: the step behind {self.version} is half done")
         with checkpoint.writing(Path(folder)), checkpoint.to_its_end(self._engine):
-            self._engine.save_checkpoint(folder, tag=DEEPSPEED, save_latest=False)
+            self._engine.save_checkpoint(
+                folder,
+                tag=DEEPSPEED,
+                save_latest=False,
+                exclude_frozen_parameters=self._lora is not None,
+            )
             checkpoint.save_rank(
                 checkpoint.RankState(
                     ranks=self._config.ranks,
@@ -248,6 +262,8 @@ class LearnerRank:
                     version=self.version,
                     running=self._running,
                     random=checkpoint.random_state(),
+                    lora=self._lora,
+                    base_sum=self._lora and lora.base_sum(self._lm),
                 ),
                 Path(folder),
                 self._rank,
@@ -256,10 +272,11 @@ class LearnerRank:
     def load_state(self, folder: str) -> None:
         """Go on, right after `start`, from what `save_state` wrote and `checkpoints.find` has
         verified: DeepSpeed's files are pickles. Raises CheckpointError, with nothing loaded, where
-        ranks, stage or dtype are others now.
+        ranks, stage, dtype, adapter or the weights beside it are others now.
         """
-        state = checkpoint.load_rank(Path(folder), self._rank, self._config)
-        self._engine.load_checkpoint(folder, tag=DEEPSPEED)
+        base_sum = self._lora and lora.base_sum(self._lm)
+        state = checkpoint.load_rank(Path(folder), self._rank, self._config, self._lora, base_sum)
+        self._engine.load_checkpoint(folder, tag=DEEPSPEED, load_module_strict=self._lora is None)
         self.version, self._running = state.version, state.running
         checkpoint.restore_random_state(state.random)
 
@@ -275,19 +292,6 @@ class LearnerRank:
     @staticmethod
     def _all_reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
-
-
-@contextmanager
-def _refused(table: dict[str, Any]) -> Iterator[None]:
-    """Raise ConfigError where DeepSpeed does not take what the table `learner.deepspeed` asks
-    for."""
-    try:
-        yield
-    except (AssertionError, ValueError) as e:
-        if not table:
-            raise
-        line = f"learner.deepspeed = {table!r}: refused by DeepSpeed: {first_line(e)}"
-        raise ConfigError(line) from e
 
 
 def _shard(engine_config: dict[str, Any], weight: torch.nn.Parameter) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from async_opd.core.process_wide import environment
 from async_opd.core.role_settings import LearnerSettings
+from async_opd.roles.learner import lora
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.models import causal_lm
 
@@ -28,9 +29,10 @@ def hidden_size(model: str, trust_remote_code: bool) -> int:
 def load_student(
     settings: LearnerSettings, config: LearnerConfig, device: torch.device, shard: Shard | None
 ) -> PreTrainedModel:
-    """Load the student, in the mode in which it learns, to `device`; where there is a `shard`, of
-    each weight no more than what that leaves. Raises as `causal_lm.load`, but that packing is not
-    yet tried out on what is sharded."""
+    """Load the student, in the mode in which it learns, to `device`, with its adapter where it has
+    one; where there is a `shard`, of each weight no more than what that leaves. Raises as
+    `causal_lm.load`, but that packing is not yet tried out on what is sharded, and as
+    `lora.wrap`."""
     assert config.dtype
     if shard is None:
         lm = causal_lm.load(
@@ -43,7 +45,13 @@ def load_student(
     for module in lm.modules():  # the network that learns must be the one that sampled
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if settings.lora:
+        lora.wrap(lm, settings.lora, settings.seed)
+        if shard:
+            for weight in lora.trained(lm).values():
+                shard(weight)
     if config.gradient_checkpointing:
+        # so that gradients reach what is recomputed also where the embeddings before it have none
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
 

@@ -1,8 +1,11 @@
 """A student's adapter: put beside its linear layers by peft, and merged into copies of their
 weights. The model stays the object that it was, and so do its names, by which its weights leave."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from async_opd.core.errors import ConfigError
 from async_opd.core.lora import LoraConfig
 from async_opd.core.suggest import nearest, shown
-
-if TYPE_CHECKING:
-    import peft
+from async_opd.core.wire import Needs
+from async_opd.maths.logprobs import Read
+from async_opd.roles.learner.batch import MicroBatch
 
 LINEAR = (nn.Linear, Conv1D)
 NAME = "default"  # peft's, of the only adapter that there is
@@ -62,10 +65,10 @@ def targets(lm: PreTrainedModel, lora: LoraConfig, called: str) -> list[str]:
     return list(matched)
 
 
-def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> "peft.LoraConfig":
+def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Put an adapter beside the layers of `lm` that `lora` names, the same on every rank for the
     same `seed`: A is random, B is 0. It alone requires gradients from now on, and is of the dtype
-    of `lm`. Returns its settings as peft writes them. Raises ConfigError as `targets`."""
+    of `lm`. Raises ConfigError as `targets`."""
     import peft  # which those without an adapter do not wait for
 
     names = targets(lm, lora, f"model {lm.config.name_or_path}")
@@ -83,7 +86,6 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> "peft.LoraConfig":
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, lm)
-    return config
 
 
 def trained(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -120,6 +122,46 @@ def adapters(lm: PreTrainedModel) -> dict[str, Adapter]:
         )
         for name, module in _wrapped(lm).items()
     }
+
+
+@torch.no_grad()
+def base_sum(lm: PreTrainedModel) -> int:
+    """Sum the bits of what this rank holds of the weights that stay as they are: another model has
+    another sum."""
+    frozen = (weight for weight in lm.parameters() if not weight.requires_grad)
+    held = (getattr(weight, "ds_tensor", weight) for weight in frozen)  # its part under ZeRO-3
+    return sum(int(part.detach().flatten().view(torch.uint8).sum()) for part in held)
+
+
+@contextmanager
+def undropped(lm: PreTrainedModel) -> Iterator[None]:
+    """Have the adapter of `lm` drop nothing inside, as it does where it samples."""
+    dropouts = [layer.lora_dropout for layer in _wrapped(lm).values()]
+    for dropout in dropouts:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.train()
+
+
+Reads = Callable[[MicroBatch, Needs], Read]
+
+
+def one_mask(module: Reads, micros: list[MicroBatch], seed: Sequence[int]) -> Reads:
+    """Have `module` drop the same of each of `micros` in every pass over it, by `seed` and its
+    number: what is summed up before a step must be of the network that the step trains. Other
+    random numbers go on as if none had been drawn."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(micros), np.uint64)
+    by_micro = {id(micro): int(each) for micro, each in zip(micros, seeds, strict=True)}
+
+    def read(micro: MicroBatch, needs: Needs) -> Read:
+        with torch.random.fork_rng():
+            torch.manual_seed(by_micro[id(micro)])
+            return module(micro, needs)
+
+    return read
 
 
 def _wrapped(lm: PreTrainedModel) -> dict[str, Any]:

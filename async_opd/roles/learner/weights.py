@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -10,22 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from async_opd.core.errors import DataError
+from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import WeightLayout
 from async_opd.roles.learner import lora
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.gloo import Piece, TensorMeta, buckets
+
+Gather = Callable[[list[Tensor]], AbstractContextManager[None]]  # has them whole while inside
 
 
 class StudentWeights:
     """Gathers the weights of a model whose ranks may each hold a part; every rank calls the same
     methods. Where there is an adapter they are merged with it, by the names of the plain model."""
 
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        bucket_bytes: int,
-        gather: Callable[[list[Tensor]], AbstractContextManager[None]],
-    ):
+    def __init__(self, lm: PreTrainedModel, bucket_bytes: int, gather: Gather):
         """`bucket_bytes` of the weights of `lm` are whole at once, while in `gather` of them."""
         self._lm = lm
         self._gather = gather
@@ -62,9 +59,7 @@ class StudentWeights:
         for bucket in self._gathered(self._pieces):
             if keep:
                 copies |= {
-                    name: self._merged(name).cpu()
-                    for piece in bucket
-                    for name in piece.parameters
+                    name: self._merged(name).cpu() for piece in bucket for name in piece.parameters
                 }
         return copies
 
@@ -106,21 +101,22 @@ class AdapterAlone(StudentWeights):
     """The same, of which the adapter alone leaves: A and B of each layer, by the names of peft's
     files, but for layers whose checkpoint names them otherwise; B with its scaling."""
 
-    def __init__(self, *args: Any):
-        """Raises DataError for a weight whose adapter is none of a weight in the checkpoint."""
-        super().__init__(*args)
+    def __init__(self, lm: PreTrainedModel, bucket_bytes: int, gather: Gather):
+        """Raises DataError for an adapter beside a weight that the checkpoint has in parts."""
+        super().__init__(lm, bucket_bytes, gather)
         self._halves: dict[str, tuple[Tensor, float]] = {}
         for piece in self._pieces:
-            if not (beside := [n for n in piece.parameters if n in self._adapters]):
+            beside = next((name for name in piece.parameters if name in self._adapters), None)
+            if beside is None:
                 continue
-            if len(piece.tensors) > 1 or len(piece.parameters) > 1:
+            names = [meta.name for meta in piece.tensors]
+            if len(names) > 1 or len(piece.parameters) > 1:
                 raise DataError(
-                    f"sync.lora = 'adapter': that of {beside[0]} cannot travel alone, for its"
-                    f" checkpoint has {', '.join(meta.name for meta in piece.tensors)}; with"
-                    " 'merged' it does"
+                    f"sync.lora = 'adapter': that of {beside} cannot travel alone, for its"
+                    f" checkpoint has {', '.join(names)}; with 'merged' it does"
                 )
-            adapter = self._adapters[beside[0]]
-            layer = f"base_model.model.{piece.tensors[0].name.removesuffix('.weight')}"
+            adapter = self._adapters[beside]
+            layer = f"base_model.model.{names[0].removesuffix('.weight')}"
             self._halves[f"{layer}.lora_A.weight"] = adapter.a_RI, 1.0
             self._halves[f"{layer}.lora_B.weight"] = adapter.b_OR, adapter.scaling
         self.described = [
@@ -149,6 +145,14 @@ class AdapterAlone(StudentWeights):
                     if made.is_cuda:
                         made.record_stream(torch.cuda.current_stream())
                     yield made
+
+
+def student_weights(
+    lm: PreTrainedModel, settings: LearnerSettings, gather: Gather
+) -> StudentWeights:
+    """What leaves of `lm`, as the settings say."""
+    kind = AdapterAlone if settings.sends_adapter else StudentWeights
+    return kind(lm, settings.bucket_bytes, gather)
 
 
 # Layers that an engine makes one of, by the last part of their names, and takes together or not at

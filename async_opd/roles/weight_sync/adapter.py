@@ -68,4 +68,3 @@ def _places(manager: Any) -> Iterator[str]:
     makes of several, those."""
     for name in manager.modules:
         yield from manager.packed_modules.get(name, [name])
-

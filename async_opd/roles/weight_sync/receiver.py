@@ -170,16 +170,15 @@ class NcclEngine(Adapters, NCCLWeightTransferEngine):
         """Receive the tensors of an adapter, by their names, at most the group's timeout. Raises
         RuntimeError where that is not enough; the group has then ended."""
         group: Any = self.model_update_group
-        shapes = map(torch.Size, update_info.shapes)
-        dtypes = (getattr(torch, name) for name in update_info.dtype_names)
+        columns = zip(update_info.names, update_info.shapes, update_info.dtype_names, strict=True)
         arrived: dict[str, Tensor] = {}
         with ExitStack() as broken:
             broken.callback(self.shutdown)
             assert group is not None, "update without a group"
             with group.bounded():
                 packed_nccl_broadcast_consumer(
-                    iterator=zip(
-                        update_info.names, zip(shapes, dtypes, strict=True), strict=True
+                    iterator=(
+                        (name, (shape, getattr(torch, dtype))) for name, shape, dtype in columns
                     ),
                     group=group,
                     src=0,

@@ -40,10 +40,10 @@ def finish(model: nn.Module, model_config: ModelConfig) -> None:
     finalize_layerwise_reload(model, model_config)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if method in _kernels and method.moe_kernel is None:  # its experts got no weights
-            method.moe_kernel = _kernels[method]
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is None:
+            method.moe_kernel = _kernels.get(method)  # none has been built: no weights came
         if isinstance(module, ParallelLMHead):
-            method.process_weights_after_loading(module)
+            module.quant_method.process_weights_after_loading(module)
 
 
 def break_off(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
+from async_opd.core.lora import LoraConfig
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.wire import Group, LearnerShare, Rollout, Scores, Verdict
 from async_opd.maths.packing import plan
@@ -88,6 +89,13 @@ def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
     return meeting.read_text()
 
 
+def masters(learner: LearnerRank) -> list[int]:
+    """How many numbers this rank's optimizer keeps moments of."""
+    optimizer = learner._engine.optimizer
+    state = getattr(optimizer, "optimizer", optimizer).state.values()
+    return [each["exp_avg"].numel() for each in state if "exp_avg" in each]
+
+
 OBJECTIVES = dict(
     opd=Opd(correction=Importance(at_most=5.0)), centred=Centred(), remembering=Remembering()
 )
@@ -104,6 +112,7 @@ def main(
     objective: str,
     lopsided: bool,
     resume: str | None,
+    lora: dict | None,
 ) -> None:
     config = LearnerConfig(trajectories_per_step=len(LENGTHS), **settings)
     learner = LearnerRank(
@@ -122,6 +131,7 @@ def main(
             sync_s=60.0,
             timeout_s=60.0,
             record_every_steps=2,
+            lora=lora and LoraConfig(**lora),
         ),
         config,
         OBJECTIVES[objective],
@@ -129,6 +139,7 @@ def main(
     learner.start(rendezvous(learner, rank, Path(meeting)))
     # elements of weights this rank holds whole
     held = sum(p.numel() for p in learner._lm.parameters())
+    began = [weight.detach().clone() for weight in learner._weights._parameters.values()]
     groups, scores, verdicts = zip(*map(group, range(len(LENGTHS))), strict=True)
     lengths, tokens = [3 + n for n in LENGTHS], config.micro_batch_tokens
     mine = plan(lengths, ranks=1 if lopsided else config.ranks, tokens=tokens, width=32)[
@@ -180,6 +191,11 @@ def main(
 
     result["nothing"] = fail(learner, cut_step) | nothing
     learner.save(f"{out}.model")
+    if lora:
+        parameters = learner._weights._parameters.values()
+        result["base_stays"] = all(map(torch.equal, parameters, began))
+        result["masters"] = sum(masters(learner))
+        learner.save_whole(f"{out}.whole")
     result["logprobs"] = logprobs()
     # only the last rank goes wrong
     norm, last = learner._lm.base_model.norm, rank == config.ranks - 1

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from async_opd.core.errors import CheckpointError, ConfigError
 from async_opd.driver.checkpoints import Checkpoints, RunState, find
+from async_opd.roles.learner.deepspeed_config import refused
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.learner import rank_process
 
@@ -55,6 +56,7 @@ def train(tiny_lm, tmp_path_factory):
         objective="opd",
         lopsided=False,
         resume=None,
+        lora=None,
         **settings,
     ) -> tuple[list[dict], Path]:
         """Results of each rank, and where rank 0 saved the student."""
@@ -65,9 +67,11 @@ def train(tiny_lm, tmp_path_factory):
             settings=settings,
             objective=objective,
             lopsided=lopsided,
+            lora=lora and dict(lora),
         )
         job |= dict(resume=resume and str(resume), meeting=str(folder / uuid.uuid4().hex))
         name = f"{ranks}-{zero_stage}-{dtype}-{family}-{objective}{'-resumed' if resume else ''}"
+        name += f"-{lora}".translate(dict.fromkeys(map(ord, "(), '"))) if lora else ""
         outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
         jobs = [job | dict(rank=rank, out=str(out)) for rank, out in enumerate(outs)]
         processes = [forked.Process(target=rank_process.main, kwargs=job) for job in jobs]
@@ -257,14 +261,12 @@ def test_a_state_that_finds_no_room_on_the_disk_is_an_error_with_a_name(train, r
 
 
 def test_what_deepspeed_refuses_is_a_mistake_of_its_table_where_there_is_one():
-    from async_opd.roles.learner.engine import _refused
-
     with (
         pytest.raises(
             ConfigError, match=r"^learner\.deepspeed = {'a': 1}: refused by DeepSpeed: no$"
         ),
-        _refused({"a": 1}),
+        refused({"a": 1}),
     ):
         raise AssertionError("no")
-    with pytest.raises(AssertionError), _refused({}):
+    with pytest.raises(AssertionError), refused({}):
         raise AssertionError("no")
