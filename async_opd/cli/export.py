@@ -5,6 +5,9 @@ are verified first, and writes a card with the run's facts: method, teacher, dat
 accuracies, versions. The folder loads in transformers and vLLM. Name a license in the card before
 you publish it.
 
+Of a student that was trained by LoRA that is the adapter, which peft loads beside the model that it
+was trained with; --merged writes one whole model.
+
   async-opd export runs/demo
   async-opd export runs/demo -o addition-student --checkpoint best
 """
@@ -24,11 +27,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="N|best", help="that of step N, or the one with the best score"
     )
+    parser.add_argument(
+        "--merged", action="store_true", help="one whole model, where an adapter was trained"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from async_opd.tools.export.export import export
 
-    checkpoint, output = export(args.run_dir, args.output, args.checkpoint)
+    checkpoint, output = export(args.run_dir, args.output, args.checkpoint, args.merged)
     print(f"{output}: the student after step {checkpoint.state.version}, from {checkpoint.folder}")
     return 0

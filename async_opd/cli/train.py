@@ -87,7 +87,8 @@ def to_resume(
             if not committed(run / CHECKPOINTS):
                 e.add_note("it has saved none yet: start it as before, and this is kept beside it")
             raise
-        refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)))
+        student = read_run(run, dict)["student"]["model"]
+        refuse_changed(config, checkpoint.state.fixed or fixed(read_run(run)), student)
         summed_up, begun = (run / SUMMARY).exists(), (run / LEDGER).exists()
     step, steps = checkpoint.state.version, config.run.steps
     to_sum_up = step == steps and begun and not summed_up

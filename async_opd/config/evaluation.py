@@ -7,7 +7,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from async_opd.config.load import apply_override, checked, read_toml
-from async_opd.config.paths import MODELS, check_data, check_model, check_run_dir, expand, local
+from async_opd.config.paths import (
+    MODELS,
+    base_of,
+    check_data,
+    check_model,
+    check_run_dir,
+    expand,
+    local,
+)
 from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
@@ -88,13 +96,21 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
                 f"rollout.top_p = {sampling.top_p}: must be 1 at rollout.temperature = 0, which is"
                 " greedy",
             ),
+            (
+                asked.student.lora is not None,
+                "student.lora: trains an adapter, and an evaluation nothing; student.model may be"
+                " an adapter's folder",
+            ),
             *check_rules(asked.verify),
         ]
     )
     check_engine("rollout", asked.rollout)
     check_data("data.path", asked.data.path)
     model = asked.student.model
-    if folder := local("student.model", model, MODELS):
+    folder = local("student.model", model, MODELS)
+    if folder and (base := base_of(f"student.model = {model!r}", folder)):
+        model, folder = base, local(f"the base of student.model = {model!r}", base, MODELS)
+    if folder:
         tokens = rollout.max_new_tokens or 1
         check_model("student", model, folder, f"rollout.max_new_tokens = {tokens}", tokens)
     check_run_dir(run_config(asked))

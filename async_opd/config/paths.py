@@ -87,6 +87,11 @@ def check_model(
     try:
         content = content_of(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError) as e:
+        if base := base_of(setting, folder):
+            raise ConfigError(
+                f"{setting}: is an adapter of {base!r}, and no whole model; `async-opd export RUN"
+                " --merged` writes one"
+            ) from e
         raise ConfigError(f"{setting}: holds no config.json, so it is no model directory") from e
     except OSError as e:
         raise ConfigError(f"{setting}: its config.json: {e.strerror}") from e
@@ -97,6 +102,16 @@ def check_model(
     if most and most < longest + vllm:
         behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
         raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
+
+
+def base_of(setting: str, folder: Path) -> str | None:
+    """Read which model an adapter in `folder` is of; None where there is none. Raises ConfigError
+    for one that names no model."""
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").exists():
+        return None
+    with foreign(f"{setting}: its {file.name}", ConfigError):
+        return str(json.loads(content_of(file))["base_model_name_or_path"])
 
 
 def context(model: dict) -> int | None:

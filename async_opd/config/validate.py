@@ -15,8 +15,9 @@ from async_opd.core.errors import ConfigError
 from async_opd.core.suggest import did_you_mean, either, shown, wrong
 
 DEEPEST = 50  # levels of tables and lists; none of ours has more than 4
-OUT_OF_SCOPE = {  # by the words of a setting's name
-    "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
+ASKED_FOR = {  # what is to be said of a setting that is not ours, by the words of its name
+    "qlora": "QLoRA is out of scope for now: the weights beside an adapter are not quantized",
+    "lora|peft": "LoRA is set by student.lora = { rank, alpha, dropout, target_modules }",
     "(sequence|context)_parallel|ulysses": (
         "sequence parallelism is out of scope for now: a rank takes whole sequences"
     ),
@@ -143,7 +144,7 @@ def _unknown(
     path: str, name: str, value: Any, fields: Iterable[str], root: dict[str, list[type[Struct]]]
 ) -> str:
     """Suggest the same name in another section, and the nearest one in this section."""
-    for words, why in OUT_OF_SCOPE.items():
+    for words, why in ASKED_FOR.items():
         if re.search(f"(^|[_-])({words})([_-]|$)", name.lower()):
             return f"{_joined(path, name)}: {why}"
     key = _joined(path, name)

@@ -44,7 +44,7 @@ fail_on_environ_validation
 MODEL = "the model is {model}, as Hugging Face lays it out"
 ONE_NODE = "an engine is one actor on one node, with {section}.tensor_parallel_size GPUs"
 TEXT = "prompts are ids of text, and answers ids with their log-probs"
-WHOLE = "every weight is trained, and a teacher is one whole model; LoRA is out of scope"
+ADAPTER = "an adapter of the student is set by student.lora, and a teacher is one whole model"
 OWN_KV = "KV of weights before an update would come back, and a prompt's log-probs never read it"
 AWAKE = "nothing wakes an engine that sleeps, and updates expect its weights where they are"
 SAMPLING = "what is sampled is the model's own distribution, as [rollout] bends it and no further"
@@ -81,7 +81,7 @@ NEVER = {
     SAMPLING: """generation_config override_generation_config logits_processors watermark_config
         diffusion_config enable_trace_replay""",
     SPECULATION: "spec_method spec_model spec_tokens",
-    WHOLE: """enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
+    ADAPTER: """enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
         lora_dtype lora_target_modules enable_tower_connector_lora specialize_active_lora
         enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels""",
     OWN_KV: """kv_offloading_size kv_offloading_backend kv_transfer_config kv_events_config

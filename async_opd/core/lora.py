@@ -1,8 +1,10 @@
 """What of the student is trained where that is an adapter, by LoRA."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 
 class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,3 +25,8 @@ class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def scaling(self) -> float:
         """What B A is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def written_out(self) -> dict[str, Any]:
+        """Put the settings as JSON has them, with what absent ones mean."""
+        whole = replace(self, alpha=float(self.alpha or self.rank))
+        return msgspec.json.decode(msgspec.json.encode(whole))

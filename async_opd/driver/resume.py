@@ -37,7 +37,8 @@ class Source(Protocol):
 
 def fixed(config: Config) -> dict[str, Any]:
     """List the settings that a run goes on with as they were, by name: on them depend which prompts
-    come in which order, and how many make a step, in the books as in the schedule."""
+    come in which order, and how many make a step, in the books as in the schedule; or what is
+    trained, and the optimizer's state of it."""
     data = config.data
     return {
         "learner.trajectories_per_step": config.learner.trajectories_per_step,
@@ -46,18 +47,24 @@ def fixed(config: Config) -> dict[str, Any]:
         "data.id": data.id,
         "data.streaming": data.streaming,
         **({"data.shuffle_buffer": data.shuffle_buffer} if data.streaming else {}),
+        "student.lora": config.student.lora and config.student.lora.written_out(),
     }
 
 
-def refuse_changed(config: Config, was: dict[str, Any]) -> None:
-    """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`."""
-    for name, value in fixed(config).items():
+def refuse_changed(config: Config, was: dict[str, Any], student: str) -> None:
+    """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`, or where
+    an adapter would be beside another model than the `student` it was trained with."""
+    # what is not in an earlier version's list, all of its weights, was trained
+    now, was = fixed(config), {"student.lora": None} | was
+    if config.student.lora:
+        now, was = now | {"student.model": config.student.model}, was | {"student.model": student}
+    for name, value in now.items():
         if value != was.get(name, value):
             allowed = "absent" if was[name] is None else repr(was[name])
-            raise ConfigError(
-                f"{name} = {value!r}: must be {allowed}, as the run has it: its books, or the order"
-                " of its prompts, go by it"
-            )
+            why = "its books, or the order of its prompts, go by it"
+            if name.startswith("student."):
+                why = "what is trained, and the optimizer's state of it, goes by it"
+            raise ConfigError(f"{name} = {value!r}: must be {allowed}, as the run has it: {why}")
 
 
 class Progress:

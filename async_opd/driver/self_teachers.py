@@ -42,7 +42,7 @@ class SelfTeachers:
         if not due:
             return
         with self._learner.held("blocked"):
-            await self._learner.call(Learner.save, self._folder)
+            await self._learner.call(Learner.save_whole, self._folder)
             await asyncio.gather(*(self._load(pool, r) for pool in due for r in pool.serving))
         for pool in due:
             pool.refuse_if_empty()

@@ -1,18 +1,20 @@
 """One evaluation from its settings to its folder."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
 from async_opd.config.evaluation import EvalRun, run_config
+from async_opd.config.paths import base_of
 from async_opd.config.schema import Config
 from async_opd.core.aside import aside
 from async_opd.core.errors import CallFailed, ConfigError, first_line
 from async_opd.core.ports import Verifier
 from async_opd.core.printing import say
-from async_opd.core.run_dir import PROBLEMS
+from async_opd.core.run_dir import MODEL, PROBLEMS
 from async_opd.core.wire import Ballot, GroupMeta, Prompt, Span, Verdict
 from async_opd.driver.outcomes import Undecided
 from async_opd.driver.replica_pool import ReplicaPool
@@ -31,6 +33,7 @@ from async_opd.launch import inputs
 from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
+from async_opd.roles.learner.merge import merge
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.telemetry.metrics import Jsonl
@@ -42,7 +45,7 @@ async def run_eval(asked: EvalRun) -> Result:
     as Ctrl-C."""
     with interrupted_by_signal(), new_dir(Path(asked.run.dir), asked, "eval") as folder:
         started = time.monotonic()
-        config = resolve_toy(run_config(asked), folder)
+        config = await _whole(resolve_toy(run_config(asked), folder), folder)
         refuse_unreachable()
         read = inputs.read_problems(config, asked.problems)
         config = _fitted(config, asked, read.prompts, read.context)
@@ -60,6 +63,19 @@ async def run_eval(asked: EvalRun) -> Result:
         content, file = msgspec.json.format(msgspec.json.encode(result)), folder / "result.json"
         await aside(config.timeout.step_s, f"{file}, written", file.write_bytes, content)
         return result
+
+
+async def _whole(config: Config, folder: Path) -> Config:
+    """Have an adapter merged, beside the result, with the model that it is of: in float32, so that
+    nothing is lost before it is known what the generators compute in."""
+    model, called = Path(config.student.model), f"student.model = {config.student.model!r}"
+    if not base_of(called, model):
+        return config
+    merged = partial(merge, trust_remote_code=config.run.trust_remote_code)
+    await aside(
+        config.timeout.start_s, f"{called}, merged", merged, called, model, folder / MODEL, "float32"
+    )
+    return replace(config, student=replace(config.student, model=str(folder / MODEL)))
 
 
 def _said(what: str, who: str, why: str) -> None:

@@ -24,8 +24,9 @@ from transformers.utils import logging as bars
 from async_opd.config.schema import Config
 from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
+from async_opd.core.lora import LoraConfig
 from async_opd.core.process_wide import log_level
-from async_opd.roles.learner import checkpoint
+from async_opd.roles.learner import checkpoint, lora
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 
@@ -112,7 +113,7 @@ def check_models(config: Config) -> None:
     """Refuse, before anything starts, what the learner cannot load and save as it will, and what
     teachers and reference cannot load."""
     key, model = "student.model", config.student.model
-    check_student(key, model, config.run.trust_remote_code)
+    check_student(key, model, config.run.trust_remote_code, config.student.lora)
     for section, scorer in config.scorers.items():
         key, model = f"{section}.model", config.models[section]
         generation_config(key, model)
@@ -123,8 +124,11 @@ def check_models(config: Config) -> None:
             check_on_vllm(key, model, config.run.trust_remote_code)
 
 
-def check_student(key: str, model: str, trust_remote_code: bool) -> None:
-    """Refuse a student that cannot be trained, or not be saved as it will be at the end."""
+def check_student(
+    key: str, model: str, trust_remote_code: bool, adapter: LoraConfig | None = None
+) -> None:
+    """Refuse a student that cannot be trained, or not be saved as it will be at the end, and an
+    `adapter` of what it has not."""
     called = f"{key} = {model!r}"
     config = load(key, AutoConfig, model, trust_remote_code)
     with _reading(f"{called}: its config"):
@@ -138,6 +142,8 @@ def check_student(key: str, model: str, trust_remote_code: bool) -> None:
         raise DataError(f"{called}: its weights are quantized; a student's must not be")
     check_files(key, model)
     lm = read_head(key, model, trust_remote_code)
+    if adapter:
+        lora.targets(lm, adapter, called)
     with _reading(called), TemporaryDirectory() as folder:
         source = checkpoint.read_source(model, trust_remote_code)
         with foreign(f"{called}: cannot be saved"):

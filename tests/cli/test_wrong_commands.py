@@ -22,7 +22,7 @@ from async_opd.toy import STUDENT
 
 ROWS = "data.path=rows.jsonl"
 NOBODY = "http://127.0.0.1:9"  # where RFC 863 has a service that nobody runs
-LORA = "LoRA is"
+LORA = "LoRA is set by student.lora = { rank, alpha, dropout, target_modules }"
 SEQUENCE = "sequence parallelism is"
 TOOLS = "multi-turn tools are"
 
@@ -163,10 +163,27 @@ COMMAND_LINES = {
     ],
     "demo teacher.model=Qwen/Nonesuch-7B": ["teacher.model = 'Qwen/Nonesuch-7B': "],
     "demo teacher.model=toy:taecher": ["did you mean 'toy:teacher'?"],
-    "demo learner.lora_rank=8": [f"learner.lora_rank: {LORA} out of scope for now"],
-    "demo lora.rank=8": [f"lora: {LORA} out of scope for now"],
-    "demo rollout.qlora=true": [f"rollout.qlora: {LORA} out of scope for now"],
-    "demo learner.peft.r=8": [f"learner.peft: {LORA} out of scope for now"],
+    "demo learner.lora_rank=8": [f"learner.lora_rank: {LORA}"],
+    "demo lora.rank=8": [f"lora: {LORA}"],
+    "demo student.lora.lora_alpha=8": [f"student.lora.lora_alpha: {LORA}"],
+    "demo rollout.qlora=true": ["rollout.qlora: QLoRA is out of scope for now"],
+    "demo learner.peft.r=8": [f"learner.peft: {LORA}"],
+    "demo student.lora.alpha=8": ["student.lora.rank: missing; must be an integer >= 1"],
+    "demo student.lora.rank=0": ["student.lora.rank = 0: must be an integer >= 1"],
+    "demo student.lora={rank=8,dropout=1}": ["student.lora.dropout = 1: must be ", ">= 0 and < 1"],
+    "demo student.lora={rank=8,target_modules='q_proj'}": [
+        "student.lora.target_modules = 'q_proj': must be a list of a string that is not empty or"
+        " 'all-linear'"
+    ],
+    "demo student.lora={rank=8,target_modules=['q_proj','q_prj']}": [
+        "student.lora.target_modules = ['q_proj', 'q_prj']: 'q_prj' is no linear layer of"
+        " student.model = 'toy:student'; linear layers are down_proj, gate_proj",
+        "did you mean 'q_proj'?",
+    ],
+    "demo student.lora={rank=8,target_modules=['lm_head']}": ["'lm_head' is the head of"],
+    "demo rollout.engine.enable_lora=true": [
+        "an adapter of the student is set by student.lora, and a teacher is one whole model"
+    ],
     "demo learner.sequence_parallel_size=2": [
         f"learner.sequence_parallel_size: {SEQUENCE} out of scope for now"
     ],

@@ -264,6 +264,9 @@ class SimulatedLearner(Learner):
     async def save(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
+    async def save_whole(self, folder: str) -> None:
+        await self.save(folder)
+
     async def save_state(self, folder: str) -> None:
         Path(folder).mkdir()
         Path(folder, "version").write_text(str(self.version))

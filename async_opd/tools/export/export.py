@@ -13,11 +13,12 @@ from async_opd.driver.checkpoints import Checkpoint, choose, find
 from async_opd.tools.export.model_card import card
 
 
-def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoint, Path]:
+def export(path: Path, output: Path | None, which: str | None, merged: bool = False) -> tuple[Checkpoint, Path]:
     """Copy the model of a run, or of one of its checkpoints, to `output`, with a card; returns
     which one and where to.
 
-    The newest, unless `which` names a step or says "best". It is verified first, and the folder
+    The newest, unless `which` names a step or says "best". Where an adapter was trained it is that,
+    or `merged` with the model that it is of. It is verified first, and the folder
     appears whole or not at all. Raises RunMissing, CheckpointError, and DataError where there is
     something in that place.
     """
@@ -31,12 +32,17 @@ def export(path: Path, output: Path | None, which: str | None) -> tuple[Checkpoi
             )
         checkpoint = choose(run_dir, which) if which else find(path)
     model = checkpoint.folder / MODEL
+    if merged and not (model / ADAPTER).exists():
+        raise DataError(f"--merged: {model} is a whole model: every weight was trained")
     parents = [parent for parent in output.parents if not parent.exists()]
     try:
         partial = files.begin_folder(output)
-        shutil.copytree(model, partial, dirs_exist_ok=True)
+        if merged:
+            _merge(f"{model}", checkpoint.folder, config, partial)
+        else:
+            shutil.copytree(model, partial, dirs_exist_ok=True)
         (partial / "README.md").write_text(
-            card(run_dir, config, checkpoint, output.resolve().name),
+            card(run_dir, config, checkpoint, output.resolve().name, merged),
             encoding="utf-8",
             errors="backslashreplace",
         )

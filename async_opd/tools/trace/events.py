@@ -21,7 +21,7 @@ QUEUE = "queue"
 FIRST = (DRIVER, LEARNER, QUEUE, "generator")  # from the top; then the other roles
 # What a call is of, where that is no group.
 # "checkpoint": of a run that an earlier version recorded
-SAVES = ("save", "save_state", "checkpoint")
+SAVES = ("save", "save_whole", "save_state", "checkpoint")
 OF: dict[str, str] = dict.fromkeys(("update", "send_weights", *SAVES), "version")
 OF |= {"step": "groups"}
 COUNTERS = {
