@@ -19,6 +19,8 @@ from async_opd.core.suggest import wrong
 from async_opd.roles.verifier.checks import kinds, known
 from async_opd.roles.verifier.config import VerifyConfig
 
+ENGINE_RANK = 512  # the largest of an adapter that vLLM takes
+
 
 def rules(c: Config) -> Iterator[Rule]:
     """Yield every rule of a whole config."""
@@ -41,6 +43,7 @@ def rules(c: Config) -> Iterator[Rule]:
     if c.run.share_gpu:
         yield from sharing_rules(c.engines, c.learner.ranks, c.sync.backend)
     yield from _step_rules(c)
+    yield from _adapter_rules(c)
     yield from precision_rules(c)
     yield from _verifier_rules(c)
 
@@ -108,6 +111,22 @@ def _step_rules(c: Config) -> list[Rule]:
         (
             c.learner.warmup_steps >= c.run.steps,
             f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}",
+        ),
+    ]
+
+
+def _adapter_rules(c: Config) -> list[Rule]:
+    """List what the way of a student's adapter to the generators asks for."""
+    rank = c.student.lora.rank if c.student.lora else 0
+    return [
+        (
+            c.sync.lora is not None and c.student.lora is None,
+            f"sync.lora = {c.sync.lora!r}: has no effect without student.lora",
+        ),
+        (
+            c.sync.lora == "adapter" and rank > ENGINE_RANK,
+            f"student.lora.rank = {rank}: must be <= {ENGINE_RANK} for sync.lora = 'adapter', as"
+            " vLLM takes no larger adapter; 'merged' has no bound",
         ),
     ]
 

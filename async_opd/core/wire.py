@@ -279,3 +279,4 @@ class WeightLayout(Struct, frozen=True):
     dtypes: tuple[str, ...]  # as torch names them
     shapes: tuple[tuple[int, ...], ...]
     adapter: bool = False  # alone, by peft's names: the weights beneath it stay as they are
+    nbytes: int = 0  # of all together

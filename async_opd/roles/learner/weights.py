@@ -38,6 +38,7 @@ class StudentWeights:
             names=tuple(meta.name for meta in self.described),
             dtypes=tuple(meta.dtype for meta in self.described),
             shapes=tuple(tuple(meta.shape) for meta in self.described),
+            nbytes=sum(meta.nbytes for meta in self.described),
         )
 
     def tensors(self) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import ModelRegistry, supports_lora
 
 from async_opd.core.errors import SyncFailed
 
@@ -54,6 +55,12 @@ class Adapters:
             failed.callback(_replace, manager, before)
             _replace(manager, adapter)
             failed.pop_all()
+
+
+def takes_adapters(architecture: str) -> bool:
+    """Tell whether vLLM's model of that name in a config.json has places for an adapter."""
+    known = ModelRegistry.models.get(architecture)
+    return known is not None and supports_lora(known.load_model_cls())
 
 
 def _replace(manager: Any, adapter: LoRAModel) -> None:
