@@ -73,13 +73,7 @@ async def _whole(config: Config, folder: Path) -> Config:
         return config
     merged = partial(merge, trust_remote_code=config.run.trust_remote_code)
     await aside(
-        config.timeout.start_s,
-        f"{called}, merged",
-        merged,
-        called,
-        model,
-        folder / MODEL,
-        "float32",
+        config.timeout.start_s, f"{called}, merged", merged, called, model, folder / MODEL, "float32"
     )
     return replace(config, student=replace(config.student, model=str(folder / MODEL)))
 

@@ -13,9 +13,7 @@ from async_opd.driver.checkpoints import Checkpoint, choose, find
 from async_opd.tools.export.model_card import card
 
 
-def export(
-    path: Path, output: Path | None, which: str | None, merged: bool = False
-) -> tuple[Checkpoint, Path]:
+def export(path: Path, output: Path | None, which: str | None, merged: bool = False) -> tuple[Checkpoint, Path]:
     """Copy the model of a run, or of one of its checkpoints, to `output`, with a card; returns
     which one and where to.
 
