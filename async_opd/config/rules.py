@@ -15,11 +15,10 @@ from async_opd.config.teacher_rules import (
     teacher_rules,
     teacher_section,
 )
+from async_opd.core.lora import ENGINE_RANKS
 from async_opd.core.suggest import wrong
 from async_opd.roles.verifier.checks import kinds, known
 from async_opd.roles.verifier.config import VerifyConfig
-
-ENGINE_RANK = 512  # the largest of an adapter that vLLM takes
 
 
 def rules(c: Config) -> Iterator[Rule]:
@@ -124,9 +123,9 @@ def _adapter_rules(c: Config) -> list[Rule]:
             f"sync.lora = {c.sync.lora!r}: has no effect without student.lora",
         ),
         (
-            c.sync.lora == "adapter" and rank > ENGINE_RANK,
-            f"student.lora.rank = {rank}: must be <= {ENGINE_RANK} for sync.lora = 'adapter', as"
-            " vLLM takes no larger adapter; 'merged' has no bound",
+            c.sync.lora == "adapter" and rank > ENGINE_RANKS[-1],
+            f"student.lora.rank = {rank}: must be <= {ENGINE_RANKS[-1]} for sync.lora = 'adapter',"
+            " as vLLM takes no larger adapter; 'merged' has no bound",
         ),
     ]
 

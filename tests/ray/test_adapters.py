@@ -1,18 +1,25 @@
 """A student's adapter reaches vLLM, alone or merged: log-probs are the learner's, the base stays as
 it is, and what breaks off leaves the adapter before."""
 
+import asyncio
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from async_opd.core.lora import LoraConfig
-from async_opd.core.wire import WeightLayout
+from async_opd.core.wire import Sampling, WeightLayout
+from async_opd.driver.replica_pool import ReplicaPool
+from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.roles.learner import lora
 from async_opd.roles.learner.weights import AdapterAlone, StudentWeights
 from async_opd.roles.models import causal_lm
 from tests.nccl_over_gloo import play
+from tests.ray.conftest import demo_config, running
 from tests.ray.test_families import BUCKET, MOE, SIZES, check, group, learner_logp, results, vllm
+from tests.ray.test_weights import FAST, produced
+from tests.simulated.runs import replica
 
 __all__ = ["vllm"]
 pytestmark = [
@@ -20,7 +27,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes"),
 ]
-LORA = LoraConfig(rank=5, alpha=8)
 
 
 class Whole:
@@ -73,7 +79,6 @@ def break_off(vllm, weights, backend: str, ranks: int = 1) -> None:
         ("Qwen3", {}, ("q_proj", "v_proj", "down_proj"), "adapter", "gloo"),
         ("Llama", dict(attention_bias=True), "all-linear", "adapter", "gloo"),
         ("Gemma", {}, "all-linear", "adapter", "gloo"),
-        ("Qwen3Moe", MOE, "all-linear", "adapter", "gloo"),
         ("Qwen2", {}, ("q_proj", "up_proj"), "merged", "gloo"),
         ("Qwen3", dict(tie_word_embeddings=True), "all-linear", "merged", "nccl"),
         ("Qwen3Moe", MOE, "all-linear", "merged", "gloo"),
@@ -107,3 +112,70 @@ def test_after_each_update_generators_and_learner_agree(
         assert (learner_logp(model, probe) - before).abs().max() > 0.05
         sent(vllm, sender, weights)
         check(vllm, model, 1)
+
+
+def test_both_workers_of_an_engine_slice_the_adapter_for_themselves(vllm, tiny_lm, tmp_path):
+    folder = str(tmp_path)
+    tiny_lm("Qwen3", **SIZES).save_pretrained(folder)
+    config = LoraConfig(rank=4)
+    started = vllm("start", [(folder, "gloo", 2, config)])
+    model = causal_lm.load(folder, "float32", torch.device("cpu"))
+    lora.wrap(model, config, 0)
+    results(started)
+    weights = AdapterAlone(model, BUCKET, Whole)
+    break_off(vllm, weights, "gloo", ranks=2)
+    sender = group(vllm, "gloo", 1, ranks=2)
+    for version in (1, 2):
+        move(model, version)
+        sent(vllm, sender, weights)
+        check(vllm, model, 1)
+
+
+@pytest.mark.parametrize("way", ["merged", "adapter"])
+async def test_five_updates_of_a_run_agree_with_the_learner_and_a_newcomer_has_all(tmp_path, way):
+    """Over two ranks under ZeRO-3, with a request in flight, an evaluation, and a generator that
+    joins behind all of them."""
+    config = demo_config(
+        tmp_path,
+        *FAST,
+        "learner.lr=2e-2",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
+        "student.lora.rank=8",
+        "student.lora.alpha=16",
+        f"sync.lora={way}",
+        "sync.timeout_s=20",
+        "rollout.max_new_tokens=200",
+    )
+    async with running(config, eos_ids=()) as (roles, publisher, prompts):
+        (generator,) = roles.generators
+        probe_ids, probe = await generator.probe()
+        before = await roles.learner.logprobs(probe_ids, probe.ids)
+        data = await produced(roles, prompts, 4)
+        for version in range(1, 6):
+            long = asyncio.ensure_future(generator.generate(next(prompts)))
+            assert (await roles.learner.step(data)).version == version
+            assert (await publisher.publish(version, admit=lambda: None)).largest <= 1e-4
+            meta, ref = await long
+        group, spans = await ref, meta.spans[0]
+        assert spans[-1].version == 5
+        logp = await roles.learner.logprobs(group.prompt.ids, group.rollouts[0].ids)
+        gap = np.abs(logp - group.rollouts[0].behaviour_logp)
+        assert gap[spans[-1].start :].max() <= 1e-4
+        after = await roles.learner.logprobs(probe_ids, probe.ids)
+        assert np.abs(after - before).max() > 0.05  # by far more than the gap
+        _, ref = await generator.respond(next(prompts), Sampling())
+        (rollout,), prompt = (await ref).rollouts, (await ref).prompt
+        logp = await roles.learner.logprobs(prompt.ids, rollout.ids)
+        assert np.abs(logp - rollout.behaviour_logp).max() <= 1e-4
+        newcomer = await roles.spawn("generator", 1)
+        grown = WeightPublisher(
+            replica(roles.learner),
+            ReplicaPool("generator", [generator, newcomer]),
+            parity_every=1,
+            tolerance=1e-4,
+        )
+        assert (await grown.publish(5, admit=lambda: None)).largest <= 1e-4
+        layout = await roles.learner.weight_layout()
+        assert layout.nbytes == publisher.carried == grown.carried
+        assert layout.adapter is (way == "adapter")

@@ -4,11 +4,10 @@ their place."""
 import os
 import shutil
 from copy import deepcopy
-from typing import Any, get_args
+from typing import Any
 
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
-from vllm.config.lora import MaxLoRARanks
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
@@ -83,7 +82,7 @@ def places_for(lora: LoraConfig, model: str, trust_remote_code: bool = False) ->
     return dict(
         enable_lora=True,
         max_loras=1,
-        max_lora_rank=next(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank),
+        max_lora_rank=lora.engine_rank,
         lora_target_modules=sorted({n.rpartition(".")[2] for n in targets(lm, lora, called)}),
     )
 

@@ -22,6 +22,7 @@ from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
+from async_opd.tools.plan.adapter import Adapter, adapter
 from async_opd.tools.plan.memory import CONTEXT, HEADROOM, Memory
 from async_opd.tools.plan.passes import Packed, packed
 from async_opd.tools.plan.shape import Shape
@@ -136,6 +137,7 @@ def needs(
             config.sync,
             _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
             config.objective.needs(),
+            trained_beside(config, student),
         ),
         limit=_limit(card, shared_with_learner(config.engines) if share else 1 - HEADROOM, share),
         longest=longest,
@@ -148,6 +150,11 @@ def needs(
             for pool in config.engines
         ),
     ]
+
+
+def trained_beside(config: Config, student: Shape) -> Adapter | None:
+    """Size the student's adapter, where there is one."""
+    return adapter(config.student.lora, student) if config.student.lora else None
 
 
 def _typical(config: Config, longest: int, response: float | None) -> int:
@@ -197,7 +204,13 @@ def _engine(
         sampling = (config.teacher_sampling if answers else None) or config.rollout
         sync = SyncConfig() if answers else config.sync  # a teacher's weights do not travel
         held = memory.generator(
-            each, shape, sync, card, concurrency=sampling.concurrency, longest=longest
+            each,
+            shape,
+            sync,
+            card,
+            concurrency=sampling.concurrency,
+            longest=longest,
+            adapter=None if answers else trained_beside(config, shape),
         )
     vllm, shared = "kv_cache" in held.parts, config.run.share_gpu
     share = each.gpu_memory_utilization if shared else 1 if vllm else 1 - HEADROOM
