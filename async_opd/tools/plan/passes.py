@@ -134,10 +134,10 @@ def activations(
 
 def _beside(adapter: Adapter | None, b: int, *, mlp: bool) -> int:
     """Count what an adapter keeps of a token in an MLP, or in attention."""
-    layers = [each for each in adapter.layers if (each.name in MLP) is mlp] if adapter else []
-    return sum(
-        b * adapter.lora.rank + adapter.dropped(b) * each.inputs for each in layers if adapter
-    )
+    if adapter is None:
+        return 0
+    layers = (each for each in adapter.layers if (each.name in MLP) is mlp)
+    return sum(b * adapter.lora.rank + adapter.dropped(b) * each.inputs for each in layers)
 
 
 def _kept(
