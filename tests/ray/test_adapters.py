@@ -3,15 +3,18 @@ it is, and what breaks off leaves the adapter before."""
 
 import asyncio
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from async_opd.core.lora import LoraConfig
+from async_opd.core.errors import DataError
+from async_opd.core.lora import ENGINE_RANKS, LoraConfig
 from async_opd.core.wire import Sampling, WeightLayout
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
+from async_opd.launch.models import check_adapter_alone
 from async_opd.roles.learner import lora
 from async_opd.roles.learner.weights import AdapterAlone, StudentWeights
 from async_opd.roles.models import causal_lm
@@ -79,6 +82,7 @@ def break_off(vllm, weights, backend: str, ranks: int = 1) -> None:
         ("Qwen3", {}, ("q_proj", "v_proj", "down_proj"), "adapter", "gloo"),
         ("Llama", dict(attention_bias=True), "all-linear", "adapter", "gloo"),
         ("Gemma", {}, "all-linear", "adapter", "gloo"),
+        ("GPTNeoX", {}, "all-linear", "adapter", "gloo"),
         ("Qwen2", {}, ("q_proj", "up_proj"), "merged", "gloo"),
         ("Qwen3", dict(tie_word_embeddings=True), "all-linear", "merged", "nccl"),
         ("Qwen3Moe", MOE, "all-linear", "merged", "gloo"),
@@ -112,6 +116,23 @@ def test_after_each_update_generators_and_learner_agree(
         assert (learner_logp(model, probe) - before).abs().max() > 0.05
         sent(vllm, sender, weights)
         check(vllm, model, 1)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_where_vllm_has_no_place_for_an_adapter_it_does_not_travel_alone(tiny_lm, tmp_path):
+    tiny_lm("GPT2", **SIZES).save_pretrained(tmp_path)
+    with pytest.raises(DataError) as refused:
+        check_adapter_alone("student.model", str(tmp_path), False, LoraConfig(rank=4))
+    assert f"{refused.value}" == (
+        f"sync.lora = 'adapter': student.model = '{tmp_path}' is a GPT2LMHeadModel, in which vLLM"
+        " has no place for an adapter; must be 'merged'"
+    )
+
+
+def test_vllm_knows_the_ranks_that_we_count_with():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == ENGINE_RANKS
 
 
 def test_both_workers_of_an_engine_slice_the_adapter_for_themselves(vllm, tiny_lm, tmp_path):
