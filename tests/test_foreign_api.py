@@ -156,6 +156,16 @@ API: dict[tuple[str, str], dict[str, dict[str, str]]] = {
             ),
         },
     },
+    ("peft", "0.21.2"): {
+        "mapping.py": {
+            "inject_adapter_in_model": (
+                "peft_config model adapter_name low_cpu_mem_usage state_dict"
+            ),
+        },
+        "tuners/tuners_utils.py": {
+            "BaseTuner.merge_and_unload": "self progressbar safe_merge adapter_names",
+        },
+    },
     ("torch", "2.13.0"): {
         "cuda/__init__.py": {
             "StreamContext.__init__": "self stream",

@@ -81,9 +81,10 @@ NEVER = {
     SAMPLING: """generation_config override_generation_config logits_processors watermark_config
         diffusion_config enable_trace_replay""",
     SPECULATION: "spec_method spec_model spec_tokens",
-    ADAPTER: """enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
-        lora_dtype lora_target_modules enable_tower_connector_lora specialize_active_lora
-        enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels""",
+    ADAPTER: """enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras
+        max_cpu_loras lora_dtype lora_target_modules enable_tower_connector_lora
+        specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras
+        max_lora_cls_labels""",
     OWN_KV: """kv_offloading_size kv_offloading_backend kv_transfer_config kv_events_config
         ec_transfer_config ec_manager_config""",
     AWAKE: """enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names

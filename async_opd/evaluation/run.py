@@ -1,6 +1,8 @@
 """One evaluation from its settings to its folder."""
 
+import shutil
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +45,12 @@ async def run_eval(asked: EvalRun) -> Result:
     """Do what is `asked`: read the problems, have them answered, and write the result into the
     folder; returns what is in it too. Until it ends it holds the lock of the folder, and SIGTERM is
     as Ctrl-C."""
-    with interrupted_by_signal(), new_dir(Path(asked.run.dir), asked, "eval") as folder:
+    with (
+        interrupted_by_signal(),
+        new_dir(Path(asked.run.dir), asked, "eval") as folder,
+        ExitStack() as undo,
+    ):
+        undo.callback(shutil.rmtree, folder / MODEL, ignore_errors=True)  # where one was merged
         started = time.monotonic()
         config = await _whole(resolve_toy(run_config(asked), folder), folder)
         refuse_unreachable()
@@ -73,7 +80,13 @@ async def _whole(config: Config, folder: Path) -> Config:
         return config
     merged = partial(merge, trust_remote_code=config.run.trust_remote_code)
     await aside(
-        config.timeout.start_s, f"{called}, merged", merged, called, model, folder / MODEL, "float32"
+        config.timeout.start_s,
+        f"{called}, merged",
+        merged,
+        called,
+        model,
+        folder / MODEL,
+        "float32",
     )
     return replace(config, student=replace(config.student, model=str(folder / MODEL)))
 

@@ -177,7 +177,8 @@ COMMAND_LINES = {
     ],
     "demo student.lora={rank=8,target_modules=['q_proj','q_prj']}": [
         "student.lora.target_modules = ['q_proj', 'q_prj']: 'q_prj' is no linear layer of"
-        " student.model = 'toy:student'; linear layers are down_proj, gate_proj",
+        " student.model = ",
+        "; linear layers are down_proj, gate_proj",
         "did you mean 'q_proj'?",
     ],
     "demo student.lora={rank=8,target_modules=['lm_head']}": ["'lm_head' is the head of"],

@@ -1,8 +1,12 @@
+import json
+
 import pytest
 
 from async_opd.config.evaluation import load_eval, run_config
+from async_opd.config.load import load
 from async_opd.core.errors import ConfigError
 from async_opd.core.wire import Sampling
+from async_opd.toy import STUDENT
 
 DATA = "data.path=toy:heldout"
 
@@ -110,3 +114,44 @@ def test_training_has_no_top_p():
 
     with pytest.raises(ConfigError, match=r"rollout.top_p = 0.9: no such setting"):
         load(CONFIG, ["rollout.top_p=0.9"])
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder as peft writes it, of the shipped student."""
+
+    def adapter(base=str(STUDENT)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        return str(tmp_path)
+
+    return adapter
+
+
+def test_an_adapter_is_evaluated_by_the_context_of_the_model_that_it_is_of(adapter):
+    assert load_eval(adapter(), [DATA]).student.model == adapter()
+    with pytest.raises(ConfigError) as raised:
+        load_eval(adapter(), [DATA, "rollout.max_new_tokens=100000"])
+    assert "rollout.max_new_tokens = 100000: must be <= " in f"{raised.value}"
+
+
+def test_an_adapter_of_what_is_not_there_is_refused_by_both_names(adapter):
+    with pytest.raises(ConfigError) as raised:
+        load_eval(adapter("/no/model"), [DATA])
+    said = f"the base of student.model = '{adapter()}' = '/no/model': no such file or folder"
+    adapter("/no/model")
+    assert f"{raised.value}".startswith(said)
+
+
+def test_an_evaluation_trains_no_adapter():
+    with pytest.raises(ConfigError, match=r"^student\.lora: trains an adapter, and an evaluation"):
+        load_eval("toy:student", [DATA, "student.lora.rank=8"])
+
+
+@pytest.mark.parametrize("key", ["student.model", "teacher.model"])
+def test_training_begins_at_a_whole_model(adapter, key):
+    with pytest.raises(ConfigError) as raised:
+        load("configs/demo.toml", [f"{key}={adapter()}"])
+    assert f"{raised.value}" == (
+        f"{key} = '{adapter()}': is an adapter of '{STUDENT}', and no whole model; `async-opd"
+        " export RUN --merged` writes one"
+    )

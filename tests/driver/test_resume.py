@@ -132,6 +132,47 @@ def test_a_setting_that_a_run_has_for_good_is_refused_with_what_it_has(
     assert f"must be {has}, as the run has it" in said
 
 
+ADAPTER = "student.lora={rank=8}"
+
+
+@pytest.mark.parametrize(
+    ("was", "changes", "line"),
+    [
+        ([], ["student.lora.rank=8"], "student.lora = {'rank': 8, 'alpha': 8.0, "),
+        ([ADAPTER], ["student.lora.rank=16"], "student.lora = {'rank': 16, 'alpha': 16.0, "),
+        ([ADAPTER], ["student.lora.alpha=4"], "student.lora = {'rank': 8, 'alpha': 4.0, "),
+        ([ADAPTER], ["student.lora.dropout=0.1"], "student.lora = {'rank': 8, "),
+        (
+            [ADAPTER],
+            ['student.lora.target_modules=["q_proj"]'],
+            "student.lora = {'rank': 8, 'alpha': 8.0, 'dropout': 0.0, 'target_modules': ['q_pro",
+        ),
+        ([ADAPTER], ["student.model=toy:teacher"], "student.model = 'toy:teacher': must be 'toy:"),
+    ],
+)
+def test_a_run_goes_on_with_its_adapter_and_the_model_beside_which_that_was_trained(
+    tmp_path, was, changes, line
+):
+    run(tmp_path, "run.steps=3", *was)
+    with pytest.raises(ConfigError) as raised:
+        to_resume(tmp_path, ["run.steps=9", *changes])
+    assert f"{raised.value}".startswith(line)
+    assert "what is trained, and the optimizer's state of it, goes by it" in f"{raised.value}"
+    same = ["student.lora.alpha=8"] if was else []  # what it is where it is absent
+    to_resume(tmp_path, ["run.steps=9", *same])
+
+
+def test_a_run_of_a_version_without_adapters_does_not_go_on_with_one(tmp_path):
+    run(tmp_path, "run.steps=3")
+    state = tmp_path / "checkpoints" / "000003" / "run.json"
+    old = msgspec.json.decode(state.read_bytes())
+    del old["fixed"]["student.lora"]
+    state.write_bytes(msgspec.json.encode(old))
+    rewritten(tmp_path)
+    with pytest.raises(ConfigError, match=r"^student\.lora = .*: must be absent, as the run has"):
+        to_resume(tmp_path, ["run.steps=9", ADAPTER])
+
+
 def rewritten(run_dir) -> None:
     """Have the manifest of step 3 fit its run.json again."""
     import hashlib

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.wire import Prompt, Rollout, Scores, Span, Verdict
 from async_opd.maths.advantages import Moments
 from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
@@ -23,8 +24,16 @@ from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
+from async_opd.roles.learner import lora
 from async_opd.roles.learner.batch import TrainingBounds, Trajectory, pack
-from async_opd.roles.learner.step import StepContext, accumulate, batch_statistics, token_batch
+from async_opd.roles.learner.step import (
+    StepContext,
+    Student,
+    accumulate,
+    batch_statistics,
+    token_batch,
+)
+from async_opd.roles.models import causal_lm
 
 SETTINGS = {  # the required settings of each tag, then those of its other branches
     "opd": [{}, {"student_signal": "cached"}],
@@ -536,3 +545,39 @@ def test_listing_the_objectives_loads_no_torch():
         " sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+@plain
+def test_an_adapter_has_the_metrics_of_its_merged_weights_and_the_gradients_that_follow_from_theirs(
+    objective, tiny_lm
+):
+    """dB = s · G Aᵀ and dA = s · Bᵀ G, where G is the gradient of W + s · B A."""
+    micros, results, settings = (
+        packed(objective, [0, 2, 4], [1, 3]),
+        [],
+        LoraConfig(rank=3, alpha=6.0),
+    )
+    build = dict(vocab_size=V, num_hidden_layers=1, attn_implementation=causal_lm.ATTENTION)
+    adapted, merged = (tiny_lm(**build).double() for _ in range(2))
+    lora.wrap(adapted, settings, seed=0)
+    adapters, weights = lora.adapters(adapted), dict(merged.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            adapter.b_OR.copy_(0.2 * torch.randn(adapter.b_OR.shape, generator=generator))
+            weights[name] += 2.0 * adapter.b_OR @ adapter.a_RI
+    for lm in (adapted, merged):
+        module = Student(lm, temperature=1.0)
+        backward, reduce = lambda loss: loss.backward(), lambda tensor, op: None
+        results.append(accumulate(module, backward, reduce, objective, micros, CONTEXT)[0])
+    assert results[0] == pytest.approx(results[1], rel=1e-6, abs=1e-9)
+    for name, adapter in adapters.items():
+        gradient = weights[name].grad
+        assert gradient.any()
+        for got, expected in (
+            (adapter.b_OR.grad, 2.0 * gradient @ adapter.a_RI.T),
+            (adapter.a_RI.grad, 2.0 * adapter.b_OR.T @ gradient),
+        ):
+            torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-5, msg=name)
+    assert len(adapters) == 7
+    assert all(p.grad is None for p in lora.plain(adapted).values())

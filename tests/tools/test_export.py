@@ -1,19 +1,30 @@
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
+from async_opd.core.lora import LoraConfig
 from async_opd.driver.checkpoints import Checkpoints, RunState
-from async_opd.roles.learner.checkpoint import read_source, save
+from async_opd.roles.learner import lora
+from async_opd.roles.learner.checkpoint import (
+    RankState,
+    read_source,
+    save,
+    save_adapter,
+    save_rank,
+)
+from async_opd.roles.learner.weights import StudentWeights
 from async_opd.toy.tokenizer import build_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -221,3 +232,81 @@ def test_a_run_without_a_checkpoint_or_no_run_at_all_is_refused(tmp_path, capsys
         in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def adapted(request, tmp_path, run, tiny_lm):
+    """A run of one checkpoint with an adapter, and the weights that left its learner."""
+    dtype, base = request.param, tmp_path / "base"
+    tokenizer = build_tokenizer()
+    vocabulary = dict(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+    tiny_lm(seed=1, **vocabulary).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    settings = LoraConfig(rank=3, alpha=4.0, target_modules=("q_proj", "down_proj"))
+    lora.wrap(lm, settings, seed=0)
+    for adapter in lora.adapters(lm).values():
+        torch.nn.init.normal_(adapter.b_OR, std=0.1)
+    weights = StudentWeights(lm, 4096, lambda weights: nullcontext())
+    shutil.rmtree(run / "checkpoints")
+    checkpoints = Checkpoints(run, keep=3)
+    folder = checkpoints.begin(4)
+    save_adapter(lm, weights.adapter(keep=True), read_source(str(base)), folder / "model")
+    (folder / "learner").mkdir()
+    zero = dict(ranks=1, zero_stage=1, version=4, running={}, random={})
+    save_rank(RankState(dtype=dtype, lora=settings, **zero), folder / "learner", 0)
+    checkpoints.commit(4, RunState(version=4, position={}, outstanding=[]))
+    config = json.loads((run / "config.json").read_text())
+    config["student"] |= {"model": str(base), "lora": settings.written_out()}
+    (run / "config.json").write_text(json.dumps(config))
+    return run, lm, weights.copied(keep=True)
+
+
+def test_an_adapter_is_exported_as_peft_loads_it(adapted, tmp_path):
+    run, lm, _ = adapted
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
+    assert not {"config.json", "model.safetensors"} & names
+    ids = torch.tensor([[3, 4, 5, 6]])
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=lm.dtype)
+    with torch.inference_mode():
+        gap = (theirs(ids).logits - lm.eval()(ids).logits).abs().max()
+    assert gap < (1e-5 if lm.dtype == torch.float32 else 0.1)  # peft computes it in float32
+    front, text, cells = card(tmp_path / "out")
+    assert front["library_name"] == "peft" and "lora" in front["tags"]
+    assert cells["adapter"] == "LoRA of rank 3, scaled by 1.33333, on `q_proj`, `down_proj`"
+    assert cells["weights"] == f"{lm.dtype}".removeprefix("torch.")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("out")' in text
+    assert "vllm serve base --enable-lora --max-lora-rank 8 --lora-modules student=out" in text
+
+
+def test_merged_it_is_one_model_with_the_weights_that_left_the_learner_to_the_bit(
+    adapted, tmp_path
+):
+    run, lm, left = adapted
+    assert main(["export", str(run), "-o", str(tmp_path / "out"), "--merged"]) == 0
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert theirs.dtype == lm.dtype
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(weight, left[name]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    front, text, _ = card(tmp_path / "out")
+    assert front["library_name"] == "transformers" and "vllm serve out" in text
+
+
+def test_there_is_nothing_to_merge_where_every_weight_was_trained(run, tmp_path, capsys):
+    assert main(["export", str(run), "-o", str(tmp_path / "out"), "--merged"]) == 2
+    model = run / "checkpoints" / "000004" / "model"
+    error = f"DataError: --merged: {model} is a whole model: every weight was trained\n"
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_gone_is_named_and_nothing_is_left(adapted, tmp_path, capsys):
+    run, *_ = adapted
+    shutil.rmtree(tmp_path / "base")
+    assert main(["export", str(run), "-o", str(tmp_path / "out"), "--merged"]) == 2
+    assert f"{tmp_path / 'base'}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

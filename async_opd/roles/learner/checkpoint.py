@@ -53,7 +53,7 @@ def load_rank(
     """Read the state of `rank` in `folder`. Raises CheckpointError, on every rank, where it does
     not fit `config` and `lora`, and where the adapter was beside other weights than those of
     `base_sum`."""
-    state = _read(_rank_file(folder, 0))
+    state = rank_state(folder, 0)
     names = ("ranks", "zero_stage", "dtype")
     pairs = {f"learner.{name}": (getattr(state, name), getattr(config, name)) for name in names}
     for name, (then, now) in (pairs | {"student.lora": (state.lora, lora)}).items():
@@ -62,7 +62,7 @@ def load_rank(
                 f"checkpoint {folder.parent}: was saved with {name} = {then!r} and cannot go on"
                 f" with {now!r}"
             )
-    state = _read(_rank_file(folder, rank)) if rank else state
+    state = rank_state(folder, rank) if rank else state
     if state.base_sum != base_sum:
         raise CheckpointError(
             f"checkpoint {folder.parent}: student.model holds other weights now than those beside"
@@ -191,7 +191,9 @@ def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def _read(file: Path) -> RankState:
+def rank_state(folder: Path, rank: int) -> RankState:
+    """Read the state of `rank` in `folder`. Raises CheckpointError where it is not seen."""
+    file = _rank_file(folder, rank)
     try:
         return msgspec.json.decode(file.read_bytes(), type=RankState)
     except OSError as e:

@@ -69,7 +69,7 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Put an adapter beside the layers of `lm` that `lora` names, the same on every rank for the
     same `seed`: A is random, B is 0. It alone requires gradients from now on, and is of the dtype
     of `lm`. Raises ConfigError as `targets`."""
-    import peft  # which those without an adapter do not wait for
+    import peft  # which who looks for `targets` alone does not wait for
 
     names = targets(lm, lora, f"model {lm.config.name_or_path}")
     alpha = lora.alpha or lora.rank

@@ -21,7 +21,7 @@ def merge(called: str, adapter: Path, output: Path, dtype: str, *, trust_remote_
     Raises DataError, which names it by `called`, where one of the two cannot be read, and
     CheckpointError where the sum cannot be written.
     """
-    from peft import PeftModel  # which those without an adapter do not wait for
+    from peft import PeftModel  # which those who merge nothing do not wait for
 
     with foreign(f"{called}: its {SETTINGS}"):
         base = json.loads(content_of(adapter / SETTINGS))["base_model_name_or_path"]

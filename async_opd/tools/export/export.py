@@ -6,14 +6,18 @@ from pathlib import Path
 
 from async_opd.config.load import read_run
 from async_opd.core import files
-from async_opd.core.errors import CheckpointError, DataError
+from async_opd.core.errors import AsyncOpdError, CheckpointError, DataError
 from async_opd.core.reading import in_words, refused
-from async_opd.core.run_dir import MODEL, run_of
+from async_opd.core.run_dir import LEARNER, MODEL, run_of
 from async_opd.driver.checkpoints import Checkpoint, choose, find
 from async_opd.tools.export.model_card import card
 
+ADAPTER = "adapter_config.json"  # of an adapter's folder
 
-def export(path: Path, output: Path | None, which: str | None, merged: bool = False) -> tuple[Checkpoint, Path]:
+
+def export(
+    path: Path, output: Path | None, which: str | None, merged: bool = False
+) -> tuple[Checkpoint, Path]:
     """Copy the model of a run, or of one of its checkpoints, to `output`, with a card; returns
     which one and where to.
 
@@ -38,7 +42,7 @@ def export(path: Path, output: Path | None, which: str | None, merged: bool = Fa
     try:
         partial = files.begin_folder(output)
         if merged:
-            _merge(f"{model}", checkpoint.folder, config, partial)
+            _merge(checkpoint.folder, partial, config.run.trust_remote_code)
         else:
             shutil.copytree(model, partial, dirs_exist_ok=True)
         (partial / "README.md").write_text(
@@ -47,13 +51,28 @@ def export(path: Path, output: Path | None, which: str | None, merged: bool = Fa
             errors="backslashreplace",
         )
         files.commit_folder(output)
-    except OSError as e:
+    except (OSError, AsyncOpdError) as e:
         shutil.rmtree(files.partial(output), ignore_errors=True)
         for parent in parents:
             with suppress(OSError):  # of what others have put there since
                 parent.rmdir()
+        if isinstance(e, AsyncOpdError):
+            raise
         raise CheckpointError(f"{model}: cannot be copied to {output}: {_why(e)}") from e
     return checkpoint, output
+
+
+def _merge(checkpoint: Path, output: Path, trust_remote_code: bool) -> None:
+    """Write the student of `checkpoint` to `output` as one model, of the dtype that it had while it
+    learned."""
+    # which a copy does not wait for
+    from async_opd.roles.learner.checkpoint import rank_state
+    from async_opd.roles.learner.merge import merge
+
+    dtype = rank_state(checkpoint / LEARNER, 0).dtype
+    assert dtype
+    model = checkpoint / MODEL
+    merge(f"{model}", model, output, dtype, trust_remote_code=trust_remote_code)
 
 
 def _why(error: OSError) -> str:

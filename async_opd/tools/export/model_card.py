@@ -14,8 +14,17 @@ import msgspec
 
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
+from async_opd.core.lora import LoraConfig
 from async_opd.core.reading import content_of
-from async_opd.core.run_dir import ENVIRONMENT, METRICS, MODEL, SUMMARY, decode_row, read_lines
+from async_opd.core.run_dir import (
+    ENVIRONMENT,
+    LEARNER,
+    METRICS,
+    MODEL,
+    SUMMARY,
+    decode_row,
+    read_lines,
+)
 from async_opd.core.wire import trained_tokens
 from async_opd.driver.checkpoints import Checkpoint
 from async_opd.objectives import Objective
@@ -34,15 +43,38 @@ vllm serve {name}
 """
 
 
-def card(run_dir: Path, config: Config, checkpoint: Checkpoint, name: str) -> str:
-    """Write README.md of the folder `name`."""
-    student, data = config.student.model, config.data.path
+LOAD_ADAPTER = """\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules student={name}
+```
+"""
+
+
+def card(
+    run_dir: Path, config: Config, checkpoint: Checkpoint, name: str, merged: bool = False
+) -> str:
+    """Write README.md of the folder `name`: the student, or its adapter where that is not
+    `merged`."""
+    student, data, lora = config.student.model, config.data.path, config.student.lora
+    load = LOAD.format(name=name)
+    if lora and not merged:
+        most = max(8, 1 << (lora.rank - 1).bit_length())  # as vLLM counts them
+        load = LOAD_ADAPTER.format(name=name, base=_named(student), rank=most)
     front = {
-        "library_name": "transformers",
+        "library_name": "peft" if lora and not merged else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": student if _on_hub(student) else None,
         "datasets": [data] if _on_hub(data) else None,
-        "tags": ["async-opd", "on-policy-distillation", config.objective.tag],
+        "tags": ["async-opd", "on-policy-distillation", config.objective.tag]
+        + (["lora"] if lora else []),
     }
     teachers = [f"`{_named(teacher.model)}`" for teacher in config.named_teachers.values()]
     sections = [
@@ -54,7 +86,7 @@ def card(run_dir: Path, config: Config, checkpoint: Checkpoint, name: str) -> st
         *_method(config.objective),
         *_section("## Accuracy", _accuracies(config, checkpoint, _read(run_dir / SUMMARY))),
         "## Load it",
-        LOAD.format(name=name).strip(),
+        load.strip(),
         *_section("## Made with", _versions(_read(run_dir / ENVIRONMENT))),
     ]
     # JSON is YAML
@@ -80,6 +112,7 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
         "learning rate": (
             f"{learner.lr:g}, {learner.schedule}, {learner.warmup_steps} steps of warm-up"
         ),
+        **_adapter(config.student.lora),
         "seed": run.seed,
         "staleness bound": (
             f"{run.max_lag_steps} steps; what is older is"
@@ -89,7 +122,11 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
     if stops := [f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in rollout.stop]:
         facts["ends besides its own"] = ", ".join(stops).replace("|", r"\|")
     # of the config that may be absent: what it means is known where the run was
-    if dtype := _read(checkpoint.folder / MODEL / "config.json").get("dtype"):
+    model, rank = (
+        _read(checkpoint.folder / file)
+        for file in (Path(MODEL, "config.json"), Path(LEARNER, "rank-0.json"))
+    )
+    if dtype := model.get("dtype") or rank.get("dtype"):
         facts["weights"] = dtype
     rows = _rows(run_dir / METRICS, version)
     needed = {"lag_max", "tokens"}
@@ -100,6 +137,14 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
             "trained tokens": int(sum(map(trained_tokens, rows))),
         }
     return facts
+
+
+def _adapter(lora: LoraConfig | None) -> dict[str, Any]:
+    if lora is None:
+        return {}
+    layers = lora.target_modules
+    beside = layers if isinstance(layers, str) else ", ".join(f"`{layer}`" for layer in layers)
+    return {"adapter": f"LoRA of rank {lora.rank}, scaled by {lora.scaling:g}, on {beside}"}
 
 
 def _method(objective: Objective) -> list[str]:

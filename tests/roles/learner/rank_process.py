@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from async_opd.core.errors import CheckpointError, Diverged
 from async_opd.core.files import write_file
@@ -89,6 +90,20 @@ def rendezvous(learner: LearnerRank, rank: int, meeting: Path) -> str:
     return meeting.read_text()
 
 
+def gap(learner: LearnerRank, model: str, live: list[float]) -> float:
+    """How far the log-probs of the live student are from those of the plain model with the weights
+    that leave it."""
+    whole = AutoModelForCausalLM.from_pretrained(model).eval()
+    left = learner._weights.copied(keep=True)
+    missing, unexpected = whole.load_state_dict(left, strict=False)
+    assert not unexpected and {*missing} <= {"lm_head.weight"}  # where it is tied
+    whole.tie_weights()
+    with torch.no_grad():
+        logits = whole(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4]
+    logp = torch.log_softmax(logits / 0.7, dim=-1)
+    return max(abs(logp[0, 8].item() - live[0]), abs(logp[1, 9].item() - live[1]))
+
+
 def masters(learner: LearnerRank) -> list[int]:
     """How many numbers this rank's optimizer keeps moments of."""
     optimizer = learner._engine.optimizer
@@ -152,10 +167,12 @@ def main(
     def logprobs() -> list[float]:
         return learner.logprobs(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)).tolist()
 
-    recorded = []
+    recorded, apart = [], []
 
     def step() -> dict[str, float]:
         done = learner.step(share, groups=groups, scores=scores)
+        if lora and config.dtype == "float32":
+            apart.append(gap(learner, model, logprobs()))
         recorded.extend([one.step, one.id, sorted(one.numbers)] for one in done.recorded)
         # gathered, as an update does between any two steps
         assert all(weight.isfinite().all() for weight in weights(learner))
@@ -171,6 +188,7 @@ def main(
     result |= dict(
         recorded=recorded,
         random=torch.rand(3).tolist(),
+        apart=apart,
         running=[value for moments in learner._running.values() for value in moments],
     )
     # only the last rank's is full, and the others end with it

@@ -36,6 +36,8 @@ def test_two_ranks_of_any_zero_stage_train_an_adapter_like_one(train, stage):  #
             assert got == pytest.approx(step, rel=1e-4, abs=1e-5)
         assert rank["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
         assert rank["base_stays"]
+        # what leaves is, after each step, what the live student says, though that is apart from it
+        assert len(rank["apart"]) >= STEPS and max(rank["apart"]) < 1e-5
         assert rank["gradient"]["unmoved"] and rank["loss"]["unmoved"]
     weights, wanted = adapter(saved), adapter(expected)
     assert weights.keys() == wanted.keys()
@@ -75,6 +77,7 @@ def test_an_adapter_goes_on_from_a_saved_state_to_the_bit(train, ranks, stage, s
     for got, whole in zip(resumed, unbroken, strict=True):
         assert got["metrics"] == whole["metrics"][3:] and len(got["metrics"]) == STEPS - 3
         assert (got["random"], got["logprobs"]) == (whole["random"], whole["logprobs"])
+        assert max(whole["apart"], default=0) < 1e-5  # a probe drops nothing
     for name, weight in adapter(expected).items():
         assert torch.equal(adapter(saved)[name], weight), name
 
