@@ -86,6 +86,20 @@ def update(layout: WeightLayout) -> None:
     _engines[0].reset_prefix_cache()
 
 
+def places() -> int:
+    """The bytes that the engine in this process has for adapters."""
+
+    def count(worker: Any) -> int:
+        stacked = (
+            getattr(module, f"lora_{half}_stacked", ())
+            for module in worker.model_runner.model.modules()
+            for half in "ab"
+        )
+        return sum(tensor.nbytes for tensors in stacked for tensor in tensors)
+
+    return _engines[0].collective_rpc(count)[0]
+
+
 def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """A fresh sample after the prompt, with its log-probs."""
     sampling = SamplingParams(

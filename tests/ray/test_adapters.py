@@ -18,6 +18,8 @@ from async_opd.launch.models import check_adapter_alone
 from async_opd.roles.learner import lora
 from async_opd.roles.learner.weights import AdapterAlone, StudentWeights
 from async_opd.roles.models import causal_lm
+from async_opd.tools.plan.adapter import adapter
+from async_opd.tools.plan.shape import read
 from tests.nccl_over_gloo import play
 from tests.ray.conftest import demo_config, running
 from tests.ray.test_families import BUCKET, MOE, SIZES, check, group, learner_logp, results, vllm
@@ -103,6 +105,9 @@ def test_after_each_update_generators_and_learner_agree(
     model = causal_lm.load(folder, "float32", torch.device("cpu"))
     lora.wrap(model, config, 0)
     results(started)
+    if alone and family != "GPTNeoX":
+        sizes = adapter(config, read(model.config.to_dict(), "student.model"))
+        assert results(vllm("places", [()])) == [4 * sizes.places(1)]
     probe = check(vllm, model, 1)
     weights = (AdapterAlone if alone else StudentWeights)(model, BUCKET, Whole)
     sender = group(vllm, backend, 1)
