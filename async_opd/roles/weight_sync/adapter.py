@@ -58,9 +58,11 @@ class Adapters:
 
 
 def takes_adapters(architecture: str) -> bool:
-    """Tell whether vLLM's model of that name in a config.json has places for an adapter."""
+    """Tell whether vLLM's model of that name in a config.json has places for an adapter, and is its
+    own: what it runs by transformers' code was not seen to agree with the learner."""
     known = ModelRegistry.models.get(architecture)
-    return known is not None and supports_lora(known.load_model_cls())
+    model = known and known.load_model_cls()
+    return supports_lora(model) and not model.__name__.startswith("Transformers")
 
 
 def _replace(manager: Any, adapter: LoRAModel) -> None:
