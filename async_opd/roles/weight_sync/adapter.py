@@ -61,8 +61,10 @@ def takes_adapters(architecture: str) -> bool:
     """Tell whether vLLM's model of that name in a config.json has places for an adapter, and is its
     own: what it runs by transformers' code was not seen to agree with the learner."""
     known = ModelRegistry.models.get(architecture)
-    model = known and known.load_model_cls()
-    return supports_lora(model) and not model.__name__.startswith("Transformers")
+    if known is None:
+        return False
+    model = known.load_model_cls()
+    return supports_lora(model) and "Transformers" not in model.__name__
 
 
 def _replace(manager: Any, adapter: LoRAModel) -> None:
