@@ -158,12 +158,12 @@ class _ReadLogprobs(torch.autograd.Function):
             outer_N1 = outer_N1 + tail_grad_N[:, None]
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=wide)
-        weight_grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        trained = ctx.needs_input_grad[1]
+        weight_grad_VD = torch.zeros_like(weight_VD) if trained else weight_VD[:0]
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         tail_RB = None
         for ids in slices(head.end, ctx.block.ids):
-            # the same memory where it is as wide
-            weight_grad_BD = None if weight_grad_VD is None else weight_grad_VD[ids].to(wide)
+            weight_grad_BD = weight_grad_VD[ids].to(wide)  # the same memory where it is as wide
             for rows in slices(len(hidden_ND), ctx.block.rows):
                 z_RB = head.logits(hidden_ND[rows], ids)
                 slope_RB = None if head.cap is None else 1 - (z_RB / head.cap) ** 2
@@ -188,16 +188,12 @@ class _ReadLogprobs(torch.autograd.Function):
                     grad_RB.mul_(slope_RB)
                 grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
                 add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
-                if weight_grad_BD is not None:
+                if trained:
                     add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
                 del z_RB, grad_RB  # before the next ones are there
-            if (
-                wide != weight_VD.dtype
-                and weight_grad_VD is not None
-                and weight_grad_BD is not None
-            ):
+            if trained and wide != weight_VD.dtype:
                 weight_grad_VD[ids] = weight_grad_BD
         bias_grad_V = None if bias_grad_V is None else bias_grad_V.to(weight_VD.dtype)
         return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 4

@@ -229,8 +229,7 @@ def _engine(
 
 
 def places(config: Config, gpus_per_node: int, nodes: int | None) -> dict[str, list[str]]:
-    """List the members on each of `nodes`; absent, of as many as are needed. Raises
-    ClusterTooSmall."""
+    """List the members on each of `nodes`, or of as many as are needed. Raises ClusterTooSmall."""
     return place_on_alike(resource_requests(config, gpus=True), gpus_per_node, nodes)
 
 
