@@ -18,6 +18,7 @@ from async_opd.config.teacher_rules import (
     teacher_rules,
     teacher_section,
 )
+from async_opd.core.lora import ENGINE_RANKS
 from async_opd.core.suggest import wrong
 from async_opd.roles.verifier.checks import kinds, known
 from async_opd.roles.verifier.config import VerifyConfig
@@ -50,6 +51,7 @@ def rules(c: Config) -> Iterator[Rule]:
     if c.run.share_gpu:
         yield from sharing_rules(c.engines, c.learner.ranks, c.sync.backend)
     yield from _step_rules(c)
+    yield from _adapter_rules(c)
     yield from precision_rules(c)
     yield from _verifier_rules(c)
 
@@ -117,6 +119,22 @@ def _step_rules(c: Config) -> list[Rule]:
         (
             c.learner.warmup_steps >= c.run.steps,
             f"learner.warmup_steps = {c.learner.warmup_steps}: must be < run.steps = {c.run.steps}",
+        ),
+    ]
+
+
+def _adapter_rules(c: Config) -> list[Rule]:
+    """List what the way of a student's adapter to the generators asks for."""
+    rank = c.student.lora.rank if c.student.lora else 0
+    return [
+        (
+            c.sync.lora is not None and c.student.lora is None,
+            f"sync.lora = {c.sync.lora!r}: has no effect without student.lora",
+        ),
+        (
+            c.sync.lora == "adapter" and rank > ENGINE_RANKS[-1],
+            f"student.lora.rank = {rank}: must be <= {ENGINE_RANKS[-1]} for sync.lora = 'adapter',"
+            " as vLLM takes no larger adapter; 'merged' has no bound",
         ),
     ]
 

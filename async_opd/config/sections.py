@@ -62,6 +62,9 @@ class SyncConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parity_mean: Annotated[float, Meta(gt=0)] = 0.1
     parity_drift: Annotated[float, Meta(gt=0)] = 0.05  # … and what it may be above that later
     every_steps: Annotated[int, Meta(ge=1)] = 1  # between two updates; the last step has one
+    # Of a student.lora, the adapter: merged with the weights that it changes, or alone, to engines
+    # that keep the base as it is. Absent: merged.
+    lora: Literal["merged", "adapter"] | None = None
     # of what is being sampled, at an update: computed anew by the new weights, or left as it is
     kv: Literal["recompute", "keep"] = "recompute"
 

@@ -6,6 +6,9 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+# Of adapters that vLLM's engines have a place for: one of another rank takes the next.
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 
 class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An adapter of low rank beside a student that stays as it is: W + alpha/rank · B A, of which
@@ -30,3 +33,8 @@ class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Put the settings as JSON has them, with what absent ones mean."""
         whole = replace(self, alpha=float(self.alpha or self.rank))
         return msgspec.json.decode(msgspec.json.encode(whole))
+
+    @property
+    def engine_rank(self) -> int:
+        """That of the place that an engine has for it. Raises StopIteration where there is none."""
+        return next(rank for rank in ENGINE_RANKS if rank >= self.rank)

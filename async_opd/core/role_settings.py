@@ -28,6 +28,7 @@ class GeneratorSettings(Struct, frozen=True):
     ends_as: tuple[tuple[int, int], ...] = ()
     keeps_kv: bool = False  # through an update of the weights: running contexts are not recomputed
     trust_remote_code: bool = False
+    lora: LoraConfig | None = None  # of the adapter that an update brings; None: it brings weights
 
 
 class ScorerSettings(Struct, frozen=True):
@@ -76,3 +77,4 @@ class LearnerSettings(Struct, frozen=True):
     # scorers that are the student's frozen base: teachers by `Prompt.teacher`, and the reference
     teachers: Mapping[str, ScorerSettings] = field(default_factory=dict[str, ScorerSettings])
     reference: ScorerSettings | None = None
+    sends_adapter: bool = False  # alone; false: the weights that it changes, with it merged

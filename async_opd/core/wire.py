@@ -318,3 +318,5 @@ class WeightLayout(Struct, frozen=True):
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # as torch names them
     shapes: tuple[tuple[int, ...], ...]
+    adapter: bool = False  # alone, by peft's names: the weights beneath it stay as they are
+    nbytes: int = 0  # of all together

@@ -42,8 +42,9 @@ class StepReport:
                 self._meter.count("teachers", scored)
         self._outcomes.trained(batch, result)
 
-    def write(self, gap: Gap | None = None) -> None:
-        """Write the row of the last step, where it has none yet."""
+    def write(self, gap: Gap | None = None, carried: int | None = None) -> None:
+        """Write the row of the last step, where it has none yet; `carried` are the bytes of the
+        update behind it, where there was one."""
         if self._unsaid is None:
             return
         (result, batch), self._unsaid = self._unsaid, None
@@ -62,6 +63,7 @@ class StepReport:
             **self._by_source(batch),
             **sampled,
             **row(gap),
+            sync_bytes=carried,
             queue_ready=len(self._queue),
             queue_outstanding=self._slots.outstanding,
             queue_slots=self._slots.count,

@@ -53,7 +53,8 @@ class TrainLoop:
                 await self._self_teachers.follow(self.version)
                 await self.pools.compare_beside(self.version)
                 gap = await self._pass_on()
-            self._report.write(gap)
+            updated = self._published == self.version
+            self._report.write(gap, self._publisher.carried if updated else None)
             self.held_out.published(self._published)
             if self.version < self._config.run.steps and self._clock.due(self.version):
                 await self.at_work.finish(self._try_to_save())

@@ -71,6 +71,11 @@ class WeightPublisher:
             emit=emit,
         )
 
+    @property
+    def carried(self) -> int:
+        """The bytes that the last update has carried to each worker of the generators."""
+        return self._layout.nbytes
+
     async def publish(
         self,
         version: int,

@@ -4,7 +4,7 @@ weights can be read, trained and saved."""
 import json
 import logging
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +25,9 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
 from async_opd.core.lora import LoraConfig
-from async_opd.core.process_wide import log_level
+from async_opd.core.process_wide import environment, log_level
 from async_opd.roles.learner import checkpoint, lora
+from async_opd.roles.learner.weights import AdapterAlone
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 
@@ -114,6 +115,8 @@ def check_models(config: Config) -> None:
     teachers and reference cannot load."""
     key, model = "student.model", config.student.model
     check_student(key, model, config.run.trust_remote_code, config.student.lora)
+    if config.student.lora and config.sync.lora == "adapter":
+        check_adapter_alone(key, model, config.run.trust_remote_code, config.student.lora)
     for section, scorer in config.scorers.items():
         key, model = f"{section}.model", config.models[section]
         generation_config(key, model)
@@ -156,6 +159,28 @@ def check_student(
             again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if again.get_vocab() != source.tokenizer.get_vocab():
         raise DataError(f"{called}: its tokenizer has other tokens once it is saved and loaded")
+
+
+def check_adapter_alone(key: str, model: str, trust_remote_code: bool, adapter: LoraConfig) -> None:
+    """Refuse a student whose adapter vLLM does not take beside weights that stay."""
+    called = f"sync.lora = 'adapter': {key} = {model!r}"
+    lm = read_head(key, model, trust_remote_code)
+    if any(name.endswith(".experts") for name, _ in lm.named_modules()):
+        raise DataError(
+            f"{called} has experts, for which vLLM chooses other kernels once there are places for"
+            " an adapter; must be 'merged'"
+        )
+    lora.wrap(lm, adapter, 0)
+    AdapterAlone(lm, 1, lambda _: nullcontext())
+    with environment(VLLM_CONFIGURE_LOGGING="0"):
+        from async_opd.roles.weight_sync.adapter import takes_adapters
+
+        architectures = lm.config.architectures or [type(lm).__name__]
+        if not all(map(takes_adapters, architectures)):
+            raise DataError(
+                f"{called} is a {architectures[0]}, in which vLLM has no place for an adapter; must"
+                " be 'merged'"
+            )
 
 
 def read_head(key: str, model: str, trust_remote_code: bool) -> PreTrainedModel:

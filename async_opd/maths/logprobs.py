@@ -146,21 +146,20 @@ class _ReadLogprobs(torch.autograd.Function):
         _topk: None,
         tail_grad_N: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, given_NI, largest_N, log_N, entropy_N, tail_z_N = (
-            ctx.saved_tensors
-        )
+        hidden_ND, weight_VD, bias_V, given_NI, *saved = ctx.saved_tensors
+        largest_N, log_N, entropy_N, tail_z_N = saved
         head = Head(weight_VD, bias_V, *ctx.rest)
         grad_NI = _beside(sampled_grad_N, candidates_grad_NK)
         outer_N1, total_N1 = grad_NI.sum(1, keepdim=True), log_N[:, None].exp()
-        tail = ctx.options.tail and candidates_grad_NK is not None
-        if tail:
+        if tail := ctx.options.tail and candidates_grad_NK is not None:
             nothing_N = is_nothing(tail_z_N)
             tail_z_N = tail_z_N.masked_fill(nothing_N, 0)
             tail_grad_N = tail_grad_N.masked_fill(nothing_N, 0)
             outer_N1 = outer_N1 + tail_grad_N[:, None]
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=wide)
-        weight_grad_VD = torch.zeros_like(weight_VD)
+        trained = ctx.needs_input_grad[1]
+        weight_grad_VD = torch.zeros_like(weight_VD) if trained else weight_VD[:0]
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         tail_RB = None
         for ids in slices(head.end, ctx.block.ids):
@@ -189,11 +188,12 @@ class _ReadLogprobs(torch.autograd.Function):
                     grad_RB.mul_(slope_RB)
                 grad_RB = grad_RB.div_(ctx.options.temperature).to(weight_VD.dtype)
                 add_product(hidden_grad_ND[rows], grad_RB, weight_VD[ids])
-                add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
+                if trained:
+                    add_product(weight_grad_BD, grad_RB.T, hidden_ND[rows])
                 if bias_grad_V is not None:
                     bias_grad_V[ids] += grad_RB.sum(0)
                 del z_RB, grad_RB  # before the next ones are there
-            if wide != weight_VD.dtype:
+            if trained and wide != weight_VD.dtype:
                 weight_grad_VD[ids] = weight_grad_BD
         bias_grad_V = None if bias_grad_V is None else bias_grad_V.to(weight_VD.dtype)
         return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_VD, bias_grad_V, *[None] * 4

@@ -77,6 +77,7 @@ class ActorSpecs:
                 if (section := teacher_section(name)) in inside
             },
             reference=inside.get("reference"),
+            sends_adapter=config.sync.lora == "adapter",
         )
         sections = config.learner, config.objective, config.teacher_sampling
         return ActorSpec("async_opd.roles.learner.engine:LearnerRank", (rank, settings, *sections))
@@ -107,6 +108,7 @@ class ActorSpecs:
             eos_ids=self._in_ids_of("teacher", self._tokens.eos_ids),
             vocabulary=self._vocabulary("teacher"),
             ends_as=self._tokens.ends_as.get("teacher", ()),
+            lora=None,
         )
 
     def _generator(
@@ -124,6 +126,7 @@ class ActorSpecs:
             seed=next(self._seeds),
             keeps_kv=config.sync.kv == "keep",
             trust_remote_code=config.run.trust_remote_code,
+            lora=config.student.lora if config.sync.lora == "adapter" else None,
         )
         settings = msgspec.structs.replace(settings, **others)
         target = "async_opd.roles.rollout.generator:RolloutGenerator"

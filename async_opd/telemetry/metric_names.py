@@ -77,6 +77,11 @@ TABLE = {  # by who makes them
         ),
         Metric("parity_mean", "nats", "the same, mean over the probe's tokens"),
         Metric("parity_p99", "nats", "the same, 99th percentile"),
+        Metric(
+            "sync_bytes",
+            "bytes",
+            "that the update behind the step carried to each GPU of a generator; no update: null",
+        ),
         Metric("queue_ready", "groups", "scored and waiting, after the step"),
         Metric(
             "queue_outstanding", "groups", "that hold a slot: sampled, scored, waiting or trained"

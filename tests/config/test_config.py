@@ -189,6 +189,22 @@ MISTAKES = {
         "sync.parity_mean=0",
         ["sync.parity_mean = 0", "must be "],
     ),
+    "a way out for no adapter": (
+        "sync.lora=merged",
+        ["sync.lora = 'merged': has no effect without student.lora"],
+    ),
+    "an adapter alone, and none": (
+        "sync.lora=adapter",
+        ["sync.lora = 'adapter': has no effect without student.lora"],
+    ),
+    "another way out": (
+        "student.lora.rank=4 sync.lora=both",
+        ["sync.lora = 'both'", "'merged'", "'adapter'"],
+    ),
+    "an adapter too large to go alone": (
+        "student.lora.rank=513 sync.lora=adapter",
+        ["student.lora.rank = 513: must be <= 512 for sync.lora = 'adapter'", "'merged'"],
+    ),
     "no drift": (
         "sync.parity_drift=-0.1",
         ["sync.parity_drift = -0.1", "must be "],

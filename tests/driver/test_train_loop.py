@@ -13,7 +13,7 @@ import pytest
 from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, CheckpointError, DataError
 from async_opd.core.roles import Roles
-from async_opd.core.wire import StepResult, Verdict
+from async_opd.core.wire import StepResult, Verdict, WeightLayout
 from async_opd.driver import checkpoints
 from async_opd.driver.train import train
 from async_opd.telemetry.metrics import ROLES, STATES, Jsonl, Meter
@@ -452,6 +452,10 @@ def test_with_weights_that_go_out_every_few_steps_the_bound_holds_and_the_last_a
             published.append(version)
             await super().update(version, layout, oldest)
 
+    class Sends(RecordingLearner):
+        async def weight_layout(self):
+            return WeightLayout(("a",), ("float32",), ((2, 3),), nbytes=24)
+
     published, pace = [], Pace.of(1, 0.5)
     settings = [f"run.max_lag_steps={bound}", f"run.stale={stale}", f"sync.every_steps={every}"]
     summary, learner, rows = virtual(
@@ -460,11 +464,14 @@ def test_with_weights_that_go_out_every_few_steps_the_bound_holds_and_the_last_a
             *settings,
             "run.steps=17",
             generators=[Notes(pace, 0)],
-            learner=RecordingLearner(pace, bound),
+            learner=Sends(pace, bound),
             verifier=SimulatedVerifier(pace),
             teachers={"": [SimulatedTeacher(pace)]},
         )
     )
+    updated = [row["step"] for row in rows if row["sync_bytes"] == 24]
+    assert updated == published[2:]
+    assert all(row["sync_bytes"] is None for row in rows if row["step"] not in updated)
     # 0 goes out to begin with, and as training starts
     assert published == [0, *range(0, 17, every), 17]
     assert every - 1 <= summary["max_lag_seen"] == max(row["lag_max"] for row in rows) <= bound

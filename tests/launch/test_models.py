@@ -15,6 +15,7 @@ from async_opd.config.evaluation import load_eval, run_config
 from async_opd.config.load import load
 from async_opd.config.paths import context
 from async_opd.core.errors import AsyncOpdError, ConfigError, DataError
+from async_opd.core.lora import LoraConfig
 from async_opd.core.wire import Needs
 from async_opd.launch import models
 from async_opd.launch.inputs import read_problems
@@ -370,3 +371,26 @@ def test_reading_leaves_bars_and_logs_as_they_were(folder):
     before = log.level, transformers.utils.logging.is_progress_bar_enabled()
     models.check_student(KEY, str(folder), False)
     assert (log.level, transformers.utils.logging.is_progress_bar_enabled()) == before
+
+
+def test_an_adapter_does_not_travel_alone_to_a_model_with_experts(tiny_lm, tmp_path):
+    tiny_lm("Qwen3Moe").save_pretrained(tmp_path)
+    with pytest.raises(DataError) as refused:
+        models.check_adapter_alone(KEY, str(tmp_path), False, LoraConfig(rank=4))
+    assert f"{refused.value}" == (
+        f"sync.lora = 'adapter': student.model = '{tmp_path}' has experts, for which vLLM chooses"
+        " other kernels once there are places for an adapter; must be 'merged'"
+    )
+
+
+@pytest.mark.parametrize("lora", [None, "merged", "adapter"])
+def test_a_run_asks_vllm_for_a_place_only_where_the_adapter_travels_alone(
+    monkeypatch, tmp_path, lora
+):
+    asked = []
+    monkeypatch.setattr(models, "check_adapter_alone", lambda *args: asked.append(args[1]))
+    overrides = ["student.lora.rank=4", f"run.dir={tmp_path}/run"]
+    overrides += [f"sync.lora={lora}"] if lora else []
+    config = resolve_toy(load("configs/demo.toml", overrides), tmp_path)
+    models.check_models(config)
+    assert bool(asked) is (lora == "adapter")

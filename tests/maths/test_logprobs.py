@@ -338,3 +338,15 @@ def test_gradients_of_half_precision_are_rounded_once_however_many_blocks_there_
     for leaf, wanted in zip(leaves, exact, strict=True):
         error = (leaf.grad.double() - wanted).norm() / wanted.norm()
         assert error < 0.005, error
+
+
+def test_a_head_that_stays_gets_no_gradient_and_what_it_reads_the_same():
+    hidden_ND, weight_VD, ids_N = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
+    grads = []
+    for trained in (True, False):
+        h = hidden_ND.clone().requires_grad_()
+        w = weight_VD.clone().requires_grad_(trained)
+        read_logprobs(h, Head(w), ids_N, ReadOptions(0.7, 2)).sampled_N.sum().backward()
+        grads.append(h.grad)
+        assert (w.grad is not None) is trained
+    assert torch.equal(*grads)

@@ -8,15 +8,20 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.wire import WeightGroup, WeightLayout
 from async_opd.roles.models.vllm_cpu import cpu_engine
+from async_opd.roles.rollout.engine_args import places_for
 from async_opd.roles.weight_sync import vllm_updates
+from async_opd.roles.weight_sync.adapter import ADAPTER
 from async_opd.roles.weight_sync.receiver import ENGINES
 from tests.nccl_over_gloo import PLUGIN, play
 
 _engines: list[LLM] = []
+_under: list[LoRARequest] = []  # what it samples under
 
 
 class Client:
@@ -32,9 +37,9 @@ class Client:
 CLIENT: Any = Client()
 
 
-def start(model: str, backend: str, workers: int = 1) -> None:
+def start(model: str, backend: str, workers: int = 1, lora: LoraConfig | None = None) -> None:
     """Replace the engine by a new one with the weights of `model`, in this process or in so many
-    beside it."""
+    beside it; with a place for an adapter where there is a `lora`."""
     stop()
     if backend == "nccl":
         play()
@@ -56,8 +61,12 @@ def start(model: str, backend: str, workers: int = 1) -> None:
             weight_transfer_config=WeightTransferConfig(backend=ENGINES[backend]),
             worker_extension_cls="async_opd.roles.rollout.vllm_candidates.Candidates",
             **cpu_engine(1, enforce_eager=True) | beside,
+            **(places_for(lora, model) if lora else {}),
         )
     ]
+    _under[:] = [ADAPTER] if lora else []
+    if lora:
+        _engines[0].collective_rpc("begin_adapter")
 
 
 def stop() -> None:
@@ -77,6 +86,20 @@ def update(layout: WeightLayout) -> None:
     _engines[0].reset_prefix_cache()
 
 
+def places() -> int:
+    """The bytes that the engine in this process has for adapters."""
+
+    def count(worker: Any) -> int:
+        stacked = (
+            getattr(module, f"lora_{half}_stacked", ())
+            for module in worker.model_runner.model.modules()
+            for half in "ab"
+        )
+        return sum(tensor.nbytes for tensors in stacked for tensor in tensors)
+
+    return _engines[0].collective_rpc(count)[0]
+
+
 def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """A fresh sample after the prompt, with its log-probs."""
     sampling = SamplingParams(
@@ -89,7 +112,12 @@ def sample(prompt_ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     )
     output = (
         _engines[0]
-        .generate([{"prompt_token_ids": prompt_ids}], sampling, use_tqdm=False)[0]
+        .generate(
+            [{"prompt_token_ids": prompt_ids}],
+            sampling,
+            use_tqdm=False,
+            lora_request=next(iter(_under), None),
+        )[0]
         .outputs[0]
     )
     return list(output.token_ids), list(output.logprobs.logprobs)

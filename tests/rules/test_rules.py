@@ -54,6 +54,7 @@ CONFINED = {
         "roles/rollout/engine_args.py",
         "roles/rollout/generator.py",
         "roles/rollout/requests.py",
+        "roles/weight_sync/adapter.py",
         "roles/weight_sync/receiver.py",
         "roles/weight_sync/nccl.py",
         "roles/weight_sync/reload.py",

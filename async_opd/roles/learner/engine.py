@@ -39,7 +39,7 @@ from async_opd.roles.learner.recorder import Recorder
 from async_opd.roles.learner.step import StepContext, Student, accumulate
 from async_opd.roles.learner.threads import optimizer_threads
 from async_opd.roles.learner.weight_group import LearnerGroup
-from async_opd.roles.learner.weights import StudentWeights
+from async_opd.roles.learner.weights import student_weights
 from async_opd.roles.models import causal_lm
 from async_opd.roles.teacher.config import TeacherSamplingConfig
 from async_opd.roles.weight_sync.gloo import join_store, open_store
@@ -104,7 +104,7 @@ class LearnerRank:
         lm = load_student(settings, config, self._device, shard)
         self._source = checkpoint.read_source(settings.model, settings.trust_remote_code)
         gather: Any = deepspeed.zero.GatheredParameters  # a context manager in all but its types
-        self._lm, self._weights = lm, StudentWeights(lm, settings.bucket_bytes, gather)
+        self._lm, self._weights = lm, student_weights(lm, settings, gather)
         self._group = LearnerGroup(self._rank, settings, self._weights)
         self._base = Base(settings, config, self._objective.needs(), lm.config, self._device)
         student = Student(

@@ -13,9 +13,12 @@ from vllm.usage.usage_lib import UsageContext
 
 from async_opd.core.errors import ConfigError
 from async_opd.core.foreign import foreign
+from async_opd.core.lora import LoraConfig
 from async_opd.core.precision import dtype_on
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.wire import Needs
+from async_opd.roles.learner.lora import targets
+from async_opd.roles.models import causal_lm
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.weight_sync.receiver import ENGINES
@@ -37,6 +40,8 @@ def engine_args(
         if cpu
         else {"enforce_eager": config.enforce_eager}
     )
+    lora = settings.lora
+    adapter = places_for(lora, settings.model, settings.trust_remote_code) if lora else {}
     ours = dict(
         model=settings.model,
         dtype=dtype_on(not cpu, config.dtype),
@@ -61,8 +66,25 @@ def engine_args(
         trust_remote_code=settings.trust_remote_code,
         disable_log_stats=True,
         **device,
+        **adapter,
     )
     return with_table("teacher" if settings.as_teacher else "rollout", ours, config.engine)
+
+
+def places_for(lora: LoraConfig, model: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What vLLM takes to have places for one adapter of `model`: as wide as the next of its ranks,
+    beside the layers that have one. It knows these by the last part of their names, and takes one
+    that it makes of several for all. Raises ConfigError as `targets`."""
+    called = f"model {model}"
+    lm = causal_lm.read(
+        called, model, "float32", trust_remote_code=trust_remote_code, weights=False
+    )
+    return dict(
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=lora.engine_rank,
+        lora_target_modules=sorted({n.rpartition(".")[2] for n in targets(lm, lora, called)}),
+    )
 
 
 def pin_runner(*, patched: bool) -> None:

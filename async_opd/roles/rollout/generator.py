@@ -32,6 +32,7 @@ from async_opd.roles.rollout.engine_args import engine_args, pin_runner
 from async_opd.roles.rollout.requests import EVALUATION, PROBE, Requests, named, version_of
 from async_opd.roles.rollout.stops import stop_tokens
 from async_opd.roles.weight_sync import vllm_updates
+from async_opd.roles.weight_sync.adapter import ADAPTER
 
 PROBE_TOKENS = 8  # sampled by a probe
 
@@ -65,15 +66,23 @@ class RolloutGenerator:
         self._engine = AsyncLLM.from_engine_args(
             engine_args(settings, config, needs, longest=longest, block=block)
         )
-        self._requests = Requests(self._engine, settings.name, keeps_kv=settings.keeps_kv)
+        self._requests = Requests(
+            self._engine,
+            settings.name,
+            keeps_kv=settings.keeps_kv,
+            adapter=ADAPTER if settings.lora else None,
+        )
         decode = self._engine.get_tokenizer().decode if self._texts else str
         self._stop_tokens = partial(stop_tokens, stops=settings.stops, decode=decode)
         self._named = partial(named, settings.name)
 
     async def start(self) -> None:
-        """Have the engine sample ids of the vocabulary alone, and give the objective's candidates
-        with each token of `generate`; before, there are none."""
+        """Have the engine sample ids of the vocabulary alone, under an adapter where updates bring
+        one, and give the objective's candidates with each token of `generate`; before, there are
+        none."""
         await self._engine.collective_rpc("use_only", args=(self._settings.vocabulary,))
+        if self._settings.lora:
+            await self._engine.collective_rpc("begin_adapter")
         self._candidates = self._needs.teacher_at_student_ids
         if self._candidates and self._needs.student_ids == "sampled":
             await self._engine.collective_rpc("sample_candidates")
@@ -136,9 +145,9 @@ class RolloutGenerator:
         with a token of a version before `oldest` are cut off. If receiving fails (SyncFailed)
         another try may follow, after `join_group`. By gloo the old version is still whole then, and
         still the label; by nccl some weights may be new, or neither, and `resume` refuses until a
-        whole update has come.
+        whole update has come. An adapter is taken whole by either, or not.
         """
-        self._whole = self._settings.backend == "gloo"
+        self._whole = self._settings.backend == "gloo" or layout.adapter
         with self._named(f"did not take version {version}"):
             await self._requests.pause()
             # What `pause_generation` does, without its sleep of 20 ms for callers who watch the

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -60,10 +61,17 @@ class Requests:
     request of the same salt, and computes the others under the weights of that moment.
     """
 
-    def __init__(self, engine: AsyncLLM, name: str, *, keeps_kv: bool):
-        """`name` is what errors call the engine."""
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        name: str,
+        *,
+        keeps_kv: bool,
+        adapter: LoRARequest | None = None,
+    ):
+        """`name` is what errors call the engine; all that it samples is under the `adapter`."""
         self._engine, self._name = engine, name
-        self._keeps_kv = keeps_kv
+        self._keeps_kv, self._adapter = keeps_kv, adapter
         self._updates = 0
         self._numbers = itertools.count()
         self._live: set[Request] = set()
@@ -176,6 +184,7 @@ class Requests:
                     prompt,
                     request.sampling,
                     arrival_time=request.arrived,
+                    lora_request=self._adapter,
                     priority=priority,
                 )
         finally:

@@ -31,6 +31,7 @@ class Candidates:
 
     model_runner: Any  # the worker's
     weight_transfer_engine: Any  # the worker's
+    _adapter: dict[str, Tensor]  # that has come, and has not taken its place
 
     def use_only(self, ids: Ids) -> None:
         """Give every other id the logit -∞ from now on, wherever logits are made: none is sampled,
@@ -58,6 +59,19 @@ class Candidates:
         before another failed takes that update to be under way, and would refuse the next."""
         self._weight_update_active = False
         self.weight_transfer_engine.break_off()
+
+    def begin_adapter(self) -> None:
+        """Serve under an adapter that changes nothing, until the first one comes."""
+        self.weight_transfer_engine.begin_adapter()
+
+    def receive_adapter(self, update: dict[str, Any]) -> None:
+        """Receive an adapter, and serve on as before."""
+        engine = self.weight_transfer_engine
+        self._adapter = engine.receive_adapter(engine.parse_update_info(update))
+
+    def put_adapter(self) -> None:
+        """Serve under the adapter that has come."""
+        self.weight_transfer_engine.put_adapter(self._adapter)
 
     def attempt(self, method: str, *args: Any) -> str:
         """Call a method of the worker; returns what it raises, or "". Where one of several workers

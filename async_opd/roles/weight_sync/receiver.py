@@ -3,6 +3,7 @@ point."""
 
 import math
 import multiprocessing
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,11 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
 
 from async_opd.roles.verifier.sandbox.namespaces import die_with
 from async_opd.roles.weight_sync import reload
+from async_opd.roles.weight_sync.adapter import Adapters
 from async_opd.roles.weight_sync.gloo import TensorMeta, broadcast, buckets, gloo_group, join_store
 from async_opd.roles.weight_sync.nccl import NcclGroup
 
@@ -57,7 +60,7 @@ class GlooUpdate(WeightTransferUpdateInfo):
     shapes: list[list[int]]
 
 
-class GlooEngine(WeightTransferEngine[GroupInit, GlooUpdate]):
+class GlooEngine(Adapters, WeightTransferEngine[GroupInit, GlooUpdate]):
     """Receives every byte before it touches the model, so a broadcast that fails leaves the old
     version serving. On a GPU, too: each worker has room for the whole model in host memory."""
 
@@ -81,6 +84,20 @@ class GlooEngine(WeightTransferEngine[GroupInit, GlooUpdate]):
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
         """Receive all weights into host memory, then load them layer by layer."""
+        arrived = self._arrived(update_info)
+        model: Any = self.model  # of any of vLLM's classes
+        with ExitStack() as broken:
+            broken.callback(self.break_off)
+            reload.begin(model, self.device)
+            model.load_weights((name, weight.to(self.device)) for name, weight in arrived)
+            broken.pop_all()
+
+    def receive_adapter(self, update_info: GlooUpdate) -> dict[str, Tensor]:
+        """Receive the tensors of an adapter into host memory, by their names."""
+        return dict(self._arrived(update_info))
+
+    def _arrived(self, update_info: GlooUpdate) -> Iterator[tuple[str, Tensor]]:
+        """Receive every byte of an update; returns its tensors by their names, in host memory."""
         columns = zip(
             update_info.names, update_info.dtype_names, map(tuple, update_info.shapes), strict=True
         )
@@ -94,16 +111,11 @@ class GlooEngine(WeightTransferEngine[GroupInit, GlooUpdate]):
             arriving.append((bucket, flat.split(elements), broadcast(group, flat)))
         for _, _, work in arriving:
             work.wait()
-        model: Any = self.model  # of any of vLLM's classes
-        with ExitStack() as broken:
-            broken.callback(self.break_off)
-            reload.begin(model, self.device)
-            model.load_weights(
-                (meta.name, part.view(meta.shape).to(self.device))
-                for bucket, parts, _ in arriving
-                for meta, part in zip(bucket, parts, strict=True)
-            )
-            broken.pop_all()
+        return (
+            (meta.name, part.view(meta.shape))
+            for bucket, parts, _ in arriving
+            for meta, part in zip(bucket, parts, strict=True)
+        )
 
     def finish_weight_update(self) -> None:
         """Rebuild the kernels' tensors."""
@@ -118,7 +130,7 @@ class GlooEngine(WeightTransferEngine[GroupInit, GlooUpdate]):
         self._group = None
 
 
-class NcclEngine(NCCLWeightTransferEngine):
+class NcclEngine(Adapters, NCCLWeightTransferEngine):
     """vLLM's own engine over a group whose every wait ends. It loads what has come while the rest
     travels, so that after an update that fails the model holds weights of two versions, or worse:
     it must not serve until a later one has succeeded, and can take that."""
@@ -153,6 +165,31 @@ class NcclEngine(NCCLWeightTransferEngine):
             with group.bounded():
                 super().receive_weights(update_info)
             broken.pop_all()
+
+    def receive_adapter(self, update_info: NCCLWeightTransferUpdateInfo) -> dict[str, Tensor]:
+        """Receive the tensors of an adapter, by their names, at most the group's timeout. Raises
+        RuntimeError where that is not enough; the group has then ended."""
+        group: Any = self.model_update_group
+        columns = zip(update_info.names, update_info.shapes, update_info.dtype_names, strict=True)
+        arrived: dict[str, Tensor] = {}
+        with ExitStack() as broken:
+            broken.callback(self.shutdown)
+            assert group is not None, "update without a group"
+            with group.bounded():
+                packed_nccl_broadcast_consumer(
+                    iterator=(
+                        (name, (shape, getattr(torch, dtype))) for name, shape, dtype in columns
+                    ),
+                    group=group,
+                    src=0,
+                    post_unpack_func=lambda some: arrived.update(
+                        {name: tensor.cpu() for name, tensor in some}
+                    ),
+                    buffer_size_bytes=self.packed_buffer_size_bytes,
+                    device=self.device,
+                )
+            broken.pop_all()
+        return arrived
 
     def finish_weight_update(self) -> None:
         """Rebuild the kernels' tensors."""

@@ -1,6 +1,9 @@
 """New weights put into a vLLM model that runs: by vLLM's layerwise reload, and what that leaves
 out."""
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
 from vllm.config import ModelConfig
@@ -18,9 +21,13 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
 )
 
+# of experts whose weights may come, those they run by until then
+_kernels: WeakKeyDictionary[UnquantizedFusedMoEMethod, Any] = WeakKeyDictionary()
+
 
 def begin(model: nn.Module, device: torch.device) -> None:
-    """Make `model` ready to take weights by its `load_weights`."""
+    """Make `model` ready to take weights by its `load_weights`: all of them, or all of some of its
+    layers. The others stay as they are."""
     if device.type == "cpu":
         _rebuild_experts(model)
     initialize_layerwise_reload(model)
@@ -32,6 +39,9 @@ def finish(model: nn.Module, model_config: ModelConfig) -> None:
     harmless where it is untied."""
     finalize_layerwise_reload(model, model_config)
     for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is None:
+            method.moe_kernel = _kernels.get(method)  # none has been built: no weights came
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
 
@@ -61,5 +71,5 @@ def _rebuild_experts(model: nn.Module) -> None:
     random model)."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod):
-            method.moe_kernel = None
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is not None:
+            _kernels[method], method.moe_kernel = method.moe_kernel, None

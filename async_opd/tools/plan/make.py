@@ -19,6 +19,7 @@ from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.runtime.placement import RANK, ResourceRequest, place_on_alike, resource_requests
 from async_opd.tools.plan import memory
+from async_opd.tools.plan.adapter import Adapter, adapter
 from async_opd.tools.plan.memory import CONTEXT, HEADROOM, Memory
 from async_opd.tools.plan.passes import Packed, packed
 from async_opd.tools.plan.shape import Shape
@@ -127,6 +128,7 @@ def needs(
         config.sync,
         _batch(student, config.learner, config.learner.micro_batch_tokens, longest, typical),
         config.objective.needs(),
+        trained_beside(config, student),
     )
     if inside := longest_in_learner(config):
         batch = _batch(
@@ -163,6 +165,11 @@ def longest_in_learner(config: Config) -> int:
         for section, scorer in config.in_learner.items()
     )
     return max(longest, default=0)
+
+
+def trained_beside(config: Config, student: Shape) -> Adapter | None:
+    """Size the student's adapter, where there is one."""
+    return adapter(config.student.lora, student) if config.student.lora else None
 
 
 def _typical(config: Config, longest: int, response: float | None) -> int:
@@ -212,7 +219,13 @@ def _engine(
         sampling = (config.teacher_sampling if answers else None) or config.rollout
         sync = SyncConfig() if answers else config.sync  # a teacher's weights do not travel
         held = memory.generator(
-            each, shape, sync, card, concurrency=sampling.concurrency, longest=longest
+            each,
+            shape,
+            sync,
+            card,
+            concurrency=sampling.concurrency,
+            longest=longest,
+            adapter=None if answers else trained_beside(config, shape),
         )
     vllm, shared = "kv_cache" in held.parts, config.run.share_gpu
     share = each.gpu_memory_utilization if shared else 1 if vllm else 1 - HEADROOM
@@ -231,8 +244,7 @@ def _engine(
 
 
 def places(config: Config, gpus_per_node: int, nodes: int | None) -> dict[str, list[str]]:
-    """List the members on each of `nodes`; absent, of as many as are needed. Raises
-    ClusterTooSmall."""
+    """List the members on each of `nodes`, or of as many as are needed. Raises ClusterTooSmall."""
     return place_on_alike(resource_requests(config, gpus=True), gpus_per_node, nodes)
 
 

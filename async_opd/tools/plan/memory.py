@@ -14,6 +14,7 @@ from async_opd.core.wire import Needs
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
+from async_opd.tools.plan.adapter import Adapter
 from async_opd.tools.plan.passes import Head, Packed, backward, block, forward
 from async_opd.tools.plan.shape import Shape
 
@@ -49,17 +50,34 @@ def element(dtype: Dtype | None) -> int:
     return BYTES[dtype_on(True, dtype)]
 
 
-def chunks(shape: Shape, b: int, sync: SyncConfig) -> float:
+def chunks(shape: Shape, b: int, sync: SyncConfig, adapter: Adapter | None = None) -> float:
     """Count two chunks of weights on their way over nccl, on the learner's rank 0 and on each GPU
     of a generator: vLLM packs weights until they are more than a bucket, so a chunk is a bucket and
-    a weight."""
+    a weight; of an `adapter` no more than there is."""
     if sync.backend != "nccl":
         return 0
-    return 2 * (sync.bucket_mib * 2**20 + b * shape.largest)
+    bucket = sync.bucket_mib * 2**20
+    if adapter is None:
+        return 2 * (bucket + b * shape.largest)
+    alone = sync.lora == "adapter"
+    largest = adapter.half if alone else adapter.largest
+    return min(2 * (bucket + b * largest), b * (adapter.parameters if alone else adapter.merged))
+
+
+def sent(shape: Shape, b: int, sync: SyncConfig, adapter: Adapter | None) -> float:
+    """Count the bytes that an update carries to each GPU of a generator."""
+    if adapter is None:
+        return b * shape.parameters
+    return b * (adapter.parameters if sync.lora == "adapter" else adapter.merged)
 
 
 def learner(
-    config: LearnerConfig, shape: Shape, sync: SyncConfig, batch: Packed, needs: Needs
+    config: LearnerConfig,
+    shape: Shape,
+    sync: SyncConfig,
+    batch: Packed,
+    needs: Needs,
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Estimate a learner rank, by ZeRO stage (Rajbhandari et al., https://arxiv.org/abs/1910.02054,
     section 3), as DeepSpeed lays it out.
@@ -76,42 +94,65 @@ def learner(
                more; or, in stages 0 and 1, gradients on their way
     offloaded  optimizer and update are the host's, with the gradients from stage 2 on, and their
                sums over micro-batches in b; the largest weight's gradient has two places here
+
+    Of an `adapter` Ψ is what is trained, but for the weights, which stay beside it. It is merged
+    where an update is sent, a weight after the other: with B A, the weight and their sum in
+    float32, and in stage 3 a bucket of weights that are held whole.
     """
     stage, b = config.zero_stage or 0, element(config.dtype)
-    psi = shape.parameters
+    psi = adapter.parameters if adapter else shape.parameters
+    held = b * (shape.parameters + (adapter.parameters if adapter else 0))
     zero, share = config.deepspeed.get("zero_optimization", {}), psi / config.ranks
     state = 12 * share if stage else 8 * psi
     travelling = b * zero.get("reduce_bucket_size", REDUCED)
     # of stage 2 beside the backward, unless it is told otherwise
     travelling *= 2 if stage == 2 and zero.get("overlap_comm", config.ranks > 1) else 1
-    whole = b * min(psi, zero.get("stage3_max_live_parameters", LIVE)) if stage == 3 else 0
+    live = b * zero.get("stage3_max_live_parameters", LIVE)
+    whole = min(held, live) if stage == 3 else 0
     parts = {
-        "weights": b * share if stage == 3 else b * psi,
+        "weights": held / config.ranks if stage == 3 else held,
         "gradients": 4 * share if stage >= 2 else (4 + (b if stage and b < 4 else 0)) * psi,
         "optimizer": state,
-        "buckets": chunks(shape, b, sync),
+        "buckets": chunks(shape, b, sync, adapter),
     }
+    computed = passed(config, shape, batch, needs, adapter)
     either = {
-        "backward": passed(config, shape, batch, needs) + whole + (travelling if stage >= 2 else 0),
+        "backward": computed + whole + (travelling if stage >= 2 else 0),
         "update": _update(stage, psi, config.ranks, b),
     }
+    if adapter and sync.lora != "adapter":
+        either["merged"] = _merged(stage, adapter, b, sync)
     host = 0 if sync.backend == "nccl" else 2 * sync.bucket_mib * 2**20
     if config.offload_optimizer:
+        largest = adapter.half if adapter else shape.largest
         host += state + (4 + b) * share
         parts["optimizer"], either["update"] = 0, 0
-        parts["gradients"] = 2 * b * shape.largest + (4 * psi if stage == 1 else 0)
-    # a whole copy at each checkpoint, on rank 0
+        parts["gradients"] = 2 * b * largest + (4 * psi if stage == 1 else 0)
+    # a whole copy at each checkpoint, on rank 0, of what is trained
     return Memory(parts=parts, either=either, host=host + b * psi)
 
 
-def passed(config: LearnerConfig, shape: Shape, batch: Packed, needs: Needs) -> float:
+def _merged(stage: int, adapter: Adapter, b: int, sync: SyncConfig) -> float:
+    """Count what is held beside the rest while weights are merged: three of the largest in float32
+    and what becomes of them; the bucket in hand in stage 3, which is whole."""
+    bucket = min(sync.bucket_mib * 2**20 + b * adapter.largest, b * adapter.merged)
+    return (12 + b) * adapter.largest + (bucket if stage == 3 else 0)
+
+
+def passed(
+    config: LearnerConfig,
+    shape: Shape,
+    batch: Packed,
+    needs: Needs,
+    adapter: Adapter | None = None,
+) -> float:
     """Estimate the forward and backward of a micro-batch for an objective of such `needs`."""
     head = Head(
         block=block(config.head_chunk_rows, batch.tokens, shape),
         more=needs.student_entropy + needs.tail,
     )
     b, checkpointing = element(config.dtype), config.gradient_checkpointing
-    return backward(shape, batch, b, checkpointing=checkpointing, head=head)
+    return backward(shape, batch, b, checkpointing=checkpointing, head=head, adapter=adapter)
 
 
 def scoring(config: LearnerConfig, shape: Shape, batch: Packed) -> float:
@@ -137,16 +178,21 @@ def generator(
     *,
     concurrency: int,
     longest: int,
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Estimate an engine that samples `concurrency` sequences at once, each of at most `longest`
     tokens: weights, a forward of ENGINE_TOKENS with the logits of all sequences, in float32, as
     log-probs and sorted, and all that is left of its share for keys and values; beside the share
-    the chunks in which weights arrive, of which vLLM knows nothing."""
+    the chunks in which weights arrive, of which vLLM knows nothing. An `adapter` that comes alone
+    has places of its own in the share."""
     b = element(config.dtype)
     at_once = next(tokens for least, tokens in ENGINE_TOKENS.items() if card >= least)
     tokens = config.engine.get("max_num_batched_tokens", min(at_once, longest * concurrency))
-    held = _engine(config, shape, tokens, concurrency, card)
-    held.parts["sync"] = chunks(shape, b, sync)
+    places = (
+        adapter.places(config.tensor_parallel_size) if adapter and sync.lora == "adapter" else 0
+    )
+    held = _engine(config, shape, tokens, concurrency, card, beside=b * places)
+    held.parts["sync"] = chunks(shape, b, sync, adapter)
     return held
 
 
@@ -166,16 +212,23 @@ def scorer(config: ScorerConfig, shape: Shape, card: float, batch: Packed) -> Me
 
 
 def _engine(
-    config: RolloutConfig | ScorerConfig, shape: Shape, tokens: int, rows: int, card: float
+    config: RolloutConfig | ScorerConfig,
+    shape: Shape,
+    tokens: int,
+    rows: int,
+    card: float,
+    *,
+    beside: float = 0,
 ) -> Memory:
     """Leave to the key-value cache whatever is left of an engine's share of the card beside weights
-    and a forward of `tokens` with the logits of `rows`."""
+    with what is `beside` them and a forward of `tokens` with the logits of `rows`."""
     b, gpus = element(config.dtype), config.tensor_parallel_size
     weights = _served(config.engine, shape, b) / gpus
     running = forward(shape, Packed(tokens=tokens, places=tokens), b, gpus)
     running += 3 * 4 * rows * shape.vocabulary
-    left = config.gpu_memory_utilization * card - weights - running
-    return Memory(parts={"weights": weights, "forward": running, "kv_cache": max(left, 0.0)})
+    left = config.gpu_memory_utilization * card - weights - beside - running
+    parts = {"weights": weights, "adapter": beside, "forward": running, "kv_cache": max(left, 0.0)}
+    return Memory(parts={name: part for name, part in parts.items() if part or name != "adapter"})
 
 
 def _served(table: dict[str, Any], shape: Shape, b: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from async_opd.maths.blocks import HeadBlock, head_block
 from async_opd.maths.packing import padded_groups
+from async_opd.tools.plan.adapter import MLP, Adapter
 from async_opd.tools.plan.shape import Shape
 
 
@@ -51,7 +52,15 @@ def block(rows: int | None, tokens: int, shape: Shape) -> HeadBlock:
     return HeadBlock(min(held.rows, tokens), min(held.ids, shape.vocabulary))
 
 
-def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: Head) -> float:
+def backward(
+    shape: Shape,
+    batch: Packed,
+    b: int,
+    *,
+    checkpointing: bool,
+    head: Head,
+    adapter: Adapter | None = None,
+) -> float:
     """Estimate the most that a forward and its backward hold at once, beside weights and the
     gradients that wait for the optimizer.
 
@@ -68,18 +77,20 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
                scores that no kernel fuses
     embedding  its gradient, and no activations
 
-    A tied head's gradient waits for the embedding's, and then both lie beside their sum.
+    A tied head's gradient waits for the embedding's, and then both lie beside their sum. Beside an
+    `adapter` head, embedding and norms get none, and the gradient of what goes into a layer has two
+    parts.
     """
     hidden = b * batch.tokens * shape.hidden
-    weight = b * shape.vocabulary * shape.hidden
+    weight = 0 if adapter else b * shape.vocabulary * shape.hidden
     wide = 4 * batch.tokens * shape.hidden
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention, mlp = activations(shape, batch, b)
-    kept = _kept(shape, batch, b, checkpointing=checkpointing)
+    attention, mlp = activations(shape, batch, b, adapter)
+    kept = _kept(shape, batch, b, checkpointing=checkpointing, adapter=adapter)
     again = attention + mlp if checkpointing else 0
     half = b if b < 4 else 0
     read = (4 + max(half, 4 * head.more)) * head.block.rows * head.block.ids
-    read += (4 + half) * head.block.ids * shape.hidden if half else 0
+    read += (4 + half) * head.block.ids * shape.hidden if half and not adapter else 0
     waiting = kept + hidden + (weight if shape.tied else 0)
     return max(
         kept + 2 * wide + 3 * hidden + read + weight,
@@ -93,30 +104,50 @@ def backward(shape: Shape, batch: Packed, b: int, *, checkpointing: bool, head: 
     )
 
 
-def activations(shape: Shape, batch: Packed, b: int) -> tuple[float, float]:
+def activations(
+    shape: Shape, batch: Packed, b: int, adapter: Adapter | None = None
+) -> tuple[float, float]:
     """Estimate what attention with both norms, and what an MLP, of one layer keep for the backward,
     the larger where there are two kinds of MLP.
 
     For a token (4 + 2b) of each hidden unit in both norms, which are float32; b of queries, keys,
     values and attention's output, where it is padded for each place, and of that output once more;
     (4 + b) of normed queries and keys; 4b of each unit of the MLP. Of the token's own experts the
-    same with their inputs and outputs, 2b of a hidden unit, and the router's 12 an expert.
+    same with their inputs and outputs, 2b of a hidden unit, and the router's 12 an expert. Norms
+    that get no gradient keep b less of each unit; beside an `adapter` only its own layers keep what
+    goes into them, with b of what A gives, and what is left of the input where some is dropped.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = batch.tokens * 2 * shape.hidden * (4 + 2 * b)
+    norm, inputs = 4 + b, 2  # inputs: of what both norms give
+    if adapter:
+        norm = 4
+        inputs = adapter.reads("q_proj", "k_proj", "v_proj") + adapter.reads("gate_proj", "up_proj")
+    attention = batch.tokens * shape.hidden * (2 * norm + b * inputs)
     attention += b * batch.places * (2 * queries + 2 * keys)
-    attention += b * batch.tokens * queries if batch.padded else 0
-    attention += batch.tokens * (4 + b) * (queries + keys) if shape.normed else 0
+    if batch.padded and (adapter is None or adapter.reads("o_proj")):
+        attention += b * batch.tokens * queries
+    attention += batch.tokens * norm * (queries + keys) if shape.normed else 0
     attention += batch.scores * shape.heads
-    return attention, batch.tokens * max(_dense(shape, b), _sparse(shape, b))
+    attention += batch.tokens * _beside(adapter, b, mlp=False)
+    return attention, batch.tokens * max(_dense(shape, b, adapter), _sparse(shape, b))
 
 
-def _kept(shape: Shape, batch: Packed, b: int, *, checkpointing: bool) -> float:
+def _beside(adapter: Adapter | None, b: int, *, mlp: bool) -> int:
+    """Count what an adapter keeps of a token in an MLP, or in attention."""
+    if adapter is None:
+        return 0
+    layers = (each for each in adapter.layers if (each.name in MLP) is mlp)
+    return sum(b * adapter.lora.rank + adapter.dropped(b) * each.inputs for each in layers)
+
+
+def _kept(
+    shape: Shape, batch: Packed, b: int, *, checkpointing: bool, adapter: Adapter | None
+) -> float:
     """Estimate what all layers keep until the backward begins: their inputs, or all."""
     if checkpointing:
         return shape.layers * b * batch.tokens * shape.hidden
-    attention, _ = activations(shape, batch, b)
-    mlps = shape.dense_layers * _dense(shape, b) + shape.expert_layers * _sparse(shape, b)
+    attention, _ = activations(shape, batch, b, adapter)
+    mlps = shape.dense_layers * _dense(shape, b, adapter) + shape.expert_layers * _sparse(shape, b)
     return shape.layers * attention + batch.tokens * mlps
 
 
@@ -131,9 +162,12 @@ def _moved(shape: Shape, tokens: int, b: int) -> float:
     return max(dense, units + chosen * shape.hidden, pair - units)
 
 
-def _dense(shape: Shape, b: int) -> int:
+def _dense(shape: Shape, b: int, adapter: Adapter | None) -> int:
     """Count what an MLP keeps of a token."""
-    return 4 * b * shape.intermediate if shape.dense_layers else 0
+    if not shape.dense_layers:
+        return 0
+    kept = 4 if adapter is None or adapter.reads("down_proj") else 3
+    return kept * b * shape.intermediate + _beside(adapter, b, mlp=True)
 
 
 def _sparse(shape: Shape, b: int) -> int:

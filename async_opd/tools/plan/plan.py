@@ -11,7 +11,7 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import ClusterTooSmall, ConfigError
 from async_opd.maths.lag import slots
 from async_opd.runtime.placement import resource_requests
-from async_opd.tools.plan import advise, balance, make, shape
+from async_opd.tools.plan import advise, balance, make, memory, shape
 from async_opd.tools.plan.longest import longest_response
 from async_opd.tools.plan.report import Plan
 
@@ -67,6 +67,7 @@ def plan(
         groups_outstanding=groups,
         trajectories_outstanding=groups * config.rollout.samples_per_prompt,
         worst_lag_steps=config.run.max_lag_steps,
+        sent_gib=_sent(config, shapes) / make.GIB,
         longest_response=longest,
         longest_bound_by=bound_by,
         balance=_balance(config, rates, then, like),
@@ -82,6 +83,12 @@ def _refuse_on_gpus(config: Config, shapes: dict[str, shape.Shape]) -> None:
     refuse_on_gpus(
         config, {name: (each.heads, each.kv_heads) for name, each in on_transformers.items()}
     )
+
+
+def _sent(config: Config, shapes: dict[str, shape.Shape]) -> float:
+    """Count the bytes that an update carries to each GPU of a generator."""
+    student, b = shapes[config.student.model], memory.element(config.learner.dtype)
+    return memory.sent(student, b, config.sync, make.trained_beside(config, student))
 
 
 def _refuse_absurd(settings: dict[str, Any], section: str) -> None:

@@ -24,6 +24,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     groups_outstanding: int
     trajectories_outstanding: int
     worst_lag_steps: int
+    sent_gib: float  # by an update, to each GPU of a generator
     longest_response: int  # tokens, that memory and contexts have room for
     longest_bound_by: list[str]
     balance: Balance | None
@@ -46,6 +47,7 @@ def lines(plan: Plan) -> list[str]:
         f"outstanding      at most {plan.groups_outstanding} groups,"
         f" {plan.trajectories_outstanding} trajectories",
         f"worst lag        {plan.worst_lag_steps} optimizer steps",
+        f"each update      {_bytes(plan.sent_gib)} to each GPU of a generator",
         f"longest response {plan.longest_response:,} tokens, bounded by"
         f" {' and '.join(plan.longest_bound_by)}",
         *_balance(plan.balance),
@@ -105,6 +107,10 @@ def _grouped(members: list[str]) -> str:
         "; ".join(f"{role} {', '.join(numbers)}" for role, numbers in numbers_by_role.items())
         or "nobody"
     )
+
+
+def _bytes(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.2f} MiB"
 
 
 def _size(parameters: int) -> str:

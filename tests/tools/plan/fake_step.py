@@ -7,6 +7,7 @@ kernel for grouped queries in float32. What a kernel allocates for itself is not
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.wire import Needs
 from async_opd.maths import blocks
+from async_opd.roles.learner import lora
 from async_opd.roles.learner.batch import TrainingBounds, pack
 from async_opd.roles.learner.config import LearnerConfig
 from async_opd.roles.learner.step import Student
 from async_opd.roles.models import attention, causal_lm
 from async_opd.tools.plan import memory, passes
+from async_opd.tools.plan.adapter import adapter
 from async_opd.tools.plan.shape import read
 from tests.roles.learner.trajectories import trajectory
 from tests.tensor_memory import TensorMemory
@@ -49,6 +53,7 @@ class Step:
     dtype: str = "bfloat16"
     rows: int = 16384  # of the head, at a time
     needs: Needs = NOTHING
+    lora: LoraConfig | None = None
 
     def measured(self) -> int:
         """Count the bytes that its forward and backward hold at most, beside weights and gradients
@@ -62,7 +67,8 @@ class Step:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 student, micro = self._student(), self._micro(mode)
-                for weight in student.parameters():
+                trained = (weight for weight in student.parameters() if weight.requires_grad)
+                for weight in trained:
                     weight.register_post_accumulate_grad_hook(_taken)
                 with (
                     nullcontext() if half else sdpa_kernel(SDPBackend.MATH),
@@ -87,7 +93,8 @@ class Step:
             head_chunk_rows=self.rows,
             gradient_checkpointing=self.checkpointing,
         )
-        return memory.passed(config, shape, batch, self.needs)
+        beside = adapter(self.lora, shape) if self.lora else None
+        return memory.passed(config, shape, batch, self.needs, beside)
 
     def _config(self):
         return AutoConfig.for_model(**{k: v for k, v in self.tree.items() if k != "contexts"})
@@ -99,10 +106,22 @@ class Step:
             dtype=getattr(torch, self.dtype),
         )
         causal_lm._give_padding_its_gradient(lm)
+        if self.lora:
+            self._wrap(lm)
         lm.train()
         if self.checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return Student(lm, temperature=1.0, chunk_rows=self.rows)
+
+    def _wrap(self, lm) -> None:
+        """Put the adapter beside it, made where and as its weights are: fake ones cannot be
+        moved."""
+        with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            torch.set_default_dtype(getattr(torch, self.dtype))
+            try:
+                lora.wrap(lm, self.lora, 0)
+            finally:
+                torch.set_default_dtype(torch.float32)
 
     def _micro(self, mode: FakeTensorMode):
         packed = pack(

@@ -59,6 +59,7 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         "groups_outstanding",
         "trajectories_outstanding",
         "worst_lag_steps",
+        "sent_gib",
         "longest_response",
         "longest_bound_by",
         "balance",

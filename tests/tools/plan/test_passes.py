@@ -2,6 +2,7 @@
 
 import pytest
 
+from async_opd.core.lora import LoraConfig
 from async_opd.core.wire import Needs
 from async_opd.tools.plan.shape import _shipped
 from tests.tools.plan.fake_step import Step
@@ -41,6 +42,9 @@ NARROW = dict(
     max_position_embeddings=16384,
     tie_word_embeddings=True,
 )
+LORA = LoraConfig(rank=16)
+DROPS = LoraConfig(rank=16, dropout=0.1)
+SOME = LoraConfig(rank=128, target_modules=("q_proj", "v_proj"))
 LONG_AND_SHORT = (2048, *[256] * 8)
 
 
@@ -59,6 +63,9 @@ LONG_AND_SHORT = (2048, *[256] * 8)
         (NARROW, (1024,), {}),
         (NARROW, (16384,), dict(needs=Needs(student_entropy=True))),
         (NARROW, (512,) * 16, dict(dtype="float32")),
+        (LLAMA, (2048,), dict(lora=LORA)),
+        (QWEN3, (2048,), dict(lora=DROPS, checkpointing=False)),
+        (QWEN3, (2048,), dict(lora=SOME, checkpointing=False)),
     ],
 )
 def test_a_forward_and_backward_hold_what_is_estimated(tree, lengths, rest):
