@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from async_opd.config.precision import precision_rules
 from async_opd.config.schema import Config
+from async_opd.config.server_rules import server_rules
 from async_opd.config.teacher_rules import (
     Rule,
     backend_rules,
@@ -28,6 +29,7 @@ def rules(c: Config) -> Iterator[Rule]:
     teachers = {teacher_section(name): teacher for name, teacher in c.named_teachers.items()}
     yield from teacher_rules(teachers, c.data, c.student.model, evaluated=c.eval is not None)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
+    yield from server_rules(c.scorers, c.rollout, c.objective, c.teacher_sampling, c.verify)
     yield (
         c.reference is not None and not c.objective.needs().reference,
         f"reference: has no effect with {tag(c.objective)}, which needs none",

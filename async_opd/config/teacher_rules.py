@@ -167,7 +167,7 @@ def backend_rules(
         vllm, size = s.backend == "vllm", s.tensor_parallel_size
         key, tokens = longest_sequence(section, s, data, rollout)
         yield (
-            not vllm and s.batch_tokens < tokens,  # vLLM takes it in pieces
+            s.backend == "transformers" and s.batch_tokens < tokens,  # vLLM takes it in pieces
             f"{section}.batch_tokens = {s.batch_tokens}: must be >= {key} = {tokens}",
         )
         yield (
@@ -181,7 +181,7 @@ def backend_rules(
             " the exact entropy",
         )
         yield (
-            not vllm and size > 1,
+            s.backend == "transformers" and size > 1,
             f"{section}.tensor_parallel_size = {size}: must be 1 with {section}.backend ="
             " 'transformers'",
         )

@@ -16,6 +16,10 @@ from async_opd.core.suggest import did_you_mean, either, shown, wrong
 
 DEEPEST = 50  # levels of tables and lists; none of ours has more than 4
 OUT_OF_SCOPE = {  # by the words of a setting's name
+    "(?<![_-])key(?![_-])|api_?key|secret|password|(api|auth|access|bearer)_?token|authorization": (
+        "no key is written down here: `key_env` of a teacher names the environment's variable that"
+        " holds it"
+    ),
     "q?lora|peft": "LoRA is out of scope for now: every weight is trained",
     "(sequence|context)_parallel|ulysses": (
         "sequence parallelism is out of scope for now: a rank takes whole sequences"
