@@ -15,10 +15,13 @@ SCORES_GIB = 8.0
 
 
 def with_dtypes(config: Config, *, gpus: bool) -> Config:
-    """Write into `config` what its absent dtypes mean on a cluster that has `gpus`, or has none."""
+    """Write into `config` what its absent dtypes mean on a cluster that has `gpus`, or has none;
+    not of servers, which are elsewhere."""
     reference = config.reference or (ReferenceConfig() if "reference" in config.models else None)
 
     def dtype_of(section: object) -> dict:
+        if getattr(section, "backend", None) == "server":
+            return {}
         return {"dtype": dtype_on(gpus, getattr(section, "dtype", None))}
 
     return replace(

@@ -108,8 +108,6 @@ def _needs(
     section: str, scorer: ScorerConfig, rollout: RolloutConfig, objective: Objective
 ) -> list[Rule]:
     """List what no server can do."""
-    must = f"{section}.backend = 'server': must be"
-    needs, teaches = objective.needs(), isinstance(scorer, TeacherConfig)
     return [
         (
             rollout.temperature != 1,
@@ -117,13 +115,8 @@ def _needs(
             " 'server', whose log-probs of a prompt ignore it",
         ),
         (
-            teaches and needs.teacher_entropy,
-            f"{must} 'transformers' for {tag(objective)}, which needs the exact entropy",
-        ),
-        (
-            teaches and needs.teacher_at_student_ids > 0,
-            f"{must} 'transformers' or 'vllm' for {tag(objective)}, which has given ids scored: no"
-            " server can",
+            isinstance(scorer, TeacherConfig) and objective.needs().teacher_entropy,
+            f"{section}.backend = 'server': must be 'transformers' for {tag(objective)}, which needs the exact entropy",
         ),
     ]
 

@@ -41,9 +41,11 @@ from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.restarts import LOST, Restarts, not_again
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
+from async_opd.runtime.actor_specs import ActorSpecs
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
+from async_opd.runtime.servers import look_at_all
 from async_opd.telemetry.console import console
 from async_opd.telemetry.metrics import (
     CLOSE_S,
@@ -98,6 +100,8 @@ async def _run(
     inputs = _read(config)
     if checkpoint and not config.data.streaming:  # before anything starts
         _refuse_other_set(checkpoint, inputs)
+    if config.served:
+        await _look_at_servers(config, inputs)
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
     await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -182,6 +186,13 @@ def _read(config: Config) -> "Inputs":
     return read(config)
 
 
+async def _look_at_servers(config: Config, inputs: "Inputs") -> None:
+    """Raise ConfigError where one of the servers that a run is to ask cannot serve it."""
+    tokenizer = inputs.tokenizer.backend_tokenizer
+    specs = ActorSpecs(config, tokens=inputs.tokens, tokenizer=tokenizer, first_seed=0)
+    await look_at_all(config, specs)
+
+
 async def _trained(
     config: Config,
     inputs: "Inputs",
@@ -224,7 +235,8 @@ async def _trained(
 def _roster(config: Config) -> str:
     """List in words whom a run starts."""
     scorers = (
-        f"{scorer.replicas} {section.replace('teachers.', 'teacher ')}(s)"
+        f"{len(scorer.members)} {section.replace('teachers.', 'teacher ')}"
+        + (" server(s)" if section in config.served else "(s)")
         for section, scorer in config.scorers.items()
     )
     sampling = config.teacher_sampling

@@ -3,9 +3,9 @@ goes to.
 
 A member is one actor, and the GPUs of an actor are on one node: a tensor-parallel engine never
 leaves it. Learner ranks are packed, on the driver's node where they fit; what asks a server is on
-the driver's node, from which that was looked at; the members of any other role are spread, so that
-a node that dies takes few of each. CPUs are not reserved: what has no GPU
-runs on a laptop of two cores.
+the driver's node, from which that server was looked at; the members of any other role are spread,
+so that a node that dies takes few of each. CPUs are not reserved: what has no GPU runs on a laptop
+of two cores.
 
 Ray's placement groups cannot replace this. Their bundles are fixed when a group is made and free
 nothing alone, so a pool that shrinks, grows, or has one member replaced elsewhere would need a new

@@ -83,10 +83,6 @@ MISTAKES = {
         [SERVER, ONE, "objective.tag=eopd"],
         ["teacher.backend = 'server': must be 'transformers' for objective.tag = 'eopd'"],
     ),
-    "ids of the student's choice": (
-        [SERVER, ONE, "objective.tag=mc_opd"],
-        ["teacher.backend = 'server': must be 'transformers' or 'vllm'", "no server can"],
-    ),
     "a teacher that moves": (
         [SERVER, ONE, "teacher.update=ema", "teacher.model=toy:student"],
         ["teacher.update = 'ema': must be 'frozen' with teacher.backend = 'server'"],
