@@ -2,18 +2,30 @@
 leave for the rest, and why it says nothing."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from async_opd.core.errors import AsyncOpdError, WireError, first_line
 from async_opd.core.message import check_rows
-from async_opd.core.wire import Ints, Needs, Rollout, Scores
+from async_opd.core.role_settings import ScorerSettings
+from async_opd.core.vocabulary import exchanged
+from async_opd.core.wire import Floats, Ints, Needs, Rollout, Scores
 
 Outcome = Scores | AsyncOpdError  # of one rollout
 Answer = tuple[tuple[str, ...], tuple[Scores | None, ...]]
 
 # Of the probability; what float32 log-probs leave of 1 below it is their rounding.
 TAIL_FLOOR = 1e-6
+
+
+class Columns(NamedTuple):
+    """What a backend without a whole distribution tells of T tokens, in the ids of its model."""
+
+    sampled_logp: Floats  # float32 [T]
+    topk_ids: Ints  # int32 [T, K], the likeliest first
+    topk_logp: Floats  # float32 [T, K]
+    candidate_logp: Floats | None  # float32 [T, K], at the rollout's candidates
 
 
 def candidates_of(rollout: Rollout) -> np.ndarray:
@@ -48,6 +60,21 @@ def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
     """
     left_T = 1 - np.exp(logp_TK, dtype=np.float64).sum(1)
     return np.log(np.maximum(left_T, TAIL_FLOOR)).astype(np.float32)
+
+
+def scores_of(rollout: Rollout, columns: Columns, settings: ScorerSettings, needs: Needs) -> Scores:
+    """Make scores of what was told of `rollout`. Raises WireError for what is no log-prob."""
+    topk, given = needs.teacher_topk > 0, columns.candidate_logp
+    return Scores(
+        id=rollout.id,
+        sampled_logp=columns.sampled_logp,
+        topk_ids=exchanged(columns.topk_ids, settings.ends_as) if topk else None,
+        topk_logp=columns.topk_logp if topk else None,
+        candidate_logp=given,
+        tail_logp=tail_left_by(columns.topk_logp if given is None else given)
+        if needs.tail
+        else None,
+    )
 
 
 def matched(rollout: Rollout, scores: Scores) -> Scores:

@@ -23,12 +23,13 @@ from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.rollout.engine_args import pin_runner, with_table
 from async_opd.roles.teacher.candidates import (
     Answer,
+    Columns,
     Outcome,
     answer,
     candidates_of,
     matched,
     refuse_unknown_ids,
-    tail_left_by,
+    scores_of,
 )
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.probe import probe_answer, probe_group
@@ -112,25 +113,13 @@ class VllmTeacher:
             return e
 
     async def _score(self, prompt: Ints, rollout: Rollout) -> Scores:
-        k = self._needs.teacher_topk
-        ids, logp, candidate_logp = await self._read(prompt, rollout, k)
-        return Scores(
-            id=rollout.id,
-            sampled_logp=logp[:, 0],
-            topk_ids=exchanged(ids[:, 1:], self._settings.ends_as) if k else None,
-            topk_logp=logp[:, 1:] if k else None,
-            candidate_logp=candidate_logp,
-            tail_logp=tail_left_by(logp[:, 1:] if candidate_logp is None else candidate_logp)
-            if self._needs.tail
-            else None,
-        )
+        columns = await self._read(prompt, rollout)
+        return scores_of(rollout, columns, self._settings, self._needs)
 
-    async def _read(
-        self, prompt: Ints, rollout: Rollout, k: int
-    ) -> tuple[Ints, Floats, Floats | None]:
-        """Read ids and log-probs [T, 1 + k] of a response, the sampled token before the k
-        likeliest; and log-probs [T, K] at the rollout's candidates, which vLLM reads on GPUs
-        only."""
+    async def _read(self, prompt: Ints, rollout: Rollout) -> Columns:
+        """Read what is told of a response; of it what is told at the rollout's candidates vLLM
+        reads on GPUs only."""
+        k = self._needs.teacher_topk
         scoring: dict[str, Any] = {"prompt_logprobs": k, "flat_logprobs": True, "max_tokens": 1}
         if self._needs.teacher_at_student_ids:
             scoring |= {
@@ -144,10 +133,12 @@ class VllmTeacher:
         columns: Any = output.prompt_logprobs  # LogprobColumns
         rows = slice(len(columns) - len(rollout.ids), None)
         # copies, which the rows of the prompt do not outlive
-        return (
-            columns.ids[rows].copy(),
-            np.minimum(columns.logp[rows], 0),
-            output.prompt_token_id_logprobs,
+        logp = np.minimum(columns.logp[rows], 0)
+        return Columns(
+            sampled_logp=logp[:, 0],
+            topk_ids=columns.ids[rows, 1:].copy(),
+            topk_logp=logp[:, 1:],
+            candidate_logp=output.prompt_token_id_logprobs,
         )
 
     async def greedy(self, *prompts: Ints) -> list[Ints]:
