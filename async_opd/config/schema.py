@@ -104,9 +104,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Those of `models` that run on transformers: the student, which learns there, and scorers
         of that backend."""
         elsewhere = {
-            section
-            for section, scorer in self.scorers.items()
-            if scorer.backend != "transformers"
+            section for section, scorer in self.scorers.items() if scorer.backend != "transformers"
         }
         return {
             section: model for section, model in self.models.items() if section not in elsewhere

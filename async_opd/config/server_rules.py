@@ -20,9 +20,15 @@ VARIABLE = re.compile("[A-Z_][A-Z0-9_]*")  # what no key looks like: it may be s
 KEY = re.compile("[!-~]+")  # what a header may hold
 # What a server has chosen for itself, with whose backend it has an effect.
 THEIRS = (
-    "replicas batch_tokens flush_s head_chunk_rows tensor_parallel_size memory_gib"
-    " gpu_memory_utilization engine"
-).split()
+    "replicas",
+    "batch_tokens",
+    "flush_s",
+    "head_chunk_rows",
+    "tensor_parallel_size",
+    "memory_gib",
+    "gpu_memory_utilization",
+    "engine",
+)
 
 
 def server_rules(
@@ -84,7 +90,8 @@ def key_of(section: str, scorer: ScorerConfig) -> Secret | None:
     name = scorer.key_env
     if name is None:
         return None
-    key, called = os.environ.get(name), f"{section}.key_env = {name!r}"
+    called = f"{section}.key_env = {name!r}"
+    key = os.environ.get(name)
     if not key:
         raise ConfigError(
             f"{called}: there is no such variable, or it is empty, in the environment of the"
@@ -116,7 +123,8 @@ def _needs(
         ),
         (
             isinstance(scorer, TeacherConfig) and objective.needs().teacher_entropy,
-            f"{section}.backend = 'server': must be 'transformers' for {tag(objective)}, which needs the exact entropy",
+            f"{section}.backend = 'server': must be 'transformers' for {tag(objective)}, which"
+            " needs the exact entropy",
         ),
     ]
 

@@ -35,6 +35,7 @@ class Pools:
         self._meter = meter
         self._emit = emit
         self.look = roles.look
+        self.scorers = config.scorers
         self._timeout = config.timeout
         self._every = config.sync.parity_every_steps
         self.generators: ReplicaPool[Generator] = self._pool(

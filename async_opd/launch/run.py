@@ -97,11 +97,9 @@ async def _run(
     """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    inputs = _read(config)
+    inputs = await _read(config)
     if checkpoint and not config.data.streaming:  # before anything starts
         _refuse_other_set(checkpoint, inputs)
-    if config.served:
-        await _look_at_servers(config, inputs)
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
     await _on_disk(config, run_dir, begin)
     say(f"run directory {run_dir}; starting {_roster(config)}")
@@ -179,18 +177,21 @@ async def _on_disk(config: Config, path: Path, call: Callable[..., T], *args: An
         return await aside(config.timeout.step_s, f"{path}", call, *args)
 
 
-def _read(config: Config) -> "Inputs":
+async def _read(config: Config) -> "Inputs":
+    """Read the inputs, and look at the servers that are to be asked. Raises ConfigError and
+    DataError."""
     with no_garbage_collection():
         from async_opd.launch.inputs import read
 
-    return read(config)
-
-
-async def _look_at_servers(config: Config, inputs: "Inputs") -> None:
-    """Raise ConfigError where one of the servers that a run is to ask cannot serve it."""
+    inputs = read(config)
     tokenizer = inputs.tokenizer.backend_tokenizer
     specs = ActorSpecs(config, tokens=inputs.tokens, tokenizer=tokenizer, first_seed=0)
-    await look_at_all(config, specs)
+    try:
+        await look_at_all(config, specs)
+    except BaseException:
+        inputs.prompts.close()
+        raise
+    return inputs
 
 
 async def _trained(

@@ -191,7 +191,7 @@ def test_the_key_is_read_where_the_run_starts_and_never_shown(monkeypatch):
             monkeypatch.delenv("THEIR_KEY", raising=False)
         else:
             monkeypatch.setenv("THEIR_KEY", value)
-        with pytest.raises(ConfigError, match="teacher.key_env = 'THEIR_KEY': there is no such"):
+        with pytest.raises(ConfigError, match=r"teacher\.key_env = 'THEIR_KEY': there is no such"):
             key_of("teacher", config.teacher)
     monkeypatch.setenv("THEIR_KEY", f"{SECRET}\n")
     with pytest.raises(ConfigError, match="must be visible ASCII") as refused:

@@ -157,13 +157,13 @@ async def test_what_cannot_be_resized_is_refused_by_name_and_changes_nothing(tmp
 def test_with_no_job_there_is_no_answer_and_nothing_is_left(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TimedOut, match=r"no answer in 0\.2 s: no job is training in"):
-        resize.ask(tmp_path, {"generators": 2}, timeout_s=0.2)
+        resize.ask(tmp_path, resize.parse(["generators=2"]), timeout_s=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 async def test_a_request_that_is_no_request_is_refused_and_taken_away(tmp_path):
     async def play(learner):
-        (tmp_path / "scale-x.json").write_text('{"generators": "many"}')
+        (tmp_path / "scale-x.json").write_text('{"sizes": {"generators": "many"}}')
         while not (tmp_path / "scale-x.answer").exists():
             await asyncio.sleep(0.01)
         return (tmp_path / "scale-x.answer").read_text()
