@@ -78,7 +78,7 @@ def check_model(
 ) -> None:
     """Refuse what is no model, or has no context for `sequence`, where the table of an `engine` of
     vLLM's may change the model's config; that samples one token behind what it scores."""
-    vllm = engine is not None
+    one_more = engine is not None
     setting = f"{section}.model = {name!r}"
     with refused(setting):
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -94,9 +94,11 @@ def check_model(
         model = json.loads(content)
     with foreign(f"{setting}: its config.json is not a model's", ConfigError):
         most = int(context(model | (engine or {}).get("hf_overrides", {})) or 0)
-    if most and most < longest + vllm:
-        behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
-        raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
+    if most and most < longest + one_more:
+        behind = " less the 1 that vLLM samples" if one_more else ""
+        raise ConfigError(
+            f"{sequence}: must be <= {most - one_more}, the context of {setting}{behind}"
+        )
 
 
 def context(model: dict) -> int | None:
@@ -122,7 +124,8 @@ def check_files(c: Config, elsewhere: bool) -> None:
         if folder := local(f"{section}.model", model, MODELS, elsewhere):
             scorer = c.scorers.get(section)
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
-            engine = scorer.engine if scorer is not None and scorer.backend == "vllm" else None
+            samples = ("vllm", "server")
+            engine = scorer.engine if scorer and scorer.backend in samples else None
             check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
     check_data("data.path", c.data.path, elsewhere)
     if c.eval:

@@ -52,7 +52,8 @@ def parse(words: list[str]) -> Changes:
     for word in words:
         name, _, value = word.partition("=")
         if name.endswith(".urls"):
-            pool, sign, url = name.removesuffix(".urls"), value[:1], value[1:]
+            pool = name.removesuffix(".urls")
+            sign, url = value[:1], value[1:]
             if sign not in ("+", "-"):
                 raise ConfigError(
                     f"scale: {name}={shown_url(value)}: write +URL for a server more, -URL for one"

@@ -140,7 +140,8 @@ def _counts(tree: dict[str, Any]) -> dict[str, int]:
     teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
     return {
         "generator": tree["rollout"]["generators"],
-        "teacher": sum(teacher["replicas"] for teacher in teachers),
+        # servers have their number from their addresses
+        "teacher": sum(len(t.get("urls", ())) or t["replicas"] for t in teachers),
         "learner": tree["learner"]["ranks"],
     }
 

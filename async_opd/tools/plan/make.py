@@ -241,7 +241,7 @@ def longest_response(
     contexts = {
         f"the context of {key}": _room(config, key, context)
         for key, model in models(config).items()
-        if (context := shapes[model].context)
+        if model in shapes and (context := shapes[model].context)
     }
     bound = min(contexts.values(), default=UNBOUNDED)
 
@@ -263,7 +263,7 @@ def _room(config: Config, key: str, context: int) -> int:
     section = key.removesuffix(".model")
     scorer = config.scorers.get(section)
     _, prompt = longest_prompt(section, scorer, config.data)
-    return context - prompt - (scorer is not None and scorer.backend == "vllm")
+    return context - prompt - (scorer is not None and scorer.backend in ("vllm", "server"))
 
 
 def _stretched(config: Config, response: int) -> Config:
@@ -272,7 +272,7 @@ def _stretched(config: Config, response: int) -> Config:
     rollout = replace(config.rollout, max_new_tokens=response)
 
     def scorer(section: str, each: ScorerConfig | None) -> ScorerConfig | None:
-        if each is None or each.backend == "vllm":
+        if each is None or each.backend != "transformers":
             return each
         _, longest = longest_sequence(section, each, config.data, rollout)
         return replace(each, batch_tokens=max(each.batch_tokens, longest))

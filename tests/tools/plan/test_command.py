@@ -63,6 +63,7 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         "longest_bound_by",
         "balance",
         "problems",
+        "servers",
         "checked",
         "skipped",
     ]
