@@ -64,14 +64,14 @@ def tail_left_by(logp_TK: np.ndarray) -> np.ndarray:
 
 def scores_of(rollout: Rollout, columns: Columns, settings: ScorerSettings, needs: Needs) -> Scores:
     """Make scores of what was told of `rollout`. Raises WireError for what is no log-prob."""
-    topk, given = needs.teacher_topk > 0, columns.candidate_logp
+    topk, at_ids = needs.teacher_topk > 0, columns.candidate_logp
     return Scores(
         id=rollout.id,
         sampled_logp=columns.sampled_logp,
         topk_ids=exchanged(columns.topk_ids, settings.ends_as) if topk else None,
         topk_logp=columns.topk_logp if topk else None,
-        candidate_logp=given,
-        tail_logp=tail_left_by(columns.topk_logp if given is None else given)
+        candidate_logp=at_ids,
+        tail_logp=tail_left_by(columns.topk_logp if at_ids is None else at_ids)
         if needs.tail
         else None,
     )

@@ -17,7 +17,7 @@ from async_opd.core.wire import Floats, Ints
 A = TypeVar("A")
 
 MASS_TOLERANCE = 1e-3  # of the probability, by which rounding may take several beyond 1
-# what vLLM writes for -∞, for which JSON has no word
+# what vLLM writes for -∞, for which JSON has no word; no log-prob is as low
 NO_LOGP = -9999.0
 
 
@@ -59,7 +59,7 @@ def refuse_rows(rows: int, tokens: int) -> None:
         raise WireError(f"its answer has log-probs of {rows} tokens for {tokens}")
 
 
-def told(
+def checked(
     question: Question,
     sampled: list[float],
     likeliest: list[list[tuple[int, float]]],
@@ -98,7 +98,7 @@ def told(
 
 def _logps(which: str, values: npt.NDArray[np.floating]) -> Floats:
     """Take `values` as log-probs; what exceeds 0 by rounding is 0. Raises WireError."""
-    wrong = ~np.isfinite(values) | (values > LOGP_TOLERANCE) | (values == NO_LOGP)
+    wrong = ~np.isfinite(values) | (values > LOGP_TOLERANCE) | (values <= NO_LOGP)
     if wrong.any():
         place = np.argwhere(wrong)[0]
         raise WireError(

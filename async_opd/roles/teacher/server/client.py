@@ -130,18 +130,19 @@ class Client:
     async def _reply(self, method: str, path: str, sent: bytes | None, most_bytes: int) -> Reply:
         """What one request gives; a connection that ends under it is tried anew once, since a
         server closes those that are idle."""
-        try:
-            return await self._once(method, path, sent, most_bytes)
-        except aiohttp.ClientConnectorError as e:
-            raise ActorLost(f"{self.who}: cannot be reached: {_cause(e)}") from e
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
-            pass
-        try:
-            return await self._once(method, path, sent, most_bytes)
-        except aiohttp.ClientConnectionError as e:
-            raise ActorLost(f"{self.who}: hangs up: {_cause(e)}") from e
-        except aiohttp.ClientError as e:
-            raise CallFailed(f"{self.who}: {path}: its answer breaks off: {_cause(e)}") from e
+        for last in (False, True):
+            try:
+                return await self._once(method, path, sent, most_bytes)
+            except aiohttp.ClientConnectorError as e:
+                raise ActorLost(f"{self.who}: cannot be reached: {_cause(e)}") from e
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as e:
+                if last and isinstance(e, aiohttp.ClientConnectionError):
+                    raise ActorLost(f"{self.who}: hangs up: {_cause(e)}") from e
+                if last:
+                    raise CallFailed(f"{self.who}: {path}: its answer breaks off") from e
+            except aiohttp.ClientError as e:
+                raise CallFailed(f"{self.who}: {path} answers no HTTP: {_cause(e)}") from e
+        raise AssertionError
 
     async def _once(self, method: str, path: str, sent: bytes | None, most_bytes: int) -> Reply:
         if self._session is None:

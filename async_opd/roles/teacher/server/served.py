@@ -10,14 +10,14 @@ import numpy as np
 from async_opd.core.errors import AsyncOpdError, CallFailed, ConfigError, WireError
 from async_opd.core.role_settings import ScorerSettings
 from async_opd.core.wire import Needs
-from async_opd.roles.teacher.server import sglang, vllm
+from async_opd.roles.teacher.server import sglang_routes, vllm_routes
 from async_opd.roles.teacher.server.answers import Question, Told, decoded
 from async_opd.roles.teacher.server.client import Client
 
 Engine = Literal["vllm", "sglang"]
 Read = Callable[[Client, Question], Awaitable[Told]]
 
-READ: dict[Engine, Read] = {"vllm": vllm.read, "sglang": sglang.read}
+READ: dict[Engine, Read] = {"vllm": vllm_routes.read, "sglang": sglang_routes.read}
 ANY_ID = 2**31  # above every id, of a head of unknown size
 PROBED = 8  # tokens of a probe
 LIKELIEST = 16  # ids beside each of them, at most
@@ -95,7 +95,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
             f" that it is called so: --served-model-name {model}"
         )
     engine: Engine = "sglang" if card.owned_by == "sglang" else "vllm"
-    most, logits = await vllm.extent(client, card.id) if engine == "vllm" else (None, None)
+    most, logits = await vllm_routes.extent(client, card.id) if engine == "vllm" else (None, None)
     served = Served(
         url=url,
         model=card.id,
@@ -108,9 +108,9 @@ async def _looked(client: Client, url: str, model: str) -> Served:
     )
     await _refuse_other_numbers(client, served)
     if engine == "vllm":
-        given = replace(_probe(served, 0), candidates=np.ones((1, 1), np.int32), tokens=1)
+        at_ids = replace(_probe(served, 0), candidates=np.ones((1, 1), np.int32), tokens=1)
         try:
-            await vllm.read(client, given)
+            await vllm_routes.read(client, at_ids)
             served = replace(served, no_given_ids="")
         except (WireError, CallFailed) as e:
             served = replace(served, no_given_ids=f"{e}".removeprefix(f"{client.who}: "))

@@ -23,9 +23,9 @@ from async_opd.roles.teacher.candidates import (
 )
 from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.teacher.probe import probe_answer, probe_group
-from async_opd.roles.teacher.server import vllm
+from async_opd.roles.teacher.server import vllm_routes
 from async_opd.roles.teacher.server.client import Client
-from async_opd.roles.teacher.server.served import READ, Served, look, refuse
+from async_opd.roles.teacher.server.served import READ, look, refuse
 
 SPARE = 8  # likeliest ids asked for beyond K, where some are not the student's
 MANY = 1024  # of ids not the student's, where the server does not say how many there are
@@ -128,20 +128,21 @@ class ServerTeacher:
 
     async def _read(self, prompt: Ints, rollout: Rollout) -> Columns:
         """Ask until there are K likeliest ids that the student has."""
-        served, pairs, k = self._served, self._settings.ends_as, self._needs.teacher_topk
-        given = self._needs.teacher_at_student_ids > 0
+        served, pairs = self._served, self._settings.ends_as
+        k = self._needs.teacher_topk
+        at_ids = self._needs.teacher_at_student_ids > 0
         question = replace(
             served.question(
                 np.concatenate([prompt, exchanged(rollout.ids, pairs)]), len(rollout.ids), 0
             ),
-            candidates=exchanged(candidates_of(rollout), pairs) if given else None,
+            candidates=exchanged(candidates_of(rollout), pairs) if at_ids else None,
         )
         most = self._most(k)
         asked = min(k + SPARE, most)
         while True:
-            told = await READ[served.engine](self._client, replace(question, k=asked))
-            inside = np.minimum(told.ids, self._logits - 1)
-            known_TK = ~self._foreign[inside] & (told.ids == inside)
+            rows = await READ[served.engine](self._client, replace(question, k=asked))
+            inside = np.minimum(rows.ids, self._logits - 1)
+            known_TK = ~self._foreign[inside] & (rows.ids == inside)
             if known_TK.sum(1).min() >= k:
                 break
             if asked == most:
@@ -152,10 +153,10 @@ class ServerTeacher:
             asked = min(2 * asked, most)
         first_TK = np.argsort(~known_TK, axis=1, kind="stable")[:, :k]
         return Columns(
-            sampled_logp=told.sampled,
-            topk_ids=np.take_along_axis(told.ids, first_TK, 1),
-            topk_logp=np.take_along_axis(told.logp, first_TK, 1),
-            candidate_logp=told.candidates,
+            sampled_logp=rows.sampled,
+            topk_ids=np.take_along_axis(rows.ids, first_TK, 1),
+            topk_logp=np.take_along_axis(rows.logp, first_TK, 1),
+            candidate_logp=rows.candidates,
         )
 
     def _most(self, k: int) -> int:
@@ -168,23 +169,24 @@ class ServerTeacher:
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises
         what `score` does, and CallFailed where the server has no route for it."""
-        settings, served = self._settings, self._served
-        if served.engine != "vllm":
+        if self._served.engine != "vllm":
             raise CallFailed(f"{self._client.who}: only vLLM's server responds to token ids")
-        responses = await together(
-            *(
-                vllm.likeliest_tokens(
-                    self._client,
-                    served.question(ids, 0, 0),
-                    max_tokens=settings.max_new_tokens,
-                    eos_ids=settings.eos_ids,
-                    stops=settings.stops,
-                    among=settings.vocabulary if self._foreign.any() else None,
-                )
-                for ids in prompts
-            )
+        return await together(*(self._response(ids) for ids in prompts))
+
+    async def _response(self, ids: Ints) -> Ints:
+        settings = self._settings
+        sampling = vllm_routes.Likeliest(
+            max_tokens=settings.max_new_tokens,
+            eos_ids=settings.eos_ids,
+            stops=settings.stops,
+            among=settings.vocabulary if self._foreign.any() else None,
         )
-        return [exchanged(ids, settings.ends_as) for ids in responses]
+        question = self._served.question(ids, 0, 0)
+        try:
+            response = await vllm_routes.respond(self._client, question, sampling)
+        except WireError as e:
+            raise WireError(f"{self._client.who}: {e}") from e
+        return exchanged(response, settings.ends_as)
 
     async def check_health(self) -> None:
         """Raise ActorLost when the server, or the engine behind it, is gone, and TimedOut when it

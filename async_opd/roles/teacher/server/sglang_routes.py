@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from async_opd.core.errors import WireError
-from async_opd.roles.teacher.server.answers import Question, Told, decoded, refuse_rows, told
+from async_opd.roles.teacher.server.answers import Question, Told, checked, decoded, refuse_rows
 from async_opd.roles.teacher.server.client import MOST_BYTES, Client
 
 ENTRY_BYTES = 256  # of one id with its log-prob
@@ -48,7 +48,7 @@ async def read(client: Client, question: Question) -> Told:
         sampled.append(logp)
     rows = meta.input_top_logprobs[1:] if question.k else [[]] * question.tokens
     refuse_rows(len(rows), question.tokens)
-    return told(question, sampled, [_row(row) for row in rows])
+    return checked(question, sampled, [_row(row) for row in rows])
 
 
 def _row(entries: list[Entry] | None) -> list[tuple[int, float]]:

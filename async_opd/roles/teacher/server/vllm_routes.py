@@ -5,6 +5,7 @@ import base64
 import binascii
 import io
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,9 +17,9 @@ from async_opd.core.wire import Floats, Ints
 from async_opd.roles.teacher.server.answers import (
     Question,
     Told,
+    checked,
     decoded,
     refuse_rows,
-    told,
 )
 from async_opd.roles.teacher.server.client import MOST_BYTES, Client, Refused
 
@@ -26,6 +27,7 @@ COMPLETIONS = "/v1/completions"
 TOKENS = "/inference/v1/generate"  # --enable-scale-out
 # Written out, since a server has defaults of its own, from the checkpoint's generation_config.
 PLAIN: dict[str, Any] = {
+    "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
@@ -120,7 +122,7 @@ def _told(question: Question, rows: list[msgspec.Raw], candidates: Floats | None
         if len(row) > question.k:
             del row[token]
         likeliest.append([*row.items()])
-    return told(question, sampled, likeliest, candidates)
+    return checked(question, sampled, likeliest, candidates)
 
 
 async def extent(client: Client, model: str) -> tuple[int | None, int | None]:
@@ -140,31 +142,32 @@ async def extent(client: Client, model: str) -> tuple[int | None, int | None]:
     return most, most
 
 
-async def likeliest_tokens(
-    client: Client,
-    question: Question,
-    *,
-    max_tokens: int,
-    eos_ids: tuple[int, ...],
-    stops: tuple[str, ...],
-    among: Ids | None,
-) -> Ints:
-    """The response of likeliest tokens to the question's ids, int32, which one of `eos_ids` or of
-    the texts `stops` ends; of the ids `among` alone, None: of all. Raises what `read` does."""
+@dataclass(frozen=True, kw_only=True)
+class Likeliest:
+    """How a response of likeliest tokens ends, and what it is of."""
+
+    max_tokens: int
+    eos_ids: tuple[int, ...]
+    stops: tuple[str, ...]
+    among: Ids | None  # ids that it may have; None: all
+
+
+async def respond(client: Client, question: Question, sampling: Likeliest) -> Ints:
+    """The response of likeliest tokens to the question's ids, int32. Raises what `read` does."""
     body = PLAIN | {
         "model": question.model,
         "prompt": question.ids.tolist(),
         "temperature": 0.0,
-        "max_tokens": max_tokens,
-        "stop_token_ids": [*eos_ids],
-        "stop": [*stops],
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": [*sampling.eos_ids],
+        "stop": [*sampling.stops],
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "ignore_eos": True,  # of the server's own choice
-        "allowed_token_ids": None if among is None else listed(among).tolist(),
+        "allowed_token_ids": None if sampling.among is None else listed(sampling.among).tolist(),
         "return_token_ids": True,
     }
-    most = MOST_BYTES + max_tokens * ENTRY_BYTES
+    most = MOST_BYTES + sampling.max_tokens * ENTRY_BYTES
     answer = decoded(await client.ask(COMPLETIONS, body, most), Completion)
     _refuse_other_model(client, question, answer.model)
     ids = answer.choices[0].token_ids if answer.choices else None
