@@ -74,7 +74,13 @@ def local(
 
 
 def check_model(
-    section: str, name: str, folder: Path, sequence: str, longest: int, engine: Engine | None = None
+    section: str,
+    name: str,
+    folder: Path,
+    sequence: str,
+    longest: int,
+    engine: Engine | None = None,
+    backend: str = "vllm",
 ) -> None:
     """Refuse what is no model, or has no context for `sequence`, where the table of an `engine` of
     vLLM's may change the model's config; that samples one token behind what it scores."""
@@ -95,7 +101,7 @@ def check_model(
     with foreign(f"{setting}: its config.json is not a model's", ConfigError):
         most = int(context(model | (engine or {}).get("hf_overrides", {})) or 0)
     if most and most < longest + one_more:
-        behind = " less the 1 that vLLM samples" if one_more else ""
+        behind = f" less the 1 that {section}.backend = {backend!r} samples" if one_more else ""
         raise ConfigError(
             f"{sequence}: must be <= {most - one_more}, the context of {setting}{behind}"
         )
@@ -124,9 +130,10 @@ def check_files(c: Config, elsewhere: bool) -> None:
         if folder := local(f"{section}.model", model, MODELS, elsewhere):
             scorer = c.scorers.get(section)
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
-            samples = ("vllm", "server")
-            engine = scorer.engine if scorer and scorer.backend in samples else None
-            check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
+            backend = scorer.backend if scorer else "transformers"
+            engine = scorer.engine if scorer and backend in ("vllm", "server") else None
+            sequence = f"{bound} = {tokens}"
+            check_model(section, model, folder, sequence, tokens, engine, backend)
     check_data("data.path", c.data.path, elsewhere)
     if c.eval:
         check_data("eval.path", c.eval.path, elsewhere)
