@@ -28,7 +28,7 @@ def holding(text: str, *folders: Path) -> list[str]:
 def test_a_run_outlives_a_server_uses_it_again_and_keeps_its_key_to_itself(
     tmp_path, monkeypatch, capsys
 ):
-    ray_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path must be short
+    ray_dir = Path(tempfile.mkdtemp(prefix="key-"))  # a socket's path must be short
     monkeypatch.setenv("THEIR_KEY", KEY)
     monkeypatch.setenv("RAY_TMPDIR", str(ray_dir))
     servers = [Served(tmp_path, KEY) for _ in range(2)]
