@@ -182,7 +182,8 @@ class ReplicaPool(Asked[M]):
         if self._updated_at < math.inf:
             for replica in self.serving:
                 if replica.index not in self._wanted:
-                    self.dismiss(replica, f"the pool shrinks to {self.size}")
+                    gone = "its server is dropped" if self._urls else ""
+                    self.dismiss(replica, gone or f"the pool shrinks to {self.size}")
 
     def _which(self, index: int) -> int | str:
         """What the member of that number is known by."""

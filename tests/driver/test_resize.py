@@ -4,12 +4,14 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from async_opd.config.load import load
+from async_opd.config.load import load, load_run, read_run
 from async_opd.core.errors import ConfigError, TimedOut
 from async_opd.core.roles import Roles
 from async_opd.driver import resize
+from async_opd.driver.resume import fixed, refuse_changed
 from async_opd.driver.train import train
 from async_opd.telemetry.metrics import Meter
 from tests.simulated.roles import (
@@ -258,3 +260,15 @@ def test_a_word_that_is_no_change_is_refused_before_anybody_is_asked(word, why):
     with pytest.raises(ConfigError, match=why) as refused:
         resize.parse(["generators=2", word])
     assert "Secret" not in str(refused.value)
+
+
+def test_a_restart_and_a_resume_begin_with_the_servers_that_were_asked_for_or_with_others(tmp_path):
+    settings = ["teacher.backend=server", f'teacher.urls=["{A}"]', f"run.dir={tmp_path}"]
+    begun = load("configs/demo.toml", settings)
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(begun))
+    resize._keep(tmp_path, {}, {"teacher": [B, C]})
+    assert read_run(tmp_path).teacher.members == (B, C)
+    resumed = load_run(tmp_path, [f'teacher.urls=["{A}", "{C}"]'])
+    assert resumed.teacher.members == (A, C)
+    refuse_changed(resumed, fixed(begun))
+    assert load_run(tmp_path, ["teacher.backend=vllm", "teacher.urls=[]"]).teacher.members == (0,)

@@ -165,6 +165,7 @@ def test_servers_come_and_go_and_what_one_that_goes_has_in_hand_is_asked_of_othe
     assert sorted(answers) in ([B, B], [B, C])
     assert left == [f"teacher {B}", f"teacher {C}"]
     assert ("scaled", "teacher", f"{A}, {B} -> {B}, {C}") in events
+    assert ("lost", f"teacher {A}", "its server is dropped") in events
 
 
 def test_one_that_was_dropped_and_is_asked_for_again_is_the_same_member():

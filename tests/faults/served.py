@@ -29,6 +29,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self._port}"
         self.folder = folder
         self._key = key
+        self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Begin; `serves` waits."""
@@ -54,7 +55,7 @@ class Served:
     def serves(self) -> None:
         """Wait until it does."""
         until = time.monotonic() + START_S
-        while time.monotonic() < until and self._process.poll() is None:
+        while time.monotonic() < until and self._process and self._process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
@@ -64,6 +65,6 @@ class Served:
 
     def kill(self) -> None:
         """End it and its engine, in the middle of whatever they do. May be called again."""
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

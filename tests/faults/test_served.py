@@ -2,9 +2,11 @@
 again, and serves again; the other is dropped by hand; the books balance, and the key is nowhere."""
 
 import json
+import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,17 @@ def holding(text: str, *folders: Path) -> list[str]:
     return [str(file) for file in files if text.encode() in file.read_bytes()]
 
 
+@pytest.fixture
+def ray_dir() -> Iterator[Path]:
+    """Where Ray keeps its sessions: a socket's path must be short."""
+    folder = Path(tempfile.mkdtemp(prefix="key-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_a_run_outlives_a_server_uses_it_again_and_keeps_its_key_to_itself(
-    tmp_path, monkeypatch, capsys
+    tmp_path, ray_dir, monkeypatch, capsys
 ):
-    ray_dir = Path(tempfile.mkdtemp(prefix="key-"))  # a socket's path must be short
     monkeypatch.setenv("THEIR_KEY", KEY)
     monkeypatch.setenv("RAY_TMPDIR", str(ray_dir))
     servers = [Served(tmp_path, KEY) for _ in range(2)]
@@ -71,6 +80,8 @@ def test_a_run_outlives_a_server_uses_it_again_and_keeps_its_key_to_itself(
     config = json.loads((hurt.run_dir / "config.json").read_text())
     assert config["teacher"]["urls"] == [other.url]
     assert not any(event["what"] == "starts again" for event in events(hurt.run_dir))
-    assert holding(other.url, hurt.run_dir) and holding("driver", ray_dir)
-    logs = [hurt.job.log.parent]
-    assert holding(KEY, hurt.run_dir, ray_dir, *logs) == []
+    named = [holding(f"teacher {each.url}", hurt.run_dir) for each in servers]
+    shown = {str(hurt.run_dir / name) for name in ("events.jsonl", "spans.jsonl")}
+    assert all(shown <= {*files} for files in named)
+    assert holding("raylet", ray_dir)
+    assert holding(KEY, tmp_path, ray_dir) == []
