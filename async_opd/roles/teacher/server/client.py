@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, CallFailed, WireError
+from async_opd.core.errors import ActorLost, CallFailed, ConfigError, WireError
 
 AT_ONCE = 64  # requests of one client; a server's own queue is no place to wait in
 BUSY = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
@@ -24,7 +24,6 @@ ITS_OWN = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.UNPROCESSABLE_ENTITY,
 }
-KEY = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 BACKOFF_S = 0.25  # after the first answer that a server is busy, then twice as long each
 IDLE_S = 4.0  # that a connection is kept without a request; vLLM closes it after 5
 SHOWN = 200  # characters of an error's body in a message
@@ -66,7 +65,10 @@ class Client:
 
     def __init__(self, called: str, url: str, key: str | None, *, within_s: float):
         """`called` begins every message. `within_s` bounds one request, the time in which the
-        server is busy included; not the time in which the client itself has no place for it."""
+        server is busy included; not the time in which the client itself has no place for it.
+        Raises ConfigError for a key that no header can hold."""
+        if key and not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{called}, {url}: the key must be of printable ASCII")
         self._called = called
         self._url = url.rstrip("/").removesuffix("/v1")
         self._key = key
@@ -87,9 +89,15 @@ class Client:
         return await bounded(self._reply("GET", path, None, MOST_BYTES), self._within_s, self.who)
 
     async def ask(
-        self, path: str, body: Mapping[str, Any] | None = None, most_bytes: int = MOST_BYTES
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        most_bytes: int = MOST_BYTES,
+        *,
+        as_long_as_it_takes: bool = False,
     ) -> bytes:
         """The JSON that the server answers: to `body`, or where there is none to a mere look.
+        `as_long_as_it_takes`, the caller bounds it.
 
         One that is busy is asked again, at the time that it names, for up to half of the request's
         time. Raises ActorLost where the server is gone, TimedOut where it is late, Refused for what
@@ -97,7 +105,8 @@ class Client:
         where it is busy for too long, refuses the key, sends elsewhere, or answers no JSON."""
         async with self._places:
             answer = self._patiently(path, body, most_bytes)
-            reply = await bounded(answer, self._within_s, self.who)
+            seconds = None if as_long_as_it_takes else self._within_s
+            reply = await bounded(answer, seconds, self.who)
         self._refuse(path, reply)
         if not reply.content.lstrip().startswith((b"{", b"[")):
             raise CallFailed(f"{self.who}: {path} answers no JSON, but {self._shown(reply)}")
@@ -175,23 +184,24 @@ class Client:
         text = f"{path} answers {reply.status}: {self._shown(reply)}"
         if reply.status in ITS_OWN:
             raise Refused(text)
-        if reply.status in KEY:
+        if reply.status == HTTPStatus.UNAUTHORIZED:
             which = "the key that it is sent" if self._key else "a request without a key"
             text = f"refuses {which}: {text}"
         elif reply.location:
             text = f"{path} answers {reply.status} and sends elsewhere, which is not followed"
         raise CallFailed(f"{self.who}: {text}")
 
+    def shown(self, text: str) -> str:
+        """Shorten what a server has written to what a message holds: it may have written the key
+        it was sent."""
+        words = " ".join((text.replace(self._key, "…") if self._key else text).split())
+        return words[:SHOWN] + "…" * (len(words) > SHOWN)
+
     def _shown(self, reply: Reply) -> str:
-        """Shorten the body of an answer to what a message holds; a server may have written the key
-        into it."""
         text = reply.content.decode(errors="replace")
-        if self._key:
-            text = text.replace(self._key, "…")
         if text.lstrip()[:1] == "<":
             return "a page of HTML or XML"
-        words = " ".join(_message(text).split())
-        return words[:SHOWN] + "…" * (len(words) > SHOWN) or "nothing"
+        return self.shown(_message(text)) or "nothing"
 
 
 def _message(text: str) -> str:

@@ -18,7 +18,7 @@ Engine = Literal["vllm", "sglang"]
 Read = Callable[[Client, Question], Awaitable[Told]]
 
 READ: dict[Engine, Read] = {"vllm": vllm_routes.read, "sglang": sglang_routes.read}
-ANY_ID = 2**31  # above every id, of a head of unknown size
+ANY_ID = 2**31 - 1  # above every id, of a head of unknown size
 PROBED = 8  # tokens of a probe
 LIKELIEST = 16  # ids beside each of them, at most
 COOL = 0.5  # the temperature that log-probs must not follow
@@ -89,7 +89,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
     cards = decoded(await client.ask("/v1/models"), Models).data
     card = next((c for c in cards if model in (c.id, c.root)), None)
     if card is None:
-        names = ", ".join(repr(c.id) for c in cards[:5]) or "nothing"
+        names = client.shown(", ".join(repr(c.id) for c in cards)) or "nothing"
         raise ConfigError(
             f"{client.who}: serves {names}, and not model {model!r}: serve that, or tell the server"
             f" that it is called so: --served-model-name {model}"
@@ -118,7 +118,7 @@ async def _looked(client: Client, url: str, model: str) -> Served:
 
 
 def _probe(served: Served, k: int) -> Question:
-    tokens = min(PROBED, served.longest - 2) if served.longest else PROBED
+    tokens = max(1, min(PROBED, served.longest - 2)) if served.longest else PROBED
     ids = np.arange(1, tokens + 2, dtype=np.int32) % (served.logits or ANY_ID)
     return served.question(ids, tokens, k)
 
@@ -126,7 +126,7 @@ def _probe(served: Served, k: int) -> Question:
 async def _refuse_other_numbers(client: Client, served: Served) -> None:
     """Raise ConfigError unless what the server tells are log-probs, those of the model itself."""
     bounds = [n for n in (served.most, served.logits) if n is not None]
-    probe, read = _probe(served, min(LIKELIEST, *bounds)), READ[served.engine]
+    probe, read = _probe(served, min([LIKELIEST, *bounds])), READ[served.engine]
     flag = "serve it with --logprobs-mode raw_logprobs" if served.engine == "vllm" else "must not"
     try:
         plain = await read(client, probe)

@@ -1,4 +1,5 @@
-"""What SGLang's server tells of a prompt, by its route `/generate`."""
+"""What SGLang's server tells of a prompt, by its route `/generate`. Tried against a stub of its
+documented answer alone."""
 
 from typing import Any
 

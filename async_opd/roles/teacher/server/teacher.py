@@ -164,7 +164,7 @@ class ServerTeacher:
         served = self._served
         strange = int(self._foreign.sum()) if served.logits else MANY
         bounds = [n for n in (served.most, served.logits) if n is not None]
-        return min(k + strange, *bounds) if k else 0
+        return min([k + strange, *bounds]) if k else 0
 
     async def greedy(self, *prompts: Ints) -> list[Ints]:
         """Respond with the likeliest tokens, int32 each, to measure the teacher's accuracy. Raises

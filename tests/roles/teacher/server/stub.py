@@ -5,6 +5,7 @@ import json
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,9 @@ LOGITS_VV = np.random.default_rng(7).normal(size=(V, V)) * 2  # of what follows 
 LOGP_VV = LOGITS_VV - np.log(np.exp(LOGITS_VV).sum(1, keepdims=True))
 
 Answer = Callable[["Stub", web.Request, dict[str, Any]], Awaitable[web.StreamResponse | None]]
+
+
+Route = Callable[["Stub", web.Request], Awaitable[web.Response]]
 
 
 class Stub:
@@ -106,7 +110,7 @@ class Stub:
         sampled: list[Any] = [[None, ids[start], None]]
         top: list[Any] = [None]
         for before, token in pairwise(ids[start:]):
-            row = self.row(before)
+            row = self.row(before, body["sampling_params"]["temperature"])
             sampled.append([row[token], token, None])
             top.append([[row[id], id, None] for id in np.argsort(-row)[:k].tolist()])
         meta = {"input_token_logprobs": sampled} | ({"input_top_logprobs": top} if k else {})
@@ -116,11 +120,19 @@ class Stub:
 
 
 @asynccontextmanager
-async def serving(port: int = 0, tls: ssl.SSLContext | None = None):
-    """The stub, at its `url`, for as long as it is needed."""
+async def serving(
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
+    models: Route | None = None,
+    tokens: Route | None = None,
+):
+    """The stub, at its `url`, for as long as it is needed; with other `models`, and with a route
+    for `tokens`, where they are given."""
     stub = Stub()
     app = web.Application(client_max_size=1 << 26)
-    app.router.add_get("/v1/models", stub.models)
+    app.router.add_get("/v1/models", partial(models, stub) if models else stub.models)
+    if tokens:
+        app.router.add_post("/inference/v1/generate", partial(tokens, stub))
     app.router.add_get("/health", stub.health)
     app.router.add_post("/v1/completions", stub.completions)
     app.router.add_post("/generate", stub.generate)
