@@ -2,7 +2,7 @@
 
 import re
 from ipaddress import ip_address
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 PORTS = {"http": 80, "https": 443}  # where none is named
 
@@ -45,7 +45,7 @@ def shown_url(url: str) -> str:
 def is_open(url: str) -> bool:
     """Tell whether what is sent to `url` can be read on its way: not encrypted, and not to this
     machine itself."""
-    parts: SplitResult = urlsplit(url)
+    parts = urlsplit(url)
     if parts.scheme == "https" or parts.hostname == "localhost":
         return False
     try:

@@ -5,7 +5,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -184,13 +184,13 @@ async def _read(config: Config) -> "Inputs":
         from async_opd.launch.inputs import read
 
     inputs = read(config)
-    tokenizer = inputs.tokenizer.backend_tokenizer
-    specs = ActorSpecs(config, tokens=inputs.tokens, tokenizer=tokenizer, first_seed=0)
-    try:
-        await look_at_all(config, specs)
-    except BaseException:
-        inputs.prompts.close()
-        raise
+    if config.served:
+        with ExitStack() as undo:
+            undo.callback(inputs.prompts.close)
+            tokenizer = inputs.tokenizer.backend_tokenizer
+            specs = ActorSpecs(config, tokens=inputs.tokens, tokenizer=tokenizer, first_seed=0)
+            await look_at_all(config, specs)
+            undo.pop_all()
     return inputs
 
 

@@ -6,9 +6,21 @@ import asyncio
 import numpy as np
 import pytest
 
+from async_opd.cli.demo import CONFIG as DEMO
+from async_opd.config.load import load
+from async_opd.config.precision import with_dtypes
 from async_opd.core.errors import ActorLost, ScorerDiffers
+from async_opd.core.roles import Roles
+from async_opd.driver.pools import Pools
 from async_opd.driver.replica_pool import ReplicaPool, Servers
 from async_opd.driver.scorer_probe import ScorerProbe
+from async_opd.telemetry.metrics import Meter
+from tests.simulated.roles import (
+    SimulatedGenerator,
+    SimulatedLearner,
+    SimulatedTeacher,
+    SimulatedVerifier,
+)
 from tests.simulated.virtual_time import virtual
 
 A, B, C = "http://a:8000", "http://b:8000", "http://c:8000"
@@ -241,3 +253,26 @@ def test_a_server_whose_model_changes_while_it_serves_is_left_out():
         return serving(pool)
 
     assert play(scene, probe=probe) == [f"teacher {B}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"), [([], 0.2), (["teacher.dtype=float32"], 1e-3)], ids=["", "float32"]
+)
+@pytest.mark.parametrize("gpus", [False, True])
+def test_how_far_servers_may_differ_goes_by_what_they_compute_in_and_not_by_our_cluster(
+    settings, bound, gpus
+):
+    servers = ["teacher.backend=server", f'teacher.urls=["{A}", "{B}/v1"]']
+    config = with_dtypes(load(DEMO, [*servers, *settings]), gpus=gpus)
+    meter, said = Meter([]), []
+    roles = Roles(
+        generators=[SimulatedGenerator()],
+        teachers={"": [SimulatedTeacher(), None]},
+        verifier=SimulatedVerifier(),
+        learner=SimulatedLearner(),
+    )
+    pools = Pools(config, roles, meter, lambda *event: said.append(event), welcome=None)
+    (probe, pool), *_ = pools._probes
+    assert (probe._bound, probe._served, pool._patience_s) == (bound, True, config.timeout.start_s)
+    assert pool.urls == [A, B] and serving(pool) == [f"teacher {A}"]
+    assert [time._name for time in meter._actors["teachers"]] == [f"teacher {A}"]
