@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_opd.core.errors import WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.message import LOGP_TOLERANCE
 from async_opd.core.wire import Floats, Ints
 
@@ -19,6 +20,10 @@ A = TypeVar("A")
 MASS_TOLERANCE = 1e-3  # of the probability, by which rounding may take several beyond 1
 # what vLLM writes for -∞, for which JSON has no word; no log-prob is as low
 NO_LOGP = -9999.0
+
+
+class NoLogProbs(WireError):
+    """Numbers are no log-probs. The message names one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +52,8 @@ class Told:
 
 def decoded(content: bytes, kind: type[A]) -> A:
     """An answer of the shape of `kind`. Raises WireError."""
-    try:
+    with foreign("its answer is not of the form asked for", WireError):  # nested too deep, too
         return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError as e:  # of its shape, too
-        raise WireError(f"its answer is not of the form asked for: {e}") from e
 
 
 def refuse_rows(rows: int, tokens: int) -> None:
@@ -84,7 +87,7 @@ def checked(
     ids_TK = np.take_along_axis(wide, order_TK, 1).astype(np.int32)
     mass = np.exp(logp_TK, dtype=np.float64).sum(1).max(initial=0)
     if mass > 1 + MASS_TOLERANCE:
-        raise WireError(
+        raise NoLogProbs(
             f"the probabilities of a token's {question.k} likeliest ids add up to {mass:.3g}: these"
             " are no log-probs"
         )
@@ -97,11 +100,11 @@ def checked(
 
 
 def _logps(which: str, values: npt.NDArray[np.floating]) -> Floats:
-    """Take `values` as log-probs; what exceeds 0 by rounding is 0. Raises WireError."""
+    """Take `values` as log-probs; what exceeds 0 by rounding is 0. Raises NoLogProbs."""
     wrong = ~np.isfinite(values) | (values > LOGP_TOLERANCE) | (values <= NO_LOGP)
     if wrong.any():
         place = np.argwhere(wrong)[0]
-        raise WireError(
+        raise NoLogProbs(
             f"the log-prob of a {which} id of token {place[0]} is {values[tuple(place)]:g}: must be"
             " finite and <= 0"
         )

@@ -100,9 +100,10 @@ class Client:
         `as_long_as_it_takes`, the caller bounds it.
 
         One that is busy is asked again, at the time that it names, for up to half of the request's
-        time. Raises ActorLost where the server is gone, TimedOut where it is late, Refused for what
-        is wrong with this request alone, WireError for an answer that is too long, and CallFailed
-        where it is busy for too long, refuses the key, sends elsewhere, or answers no JSON."""
+        time. Raises ActorLost where the server, or what is asked of it, is gone; TimedOut where it
+        is late; Refused for what is wrong with this request alone; WireError for an answer that is
+        too long; CallFailed where it is busy for too long, refuses the key, sends elsewhere, or
+        answers no JSON."""
         async with self._places:
             answer = self._patiently(path, body, most_bytes)
             seconds = None if as_long_as_it_takes else self._within_s
@@ -187,6 +188,8 @@ class Client:
         if reply.status == HTTPStatus.UNAUTHORIZED:
             which = "the key that it is sent" if self._key else "a request without a key"
             text = f"refuses {which}: {text}"
+        elif reply.status == HTTPStatus.NOT_FOUND:  # the model is none of its any more
+            raise ActorLost(f"{self.who}: is not the server that was asked for: {text}")
         elif reply.location:
             text = f"{path} answers {reply.status} and sends elsewhere, which is not followed"
         raise CallFailed(f"{self.who}: {text}")
@@ -194,7 +197,8 @@ class Client:
     def shown(self, text: str) -> str:
         """Shorten what a server has written to what a message holds: it may have written the key
         it was sent."""
-        words = " ".join((text.replace(self._key, "…") if self._key else text).split())
+        text = text.replace(self._key, "…") if self._key else text
+        words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return words[:SHOWN] + "…" * (len(words) > SHOWN)
 
     def _shown(self, reply: Reply) -> str:
@@ -215,7 +219,7 @@ def _message(text: str) -> str:
                 return message
             case _:
                 return text
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return text
 
 

@@ -5,7 +5,6 @@ Tried with vLLM 0.32 on CPU; the route for tokens against vLLM's own classes of 
 gives."""
 
 import base64
-import binascii
 import io
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 
 from async_opd.core.errors import ActorLost, WireError
+from async_opd.core.foreign import foreign
 from async_opd.core.vocabulary import Ids, listed
 from async_opd.core.wire import Floats, Ints
 from async_opd.roles.teacher.server.answers import (
@@ -115,10 +115,8 @@ def _told(question: Question, rows: list[msgspec.Raw], candidates: Floats | None
     sampled: list[float] = []
     likeliest: list[list[tuple[int, float]]] = []
     for token, raw in zip(question.ids[-question.tokens :].tolist(), rows, strict=True):
-        try:
+        with foreign("its log-probs are not of the form asked for", WireError):
             row = {id: entry.logprob for id, entry in _ROW.decode(raw).items()}
-        except msgspec.DecodeError as e:
-            raise WireError(f"its log-probs are not of the form asked for: {e}") from e
         if token not in row:
             raise WireError(f"its log-probs lack token {token}, which was asked for")
         sampled.append(row[token])
@@ -192,10 +190,8 @@ def _refuse_other_model(client: Client, question: Question, model: str | None) -
 
 def _array(text: str | None, shape: tuple[int, ...]) -> Floats:
     """Read an array as the server sends it. Raises WireError where it is none of that shape."""
-    try:
+    with foreign("its prompt_token_id_logprobs are no array", WireError):
         array = np.load(io.BytesIO(base64.b64decode(text or "", validate=True)), allow_pickle=False)
-    except (ValueError, EOFError, binascii.Error) as e:
-        raise WireError("its prompt_token_id_logprobs are no array") from e
     if array.shape != shape or array.dtype != np.float32:
         raise WireError(
             f"its prompt_token_id_logprobs are {array.dtype} {array.shape}: must be float32 {shape}"

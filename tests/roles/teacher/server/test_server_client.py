@@ -79,10 +79,10 @@ async def test_a_server_is_sent_a_bounded_number_of_requests_at_once():
 @pytest.mark.parametrize("status", [429, 503])
 async def test_one_that_is_busy_is_asked_again_when_it_says(status):
     async with serving() as stub, teaching(stub) as teacher:
-        stub.rule = busy(1, status, Retry_After="1")
+        stub.rule = busy(1, status, Retry_After="0.4")
         began = time.monotonic()
         await scores_of(teacher, group(3))
-        assert time.monotonic() - began >= 1
+        assert time.monotonic() - began >= 0.4
         assert len(stub.asked) == 2
 
 
@@ -100,23 +100,23 @@ async def test_while_it_is_busy_nothing_else_is_sent_to_it_either():
 
 async def test_one_that_says_nothing_of_when_is_asked_ever_more_rarely():
     async with serving() as stub, teaching(stub) as teacher:
-        stub.rule = busy(2)
+        stub.rule = busy(2)  # 0.25 s, and 0.5 s
         began = time.monotonic()
         await scores_of(teacher, group(3))
         assert time.monotonic() - began >= 0.75
         assert len(stub.asked) == 3
 
 
-@pytest.mark.parametrize("after", ["", "600", "inf", "nan", "-3", "tomorrow"])
+@pytest.mark.parametrize("after", ["", "600", "nan"])
 async def test_one_that_stays_busy_fails_the_call_within_half_its_time(after):
-    async with serving() as stub, teaching(stub, within_s=1.5) as teacher:
+    async with serving() as stub, teaching(stub, within_s=0.8) as teacher:
         stub.rule = busy(1000, 503, **({"Retry_After": after} if after else {}))
         with pytest.raises(
             CallFailed, match=r"busy for too long: it answers 503 and asks for .*: l"
         ):
             await teacher.score(group(3))
-        # after 0.25 and 0.5 s; at once where it asks to be left alone for longer than there is time
-        assert len(stub.asked) == (1 if after in ("600", "inf") else 3)
+        # again after 0.25 s; not where it asks to be left alone for longer than there is time
+        assert len(stub.asked) == (1 if after == "600" else 2)
 
 
 @pytest.mark.parametrize(
@@ -336,8 +336,8 @@ class Member:
 async def pool_of(*stubs):
     needs = Needs(teacher_topk=2)
     async with (
-        teaching(stubs[0], needs, within_s=2) as one,
-        teaching(stubs[1], needs, within_s=2) as two,
+        teaching(stubs[0], needs, within_s=1.2) as one,
+        teaching(stubs[1], needs, within_s=1.2) as two,
     ):
         yield ReplicaPool("teacher", [Member(one), Member(two)])
 

@@ -1,6 +1,7 @@
 """What is seen of a server before a run depends on it, what is refused, and what is told of ids of
 the student's own and by SGLang."""
 
+import asyncio
 import base64
 import io
 from dataclasses import replace
@@ -118,8 +119,8 @@ REFUSED = {
     "they are logits": (logits, r"(no log-probs|finite and <= 0); serve it with --logprobs-mode"),
     "logits below 0": (bent(nowhere_near), r"are none: the 16 likeliest of 40 ids have a prob"),
     "another model": (bent(other_model), r"answers as model 'gpt'; 'tables/forty' was asked for"),
-    "no vLLM": (bent(no_logprobs), r"no prompt_logprobs"),
-    "fewer than it says": (bent(short_row), r"likeliest ids; 16 are asked for"),
+    "no vLLM": (bent(no_logprobs), r"no prompt_logprobs$"),
+    "fewer than it says": (bent(short_row), r"likeliest ids; 16 are asked for$"),
     "no completions": (
         nothing,
         r"not of the form asked for: Object missing required field `model`",
@@ -147,6 +148,24 @@ async def test_a_server_that_names_no_bound_is_asked_for_what_is_needed():
             (got,) = await scores_of(teacher, one := group(9))
         likeliest = np.argsort(-table(one, one.rollouts[0]))[:, :5]
         assert got.topk_ids.tolist() == likeliest.tolist()
+
+
+async def test_a_look_at_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"^teacher.urls, http://127.0.0.1:1: cannot be reached"):
+        await look("http://127.0.0.1:1", None, MODEL, timeout_s=20)
+
+
+async def test_a_look_at_what_is_busy_or_says_nothing_in_time_is_refused():
+    async def busy(stub, request):
+        return web.json_response({}, status=503, headers={"Retry-After": "99"})
+
+    async def silent(stub, request):
+        await asyncio.sleep(300)
+
+    for models, message in ((busy, "busy for too long"), (silent, "no answer in 0.5 s")):
+        async with serving(models=models) as stub:
+            with pytest.raises(ConfigError, match=rf"^teacher.urls, {stub.url}: {message}"):
+                await look(stub.url, None, MODEL, timeout_s=0.5)
 
 
 NEEDS = {

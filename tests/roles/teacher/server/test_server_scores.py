@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from async_opd.core.errors import ActorLost, CallFailed, ConfigError, TimedOut
+from async_opd.core.errors import ActorLost, CallFailed, ConfigError, TimedOut, WireError
 from async_opd.core.vocabulary import runs
 from async_opd.core.wire import Group, Needs, Prompt
 from tests.roles.teacher.server.asked import group, rows, scores_of, table, teaching
-from tests.roles.teacher.server.stub import LOGP_VV, V, serving
+from tests.roles.teacher.server.stub import LOGP_VV, MODEL, V, serving
 
 
 @pytest.mark.parametrize(("k", "tail"), [(0, False), (1, True), (5, True), (20, False)])
@@ -178,6 +178,10 @@ def said(value, place=0):
     return bend
 
 
+def beyond(answer):
+    said(10**400)(answer)
+
+
 def other(answer):
     for key in list(answer):
         del answer[key]
@@ -202,6 +206,7 @@ BENT = {
     "inf": (said(float("inf")), "not of the form asked for: JSON is malformed"),
     "null": (said(None), "not of the form asked for"),
     "text": (said("-1.0"), "not of the form asked for"),
+    "a number beyond all": (beyond, "Number out of range"),
     "a huge number": (said(-1e308), "no finite|must be finite|finite log-prob"),
     "above 0": (said(0.3), "is 0.3: must be finite and <= 0"),
     "above 0, of another id": (said(2.0, 1), "is 2: must be finite and <= 0"),
@@ -275,7 +280,6 @@ WHOLE = {
     "an error": (page(500, '{"error": {"message": "boom"}}'), "answers 500: boom"),
     "long": (page(500, "x" * 5000), "answers 500: " + "x" * 200 + "…"),
     "lines": (page(500, "a\n\nb\x00"), "answers 500: a b"),
-    "no such": (page(404, '{"error": {"message": "no model x"}}'), "answers 404: no model x"),
     "no key": (page(401, '{"error": "Unauthorized"}'), "refuses the key that it is sent"),
     "not yours": (page(403, "no"), "/v1/completions answers 403: no"),
     "elsewhere": (page(307, "", Location="http://127.0.0.1:9/x"), "sends elsewhere, which is not"),
@@ -330,6 +334,36 @@ async def test_another_model_is_a_member_that_is_lost():
             await teacher.start()
 
 
+async def test_a_server_that_knows_the_model_no_more_is_lost():
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = page(404, '{"error": {"message": "The model `x` does not exist."}}')
+        with pytest.raises(ActorLost, match=r"answers 404: The model `x` does not exist.$"):
+            await teacher.score(group(2))
+
+
+RAW = {
+    "nested too deep": b'{"x":' + b"[" * 200_000,
+    "of no encoding": b'{"model":"\xff","choices":[]}',
+    "a list": b"[]",
+    "a row nested too deep": b'{"model":"tables/forty","choices":[{"prompt_logprobs":[null,'
+    + b'{"1":{"x":' * 50_000,
+}
+
+
+@pytest.mark.parametrize("content", RAW.values(), ids=[*RAW])
+async def test_bytes_that_are_no_answer_are_named(content):
+    async def rule(stub, request, body):
+        return web.Response(body=content, content_type="application/json")
+
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = rule
+        causes, scores = await teacher.score(group(2))
+        assert scores == (None,) and "is not of the form asked for: " in causes[0]
+        stub.rule = page(500, "[" * 200_000)
+        with pytest.raises(CallFailed, match=r"answers 500: \[\[\["):
+            await teacher.score(group(2))
+
+
 async def test_a_server_that_does_not_repeat_itself_is_refused():
     """One URL for two models, say."""
 
@@ -366,3 +400,44 @@ async def test_a_slow_server_is_late_by_name_and_within_its_time():
         stub.rule = rule
         with pytest.raises(TimedOut, match=r"teacher 0, http://127.0.0.1:\d+: no answer in 0.3 s"):
             await teacher.score(group(2, 3))
+
+
+def responding(*ids: int | str, model: str = MODEL):
+    async def rule(stub, request, body):
+        answer = {"model": model, "choices": [{"index": 0, "token_ids": [*ids]}]}
+        return web.json_response(answer)
+
+    return rule
+
+
+async def test_a_response_of_its_own_is_asked_for_by_ids_and_of_the_student_s_alone():
+    settings = dict(vocabulary=((0, 3), (30, 33)), whole=((0, V),), eos_ids=(31,), stops=("stop",))
+    prompts = np.array([4, 5], np.int32), np.array([6], np.int32)
+    async with serving() as stub, teaching(stub, ends_as=((31, 1),), **settings) as teacher:
+        stub.rule = responding(2, 0, 31)
+        responses = await teacher.greedy(*prompts)
+        assert [r.tolist() for r in responses] == [[2, 0, 1]] * 2 and responses[0].dtype == np.int32
+        assert [body["prompt"] for body in stub.asked] == [[4, 5], [6]]
+        for body in stub.asked:
+            assert (body["temperature"], body["max_tokens"]) == (0, 8)
+            assert (body["stop"], body["stop_token_ids"]) == (["stop"], [31])
+            assert body["allowed_token_ids"] == [0, 1, 2, 30, 31, 32]
+
+
+@pytest.mark.parametrize("ids", [(), (V,), (-1,), ("x",)], ids=["none", "beyond", "below", "text"])
+async def test_what_is_no_response_is_refused(ids):
+    async with serving() as stub, teaching(stub) as teacher:
+        stub.rule = responding(*ids)
+        with pytest.raises(WireError, match=rf"^teacher 0, {stub.url}: its answer"):
+            await teacher.greedy(np.array([4, 5], np.int32))
+
+
+async def test_a_response_takes_longer_than_a_score_may():
+    async def rule(stub, request, body):
+        await asyncio.sleep(0.6)
+        return await responding(2)(stub, request, body)
+
+    async with serving() as stub, teaching(stub, within_s=0.3) as teacher:
+        stub.rule = rule
+        (response,) = await teacher.greedy(np.array([4, 5], np.int32))
+        assert response.tolist() == [2]
