@@ -80,11 +80,17 @@ def local(
 
 
 def check_model(
-    section: str, name: str, folder: Path, sequence: str, longest: int, engine: Engine | None = None
+    section: str,
+    name: str,
+    folder: Path,
+    sequence: str,
+    longest: int,
+    engine: Engine | None = None,
+    backend: str = "vllm",
 ) -> None:
     """Refuse what is no model, or has no context for `sequence`, where the table of an `engine` of
     vLLM's may change the model's config; that samples one token behind what it scores."""
-    vllm = engine is not None
+    one_more = engine is not None
     setting = f"{section}.model = {name!r}"
     with refused(setting):
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -105,9 +111,11 @@ def check_model(
         model = json.loads(content)
     with foreign(f"{setting}: its config.json is not a model's", ConfigError):
         most = int(context(model | (engine or {}).get("hf_overrides", {})) or 0)
-    if most and most < longest + vllm:
-        behind = f" less the 1 that {section}.backend = 'vllm' samples" if vllm else ""
-        raise ConfigError(f"{sequence}: must be <= {most - vllm}, the context of {setting}{behind}")
+    if most and most < longest + one_more:
+        behind = f" less the 1 that {section}.backend = {backend!r} samples" if one_more else ""
+        raise ConfigError(
+            f"{sequence}: must be <= {most - one_more}, the context of {setting}{behind}"
+        )
 
 
 def base_of(setting: str, folder: Path) -> str | None:
@@ -143,8 +151,10 @@ def check_files(c: Config, elsewhere: bool) -> None:
         if folder := local(f"{section}.model", model, MODELS, elsewhere):
             scorer = c.scorers.get(section)
             bound, tokens = longest_sequence(section, scorer, c.data, c.rollout)
-            engine = scorer.engine if scorer is not None and scorer.backend == "vllm" else None
-            check_model(section, model, folder, f"{bound} = {tokens}", tokens, engine)
+            backend = scorer.backend if scorer else "transformers"
+            engine = scorer.engine if scorer and backend in ("vllm", "server") else None
+            sequence = f"{bound} = {tokens}"
+            check_model(section, model, folder, sequence, tokens, engine, backend)
     for key, name in c.template_files.items():
         _check_template(f"{key} = {name!r}", name, elsewhere)
     for key, data in c.data.sets.items():

@@ -14,10 +14,13 @@ SCORES_GIB = 8.0
 
 
 def with_dtypes(config: Config, *, gpus: bool) -> Config:
-    """Write into `config` what its absent dtypes mean on a cluster that has `gpus`, or has none."""
+    """Write into `config` what its absent dtypes mean on a cluster that has `gpus`, or has none;
+    not of servers, which are elsewhere."""
     reference = config.measured_against if "reference" in config.models else config.reference
 
     def dtype_of(section: object) -> dict:
+        if getattr(section, "backend", None) == "server":
+            return {}
         return {"dtype": dtype_on(gpus, getattr(section, "dtype", None))}
 
     return replace(

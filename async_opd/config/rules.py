@@ -8,6 +8,7 @@ from async_opd.config.data_rules import column_rules, data_rules, evaluated_rule
 from async_opd.config.precision import precision_rules
 from async_opd.config.reading_rules import reading_rules
 from async_opd.config.schema import Config
+from async_opd.config.server_rules import server_rules
 from async_opd.config.teacher_rules import (
     Rule,
     backend_rules,
@@ -38,6 +39,7 @@ def rules(c: Config) -> Iterator[Rule]:
         yield from evaluated_rules(c.named_teachers, c.data)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
     yield from base_rules(c)
+    yield from server_rules(c.scorers, c.rollout, c.objective, c.teacher_sampling, c.verify)
     yield (
         c.reference is not None and not c.objective.needs().reference,
         f"reference: has no effect with {tag(c.objective)}, which needs none",

@@ -112,8 +112,21 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def on_transformers(self) -> dict[str, str]:
         """Those of `models` that run on transformers: the student, which learns there, and scorers
         of that backend."""
-        vllm = {section for section, scorer in self.scorers.items() if scorer.backend == "vllm"}
-        return {section: model for section, model in self.models.items() if section not in vllm}
+        elsewhere = {
+            section for section, scorer in self.scorers.items() if scorer.backend != "transformers"
+        }
+        return {
+            section: model for section, model in self.models.items() if section not in elsewhere
+        }
+
+    @property
+    def served(self) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that somebody else's servers are: they hold no model here."""
+        return {
+            section: scorer
+            for section, scorer in self.scorers.items()
+            if scorer.backend == "server"
+        }
 
     @property
     def measured_against(self) -> ReferenceConfig:
@@ -138,14 +151,14 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def engines(self) -> list[Engines]:
-        """Pools of what holds a model, the learner apart, with what scores in it."""
+        """Pools of what holds a model here, the learner apart, with what scores in it."""
         rollout, sampling = self.rollout, self.teacher_sampling
         pools = [
             Engines("generator", "rollout", rollout.generators, "rollout.generators", rollout),
             *(
                 Engines(section, section, scorer.replicas, f"{section}.replicas", scorer)
                 for section, scorer in self.scorers.items()
-                if section not in self.in_learner
+                if section not in self.in_learner and section not in self.served
             ),
         ]
         if sampling and self.teacher:

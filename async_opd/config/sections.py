@@ -84,7 +84,8 @@ class TimeoutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     # for GPUs to be there, and free; an autoscaler takes minutes
     nodes_s: Annotated[float, Meta(ge=0)] = 30.0
-    start_s: Annotated[float, Meta(gt=0)] = 300.0  # an actor with its model
+    # an actor with its model; and for so long all servers of one scorer may be away
+    start_s: Annotated[float, Meta(gt=0)] = 300.0
     # one group, from when a generator takes it up: what waits for others has no bound of its own
     generate_s: Annotated[float, Meta(gt=0)] = 600.0
     score_s: Annotated[float, Meta(gt=0)] = 120.0  # likewise, by a teacher or the verifier

@@ -16,6 +16,10 @@ from async_opd.core.suggest import did_you_mean, either, shown, wrong
 
 DEEPEST = 50  # levels of tables and lists; none of ours has more than 4
 ASKED_FOR = {  # what is to be said of a setting that is not ours, by the words of its name
+    "(?<![_-])key(?![_-])|api_?key|secret|password|(api|auth|access|bearer)_?token|authorization": (
+        "no key is written down here: `key_env` of a teacher names the environment's variable that"
+        " holds it"
+    ),
     "qlora": "QLoRA is out of scope for now: the weights beside an adapter are not quantized",
     "lora|peft": "LoRA is set by student.lora = { rank, alpha, dropout, target_modules }",
     "(sequence|context)_parallel|ulysses": (

@@ -1,5 +1,6 @@
 """Mistakes in a value or a name, in words: what is allowed, and the nearest spelling."""
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from difflib import get_close_matches
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 300  # characters of a value in a message
+USER = re.compile(r"(?<=://)[^/\s'\"@]*@")  # and password, in an address
 
 
 def wrong(path: str, value: Any, choices: Iterable[object]) -> str:
@@ -16,11 +18,12 @@ def wrong(path: str, value: Any, choices: Iterable[object]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value as it was given, its first LONGEST characters."""
+    """Write a value as it was given, its first LONGEST characters, without a user's password."""
     try:
         text = repr(value)
     except (ValueError, RecursionError) as e:  # of more digits, or deeper, than Python writes
         return f"a value that cannot be shown ({e})"
+    text = USER.sub("…@", text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 

@@ -11,7 +11,7 @@ from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.precision import dtype_on
 from async_opd.core.roles import Roles
 from async_opd.driver.replica import Replica
-from async_opd.driver.replica_pool import M, ReplicaPool
+from async_opd.driver.replica_pool import M, ReplicaPool, Servers
 from async_opd.driver.scorer_probe import ScorerProbe
 from async_opd.roles.teacher.config import ScorerConfig
 from async_opd.telemetry.metrics import Meter
@@ -34,6 +34,8 @@ class Pools:
         self._roles = roles
         self._meter = meter
         self._emit = emit
+        self.look = roles.look
+        self.scorers = config.scorers
         self._timeout = config.timeout
         self._every = config.sync.parity_every_steps
         self.generators: ReplicaPool[Generator] = self._pool(
@@ -118,13 +120,19 @@ class Pools:
         self,
         name: str,
         role: str,
-        replicas: Sequence[Teacher],
+        replicas: Sequence[Teacher | None],
         scorer: ScorerConfig,
         replaced: bool = True,
     ) -> ReplicaPool[Teacher]:
         # what is absent still is a CPU's: on GPUs `with_dtypes` has written it down
-        probe = ScorerProbe(dtype_on(False, scorer.dtype), moving=not replaced)
-        pool = self._pool(name, role, replicas, replaced=replaced, welcome=probe.welcome)
+        dtype, servers = dtype_on(False, scorer.dtype), None
+        if scorer.backend == "server":
+            dtype = scorer.dtype or "bfloat16"
+            servers = Servers(tuple(map(str, scorer.members)), self._timeout.start_s)
+        probe = ScorerProbe(dtype, moving=not replaced, served=servers is not None)
+        pool = self._pool(
+            name, role, replicas, replaced=replaced, welcome=probe.welcome, servers=servers
+        )
         self._probes.append((probe, pool))
         return pool
 
@@ -132,26 +140,28 @@ class Pools:
         self,
         name: str,
         role: str,
-        ports: Sequence[M],
+        ports: Sequence[M | None],
         *,
         idle: str = "starved",
         replaced: bool = True,
         welcome: Callable[[Replica[M]], Awaitable[None]] | None = None,
+        servers: Servers | None = None,
     ) -> ReplicaPool[M]:
-        times: dict[int, ActorTime] = {}  # of each place, whoever holds it
+        times: dict[str, ActorTime] = {}  # of each place, whoever holds it
 
-        def actor_time(index: int) -> ActorTime:
-            if index not in times:
-                times[index] = self._meter.actor(role, f"{name} {index}")
-            return times[index]
+        def actor_time(member: str) -> ActorTime:
+            if member not in times:
+                times[member] = self._meter.actor(role, member)
+            return times[member]
 
         spawn = self._roles.spawn
         return ReplicaPool(
             name,
             ports,
-            spawn=(lambda index: spawn(name, index)) if spawn and replaced else None,
+            spawn=(lambda which: spawn(name, which)) if spawn and replaced else None,
             welcome=welcome,
             actor_time=actor_time,
             idle=idle,
             emit=self._emit,
+            servers=servers,
         )

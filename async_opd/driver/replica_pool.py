@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count, islice
 
 from async_opd.core.errors import ActorLost, AsyncOpdError, TimedOut
@@ -18,6 +19,14 @@ RETRY_S = 1.0  # after the first of them, then twice as long each
 MAX_RETRY_S = 300.0
 
 
+@dataclass(frozen=True)
+class Servers:
+    """Somebody's servers, each asked by one member, which is known by its address."""
+
+    urls: tuple[str, ...]
+    patience_s: float  # for which they may all be away
+
+
 class ReplicaPool(Asked[M]):
     """Who there should be of one role, who serves, and who is on the way. A member that dies, or
     gives no sign of life, is retired, and a new one takes its place."""
@@ -25,17 +34,20 @@ class ReplicaPool(Asked[M]):
     def __init__(
         self,
         name: str,
-        ports: Sequence[M],
+        ports: Sequence[M | None],
         *,
-        spawn: Callable[[int], Awaitable[M]] | None = None,
+        spawn: Callable[[int | str], Awaitable[M]] | None = None,
         welcome: Callable[[Replica[M]], Awaitable[None]] | None = None,
-        actor_time: Callable[[int], ActorTime] = lambda index: ActorTime(time.monotonic),
+        actor_time: Callable[[str], ActorTime] = lambda name: ActorTime(time.monotonic),
         idle: str = "starved",
         emit: EventSink = lambda what, who, why: None,
+        servers: Servers | None = None,
     ):
-        """`ports` are members 0, 1, … . `spawn(index)` starts a new one; without it, nobody is
-        replaced. `welcome` makes it one of the others before it serves. `actor_time(index)` takes
-        how the member spends its time, whose state without a call is `idle`."""
+        """`ports` are members 0, 1, …, but for those that are still to come. `spawn(which)` starts
+        the one of that number, or for the server at that address; without it, nobody is replaced.
+        `welcome` makes it one of the others before it serves. `actor_time(name)` takes how the
+        member spends its time, whose state without a call is `idle`. `servers`: those that
+        members 0, 1, … ask."""
         super().__init__(name, emit)
         self._spawn = spawn
         self._welcome = welcome
@@ -46,17 +58,25 @@ class ReplicaPool(Asked[M]):
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._wanted = set(range(len(ports)))  # members that there should be
+        self._urls = [*servers.urls] if servers else []  # by the members' numbers
+        self._patience_s = servers.patience_s if servers else 0.0
         self._last_loss = ""
         self._leaving: dict[Replica[M], str] = {}  # at the end of the update that runs, and why
         self._updated_at = -math.inf  # the end of the last update; inf: one runs
         self.lost = 0  # members so far
         for index, port in enumerate(ports):
-            self._serve(self._replica(index, port))
+            if port is not None:
+                self._serve(self._replica(index, port))
 
     @property
     def size(self) -> int:
         """Members there should be."""
         return len(self._wanted)
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of the servers that its members should ask; none where they ask none."""
+        return [url for index, url in enumerate(self._urls) if index in self._wanted]
 
     @property
     def can_grow(self) -> bool:
@@ -102,6 +122,15 @@ class ReplicaPool(Asked[M]):
         self._wanted -= set(members[size:])
         free = (index for index in count() if index not in self._wanted)
         self._wanted |= set(islice(free, max(size - len(members), 0)))
+        self._shrink()
+        self._fill()
+
+    def ask_servers(self, urls: Sequence[str]) -> None:
+        """From now on have a member for each of the servers at `urls`: start those that are new;
+        what the others have is asked of those that stay."""
+        self._emit("scaled", self.name, f"{', '.join(self.urls)} -> {', '.join(urls)}")
+        self._urls += [url for url in urls if url not in self._urls]
+        self._wanted = {self._urls.index(url) for url in urls}
         self._shrink()
         self._fill()
 
@@ -153,11 +182,17 @@ class ReplicaPool(Asked[M]):
         if self._updated_at < math.inf:
             for replica in self.serving:
                 if replica.index not in self._wanted:
-                    self.dismiss(replica, f"the pool shrinks to {self.size}")
+                    gone = "its server is dropped" if self._urls else ""
+                    self.dismiss(replica, gone or f"the pool shrinks to {self.size}")
+
+    def _which(self, index: int) -> int | str:
+        """What the member of that number is known by."""
+        return self._urls[index] if self._urls else index
 
     def _replica(self, index: int, port: M) -> Replica[M]:
-        name, actor_time = f"{self.name} {index}", self._actor_time(index)
-        return Replica(name, index, port, actor_time, idle=self._idle, kill=port.kill)
+        name = f"{self.name} {self._which(index)}"
+        time = self._actor_time(name)
+        return Replica(name, index, port, time, idle=self._idle, kill=port.kill)
 
     def _serve(self, replica: Replica[M]) -> None:
         self._serving = dict(sorted({**self._serving, replica.index: replica}.items()))
@@ -170,13 +205,13 @@ class ReplicaPool(Asked[M]):
         if self._spawn and self._tasks:
             for index in self._wanted - self._serving.keys() - self._coming.keys():
                 self._coming[index] = self._tasks.create_task(
-                    self._start(index), name=f"start {self.name} {index}"
+                    self._start(index), name=f"start {self.name} {self._which(index)}"
                 )
 
     async def _start(self, index: int) -> None:
         """Waits for a new member and for its welcome, as often as it takes while others serve;
         `_serve` unblocks those who wait for one. Raises ActorLost once nobody serves and whoever
-        was to come has failed MAX_FAILED_STARTS times."""
+        was to come has failed MAX_FAILED_STARTS times; a server may be away for longer."""
         try:
             replica = await self._at_last(index)
         finally:
@@ -190,7 +225,8 @@ class ReplicaPool(Asked[M]):
 
     async def _at_last(self, index: int) -> Replica[M] | None:
         """A member that may serve; None once it is not wanted any more."""
-        name, announced = f"{self.name} {index}", ""
+        name, announced = f"{self.name} {self._which(index)}", ""
+        until = asyncio.get_running_loop().time() + self._patience_s
         for failed in count(1):
             try:
                 return await self._arrived(index)
@@ -199,7 +235,7 @@ class ReplicaPool(Asked[M]):
             if why != announced:
                 announced = why
                 self._emit("did not start", name, f"{why}; it is tried again, ever more rarely")
-            if failed >= MAX_FAILED_STARTS:
+            if failed >= MAX_FAILED_STARTS and asyncio.get_running_loop().time() >= until:
                 self._failing[index] = why
                 self._refuse_if_none_comes(name, failed)
             await asyncio.sleep(min(RETRY_S * 2 ** min(failed - 1, 30), MAX_RETRY_S))
@@ -217,7 +253,7 @@ class ReplicaPool(Asked[M]):
         is not its own."""
         assert self._spawn
         try:
-            port = await self._spawn(index)
+            port = await self._spawn(self._which(index))
         except AsyncOpdError as e:
             raise ActorLost(f"{e}") from e
         replica = self._replica(index, port)

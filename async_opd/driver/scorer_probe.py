@@ -29,11 +29,15 @@ class ScorerProbe:
     Of two that differ the one that does not repeat itself is wrong; where both do, the first stays
     and the other is replaced. The replacement decides: where it differs again, the run ends, and so
     it does where there can be none.
+
+    What takes a server's place is the same server again. Once its like have been right, one that
+    differs is no end of the run: it is left out, and looked at again ever more rarely.
     """
 
-    def __init__(self, dtype: str, *, moving: bool):
-        """`moving`: the model changes while the run goes on."""
+    def __init__(self, dtype: str, *, moving: bool, served: bool = False):
+        """`moving`: the model changes while the run goes on. `served`: by somebody's servers."""
         self.moving = moving
+        self._served = served
         self._worst, self._bound = BOUNDS[dtype]
         self._right: Floats | None = None  # what an unchanged model answers
         self._differed: set[int] = set()  # numbers of replicas that were given up for it
@@ -52,7 +56,7 @@ class ScorerProbe:
         why = f"{newcomer.name}: {self._gap(answer, self._right)} what the others say of the probe"
         if newcomer.index in self._differed:
             raise ScorerDiffers(f"{why}, as the one before it")
-        self._differed.add(newcomer.index)
+        self._note(newcomer)
         raise ActorLost(why)
 
     async def compare(self, pool: ReplicaPool[Teacher]) -> None:
@@ -127,8 +131,14 @@ class ScorerProbe:
         return right
 
     def _retire(self, pool: ReplicaPool[Teacher], replica: Replica[Teacher], why: str) -> None:
-        self._differed.add(replica.index)
+        self._note(replica)
         pool.retire(replica, f"{replica.name}: {why}", blameless=True)
+
+    def _note(self, replica: Replica[Teacher]) -> None:
+        """Note that it differs: the one that takes its place decides, but for a server beside
+        others that have been right, which is the same one again."""
+        if not self._served or self._right is None:
+            self._differed.add(replica.index)
 
     def _agree(self, one: Floats, other: Floats) -> bool:
         return self._difference(one, other) <= self._bound

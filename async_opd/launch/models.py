@@ -39,11 +39,16 @@ ANY = "float32"  # of weights of which only names and shapes are looked at
 KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer"}
 
 
-def tokenizer_of(key: str, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a model that can be loaded too. Where its files are missing or damaged
-    transformers may make one of next to no words: that is refused. Raises DataError."""
+def tokenizer_of(
+    key: str, model: str, trust_remote_code: bool, *, weights: bool = True
+) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model that can be loaded too, `weights` and all. Where its files are
+    missing or damaged transformers may make one of next to no words: that is refused. Raises
+    DataError."""
     folder = Path(model)
     for what, names in FILES_OF_MODELS.items():
+        if what == "weights" and not weights:
+            continue
         if folder.is_dir() and not any(file for name in names for file in folder.glob(name)):
             raise DataError(f"{key} = {model!r}: holds no {what} ({', '.join(names)})")
     load(key, AutoConfig, model, trust_remote_code)

@@ -5,7 +5,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,9 +41,11 @@ from async_opd.launch.new_run import environment, new_dir
 from async_opd.launch.restarts import LOST, Restarts, not_again
 from async_opd.launch.signals import interrupted_by_signal
 from async_opd.launch.toy_models import resolve_toy
+from async_opd.runtime.actor_specs import ActorSpecs
 from async_opd.runtime.address import refuse_unreachable
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.prometheus import gauge
+from async_opd.runtime.servers import look_at_all
 from async_opd.telemetry.console import console
 from async_opd.telemetry.metrics import (
     CLOSE_S,
@@ -95,7 +97,7 @@ async def _run(
     """Read the inputs, then train until it succeeds or is not to be started again."""
     asked, config = config, resolve_toy(config, run_dir)
     refuse_unreachable()
-    inputs = _read(config)
+    inputs = await _read(config)
     if checkpoint and not config.data.streaming:  # before anything starts
         _refuse_other_set(checkpoint, inputs)
     begin = partial(_write_beginning, run_dir, asked, inputs, resumed=checkpoint is not None)
@@ -183,11 +185,21 @@ async def _on_disk(config: Config, path: Path, call: Callable[..., T], *args: An
         return await aside(config.timeout.step_s, f"{path}", call, *args)
 
 
-def _read(config: Config) -> "Inputs":
+async def _read(config: Config) -> "Inputs":
+    """Read the inputs, and look at the servers that are to be asked. Raises ConfigError and
+    DataError."""
     with no_garbage_collection():
         from async_opd.launch.inputs import read
 
-    return read(config)
+    inputs = read(config)
+    if config.served:
+        with ExitStack() as undo:
+            undo.callback(inputs.prompts.close)
+            tokenizer = inputs.tokenizer.backend_tokenizer
+            specs = ActorSpecs(config, tokens=inputs.tokens, tokenizer=tokenizer, first_seed=0)
+            await look_at_all(config, specs)
+            undo.pop_all()
+    return inputs
 
 
 async def _trained(
@@ -234,7 +246,8 @@ def _roster(config: Config) -> str:
     scorers = (
         f"{section.replace('teachers.', 'teacher ')} in the learner"
         if scorer.backend == "learner"
-        else f"{scorer.replicas} {section.replace('teachers.', 'teacher ')}(s)"
+        else f"{len(scorer.members)} {section.replace('teachers.', 'teacher ')}"
+        + (" server(s)" if section in config.served else "(s)")
         for section, scorer in config.scorers.items()
     )
     sampling = config.teacher_sampling

@@ -89,7 +89,7 @@ def words_of(
     key, model = f"{section}.model", config.models[section]
     args = key, model, config.run.trust_remote_code
     called = f"{key} = {model!r}"
-    tokenizer = tokenizer or tokenizer_of(*args)
+    tokenizer = tokenizer or tokenizer_of(*args, weights=section not in config.served)
     head = getattr(text_config(*args), "vocab_size", None)
     if not isinstance(head, int):
         raise DataError(f"{called}: its config names no vocab_size")

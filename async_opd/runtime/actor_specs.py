@@ -2,23 +2,29 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
 from async_opd.config.schema import Config
+from async_opd.config.server_rules import key_of
 from async_opd.config.teacher_rules import longest_sequence, teacher_section
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
+from async_opd.core.secret import Secret
 from async_opd.core.vocabulary import Ids, Tokens, exchanged, listed, runs
 from async_opd.core.wire import Needs
 from async_opd.roles.rollout.config import RolloutConfig
+from async_opd.roles.teacher.config import ReferenceConfig, TeacherConfig
 from async_opd.roles.verifier.config import VerifyConfig
 from async_opd.roles.verifier.decoding import decoding
 from async_opd.roles.verifier.pool import VerifierPool
 from async_opd.roles.verifier.verifier import GroupVerifier
 from async_opd.runtime.placement import RANK
+
+if TYPE_CHECKING:
+    from async_opd.roles.teacher.server.teacher import ServerTeacher
 
 
 class ActorSpec(NamedTuple):
@@ -37,9 +43,9 @@ class ActorSpecs:
         self._tokenizer = tokenizer.to_str()
         self._seeds = itertools.count(first_seed)
 
-    def member(self, pool: str, index: int) -> ActorSpec:
-        """For a member of that pool."""
-        config, name = self._config, f"{pool} {index}"
+    def member(self, pool: str, which: int | str) -> ActorSpec:
+        """For a member of that pool, by its number, or by the address of the server it asks."""
+        config, name = self._config, f"{pool} {which}"
         if pool == "generator":
             return self._generator(name, config.rollout, config.objective.needs())
         if pool == "teacher-generator":
@@ -47,7 +53,7 @@ class ActorSpecs:
         if pool == "verifier":
             args = config.verify, self._tokenizer, config.timeout.score_s, *self._texts
             return ActorSpec("async_opd.runtime.actor_specs:make_verifier", args)
-        return self._scorer(name, pool)
+        return self._scorer(name, pool, which)
 
     def learner_rank(self, rank: int) -> ActorSpec:
         """For a rank of the learner."""
@@ -132,17 +138,22 @@ class ActorSpecs:
         target = "async_opd.roles.rollout.generator:RolloutGenerator"
         return ActorSpec(target, (settings, rollout, needs), engine=True)
 
-    def _scorer(self, name: str, section: str) -> ActorSpec:
-        """A replica of the teacher, or of the reference, in `section`."""
+    def _scorer(self, name: str, section: str, which: int | str) -> ActorSpec:
+        """A replica of the teacher, or of the reference, in `section`. Raises ConfigError for the
+        key of a server's that is not there."""
         config, scorer = self._config, self._config.scorers[section]
         settings = self._scorer_settings(name, section)
+        needs = Needs() if section == "reference" else config.objective.needs()
+        if scorer.backend == "server":
+            key, within_s = key_of(section, scorer), config.timeout.score_s
+            args = settings, scorer, needs, which, key, within_s
+            return ActorSpec("async_opd.runtime.actor_specs:make_server_teacher", args)
         vllm = scorer.backend == "vllm"
         target = (
             "async_opd.roles.teacher.vllm_teacher:VllmTeacher"
             if vllm
             else "async_opd.roles.teacher.transformers_teacher:TransformersTeacher"
         )
-        needs = Needs() if section == "reference" else config.objective.needs()
         return ActorSpec(target, (settings, scorer, needs), engine=vllm)
 
     def _scorer_settings(self, name: str, section: str) -> ScorerSettings:
@@ -185,3 +196,18 @@ def make_verifier(
     by, without torch. `stops` are the texts that end a response."""
     decode = decoding(Tokenizer.from_str(tokenizer), config.special_tokens)
     return GroupVerifier(VerifierPool(config), decode, within_s, stops)
+
+
+def make_server_teacher(
+    settings: ScorerSettings,
+    config: TeacherConfig | ReferenceConfig,
+    needs: Needs,
+    url: str,
+    key: Secret | None,
+    within_s: float,
+) -> "ServerTeacher":
+    """Build what asks a server in its actor, to which the key comes as what does not print
+    itself."""
+    from async_opd.roles.teacher.server.teacher import ServerTeacher
+
+    return ServerTeacher(settings, config, needs, url, key.value if key else None, within_s)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from async_opd.runtime.nodes import (
 from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, resource_requests
 from async_opd.runtime.remote_learner import RemoteLearner
 from async_opd.runtime.remote_role import RemoteRole
+from async_opd.runtime.servers import look_at
 
 PORTS = {"generator": Generator, "teacher-generator": Generator, "verifier": Verifier}
 
@@ -149,6 +150,7 @@ class Cluster:
             learner=learner,
             exact=in_float32(config),
             spawn=self._spawn,
+            look=partial(look_at, self._specs),
         )
 
     async def evaluators(self) -> list[list[Any]]:
@@ -165,10 +167,16 @@ class Cluster:
         return await wait_for_resources(list(requests), self.config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
-        """Every member that `request` is for, as its port."""
-        return await together(
-            *(self._spawn(request.role, index, nodes) for index in range(request.count))
-        )
+        """Every member that `request` is for, as its port. Of those that ask servers some may be
+        none yet: while one of them is there the others are waited for later."""
+        which = request.urls or range(request.count)
+        starting = [self._spawn(request.role, each, nodes) for each in which]
+        if not request.urls:
+            return await together(*starting)
+        ports = await together(*map(_or_why, starting))
+        if all(isinstance(port, AsyncOpdError) for port in ports):
+            raise ports[0]
+        return [None if isinstance(port, AsyncOpdError) else port for port in ports]
 
     async def _learner(self, nodes: Mapping[str, Node]) -> Any:
         """Every rank, in one process group, as the learner's port."""
@@ -185,11 +193,13 @@ class Cluster:
         await asyncio.gather(*map(self._settled, ranks))
         return RemoteLearner(ranks, address, width, self.config, self._timeouts)
 
-    async def _spawn(self, pool: str, index: int, nodes: Mapping[str, Node] | None = None) -> Any:
+    async def _spawn(
+        self, pool: str, which: int | str, nodes: Mapping[str, Node] | None = None
+    ) -> Any:
         """A new member of `pool`, ready; at most `timeout.start_s`. Where `nodes` says, or where
         there is room now."""
         start_s = self.config.timeout.start_s
-        name = f"{pool} {index}"
+        name = f"{pool} {which}"
         request = self._requests[pool]
         async with self._turn:
             lost = next(
@@ -200,7 +210,7 @@ class Cluster:
                 if nodes
                 else choose(request, await alive_nodes(self._members()), driver_node(), lost=lost)
             )
-            actor = await self._make(name, self._specs.member(pool, index), node)
+            actor = await self._make(name, self._specs.member(pool, which), node)
             with ExitStack() as unless:
                 unless.callback(actor.kill)
                 await actor.ask_host(start_s, "start")
@@ -256,6 +266,14 @@ class Cluster:
                 f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
                 " disk that every node sees, or all of them must fit on the driver's node"
             )
+
+
+async def _or_why(starting: Coroutine[Any, Any, Any]) -> Any:
+    """What `starting` gives, or the named error that it ends by."""
+    try:
+        return await starting
+    except AsyncOpdError as e:
+        return e
 
 
 def in_float32(config: Config) -> bool:

@@ -2,9 +2,10 @@
 goes to.
 
 A member is one actor, and the GPUs of an actor are on one node: a tensor-parallel engine never
-leaves it. Learner ranks are packed, on the driver's node where they fit; the members of any other
-role are spread, so that a node that dies takes few of each. CPUs are not reserved: what has no GPU
-runs on a laptop of two cores.
+leaves it. Learner ranks are packed, on the driver's node where they fit; what asks a server is on
+the driver's node, from which that server was looked at; the members of any other role are spread,
+so that a node that dies takes few of each. CPUs are not reserved: what has no GPU runs on a laptop
+of two cores.
 
 Ray's placement groups cannot replace this. Their bundles are fixed when a group is made and free
 nothing alone, so a pool that shrinks, grows, or has one member replaced elsewhere would need a new
@@ -38,11 +39,14 @@ class ResourceRequest:
     gpus: float
     settings: tuple[str, ...] = ()  # that set it
     packed: bool = False  # on as few nodes as can be; else on as many
+    # of what asks servers: the address that each member is known by, in the place of its number;
+    # all on the driver's node, from which the servers were looked at
+    urls: tuple[str, ...] = ()
 
     @property
     def members(self) -> list[str]:
         """The names of the members."""
-        return [f"{self.role} {index}" for index in range(self.count)]
+        return [f"{self.role} {each}" for each in self.urls or range(self.count)]
 
 
 @dataclass(kw_only=True)
@@ -90,6 +94,16 @@ def resource_requests(config: Config, gpus: bool) -> list[ResourceRequest]:
             packed=True,
         ),
         *pools,
+        *(
+            ResourceRequest(
+                role=section,
+                count=len(scorer.members),
+                gpus=0.0,
+                settings=(f"{section}.urls",),
+                urls=tuple(map(str, scorer.members)),
+            )
+            for section, scorer in config.served.items()
+        ),
         ResourceRequest(role="verifier", count=1, gpus=0.0),
     ]
 
@@ -163,6 +177,8 @@ def choose(
     # a node without CPUs is kept free of everything else
     for_all = [node for node in nodes if node.cpus] or nodes
     rooms = [node for node in nodes if node.free >= request.gpus] if request.gpus else for_all
+    if request.urls:
+        rooms = [node for node in nodes if node.id == driver_node] or rooms
 
     def packed(node: Node) -> tuple[float, ...]:
         beside, fits = sum(other.packed for other in node.members), node.free >= left * request.gpus

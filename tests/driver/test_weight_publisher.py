@@ -302,7 +302,7 @@ async def test_a_generator_that_runs_on_is_no_longer_syncing_whoever_is_slow_to(
     resumes, clock = asyncio.Event(), asyncio.get_running_loop().time
     times = [ActorTime(clock) for _ in range(2)]
     pool = ReplicaPool(
-        "generator", [SimulatedGenerator(), Slow()], actor_time=lambda index: times[index]
+        "generator", [SimulatedGenerator(), Slow()], actor_time=lambda name: times[int(name[-1])]
     )
     publisher = WeightPublisher(replica(SimulatedLearner()), pool, parity_every=9, tolerance=1e-3)
     publishing = asyncio.ensure_future(publisher.publish(1, admit=lambda: None))

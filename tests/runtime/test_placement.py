@@ -126,6 +126,18 @@ def test_without_gpus_the_roles_are_spread_over_the_nodes():
     assert len({placed[member] for member in ("learner rank 0", "generator 0", "teacher 0")}) == 3
 
 
+def test_what_asks_servers_is_on_the_drivers_node_from_which_they_were_looked_at():
+    asks = ["teacher.backend=server", 'teacher.urls=["http://x:1", "http://localhost:2"]']
+    for home, cpus in (("b", 8), ("b", 0)):
+        nodes = cluster(2, 2, 2)
+        nodes[1].cpus = cpus
+        placed = where(asks, nodes, home=home)
+        assert placed["teacher http://x:1"] == placed["teacher http://localhost:2"] == "b"
+    request = resource_requests(load(DEMO, asks), True)[2]
+    assert request.role == "teacher"
+    assert choose(request, cluster(0, 0), "b").id == "b"  # one more, by `scale`
+
+
 def test_a_head_without_cpus_is_left_alone():
     head, *workers = cluster(0, 0, 0)
     head.cpus = 0

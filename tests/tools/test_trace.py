@@ -14,7 +14,7 @@ from async_opd.core.run_dir import EARLIER_SPANS, SPANS
 from async_opd.driver.replica import Replica
 from async_opd.telemetry.metrics import ROLES, Jsonl, Meter
 from async_opd.telemetry.spans import STATES, Window, encode
-from async_opd.tools.trace.events import trace
+from async_opd.tools.trace.events import _in_order, trace
 from async_opd.tools.trace.read import calls, recorded, states
 from tests.simulated.roles import PER_STEP, Pace, Prompts, SimulatedGenerator
 from tests.simulated.runs import measure
@@ -247,6 +247,12 @@ def test_a_call_that_ends_without_an_answer_says_so_and_its_actor_is_down():
     assert [(c.lane, c.name, c.of) for c in calls(lines)] == [
         ("generator 3", "generate, cut off", "0")
     ]
+
+
+def test_what_asks_servers_has_lanes_by_their_addresses():
+    threads = [("teacher http://b:1", 1), ("teacher http://a:1", 0), ("teacher http://b:1", 0)]
+    in_order = sorted(threads, key=_in_order)
+    assert in_order == [("teacher http://a:1", 0), ("teacher http://b:1", 0), threads[0]]
 
 
 def test_damaged_lines_are_named_and_the_rest_is_shown(run, tmp_path, capsys):

@@ -7,20 +7,27 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from async_opd.core.precision import Dtype
+from async_opd.core.urls import normal
 from async_opd.maths import schedules
 
 JINJA = re.compile(r"\{[{%#]")  # in a template, and in no name of a file
 
 
 class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`replicas` copies of one model."""
+    """`replicas` copies of one model, or the servers at `urls` that serve it already."""
 
     # "vllm" is for larger models: temperature 1, no entropy, and of a tail what its candidates
-    # leave, no less than 1e-6. "learner", with student.lora: the student's own base, in the
-    # learner's ranks, with no copy of it anywhere; of what is set below, nothing has an effect.
-    backend: Literal["transformers", "vllm", "learner"] = "transformers"
-    replicas: Annotated[int, Meta(ge=1)] = 1
-    # Absent: bfloat16 on GPUs, float32 on CPUs.
+    # leave, no less than 1e-6. "server": likewise, by somebody else's vLLM servers. "learner", with
+    # student.lora: the student's own base, in the learner's ranks, with no copy of it anywhere; of
+    # what is set below, nothing has an effect.
+    backend: Literal["transformers", "vllm", "server", "learner"] = "transformers"
+    replicas: Annotated[int, Meta(ge=1)] = 1  # of a server: as many as `urls`
+    # server: address of each, http://HOST:PORT or https://…
+    urls: tuple[str, ...] = ()
+    # server: name of the environment's variable, where the run starts, that holds their key
+    key_env: str | None = None
+    # Absent: bfloat16 on GPUs, float32 on CPUs. Of a server what it computes in, which says how far
+    # the answers of two may differ; absent: bfloat16.
     dtype: Dtype | None = None
     # Of one forward, prompts included; vllm on CPU holds their logits.
     batch_tokens: Annotated[int, Meta(ge=1)] = 8192
@@ -35,12 +42,21 @@ class ScorerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # vllm: passed to its AsyncEngineArgs, checked against them: such as quantization
     engine: dict[str, Any] = {}
 
+    @property
+    def members(self) -> tuple[int, ...] | tuple[str, ...]:
+        """What the members of its pool are known by: their numbers, or the address of the server
+        that each asks."""
+        if self.backend == "server":
+            return tuple(map(normal, self.urls))
+        return tuple(range(self.replicas))
+
 
 class TeacherConfig(ScorerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a teacher is, and what it is shown. With the student's own model it is a
     self-teacher."""
 
-    # Local directory or hub id; its tokenizer must know the student's tokens by their ids.
+    # Local directory or hub id; its tokenizer must know the student's tokens by their ids. Of a
+    # server what its tokenizer, ends and context are read from here: no weights.
     model: str
     # Its end tokens, each with the student's that it is read as: log-prob and place among the
     # candidates of either are the other's, and the student never samples the teacher's.

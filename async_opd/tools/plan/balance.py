@@ -147,7 +147,10 @@ def _counts(tree: dict[str, Any]) -> dict[str, int]:
     teachers = tree["teachers"].values() if tree["teacher"] is None else [tree["teacher"]]
     return {
         "generator": tree["rollout"]["generators"],
-        "teacher": sum(t["replicas"] for t in teachers if t["backend"] != "learner"),
+        # servers have their number from their addresses
+        "teacher": sum(
+            len(t.get("urls", ())) or t["replicas"] for t in teachers if t["backend"] != "learner"
+        ),
         "learner": tree["learner"]["ranks"],
     }
 

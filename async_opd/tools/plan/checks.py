@@ -17,21 +17,20 @@ from async_opd.core.process_wide import log_level
 from async_opd.launch import inputs
 from async_opd.launch.toy_models import resolve_toy
 from async_opd.tools.plan.make import models
-from async_opd.tools.plan.shape import Shape, local, read
+from async_opd.tools.plan.shape import Shape, local, of_all, read
 
 
 def shapes(config: Config) -> dict[str, Shape]:
     """Read the shape of each model, by the model's name. Raises DataError where the hub cannot be
     asked."""
-    shapes: dict[str, Shape] = {}
     with _hinting():
-        for key, model in models(config).items():
-            shapes[model] = (
-                shapes.get(model)
-                or local(key, model)
-                or _from_hub(key, model, config.run.trust_remote_code)
-            )
-    return shapes
+        return of_all(
+            models(config),
+            config.served,
+            lambda key, model: (
+                local(key, model) or _from_hub(key, model, config.run.trust_remote_code)
+            ),
+        )
 
 
 def rows(config: Config) -> None:

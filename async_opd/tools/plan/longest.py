@@ -22,7 +22,7 @@ def longest_response(
     contexts = {
         f"the context of {key}": _room(config, key, context)
         for key, model in make.models(config).items()
-        if (context := shapes[model].context)
+        if model in shapes and (context := shapes[model].context)
     }
     bound = min(contexts.values(), default=UNBOUNDED)
 
@@ -44,7 +44,7 @@ def _room(config: Config, key: str, context: int) -> int:
     section = key.removesuffix(".model")
     scorer = config.scorers.get(section)
     _, prompt = longest_prompt(section, scorer, config.data)
-    return context - prompt - (scorer is not None and scorer.backend == "vllm")
+    return context - prompt - (scorer is not None and scorer.backend in ("vllm", "server"))
 
 
 def _stretched(config: Config, response: int) -> Config:

@@ -72,6 +72,7 @@ def plan(
         longest_bound_by=bound_by,
         balance=_balance(config, rates, then, like),
         problems=problems,
+        servers={section: [*map(str, s.members)] for section, s in config.served.items()},
         checked=ONLINE[:1] if offline else ONLINE,
         skipped=ONLINE[1:] if offline else [],
     )
@@ -112,10 +113,11 @@ def _more_nodes(config: Config, gpus_per_node: int) -> list[str]:
 def _shapes(config: Config, offline: bool) -> dict[str, shape.Shape]:
     """Read the shape of each model by the model's name; and check the data, unless `offline`."""
     if offline:
-        return {
-            model: shape.local(key, model) or shape.shipped(key, model)
-            for key, model in make.models(config).items()
-        }
+        return shape.of_all(
+            make.models(config),
+            config.served,
+            lambda key, model: shape.local(key, model) or shape.shipped(key, model),
+        )
     from async_opd.tools.plan import checks
 
     shapes = checks.shapes(config)

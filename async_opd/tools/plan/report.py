@@ -29,6 +29,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     longest_bound_by: list[str]
     balance: Balance | None
     problems: list[Problem]
+    servers: dict[str, list[str]]  # asked by members that take no card, by section
     checked: list[str]
     skipped: list[str]
 
@@ -43,6 +44,10 @@ def lines(plan: Plan) -> list[str]:
         "memory of one GPU of each role, GiB (estimates; of backward and update only the larger"
         " counts)",
         *(line for role in plan.roles for line in _role(role)),
+        *(
+            f"  {section:16} no GPU       asks {len(urls)} server(s): {', '.join(urls)}"
+            for section, urls in plan.servers.items()
+        ),
         "",
         f"outstanding      at most {plan.groups_outstanding} groups,"
         f" {plan.trajectories_outstanding} trajectories",

@@ -1,8 +1,8 @@
 """Sizes of a model by its config.json: parameters, experts, key-value cache."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -85,6 +85,20 @@ class Shape(Struct, frozen=True, kw_only=True):
         key-value head in every layer. Heads are split while there are enough, then repeated."""
         whole = 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
         return whole / min(tensor_parallel, self.kv_heads)
+
+
+def of_all(
+    models: Mapping[str, str], served: Collection[str], read: Callable[[str, str], Shape]
+) -> dict[str, Shape]:
+    """Have `read` the shapes of `models`, by the settings that name them; returned by the model's
+    name. Of those `served` by others, in these sections, only the context counts: one whose shape
+    cannot be counted is left out. Raises ConfigError for the others."""
+    shapes: dict[str, Shape] = {}
+    for key, model in models.items():
+        unknown = (ConfigError,) if key.removesuffix(".model") in served else ()
+        with suppress(*unknown):
+            shapes[model] = shapes.get(model) or read(key, model)
+    return shapes
 
 
 def read(tree: dict, setting: str) -> Shape:

@@ -200,7 +200,7 @@ def _role(lane: str) -> str:
 
 
 def _in_order(thread: tuple[str, int]) -> tuple:
-    """Order by number: generator 10 comes behind generator 9."""
+    """Order by number: generator 10 comes behind generator 9; a server's by its address."""
     lane, row = thread
     role, _, index = lane.partition(" ")
-    return role, int(index) if index.isdecimal() else 0, row
+    return role, int(index) if index.isdecimal() else 0, lane, row

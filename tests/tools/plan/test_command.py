@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
 from async_opd.tools.plan.report import CALIBRATE
+from async_opd.toy import TEACHER
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 # but for those of models that `make real` makes, which need no card
@@ -64,6 +66,7 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         "longest_bound_by",
         "balance",
         "problems",
+        "servers",
         "checked",
         "skipped",
     ]
@@ -107,6 +110,35 @@ def test_a_plan_is_one_object_with_these_fields(capsys):
         "vocabularies",
         "rows of data (of a hub's set the first)",
     ]
+
+
+SERVERS = ["teacher.backend=server", 'teacher.urls=["http://a:1", "http://b:1/v1"]']
+
+
+def test_a_teacher_that_servers_are_takes_no_card(capsys):
+    status, plan = planned(capsys, DEMO, *SERVERS, "--gpus-per-node", "2", "--nodes", "1")
+    assert (status, [role["role"] for role in plan["roles"]]) == (0, ["learner rank", "generator"])
+    assert plan["servers"] == {"teacher": ["http://a:1", "http://b:1"]}
+    assert plan["nodes"]["node 0"][2:] == ["teacher http://a:1", "teacher http://b:1", "verifier 0"]
+    assert main(["plan", str(DEMO), *SERVERS, "--offline"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher          no GPU       asks 2 server(s): http://a:1, http://b:1" in said
+
+
+def test_of_a_model_that_servers_hold_only_the_context_counts(capsys, tmp_path):
+    folder = tmp_path / "theirs"
+    shutil.copytree(TEACHER, folder)
+    file = folder / "config.json"
+    for change, bound in (
+        ({"max_position_embeddings": 90}, "teacher.model"),
+        ({"model_type": "unheard-of"}, "student.model"),
+    ):
+        model = json.loads((TEACHER / "config.json").read_text()) | change
+        file.write_text(json.dumps(model))
+        status, plan = planned(capsys, DEMO, *SERVERS, f"teacher.model={folder}")
+        assert status == 0 and plan["longest_bound_by"] == [f"the context of {bound}"]
+    assert main(["plan", str(DEMO), f"teacher.model={folder}", "--offline"]) == 2
+    assert "plan cannot count a model of type 'unheard-of'" in capsys.readouterr().err
 
 
 def test_slots_lag_and_the_longest_response_are_those_of_the_config(capsys):
