@@ -29,7 +29,8 @@ from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.config.load import load
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import METRICS, SPANS
-from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict, WeightGroup, WeightLayout
+from async_opd.core.weights import WeightGroup, WeightLayout
+from async_opd.core.wire import GroupMeta, Prompt, Rollout, Span, Verdict
 from async_opd.driver.train import train
 from async_opd.launch.new_run import environment
 from async_opd.telemetry.metrics import Jsonl, Meter, Row, observed

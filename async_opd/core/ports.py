@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from async_opd.core.weights import WeightGroup, WeightLayout
 from async_opd.core.wire import (
     Ballot,
     Floats,
@@ -19,8 +20,6 @@ from async_opd.core.wire import (
     Sampling,
     StepResult,
     Verdict,
-    WeightGroup,
-    WeightLayout,
 )
 
 Ref = Any

@@ -1,6 +1,6 @@
-"""Every message between the roles and the driver, that of `core.recorded` among them. Besides them
-only what a role is built with crosses a process boundary: `core.role_settings`, its section of the
-config, the objective.
+"""Every message between the roles and the driver, those of `core.recorded` and `core.weights` among
+them. Besides them only what a role is built with crosses a process boundary: `core.role_settings`,
+its section of the config, the objective.
 
 Shapes: `P` prompt tokens, `T` response tokens, `K` candidates a position, `G` samples of one
 prompt. Log-probs are in nats, of logits divided by the sampling temperature, normalised over the
@@ -297,26 +297,3 @@ class StepResult(Struct, frozen=True):
 def trained_tokens(metrics: Mapping[str, float]) -> float:
     """Tokens that a step trained, the teacher's own answers among them, by its metrics."""
     return metrics["tokens"] + metrics.get("tokens_taught", 0)
-
-
-class WeightGroup(Struct, frozen=True):
-    """Where one generator's workers join the learner, who is rank 0, for updates of the weights.
-    Made by the learner; consumed by a generator."""
-
-    host: str
-    port: int
-    rank_offset: int  # rank of the first of them
-    world: int  # members, the learner among them
-    bucket_bytes: int  # of weights that travel at once
-    timeout_s: float
-
-
-class WeightLayout(Struct, frozen=True):
-    """What an update carries, in the order in which it is sent, in checkpoint names. Made by the
-    learner; consumed by a generator."""
-
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]  # as torch names them
-    shapes: tuple[tuple[int, ...], ...]
-    adapter: bool = False  # alone, by peft's names: the weights beneath it stay as they are
-    nbytes: int = 0  # of all together

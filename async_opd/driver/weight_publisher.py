@@ -9,7 +9,7 @@ from async_opd.config.schema import Config
 from async_opd.core.errors import ActorLost, SyncFailed, TimedOut
 from async_opd.core.events import EventSink
 from async_opd.core.ports import Generator, Learner
-from async_opd.core.wire import WeightLayout
+from async_opd.core.weights import WeightLayout
 from async_opd.driver.parity import Gap, HalfPrecision, Parity
 from async_opd.driver.parity_probe import ParityProbe
 from async_opd.driver.replica import Replica

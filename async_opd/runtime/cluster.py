@@ -1,8 +1,6 @@
 """Every actor of one run, started side by side on a cluster."""
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -18,9 +16,8 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import refuse_without_gpus, teacher_section
 from async_opd.core.aio import together
 from async_opd.core.aside import aside
-from async_opd.core.errors import AsyncOpdError, ConfigError, HeadLost, SystemFailed, first_line
+from async_opd.core.errors import AsyncOpdError, HeadLost, SystemFailed, first_line
 from async_opd.core.events import EventSink
-from async_opd.core.foreign import foreign
 from async_opd.core.ports import Generator, Teacher, Verifier
 from async_opd.core.roles import Roles
 from async_opd.core.run_dir import LOGS
@@ -43,6 +40,7 @@ from async_opd.runtime.placement import RANK, Node, ResourceRequest, choose, res
 from async_opd.runtime.remote_learner import RemoteLearner
 from async_opd.runtime.remote_role import RemoteRole
 from async_opd.runtime.servers import look_at
+from async_opd.runtime.shared_disk import check_shared
 
 PORTS = {"generator": Generator, "teacher-generator": Generator, "verifier": Verifier}
 
@@ -135,7 +133,7 @@ class Cluster:
         # one that cannot start ends the others, while Ray is there to end them by
         starting = together(*(self._pool(request, nodes) for request in pools))
         learner, replicas = await together(self._learner(nodes), starting)
-        await self._share_files()
+        await check_shared(config, self._actors)
         members = {request.role: ports for request, ports in zip(pools, replicas, strict=True)}
         return Roles(
             generators=members["generator"],
@@ -234,39 +232,6 @@ class Cluster:
         """The node of each that lives."""
         return [(actor.node, actor.request) for actor in self._actors if not actor.killed]
 
-    async def _share_files(self) -> None:
-        """Raise ConfigError where one that writes to the run directory, or reads there, has another
-        disk."""
-        config = self.config
-        moving = (
-            teacher_section(name)
-            for name, teacher in config.named_teachers.items()
-            if teacher.update != "frozen"
-        )
-        roles = {RANK, *moving}
-        far = [
-            actor
-            for actor in self._actors
-            if actor.request.role in roles and actor.node != driver_node()
-        ]
-        if not far:
-            return
-        folder, what = Path(config.run.dir).absolute(), "look at the run directory"
-        start_s = config.timeout.start_s
-        with foreign(f"run.dir = {config.run.dir!r}", SystemFailed):
-            file = await aside(start_s, what, _mark, folder)
-        try:
-            looks = (actor.ask_host(start_s, "sees", str(file), what=what) for actor in far)
-            seen = await asyncio.gather(*looks)
-        finally:
-            await aside(start_s, what, file.unlink)
-        blind = [actor.name for actor, sees in zip(far, seen, strict=True) if not sees]
-        if blind:
-            raise ConfigError(
-                f"run.dir = {config.run.dir!r}: not seen by {', '.join(blind)}; it must lie on a"
-                " disk that every node sees, or all of them must fit on the driver's node"
-            )
-
 
 async def _or_why(starting: Coroutine[Any, Any, Any]) -> Any:
     """What `starting` gives, or the named error that it ends by."""
@@ -282,13 +247,6 @@ def in_float32(config: Config) -> bool:
     dtypes = {config.learner.dtype, config.rollout.dtype}
     cached = config.rollout.engine.get("kv_cache_dtype", "auto")
     return dtypes == {"float32"} and cached in ("auto", "float32")
-
-
-def _mark(folder: Path) -> Path:
-    """Make an empty file that nobody else has."""
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".seen-")
-    os.close(descriptor)
-    return Path(name)
 
 
 def _timeouts(config: Config) -> dict[str, float]:

@@ -11,7 +11,8 @@ from async_opd.config.schema import Config
 from async_opd.core.aio import retrieved
 from async_opd.core.errors import ActorLost
 from async_opd.core.ports import Learner, Ref, ScoredGroup, declared
-from async_opd.core.wire import LearnerShare, StepResult, WeightGroup
+from async_opd.core.weights import WeightGroup
+from async_opd.core.wire import LearnerShare, StepResult
 from async_opd.maths.packing import plan
 from async_opd.runtime.actors import RemoteActor
 

@@ -10,6 +10,7 @@ from async_opd.core.errors import WireError
 from async_opd.core.lora import LoraConfig
 from async_opd.core.recorded import RecordedTrajectory
 from async_opd.core.role_settings import GeneratorSettings, LearnerSettings, ScorerSettings
+from async_opd.core.weights import WeightGroup, WeightLayout
 from async_opd.core.wire import (
     Ballot,
     Check,
@@ -24,8 +25,6 @@ from async_opd.core.wire import (
     Span,
     StepResult,
     Verdict,
-    WeightGroup,
-    WeightLayout,
 )
 
 STRUCTS = [

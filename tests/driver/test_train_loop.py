@@ -13,7 +13,8 @@ import pytest
 from async_opd.config.load import load
 from async_opd.core.errors import ActorLost, CheckpointError, DataError
 from async_opd.core.roles import Roles
-from async_opd.core.wire import StepResult, Verdict, WeightLayout
+from async_opd.core.weights import WeightLayout
+from async_opd.core.wire import StepResult, Verdict
 from async_opd.driver import checkpoints
 from async_opd.driver.train import train
 from async_opd.telemetry.metrics import ROLES, STATES, Jsonl, Meter

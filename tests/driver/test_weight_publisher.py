@@ -5,7 +5,7 @@ import pytest
 
 from async_opd.core.errors import ActorLost, ParityError, SyncFailed, TimedOut
 from async_opd.core.ports import Generator
-from async_opd.core.wire import WeightGroup
+from async_opd.core.weights import WeightGroup
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.telemetry.spans import ActorTime

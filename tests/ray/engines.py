@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from async_opd.core.lora import LoraConfig
-from async_opd.core.wire import WeightGroup, WeightLayout
+from async_opd.core.weights import WeightGroup, WeightLayout
 from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.rollout.engine_args import places_for
 from async_opd.roles.weight_sync import vllm_updates

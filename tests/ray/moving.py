@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_opd.core.wire import WeightLayout
+from async_opd.core.weights import WeightLayout
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.sender import GlooSender
 

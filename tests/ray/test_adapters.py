@@ -11,7 +11,8 @@ import torch
 
 from async_opd.core.errors import DataError
 from async_opd.core.lora import ENGINE_RANKS, LoraConfig
-from async_opd.core.wire import Sampling, WeightLayout
+from async_opd.core.weights import WeightLayout
+from async_opd.core.wire import Sampling
 from async_opd.driver.replica_pool import ReplicaPool
 from async_opd.driver.weight_publisher import WeightPublisher
 from async_opd.launch.models import check_adapter_alone

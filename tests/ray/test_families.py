@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from async_opd.core.wire import WeightLayout
+from async_opd.core.weights import WeightLayout
 from async_opd.maths.logprobs import ReadOptions, read_logprobs
 from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names

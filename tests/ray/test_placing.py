@@ -19,6 +19,7 @@ from async_opd.runtime.actor_specs import ActorSpec, ActorSpecs
 from async_opd.runtime.cluster import Cluster
 from async_opd.runtime.nodes import driver_node
 from async_opd.runtime.placement import resource_requests
+from async_opd.runtime.shared_disk import check_shared
 
 pytestmark = pytest.mark.ray
 SPLIT = "rollout.tensor_parallel_size=2"
@@ -151,7 +152,7 @@ async def test_a_learner_on_a_node_with_another_disk_is_refused_by_name(
             ConfigError,
             match=r"run.dir = .*: not seen by learner rank 0, learner rank 1, learner rank 2",
         ):
-            await cluster._share_files()
+            await check_shared(cluster.config, cluster._actors)
 
 
 async def _no() -> bool:

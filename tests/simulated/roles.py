@@ -18,17 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from async_opd.core.ports import Generator, Learner, ScoredGroup, Teacher, Verifier
-from async_opd.core.wire import (
-    GroupMeta,
-    Prompt,
-    Rollout,
-    Sampling,
-    Span,
-    StepResult,
-    Verdict,
-    WeightGroup,
-    WeightLayout,
-)
+from async_opd.core.weights import WeightGroup, WeightLayout
+from async_opd.core.wire import GroupMeta, Prompt, Rollout, Sampling, Span, StepResult, Verdict
 
 PER_STEP = 16  # trajectories
 LONGEST_S = 0.25  # what a step's work takes the longest role

@@ -16,16 +16,8 @@ from torch import Tensor
 
 from async_opd.core.errors import CheckpointNotSaved, Diverged
 from async_opd.core.role_settings import LearnerSettings
-from async_opd.core.wire import (
-    Floats,
-    Group,
-    Ints,
-    LearnerShare,
-    StepResult,
-    WeightGroup,
-    WeightLayout,
-    trained_tokens,
-)
+from async_opd.core.weights import WeightGroup, WeightLayout
+from async_opd.core.wire import Floats, Group, Ints, LearnerShare, StepResult, trained_tokens
 from async_opd.maths.advantages import Moments
 from async_opd.objectives import Objective
 from async_opd.roles.learner import checkpoint, lora

@@ -12,7 +12,7 @@ from async_opd.core.aio import retrieved
 from async_opd.core.aside import DaemonThread
 from async_opd.core.errors import SyncFailed
 from async_opd.core.role_settings import LearnerSettings
-from async_opd.core.wire import WeightGroup
+from async_opd.core.weights import WeightGroup
 from async_opd.roles.learner.weights import StudentWeights
 from async_opd.roles.weight_sync.nccl import load_library
 from async_opd.roles.weight_sync.sender import SENDERS, Sender

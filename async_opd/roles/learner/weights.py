@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from async_opd.core.errors import DataError
 from async_opd.core.role_settings import LearnerSettings
-from async_opd.core.wire import WeightLayout
+from async_opd.core.weights import WeightLayout
 from async_opd.roles.learner import lora
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.roles.weight_sync.gloo import Piece, TensorMeta, buckets

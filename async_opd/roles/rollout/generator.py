@@ -14,18 +14,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from async_opd.core.errors import CallFailed, SyncFailed, WireError
 from async_opd.core.role_settings import GeneratorSettings
 from async_opd.core.vocabulary import drawn, exchanged
-from async_opd.core.wire import (
-    Group,
-    GroupMeta,
-    Ints,
-    Needs,
-    Prompt,
-    Rollout,
-    Sampling,
-    Span,
-    WeightGroup,
-    WeightLayout,
-)
+from async_opd.core.weights import WeightGroup, WeightLayout
+from async_opd.core.wire import Group, GroupMeta, Ints, Needs, Prompt, Rollout, Sampling, Span
 from async_opd.roles.models.vllm_columns import keep_columns
 from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.rollout.engine_args import engine_args, pin_runner

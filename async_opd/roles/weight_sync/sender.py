@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
 
 from async_opd.core.errors import DataError
-from async_opd.core.wire import WeightGroup
+from async_opd.core.weights import WeightGroup
 from async_opd.roles.weight_sync.gloo import (
     TensorMeta,
     broadcast,

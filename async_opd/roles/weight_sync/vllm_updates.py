@@ -6,7 +6,7 @@ import msgspec
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from async_opd.core.errors import SyncFailed
-from async_opd.core.wire import WeightGroup, WeightLayout
+from async_opd.core.weights import WeightGroup, WeightLayout
 
 
 def init_info(group: WeightGroup) -> dict[str, Any]:
