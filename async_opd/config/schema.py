@@ -110,10 +110,12 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def on_transformers(self) -> dict[str, str]:
-        """Those of `models` that run on transformers: the student, which learns there, and scorers
-        of that backend."""
+        """Those of `models` that run on transformers: the student, which learns there, its frozen
+        base, and scorers of that backend."""
         elsewhere = {
-            section for section, scorer in self.scorers.items() if scorer.backend != "transformers"
+            section
+            for section, scorer in self.scorers.items()
+            if scorer.backend in ("vllm", "server")
         }
         return {
             section: model for section, model in self.models.items() if section not in elsewhere

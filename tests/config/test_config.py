@@ -97,7 +97,13 @@ MISTAKES = {
         ["teacher.evaluate = 'yes': must be true or false"],
     ),
     "number for a text": ("run.dir=2024", ["run.dir = 2024: must be a string"]),
-    "empty text": ("data.path=", ["data.path = '': must be a string that is not empty"]),
+    "empty text": ("eval.path=", ["eval.path = '': must be a string that is not empty"]),
+    "no data": (
+        "data.path=",
+        [
+            "data.path: missing; must be a text, or sections [data.sources.NAME] with path and weight"
+        ],
+    ),
     "value for a section": ("eval=3", ["eval = 3: must be a section [eval] with path"]),
     "pair that is no pair": (
         "learner.betas=[0.9]",

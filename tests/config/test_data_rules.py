@@ -207,9 +207,9 @@ def test_a_run_goes_on_with_its_sources_and_their_weights(written, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     Path("rows").mkdir()
     was = msgspec.json.decode(msgspec.json.encode(fixed(config)))
-    refuse_changed(config, was)
+    refuse_changed(config, was, config.student.model)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes(msgspec.json.encode(config))
     changed = load_run(tmp_path / "run", [change])
     with pytest.raises(ConfigError, match=r"^data\.sources = .*: must be .*, as the run has it"):
-        refuse_changed(changed, was)
+        refuse_changed(changed, was, changed.student.model)

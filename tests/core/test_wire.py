@@ -5,7 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from async_opd.core import errors, role_settings, wire
+from async_opd.core import errors, role_settings, weights, wire
 from async_opd.core.errors import WireError
 from async_opd.core.lora import LoraConfig
 from async_opd.core.recorded import RecordedTrajectory
@@ -24,12 +24,13 @@ from async_opd.core.wire import (
     Scores,
     Span,
     StepResult,
+    Unscored,
     Verdict,
 )
 
 STRUCTS = [
     kind
-    for kind in (*vars(wire).values(), *vars(role_settings).values())
+    for kind in (*vars(wire).values(), *vars(weights).values(), *vars(role_settings).values())
     if inspect.isclass(kind) and issubclass(kind, wire.Struct)
 ]
 MESSAGES = [kind for kind in STRUCTS if kind is not wire.Struct]
@@ -326,6 +327,7 @@ GOOD = [
     StepResult(version=3, metrics={"loss": 0.5}, recorded=(RecordedTrajectory(**RECORDED),)),
     LearnerShare((((0, 0), (1, 2)), ()), ((Verdict(id="p7@0#1", reward=1.0),),)),
     WeightGroup(host="10.0.0.1", port=1, rank_offset=1, world=3, bucket_bytes=9, timeout_s=0.5),
+    Unscored(id="train-7@2", sample=1, role="teacher", why="a token that it has not"),
     WeightLayout(names=("a",), dtypes=("float32",), shapes=((2, 3),)),
     GeneratorSettings(
         name="generator 0",

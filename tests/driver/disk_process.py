@@ -111,7 +111,7 @@ async def watched(run_dir: Path) -> set[str]:
     """Train with a request on the way, and go on from an earlier checkpoint."""
     resize.POLL_S = 0.02
     (run_dir / "config.json").write_text("{}")
-    (run_dir / "scale-1.json").write_text('{"generators": 1}')
+    (run_dir / "scale-1.json").write_text('{"sizes": {"generators": 1}}')
     asked = watch(run_dir)
     await run(run_dir, 5)
     found = await asyncio.to_thread(checkpoints.find, run_dir / "checkpoints" / "000004")

@@ -270,5 +270,5 @@ def test_a_restart_and_a_resume_begin_with_the_servers_that_were_asked_for_or_wi
     assert read_run(tmp_path).teacher.members == (B, C)
     resumed = load_run(tmp_path, [f'teacher.urls=["{A}", "{C}"]'])
     assert resumed.teacher.members == (A, C)
-    refuse_changed(resumed, fixed(begun))
+    refuse_changed(resumed, fixed(begun), resumed.student.model)
     assert load_run(tmp_path, ["teacher.backend=vllm", "teacher.urls=[]"]).teacher.members == (0,)

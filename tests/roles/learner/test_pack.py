@@ -107,7 +107,9 @@ def test_a_trajectory_has_its_groups_number_in_the_step(sample, packed):
     groups = [Group(prompt=one.prompt, rollouts=(one.rollout,)) for one in ones]
     verdicts, scores = tuple(o.verdicts for o in ones), tuple((o.scores,) for o in ones)
     for numbers, total, expected in (((), 0, [1, 0]), ((3, 7), 9, [7, 3])):
-        share = LearnerShare((((1, 0), (0, 0)),), verdicts, numbers, total)
+        share = LearnerShare(
+            micro_batches=(((1, 0), (0, 0)),), verdicts=verdicts, numbers=numbers, total=total
+        )
         (mine,) = trajectories(share, tuple(groups), scores)
         assert packed(*mine).group_S.tolist() == expected
         assert share.groups == (total or 2)

@@ -42,7 +42,7 @@ async def test_a_check_that_prints_or_reads_leaves_the_protocol_alone(
         (b"\xff\xff\xff\xff" + b"x" * 1_000_000, "malformed reply (WireError)"),
         (b"\x00\x00\x00\x03abc", "malformed reply (ValidationError)"),  # msgpack, of an int
         (b"\x00\x00\x00\x03\xa2\xff\xff", "malformed reply (ValidationError)"),
-        (b"\x00\x00\x00\x09\x93\xa5wrong\xc3\xa0", "malformed reply (WireError)"),
+        (b"\x00\x00\x00\x09\x93\xa5wrong\xc0\xa0", "malformed reply (WireError)"),
         (b"\x00\x00\x00\x00", "malformed reply (DecodeError)"),
     ],
     ids=["oversized", "flood", "not a verdict", "not text", "of another check", "empty"],

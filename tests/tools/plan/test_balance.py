@@ -94,8 +94,9 @@ def test_the_slowest_of_all_members_is_the_bottleneck_and_the_learner_sets_the_b
 
 def test_servers_are_counted_by_their_addresses():
     servers = ["teacher.backend=server", 'teacher.urls=["http://a:1", "http://b:1", "http://c:1"]']
-    rates = parse_rates("generator=1000,teacher=4000,learner=2500")
-    assert balance(load(DEMO, servers), rates, "rates as given", []).capacity["teacher"] == 12000
+    config = load(DEMO, servers)
+    rates = parse_rates("generator=1000,teacher=4000,learner=2500", config)
+    assert balance(config, rates, "rates as given", []).capacity["teacher"] == 12000
 
 
 def test_the_plan_says_what_a_short_run_tells(run_dir, capsys):
