@@ -1,5 +1,5 @@
-"""README is true where a machine can tell: its length, links, commands, layout and the objective it
-shows.
+"""README is true where a machine can tell: its length, links, commands and the objective it shows;
+and the map of the package is.
 
 `python tests/e2e/newcomer.py` runs all of its commands, in an empty environment.
 """
@@ -99,12 +99,11 @@ main(["explain", "--objective", "disputed_opd", "full=0.2", "signal_at_most=1.5"
     ]
 
 
-def test_its_layout_names_every_file_and_folder_of_the_package():
-    layout = README.partition("## Layout")[2].partition("## ")[0]
+def test_the_map_names_every_file_and_folder_of_the_package():
     own = {path for path in (ROOT / "async_opd").iterdir() if path.is_dir() or path.suffix == ".py"}
     own = {path for path in own if not path.name.startswith("__")}
     assert [
         p.name
         for p in sorted(own)
-        if not re.search(rf"\b{p.name}{'/' if p.is_dir() else ''}", layout)
+        if not re.search(rf"\b{p.name}{'/' if p.is_dir() else ''}", async_opd.__doc__)
     ] == []

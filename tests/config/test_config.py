@@ -101,7 +101,8 @@ MISTAKES = {
     "no data": (
         "data.path=",
         [
-            "data.path: missing; must be a text, or sections [data.sources.NAME] with path and weight"
+            "data.path: missing; must be a text, or sections [data.sources.NAME] with path and"
+            " weight"
         ],
     ),
     "value for a section": ("eval=3", ["eval = 3: must be a section [eval] with path"]),
