@@ -270,7 +270,9 @@ class LearnerRank:
         self._engine.load_checkpoint(folder, tag=DEEPSPEED, load_module_strict=self._lora is None)
         self.version = state.version
         # a run may go on with another objective, whose moments begin here
-        self._running = {name: state.running.get(name, none) for name, none in self._running.items()}
+        self._running = {
+            name: state.running.get(name, none) for name, none in self._running.items()
+        }
         checkpoint.restore_random_state(state.random)
 
     def _clip(self, *_: object) -> None:
