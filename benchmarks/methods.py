@@ -64,6 +64,10 @@ METHODS = {  # name: the objective, and overrides
     "opd, freshness and anchor": (
         '{tag="opd", freshness={alpha=1.0, lambda=0.1}, mean_over="sequences"}',
     ),
+    "opd, a task reward beside it": (
+        '{tag="opd", reward={weight=1.0, baseline="group", length_penalty=0.1}}',
+        *GROUPS,
+    ),
     "opd, ratio of the prefix": (
         '{tag="opd", correction={tag="importance", ratio="prefix", at_most=5.0}}',
     ),

@@ -61,15 +61,18 @@ def rules(c: Config) -> Iterator[Rule]:
 def _objective_rules(c: Config) -> list[Rule]:
     """List what the objective asks of rollouts."""
     needs, samples = c.objective.needs(), c.rollout.samples_per_prompt
+    method, reward = c.objective.requirements(), c.objective.setting("reward.baseline")
+    baseline = f"objective.reward.baseline = {reward!r}"
     return [
         (
             needs.groups and samples < 2,
-            f"rollout.samples_per_prompt = {samples}: must be >= 2 for {tag(c.objective)}, which"
-            " compares them",
+            f"rollout.samples_per_prompt = {samples}: must be >= 2 for"
+            f" {tag(c.objective) if method.groups else baseline}, which compares them",
         ),
         (
             bool(needs.running) and c.rollout.truncated == "drop",
-            f"rollout.truncated = 'drop': must be 'train' or 'mask' for {tag(c.objective)}, whose"
+            f"rollout.truncated = 'drop': must be 'train' or 'mask' for"
+            f" {tag(c.objective) if method.running else baseline}, whose"
             " running mean would leave out what is dropped",
         ),
     ]

@@ -62,9 +62,10 @@ def with_future(value_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     """
     length_N = segments.lengths(segment_N, count)[segment_N]
     later_N = length_N - segments.places(segment_N) - 1
-    total_N = segments.sums(value_N, segment_N, count)[segment_N]
-    behind_N = total_N - segments.before(value_N, segment_N) - value_N
-    return value_N + (behind_N / later_N.clamp(min=1)).where(later_N > 0, 0)
+    wide_N = value_N.double()  # the last tokens' are small differences of large sums
+    total_N = segments.sums(wide_N, segment_N, count)[segment_N]
+    behind_N = total_N - segments.before(wide_N, segment_N) - wide_N
+    return (wide_N + (behind_N / later_N.clamp(min=1)).where(later_N > 0, 0)).to(value_N.dtype)
 
 
 def standardised(

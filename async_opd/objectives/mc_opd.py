@@ -14,6 +14,9 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
     """ℓ = -(1/m) Σ_i sg[ρ(a_i) · A(a_i)] · log π(a_i), a_1 the generated token, a_2 … a_m drawn
     beside it, i.i.d. with replacement from the behaviour policy and not rolled out. Variance at a
     prefix falls as 1/m; m = 1 is OPD.
+
+    A task `reward` is a second part: what it makes of the signal of the generated token, within
+    `signal_at_most` or not, is added undivided, as the mean over responses of `opd` has it.
     """
 
     m: Annotated[int, Meta(ge=1)] = 4
@@ -29,12 +32,14 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
         behaviour_NM = _beside(batch.behaviour_logp_N, batch.behaviour_logp_NK)
         teacher_NM = _beside(batch.teacher_logp_N, batch.teacher_logp_NK)
         signal_NM = behaviour_NM if self.student_signal == "cached" else student_NM.detach()
-        advantage_NM = advantages.reverse_kl(signal_NM, teacher_NM)
-        if self.reward:  # which the generated token alone has led to; its m undoes the mean's
-            advantage_NM[:, 0] += self.m * self.reward.part(batch)
-        advantage_NM, bounded_N = self.bounded(
-            self.anchored(advantage_NM, student_NM, behaviour_NM)
+        free_NM = self.anchored(
+            advantages.reverse_kl(signal_NM, teacher_NM), student_NM, behaviour_NM
         )
+        advantage_NM, bounded_N = self.bounded(free_NM)
+        if self.reward:  # which the generated token alone has led to; its m undoes the mean's
+            rewarded_N, over_N = self.bounded(free_NM[:, 0] + self.reward.part(batch))
+            advantage_NM[:, 0] += self.m * (rewarded_N - advantage_NM[:, 0])
+            bounded_N = over_N if bounded_N is None else declared(over_N) | bounded_N
         loss_NM, ratio_NM = self.correction.apply(batch, student_NM, behaviour_NM, advantage_NM)
         return TokenLoss(
             loss_N=loss_NM.mean(1),
@@ -42,6 +47,7 @@ class McOpd(Sampled, frozen=True, tag="mc_opd"):
             advantage=advantage_NM,
             ratio=ratio_NM,
             bounded_N=bounded_N,
+            added_N=ratio_NM[:, 0] if self.reward else None,
         )
 
 

@@ -424,6 +424,16 @@ MISTAKES = {
             " compares them"
         ],
     ),
+    "groups of one, for a reward among them": (
+        (
+            'tag = "topk_kl"\nk = 24\ndivergence = "reverse"',
+            'tag = "opd"\nreward = { weight = 2.0 }',
+        ),
+        [
+            "rollout.samples_per_prompt = 1: must be >= 2 for objective.reward.baseline = 'group',"
+            " which compares them"
+        ],
+    ),
     "two corrections of the same drift": (
         (
             'divergence = "reverse"',
@@ -477,6 +487,13 @@ MISTAKES = {
         [
             "rollout.truncated = 'drop': must be 'train' or 'mask' for objective.tag = 'egrsd',"
             " whose running mean would"
+        ],
+    ),
+    "running mean of a task reward without what is dropped": (
+        'objective={tag="opd",reward={baseline="running"}} rollout.truncated=drop',
+        [
+            "rollout.truncated = 'drop': must be 'train' or 'mask' for objective.reward.baseline ="
+            " 'running', whose running mean would"
         ],
     ),
     "last weight of no fall": (

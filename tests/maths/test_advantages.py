@@ -1,3 +1,5 @@
+from math import fsum
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from async_opd.maths.advantages import (
     length_aware,
     reverse_kl,
     whitened,
+    with_future,
     within_group,
 )
 
@@ -130,3 +133,13 @@ def test_extrapolation_adds_the_teachers_step_from_the_reference():
     assert reverse_kl(student, teacher).item() == pytest.approx(0.6)
     for lam, expected in ((0.0, 0.2), (1.0, 0.6), (1.5, 0.8)):  # .6 + (λ - 1) · .4
         assert extrapolated(student, teacher, reference, lam=lam).item() == pytest.approx(expected)
+
+
+def test_the_later_rewards_of_a_long_response_are_those_of_a_loop():
+    value_N = -0.2 * torch.rand(16_384, generator=torch.Generator().manual_seed(0))
+    got_N = with_future(value_N, torch.zeros(16_384, dtype=torch.int64), 1)
+    values = value_N.tolist()
+    for later in (1, 2, 3, 100, 10_000):
+        expected = values[-later - 1] + fsum(values[-later:]) / later
+        assert got_N[-later - 1].item() == pytest.approx(expected, rel=1e-6)
+    assert got_N[-1] == value_N[-1]

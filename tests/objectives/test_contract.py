@@ -23,6 +23,7 @@ from async_opd.maths.logprobs import Head, ReadOptions, read_logprobs
 from async_opd.objectives import all_objectives
 from async_opd.objectives.eopd import Eopd
 from async_opd.objectives.freshness import Freshness
+from async_opd.objectives.mc_opd import McOpd
 from async_opd.objectives.modifiers import DriftGate, Position, PrefixRatio, RandomShare
 from async_opd.objectives.reward import Reward
 from async_opd.objectives.sampled import Importance, Ppo, Sampled
@@ -408,14 +409,17 @@ def sizes_N(objective, batch):
 def test_no_token_carries_a_step_where_signal_and_weight_are_bounded(objective, most, weight):
     bounds = dict(signal_at_most=most, weight_at_most=weight)
     bounded = msgspec.structs.replace(objective, **bounds)
-    two = isinstance(objective, Eopd) or getattr(objective, "rest", "") == "sampled"
+    rewarded = isinstance(objective, McOpd) and objective.reward
+    two = isinstance(objective, Eopd) or getattr(objective, "rest", "") == "sampled" or rewarded
     anchored = objective.freshness and objective.freshness.lam and not objective.anchors
     batch, parts = forbidden(objective), 1 + bool(two) + bool(anchored)
     assert sizes_N(bounded, batch).max() <= parts * most * weight * (1 + 1e-6)
     result, signal_only = bounded.loss(batch), msgspec.structs.replace(bounded, weight_at_most=None)
     ratio = 1 if result.ratio is None else result.ratio.reshape(len(KEPT), -1).amax(1)
     assert (result.weight_N * ratio).max() <= weight * (1 + 1e-6)
-    assert result.advantage is None or result.advantage.abs().max() <= most
+    if result.advantage is not None:  # of the generated token m times what the reward adds
+        advantage = result.advantage[:, 1:] if rewarded else result.advantage
+        assert not (advantage.abs() > most).any()
     # those whose factor was lowered are the only ones that a bound on it changes
     lowered, before = result.metrics["weight_bounded"], signal_only.loss(batch)
     assert torch.equal(result.loss_N[~lowered], before.loss_N[~lowered])

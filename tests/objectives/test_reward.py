@@ -123,6 +123,22 @@ def test_of_several_samples_a_position_the_generated_one_alone_has_it_undivided(
     assert more.flatten().tolist() == pytest.approx([0.3 / m] * 12)
 
 
+@pytest.mark.parametrize(("m", "most"), [(1, 0.4), (16, 0.4), (16, 5.0)])
+def test_a_bound_leaves_of_the_reward_what_it_leaves_without_more_samples(m, most):
+    """The mean of others of the same signal changes nothing, so ℓ is that of `opd`."""
+    given = two([1.0, 0.0], [0.0, 1.0])
+    beside = {
+        f"{who}_logp_NK": getattr(given, f"{who}_logp_N").detach()[:, None].expand(6, m - 1)
+        for who in ("student", "behaviour", "teacher")
+    }
+    bounds = dict(reward=Reward(weight=0.8), signal_at_most=most)
+    opd, several = (
+        o.loss(with_statistics(o, replace(given, **more)))
+        for o, more in ((Opd(**bounds), {}), (McOpd(m=m, **bounds), beside if m > 1 else {}))
+    )
+    torch.testing.assert_close(several.loss_N, opd.loss_N)
+
+
 def test_the_gradient_is_that_of_distillation_plus_the_policy_gradient_of_the_reward():
     """Exactly: over all responses of two tokens of a policy with 3 logits, the expected gradient
     on stale samples is that of E[weight · r] - KL at frozen prefixes."""

@@ -268,7 +268,11 @@ class LearnerRank:
         base_sum = self._lora and lora.base_sum(self._lm)
         state = checkpoint.load_rank(Path(folder), self._rank, self._config, self._lora, base_sum)
         self._engine.load_checkpoint(folder, tag=DEEPSPEED, load_module_strict=self._lora is None)
-        self.version, self._running = state.version, state.running
+        self.version = state.version
+        # a run may go on with another objective, whose moments begin here
+        self._running = {
+            name: state.running.get(name, none) for name, none in self._running.items()
+        }
         checkpoint.restore_random_state(state.random)
 
     def _clip(self, *_: object) -> None:

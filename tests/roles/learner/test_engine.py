@@ -234,6 +234,16 @@ def test_a_new_learner_goes_on_from_a_saved_state_as_if_nothing_had_happened(
     assert len({tuple(rank["random"]) for rank in unbroken}) == ranks  # each goes on with its own
 
 
+def test_moments_that_a_run_has_not_measured_begin_where_it_goes_on_with_another_objective(train):
+    before = train(1, 2)[1]
+    ((whole,), _), ((got,), _) = (
+        train(1, 2, objective="remembering", **more) for more in ({}, dict(resume=state_of(before)))
+    )
+    assert len(got["metrics"]) == STEPS - 3
+    number, mean, _ = whole["running"]
+    assert got["running"][:2] == pytest.approx([number * (STEPS - 3) / STEPS, mean])
+
+
 def test_a_flipped_bit_in_any_file_of_a_state_is_found_before_torch_reads_it(train, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     shutil.copytree(state_of(train(2, 3)[1]), checkpoints.begin(3) / "learner")
