@@ -17,8 +17,8 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable
-
-import numpy as np
+from decimal import Decimal
+from numbers import Real
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.foreign import foreign
@@ -78,13 +78,13 @@ def _load_users(check: str, module: str, function: str) -> Decide:
 
     def decided(response: str, answer: str) -> float:
         reward = decide(response, answer)
-        if isinstance(reward, np.generic):
+        if getattr(reward, "ndim", None) == 0:  # of numpy or torch
             reward = reward.item()
-        if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # True is 1; NaN is neither
+        if not isinstance(reward, Real | Decimal) or not 0 <= reward <= 1:  # True is 1; NaN neither
             raise DataError(
                 f"{check} returned {shown(reward)}, and must return True, False or a number from 0"
                 " to 1"
             )
-        return reward
+        return float(reward)
 
     return decided
