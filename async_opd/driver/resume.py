@@ -59,7 +59,8 @@ def refuse_changed(config: Config, was: dict[str, Any], student: str) -> None:
     """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`, or where
     an adapter would be beside another model than the `student` it was trained with."""
     # a run of a version without these in its list had one set, and trained all weights
-    now, was = fixed(config), {"student.lora": None, "data.sources": {}} | was
+    absent: dict[str, Any] = {"student.lora": None, "data.sources": {}}
+    now, was = fixed(config), absent | was
     if config.student.lora:
         now, was = now | {"student.model": config.student.model}, was | {"student.model": student}
     for name, value in now.items():

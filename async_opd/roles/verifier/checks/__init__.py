@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from numbers import Real
+from typing import Any
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.foreign import foreign
@@ -26,6 +27,7 @@ from async_opd.core.suggest import shown
 from async_opd.roles.verifier.config import VerifyConfig
 
 Decide = Callable[..., float | tuple[bool, str]]
+NUMBERS: Any = Real | Decimal  # those of numpy and fractions among them
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -63,7 +65,7 @@ def reference(config: VerifyConfig) -> Callable[[str], object] | None:
     return importlib.import_module(f"{__name__}.{config.check}").read_reference
 
 
-def _users(check: str, module: str, function: str) -> Callable[..., object]:
+def _users(check: str, module: str, function: str) -> Callable[..., Any]:
     with foreign(f"verify.check = {check!r}: cannot be imported", ConfigError):
         decide = getattr(importlib.import_module(module), function)
     if not callable(decide):
@@ -80,7 +82,7 @@ def _load_users(check: str, module: str, function: str) -> Decide:
         reward = decide(response, answer)
         if getattr(reward, "ndim", None) == 0:  # of numpy or torch
             reward = reward.item()
-        if not isinstance(reward, Real | Decimal) or not 0 <= reward <= 1:  # True is 1; NaN neither
+        if not isinstance(reward, NUMBERS) or not 0 <= reward <= 1:  # True is 1; NaN is neither
             raise DataError(
                 f"{check} returned {shown(reward)}, and must return True, False or a number from 0"
                 " to 1"
