@@ -31,7 +31,8 @@ def views(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Teach
         template, head = None, None
         if teacher.chat_template:
             args = f"{section}.model", teacher.model, config.run.trust_remote_code
-            template = _own(section, teacher, fast(*args[:2], tokenizer_of(*args)))
+            read = tokenizer_of(*args, weights=section not in config.served)
+            template = _own(section, teacher, fast(*args[:2], read))
             head = text_config(*args).vocab_size
         shown[name] = TeacherView(
             template=template,
