@@ -17,6 +17,7 @@ from async_opd.config.paths import (
     expand,
     local,
 )
+from async_opd.config.reading_rules import reading_rules
 from async_opd.config.rules import check_rules
 from async_opd.config.schema import Config
 from async_opd.config.sections import RunConfig, StudentConfig, TimeoutConfig
@@ -111,6 +112,7 @@ def load_eval(subject: str, settings: list[str]) -> EvalRun:
                 "data.filter: has no effect in an evaluation, which asks each problem once",
             ),
             *data_rules(asked.data),
+            *reading_rules({}, asked.data, asked.student.model),
             *check_rules(asked.verify),
         ]
     )

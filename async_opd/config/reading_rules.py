@@ -7,6 +7,21 @@ from async_opd.roles.rollout.config import DataConfig
 from async_opd.roles.teacher.config import TeacherConfig
 
 TEMPLATE = "data.chat_template = true"
+# What transformers' `apply_chat_template` takes itself, and gives to no template.
+NOT_ARGUMENTS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
 
 
 def reading_rules(
@@ -31,6 +46,10 @@ def _argument_rules(
             "chat_template" in args,
             f"{section}.template_args.chat_template: is no argument of a template; set"
             f" {section}.chat_template",
+        ),
+        *(
+            (name in args, f"{section}.template_args.{name}: is no argument of a template")
+            for name in NOT_ARGUMENTS
         ),
     ]
 

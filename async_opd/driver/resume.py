@@ -58,13 +58,14 @@ def fixed(config: Config) -> dict[str, Any]:
 def refuse_changed(config: Config, was: dict[str, Any], student: str) -> None:
     """Raise ConfigError where a setting of those that `fixed` lists is not what it `was`, or where
     an adapter would be beside another model than the `student` it was trained with."""
-    # what is not in an earlier version's list, all of its weights, was trained
-    now, was = fixed(config), {"student.lora": None} | was
+    # a run of a version without these in its list had one set, and trained all weights
+    absent: dict[str, Any] = {"student.lora": None, "data.sources": {}}
+    now, was = fixed(config), absent | was
     if config.student.lora:
         now, was = now | {"student.model": config.student.model}, was | {"student.model": student}
     for name, value in now.items():
         if value != was.get(name, value):
-            allowed = "absent" if was[name] is None else repr(was[name])
+            allowed = "absent" if was[name] in (None, {}) else repr(was[name])
             why = "its books, or the order of its prompts, go by it"
             if name.startswith("student."):
                 why = "what is trained, and the optimizer's state of it, goes by it"

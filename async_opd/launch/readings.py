@@ -1,6 +1,9 @@
 """How each teacher reads a prompt, checked before anything starts: its own template, and a system
 message that its template takes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from async_opd.config.schema import Config
@@ -9,7 +12,7 @@ from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
 from async_opd.core.reading import read_named
 from async_opd.launch.models import fast, text_config, tokenizer_of
-from async_opd.roles.rollout.render import template_of
+from async_opd.roles.rollout.render import OURS, jinja_of, template_of
 from async_opd.roles.rollout.teacher_prompt import TeacherView
 from async_opd.roles.rollout.template import Template
 from async_opd.roles.teacher.config import TeacherConfig
@@ -20,18 +23,16 @@ ASKS = [{"role": "user", "content": "?"}]  # the least that a template renders
 def views(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, TeacherView]:
     """Say what each teacher is shown of a row, by its name; `tokenizer` is the student's. Raises
     DataError for a template that is none, begins twice, or does not take the system message."""
-    ours = (
-        template_of("data.chat_template = true: the tokenizer of student.model", tokenizer)
-        if config.data.chat_template
-        else None
-    )
     shown: dict[str, TeacherView] = {}
     for name, teacher in config.named_teachers.items():
-        section = teacher_section(name)
+        section, args_of = teacher_section(name), arguments(config, teacher)
+        ours = template_of(OURS, tokenizer, args_of) if config.data.chat_template else None
         template, head = None, None
         if teacher.chat_template:
             args = f"{section}.model", teacher.model, config.run.trust_remote_code
-            template = _own(section, teacher, fast(*args[:2], tokenizer_of(*args)))
+            read = tokenizer_of(*args, weights=section not in config.served)
+            source = source_of(section, teacher, read, args_of)
+            template = _own(f"{section}.chat_template", fast(*args[:2], read), source)
             head = text_config(*args).vocab_size
         shown[name] = TeacherView(
             template=template,
@@ -42,21 +43,26 @@ def views(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Teach
             longest=longest_prompt(section, teacher, config.data),
         )
         if reads_by := template or ours:
-            args = config.data.template_args | teacher.template_args
-            _refuse_system(f"{section}.system", shown[name], reads_by, args)
+            _refuse_system(f"{section}.system", shown[name], reads_by, args_of)
     return shown
 
 
-def source_of(section: str, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def arguments(config: Config, teacher: TeacherConfig) -> dict[str, Any]:
+    """Join the arguments of the template by which `teacher` reads."""
+    return config.data.template_args | teacher.template_args
+
+
+def source_of(
+    section: str,
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Mapping[str, Any],
+) -> str:
     """Read the Jinja text of the template of the teacher in `section`, whose `tokenizer` may have
-    it; "" where it reads by the student's. Raises DataError."""
+    it, for the arguments `args`; "" where it reads by the student's. Raises DataError."""
     key = f"{section}.chat_template"
     if teacher.chat_template is True:
-        called = f"{key} = true: the tokenizer of {section}.model"
-        if not tokenizer.chat_template:
-            raise DataError(f"{called} has no chat template")
-        with foreign(called):
-            return str(tokenizer.get_chat_template())
+        return jinja_of(f"{key} = true: the tokenizer of {section}.model", tokenizer, args)
     if file := teacher.template_file:
         content = read_named(f"{key} = {file!r}", file, DataError)
         with foreign(f"{key} = {file!r}"):
@@ -64,11 +70,9 @@ def source_of(section: str, teacher: TeacherConfig, tokenizer: PreTrainedTokeniz
     return teacher.chat_template or ""
 
 
-def _own(section: str, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Take the template that is the teacher's alone. Raises DataError."""
-    template = Template(
-        f"{section}.chat_template", tokenizer, source_of(section, teacher, tokenizer)
-    )
+def _own(called: str, tokenizer: PreTrainedTokenizerFast, source: str) -> Template:
+    """Make the template that is the teacher's alone. Raises DataError."""
+    template = Template(called, tokenizer, source)
     begin = tokenizer.bos_token
     if begin and template.sample.startswith(2 * str(begin)):
         raise DataError(f"{template.called}: begins with {begin!r} twice")

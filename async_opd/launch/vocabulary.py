@@ -12,7 +12,7 @@ from async_opd.core.printing import say
 from async_opd.core.vocabulary import Tokens, runs
 from async_opd.launch.ends import Ends, ends_of
 from async_opd.launch.models import text_config, tokenizer_of
-from async_opd.launch.readings import source_of
+from async_opd.launch.readings import arguments, source_of
 from async_opd.roles.teacher.config import TeacherConfig
 
 NAMED = 5  # of many tokens, in a message
@@ -101,7 +101,7 @@ def words_of(
             written = str(tokenizer.chat_template) if config.data.chat_template else ""
             _refuse_in_use(called, tokenizer, beyond, head, alone=alone, written=written)
         elif isinstance(teacher := config.scorers[section], TeacherConfig):
-            written = source_of(section, teacher, tokenizer)
+            written = source_of(section, teacher, tokenizer, arguments(config, teacher))
             _refuse_in_use(called, tokenizer, beyond, head, alone=[], written=written)
         say(
             f"{called}: its head has {head} rows, and none for {named(beyond.items())}: a prompt"

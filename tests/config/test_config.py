@@ -259,6 +259,14 @@ MISTAKES = {
         "data.chat_template=true teacher.template_args.chat_template=x",
         ["teacher.template_args.chat_template", "set teacher.chat_template"],
     ),
+    "what transformers takes itself": (
+        "data.chat_template=true data.template_args.add_generation_prompt=false",
+        ["data.template_args.add_generation_prompt: is no argument of a template"],
+    ),
+    "what transformers takes itself, a teacher's": (
+        "data.chat_template=true teacher.template_args.tokenize=false",
+        ["teacher.template_args.tokenize: is no argument of a template"],
+    ),
     "a reference reads as the student": (
         "reference.system=brief",
         ["reference.system = 'brief': no such setting"],

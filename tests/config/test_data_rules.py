@@ -166,9 +166,13 @@ def test_a_mistake_is_one_line_that_names_it(written, tmp_path, capsys, mistake)
     [
         ('data.sources.a.path="a.jsonl"', "data.sources: an evaluation is of one set: set data.pa"),
         ("data.filter.tries=2", "data.filter: has no effect in an evaluation, which asks each pro"),
+        (
+            "data.template_args.enable_thinking=true",
+            "data.template_args = {'enable_thinking': True}: has no effect without data.chat_templ",
+        ),
     ],
 )
-def test_an_evaluation_is_of_one_set_and_asks_each_problem_once(capsys, setting, expected):
+def test_what_has_no_effect_in_an_evaluation_is_refused(capsys, setting, expected):
     status = main(["eval", "toy:student", "--data", "toy:heldout", setting])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and expected in error

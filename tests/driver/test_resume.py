@@ -162,15 +162,23 @@ def test_a_run_goes_on_with_its_adapter_and_the_model_beside_which_that_was_trai
     to_resume(tmp_path, ["run.steps=9", *same])
 
 
-def test_a_run_of_a_version_without_adapters_does_not_go_on_with_one(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("student.lora", [ADAPTER]),
+        ("data.sources", ["data.path=''", "data.sources.a.path=toy:train"]),
+    ],
+)
+def test_a_run_of_a_version_without_a_setting_goes_on_without_it(tmp_path, name, words):
     run(tmp_path, "run.steps=3")
     state = tmp_path / "checkpoints" / "000003" / "run.json"
     old = msgspec.json.decode(state.read_bytes())
-    del old["fixed"]["student.lora"]
+    del old["fixed"][name]
     state.write_bytes(msgspec.json.encode(old))
     rewritten(tmp_path)
-    with pytest.raises(ConfigError, match=r"^student\.lora = .*: must be absent, as the run has"):
-        to_resume(tmp_path, ["run.steps=9", ADAPTER])
+    with pytest.raises(ConfigError, match=rf"^{name} = .*: must be absent, as the run has"):
+        to_resume(tmp_path, ["run.steps=9", *words])
+    to_resume(tmp_path, ["run.steps=9"])
 
 
 def rewritten(run_dir) -> None:

@@ -17,6 +17,7 @@ from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.vocabulary import Tokens
 from async_opd.launch import run as runs
 from async_opd.launch.models import check_models, tokenizer_of
+from async_opd.launch.readings import views
 from async_opd.launch.vocabulary import read_tokens
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.teacher.server.stub import serving
@@ -66,9 +67,14 @@ def dead() -> str:
 
 def test_a_server_s_model_needs_no_weights_here(tmp_path, model):
     tokenizer = tokenizer_of("student.model", str(toy.STUDENT), False)
-    settings = [f"student.model={toy.STUDENT}", f"data.path={DEMO.parent}"]
+    settings = [
+        f"student.model={toy.STUDENT}",
+        f"data.path={DEMO.parent}",
+        "teacher.chat_template='{{ messages[0].content }}='",
+    ]
     config = asking(tmp_path, model, "http://localhost:1", more=settings)
     assert read_tokens(config, tokenizer).whole == {"teacher": ((0, 24),)}
+    assert views(config, tokenizer)[""].head == 24
     check_models(config)
     here = [f"teacher.model={model}", f"run.dir={tmp_path / 'run'}", *settings]
     with pytest.raises(DataError, match="holds no weights"):

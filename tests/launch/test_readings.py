@@ -13,6 +13,7 @@ from async_opd.launch.inputs import read
 from async_opd.launch.readings import views
 from async_opd.launch.run import _write_beginning
 from async_opd.launch.toy_models import resolve_toy
+from async_opd.roles.rollout.render import Renderer
 from async_opd.toy import STUDENT, TEACHER
 
 PLAIN = "{% for m in messages %}{{ m.content }}={% endfor %}"
@@ -61,6 +62,38 @@ def test_a_template_is_the_tokenizers_a_text_or_a_file(demo, tmp_path):
         assert template and template.source == source
         assert template.tokenizer.bos_token == "<pad>"  # the teacher's own
     assert view(demo()).template is None
+
+
+TOOLS = "template_args={tools=[{type='function', function={name='add'}}]}"
+SEVERAL = [
+    {"name": "default", "template": PLAIN},
+    {"name": "tool_use", "template": "{{ tools[0].function.name }}:" + PLAIN},
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "student", "teacher"),
+    [
+        (["data.chat_template=true"], "1+2=", None),
+        (["data.chat_template=true", f"data.{TOOLS}"], "add:1+2=", None),
+        (["data.chat_template=true", f"teacher.{TOOLS}"], "1+2=", "add:1+2="),
+        (["teacher.chat_template=true", f"teacher.{TOOLS}"], "1+2", "add:1+2="),
+    ],
+)
+def test_of_several_templates_that_for_tools_is_read_by_where_there_are_some(
+    demo, tmp_path, settings, student, teacher
+):
+    shutil.copytree(STUDENT, tmp_path / "student")
+    for folder in (tmp_path / "student", tmp_path / "teacher"):
+        file = folder / "tokenizer_config.json"
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        content = json.loads(file.read_text()) | {"chat_template": SEVERAL}
+        file.write_text(json.dumps(content))
+    config = demo(f"student.model={tmp_path}/student", *settings)
+    mine = AutoTokenizer.from_pretrained(config.student.model)
+    row = {"prompt": "1+2", "answer": "3", "id": "x"}
+    rendered = Renderer(config.data, mine, views(config, mine)).rendered(row)
+    assert rendered.texts == [text for text in (student, teacher) if text is not None]
 
 
 REFUSED = {

@@ -32,7 +32,8 @@ def load(config: DataConfig, key: str) -> datasets.Dataset | datasets.IterableDa
     columns = rows.column_names
     for setting, name in named_columns(config).items():
         if columns is not None and name not in columns:
-            section = key.removesuffix(".path").replace("eval", "data")  # whose columns are as its
+            # columns of the held-out problems are those of [data]
+            section = "data" if key == "eval.path" else key.removesuffix(".path")
             raise DataError(
                 f"{section}.{setting} = {name!r}: {config.path} has columns {', '.join(columns)}"
             )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from async_opd.core.errors import DataError
 from async_opd.core.foreign import foreign
@@ -16,6 +16,7 @@ from async_opd.roles.rollout.teacher_prompt import TeacherView
 from async_opd.roles.rollout.template import Template
 
 STUDENT = TeacherView()  # is shown a row as it is
+OURS = "data.chat_template = true: the tokenizer of student.model"  # has the template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,14 @@ class Renderer:
         """Take what each teacher is shown from `views`, by its name."""
         self._config = config
         self._views = views
-        self._template: Template | None = None
-        if config.chat_template:
-            self._template = template_of(
-                "data.chat_template = true: the tokenizer of student.model", tokenizer
-            )
+
+        def read_by(view: TeacherView) -> Template | None:
+            args = config.template_args | view.template_args
+            ours = template_of(OURS, tokenizer, args) if config.chat_template else None
+            return view.template or ours
+
+        self._template = read_by(STUDENT)
+        self._theirs = {name: read_by(view) for name, view in views.items()}
 
     def check_types(self, row: Mapping[str, Any]) -> None:
         """Look at the types and keys of a row alone, which is quick."""
@@ -66,7 +70,7 @@ class Renderer:
         bound, view = ("data.max_prompt_tokens", config.max_prompt_tokens), self._views[teacher]
         texts, bounds = [self._text(content, self._template, STUDENT)], [bound]
         if view.differs:
-            texts.append(self._text(theirs, view.template or self._template, view))
+            texts.append(self._text(theirs, self._theirs[teacher], view))
             bounds.append(view.longest or bound)
         return Rendered(answer=str(row[config.answer]), teacher=teacher, texts=texts, bounds=bounds)
 
@@ -110,14 +114,21 @@ class Renderer:
         return template.render(view.addressed(messages), self._config.prompt, args)
 
 
-def template_of(called: str, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Take the template that `tokenizer` has. Raises DataError where it has none, which begins with
-    `called`."""
+def template_of(
+    called: str, tokenizer: PreTrainedTokenizerFast, args: Mapping[str, Any]
+) -> Template:
+    """Take the template that `tokenizer` has for the arguments `args`. Raises DataError as
+    `jinja_of` does."""
+    return Template(called, tokenizer, jinja_of(called, tokenizer, args), "the chat template")
+
+
+def jinja_of(called: str, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any]) -> str:
+    """Read the Jinja text of the template that `tokenizer` has: of several that for tools where
+    `args` have some. Raises DataError where it has none, which begins with `called`."""
     if not tokenizer.chat_template:
         raise DataError(f"{called} has no chat template")
     with foreign(called):
-        source = tokenizer.get_chat_template()
-    return Template(called, tokenizer, source, "the chat template")
+        return str(tokenizer.get_chat_template(tools=args.get("tools")))
 
 
 def _is_finite(answer: str | int | float) -> bool:

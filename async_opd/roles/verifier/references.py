@@ -98,9 +98,12 @@ class _Asker:
             start_new_session=True,  # no Ctrl-C meant for the parent
             env=environment(config),
         )
-        reply = self._read(START_S)
+        reply = self._read(START_S, "while it is loaded")
         self.knows = reply == KNOWS  # False: the check has nothing to say of a reference
-        self.refusal = None if self.knows else reply  # why the check cannot be loaded
+        # why the check cannot be loaded
+        self.refusal = None if self.knows else reply
+        if self.cause:
+            self.refusal = f"verify.check = {config.check!r}: {self.cause}"
 
     def __enter__(self) -> "_Asker":
         return self
@@ -131,7 +134,7 @@ class _Asker:
             self._process.stdin.write(data)
             self._process.stdin.flush()
 
-    def _read(self, timeout_s: float) -> str | None:
+    def _read(self, timeout_s: float, doing: str = "at this reference") -> str | None:
         """Read a frame; None, and `cause`, where none comes."""
         assert self._process.stdout
         pipe, until = self._process.stdout.fileno(), time.monotonic() + timeout_s
@@ -139,13 +142,13 @@ class _Asker:
             if self._stop.is_set():
                 return None
             if time.monotonic() > until:
-                self.cause = f"the check takes more than {timeout_s:g} s for this reference"
+                self.cause = f"the check takes more than {timeout_s:g} s {doing}"
                 return None
             if not select.select([pipe], [], [], LOOK_S)[0]:
                 continue
             data = os.read(pipe, 1 << 16)
             if not data:
-                self.cause = "the check's process dies of this reference"
+                self.cause = f"the check's process dies {doing}"
                 return None
             self._pending += data
         body, self._pending = self._pending[4 : 4 + size], self._pending[4 + size :]

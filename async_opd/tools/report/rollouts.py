@@ -36,6 +36,7 @@ TEXTS = {  # what is no number of a token
     "cut",
     "truncated",
     "reward",
+    "correct",
     "kept_kv",
 }
 
@@ -126,7 +127,7 @@ def _rollout(
         prompt=str(line["prompt"]),
         prompt_cut=int(line.get("prompt_cut", 0)),
         teacher_prompt=line.get("teacher_prompt", ""),
-        verdict=_verdict(line.get("reward")),
+        verdict=_verdict(line.get("reward", line.get("correct"))),  # which runs before 0 to 1 have
         tokens=list(zip(classes, map(_visible, line["tokens"]), strict=False)),
         left_out=len(line["tokens"]) - count + int(line.get("cut", 0)),
         truncated=bool(line.get("truncated")),

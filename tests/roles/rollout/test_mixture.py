@@ -171,6 +171,20 @@ def test_a_column_that_is_not_there_is_named_by_its_source(files, streaming):
         mixture(files, {3: 1, 4: 1}, more={4: {"solution": "why"}}, streaming=streaming)
 
 
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("data.sources.evaluation.path", "data.sources.evaluation"),
+        ("data.path", "data"),
+        ("eval.path", "data"),
+    ],
+)
+def test_a_column_is_named_by_the_section_that_has_it(files, key, section):
+    config = DataConfig(path=str(files[3]), prompt="why")
+    with pytest.raises(DataError, match=rf"^{section}\.prompt = 'why': "):
+        PromptSource(config, TOKENIZER, seed=0, key=key)
+
+
 def test_a_row_that_cannot_be_used_is_named_with_its_source(files, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"q3": "1+1=", "a3": "2"}\n{"q3": "", "a3": "2"}\n')

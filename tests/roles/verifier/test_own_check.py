@@ -25,12 +25,22 @@ REWARDS = {  # what a check returns, and the reward that it is
     "np.float32(0.25)": 0.25,
     "np.float64(0.3)": 0.3,
     "np.int64(1)": 1.0,
+    "np.float16(0.5)": 0.5,
+    "np.longdouble(0.5)": 0.5,
+    "np.array(0.5)": 0.5,
+    "-0.0": 0.0,
+    "Fraction(3, 4)": 0.75,
+    "Decimal('0.3')": 0.3,
+    "torch.tensor(0.5)": 0.5,
+    "torch.tensor(True)": 1.0,
+    "(torch.tensor([1, 0]) == 1).float().mean()": 0.5,
 }
+IMPORTS = "import numpy as np\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
 
 
 async def test_a_number_from_0_to_1_is_the_reward(start_pool, check, own_check):
-    own_check("import numpy as np\ndef score(response, answer):\n    return eval(response)")
-    pool = await start_pool(check="mine:score")
+    own_check(f"import torch\n{IMPORTS}def score(response, answer):\n    return eval(response)")
+    pool = await start_pool(check="mine:score", memory_gib=8)
     verdicts = [await pool.check(check(text)) for text in REWARDS]
     assert [verdict.reward for verdict in verdicts] == [*REWARDS.values()]
     assert {type(verdict.reward) for verdict in verdicts} == {float}
@@ -52,11 +62,13 @@ FAULTY = {  # what a check returns, and how it is shown where that is otherwise
     "(0.5, '')": "",
     "np.array([0.5])": "array([0.5])",
     "0.5j": "",
+    "Fraction(3, 2)": "Fraction(3, 2)",
+    "np.array(1.5)": "1.5",
 }
 
 
 async def test_what_is_no_number_from_0_to_1_is_unknown_by_name(start_pool, check, own_check):
-    own_check("import numpy as np\ndef score(response, answer):\n    return eval(response)")
+    own_check(f"{IMPORTS}def score(response, answer):\n    return eval(response)")
     pool = await start_pool(check="mine:score")
     must = "and must return True, False or a number from 0 to 1"
     for text, shown in FAULTY.items():

@@ -69,8 +69,8 @@ def test_a_reference_that_hangs_kills_or_raises_costs_itself_alone(own):
     answers[3:3] = ["hangs", "dies", "raises"]
     wrong = unusable(answers, check=f"{own}:right", timeout_s=1.0)
     assert wrong == {
-        "hangs": "the check takes more than 1 s for this reference",
-        "dies": "the check's process dies of this reference",
+        "hangs": "the check takes more than 1 s at this reference",
+        "dies": "the check's process dies at this reference",
         "raises": "the check: KeyError: 'no such key'",
     }
 
@@ -86,11 +86,13 @@ def test_a_check_without_a_word_on_references_takes_them_as_they_are(own):
         ("own_check:none_such", "cannot be imported: AttributeError: module 'own_check' has no"),
         ("own_check:OWN", "is a str, and must be a function"),
         ("broken:right", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("killed:right", "the check's process dies while it is loaded"),
     ],
 )
 def test_a_check_that_cannot_be_loaded_is_refused_before_anything_starts(own, tmp_path, check, why):
     (tmp_path / "own_check.py").write_text("OWN = ''\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "killed.py").write_text("import os\nos._exit(3)\n")
     with pytest.raises(ConfigError, match=f"^verify.check = '{check}': {why}") as raised:
         unusable([f"{n}" for n in range(100)], check=check)
     assert "\n" not in str(raised.value)

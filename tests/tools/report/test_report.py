@@ -161,6 +161,16 @@ def test_a_verdict_is_shown_in_words_and_a_share_by_its_number(make_run):
         assert f"step {step}, {verdict}" in text
 
 
+def test_a_run_from_before_there_were_rewards_keeps_its_verdicts(make_run):
+    lines = [rollout(i, ["a"], correct=x) for i, x in enumerate((True, False, None))]
+    for line in lines:
+        del line["reward"]
+    run = read(make_run(rollouts=lines), "run", 3)
+    shown = rollouts(run)
+    assert [each.verdict for each in shown] == ["right", "wrong", "unknown"]
+    assert not any("correct" in each.numbers for each in shown) and run.remarks == []
+
+
 def test_what_the_teacher_read_is_shown_where_that_was_another(make_run):
     run = make_run(rollouts=[rollout(1, ["a"]), rollout(2, ["b"], teacher_prompt="sums: 1+2=")])
     text = words(page([run]))

@@ -17,8 +17,9 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable
-
-import numpy as np
+from decimal import Decimal
+from numbers import Real
+from typing import Any
 
 from async_opd.core.errors import ConfigError, DataError
 from async_opd.core.foreign import foreign
@@ -26,6 +27,7 @@ from async_opd.core.suggest import shown
 from async_opd.roles.verifier.config import VerifyConfig
 
 Decide = Callable[..., float | tuple[bool, str]]
+NUMBERS: Any = Real | Decimal  # those of numpy and fractions among them
 USERS = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -63,7 +65,7 @@ def reference(config: VerifyConfig) -> Callable[[str], object] | None:
     return importlib.import_module(f"{__name__}.{config.check}").read_reference
 
 
-def _users(check: str, module: str, function: str) -> Callable[..., object]:
+def _users(check: str, module: str, function: str) -> Callable[..., Any]:
     with foreign(f"verify.check = {check!r}: cannot be imported", ConfigError):
         decide = getattr(importlib.import_module(module), function)
     if not callable(decide):
@@ -78,13 +80,13 @@ def _load_users(check: str, module: str, function: str) -> Decide:
 
     def decided(response: str, answer: str) -> float:
         reward = decide(response, answer)
-        if isinstance(reward, np.generic):
+        if getattr(reward, "ndim", None) == 0:  # of numpy or torch
             reward = reward.item()
-        if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # True is 1; NaN is neither
+        if not isinstance(reward, NUMBERS) or not 0 <= reward <= 1:  # True is 1; NaN is neither
             raise DataError(
                 f"{check} returned {shown(reward)}, and must return True, False or a number from 0"
                 " to 1"
             )
-        return reward
+        return float(reward)
 
     return decided
