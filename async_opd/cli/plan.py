@@ -12,7 +12,8 @@ hub nor data is asked: shapes of common models are shipped.
 """
 
 import argparse
-from contextlib import suppress
+import sys
+from contextlib import redirect_stdout, suppress
 
 from async_opd.cli.options import OVERRIDES, count, path
 
@@ -51,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(
         nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu_memory_gib=args.gpu_memory_gib
     )
-    made = plan(args.config, args.overrides, cluster, args.rates, args.like, offline=args.offline)
+    with redirect_stdout(
+        sys.stderr
+    ):  # how far it is with long rows of data; the plan alone is ours
+        made = plan(
+            args.config, args.overrides, cluster, args.rates, args.like, offline=args.offline
+        )
     print(msgspec.json.encode(made).decode() if args.json else "\n".join(lines(made)))
     return 0 if made.fits else 1
 

@@ -12,6 +12,7 @@ import pytest
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
 from async_opd.config.load import load
+from async_opd.roles.rollout import survey
 from async_opd.tools.plan.report import CALIBRATE
 from async_opd.toy import TEACHER
 
@@ -386,9 +387,12 @@ def test_a_hub_that_cannot_be_asked_points_to_offline(capsys):
     )
 
 
-def test_models_vocabularies_and_rows_are_read_where_they_can_be(capsys):
+def test_models_vocabularies_and_rows_are_read_where_they_can_be(capsys, monkeypatch):
+    monkeypatch.setattr(survey, "SAY_S", 0.0)  # how far it is with the rows is none of the object
     assert main(["plan", str(DEMO), "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    plan = json.loads(printed.out)
+    assert "looked at" in printed.err
     assert plan["checked"] == [
         "config",
         "model files",
