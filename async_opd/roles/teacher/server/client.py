@@ -3,18 +3,21 @@ whatever goes wrong by its name."""
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import aiohttp
 import msgspec
 
-from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, CallFailed, ConfigError, WireError
+from async_opd.core.aio import bounded, in_thread
+from async_opd.core.errors import ActorLost, CallFailed, WireError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 AT_ONCE = 64  # requests of one client; a server's own queue is no place to wait in
 BUSY = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
@@ -52,7 +55,7 @@ class Reply:
         except ValueError:
             try:
                 until = parsedate_to_datetime(self.retry_after)
-            except ValueError:
+            except (ValueError, OverflowError):
                 return 0.0
             until = until if until.tzinfo else until.replace(tzinfo=UTC)
             seconds = (until - datetime.now(UTC)).total_seconds()
@@ -65,15 +68,13 @@ class Client:
 
     def __init__(self, called: str, url: str, key: str | None, *, within_s: float):
         """`called` begins every message. `within_s` bounds one request, the time in which the
-        server is busy included; not the time in which the client itself has no place for it.
-        Raises ConfigError for a key that no header can hold."""
-        if key and not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{called}, {url}: the key must be of printable ASCII")
+        server is busy included; not the time in which the client itself has no place for it."""
         self._called = called
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._url = url
         self._key = key
         self._within_s = within_s
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._reading = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
         self._free_at = 0.0  # when a server that is busy may be asked again, on the loop's clock
 
@@ -112,6 +113,12 @@ class Client:
         if not reply.content.lstrip().startswith((b"{", b"[")):
             raise CallFailed(f"{self.who}: {path} answers no JSON, but {self._shown(reply)}")
         return reply.content
+
+    async def read(self, take: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `take` makes of an answer, in a thread, of one answer at a time: that of a long
+        response takes seconds, in which others are asked, and the actor gives signs of life."""
+        async with self._reading:
+            return await in_thread(take, *args, **kwargs)
 
     @property
     def who(self) -> str:
