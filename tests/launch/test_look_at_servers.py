@@ -18,6 +18,7 @@ from async_opd.core.vocabulary import Tokens
 from async_opd.launch import run as runs
 from async_opd.launch.models import check_models, tokenizer_of
 from async_opd.launch.vocabulary import read_tokens
+from async_opd.roles.teacher.server.served import PROBED
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.teacher.server.stub import V, serving
 
@@ -108,12 +109,12 @@ async def test_one_that_does_not_repeat_itself_is_refused_before_anything_starts
     scored = []
 
     def bend(answer):
+        """Another one with each request of the probe."""
         rows = answer["choices"][0]["prompt_logprobs"]
-        scored.append(len(rows))
-        if sum(length > 30 for length in scored) > 4:  # that of the probe's second time
-            for row in rows[1:]:
-                for entry in row.values():
-                    entry["logprob"] -= 1.0
+        scored.append(len(rows) > PROBED + 1)
+        for row in rows[1:]:
+            for entry in row.values():
+                entry["logprob"] -= 0.1 * sum(scored)
 
     async with serving() as one:
         one.model, one.most, one.bend = str(model), V, bend
