@@ -1,6 +1,7 @@
 """What SGLang's server tells of a prompt, by its route `/generate`. Tried against a stub of its
 documented answer alone."""
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -39,7 +40,7 @@ async def read(client: Client, question: Question) -> Told:
         "top_logprobs_num": question.k,
     }
     most = MOST_BYTES + question.tokens * (question.k + 2) * ENTRY_BYTES
-    return await client.read(_told, question, await client.ask("/generate", body, most))
+    return await client.read(partial(_told, question), "/generate", body, most)
 
 
 def _told(question: Question, content: bytes) -> Told:

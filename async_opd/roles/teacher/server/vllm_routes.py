@@ -8,6 +8,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -97,7 +98,7 @@ async def read(client: Client, question: Question) -> Told:
         }
         most += 16 * question.candidates.size
         path = TOKENS
-    return await client.read(_told, client, question, await client.ask(path, body, most))
+    return await client.read(partial(_told, client, question), path, body, most)
 
 
 def _told(client: Client, question: Question, content: bytes) -> Told:

@@ -114,12 +114,28 @@ async def test_one_that_says_nothing_of_when_is_asked_ever_more_rarely():
 async def test_one_that_stays_busy_fails_the_call_within_half_its_time(after):
     async with serving() as stub, teaching(stub, within_s=0.8) as teacher:
         stub.rule = busy(1000, 503, **({"Retry_After": after} if after else {}))
+        began = time.monotonic()
         with pytest.raises(
             CallFailed, match=r"busy for too long: it answers 503 and asks for .*: l"
         ):
             await teacher.score(group(3))
+        assert time.monotonic() - began >= 0.4
         # again after 0.25 s; not where it asks to be left alone for longer than there is time
         assert len(stub.asked) == (1 if after == "600" else 2)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_one_that_asks_for_a_long_rest_costs_no_group_where_it_is_the_only_one(status):
+    """It is left alone for as long as a request may take, and asked again within the tries that a
+    group has."""
+    async with serving() as stub, teaching(stub, within_s=0.8) as teacher:
+        stub.rule = busy(8, status, Retry_After="600")
+        teacher.kill = lambda: None
+        pool = ReplicaPool("teacher", [teacher])
+        groups = [group(3, id=f"{row}@0") for row in range(8)]
+        answers = await asyncio.gather(*(pool.ask(Teacher.score, each) for each in groups))
+        assert all(causes == ("",) for causes, _ in answers)
+        assert len(stub.asked) == 16
 
 
 @pytest.mark.parametrize(

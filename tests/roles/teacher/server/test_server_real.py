@@ -282,10 +282,7 @@ async def test_its_route_for_tokens_is_read_as_it_is_written():
 
         who = "teacher"
 
-        async def read(self, take, *args):
-            return take(*args)
-
-        async def ask(self, path, body, most_bytes):
+        async def read(self, take, path, body, most_bytes):
             asked = protocol.GenerateRequest.model_validate(json.loads(json.dumps(body)))
             assert (asked.token_ids, asked.model) == ([5, 6, 7], "it")
             sampling = asked.sampling_params
@@ -302,7 +299,7 @@ async def test_its_route_for_tokens_is_read_as_it_is_written():
                 ],
                 prompt_token_id_logprobs=numpy2base64(np.array([[-1, -2], [-3, -4]], np.float32)),
             )
-            return JSONResponse(content=answer.model_dump()).body
+            return take(JSONResponse(content=answer.model_dump()).body)
 
     question = Question(
         model="it",
