@@ -11,12 +11,14 @@ def flaw(url: str) -> str:
     """Say what is wrong with the address of a server; "" where nothing is."""
     if re.search(r"[\s\x00-\x1f\x7f\\]", url):
         return "it holds white space, or what is no part of an address"
+    form = "it must be http://HOST:PORT or https://HOST:PORT"
     try:
-        parts, _ = urlsplit(url), urlsplit(url).port
-    except ValueError as e:
-        return f"{e}".lower()
-    if parts.scheme not in PORTS or not parts.hostname:
-        return "it must be http://HOST:PORT or https://HOST:PORT"
+        parts, port = urlsplit(url), urlsplit(url).port
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # whose message may show a password
+        return f"{form}, with a name or an address as HOST and a PORT below 65536"
+    if parts.scheme not in PORTS or not parts.hostname or port == 0:
+        return form
     if parts.username is not None or parts.password is not None:
         return "it must hold no user and no password; key_env names the variable that holds a key"
     if parts.query or parts.fragment:

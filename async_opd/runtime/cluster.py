@@ -165,16 +165,11 @@ class Cluster:
         return await wait_for_resources(list(requests), self.config.timeout.nodes_s, self._emit)
 
     async def _pool(self, request: ResourceRequest, nodes: Mapping[str, Node]) -> list[Any]:
-        """Every member that `request` is for, as its port. Of those that ask servers some may be
-        none yet: while one of them is there the others are waited for later."""
+        """Every member that `request` is for, as its port; None for one that asks a server which
+        is away: all of them were looked at when the run began, and its pool has patience."""
         which = request.urls or range(request.count)
         starting = [self._spawn(request.role, each, nodes) for each in which]
-        if not request.urls:
-            return await together(*starting)
-        ports = await together(*map(_or_why, starting))
-        if all(isinstance(port, AsyncOpdError) for port in ports):
-            raise ports[0]
-        return [None if isinstance(port, AsyncOpdError) else port for port in ports]
+        return await together(*(map(_or_none, starting) if request.urls else starting))
 
     async def _learner(self, nodes: Mapping[str, Node]) -> Any:
         """Every rank, in one process group, as the learner's port."""
@@ -233,12 +228,12 @@ class Cluster:
         return [(actor.node, actor.request) for actor in self._actors if not actor.killed]
 
 
-async def _or_why(starting: Coroutine[Any, Any, Any]) -> Any:
-    """What `starting` gives, or the named error that it ends by."""
+async def _or_none(starting: Coroutine[Any, Any, Any]) -> Any:
+    """What `starting` gives, None where it ends by a named error."""
     try:
         return await starting
-    except AsyncOpdError as e:
-        return e
+    except AsyncOpdError:
+        return None
 
 
 def in_float32(config: Config) -> bool:

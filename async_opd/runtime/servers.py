@@ -2,18 +2,22 @@
 
 from async_opd.config.schema import Config
 from async_opd.core.aio import together
-from async_opd.runtime.actor_specs import ActorSpecs
+from async_opd.core.errors import AsyncOpdError, ConfigError
+from async_opd.runtime.actor_specs import ActorSpecs, make_server_teacher
 
 
 async def look_at(specs: ActorSpecs, section: str, url: str) -> None:
-    """Look at the server at `url` that the scorer in `section` is to ask. Raises ConfigError where
-    it cannot serve."""
-    from async_opd.roles.teacher.server.served import look, refuse
-
-    settings, scorer, needs, _, key, within_s = specs.member(section, url).args
-    secret = key.value if key else None
-    served = await look(url, secret, scorer.model, timeout_s=within_s, section=section)
-    refuse(served, settings, needs)
+    """Look at the server at `url` that the scorer in `section` is to ask, as the member that asks
+    it will. Raises ConfigError where it cannot serve."""
+    asker = make_server_teacher(*specs.member(section, url).args)
+    try:
+        await asker.start()
+    except ConfigError:
+        raise
+    except AsyncOpdError as e:
+        raise ConfigError(f"{e}") from e
+    finally:
+        await asker.close()
 
 
 async def look_at_all(config: Config, specs: ActorSpecs) -> None:

@@ -164,6 +164,17 @@ def test_one_that_was_away_when_the_run_began_is_waited_for_beside_the_others():
     assert first == B and later == [f"teacher {A}", f"teacher {B}"]
 
 
+def test_where_all_are_away_when_a_run_starts_again_they_are_waited_for():
+    async def scene(pool, world, events):
+        world.down |= {A, B}
+        asking = asyncio.ensure_future(pool.ask(Asker.work, "x"))
+        await asyncio.sleep(PATIENCE_S - 50)
+        world.down.clear()
+        return await asking
+
+    assert play(scene, absent={A, B}) in (A, B)
+
+
 def test_servers_come_and_go_and_what_one_that_goes_has_in_hand_is_asked_of_others():
     async def scene(pool, world, events):
         asking = [asyncio.ensure_future(pool.ask(Asker.work, f"{n}")) for n in range(2)]

@@ -31,19 +31,18 @@ class Served:
         self._key = key
         self._process: subprocess.Popen | None = None
 
-    def start(self) -> None:
-        """Begin; `serves` waits."""
+    def start(self, *args: str) -> None:
+        """Begin, with those of its options besides; `serves` waits."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "environ", os.environ.copy())
             cpu_engine(1, enforce_eager=True)
             env = os.environ | {"VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"}
         words = f"--host 127.0.0.1 --port {self._port} --dtype float32 --enforce-eager"
-        limits = "--max-model-len 128 --max-num-seqs 64 --max-logprobs 24"
         with (self.folder / f"{self._port}.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-                    *("--model", str(TEACHER), *words.split(), *limits.split()),
+                    *("--model", str(TEACHER), *words.split(), *args),
                 ],
                 env=env,
                 cwd=self.folder,

@@ -19,6 +19,7 @@ from tests.faults.served import Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 KEY = "sk-of-nobody-Else-71c2"
+LIMITS = ["--max-model-len", "128", "--max-num-seqs", "64", "--max-logprobs", "24"]
 
 
 def holding(text: str, *folders: Path) -> list[str]:
@@ -45,7 +46,7 @@ def test_a_run_outlives_a_server_uses_it_again_and_keeps_its_key_to_itself(
     hurt = None
     try:
         for server in servers:
-            server.start()
+            server.start(*LIMITS)
         for server in servers:
             server.serves()
         hurt = Hurt(
@@ -60,7 +61,7 @@ def test_a_run_outlives_a_server_uses_it_again_and_keeps_its_key_to_itself(
         other.kill()
         assert hurt.told("lost", f"teacher {other.url}", began) < 60
         hurt.trains(3)
-        other.start()
+        other.start(*LIMITS)
         other.serves()
         hurt.told("serves", f"teacher {other.url}", began, 240)
         assert main(["scale", str(hurt.run_dir), f"teacher.urls=-{one.url}"]) == 0

@@ -19,8 +19,9 @@ from async_opd.launch import run as runs
 from async_opd.launch.models import check_models, tokenizer_of
 from async_opd.launch.readings import views
 from async_opd.launch.vocabulary import read_tokens
+from async_opd.roles.teacher.server.served import PROBED
 from async_opd.toy.tokenizer import build_tokenizer
-from tests.roles.teacher.server.stub import serving
+from tests.roles.teacher.server.stub import V, serving
 
 KEY = "sk-Of-Nobody-31af"
 
@@ -85,7 +86,7 @@ async def test_what_serves_is_asked_with_the_key(tmp_path, model, monkeypatch):
     monkeypatch.setenv("THEIR_KEY", KEY)
     async with serving() as one, serving() as other:
         for stub in (one, other):
-            stub.model, stub.most = str(model), 24
+            stub.model, stub.most = str(model), V
         await runs._read(asking(tmp_path, model, one.url, f"{other.url}/v1/"))
         assert {*one.keys, *other.keys} == {f"Bearer {KEY}"}
 
@@ -93,7 +94,7 @@ async def test_what_serves_is_asked_with_the_key(tmp_path, model, monkeypatch):
 async def test_one_that_cannot_serve_is_refused_by_its_address(tmp_path, model, monkeypatch):
     monkeypatch.setenv("THEIR_KEY", KEY)
     async with serving() as one, serving() as other:
-        one.model, one.most = str(model), 24
+        one.model, one.most = str(model), V
         for url, why in {
             dead(): "cannot be reached",
             other.url: "serves 'tables/forty', and not model",
@@ -104,6 +105,28 @@ async def test_one_that_cannot_serve_is_refused_by_its_address(tmp_path, model, 
         one.most = 20
         with pytest.raises(ConfigError, match="serve it with --max-logprobs 24"):
             await runs._read(asking(tmp_path, model, one.url))
+
+
+async def test_one_that_does_not_repeat_itself_is_refused_before_anything_starts(
+    tmp_path, model, monkeypatch
+):
+    """As one address does that stands for several models."""
+    monkeypatch.setenv("THEIR_KEY", KEY)
+    scored = []
+
+    def bend(answer):
+        """Another one with each request of the probe."""
+        rows = answer["choices"][0]["prompt_logprobs"]
+        scored.append(len(rows) > PROBED + 1)
+        for row in rows[1:]:
+            for entry in row.values():
+                entry["logprob"] -= 0.1 * sum(scored)
+
+    async with serving() as one:
+        one.model, one.most, one.bend = str(model), V, bend
+        with pytest.raises(ConfigError, match="answers the same probe in two ways") as refused:
+            await runs._read(asking(tmp_path, model, one.url))
+        assert str(refused.value).startswith(f"teacher, {one.url}: ")
 
 
 async def test_a_run_whose_server_or_key_is_not_there_starts_nothing_and_leaves_nothing(

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import msgspec
@@ -74,7 +75,8 @@ def checked(
     for t, row in enumerate(likeliest):
         if len(row) != question.k:
             raise WireError(f"token {t} has {len(row)} likeliest ids; {question.k} are asked for")
-    pairs = np.array(likeliest, np.float64).reshape(question.tokens, question.k, 2)
+    flat = chain.from_iterable(chain.from_iterable(likeliest))
+    pairs = np.fromiter(flat, np.float64).reshape(question.tokens, question.k, 2)
     wide = pairs[..., 0]
     if wide.size and not (wide.min() >= 0 and wide.max() < question.logits):
         strange = wide[(wide < 0) | (wide >= question.logits)].ravel()[0]

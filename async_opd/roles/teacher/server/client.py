@@ -3,18 +3,20 @@ whatever goes wrong by its name."""
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 
-from async_opd.core.aio import bounded
-from async_opd.core.errors import ActorLost, CallFailed, ConfigError, WireError
+from async_opd.core.aio import bounded, in_thread
+from async_opd.core.errors import ActorLost, CallFailed, WireError
+
+T = TypeVar("T")
 
 AT_ONCE = 64  # requests of one client; a server's own queue is no place to wait in
 BUSY = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
@@ -52,7 +54,7 @@ class Reply:
         except ValueError:
             try:
                 until = parsedate_to_datetime(self.retry_after)
-            except ValueError:
+            except (ValueError, OverflowError):
                 return 0.0
             until = until if until.tzinfo else until.replace(tzinfo=UTC)
             seconds = (until - datetime.now(UTC)).total_seconds()
@@ -65,17 +67,16 @@ class Client:
 
     def __init__(self, called: str, url: str, key: str | None, *, within_s: float):
         """`called` begins every message. `within_s` bounds one request, the time in which the
-        server is busy included; not the time in which the client itself has no place for it.
-        Raises ConfigError for a key that no header can hold."""
-        if key and not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{called}, {url}: the key must be of printable ASCII")
+        server is busy included; not the time in which the client itself has no place for it."""
         self._called = called
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._url = url
         self._key = key
         self._within_s = within_s
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._reading = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
-        self._free_at = 0.0  # when a server that is busy may be asked again, on the loop's clock
+        self._free_at = 0.0  # when a server that is busy may be asked again, on the loop's clock …
+        self._busy = ""  # … and what it says
 
     async def close(self) -> None:
         """Close the connections."""
@@ -99,42 +100,56 @@ class Client:
         """The JSON that the server answers: to `body`, or where there is none to a mere look.
         `as_long_as_it_takes`, the caller bounds it.
 
-        One that is busy is asked again, at the time that it names, for up to half of the request's
-        time. Raises ActorLost where the server, or what is asked of it, is gone; TimedOut where it
-        is late; Refused for what is wrong with this request alone; WireError for an answer that is
-        too long; CallFailed where it is busy for too long, refuses the key, sends elsewhere, or
-        answers no JSON."""
+        One that is busy is asked again at the time that it names, and no later than `within_s` from
+        then; where that is too late, the call has waited for half its time when it fails. Raises
+        ActorLost where the server, or what is asked of it, is gone; TimedOut where it is late;
+        Refused for what is wrong with this request alone; WireError for an answer that is too long;
+        CallFailed where it is busy for too long, refuses the key, sends elsewhere, or answers no
+        JSON."""
         async with self._places:
-            answer = self._patiently(path, body, most_bytes)
             seconds = None if as_long_as_it_takes else self._within_s
-            reply = await bounded(answer, seconds, self.who)
-        self._refuse(path, reply)
-        if not reply.content.lstrip().startswith((b"{", b"[")):
-            raise CallFailed(f"{self.who}: {path} answers no JSON, but {self._shown(reply)}")
-        return reply.content
+            return await self._asked(path, body, most_bytes, seconds)
+
+    async def read(
+        self, take: Callable[[bytes], T], path: str, body: Mapping[str, Any], most_bytes: int
+    ) -> T:
+        """What `take` makes of the answer, in a thread, of one answer at a time: that of a long
+        response takes seconds, in which others come, and the actor gives signs of life. Raises
+        what `ask` does."""
+        async with self._places:  # until it is read: so many are held at most
+            content = await self._asked(path, body, most_bytes, self._within_s)
+            async with self._reading:
+                return await in_thread(take, content)
 
     @property
     def who(self) -> str:
         """What messages call the server."""
         return f"{self._called}, {self._url}"
 
+    async def _asked(
+        self, path: str, body: Mapping[str, Any] | None, most_bytes: int, seconds: float | None
+    ) -> bytes:
+        reply = await bounded(self._patiently(path, body, most_bytes), seconds, self.who)
+        self._refuse(path, reply)
+        if not reply.content.lstrip().startswith((b"{", b"[")):
+            raise CallFailed(f"{self.who}: {path} answers no JSON, but {self._shown(reply)}")
+        return reply.content
+
     async def _patiently(self, path: str, body: Mapping[str, Any] | None, most_bytes: int) -> Reply:
         clock = asyncio.get_running_loop().time
-        patience_s, backoff_s = self._within_s / 2, BACKOFF_S
+        patient_until, backoff_s = clock() + self._within_s / 2, BACKOFF_S
         sent = None if body is None else msgspec.json.encode(body)
         while True:
-            await asyncio.sleep(max(self._free_at - clock(), 0.0))
+            await asyncio.sleep(max(min(self._free_at, patient_until) - clock(), 0.0))
+            if self._free_at > patient_until:
+                raise CallFailed(f"{self.who}: busy for too long: {self._busy}")
             reply = await self._reply("GET" if sent is None else "POST", path, sent, most_bytes)
             if reply.status not in BUSY:
                 return reply
             wait_s = max(reply.wait_s, backoff_s)
-            patience_s -= wait_s
-            if patience_s < 0:
-                raise CallFailed(
-                    f"{self.who}: busy for too long: it answers {reply.status} and asks for"
-                    f" {wait_s:.3g} s: {self._shown(reply)}"
-                )
-            self._free_at = max(self._free_at, clock() + wait_s)
+            says = self._shown(reply)
+            self._busy = f"it answers {reply.status} and asks for {wait_s:.3g} s: {says}"
+            self._free_at = max(self._free_at, clock() + min(wait_s, self._within_s))
             backoff_s *= 2
 
     async def _reply(self, method: str, path: str, sent: bytes | None, most_bytes: int) -> Reply:

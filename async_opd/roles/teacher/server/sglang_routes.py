@@ -1,6 +1,7 @@
 """What SGLang's server tells of a prompt, by its route `/generate`. Tried against a stub of its
 documented answer alone."""
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -39,7 +40,12 @@ async def read(client: Client, question: Question) -> Told:
         "top_logprobs_num": question.k,
     }
     most = MOST_BYTES + question.tokens * (question.k + 2) * ENTRY_BYTES
-    meta = decoded(await client.ask("/generate", body, most), Answer).meta_info
+    return await client.read(partial(_told, question), "/generate", body, most)
+
+
+def _told(question: Question, content: bytes) -> Told:
+    """Read the answer to `question`."""
+    meta = decoded(content, Answer).meta_info
     refuse_rows(len(meta.input_token_logprobs) - 1, question.tokens)
     asked = question.ids[-question.tokens :].tolist()
     sampled: list[float] = []

@@ -57,7 +57,7 @@ class ServerTeacher:
         self._url = url
         self._key = key
         self._within_s = within_s
-        self._client = Client(settings.name, url, key, within_s=within_s)
+        self._client = Client(settings.section, url, key, within_s=within_s)
 
     async def start(self) -> None:
         """Look at the server. Raises ConfigError for one that will not do, and CallFailed for one
@@ -97,7 +97,7 @@ class ServerTeacher:
         group = probe_group(self._settings, self._logits, self._needs)
         outcomes = await self._outcomes(group)
         if all(isinstance(outcome, AsyncOpdError) for outcome in outcomes):
-            raise CallFailed(f"{outcomes[0]}")
+            raise CallFailed(f"{outcomes[0]}".removeprefix(f"{group.rollouts[0].id}: "))
         once, again = probe_answer(group, outcomes), await self.probe()
         gap = np.where(np.isnan(once) & np.isnan(again), 0, np.abs(once - again)).mean()
         if not gap <= UNSTEADY:

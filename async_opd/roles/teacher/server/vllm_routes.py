@@ -8,6 +8,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -44,8 +45,8 @@ ALL_BYTES = 1 << 28  # of every id of a head
 BOUND = re.compile(r"prompt logprobs of (\d+)\D+max allowed: (\d+)")
 
 
-class Entry(msgspec.Struct):
-    """What is told of one id."""
+class Entry(msgspec.Struct, gc=False):
+    """What is told of one id: of a long answer there are a million."""
 
     logprob: float
 
@@ -86,10 +87,7 @@ async def read(client: Client, question: Question) -> Told:
     most = MOST_BYTES + len(question.ids) * (question.k + 2) * ENTRY_BYTES
     if question.candidates is None:
         body = {"model": question.model, "prompt": question.ids.tolist(), **sampling}
-        answer = decoded(await client.ask(COMPLETIONS, body, most), Completion)
-        if len(answer.choices) != 1:
-            raise WireError(f"its answer has {len(answer.choices)} choices; one is asked for")
-        rows, candidates = answer.choices[0].prompt_logprobs, None
+        path = COMPLETIONS
     else:
         sampling["prompt_logprob_token_ids"] = question.candidates.tolist()
         sampling["prompt_logprob_start"] = len(question.ids) - question.tokens - 1
@@ -99,31 +97,45 @@ async def read(client: Client, question: Question) -> Told:
             "sampling_params": sampling,
         }
         most += 16 * question.candidates.size
-        answer = decoded(await client.ask(TOKENS, body, most), Tokens)
+        path = TOKENS
+    return await client.read(partial(_told, client, question), path, body, most)
+
+
+def _told(client: Client, question: Question, content: bytes) -> Told:
+    """Read the answer to `question`, of whichever route it was asked by."""
+    if question.candidates is None:
+        answer = decoded(content, Completion)
+        if len(answer.choices) != 1:
+            raise WireError(f"its answer has {len(answer.choices)} choices; one is asked for")
+        rows, candidates = answer.choices[0].prompt_logprobs, None
+    else:
+        answer = decoded(content, Tokens)
         rows = answer.prompt_logprobs
         candidates = _array(answer.prompt_token_id_logprobs, question.candidates.shape)
     _refuse_other_model(client, question, answer.model)
     if rows is None:
         raise WireError("its answer has no prompt_logprobs")
     refuse_rows(len(rows), len(question.ids))
-    return _told(question, rows[len(rows) - question.tokens :], candidates)
+    return checked(question, *_rows(question, rows[len(rows) - question.tokens :]), candidates)
 
 
-def _told(question: Question, rows: list[msgspec.Raw], candidates: Floats | None) -> Told:
-    """Read the rows of the response's tokens. A row has the token itself, and the likeliest, which
-    it may be one of."""
+def _rows(
+    question: Question, rows: list[msgspec.Raw]
+) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Read the rows of the response's tokens: log-probs of these, and of the likeliest. A row has
+    the token itself, and the likeliest, which it may be one of."""
     sampled: list[float] = []
     likeliest: list[list[tuple[int, float]]] = []
     for token, raw in zip(question.ids[-question.tokens :].tolist(), rows, strict=True):
         with foreign("its log-probs are not of the form asked for", WireError):
-            row = {id: entry.logprob for id, entry in _ROW.decode(raw).items()}
+            row = _ROW.decode(raw)
         if token not in row:
             raise WireError(f"its log-probs lack token {token}, which was asked for")
-        sampled.append(row[token])
+        sampled.append(row[token].logprob)
         if len(row) > question.k:
             del row[token]
-        likeliest.append([*row.items()])
-    return checked(question, sampled, likeliest, candidates)
+        likeliest.append([(id, entry.logprob) for id, entry in row.items()])
+    return sampled, likeliest
 
 
 async def extent(client: Client, model: str) -> tuple[int | None, int | None]:

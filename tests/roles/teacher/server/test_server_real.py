@@ -2,16 +2,8 @@
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from contextlib import asynccontextmanager, closing
-from pathlib import Path
+from contextlib import asynccontextmanager
 
-import aiohttp
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -19,7 +11,6 @@ from transformers import AutoTokenizer
 from async_opd.core.errors import ActorLost, ConfigError
 from async_opd.core.vocabulary import runs
 from async_opd.core.wire import Group, Needs, Prompt, Rollout, Span
-from async_opd.roles.models.vllm_cpu import cpu_engine
 from async_opd.roles.teacher.config import TeacherConfig
 from async_opd.roles.teacher.server import vllm_routes
 from async_opd.roles.teacher.server.answers import Question
@@ -27,74 +18,21 @@ from async_opd.roles.teacher.server.served import look, refuse
 from async_opd.roles.teacher.server.teacher import ServerTeacher
 from async_opd.roles.teacher.transformers_teacher import TransformersTeacher
 from async_opd.toy import TEACHER
+from tests.faults.served import Served
 from tests.roles.teacher.settings import scorer_settings
 
 KEY = "sk-of-the-test"
 V, LONGEST = 24, 255
 # as a checkpoint may have them, and which must not bend what is told of a prompt
 BENT = '{"temperature": 0.3, "top_p": 0.5, "repetition_penalty": 1.5, "top_k": 3, "min_p": 0.2}'
-START_S = 300  # on a machine with much else to do
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def environment() -> dict[str, str]:
-    """That of an engine on CPU, which asks for the key; this process keeps its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ.copy())
-        cpu_engine(1, enforce_eager=True)
-        return os.environ | {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
-
-
-class Server:
-    """One of vLLM's, of the toy teacher, in float32."""
-
-    def __init__(self, port: int, folder: Path, *args: str):
-        self.url = f"http://127.0.0.1:{port}"
-        command = (
-            f"--model {TEACHER} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
-        )
-        limits = f"--max-model-len {LONGEST + 1} --max-num-seqs 16 --max-num-batched-tokens 100"
-        self._log = folder / f"{port}-{time.monotonic_ns()}.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-                    *(*command.split(), *limits.split(), "--override-generation-config", BENT),
-                    *args,
-                ],
-                env=environment(),
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    async def serves(self) -> None:
-        """Wait until it does."""
-        until = time.monotonic() + START_S
-        async with aiohttp.ClientSession() as session:
-            while time.monotonic() < until and self._process.poll() is None:
-                try:
-                    async with session.get(f"{self.url}/health") as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientError:
-                    await asyncio.sleep(0.5)
-        raise AssertionError(self._log.read_text()[-3000:])
-
-    def kill(self) -> None:
-        """End it and its engine, in the middle of whatever they do."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+OPTIONS = (
+    *f"--max-model-len {LONGEST + 1} --max-num-seqs 16 --max-num-batched-tokens 100".split(),
+    *("--override-generation-config", BENT),
+)
 
 
 @asynccontextmanager
-async def teaching(server: Server, needs: Needs, **settings):
+async def teaching(server: Served, needs: Needs, **settings):
     teacher = ServerTeacher(
         scorer_settings(V, **(dict(longest=LONGEST, max_new_tokens=12) | settings)),
         TeacherConfig(model=str(TEACHER)),
@@ -151,7 +89,7 @@ def ended(one: Group) -> Group:
     return one
 
 
-async def check(server: Server, needs: Needs, settings: dict) -> None:
+async def check(server: Served, needs: Needs, settings: dict) -> None:
     exact = TransformersTeacher(
         scorer_settings(V, **(dict(longest=LONGEST) | settings)),
         TeacherConfig(model=str(TEACHER)),
@@ -188,18 +126,18 @@ async def check(server: Server, needs: Needs, settings: dict) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 async def test_vllm_s_server_scores_as_the_model_does_dies_by_name_and_comes_back(tmp_path):
-    port = free_port()
-    server = Server(port, tmp_path)
-    logits = Server(free_port(), tmp_path, "--logprobs-mode", "raw_logits")
+    server, logits = Served(tmp_path, KEY), Served(tmp_path, KEY)
     try:
-        await server.serves()
+        server.start(*OPTIONS)
+        logits.start(*OPTIONS, "--logprobs-mode", "raw_logits")
+        server.serves()
         served = await look(server.url, KEY, str(TEACHER), timeout_s=60)
         assert (served.longest, served.logits, served.most) == (LONGEST + 1, V, 20)
         for needs, settings in CASES.values():
             await check(server, needs, settings)
         await refuses(server, served)
         await responds(server)
-        await logits.serves()
+        logits.serves()
         with pytest.raises(ConfigError, match=r"no log-probs|must be finite and <= 0") as e:
             await look(logits.url, KEY, str(TEACHER), timeout_s=60)
         assert str(e.value).endswith("serve it with --logprobs-mode raw_logprobs")
@@ -215,13 +153,13 @@ async def test_vllm_s_server_scores_as_the_model_does_dies_by_name_and_comes_bac
             assert isinstance(outcomes[-1], ActorLost)
             for outcome in outcomes:  # what it has answered before stays
                 assert isinstance(outcome, ActorLost) or outcome[0] == ("", "")
-            with pytest.raises(ActorLost, match=f"teacher 0, {server.url}: cannot be reached: "):
+            with pytest.raises(ActorLost, match=f"teacher, {server.url}: cannot be reached: "):
                 await teacher.check_health()
 
             flags = ("--max-logprobs", "-1", "--enable-scale-out")
             mode = ("--logprobs-mode", "processed_logprobs")  # the same, of a prompt
-            server = Server(port, tmp_path, *flags, *mode)
-            await server.serves()
+            server.start(*OPTIONS, *flags, *mode)
+            server.serves()
             await teacher.check_health()
             served = await look(server.url, KEY, str(TEACHER), timeout_s=60)
             assert (served.logits, served.most) == (V, V)
@@ -233,7 +171,7 @@ async def test_vllm_s_server_scores_as_the_model_does_dies_by_name_and_comes_bac
         logits.kill()
 
 
-async def refuses(server: Server, served) -> None:
+async def refuses(server: Served, served) -> None:
     """What it cannot do is refused with the flag that would help."""
     settings = scorer_settings(V, longest=LONGEST)
     refuse(served, settings, Needs(teacher_topk=20))
@@ -252,7 +190,7 @@ async def refuses(server: Server, served) -> None:
         await look(server.url, KEY, "toy", timeout_s=60)
 
 
-async def responds(server: Server) -> None:
+async def responds(server: Served) -> None:
     """Its likeliest tokens are the model's own, ended by what ends them."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in ("12+34=", "5+81=")]
@@ -280,9 +218,9 @@ async def test_its_route_for_tokens_is_read_as_it_is_written():
     class Written:
         """A client whose server is vLLM's classes."""
 
-        who = "teacher 0"
+        who = "teacher"
 
-        async def ask(self, path, body, most_bytes):
+        async def read(self, take, path, body, most_bytes):
             asked = protocol.GenerateRequest.model_validate(json.loads(json.dumps(body)))
             assert (asked.token_ids, asked.model) == ([5, 6, 7], "it")
             sampling = asked.sampling_params
@@ -299,7 +237,7 @@ async def test_its_route_for_tokens_is_read_as_it_is_written():
                 ],
                 prompt_token_id_logprobs=numpy2base64(np.array([[-1, -2], [-3, -4]], np.float32)),
             )
-            return JSONResponse(content=answer.model_dump()).body
+            return take(JSONResponse(content=answer.model_dump()).body)
 
     question = Question(
         model="it",

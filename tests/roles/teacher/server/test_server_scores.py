@@ -293,7 +293,7 @@ async def test_what_is_wrong_with_a_server_fails_the_call_so_that_another_is_ask
         with pytest.raises(CallFailed) as e:
             await teacher.score(group(2, 3))
     assert message in str(e.value) and "\n" not in str(e.value)
-    assert str(e.value).startswith(f"teacher 0, {stub.url}: ")
+    assert str(e.value).startswith(f"teacher, {stub.url}: ")
 
 
 async def test_a_request_that_is_refused_fails_alone():
@@ -310,7 +310,7 @@ async def test_a_request_that_is_refused_fails_alone():
         causes, scores = await teacher.score(one)
     assert causes[0] == "" and scores[0] is not None and scores[1] is None
     assert (
-        causes[1] == f"7@0#1: teacher 0, {stub.url}: /v1/completions answers 400: too long and more"
+        causes[1] == f"7@0#1: teacher, {stub.url}: /v1/completions answers 400: too long and more"
     )
 
 
@@ -398,7 +398,7 @@ async def test_a_slow_server_is_late_by_name_and_within_its_time():
 
     async with serving() as stub, teaching(stub, within_s=0.3) as teacher:
         stub.rule = rule
-        with pytest.raises(TimedOut, match=r"teacher 0, http://127.0.0.1:\d+: no answer in 0.3 s"):
+        with pytest.raises(TimedOut, match=r"teacher, http://127.0.0.1:\d+: no answer in 0.3 s"):
             await teacher.score(group(2, 3))
 
 
@@ -428,7 +428,7 @@ async def test_a_response_of_its_own_is_asked_for_by_ids_and_of_the_student_s_al
 async def test_what_is_no_response_is_refused(ids):
     async with serving() as stub, teaching(stub) as teacher:
         stub.rule = responding(*ids)
-        with pytest.raises(WireError, match=rf"^teacher 0, {stub.url}: its answer"):
+        with pytest.raises(WireError, match=rf"^teacher, {stub.url}: its answer"):
             await teacher.greedy(np.array([4, 5], np.int32))
 
 
