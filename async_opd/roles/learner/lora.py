@@ -83,7 +83,9 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
         target_modules=names if lora.target_modules == "all-linear" else [*lora.target_modules],
         fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
     )
-    with torch.random.fork_rng():
+    # of no other device: to look at its random numbers is to start it, and to hold memory there
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, lm)
 
@@ -128,8 +130,7 @@ def adapters(lm: PreTrainedModel) -> dict[str, Adapter]:
 def base_sum(lm: PreTrainedModel) -> int:
     """Sum the bits of what this rank holds of the weights that stay as they are: another model has
     another sum."""
-    frozen = (weight for weight in lm.parameters() if not weight.requires_grad)
-    held = (getattr(weight, "ds_tensor", weight) for weight in frozen)  # its part under ZeRO-3
+    held = (_held(weight) for weight in lm.parameters() if not weight.requires_grad)
     return sum(int(part.detach().flatten().view(torch.uint8).sum()) for part in held)
 
 
@@ -179,3 +180,13 @@ def one_mask(module: Reads, micros: list[MicroBatch], seed: Sequence[int]) -> Re
 
 def _wrapped(lm: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+
+
+def _held(weight: Any) -> Tensor:
+    """What this rank holds of a weight: under ZeRO-3 its part, without what pads the last one,
+    which nobody has written."""
+    if not hasattr(weight, "ds_tensor"):
+        return weight
+    part = weight.ds_tensor
+    before = part.numel() * weight.ds_zero_partition_rank
+    return part[: max(weight.ds_numel - before, 0)]

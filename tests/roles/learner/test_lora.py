@@ -234,6 +234,20 @@ def test_every_pass_over_a_micro_batch_drops_the_same_and_a_probe_nothing(plain,
     assert torch.equal(module(micros[0]).sampled_N, live)
 
 
+def test_who_puts_an_adapter_on_no_card_starts_none(plain, monkeypatch):
+    """The launch does it on the meta device: a look at the random numbers of the cards would hold
+    memory on each of them as long as the run goes on."""
+
+    def started(device):
+        raise AssertionError(f"card {device}")
+
+    lm = plain().to("meta")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", started)
+    lora.wrap(lm, LoraConfig(rank=2), seed=0)
+    assert lora.adapters(lm)
+
+
 def test_only_layers_that_are_asked_for_have_an_adapter(plain):
     lm = plain()
     names = ("q_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj")
@@ -279,6 +293,22 @@ def test_another_base_has_another_sum(plain, tiny_lm):
     with torch.no_grad():
         lm.model.norm.weight[3] += 1e-6
     assert lora.base_sum(lm) != before
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, float("nan")])
+def test_what_pads_the_part_of_a_rank_is_in_no_sum(padding):
+    """Under ZeRO-3 it is as the memory was."""
+    whole = torch.arange(1.0, 8.0)
+    weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    weight.ds_numel, sums = 7, []
+    for rank in range(4):  # two more than it takes
+        part = torch.full((4,), padding)
+        mine = whole[4 * rank : 4 * rank + 4]
+        part[: len(mine)] = mine
+        weight.ds_tensor, weight.ds_zero_partition_rank = part, rank
+        sums.append(lora.base_sum(torch.nn.ParameterList([weight])))
+    expected = lora.base_sum(torch.nn.ParameterList([torch.nn.Parameter(whole, False)]))
+    assert sum(sums) == expected and sums[2:] == [0, 0]
 
 
 def test_a_self_teacher_reads_the_merged_weights_as_those_of_any_student(plain, tmp_path):
