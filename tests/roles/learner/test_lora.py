@@ -17,6 +17,9 @@ from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
 from async_opd.toy.tokenizer import build_tokenizer
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+GLM = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1
+)
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, bos_token_id=1, eos_token_id=1)
 FAMILIES = [
     ("Qwen3", dict(tie_word_embeddings=True)),
@@ -25,6 +28,7 @@ FAMILIES = [
     ("Qwen3Moe", EXPERTS),
     ("HrmText", {}),  # fused in the checkpoint alone
     ("GPTNeoX", {}),
+    ("Glm4Moe", GLM),  # with a dense layer and a shared expert
 ]
 families = pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=lambda x: str(x)[:8])
 INTO_32 = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # 32 inputs each
@@ -282,6 +286,21 @@ def test_what_is_no_linear_layer_is_refused_with_what_there_is(plain, asked, wor
     with pytest.raises(ConfigError) as raised:
         lora.targets(plain(), LoraConfig(rank=2, target_modules=tuple(asked)), "it")
     assert f"{raised.value}".startswith(f"student.lora.target_modules = {asked!r}: {words}")
+
+
+@pytest.mark.parametrize("asked", ["down_proj", "mlp.gate_proj", "up_proj"])
+def test_what_peft_takes_for_experts_is_left_out_and_refused_by_name(plain, asked):
+    """It would train those in its place, and nothing of them would leave the learner."""
+    lm = plain("Glm4Moe", **GLM)
+    attention = {f"{kind}_proj" for kind in "qkvo"}
+    names = lora.targets(lm, LoraConfig(rank=2), "it")
+    assert {name.rpartition(".")[2] for name in names} == attention and len(names) == 8
+    with pytest.raises(
+        ConfigError, match=f"'{asked}' is by its name, for peft, one of the experts"
+    ):
+        lora.targets(lm, LoraConfig(rank=2, target_modules=("q_proj", asked)), "it")
+    lora.wrap(lm, LoraConfig(rank=2), seed=0)
+    assert sorted(lora.adapters(lm)) == sorted(f"{name}.weight" for name in names)
 
 
 def test_another_base_has_another_sum(plain, tiny_lm):
