@@ -157,6 +157,9 @@ API: dict[tuple[str, str], dict[str, dict[str, str]]] = {
         },
     },
     ("peft", "0.21.2"): {
+        "utils/transformers_weight_conversion.py": {
+            "convert_peft_config_for_transformers": "peft_config model conversions"
+        },
         "mapping.py": {
             "inject_adapter_in_model": (
                 "peft_config model adapter_name low_cpu_mem_usage state_dict"

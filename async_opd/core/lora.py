@@ -18,7 +18,7 @@ class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alpha: Annotated[float, Meta(gt=0)] | None = None  # absent: the rank, a scaling of 1
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of what goes into A, while it learns
     # Names of modules, or the ends of names behind a dot. "all-linear": every linear layer but the
-    # head.
+    # head, and those whose names are the experts' for peft.
     target_modules: (
         Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1)]
         | Literal["all-linear"]

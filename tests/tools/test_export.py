@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from async_opd.cli.demo import CONFIG as DEMO
 from async_opd.cli.main import main
-from async_opd.config.load import load
+from async_opd.config.load import load, read_run
 from async_opd.core.lora import LoraConfig
-from async_opd.driver.checkpoints import Checkpoints, RunState
+from async_opd.driver.checkpoints import Checkpoints, RunState, find
 from async_opd.roles.learner import lora
 from async_opd.roles.learner.checkpoint import (
     RankState,
@@ -25,6 +25,7 @@ from async_opd.roles.learner.checkpoint import (
     save_rank,
 )
 from async_opd.roles.learner.weights import StudentWeights
+from async_opd.tools.export import model_card
 from async_opd.toy.tokenizer import build_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -291,6 +292,23 @@ def test_an_adapter_is_exported_as_peft_loads_it(adapted, tmp_path):
     assert cells["weights"] == f"{lm.dtype}".removeprefix("torch.")
     assert 'AutoPeftModelForCausalLM.from_pretrained("out")' in text
     assert "vllm serve base --enable-lora --max-lora-rank 8 --lora-modules student=out" in text
+    # the path that peft needs here is of no use to others, which is said without it
+    assert "names `base` by where it lay on the machine of the run" in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("rank", "served"), [(1, "--max-lora-rank 1 "), (300, "--max-lora-rank 320 "), (513, "")]
+)
+def test_a_card_serves_an_adapter_at_a_rank_that_vllm_has(run, rank, served):
+    config = read_run(run)
+    student = msgspec.structs.replace(
+        config.student, model="HuggingFaceTB/SmolLM2-135M", lora=LoraConfig(rank=rank)
+    )
+    config = msgspec.structs.replace(config, student=student)
+    text = model_card.card(run, config, find(run), "out")
+    assert (served in text) if served else ("vllm serve" not in text)
+    assert "adapter_config.json" not in text  # which names the hub's
 
 
 def test_merged_it_is_one_model_with_the_weights_that_left_the_learner_to_the_bit(

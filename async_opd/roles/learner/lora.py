@@ -40,10 +40,12 @@ class Adapter(NamedTuple):
 
 def targets(lm: PreTrainedModel, lora: LoraConfig, called: str) -> list[str]:
     """Name the layers of `lm`, which messages name by `called`, that get an adapter. Raises
-    ConfigError for what is no linear layer of it, and for the head, whose weight is read by
-    itself."""
+    ConfigError for what is no linear layer of it, for the head, whose weight is read by itself,
+    and for what peft takes for experts."""
     modules, head = dict(lm.named_modules()), lm.get_output_embeddings()
     linear = [n for n, m in modules.items() if isinstance(m, LINEAR) and m is not head]
+    experts = _named_as_experts(lm, {_last(name) for name in linear})
+    linear = [name for name in linear if _last(name) not in experts]
     if lora.target_modules == "all-linear":
         if not linear:
             raise ConfigError(f"student.lora: {called} has no linear layer but its head")
@@ -56,7 +58,9 @@ def targets(lm: PreTrainedModel, lora: LoraConfig, called: str) -> list[str]:
             matched |= dict.fromkeys(names)
             continue
         kind = "the head" if other and modules[other] is head else "no linear layer"
-        short = sorted({name.rpartition(".")[2] for name in linear})
+        if other and _last(other) in experts:
+            kind = "by its name, for peft, one of the experts"
+        short = sorted({_last(name) for name in linear})
         raise ConfigError(
             f"student.lora.target_modules = {shown(list(lora.target_modules))}: {asked!r} is"
             f" {kind} of {called}; linear layers are {', '.join(short) or 'none'}"
@@ -69,7 +73,7 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Put an adapter beside the layers of `lm` that `lora` names, the same on every rank for the
     same `seed`: A is random, B is 0. It alone requires gradients from now on, and is of the dtype
     of `lm`. Raises ConfigError as `targets`."""
-    import peft  # which who looks for `targets` alone does not wait for
+    import peft  # which who trains no adapter does not wait for
 
     names = targets(lm, lora, f"model {lm.config.name_or_path}")
     modules: Any = dict(lm.named_modules())
@@ -83,7 +87,9 @@ def wrap(lm: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
         target_modules=names if lora.target_modules == "all-linear" else [*lora.target_modules],
         fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
     )
-    with torch.random.fork_rng():
+    # of no other device: to look at its random numbers is to start it, and to hold memory there
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, lm)
 
@@ -128,8 +134,7 @@ def adapters(lm: PreTrainedModel) -> dict[str, Adapter]:
 def base_sum(lm: PreTrainedModel) -> int:
     """Sum the bits of what this rank holds of the weights that stay as they are: another model has
     another sum."""
-    frozen = (weight for weight in lm.parameters() if not weight.requires_grad)
-    held = (getattr(weight, "ds_tensor", weight) for weight in frozen)  # its part under ZeRO-3
+    held = (_held(weight) for weight in lm.parameters() if not weight.requires_grad)
     return sum(int(part.detach().flatten().view(torch.uint8).sum()) for part in held)
 
 
@@ -179,3 +184,35 @@ def one_mask(module: Reads, micros: list[MicroBatch], seed: Sequence[int]) -> Re
 
 def _wrapped(lm: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _named_as_experts(lm: PreTrainedModel, kinds: set[str]) -> set[str]:
+    """Find which of the `kinds` of layers, by the last part of their names, are for peft the
+    experts of `lm`: transformers had them under those names once. It would train these, which are
+    no linear layers, in the place of what is named so."""
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_one(kind: str) -> bool:
+        config = peft.LoraConfig(target_modules=[kind])
+        try:
+            convert_peft_config_for_transformers(config, model=lm, conversions=None)
+        except ValueError:  # it wants those that are one weight now together
+            return True
+        return kind not in (config.target_modules or ())
+
+    return {kind for kind in kinds if is_one(kind)}
+
+
+def _held(weight: Any) -> Tensor:
+    """What this rank holds of a weight: under ZeRO-3 its part, without what pads the last one,
+    which nobody has written."""
+    if not hasattr(weight, "ds_tensor"):
+        return weight
+    part = weight.ds_tensor
+    before = part.numel() * weight.ds_zero_partition_rank
+    return part[: max(weight.ds_numel - before, 0)]

@@ -34,12 +34,20 @@ def merge(called: str, adapter: Path, output: Path, dtype: str, *, trust_remote_
             lm = AutoModelForCausalLM.from_pretrained(
                 base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
-            with torch.no_grad():
-                whole = PeftModel.from_pretrained(lm.float(), adapter).merge_and_unload()
-            whole.to(getattr(torch, dtype)).config.dtype = dtype
+            # some are kept in float32 whatever the others are
+            dtypes = {name: tensor.dtype for name, tensor in lm.state_dict().items()}
+            with torch.no_grad():  # on the host: cards, if there are any, are not this one's
+                beside = PeftModel.from_pretrained(lm.float(), adapter, torch_device="cpu")
+                whole = beside.merge_and_unload()
+            for name, tensor in whole.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.to(dtypes.get(name, getattr(torch, dtype)))
+            whole.config.dtype = dtype
             source = checkpoint.read_source(base, trust_remote_code)
             if (adapter / "tokenizer_config.json").exists():
-                source = source._replace(tokenizer=AutoTokenizer.from_pretrained(adapter))
+                tokenizer = AutoTokenizer.from_pretrained(
+                    adapter, trust_remote_code=trust_remote_code
+                )
+                source = source._replace(tokenizer=tokenizer)
         checkpoint.save(whole, dict(whole.named_parameters()), source, output)
 
 

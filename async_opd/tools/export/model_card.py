@@ -15,7 +15,7 @@ import msgspec
 
 from async_opd.config.paths import HUB_ID
 from async_opd.config.schema import Config
-from async_opd.core.lora import LoraConfig
+from async_opd.core.lora import ENGINE_RANKS, LoraConfig
 from async_opd.core.reading import content_of
 from async_opd.core.run_dir import (
     ENVIRONMENT,
@@ -53,10 +53,15 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
-
+"""
+SERVE_ADAPTER = """
 ```bash
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules student={name}
 ```
+"""
+LOCAL_BASE = """
+Its `adapter_config.json` names `{base}` by where it lay on the machine of the run. Elsewhere write
+there, as `base_model_name_or_path`, where it lies.
 """
 
 
@@ -67,10 +72,7 @@ def card(
     `merged`."""
     student, sets = config.student.model, config.data.sets.values()
     lora = config.student.lora
-    load = LOAD.format(name=name)
-    if lora and not merged:
-        most = max(8, 1 << (lora.rank - 1).bit_length())  # as vLLM counts them
-        load = LOAD_ADAPTER.format(name=name, base=_named(student), rank=most)
+    load = _load_adapter(lora, student, name) if lora and not merged else LOAD.format(name=name)
     front = {
         "library_name": "peft" if lora and not merged else "transformers",
         "pipeline_tag": "text-generation",
@@ -138,6 +140,13 @@ def _training(run_dir: Path, config: Config, checkpoint: Checkpoint) -> dict[str
             "trained tokens": int(sum(map(trained_tokens, rows))),
         }
     return facts
+
+
+def _load_adapter(lora: LoraConfig, student: str, name: str) -> str:
+    load = LOAD_ADAPTER.format(name=name)
+    if lora.rank <= ENGINE_RANKS[-1]:
+        load += SERVE_ADAPTER.format(name=name, base=_named(student), rank=lora.engine_rank)
+    return load if _on_hub(student) else load + LOCAL_BASE.format(base=_named(student))
 
 
 def _adapter(lora: LoraConfig | None) -> dict[str, Any]:

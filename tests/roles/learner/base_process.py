@@ -77,7 +77,7 @@ def main(
             bucket_bytes=4096,
             sync_s=60.0,
             timeout_s=60.0,
-            lora=LoraConfig(rank=2),
+            lora=LoraConfig(rank=16),
             teachers={"": scoring} if inside else {},
             reference=reference if inside and needs.reference else None,
         ),

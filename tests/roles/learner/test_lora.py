@@ -17,6 +17,9 @@ from async_opd.roles.teacher.self_teacher import WeightEma, read_parameters
 from async_opd.toy.tokenizer import build_tokenizer
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+GLM = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1
+)
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, bos_token_id=1, eos_token_id=1)
 FAMILIES = [
     ("Qwen3", dict(tie_word_embeddings=True)),
@@ -25,6 +28,7 @@ FAMILIES = [
     ("Qwen3Moe", EXPERTS),
     ("HrmText", {}),  # fused in the checkpoint alone
     ("GPTNeoX", {}),
+    ("Glm4Moe", GLM),  # with a dense layer and a shared expert
 ]
 families = pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=lambda x: str(x)[:8])
 INTO_32 = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # 32 inputs each
@@ -234,6 +238,20 @@ def test_every_pass_over_a_micro_batch_drops_the_same_and_a_probe_nothing(plain,
     assert torch.equal(module(micros[0]).sampled_N, live)
 
 
+def test_who_puts_an_adapter_on_no_card_starts_none(plain, monkeypatch):
+    """The launch does it on the meta device: a look at the random numbers of the cards would hold
+    memory on each of them as long as the run goes on."""
+
+    def started(device):
+        raise AssertionError(f"card {device}")
+
+    lm = plain().to("meta")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", started)
+    lora.wrap(lm, LoraConfig(rank=2), seed=0)
+    assert lora.adapters(lm)
+
+
 def test_only_layers_that_are_asked_for_have_an_adapter(plain):
     lm = plain()
     names = ("q_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj")
@@ -270,6 +288,21 @@ def test_what_is_no_linear_layer_is_refused_with_what_there_is(plain, asked, wor
     assert f"{raised.value}".startswith(f"student.lora.target_modules = {asked!r}: {words}")
 
 
+@pytest.mark.parametrize("asked", ["down_proj", "mlp.gate_proj", "up_proj"])
+def test_what_peft_takes_for_experts_is_left_out_and_refused_by_name(plain, asked):
+    """It would train those in its place, and nothing of them would leave the learner."""
+    lm = plain("Glm4Moe", **GLM)
+    attention = {f"{kind}_proj" for kind in "qkvo"}
+    names = lora.targets(lm, LoraConfig(rank=2), "it")
+    assert {name.rpartition(".")[2] for name in names} == attention and len(names) == 8
+    with pytest.raises(
+        ConfigError, match=f"'{asked}' is by its name, for peft, one of the experts"
+    ):
+        lora.targets(lm, LoraConfig(rank=2, target_modules=("q_proj", asked)), "it")
+    lora.wrap(lm, LoraConfig(rank=2), seed=0)
+    assert sorted(lora.adapters(lm)) == sorted(f"{name}.weight" for name in names)
+
+
 def test_another_base_has_another_sum(plain, tiny_lm):
     lm = plain()
     lora.wrap(lm, LoraConfig(rank=2), seed=0)
@@ -279,6 +312,22 @@ def test_another_base_has_another_sum(plain, tiny_lm):
     with torch.no_grad():
         lm.model.norm.weight[3] += 1e-6
     assert lora.base_sum(lm) != before
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, float("nan")])
+def test_what_pads_the_part_of_a_rank_is_in_no_sum(padding):
+    """Under ZeRO-3 it is as the memory was."""
+    whole = torch.arange(1.0, 8.0)
+    weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    weight.ds_numel, sums = 7, []
+    for rank in range(4):  # two more than it takes
+        part = torch.full((4,), padding)
+        mine = whole[4 * rank : 4 * rank + 4]
+        part[: len(mine)] = mine
+        weight.ds_tensor, weight.ds_zero_partition_rank = part, rank
+        sums.append(lora.base_sum(torch.nn.ParameterList([weight])))
+    expected = lora.base_sum(torch.nn.ParameterList([torch.nn.Parameter(whole, False)]))
+    assert sum(sums) == expected and sums[2:] == [0, 0]
 
 
 def test_a_self_teacher_reads_the_merged_weights_as_those_of_any_student(plain, tmp_path):

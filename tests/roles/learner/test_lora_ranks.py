@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.roles.learner.test_engine import STEPS, state_of, train  # noqa: F401 a fixture
 
 pytestmark = pytest.mark.ray
-LORA = (("rank", 3), ("alpha", 6.0))
+LORA = (("rank", 16), ("alpha", 8.0))
 DROPPING = (*LORA, ("dropout", 0.3))
 
 
@@ -56,7 +56,7 @@ def test_two_ranks_of_any_zero_stage_train_an_adapter_like_one(train, stage):  #
 def test_what_is_saved_loads_by_peft_and_merged_by_transformers(train, ranks, stage):  # noqa: F811
     (one, *_), saved = train(ranks, stage, lora=LORA)
     settings = json.loads((saved / "adapter_config.json").read_bytes())
-    assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (3, 6, True)
+    assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (16, 8, True)
     base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"])
     assert logprobs(PeftModel.from_pretrained(base, saved)) == pytest.approx(
         one["logprobs"], abs=1e-5
