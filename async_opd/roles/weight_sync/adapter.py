@@ -1,7 +1,7 @@
 """A student's adapter in vLLM models that run: it takes the place of the one before, and the base
 stays as it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -63,14 +63,17 @@ class Adapters:
         _replace(self.model.lora_manager, self._before)
 
 
-def takes_adapters(architecture: str) -> bool:
-    """Tell whether vLLM's model of that name in a config.json has places for an adapter, and is its
-    own: what it runs by transformers' code was not seen to agree with the learner."""
+def takes_adapters(architecture: str, layers: Collection[str]) -> bool:
+    """Tell whether vLLM's model of that name in a config.json has places for an adapter of all
+    `layers`, the last parts of their names, and is its own: what it runs by transformers' code was
+    not seen to agree with the learner. What it knows as made of several has none as one."""
     known = ModelRegistry.models.get(architecture)
     if known is None:
         return False
     model = known.load_model_cls()
-    return supports_lora(model) and "Transformers" not in model.__name__
+    if not supports_lora(model) or "Transformers" in model.__name__:
+        return False
+    return all(model.packed_modules_mapping.get(layer, [layer]) == [layer] for layer in layers)
 
 
 def _replace(manager: Any, adapter: LoRAModel) -> None:
