@@ -56,6 +56,12 @@ def refuse_on_gpus(config: Config, heads: Mapping[str, tuple[int, int]]) -> None
     of every head, and of each token of a forward with all of its sequence."""
     refuse_broken(precision_rules(config))
     learner, rollout = config.learner, config.rollout
+    alone: Rule = (
+        config.sync.lora == "adapter" and rollout.dtype == "float32",
+        "rollout.dtype = 'float32': must be 'bfloat16' on GPUs with sync.lora = 'adapter', for"
+        " vLLM's kernels of adapters take no float32; 'merged' needs none",
+    )
+    refuse_broken([alone])
     for name, (queries, keys) in heads.items():
         scorer = config.scorers.get(name)
         section, setting, dtype, packed = (

@@ -131,6 +131,7 @@ def _step_rules(c: Config) -> list[Rule]:
 def _adapter_rules(c: Config) -> list[Rule]:
     """List what the way of a student's adapter to the generators asks for."""
     rank = c.student.lora.rank if c.student.lora else 0
+    impl = c.rollout.engine.get("model_impl", "auto")
     return [
         (
             c.sync.lora is not None and c.student.lora is None,
@@ -140,6 +141,12 @@ def _adapter_rules(c: Config) -> list[Rule]:
             c.sync.lora == "adapter" and rank > ENGINE_RANKS[-1],
             f"student.lora.rank = {rank}: must be <= {ENGINE_RANKS[-1]} for sync.lora = 'adapter',"
             " as vLLM takes no larger adapter; 'merged' has no bound",
+        ),
+        (
+            c.sync.lora == "adapter" and impl not in ("auto", "vllm"),
+            f"rollout.engine.model_impl = {impl!r}: must be 'vllm' or 'auto' for sync.lora ="
+            " 'adapter', as what vLLM runs by others' code was not seen to agree with the learner;"
+            " 'merged' takes it",
         ),
     ]
 

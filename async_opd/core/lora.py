@@ -8,6 +8,14 @@ from msgspec.structs import replace
 
 # Of adapters that vLLM's engines have a place for: one of another rank takes the next.
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Layers that an engine makes one of, by the last part of their names, and takes together or not at
+# all; one alone is made of none beside it.
+FUSED = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"o_proj"}),
+    frozenset({"down_proj"}),
+)
 
 
 class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -175,16 +175,17 @@ def check_adapter_alone(key: str, model: str, trust_remote_code: bool, adapter: 
             f"{called} has experts, for which vLLM chooses other kernels once there are places for"
             " an adapter; must be 'merged'"
         )
+    layers = {name.rpartition(".")[2] for name in lora.targets(lm, adapter, called)}
     lora.wrap(lm, adapter, 0)
     AdapterAlone(lm, 1, lambda _: nullcontext())
     with environment(VLLM_CONFIGURE_LOGGING="0"):
         from async_opd.roles.weight_sync.adapter import takes_adapters
 
         architectures = lm.config.architectures or [type(lm).__name__]
-        if not all(map(takes_adapters, architectures)):
+        if not all(takes_adapters(each, layers) for each in architectures):
             raise DataError(
-                f"{called} is a {architectures[0]}, in which vLLM has no place for an adapter; must"
-                " be 'merged'"
+                f"{called} is a {architectures[0]}, in which vLLM has no place for an adapter"
+                f" of {', '.join(sorted(layers))}; must be 'merged'"
             )
 
 

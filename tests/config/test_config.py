@@ -212,6 +212,10 @@ MISTAKES = {
         "student.lora.rank=513 sync.lora=adapter",
         ["student.lora.rank = 513: must be <= 512 for sync.lora = 'adapter'", "'merged'"],
     ),
+    "an adapter alone for a model by other code": (
+        "student.lora.rank=4 sync.lora=adapter rollout.engine.model_impl=transformers",
+        ["rollout.engine.model_impl = 'transformers': must be 'vllm' or 'auto'", "'merged'"],
+    ),
     "no drift": (
         "sync.parity_drift=-0.1",
         ["sync.parity_drift = -0.1", "must be "],

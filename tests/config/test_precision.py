@@ -63,6 +63,14 @@ def test_what_an_absent_dtype_asks_for_is_refused_once_the_machine_is_known():
         refuse_on_gpus(config, {})
 
 
+def test_on_gpus_an_adapter_that_travels_alone_is_not_float32_in_the_generators():
+    overrides = ["student.lora.rank=4", "rollout.dtype=float32"]
+    refuse_on_gpus(with_dtypes(load(CONFIG, [*overrides, "sync.lora=merged"]), gpus=True), {})
+    alone = with_dtypes(load(CONFIG, [*overrides, "sync.lora=adapter"]), gpus=True)
+    with pytest.raises(ConfigError, match=r"rollout\.dtype = 'float32': must be 'bfloat16'"):
+        refuse_on_gpus(alone, {})
+
+
 @pytest.mark.parametrize(
     ("asked", "heads", "said"),
     [

@@ -86,6 +86,23 @@ def update(layout: WeightLayout) -> None:
     _engines[0].reset_prefix_cache()
 
 
+def refuse_next_adapter() -> None:
+    """Have the second worker raise when it has taken the adapter before from its place."""
+
+    def change(worker: Any) -> None:
+        manager = worker.model_runner.model.lora_manager
+        add = manager.add_adapter
+
+        def refuse(_: Any) -> None:
+            manager.add_adapter = add
+            raise MemoryError("no room")
+
+        if worker.rank == 1:
+            manager.add_adapter = refuse
+
+    _engines[0].collective_rpc(change)
+
+
 def places() -> int:
     """The bytes that the engine in this process has for adapters."""
 

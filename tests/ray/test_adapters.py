@@ -124,16 +124,34 @@ def test_after_each_update_generators_and_learner_agree(
 
 
 @pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
-@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX"])
-def test_where_vllm_has_no_place_for_an_adapter_it_does_not_travel_alone(tiny_lm, tmp_path, family):
-    lm = tiny_lm(family, **SIZES)
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("GPT2", "c_attn, c_fc, c_proj"),
+        ("GPTNeoX", "dense, dense_4h_to_h, dense_h_to_4h, query_key_value"),
+        # vLLM knows one of several there, which the checkpoint has as one
+        ("Glm4", "down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj"),
+    ],
+)
+def test_where_vllm_has_no_place_for_an_adapter_it_does_not_travel_alone(
+    tiny_lm, tmp_path, family, layers
+):
+    lm = tiny_lm(family, **(SIZES | dict(pad_token_id=0)))
     lm.save_pretrained(tmp_path)
     with pytest.raises(DataError) as refused:
         check_adapter_alone("student.model", str(tmp_path), False, LoraConfig(rank=4))
     assert f"{refused.value}" == (
         f"sync.lora = 'adapter': student.model = '{tmp_path}' is a {type(lm).__name__}, in"
-        " which vLLM has no place for an adapter; must be 'merged'"
+        f" which vLLM has no place for an adapter of {layers}; must be 'merged'"
     )
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # those of importing vLLM
+def test_beside_layers_that_vllm_knows_by_the_same_names_it_does(tiny_lm, tmp_path):
+    for family, modules in [("Glm4", ("q_proj", "down_proj")), ("Phi3", ("gate_up_proj",))]:
+        tiny_lm(family, **(SIZES | dict(pad_token_id=0))).save_pretrained(tmp_path)
+        adapter = LoraConfig(rank=4, target_modules=modules)
+        check_adapter_alone("student.model", str(tmp_path), False, adapter)
 
 
 def test_vllm_knows_the_ranks_that_we_count_with():
@@ -157,6 +175,11 @@ def test_both_workers_of_an_engine_slice_the_adapter_for_themselves(vllm, tiny_l
         move(model, version)
         sent(vllm, sender, weights)
         check(vllm, model, 1)
+        results(vllm("refuse_next_adapter", [()]))
+        (updated,) = vllm("update", [(weights.layout(),)])
+        sender.send(weights.described, map(torch.ones_like, weights.tensors()))
+        assert "no room" in f"{updated.exception()}"
+        check(vllm, model, 1)  # neither worker has what the other refused
 
 
 @pytest.mark.parametrize("way", ["merged", "adapter"])
@@ -177,6 +200,7 @@ async def test_five_updates_of_a_run_agree_with_the_learner_and_a_newcomer_has_a
     )
     async with running(config, eos_ids=()) as (roles, publisher, prompts):
         (generator,) = roles.generators
+        starting = asyncio.ensure_future(roles.spawn("generator", 1))
         probe_ids, probe = await generator.probe()
         before = await roles.learner.logprobs(probe_ids, probe.ids)
         data = await produced(roles, prompts, 4)
@@ -196,7 +220,7 @@ async def test_five_updates_of_a_run_agree_with_the_learner_and_a_newcomer_has_a
         (rollout,), prompt = (await ref).rollouts, (await ref).prompt
         logp = await roles.learner.logprobs(prompt.ids, rollout.ids)
         assert np.abs(logp - rollout.behaviour_logp).max() <= 1e-4
-        newcomer = await roles.spawn("generator", 1)
+        newcomer = await starting
         grown = WeightPublisher(
             replica(roles.learner),
             ReplicaPool("generator", [generator, newcomer]),

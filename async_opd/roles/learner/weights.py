@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from async_opd.core.errors import DataError
+from async_opd.core.lora import FUSED
 from async_opd.core.role_settings import LearnerSettings
 from async_opd.core.weights import WeightLayout
 from async_opd.roles.learner import lora
@@ -156,14 +157,6 @@ def student_weights(
     return kind(lm, settings.bucket_bytes, gather)
 
 
-# Layers that an engine makes one of, by the last part of their names, and takes together or not at
-# all; one alone is made of none beside it.
-FUSED = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"o_proj"}),
-    frozenset({"down_proj"}),
-)
 ANY: frozenset[str] = frozenset()  # of a layer that is not known: all of its block may be one
 
 

@@ -1,7 +1,6 @@
 """A rollout generator on vLLM's AsyncLLM. A plain class, which a
 `runtime.actors.RoleActor` builds."""
 
-import logging
 from functools import partial
 from typing import Any
 
@@ -37,10 +36,6 @@ class RolloutGenerator:
         self._needs = needs
         self._candidates = 0  # ids beside each token; `start` has them made
         self._whole = True  # its weights are all of one version
-        # at each update it warns of tied heads, which get no weights of their own
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
-            logging.ERROR
-        )
         # tokens of one prefix-cache block
         block = config.engine.get("block_size") or (128 if current_platform.is_cpu() else 16)
         # The probe's prompt is longer than a block and always the same, so stale prefix KV would be

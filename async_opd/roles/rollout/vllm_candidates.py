@@ -73,6 +73,10 @@ class Candidates:
         """Serve under the adapter that has come."""
         self.weight_transfer_engine.put_adapter(self._adapter)
 
+    def put_back_adapter(self) -> None:
+        """Serve under the adapter before that."""
+        self.weight_transfer_engine.put_back_adapter()
+
     def attempt(self, method: str, *args: Any) -> str:
         """Call a method of the worker; returns what it raises, or "". Where one of several workers
         raises itself, vLLM leaves the answers of the others unread, and takes each for that to its

@@ -1,7 +1,7 @@
 """A student's adapter in vLLM models that run: it takes the place of the one before, and the base
 stays as it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ class Adapters:
     """What takes an adapter, for an engine of weight transfers; `model` is its own."""
 
     model: Any  # of any of vLLM's classes
+    _before: LoRAModel  # what served until the last `put_adapter`
 
     def begin_adapter(self) -> None:
         """Serve under an adapter that changes nothing, until one comes."""
@@ -35,6 +36,7 @@ class Adapters:
         it; the one before then serves on, as it does where vLLM raises."""
         model, id = self.model, ADAPTER.adapter_id
         manager = model.lora_manager
+        self._before = manager.get_adapter(id)
         rank = max(len(a) for name, a in arrived.items() if name.endswith(".lora_A.weight"))
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
@@ -50,21 +52,28 @@ class Adapters:
                 f"sync.lora = 'adapter': vLLM's {type(model).__name__} has no place for an adapter"
                 f" of {len(strange)} modules, such as {strange[0]}; with 'merged' it takes them"
             )
-        before = manager.get_adapter(id)
         with ExitStack() as failed:
-            failed.callback(_replace, manager, before)
+            failed.callback(self.put_back_adapter)
             _replace(manager, adapter)
             failed.pop_all()
 
+    def put_back_adapter(self) -> None:
+        """Serve under the adapter that served before the last `put_adapter`, whether or not that
+        came to its end."""
+        _replace(self.model.lora_manager, self._before)
 
-def takes_adapters(architecture: str) -> bool:
-    """Tell whether vLLM's model of that name in a config.json has places for an adapter, and is its
-    own: what it runs by transformers' code was not seen to agree with the learner."""
+
+def takes_adapters(architecture: str, layers: Collection[str]) -> bool:
+    """Tell whether vLLM's model of that name in a config.json has places for an adapter of all
+    `layers`, the last parts of their names, and is its own: what it runs by transformers' code was
+    not seen to agree with the learner. What it knows as made of several has none as one."""
     known = ModelRegistry.models.get(architecture)
     if known is None:
         return False
     model = known.load_model_cls()
-    return supports_lora(model) and "Transformers" not in model.__name__
+    if not supports_lora(model) or "Transformers" in model.__name__:
+        return False
+    return all(model.packed_modules_mapping.get(layer, [layer]) == [layer] for layer in layers)
 
 
 def _replace(manager: Any, adapter: LoRAModel) -> None:

@@ -1,6 +1,7 @@
 """New weights put into a vLLM model that runs: by vLLM's layerwise reload, and what that leaves
 out."""
 
+import logging
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,12 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     LOADING_LAYERS,
     _place_kernel_tensors,
     get_layerwise_info,
+    logger,
 )
+
+# at each update it warns of layers for which nothing comes: of a student with an adapter most, and
+# a head that is tied
+logger.setLevel(logging.ERROR)
 
 # of experts whose weights may come, those they run by until then
 _kernels: WeakKeyDictionary[UnquantizedFusedMoEMethod, Any] = WeakKeyDictionary()

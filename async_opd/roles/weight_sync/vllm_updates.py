@@ -32,10 +32,14 @@ async def join(engine: AsyncLLM, group: WeightGroup) -> None:
 async def take(engine: AsyncLLM, version: int, layout: WeightLayout) -> None:
     """Have all workers receive and load the weights of `version`, which labels what is sampled from
     then on. Raises SyncFailed. An adapter takes its place once every worker has all of it: where
-    one has not, all serve under the one before."""
+    one has not, or does not put it there, all serve under the one before."""
     if layout.adapter:
         await _all(engine, "receive_adapter", update_info(layout))
-        await _all(engine, "put_adapter")
+        try:
+            await _all(engine, "put_adapter")
+        except SyncFailed:
+            await _all(engine, "put_back_adapter")
+            raise
     else:
         await _all(engine, "start_weight_update")
         await _all(engine, "update_weights", update_info(layout))

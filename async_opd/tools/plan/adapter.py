@@ -2,11 +2,9 @@
 
 from typing import NamedTuple
 
-from async_opd.core.lora import LoraConfig
+from async_opd.core.lora import FUSED, LoraConfig
 from async_opd.tools.plan.shape import Shape
 
-# layers that an engine loads in one go, so that they travel together
-TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"})
 MLP = {"gate_proj", "up_proj", "down_proj"}
 ROWS = {"o_proj", "down_proj"}  # of which an engine splits what goes in over its GPUs
 
@@ -57,15 +55,11 @@ class Adapter(NamedTuple):
     def merged(self) -> int:
         """What travels where it is merged: weights that it changes, and those beside them that an
         engine takes in one go with them."""
-        names = {each.name for each in self.layers}
-        travel = set().union(*(some for some in TOGETHER if some & names))
-        return sum(e.count * e.inputs * e.outputs for e in self.every if e.name in travel)
+        return sum(each.count * each.inputs * each.outputs for each in self._fused())
 
     def places(self, gpus: int) -> float:
         """What one of an engine's `gpus` has for it: A and B of the next rank that vLLM knows, of
         layers that it makes one of for all of them, and split as they are."""
-        names = {each.name for each in self.layers}
-        held = set().union(*(some for some in TOGETHER if some & names))
         return self.lora.engine_rank * sum(
             each.count
             * (
@@ -73,9 +67,14 @@ class Adapter(NamedTuple):
                 if each.name in ROWS
                 else each.inputs + each.outputs / gpus
             )
-            for each in self.every
-            if each.name in held
+            for each in self._fused()
         )
+
+    def _fused(self) -> list[Linear]:
+        """List the layers that have it, and those that an engine makes one of with these."""
+        names = {each.name for each in self.layers}
+        together = set[str]().union(*(some for some in FUSED if some & names))
+        return [each for each in self.every if each.name in together]
 
 
 def adapter(lora: LoraConfig, shape: Shape) -> Adapter:

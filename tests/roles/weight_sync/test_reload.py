@@ -97,6 +97,19 @@ def test_after_an_update_that_broke_off_anywhere_a_whole_one_leaves_nothing_old(
     assert [weight.data_ptr() for weight in model.parameters()] == tensors
 
 
+def test_layers_for_which_nothing_comes_stay_and_nobody_is_warned(monkeypatch):
+    warned: list[str] = []
+    monkeypatch.setattr(layerwise.logger, "handle", warned.append)
+    model = Model()
+    updated(model, 1.0)
+    reload.begin(model, CPU)
+    model.load_weights([item for item in items(2.0) if item[0].startswith("a.")])
+    reload.finish(model, SimpleNamespace(dtype=torch.float32))
+    assert {float(weight.max()) for weight in model.a.parameters()} == {2.0}
+    assert {float(weight.max()) for weight in model.b.parameters()} == {1.0}
+    assert not warned
+
+
 def test_nothing_is_to_be_forgotten_before_the_first_update():
     model = Model()
     reload.break_off(model)
