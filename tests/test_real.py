@@ -85,7 +85,7 @@ def test_no_question_is_both_trained_and_held_out_and_both_have_every_kind():
 )
 def test_an_answer_is_a_responses_last_number_or_a_word_of_it(response, answer, right):
     check = load_check(VerifyConfig(check="benchmarks.real.chat:says"))
-    assert check(response, answer) is right
+    assert check(response, answer) == right
 
 
 def test_a_model_without_layers_is_what_the_others_compute(tmp_path):
