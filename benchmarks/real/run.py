@@ -7,9 +7,6 @@ Fails where a command fails, where the healed model is not nearer to the teacher
 not answer better. All but the last is in bfloat16 where the processor multiplies it.
 
     make real        # python -m benchmarks.real.run --out runs/real.json
-    python -m benchmarks.real.run --adapter student.lora.rank=16 learner.lr=1e-4
-
-With `--adapter` it is healed once more, in as many steps, with these settings, and measured merged.
 """
 
 import argparse
@@ -27,8 +24,8 @@ INPUTS = Path("build/smollm2")
 HEAL, GYM, HUMANEVAL = (
     f"configs/smollm2_{name}.toml" for name in ("heal", "reasoning_gym", "humaneval")
 )
-HEALED, GYMNAST, CODED, ADAPTED = (
-    Path(f"runs/smollm2_{name}") for name in ("heal", "reasoning_gym", "humaneval", "heal_lora")
+HEALED, GYMNAST, CODED = (
+    Path(f"runs/smollm2_{name}") for name in ("heal", "reasoning_gym", "humaneval")
 )
 FLOAT32 = ("rollout.dtype=float32", "teacher.dtype=float32", "learner.dtype=float32")
 OTHERS = {  # that heal for a few steps
@@ -86,9 +83,7 @@ def read(path: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/real.json"))
-    parser.add_argument("--adapter", nargs="+", default=[], metavar="SETTING")
-    args = parser.parse_args()
-    out, adapter = args.out, args.adapter
+    out = parser.parse_args().out
     stages, dtype = Stages(), () if multiplies_bfloat16() else FLOAT32
     stages.run("heal", command("train", HEAL, *dtype))
     stages.run("report", command("report", f"{HEALED}"))
@@ -96,10 +91,6 @@ def main() -> None:
     before, after = INPUTS / "student", HEALED / "export"
     measured = HEALED / "divergence.json"
     words = [f"{INPUTS / 'teacher'}", f"{INPUTS / 'chat_heldout.jsonl'}", f"{before}", f"{after}"]
-    if adapter:
-        stages.run("adapter", command("train", HEAL, *dtype, *adapter, f"run.dir={ADAPTED}"))
-        stages.run("merged", command("export", f"{ADAPTED}", "--merged"))
-        words.append(f"{ADAPTED / 'export'}")
     divergence = [sys.executable, "-m", "benchmarks.real.divergence", *words]
     stages.run("divergence", [*divergence, "--out", f"{measured}"])
     stages.run("reasoning_gym", command("train", GYM, *dtype))
@@ -112,7 +103,6 @@ def main() -> None:
         "divergence": read(measured),
         "reasoning_gym": read(GYMNAST / "summary.json"),
         "humaneval": read(CODED / "result.json")["figures"],
-        "adapter": read(ADAPTED / "summary.json") if adapter else None,
         "others": {name: read(Path(f"runs/smollm2_{name}/summary.json")) for name in OTHERS},
     }
     machine = {"machine": platform.platform(), **environment()}
@@ -129,7 +119,6 @@ def told(figures: dict, seconds: dict, before: Path, after: Path) -> list[str]:
     """Put the figures into words."""
     heal, kl, gym = figures["heal"], figures["divergence"], figures["reasoning_gym"]
     pass_1 = figures["humaneval"]["avg"]["mean"]
-    adapter, merged = figures["adapter"], kl.get(f"{ADAPTED / 'export'}")
     return [
         "",
         "SmolLM2 without 4 of its 30 layers, before -> after (the whole one)",
@@ -138,14 +127,6 @@ def told(figures: dict, seconds: dict, before: Path, after: Path) -> list[str]:
         f"  KL         {kl[f'{before}']['kl']:.2f} -> {kl[f'{after}']['kl']:.2f} nats a token",
         f"  length     {kl[f'{before}']['tokens']:.1f} -> {kl[f'{after}']['tokens']:.1f} tokens",
         f"  {heal['trained_tokens_per_s']:.0f} trained tokens/s",
-        *(
-            [
-                f"  by an adapter: accuracy {adapter['accuracy_after']:.1%}, KL {merged['kl']:.2f},"
-                f" {adapter['trained_tokens_per_s']:.0f} trained tokens/s"
-            ]
-            if adapter and merged
-            else []
-        ),
         f"the whole one on reasoning-gym, before -> after: {gym['accuracy_before']:.1%} ->"
         f" {gym['accuracy_after']:.1%}; on HumanEval: {pass_1:.1%}",
         f"{sum(seconds.values()) / 60:.1f} min: {seconds}",
