@@ -157,6 +157,16 @@ CHECKS = (
     # and Ray
     Check("run, one card", "runs:three_steps", {"overrides": SHARED}, packages=RUNS),
     Check("run, self-teacher", "runs:three_steps", {"overrides": (*SHARED, *SELF)}, packages=RUNS),
+    *(
+        Check(
+            f"run, adapter sent {how}",
+            "runs:three_steps",
+            {"overrides": (*SHARED, "student.lora.rank=8", f"sync.lora={how}")},
+            packages=RUNS,
+            rehearsed=False,
+        )
+        for how in ("merged", "adapter")
+    ),
     Check(
         "run, a card each",
         "runs:three_steps",
