@@ -62,7 +62,7 @@ lint: setup
 # of it is. Platform checks of what is imported may run their programs.
 docs: setup
 	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning \
-		-W "ignore:Cannot determine where async_opd.tools.explain.rollouts.Absent._is_param is taken from" \
+		-W "ignore:Cannot determine where async_opd.tools.explain.batch.Absent._is_param is taken from" \
 		-m pdoc --docformat markdown --output-directory build/docs async_opd
 
 clean:
