@@ -213,7 +213,7 @@ class Engine:
     async def collective_rpc(self, method: str, args: tuple = ()) -> None: ...
 
     async def add_request(
-        self, id: str, prompt: dict, sampling, *, arrival_time: float, priority: int
+        self, id: str, prompt: dict, sampling, *, arrival_time: float, lora_request, priority: int
     ):
         assert type(prompt["prompt_token_ids"]) is list
 
@@ -346,10 +346,10 @@ def test_a_request_that_vllm_refuses_behind_a_pause_is_its_own_callers_error(aro
     engine.output.weight_versions = [WeightVersionSpan("3", 0, 3)]
     takes, resumed = engine.add_request, []
 
-    async def add_request(id: str, prompt: dict, sampling, *, arrival_time: float, priority: int):
+    async def add_request(id: str, prompt: dict, sampling, **others):
         if id.startswith("b"):
             raise ValueError("Token id 99 is out of vocabulary")
-        return await takes(id, prompt, sampling, arrival_time=arrival_time, priority=priority)
+        return await takes(id, prompt, sampling, **others)
 
     async def resume_generation():
         resumed.append(True)

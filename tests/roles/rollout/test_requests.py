@@ -32,7 +32,7 @@ class Engine:
         self._collectors: dict[str, Collector] = {}
 
     async def add_request(
-        self, id: str, prompt: dict, sampling, *, arrival_time: float, priority: int
+        self, id: str, prompt: dict, sampling, *, arrival_time: float, lora_request, priority: int
     ) -> Collector:
         assert sampling.n == 1
         assert prompt["type"] == "token"  # vLLM renders no such prompt in a thread
