@@ -9,6 +9,7 @@ from async_opd.config.schema import Config
 from async_opd.config.teacher_rules import Rule, longest_sequence
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig
 
+ELSEWHERE = {"backend", "engine", "urls", "key_env"}  # looked at by other rules
 # of [teacher], which the engines of [teacher_sampling] take from it
 OF_ENGINES = {"dtype", "tensor_parallel_size", "memory_gib", "gpu_memory_utilization"}
 
@@ -43,8 +44,9 @@ def base_rules(c: Config) -> Iterator[Rule]:
 
 def _effect_rules(section: str, scorer: ScorerConfig, *, answers: bool) -> Iterator[Rule]:
     """Yield that settings of a pool are not set, where the scorer that `answers` prompts has no use
-    for them either. The table `engine` is looked at with the other tables."""
-    used = {"backend", "engine"} | (OF_ENGINES if answers and section == "teacher" else set())
+    for them either. The table `engine` is looked at with the other tables, addresses and their key
+    with those of servers, which show no secret."""
+    used = ELSEWHERE | (OF_ENGINES if answers and section == "teacher" else set())
     for field in msgspec.structs.fields(ScorerConfig):
         value = getattr(scorer, field.name)
         yield (

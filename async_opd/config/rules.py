@@ -39,7 +39,7 @@ def rules(c: Config) -> Iterator[Rule]:
         yield from evaluated_rules(c.named_teachers, c.data)
     yield from backend_rules(c.scorers, c.data, c.rollout, c.objective)
     yield from base_rules(c)
-    yield from server_rules(c.scorers, c.rollout, c.objective, c.teacher_sampling, c.verify)
+    yield from server_rules(c.scorers, c.teacher_sampling, c.verify)
     yield (
         c.reference is not None and not c.objective.needs().reference,
         f"reference: has no effect with {tag(c.objective)}, which needs none",

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from async_opd.config.teacher_rules import Rule, tag
+from async_opd.config.teacher_rules import Rule
 from async_opd.core.errors import ConfigError
 from async_opd.core.secret import Secret
 from async_opd.core.suggest import shown
 from async_opd.core.urls import flaw, is_open, normal, shown_url
-from async_opd.objectives import Objective
-from async_opd.roles.rollout.config import RolloutConfig
 from async_opd.roles.teacher.config import ScorerConfig, TeacherConfig, TeacherSamplingConfig
 from async_opd.roles.verifier.config import VerifyConfig
 
@@ -33,17 +31,14 @@ THEIRS = (
 
 def server_rules(
     scorers: Mapping[str, ScorerConfig],
-    rollout: RolloutConfig,
-    objective: Objective,
     sampling: TeacherSamplingConfig | None,
     verify: VerifyConfig,
 ) -> Iterator[Rule]:
-    """Yield what scorers that servers are, by their sections, may be and be asked for."""
+    """Yield what scorers that servers are, by their sections, may be."""
     for section, scorer in scorers.items():
         if scorer.backend != "server":
             yield from _without(section, scorer)
             continue
-        yield from _needs(section, scorer, rollout, objective)
         yield (
             sampling is not None and isinstance(scorer, TeacherConfig),
             f"{section}.backend = 'server': must be 'transformers' or 'vllm' with"
@@ -108,24 +103,6 @@ def _without(section: str, scorer: ScorerConfig) -> list[Rule]:
     return [
         (bool(scorer.urls), f"{section}.urls: {without}; did you mean 'server'?"),
         (scorer.key_env is not None, f"{section}.key_env: {without}"),
-    ]
-
-
-def _needs(
-    section: str, scorer: ScorerConfig, rollout: RolloutConfig, objective: Objective
-) -> list[Rule]:
-    """List what no server can do."""
-    return [
-        (
-            rollout.temperature != 1,
-            f"rollout.temperature = {rollout.temperature}: must be 1 with {section}.backend ="
-            " 'server', whose log-probs of a prompt ignore it",
-        ),
-        (
-            isinstance(scorer, TeacherConfig) and objective.needs().teacher_entropy,
-            f"{section}.backend = 'server': must be 'transformers' for {tag(objective)}, which"
-            " needs the exact entropy",
-        ),
     ]
 
 

@@ -121,7 +121,7 @@ def backend_rules(
 ) -> Iterator[Rule]:
     """Yield what the backend of each scorer, by its section, cannot do."""
     for section, s in scorers.items():
-        vllm, plain = s.backend == "vllm", s.backend == "transformers"
+        vllm, plain = s.backend in ("vllm", "server"), s.backend == "transformers"
         size = s.tensor_parallel_size
         key, tokens = longest_sequence(section, s, data, rollout)
         yield (
@@ -131,12 +131,12 @@ def backend_rules(
         yield (
             vllm and rollout.temperature != 1,
             f"rollout.temperature = {rollout.temperature}: must be 1 with {section}.backend ="
-            " 'vllm', whose log-probs of a prompt ignore it",
+            f" {s.backend!r}, whose log-probs of a prompt ignore it",
         )
         yield (
             vllm and isinstance(s, TeacherConfig) and objective.needs().teacher_entropy,
-            f"{section}.backend = 'vllm': must be 'transformers' for {tag(objective)}, which needs"
-            " the exact entropy",
+            f"{section}.backend = {s.backend!r}: must be 'transformers' for {tag(objective)}, which"
+            " needs the exact entropy",
         )
         yield (
             plain and size > 1,

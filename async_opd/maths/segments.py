@@ -27,6 +27,20 @@ def places(segment_N: Tensor) -> Tensor:
     return torch.arange(len(segment_N), device=segment_N.device) - _first(segment_N)
 
 
+def ranks(value_N: Tensor, segment_N: Tensor) -> Tensor:
+    """Place of each token among those of its trajectory by value, the lowest 0, the first of equals
+    first; int64 [N].
+
+    >>> ranks(torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([0, 0, 0, 1]))
+    tensor([2, 0, 1, 0])
+    """
+    by_value_N = value_N.argsort(stable=True)
+    order_N = by_value_N[segment_N[by_value_N].argsort(stable=True)]
+    rank_N = segment_N.new_empty(len(segment_N))
+    rank_N[order_N] = places(segment_N)
+    return rank_N
+
+
 def sums(value_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
     """Σ over each trajectory, [S]; 0 for one without tokens; summed in float64.
 

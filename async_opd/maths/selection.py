@@ -38,7 +38,7 @@ def part(segment_N: Tensor, count_S: Tensor, *, share: float, end: bool) -> Tens
     tensor([ True,  True, False,  True])
     """
     place_N = segments.places(segment_N)
-    kept_N = (share * count_S.double() - ROUNDING).ceil().long().clamp(min=1)[segment_N]
+    kept_N = rounded_up(count_S, share)[segment_N]
     return place_N >= count_S[segment_N] - kept_N if end else place_N < kept_N
 
 
@@ -49,11 +49,7 @@ def lowest(value_N: Tensor, segment_N: Tensor, count: int, *, share: float) -> T
     tensor([False,  True,  True,  True])
     """
     length_S = segments.lengths(segment_N, count)
-    by_value_N = value_N.argsort(stable=True)
-    order_N = by_value_N[segment_N[by_value_N].argsort(stable=True)]
-    rank_N = value_N.new_empty(len(value_N), dtype=segment_N.dtype)
-    rank_N[order_N] = segments.places(segment_N)
-    return rank_N < (share * length_S.double() - ROUNDING).ceil().clamp(min=1)[segment_N]
+    return segments.ranks(value_N, segment_N) < rounded_up(length_S, share)[segment_N]
 
 
 def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
@@ -68,10 +64,17 @@ def at_random(segment_N: Tensor, key_S: Tensor, *, share: float) -> Tensor:
     mixed_N = key_S[segment_N] * 0x1E3779B97F4A7C15 + (place_N + 1) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, 0x14D049BB133111EB), (27, 0x369DEA0F31A53F85)):
         mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
-    order_N = (segment_N + (mixed_N & 0xFFFFFFFF).double() / 2**33).argsort(stable=True)
-    rank_N = place_N.new_empty(len(place_N))
-    rank_N[order_N] = place_N
+    rank_N = segments.ranks(mixed_N & 0xFFFFFFFF, segment_N)
     return rank_N < kept(segments.lengths(segment_N, len(key_S)), share)[segment_N]
+
+
+def rounded_up(length_S: Tensor, share: float) -> Tensor:
+    """⌈share · length⌉, at least 1, int64 [S].
+
+    >>> rounded_up(torch.tensor([8, 5, 1]), 0.3)
+    tensor([3, 2, 1])
+    """
+    return (share * length_S.double() - ROUNDING).ceil().long().clamp(min=1)
 
 
 def kept(length_S: Tensor, share: float) -> Tensor:

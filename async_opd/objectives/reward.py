@@ -50,14 +50,8 @@ class Reward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def rewards(self, batch: TokenBatch) -> Tensor:
         """Compute r [S]; NaN where the verdict is unknown."""
-        if not self.length_penalty:
-            return batch.reward_S
-        return advantages.length_penalised(
-            batch.reward_S,
-            segments.lengths(batch.segment_N, batch.trajectories),
-            batch.cap_S,
-            penalty=self.length_penalty,
-        )
+        length_S = segments.lengths(batch.segment_N, batch.trajectories)
+        return self._penalised(batch.reward_S, length_S, batch)
 
     def part(self, batch: TokenBatch) -> Tensor:
         """Compute what is added to the advantage, [N]."""
@@ -74,12 +68,11 @@ class Reward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def _baseline(self, batch: TokenBatch) -> Tensor | float:
         if self.baseline != "group":
             return batch.running[RUNNING].mean if self.past else 0.0
-        if not self.length_penalty:
-            return advantages.group_mean(batch.group_reward_SG)
-        reward_SG = advantages.length_penalised(
-            batch.group_reward_SG,
-            batch.group_length_SG,
-            batch.cap_S,
-            penalty=self.length_penalty,
+        return advantages.group_mean(
+            self._penalised(batch.group_reward_SG, batch.group_length_SG, batch)
         )
-        return advantages.group_mean(reward_SG)
+
+    def _penalised(self, reward: Tensor, length: Tensor, batch: TokenBatch) -> Tensor:
+        if not self.length_penalty:  # then nobody need say how long a response may be
+            return reward
+        return advantages.length_penalised(reward, length, batch.cap_S, penalty=self.length_penalty)

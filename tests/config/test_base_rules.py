@@ -137,3 +137,11 @@ def test_the_engines_of_teacher_sampling_have_their_settings_from_such_a_teacher
     assert roles(config) == ["learner rank", "generator", "teacher-generator", "verifier"]
     with pytest.raises(ConfigError, match=r"^teacher\.replicas = 2: has no effect"):
         load(DEMO, [*TEACHER, *sampling, "teacher.replicas=2"])
+
+
+def test_addresses_beside_it_are_refused_once_and_show_no_secret():
+    with pytest.raises(ConfigError) as refused:
+        load(DEMO, [*TEACHER, 'teacher.urls=["http://me:hunter2@a:1"]'])
+    assert f"{refused.value}" == (
+        "teacher.urls: has no effect with teacher.backend = 'learner'; did you mean 'server'?"
+    )

@@ -1,7 +1,6 @@
 """Real ranks over gloo whose teacher and reference are the student's frozen base."""
 
 import json
-import multiprocessing
 import uuid
 from functools import cache
 
@@ -9,6 +8,7 @@ import pytest
 
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.learner import base_process
+from tests.roles.learner.forked import run_ranks
 
 pytestmark = pytest.mark.ray
 
@@ -17,8 +17,6 @@ pytestmark = pytest.mark.ray
 def train(tiny_lm, tmp_path_factory):
     """Takes a few steps, each rank in its own process, once for the same settings."""
     folder = tmp_path_factory.mktemp("ranks")
-    forked = multiprocessing.get_context("forkserver")  # from a process that has imported DeepSpeed
-    forked.set_forkserver_preload([base_process.__name__])
     model = folder / "model"
     tiny_lm().save_pretrained(model)
     build_tokenizer().save_pretrained(model)
@@ -33,19 +31,8 @@ def train(tiny_lm, tmp_path_factory):
             meeting=str(folder / uuid.uuid4().hex),
         )
         outs = [folder / f"{uuid.uuid4().hex}.{rank}" for rank in range(ranks)]
-        processes = [
-            forked.Process(target=base_process.main, kwargs=job | dict(rank=rank, out=str(out)))
-            for rank, out in enumerate(outs)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(100)
-            assert [process.exitcode for process in processes] == [0] * ranks
-        finally:
-            for process in processes:
-                process.kill()
+        jobs = [job | dict(rank=rank, out=str(out)) for rank, out in enumerate(outs)]
+        run_ranks(base_process, jobs)
         return [json.loads(out.read_text()) for out in outs]
 
     return train

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import shutil
 import uuid
 from functools import cache
@@ -14,6 +13,7 @@ from async_opd.driver.checkpoints import Checkpoints, RunState, find
 from async_opd.roles.learner.deepspeed_config import refused
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.learner import rank_process
+from tests.roles.learner.forked import run_ranks
 
 pytestmark = pytest.mark.ray
 STEPS = 5
@@ -37,8 +37,6 @@ def train(tiny_lm, tmp_path_factory):
     """Trains the same student on the same data, each rank in its own process, once for the same
     settings."""
     folder = tmp_path_factory.mktemp("ranks")
-    forked = multiprocessing.get_context("forkserver")  # from a process that has imported DeepSpeed
-    forked.set_forkserver_preload([rank_process.__name__])
 
     @cache
     def student(family):
@@ -74,16 +72,7 @@ def train(tiny_lm, tmp_path_factory):
         name += f"-{lora}".translate(dict.fromkeys(map(ord, "(), '"))) if lora else ""
         outs = [folder / f"{name}.{rank}" for rank in range(ranks)]
         jobs = [job | dict(rank=rank, out=str(out)) for rank, out in enumerate(outs)]
-        processes = [forked.Process(target=rank_process.main, kwargs=job) for job in jobs]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(100)
-            assert [process.exitcode for process in processes] == [0] * ranks
-        finally:
-            for process in processes:
-                process.kill()
+        run_ranks(rank_process, jobs)
         return [json.loads(out.read_text()) for out in outs], Path(f"{outs[0]}.model")
 
     return train

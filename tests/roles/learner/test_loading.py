@@ -1,7 +1,5 @@
 """Two real ranks over gloo load a student that they share out by ZeRO-3."""
 
-import multiprocessing
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from async_opd.roles.models import causal_lm
 from async_opd.roles.weight_sync import checkpoint_names
 from async_opd.toy.tokenizer import build_tokenizer
 from tests.roles.learner import loading_process
+from tests.roles.learner.forked import run_ranks
 
 pytestmark = pytest.mark.ray
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -18,8 +17,6 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 def load(tiny_lm, tmp_path):
     """Starts two ranks; what each got, and where the model is. `change` is given its weights before
     they are saved."""
-    forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload([loading_process.__name__])
 
     def load(family: str, change=lambda weights: None, **settings):
         model, lm = tmp_path / "model", tiny_lm(family, **settings)
@@ -28,20 +25,8 @@ def load(tiny_lm, tmp_path):
         lm.save_pretrained(model, state_dict=weights, max_shard_size="50KB")
         build_tokenizer().save_pretrained(model)
         outs = [str(tmp_path / f"{rank}") for rank in range(2)]
-        args = str(tmp_path / "meeting"), str(model)
-        processes = [
-            forked.Process(target=loading_process.main, args=(rank, *args, outs[rank]))
-            for rank in range(2)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(100)
-            assert [process.exitcode for process in processes] == [0, 0]
-        finally:
-            for process in processes:
-                process.kill()
+        job = dict(meeting=str(tmp_path / "meeting"), model=str(model))
+        run_ranks(loading_process, [job | dict(rank=rank, out=outs[rank]) for rank in range(2)])
         return [torch.load(out) for out in outs], model
 
     return load
