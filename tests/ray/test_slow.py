@@ -14,7 +14,7 @@ from async_opd.runtime.placement import ResourceRequest
 from async_opd.runtime.remote_role import RemoteRole
 
 pytestmark = pytest.mark.ray
-WITHIN_S = 1.5  # 0.3 of a call, and what a busy machine adds
+WITHIN_S = 4.0  # 0.3 of a call and what a busy machine adds; twenty calls take 6
 TIMEOUTS = dict.fromkeys(("generate", "score", "step", "sync", "collective", "stall"), WITHIN_S)
 GROUPS = [f"{n}" for n in range(20)]
 PORTS = {"score": Teacher, "check": Verifier, "generate": Generator}
@@ -49,7 +49,7 @@ async def test_twenty_calls_of_a_healthy_role_are_answered_though_they_wait_for_
 async def test_a_call_that_hangs_is_named_and_cancelled_and_the_others_are_answered(actor, method):
     call = getattr(RemoteRole(actor, PORTS[method], TIMEOUTS), method)
     before, hangs, behind = map(asyncio.ensure_future, map(call, ("before", "hangs", "behind")))
-    with pytest.raises(TimedOut, match=rf"^teacher 0, {method}: no answer in 1\.5 s$"):
+    with pytest.raises(TimedOut, match=rf"^teacher 0, {method}: no answer in 4 s$"):
         await hangs
     await asyncio.gather(before, behind)
     assert await actor.call(5, "ended") == ["before", "hangs cancelled", "behind"]
