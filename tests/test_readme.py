@@ -15,11 +15,13 @@ import pytest
 import async_opd
 from async_opd.cli.main import parsed
 from async_opd.config.load import load
+from async_opd.objectives import all_objectives
 
 ROOT = Path(async_opd.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     "README.md",
+    "async_opd/objectives/README.md",
     "configs/README.md",
     "cluster/README.md",
     "tests/README.md",
@@ -97,6 +99,12 @@ main(["explain", "--objective", "disputed_opd", "full=0.2", "signal_at_most=1.5"
         "0.0000",
         "0.0100",
     ]
+
+
+def test_the_page_of_methods_has_each_objective_once():
+    page = (ROOT / "async_opd" / "objectives" / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(all_objectives())
 
 
 def test_the_map_names_every_file_and_folder_of_the_package():
