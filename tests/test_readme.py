@@ -103,7 +103,7 @@ main(["explain", "--objective", "disputed_opd", "full=0.2", "signal_at_most=1.5"
 
 def test_the_page_of_methods_has_each_objective_once():
     page = (ROOT / "async_opd" / "objectives" / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE)
+    _, *listed = re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE)  # behind the heading
     assert sorted(listed) == sorted(all_objectives())
 
 
