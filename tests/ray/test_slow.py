@@ -38,6 +38,15 @@ async def actor():
     actor.kill()
 
 
+async def made(call, method: str, *groups: str) -> list[asyncio.Future]:
+    """Calls for these groups, taken up in their order."""
+    calls = []
+    for group in groups:
+        calls.append(asyncio.ensure_future(call(group)))
+        await asyncio.sleep(APART_S.get(method, 0))
+    return calls
+
+
 @pytest.mark.parametrize("method", PORTS)
 async def test_twenty_calls_of_a_healthy_role_are_answered_though_they_wait_for_seconds(
     actor, method
@@ -50,11 +59,7 @@ async def test_twenty_calls_of_a_healthy_role_are_answered_though_they_wait_for_
 @pytest.mark.parametrize("method", PORTS)
 async def test_a_call_that_hangs_is_named_and_cancelled_and_the_others_are_answered(actor, method):
     call = getattr(RemoteRole(actor, PORTS[method], TIMEOUTS), method)
-    before = asyncio.ensure_future(call("before"))
-    await asyncio.sleep(APART_S.get(method, 0))
-    hangs = asyncio.ensure_future(call("hangs"))
-    await asyncio.sleep(APART_S.get(method, 0))
-    behind = asyncio.ensure_future(call("behind"))
+    before, hangs, behind = await made(call, method, "before", "hangs", "behind")
     with pytest.raises(TimedOut, match=rf"^teacher 0, {method}: no answer in 4 s$"):
         await hangs
     await asyncio.gather(before, behind)
@@ -65,8 +70,8 @@ async def test_a_call_that_hangs_is_named_and_cancelled_and_the_others_are_answe
 @pytest.mark.parametrize("method", PORTS)
 async def test_what_nobody_waits_for_any_more_is_cancelled_in_the_actor(actor, method, waits_s):
     call = getattr(RemoteRole(actor, PORTS[method], TIMEOUTS), method)
-    hangs, other = map(asyncio.ensure_future, map(call, ("hangs", "other")))
+    hangs, other = await made(call, method, "hangs", "other")
     await asyncio.sleep(waits_s)
     hangs.cancel()
     await other
-    assert sorted(await actor.call(5, "ended")) == ["hangs cancelled", "other"]
+    assert await actor.call(5, "ended") == ["hangs cancelled", "other"]
